@@ -1,0 +1,1 @@
+"""Where samples come from: pools, tar indices, features, selection files, order, streaming."""

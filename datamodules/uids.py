@@ -1,0 +1,85 @@
+"""Sample identities: 128 bits, held as two uint64 columns (high, low), DataComp's `u8,u8`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
+UID_DTYPE = np.dtype("<u8,<u8")
+
+
+def is_uid(text: object) -> bool:
+    """Whether `text` is a string of 32 hexadecimal digits."""
+    return isinstance(text, str) and len(text) == 32 and HEX_DIGITS.issuperset(text)
+
+
+def parse_uids(texts: Sequence[str]) -> np.ndarray:
+    """Convert n valid uids to uint64 [n, 2] (high, low). Check them with `is_uid` first."""
+    raw = bytes.fromhex("".join(texts))
+    return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def format_uid(uid: np.ndarray) -> str:
+    """The 32 hexadecimal digits of one uid, uint64 [2]."""
+    return f"{int(uid[0]):016x}{int(uid[1]):016x}"
+
+
+def derive_uid(shard_name: str, key: str) -> str:
+    """The uid of a sample without one: MD5 of `<tar file name>/<key>`, as 32 hexadecimal digits.
+
+    It depends on the name of the tar and the key inside it alone, not on where the pool lies.
+    """
+    return hashlib.md5(f"{shard_name}/{key}".encode(), usedforsecurity=False).hexdigest()
+
+
+def sort_uids(uids: np.ndarray) -> np.ndarray:
+    """The int64 permutation [n] that sorts uids, uint64 [n, 2], by (high, low); stable."""
+    return np.lexsort((uids[:, 1], uids[:, 0]))
+
+
+def to_structured(uids: np.ndarray) -> np.ndarray:
+    """View uint64 [n, 2] as DataComp's structured `u8,u8` [n]."""
+    return np.ascontiguousarray(uids, dtype="<u8").view(UID_DTYPE).reshape(-1)
+
+
+def from_structured(array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_structured`."""
+    return np.stack([array["f0"], array["f1"]], axis=1).astype(np.uint64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UidTable:
+    """Looks up rows by uid. Built once a pool; a look-up is a binary search."""
+
+    sorted_uids: np.ndarray  # uint64 [n, 2], ascending by (high, low)
+    rows: np.ndarray  # int64 [n], the row of each sorted uid
+
+    @classmethod
+    def build(cls, uids: np.ndarray) -> UidTable:
+        """Index uids, uint64 [n, 2]. Of equal uids, the first row is the one found."""
+        order = sort_uids(uids)
+        return cls(sorted_uids=uids[order], rows=order.astype(np.int64))
+
+    def duplicates(self) -> int:
+        """How many rows repeat the uid of an earlier row."""
+        return int((self.sorted_uids[1:] == self.sorted_uids[:-1]).all(axis=1).sum())
+
+    def find(self, uids: np.ndarray) -> np.ndarray:
+        """The rows of uids, uint64 [m, 2], as int64 [m]; -1 where a uid is absent."""
+        high, low = self.sorted_uids[:, 0], self.sorted_uids[:, 1]
+        start = np.searchsorted(high, uids[:, 0], side="left")
+        end = np.searchsorted(high, uids[:, 0], side="right")
+        found = np.full(len(uids), -1, dtype=np.int64)
+        single = end - start == 1
+        hit = np.flatnonzero(single)
+        hit = hit[low[start[hit]] == uids[hit, 1]]
+        found[hit] = self.rows[start[hit]]
+        for i in np.flatnonzero(end - start > 1):  # equal high halves: rare but legal
+            at = int(start[i] + np.searchsorted(low[start[i] : end[i]], uids[i, 1]))
+            if at < end[i] and low[at] == uids[i, 1]:
+                found[i] = self.rows[at]
+        return found

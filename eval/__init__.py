@@ -1,0 +1,1 @@
+"""How good a model is: zero-shot tasks on disk, metrics, results."""

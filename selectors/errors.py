@@ -1,0 +1,36 @@
+"""The one exception for faults of the user's input, and the checks that raise it."""
+
+from __future__ import annotations
+
+import math
+
+
+class InputError(ValueError):
+    """A file or an option is not what it must be.
+
+    The message names the owner (command or class), the option or file, the rule, the value and,
+    where there is one, the way out. The command line prints it without a traceback.
+    """
+
+
+def require_fraction(option: str, value: object) -> float:
+    """Return `value` as a float in (0, 1]; `option` is the name that the user wrote."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise InputError(
+            f"{option} must be a number in the range (0, 1], for example 0.3. Got {value!r}."
+        )
+    return float(value)
+
+
+def require_int(option: str, value: object, *, minimum: int) -> int:
+    """Return `value` as an int of at least `minimum`; `option` is the name that the user wrote."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{option} must be an integer of at least {minimum}. Got {value!r}.")
+    return value
+
+
+def require_finite(option: str, value: object) -> float:
+    """Return `value` as a finite float; `option` is the name that the user wrote."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{option} must be a finite number. Got {value!r}.")
+    return float(value)

@@ -1,0 +1,55 @@
+"""Selectors of other distributions, found through the entry-point group `siftclip.selectors`."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from siftclip.selectors.base import Selector
+from siftclip.selectors.errors import InputError
+
+GROUP = "siftclip.selectors"
+
+
+def find_plugins() -> dict[str, EntryPoint]:
+    """The installed selectors by name.
+
+    Raises:
+        InputError: two distributions give the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise InputError(
+                f"Two plug-ins of the group {GROUP!r} are called {point.name!r}: {other.value} and "
+                f"{point.value}. Uninstall one of them."
+            )
+    return found
+
+
+def build_plugin(plugin: str, **parameters: Any) -> Selector:
+    """Build the selector which a distribution registered as `plugin`.
+
+    Raises:
+        InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
+    """
+    found = find_plugins()
+    if plugin not in found:
+        raise InputError(
+            f"selector.plugin must be one of {sorted(found)}, the entry points of the group "
+            f"{GROUP!r} that are installed. Got {plugin!r}."
+        )
+    try:
+        selector = found[plugin].load()(**parameters)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"selector.plugin={plugin!r} ({found[plugin].value}) could not be built with "
+            f"{parameters}: {error}."
+        ) from error
+    if not isinstance(selector, Selector):
+        raise InputError(
+            f"selector.plugin={plugin!r} ({found[plugin].value}) must be a subclass of "
+            "siftclip.selectors.base.Selector."
+        )
+    return selector

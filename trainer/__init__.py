@@ -1,0 +1,1 @@
+"""How a CLIP is trained: Lightning module, loss, schedule, run directories, commands."""

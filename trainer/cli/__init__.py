@@ -1,0 +1,1 @@
+"""The console script: one small module a sub-command."""

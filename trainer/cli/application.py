@@ -1,0 +1,58 @@
+"""What the commands share: Hydra reads the overrides, errors of the user become one message."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from siftclip.selectors.errors import InputError
+
+CONFIGS = "pkg://siftclip.configs"
+FAILURE = 2  # exit status for faults of the user's input
+
+
+def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Turn `stage(config)` into the main function of a command, configured by `<command>.yaml`."""
+
+    def decorate(stage: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def main() -> None:
+            # A progress bar that Lightning opens must not hide that the model hub is not needed.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            full_arguments = list(sys.argv)
+
+            @functools.wraps(stage)
+            def job(config: DictConfig) -> None:
+                sys.argv = full_arguments  # Lightning starts the other ranks with these
+                try:
+                    stage(config)
+                except (InputError, OmegaConfBaseException) as error:
+                    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                        raise
+                    print(f"siftclip {command}: error: {error}", file=sys.stderr)
+                    raise SystemExit(FAILURE) from None
+                except KeyboardInterrupt:
+                    print(
+                        f"\nsiftclip {command}: interrupted; the same command continues.",
+                        file=sys.stderr,
+                    )
+                    raise SystemExit(130) from None
+
+            # Hydra reads sys.argv itself; it must not take the command for an override.
+            sys.argv = [f"siftclip {command}", *_overrides(full_arguments, command)]
+            hydra.main(config_path=CONFIGS, config_name=command, version_base="1.3")(job)()
+
+        return main
+
+    return decorate
+
+
+def _overrides(arguments: list[str], command: str) -> list[str]:
+    """What follows the command. `--help` alone is Hydra's; a bare `-h` means the same."""
+    at = arguments.index(command)
+    return ["--help" if argument == "-h" else argument for argument in arguments[at + 1 :]]

@@ -1,0 +1,19 @@
+"""`siftclip compare`: selectors x seeds at one budget, with a report."""
+
+from __future__ import annotations
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from siftclip.trainer.cli.application import application
+from siftclip.trainer.compare.arms import compare_stage
+
+
+@application("compare")
+def main(config: DictConfig) -> None:
+    """Run all arms, print the table and say where the report is."""
+    outcome = compare_stage(config, list(HydraConfig.get().overrides.task))
+    print(outcome.table)
+    print(f"\nreport     {outcome.folder / 'report.md'}")
+    print(f"           {outcome.folder / 'report.html'}")
+    print(f"results    {outcome.folder / 'results.csv'}")

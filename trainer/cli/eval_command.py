@@ -1,0 +1,27 @@
+"""`siftclip eval`: zero-shot tasks on a run, a checkpoint or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from siftclip.trainer.cli.application import application
+from siftclip.trainer.evaluation import eval_stage, tasks_from
+from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.stages import clip_model_from, output_root
+
+
+@application("eval")
+def main(config: DictConfig) -> None:
+    """Evaluate and print the table."""
+    tasks_from(config)  # before a model is loaded
+    clip = clip_model_from(config.model, "model")
+    run = RunDir(path=Path(str(config.model.name)))
+    results = run.results
+    if not run.has_model:  # not a run directory
+        label = str(config.model.name).replace("/", "-").replace(":", "-")
+        results = output_root(config) / "eval" / label / run.results.name
+    report = eval_stage(config, clip, results_path=results)
+    print(report.table())
+    print(f"\nwritten    {results}")

@@ -1,0 +1,1 @@
+"""Many arms (selectors x seeds) at one budget, and the report about them."""

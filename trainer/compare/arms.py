@@ -1,0 +1,122 @@
+"""The compare stage: every arm with every seed, trained and evaluated at one budget, then a report.
+
+An arm is a name with overrides. Runs are content-addressed, so that what is finished is reused,
+whoever made it, and an interrupted comparison continues where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.compare.collect import ArmRun, collect
+from siftclip.trainer.compare.report import write_report
+from siftclip.trainer.compare.tables import format_main_table
+from siftclip.trainer.evaluation import tasks_from
+from siftclip.trainer.lightning_setup import resolve_devices
+from siftclip.trainer.run_dir import is_rank_zero
+from siftclip.trainer.stages import output_root, plain, selector_from
+from siftclip.trainer.training import budget_from, train_stage
+
+log = logging.getLogger(__name__)
+
+ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOutcome:
+    """What a comparison leaves behind."""
+
+    folder: Path
+    table: str
+
+
+def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcome:
+    """Run all arms with all seeds and write the report.
+
+    Args:
+        config: the configuration of the command.
+        overrides: the overrides of the command line, on top of which each arm's come.
+
+    Raises:
+        InputError: an arm is not a valid configuration, the arms differ in budget, or there is
+            nothing to evaluate on; all of this before the first run.
+    """
+    _check_devices(config)
+    tasks_from(config)
+    arms: dict[str, list[str]] = plain(config.compare.arms)
+    seeds: list[int] = plain(config.compare.seeds)
+    plan = _plan(config, arms, seeds, overrides)
+    runs: list[ArmRun] = []
+    bar = tqdm(plan, desc="compare", unit="run", disable=not config.progress, leave=False)
+    for arm, seed, arm_config in bar:
+        bar.set_postfix_str(f"{arm}, seed {seed}")
+        runs.append(ArmRun(arm=arm, seed=seed, run=train_stage(arm_config)))
+    comparison = collect(config, runs)
+    folder = output_root(config) / "compare" / str(config.compare.name)
+    if is_rank_zero():
+        write_report(comparison, folder)
+    return CompareOutcome(folder=folder, table=format_main_table(comparison))
+
+
+def _plan(
+    config: DictConfig,
+    arms: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+) -> list[tuple[str, int, DictConfig]]:
+    """The configurations of all runs, seed by seed, so that what is done first is comparable."""
+    if not arms or not seeds:
+        raise InputError(
+            "compare.arms and compare.seeds must not be empty. "
+            f"Got arms={list(arms)} and seeds={list(seeds)}."
+        )
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"compare.seeds must be distinct. Got {list(seeds)}.")
+    plan = []
+    budget = budget_from(config)
+    for seed in seeds:
+        for arm, own in arms.items():
+            if not ARM_NAME.fullmatch(arm):
+                raise InputError(f"compare.arms: {arm!r} must consist of letters, digits, _ . -")
+            arm_config = _compose(arm, [*overrides, *own, f"seed={seed}"])
+            if budget_from(arm_config) != budget:
+                raise InputError(
+                    f"compare.arms.{arm} has the budget {budget_from(arm_config)}, the others have "
+                    f"{budget}. All arms must be trained on equally many samples."
+                )
+            selector_from(arm_config)
+            plan.append((arm, seed, arm_config))
+    return plan
+
+
+def _compose(arm: str, overrides: list[str]) -> DictConfig:
+    try:
+        return hydra.compose(config_name="compare", overrides=overrides)
+    except HydraException as error:
+        raise InputError(f"compare.arms.{arm}: {error}") from error
+
+
+def _check_devices(config: DictConfig) -> None:
+    """Lightning's own launcher would start the whole comparison once a rank and arm."""
+    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
+    devices: Any = resolve_devices(config.trainer.devices)
+    if devices == "auto":
+        devices = torch.cuda.device_count() if config.trainer.accelerator != "cpu" else 1
+    if not launched and devices not in (0, 1, "1"):
+        raise InputError(
+            f"compare on {devices} devices must be started by torchrun: torchrun --nproc_per_node "
+            f"{devices} -m siftclip.trainer.cli compare ... Or use trainer.devices=1."
+        )

@@ -1,0 +1,146 @@
+"""Writes a comparison as `report.md`, `report.html` and `results.csv`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from siftclip.datamodules.files import atomic_path, write_text
+from siftclip.trainer.compare.collect import Comparison
+from siftclip.trainer.compare.tables import (
+    as_markdown,
+    main_rows,
+    percent,
+    selection_rows,
+    spread,
+    title,
+)
+
+TEMPLATE_NAME = "report.html.j2"
+RESOLUTION_NOTE = (
+    "Values are percent, mean ± standard deviation over seeds. With few seeds, differences below "
+    "about two standard deviations are not resolved."
+)
+
+
+def write_report(comparison: Comparison, folder: Path) -> None:
+    """Write the three files into `folder`, each atomically."""
+    with atomic_path(folder / "results.csv") as temporary:
+        comparison.results.to_csv(temporary, index=False)
+    write_text(folder / "report.md", markdown(comparison))
+    write_text(folder / "report.html", html(comparison))
+
+
+def _tasks(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(comparison.results["task"]))
+
+
+def budget_sentence(comparison: Comparison) -> str:
+    """What all arms had in common."""
+    runs = comparison.runs
+    trained = int(runs["trained_samples"].iloc[0])
+    seeds = ", ".join(str(seed) for seed in comparison.seeds)
+    return (
+        f"{len(comparison.arms)} selectors, seeds {seeds}; every run trained on {trained:,} "
+        f"samples in {int(runs['steps'].iloc[0]):,} steps of batch "
+        f"{comparison.settings['scale']['global_batch_size']}."
+    )
+
+
+def markdown(comparison: Comparison) -> str:
+    """The report as Markdown."""
+    versions = ", ".join(f"{name} {value}" for name, value in comparison.versions.items() if value)
+    runs = [["run", "seed", "selected", "coverage", "passes", "train s"]]
+    for run in comparison.runs.to_dict("records"):
+        runs.append(
+            [
+                f"`{run['run']}`",
+                str(run["seed"]),
+                str(run["selected_samples"]),
+                f"{100 * run['coverage']:.1f} %",
+                f"{run['passes']:.2f}",
+                f"{run['train_seconds']:.1f}",
+            ]
+        )
+    parts = [
+        f"# {comparison.name}",
+        budget_sentence(comparison),
+        as_markdown(main_rows(comparison, comparison.columns)),
+        RESOLUTION_NOTE,
+        "## All tasks",
+        as_markdown(main_rows(comparison, _tasks(comparison))),
+        "## What was selected",
+        as_markdown(selection_rows(comparison)),
+        "Overlap is the Jaccard index of the distinct samples, for the first seed.",
+        "## Runs",
+        as_markdown(runs),
+        "## Settings",
+        "```yaml\n" + yaml.safe_dump(comparison.settings, sort_keys=False).rstrip() + "\n```",
+        f"Made with {versions}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def html(comparison: Comparison) -> str:
+    """The report as one HTML page without scripts or anything from the network."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE_NAME).render(
+        name=comparison.name,
+        budget=budget_sentence(comparison),
+        note=RESOLUTION_NOTE,
+        main=main_rows(comparison, comparison.columns),
+        tasks=main_rows(comparison, _tasks(comparison)),
+        selected=selection_rows(comparison),
+        plots=[plot(comparison, task) for task in comparison.columns],
+        runs=comparison.runs.to_dict("records"),
+        settings=yaml.safe_dump(comparison.settings, sort_keys=False),
+        versions=comparison.versions,
+    )
+
+
+def plot(comparison: Comparison, task: str) -> dict[str, Any]:
+    """A dot plot of one task: for each arm its seeds, mean and deviation on an axis in percent.
+
+    Positions are shares of the axis in [0, 1]; the axis ends at round percentages around the data.
+    """
+    frame = comparison.results
+    main = frame[(frame["metric"] == "main_metric") & (frame["task"] == task)]
+    values = main["value"].astype(float).dropna() * 100
+    table = spread(comparison, [task])
+    low, high = _axis(values)
+    arms = []
+    for arm in comparison.arms:
+        mean = float(table.loc[arm, (task, "mean")]) * 100  # type: ignore[arg-type]
+        deviation = float(table.loc[arm, (task, "sd")]) * 100  # type: ignore[arg-type]
+        own = main[main["arm"] == arm]["value"].astype(float) * 100
+        whisker = 0.0 if pd.isna(deviation) else deviation
+        arms.append(
+            {
+                "arm": arm,
+                "text": percent(mean / 100, deviation / 100),
+                "dots": [(value - low) / (high - low) for value in own.dropna()],
+                "mean": None if pd.isna(mean) else (mean - low) / (high - low),
+                "start": max(0.0, (mean - whisker - low) / (high - low)),
+                "end": min(1.0, (mean + whisker - low) / (high - low)),
+            }
+        )
+    return {"title": title(task), "low": f"{low:g}", "high": f"{high:g}", "arms": arms}
+
+
+def _axis(values: pd.Series[float]) -> tuple[float, float]:
+    """Multiples of 5 around the values, at least 5 apart."""
+    if len(values) == 0:
+        return 0.0, 100.0
+    low = 5 * ((values.min() - 1) // 5)
+    high = 5 * -(-(values.max() + 1) // 5)
+    return max(0.0, float(low)), float(high)

@@ -1,0 +1,226 @@
+"""The embed stage: an open_clip model over every sample of a pool, features written shard by shard.
+
+A shard's features are one npz, written when its last sample is embedded, so that a killed run
+continues with the next shard. Ranks take turns with the shards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.faults import FaultLog
+from siftclip.datamodules.files import read_json, write_json, write_npz
+from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.streaming import (
+    Batch,
+    Request,
+    SampleDataset,
+    SampleReader,
+    make_loader,
+)
+from siftclip.eval.evaluate import fingerprint
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.lightning_setup import make_trainer
+from siftclip.trainer.run_dir import is_rank_zero
+from siftclip.trainer.stages import clip_model_from, features_folder, plain, pool_from, worker_count
+
+log = logging.getLogger(__name__)
+
+MANIFEST_NAME = "features.json"
+
+
+class Embedding(LightningModule):
+    """Gives unit features of a batch, float16 as DataComp stores them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        image = self.model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
+        text = self.model.encode_text(batch.tokens, normalize=True)  # type: ignore[operator]
+        return image.half().cpu(), text.half().cpu()
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardSampler(Sampler[list[Request]]):
+    """The rows of some shards in order, in batches that never cross a shard's end."""
+
+    pool: Pool
+    shards: list[int]
+    batch_size: int
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        for shard in self.shards:
+            rows = self.pool.shard_rows(shard)
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._batches())
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        for rows in self._batches():
+            yield [(row, row) for row in rows.tolist()]
+
+
+class FeatureWriter(Callback):
+    """Gathers the features of a shard and writes them when it is complete."""
+
+    def __init__(self, pool: Pool, folder: Path, name: str) -> None:
+        self.pool = pool
+        self.folder = folder
+        self.name = name
+        self.faults = FaultLog()
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._samples = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        image, text = outputs
+        invalid = ~batch.valid.cpu()
+        image[invalid] = torch.nan
+        text[invalid] = torch.nan
+        for cause, place in batch.faults:
+            self.faults.add(cause, place)
+        self._parts.append((image, text))
+        self._samples += len(image)
+        shard = int(self.pool.shard_of_row[int(batch.rows[0])])
+        rows = self.pool.shard_rows(shard)
+        if self._samples == len(rows):
+            images, texts = (torch.cat(parts).numpy() for parts in zip(*self._parts, strict=True))
+            write_npz(
+                feature_path(self.folder, self.pool, shard),
+                **{
+                    "uids": self.pool.uids[rows],
+                    f"{self.name}_img": images,
+                    f"{self.name}_txt": texts,
+                },
+            )
+            self._parts, self._samples = [], 0
+
+
+def feature_path(folder: Path, pool: Pool, shard: int) -> Path:
+    """Where the features of a shard are."""
+    return folder / f"{pool.shards[shard].stem}.npz"
+
+
+def embed_stage(config: DictConfig) -> Path:
+    """Embed every sample of the pool; returns the folder of the features.
+
+    Bad samples get NaN features, so that no selector can keep them; they are counted and bounded by
+    `pool.max_bad_fraction`.
+
+    Raises:
+        InputError: an option is wrong, the folder holds features of another model or pool, or too
+            many samples are bad.
+    """
+    if config.features.model is None:
+        raise InputError(
+            "embed needs a model: features=open_clip features.name=NAME features.model.name=MODEL. "
+            "The features that a pool's metadata brings need no embedding."
+        )
+    batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
+    clip = clip_model_from(config.features.model, "features.model")
+    pool = pool_from(config)
+    folder = features_folder(config)
+    if folder is None:
+        raise RuntimeError("features with a model always have a folder")
+    name = str(config.features.name)
+    _claim(folder, _manifest(config, clip, pool))
+    shards = [
+        shard for shard in range(len(pool.shards)) if not feature_path(folder, pool, shard).exists()
+    ]
+    if not shards:
+        log.info("features are complete: %s", folder)
+        return folder
+    writer = FeatureWriter(pool, folder, name)
+    trainer = make_trainer(
+        config,
+        folder=folder,
+        callbacks=[writer, *([TQDMProgressBar(refresh_rate=5)] if config.progress else [])],
+        loggers=[],
+        enable_checkpointing=False,
+    )
+    mine = shards[trainer.global_rank :: trainer.world_size]
+    trainer.predict(
+        Embedding(clip.model.eval()),
+        _loader(config, clip, pool, mine, batch_size, trainer.strategy.root_device.type == "cuda"),
+        return_predictions=False,
+    )
+    if writer.faults.samples:
+        log.warning("embed: without features %s", writer.faults.summary())
+    embedded = sum(len(pool.shard_rows(shard)) for shard in mine)
+    writer.faults.check(
+        owner=f"embed {pool.root}", total=embedded, max_bad_fraction=config.pool.max_bad_fraction
+    )
+    return folder
+
+
+def _loader(
+    config: DictConfig,
+    clip: ClipModel,
+    pool: Pool,
+    shards: list[int],
+    batch_size: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    dataset = SampleDataset(
+        reader=SampleReader(pool, config.data.max_image_pixels),
+        transform=clip.eval_transform,
+        tokenizer=clip.tokenizer,
+        seed=0,  # the eval transform draws nothing
+        substitutes=None,
+    )
+    return make_loader(
+        dataset,
+        ShardSampler(pool=pool, shards=shards, batch_size=batch_size),
+        num_workers=worker_count(config.data.num_workers),
+        start_method=config.data.start_method,
+        pin_memory=pin_memory,
+    )
+
+
+def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]:
+    return {
+        "name": str(config.features.name),
+        "model": plain(config.features.model),
+        "weights": fingerprint(clip),
+        "pool": {"fingerprint": pool.fingerprint, "samples": len(pool)},
+        "precision": str(config.trainer.precision),
+    }
+
+
+def _claim(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest before the first shard, or check that the one there is the same."""
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        if is_rank_zero():
+            write_json(path, manifest)
+        return
+    found = read_json(path)
+    if (found.get("weights"), found.get("pool")) != (manifest["weights"], manifest["pool"]):
+        raise InputError(
+            f"{folder} holds features of another model or pool (see {MANIFEST_NAME} there). "
+            "Choose another features.name or features.root, or delete the folder."
+        )

@@ -1,0 +1,108 @@
+"""Loggers of a run: JSONL and CSV always, wandb when asked for (offline unless logged in)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from siftclip.datamodules.files import append_jsonl
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.run_dir import METRICS_NAME, is_rank_zero
+
+WANDB_MODES = ("auto", "online", "offline")
+
+
+class JsonlLogger(Logger):
+    """Appends every record to `metrics.jsonl` in the run directory, with step and wall time."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / METRICS_NAME
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        append_jsonl(self.path, {"step": step, "time": round(time.time(), 3), **metrics})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` in the run directory holds them."""
+
+
+def wandb_is_offline(mode: str) -> bool:
+    """Whether wandb must not use the network: in mode `auto`, unless the user is logged in.
+
+    Raises:
+        InputError: the mode is not one of `WANDB_MODES`.
+    """
+    if mode not in WANDB_MODES:
+        raise InputError(f"logger.mode must be one of {list(WANDB_MODES)}. Got {mode!r}.")
+    if mode != "auto":
+        return mode == "offline"
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"] != "online"
+    import wandb
+
+    return wandb.api.api_key is None
+
+
+def make_loggers(
+    folder: Path,
+    *,
+    name: str,
+    wandb_enabled: bool,
+    mode: str = "auto",
+    project: str = "siftclip",
+    config: Mapping[str, Any] | None = None,
+) -> list[Logger]:
+    """The loggers of the run in `folder`. After a restart wandb continues that folder's run."""
+    loggers: list[Logger] = [JsonlLogger(folder), CSVLogger(folder, name="", version="")]
+    if wandb_enabled:
+        loggers.append(
+            WandbLogger(
+                save_dir=folder,
+                project=project,
+                name=name,
+                id=name,
+                offline=wandb_is_offline(mode),
+                config=dict(config or {}),
+                settings=_quiet_settings(),
+            )
+        )
+    return loggers
+
+
+def _quiet_settings() -> Any:
+    import wandb
+
+    return wandb.Settings(console="off", silent=True)
+
+
+def log_tables(loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Send tables, lists of equally keyed records, to wandb; the other loggers have no tables."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for key, records in tables.items():
+                columns = list(records[0])
+                rows = [[record[column] for column in columns] for record in records]
+                logger.log_table(key=key, columns=columns, data=rows)
+
+
+def finish(loggers: list[Logger]) -> None:
+    """Close the loggers, so that another run of this process starts a new wandb run."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger) and is_rank_zero():
+            logger.experiment.finish()

@@ -1,0 +1,129 @@
+"""A run directory: everything that one run leaves behind, and the only thing a report reads.
+
+config.yaml      the resolved configuration
+versions.json    versions of what it ran on, and the git commit
+selection.npy    the selection in DataComp's format; selection.json its manifest
+metrics.jsonl    a record every N steps; metrics.csv the same
+checkpoints/     to continue from
+model/           the trained model, as open_clip's `local-dir:` loads it
+eval_results.jsonl  a line a task
+summary.json     written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
+from siftclip.datamodules.files import read_json, read_jsonl, write_json, write_text
+from siftclip.datamodules.selection import Selection, write_selection
+
+METRICS_NAME = "metrics.jsonl"
+PACKAGES = (
+    "siftclip",
+    "torch",
+    "torchvision",
+    "lightning",
+    "open_clip_torch",
+    "webdataset",
+    "clip-benchmark",
+    "wandb",
+    "numpy",
+    "pillow",
+)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes what all ranks share."""
+    return (rank_zero_only.rank or 0) == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDir:
+    """Paths and small files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL_FOLDER
+
+    @property
+    def results(self) -> Path:
+        return self.path / "eval_results.jsonl"
+
+    @property
+    def has_model(self) -> bool:
+        """Whether training has finished and the model is written."""
+        return (self.model / CONFIG_NAME).is_file()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the run says about itself; None while it is not finished."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.is_file() else None
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from: the one of the highest step."""
+        found = list(self.checkpoints.glob("step-*.ckpt"))
+        return max(found, key=lambda path: int(path.stem.split("-")[1]), default=None)
+
+    def train_seconds(self) -> float:
+        """Seconds of training steps, data waits included, over all processes that worked on it.
+
+        Steps that were repeated after a restart count once: the time that the run would have
+        taken without the restart.
+        """
+        windows = {
+            record["step"]: record["train/batch_time"]
+            for record in read_jsonl(self.path / METRICS_NAME)
+            if "train/batch_time" in record
+        }
+        steps = sorted(windows)
+        lengths = [step - before for step, before in zip(steps, [0, *steps[:-1]], strict=True)]
+        return float(sum(windows[step] * n for step, n in zip(steps, lengths, strict=True)))
+
+    def start(self, config: DictConfig, selection: Selection) -> None:
+        """Write down what the run is, before its first step."""
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_json(self.path / "versions.json", versions())
+        write_selection(selection, self.path)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        write_json(self.path / "summary.json", summary)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, the platform and the packages that decide about results; git commit."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "git": git_commit()}
+    found["platform"] = platform.platform()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty`; None when installed."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

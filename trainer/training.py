@@ -1,0 +1,257 @@
+"""The train stage: select, stream, train, write the model, evaluate; continues where it was."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from siftclip.datamodules.clip_models import ClipModel, save_model_folder
+from siftclip.datamodules.order import rank_batch_size
+from siftclip.datamodules.scoring import identity_hash
+from siftclip.datamodules.streaming import StreamDataModule
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.evaluation import eval_stage, tasks_from
+from siftclip.trainer.lightning_setup import checkpoint_callback, make_trainer, resolve_precision
+from siftclip.trainer.loggers import finish, log_tables, make_loggers
+from siftclip.trainer.module import ClipTraining, TrainingBar
+from siftclip.trainer.optim import AdamWConfig
+from siftclip.trainer.run_dir import RunDir, is_rank_zero
+from siftclip.trainer.stages import (
+    SelectOutcome,
+    clip_model_from,
+    output_root,
+    plain,
+    select_stage,
+    worker_count,
+)
+
+log = logging.getLogger(__name__)
+
+CADENCES = ("once",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How long a run is. The unit is trained samples; the last batch is full."""
+
+    samples_seen: int
+    global_batch_size: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until at least `samples_seen` samples are trained."""
+        return math.ceil(self.samples_seen / self.global_batch_size)
+
+    @property
+    def trained_samples(self) -> int:
+        """What the run really trains: `samples_seen` rounded up to full batches."""
+        return self.total_steps * self.global_batch_size
+
+
+def budget_from(config: DictConfig) -> Budget:
+    """The budget of the configuration, checked."""
+    return Budget(
+        samples_seen=require_int("scale.samples_seen", config.scale.samples_seen, minimum=1),
+        global_batch_size=require_int(
+            "scale.global_batch_size", config.scale.global_batch_size, minimum=2
+        ),
+    )
+
+
+def run_identity(config: DictConfig, selected: SelectOutcome) -> dict[str, Any]:
+    """Everything that the trained weights depend on; devices and workers do not belong to it."""
+    return {
+        "selection": selected.selection.digest,
+        "pool": selected.pool.fingerprint,
+        "model": plain(config.model),
+        "optim": plain(config.optim),
+        "scale": plain(config.scale),
+        "online": plain(config.online),
+        "precision": resolve_precision(config.trainer.precision),
+        "seed": config.seed,
+    }
+
+
+def run_dir_for(config: DictConfig, selected: SelectOutcome) -> RunDir:
+    """The run's directory: `run_dir`, or one whose name stands for what the run depends on.
+
+    Raises:
+        InputError: `run_dir` holds another run.
+    """
+    name = selected.selection.manifest["selector"]
+    digest = identity_hash(run_identity(config, selected))
+    if config.run_dir is None:
+        return RunDir(path=output_root(config) / "train" / f"{name}-s{config.seed}-{digest[:8]}")
+    run = RunDir(path=Path(config.run_dir))
+    marker = run.path / "identity"
+    if marker.is_file() and marker.read_text().strip() != digest:
+        raise InputError(
+            f"run_dir={config.run_dir!r} holds a run with another selection, model, budget or seed "
+            "(see its config.yaml). Name another run_dir, or delete that one."
+        )
+    return run
+
+
+def train_stage(config: DictConfig) -> RunDir:
+    """Train one model on one selection, and evaluate it if `eval.root` is set.
+
+    A finished run is returned as it is; an interrupted one continues from its last checkpoint.
+
+    Raises:
+        InputError: an option or a file is wrong; found before the first step where possible.
+    """
+    budget, optim = _check_options(config)
+    selected = select_stage(config)
+    run = run_dir_for(config, selected)
+    if run.summary is not None:
+        log.info("finished already: %s", run.path)
+        if config.eval.root is not None:
+            eval_stage(config, run.path, results_path=run.results)
+        return run
+    if is_rank_zero():
+        run.start(config, selected.selection)
+        (run.path / "identity").write_text(identity_hash(run_identity(config, selected)) + "\n")
+    loggers = make_loggers(
+        run.path,
+        name=run.path.name,
+        wandb_enabled=config.logger.wandb,
+        mode=config.logger.mode,
+        project=config.logger.project,
+        config=plain(config),
+    )
+    if not run.has_model:
+        _fit(config, run, selected, budget, optim, loggers)
+    if is_rank_zero():
+        _conclude(config, run, selected, budget, loggers)
+    finish(loggers)
+    return run
+
+
+def _check_options(config: DictConfig) -> tuple[Budget, AdamWConfig]:
+    """All that can be known to be wrong before any file is read."""
+    if config.online.cadence not in CADENCES:
+        raise InputError(
+            f"online.cadence must be one of {list(CADENCES)}. Got {config.online.cadence!r}."
+        )
+    worker_count(config.data.num_workers)
+    require_int("seed", config.seed, minimum=0)
+    require_int("trainer.log_every_n_steps", config.trainer.log_every_n_steps, minimum=1)
+    resolve_precision(config.trainer.precision)
+    if config.eval.root is not None:
+        tasks_from(config)
+    return budget_from(config), AdamWConfig(**plain(config.optim))
+
+
+def _fit(
+    config: DictConfig,
+    run: RunDir,
+    selected: SelectOutcome,
+    budget: Budget,
+    optim: AdamWConfig,
+    loggers: list[Logger],
+) -> None:
+    """Train, and write the model folder."""
+    lightning.seed_everything(config.seed, verbose=False)  # the initial weights
+    clip = clip_model_from(config.model, "model")
+    module = ClipTraining(
+        clip.model,
+        optim=optim,
+        total_steps=budget.total_steps,
+        global_batch_size=budget.global_batch_size,
+        seed=config.seed,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+    )
+    trainer = make_trainer(
+        config,
+        folder=run.path,
+        callbacks=[
+            checkpoint_callback(run.checkpoints, config.trainer.checkpoint_every_n_steps),
+            *([TrainingBar(refresh_rate=5)] if config.progress else []),
+        ],
+        loggers=loggers,
+        max_steps=budget.total_steps,
+        max_epochs=-1,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        gradient_clip_val=optim.grad_clip_norm,
+    )
+    rank_batch_size(budget.global_batch_size, trainer.world_size)
+    data = _data_module(config, clip, selected, budget)
+    resume = run.latest_checkpoint()
+    if resume is not None:
+        log.info("continuing from %s", resume)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if trainer.global_step < budget.total_steps:
+        raise InputError(f"{run.path}: training stopped at step {trainer.global_step}.")
+    if data.faults.samples:
+        log.warning(
+            "training replaced %d bad samples: %s", data.faults.samples, data.faults.summary()
+        )
+    if is_rank_zero():
+        save_model_folder(clip, run.model)
+
+
+def _data_module(
+    config: DictConfig, clip: ClipModel, selected: SelectOutcome, budget: Budget
+) -> StreamDataModule:
+    return StreamDataModule(
+        pool=selected.pool,
+        rows=selected.rows,
+        transform=clip.train_transform,
+        tokenizer=clip.tokenizer,
+        seed=config.seed,
+        global_batch_size=budget.global_batch_size,
+        total_steps=budget.total_steps,
+        num_workers=worker_count(config.data.num_workers),
+        start_method=config.data.start_method,
+        max_image_pixels=config.data.max_image_pixels,
+        max_bad_fraction=config.pool.max_bad_fraction,
+    )
+
+
+def _conclude(
+    config: DictConfig,
+    run: RunDir,
+    selected: SelectOutcome,
+    budget: Budget,
+    loggers: list[Logger],
+) -> None:
+    """Evaluate, log selection statistics and tables, and mark the run as finished."""
+    manifest = selected.selection.manifest
+    statistics = {
+        "selection/samples": len(selected.selection),
+        "selection/distinct": len(selected.selection.uids),
+        "selection/fraction": manifest["kept_fraction"],
+        "selection/coverage": selected.coverage.fraction,
+        "train/passes": budget.trained_samples / len(selected.rows),
+    }
+    for name, value in manifest["score_quantiles_kept"].items():
+        statistics[f"selection/score_{name}"] = value
+    for logger in loggers:
+        logger.log_metrics(statistics, step=budget.total_steps)
+    if config.eval.root is not None:
+        report = eval_stage(config, run.path, results_path=run.results)
+        for logger in loggers:
+            logger.log_metrics(report.metrics(), step=budget.total_steps)
+        log_tables(loggers, {"eval/tasks": report.records()})
+    run.finish(
+        {
+            "selector": manifest["selector"],
+            "seed": config.seed,
+            "selection": selected.selection.digest,
+            "pool": selected.pool.fingerprint,
+            "steps": budget.total_steps,
+            "trained_samples": budget.trained_samples,
+            "requested_samples": budget.samples_seen,
+            "passes": budget.trained_samples / len(selected.rows),
+            "selected_samples": len(selected.selection),
+            "coverage": selected.coverage.fraction,
+            "train_seconds": round(run.train_seconds(), 3),
+        }
+    )
