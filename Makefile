@@ -1,0 +1,67 @@
+# Two commands: `make demo` and `make test`. Both make .venv first, once.
+#   make demo PYTHON=python3.12    another Python (3.10 or newer) for a new .venv
+#   make test ARGS='-k layout'     some of the tests
+
+# Without PYTHON, the first of these that is new enough makes .venv.
+PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
+STAMP = .venv/.installed
+
+.PHONY: demo test setup lint constraints clean moved
+
+demo: $(STAMP)
+	.venv/bin/siftclip demo
+
+test: $(STAMP)
+	.venv/bin/python -m pytest $(ARGS)
+
+setup: $(STAMP)
+
+lint: $(STAMP)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+# The stamp is written last, so that an interrupted installation is done again. It holds the name
+# of this folder, because an environment does not work in a copied or renamed one.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): moved
+endif
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$(pwd -P)" ]; then \
+	    for candidate in $(PYTHONS); do \
+	        if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	            python="$$candidate"; break; \
+	        fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo 'siftclip needs Python 3.10 or newer, which is none of: $(PYTHONS)' >&2; \
+	        echo 'Name one with PYTHON=, such as: make setup PYTHON=/opt/python3.12/bin/python3' >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Installing into .venv with $$("$$python" --version): once, some minutes, about 7 GB."; \
+	    "$$python" -m venv --clear .venv; \
+	fi
+	@rm -f $(STAMP)
+# The constraints also hold for what is needed to build packages; pip 25.3 has its own name for that.
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	    .venv/bin/python -m pip install -e '.[dev]'
+	@pwd -P >$(STAMP)
+
+# Pins that still fit are kept; UPGRADE=--upgrade renews all. Where packages come from is up to
+# the settings of uv, and never stands in the file.
+constraints:
+	@command -v uv >/dev/null || { echo 'make constraints needs uv: pip install uv' >&2; exit 1; }
+	uv pip compile --universal --python-version 3.10 --extra dev $(UPGRADE) \
+	    --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	    --quiet --output-file constraints.txt pyproject.toml
+	@printf '%s\n' \
+	    '# Tested versions of everything that siftclip installs, for Python 3.10 and newer.' \
+	    '# Made by `make constraints`, read by `make setup`; the ranges are in pyproject.toml.' \
+	    '# For Python 3.10, torch ends with 2.14.1, numpy with 2.2, pandas with 2.3.' \
+	    | cat - constraints.txt >constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

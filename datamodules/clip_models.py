@@ -7,8 +7,10 @@ loads with the prefix `local-dir:`: `open_clip_config.json` and `open_clip_model
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from siftclip.selectors.errors import InputError
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 MODEL_FOLDER = "model"  # the model folder inside a run directory
 LIGHTNING_PREFIX = "model."  # the name of the model inside our Lightning module
 
@@ -72,13 +75,16 @@ def load_clip_model(
         else:
             source = _resolve(name, pretrained)
         try:
-            model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-                source,
-                # open_clip ignores `pretrained` with a folder, so the file is loaded below
-                pretrained=None if source.startswith("local-dir:") else open_clip_tag,
-                aug_cfg=dict(augmentation) if augmentation else None,
-            )
-            tokenizer = open_clip.get_tokenizer(source)
+            with _without_warnings_of_random_weights(
+                architecture is not None or (pretrained is None and not name.startswith("hf-hub:"))
+            ):
+                model, train_transform, eval_transform = open_clip.create_model_and_transforms(
+                    source,
+                    # open_clip ignores `pretrained` with a folder, so the file is loaded below
+                    pretrained=None if source.startswith("local-dir:") else open_clip_tag,
+                    aug_cfg=dict(augmentation) if augmentation else None,
+                )
+                tokenizer = open_clip.get_tokenizer(source)
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
             raise InputError(
                 f"model.name={name!r} with model.pretrained={pretrained!r} could not be built by "
@@ -96,11 +102,30 @@ def load_clip_model(
     )
 
 
+def holds_weights(name: str) -> bool:
+    """Whether a model's name brings weights along: a folder or a model hub, not a bare name."""
+    return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()
+
+
+@contextmanager
+def _without_warnings_of_random_weights(wanted: bool) -> Iterator[None]:
+    """Silence open_clip's root-logger warnings where random weights are what was asked for."""
+    before = logging.root.manager.disable
+    if wanted:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _resolve(name: str, pretrained: str | None) -> str:
     """What open_clip calls the model, after checks whose messages open_clip leaves out."""
     folder = Path(name.removeprefix("local-dir:"))
     for candidate in (folder / MODEL_FOLDER, folder):
         if (candidate / CONFIG_NAME).is_file():
+            if pretrained is None and not _has_weights(candidate):
+                raise InputError(f"The model folder {candidate} holds no weights ({WEIGHTS_NAME}).")
             return f"local-dir:{candidate}"
     if name.startswith("local-dir:") or folder.is_dir():
         raise InputError(
@@ -124,6 +149,10 @@ def _resolve(name: str, pretrained: str | None) -> str:
                 f"Got {pretrained!r}."
             )
     return name
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
 
 
 def _similar(name: str, known: list[str]) -> str:

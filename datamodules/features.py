@@ -102,13 +102,14 @@ def open_features(
         faults.merge(part_faults)
         rows = pool.table.find(uids)
         rows[~valid] = -1
-        rows[rows >= 0] = np.where(covered[rows[rows >= 0]], -1, rows[rows >= 0])
-        positions = np.flatnonzero(rows >= 0)
+        positions = _first_positions(rows, covered)
         named += len(uids)
         covered[rows[positions]] = True
         parts.append(FeaturePart(path=path, positions=positions, rows=rows[positions]))
-        status = path.stat()
-        digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())
+        for file in (path, path.with_suffix(".parquet")):
+            if file.exists():
+                status = file.stat()
+                digest.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())
     faults.check(owner=f"features {folder}", total=named, max_bad_fraction=max_bad_fraction)
     present = int(covered.sum())
     store = FeatureStore(
@@ -132,6 +133,19 @@ def open_features(
     return store
 
 
+def _first_positions(rows: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Positions of a part, ascending, that give a row of the pool its features for the first time.
+
+    Args:
+        rows: int64 [m], the pool's rows of a part; -1 where there is none.
+        covered: bool [n], the pool's rows that earlier parts gave features to.
+    """
+    positions = np.flatnonzero(rows >= 0)
+    positions = positions[~covered[rows[positions]]]
+    _, first = np.unique(rows[positions], return_index=True)
+    return positions[np.sort(first)]
+
+
 def _read_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
     parquet = path.with_suffix(".parquet")
     if parquet.exists():
@@ -145,26 +159,30 @@ def _read_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
 
 
 def _check_rows(path: Path, keys: tuple[str, ...], samples: int) -> None:
-    """Compare the arrays' shapes with the number of uids, from the npy headers alone."""
+    """Check the arrays' kind, and their rows against the uids, from the npy headers alone."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = sorted(file.files)
-            shapes = {key: _shape(file, key) for key in keys if key in file.files}
+            headers = {key: _header(file, key) for key in keys if key in file.files}
     except Exception as error:  # numpy raises zipfile, zlib, value and OS errors for damaged files
         raise InputError(f"{path} is not a readable npz file: {error}.") from None
     for key in keys:
-        if key not in shapes:
+        if key not in headers:
             raise InputError(
                 f"features.name asks for the array {key!r}, which {path} lacks. It holds {names}."
             )
-        if len(shapes[key]) != 2 or shapes[key][0] != samples:
+        shape, dtype = headers[key]
+        if dtype.kind != "f":
+            raise InputError(f"{path}: the array {key!r} must hold floats. Its dtype is {dtype}.")
+        if len(shape) != 2 or shape[0] != samples:
+            parquet = path.with_suffix(".parquet")
             raise InputError(
                 f"{path}: the array {key!r} must have one row for each of the {samples} uids in "
-                f"{path.with_suffix('.parquet').name}. Its shape is {shapes[key]}."
+                f"{parquet.name if parquet.exists() else 'it'}. Its shape is {shape}."
             )
 
 
-def _shape(file: np.lib.npyio.NpzFile, key: str) -> tuple[int, ...]:
+def _header(file: np.lib.npyio.NpzFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
     with file.zip.open(f"{key}.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = (
@@ -172,4 +190,5 @@ def _shape(file: np.lib.npyio.NpzFile, key: str) -> tuple[int, ...]:
             if version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        return tuple(read_header(member)[0])
+        shape, _, dtype = read_header(member)
+        return shape, dtype

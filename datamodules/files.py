@@ -94,7 +94,10 @@ def read_npz(path: Path, keys: list[str]) -> list[np.ndarray]:
                 raise InputError(
                     f"{path} must hold the array {missing[0]!r}. It holds {sorted(file.files)}."
                 )
-            return [file[key] for key in keys]
+            arrays = [file[key] for key in keys]
+            if not all(isinstance(array, np.ndarray) for array in arrays):
+                raise ValueError("a member is not in npy format")  # numpy gives its raw bytes
+            return arrays
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
     except InputError:

@@ -57,9 +57,11 @@ class Pool:
 
 def find_shards(root: Path) -> tuple[Path, ...]:
     """The tars of a pool: those in `root/shards` (DataComp), else those in `root` itself."""
-    if "://" in str(root):
-        raise InputError(f"pool.root must be a local folder; URLs are not read yet. Got {root}.")
     if not root.is_dir():
+        if ":/" in str(root):  # pathlib makes one slash of the two in a URL
+            raise InputError(
+                f"pool.root must be a local folder; URLs are not read yet. Got {str(root)!r}."
+            )
         raise InputError(f"pool.root must be an existing folder. Got {str(root)!r}.")
     for folder in (root / "shards", root):
         shards = tuple(sorted(folder.glob("*.tar")))
@@ -130,7 +132,8 @@ def _all_faults(indices: list[ShardIndex], shards: tuple[Path, ...]) -> FaultLog
         faults.merge(index.faults)
         if index.truncated and whole:
             lost = int(np.median(whole)) - len(index) - 1  # the index itself has counted one
-            faults.add("lost behind the cut (estimated)", shard.name, samples=max(0, lost))
+            if lost > 0:
+                faults.add("lost behind the cut (estimated)", shard.name, samples=lost)
     return faults
 
 

@@ -58,8 +58,12 @@ class PoolChunks:
             )
         else:
             chunks = self._shard_chunks(number)
-        for chunk in chunks:
-            yield self._complete(chunk)
+        reader = SampleReader(self.pool, max_image_pixels=1)
+        try:
+            for chunk in chunks:
+                yield self._complete(chunk, reader)
+        finally:
+            reader.close()
 
     def __call__(self) -> Iterator[Chunk]:
         """All chunks: a selector's `ChunkSource`."""
@@ -72,10 +76,9 @@ class PoolChunks:
             at = rows[start : start + self.chunk_samples]
             yield Chunk(rows=at, uids=self.pool.uids[at])
 
-    def _complete(self, chunk: Chunk) -> Chunk:
+    def _complete(self, chunk: Chunk, reader: SampleReader) -> Chunk:
         captions = None
         if self.requires.captions:
-            reader = SampleReader(self.pool, max_image_pixels=1)
             captions = [_caption_or_empty(reader, int(row)) for row in chunk.rows]
         return Chunk(
             rows=chunk.rows,
@@ -124,7 +127,10 @@ def open_chunks(
 
 
 def _read_column(pool: Pool, requires: Requirements) -> np.ndarray | None:
-    """The external numbers of each row of the pool, float64 [n], NaN where there is none."""
+    """The external numbers of each row of the pool, float64 [n], NaN where there is none.
+
+    Of a uid that the file has twice, the first number counts.
+    """
     if requires.column is None:
         return None
     path, name = Path(requires.column.path), requires.column.column
@@ -155,7 +161,7 @@ def _read_column(pool: Pool, requires: Requirements) -> np.ndarray | None:
     if not present.any():
         raise InputError(f"None of the {len(uids)} uids in {path} is in the pool {pool.root}.")
     column = np.full(len(pool), np.nan)
-    column[rows[present]] = values[present]
+    column[rows[present][::-1]] = values[present][::-1]  # numpy keeps the last of equal indices
     return column
 
 

@@ -68,8 +68,10 @@ def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy raises zipfile, value, EOF and OS errors for a damaged file
         raise InputError(f"{path} is not a readable npy file: {error}.") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} must be a DataComp subset in npy format. It is an npz file.")
     if array.dtype != UID_DTYPE or array.ndim != 1:
         raise InputError(
             f"{path} must be a DataComp subset, one-dimensional with dtype 'u8,u8'. "

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from siftclip.datamodules.pool import Pool
 from siftclip.selectors.errors import InputError, require_int
 
 SUBSTITUTE_ATTEMPTS = 20
+MAX_OPEN_FILES = 256  # tars a process keeps open; 1,024 is a usual limit of the system
 _PURPOSE_AUGMENT = 3
 
 Request = tuple[int, int]  # (position in the order, row of the pool)
@@ -78,10 +81,19 @@ class SampleReader:
         self.pool, self.max_image_pixels = state
         self._files, self._process = {}, -1
 
+    def close(self) -> None:
+        """Close the files of this process. Reading again opens them anew."""
+        if self._process == os.getpid():
+            for file in self._files.values():
+                os.close(file)
+        self._files = {}
+
     def _pread(self, shard: int, size_bytes: int, offset_bytes: int) -> bytes:
         if self._process != os.getpid():  # a forked worker must not share file descriptors
             self._files, self._process = {}, os.getpid()
         if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))  # the one opened first
             try:
                 self._files[shard] = os.open(self.pool.shards[shard], os.O_RDONLY)
             except OSError as error:
@@ -133,6 +145,8 @@ class SampleReader:
             return image.convert("RGB")
         except BadSampleError:
             raise
+        except Image.DecompressionBombError:
+            raise BadSampleError("with more pixels than Pillow decodes") from None
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
             raise BadSampleError("whose image cannot be decoded") from error
 
@@ -143,8 +157,8 @@ class SampleDataset(Dataset[Batch]):
 
     Args:
         reader: of the pool.
-        transform: of the images. Its random numbers come from torch's global state, which is set
-            for every sample.
+        transform: of the images. Its random numbers come from the global states of torch, Python
+            and numpy (open_clip's colour jitter draws from Python's), set for every sample.
         tokenizer: of the captions.
         seed: of the augmentation and of the substitutes.
         substitutes: int64 [n], the rows to replace bad samples from; None keeps bad samples as
@@ -159,7 +173,7 @@ class SampleDataset(Dataset[Batch]):
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         # Loaders without workers run in the training process, whose state must not change.
-        with torch.random.fork_rng(devices=[]):
+        with _kept_random_states():
             samples = [self._load(position, row) for position, row in requests]
         images, captions, rows, faults = zip(*samples, strict=True)
         shape = next((image.shape for image in images if image is not None), None)
@@ -179,7 +193,7 @@ class SampleDataset(Dataset[Batch]):
             try:
                 caption = self.reader.read_caption(row)
                 image = self.reader.read_image(row)
-                torch.manual_seed(self._augment_seed(position))
+                self._seed_augmentation(position)
                 return self.transform(image), caption, row, faults
             except BadSampleError as error:
                 faults.append((str(error), self.reader.pool.place(row)))
@@ -192,9 +206,23 @@ class SampleDataset(Dataset[Batch]):
             "Is this the right pool?"
         )
 
-    def _augment_seed(self, position: int) -> int:
+    def _seed_augmentation(self, position: int) -> None:
         generator = derive_generator(self.seed, position, _PURPOSE_AUGMENT)
-        return int(generator.integers(2**63))
+        # not torch.manual_seed, which also sets the accelerators' states
+        torch.default_generator.manual_seed(int(generator.integers(2**63)))
+        random.seed(int(generator.integers(2**63)))
+        np.random.seed(int(generator.integers(2**32)))
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def first_item(batches: list[Batch]) -> Batch:

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,7 +20,10 @@ from siftclip.selectors.errors import InputError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # webdataset's rule: the key is everything before the first dot of the file's name.
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+META_NAME = re.compile(r"^__[^/]*__($|/)")  # not samples, by webdataset's rule
 INDEX_VERSION = 1
+# tarfile lets the last three out for headers with impossible numbers
+TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,33 +54,37 @@ class TruncatedTarError(Exception):
 def walk_tar(path: Path) -> Iterator[TarSample]:
     """Yield the samples of a tar in order: consecutive members with the same key.
 
-    Members whose name has no dot, folders and links are passed over, as webdataset does.
+    Members whose name has no dot or is `__like_this__`, folders and links are passed over, as
+    webdataset does.
 
     Raises:
         InputError: the file cannot be opened as a tar.
         TruncatedTarError: the file ends inside a member. The sample which the cut runs through
-            is not given out.
+            is not given out. A damaged header counts as a cut.
     """
-    size_bytes = path.stat().st_size
     try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115 - closed by the `with` below
-    except (tarfile.TarError, OSError) as error:
+        size_bytes = path.stat().st_size
+        # Names that are not UTF-8 become printable, so that messages can show them.
+        archive = tarfile.open(  # noqa: SIM115 - closed by the `with` below
+            path, "r:", encoding="utf-8", errors="backslashreplace"
+        )
+    except TAR_ERRORS as error:
         raise InputError(f"{path} must be an uncompressed tar file: {error}.") from None
     key, members = "", list[Member]()
     with archive:
         while True:
             try:
                 info = archive.next()
-            except tarfile.TarError as error:
+            except TAR_ERRORS as error:
                 raise TruncatedTarError(f"{path} ends after {size_bytes} bytes: {error}") from None
             if info is None:
                 break
-            if info.isfile() and info.offset_data + info.size > size_bytes:
+            if info.isfile() and not 0 <= info.size <= size_bytes - info.offset_data:
                 raise TruncatedTarError(
                     f"{path} ends after {size_bytes} bytes, inside the member {info.name!r}"
                 )
             match = MEMBER_NAME.match(info.name) if info.isfile() else None
-            if match is None:
+            if match is None or META_NAME.match(info.name):
                 continue
             if match[1] != key and members:
                 yield TarSample(key=key, members=tuple(members))
@@ -127,7 +135,7 @@ def build_shard_index(path: Path) -> ShardIndex:
     keys: list[str] = []
     places: list[tuple[int, int, int, int]] = []
     derived_uids, truncated = 0, False
-    with path.open("rb") as file:
+    with _open_file(path) as file:
         try:
             for sample in walk_tar(path):
                 image = sample.find(*IMAGE_SUFFIXES)
@@ -165,14 +173,21 @@ def build_shard_index(path: Path) -> ShardIndex:
     )
 
 
-def _read_uid(file: object, member: Member | None) -> str | None:
+def _open_file(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _read_uid(file: BinaryIO, member: Member | None) -> str | None:
     """The `uid` of a sample's JSON: None without one, "" where the JSON cannot be read."""
     if member is None:
         return None
-    file.seek(member.offset_bytes)  # type: ignore[attr-defined]  # a binary file
+    file.seek(member.offset_bytes)
     try:
-        record = json.loads(file.read(member.size_bytes))  # type: ignore[attr-defined]
-    except ValueError:
+        record = json.loads(file.read(member.size_bytes))
+    except (ValueError, RecursionError):
         return ""
     uid = record.get("uid") if isinstance(record, dict) else None
     return None if uid is None else str(uid)
@@ -183,7 +198,10 @@ def load_shard_index(path: Path, cache_path: Path) -> ShardIndex:
 
     "This very file" means equal size and modification time, so that a changed shard is noticed.
     """
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:  # a dangling link, for one
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     stamp = np.asarray([INDEX_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
     if cache_path.exists():
         index = _read_cached(cache_path, stamp)

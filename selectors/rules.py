@@ -69,7 +69,7 @@ class AsGiven:
     """The scores are multiplicities already: whole numbers of at least 0; NaN means 0."""
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
-        counts = np.nan_to_num(scores, nan=0.0)
-        if (counts < 0).any() or (counts != np.floor(counts)).any():
+        counts = np.where(np.isnan(scores), 0, scores)
+        if (counts < 0).any() or not np.isfinite(counts).all() or (counts % 1 != 0).any():
             raise InputError("Multiplicities must be whole numbers of at least 0.")
         return counts.astype(np.int64)

@@ -30,7 +30,7 @@ def uniform_score(uids: np.ndarray, seed: int) -> np.ndarray:
         uids: uint64 [n, 2].
         seed: any integer of at least 0.
     """
-    state = mix64(np.asarray([seed], dtype=np.uint64))
+    state = mix64(np.asarray([seed % 2**64], dtype=np.uint64))
     bits = mix64(mix64(uids[:, 0] ^ state) ^ uids[:, 1])
     return ((bits >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
@@ -33,26 +32,13 @@ from siftclip.datamodules.streaming import (
 )
 from siftclip.eval.evaluate import fingerprint
 from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.lightning_setup import make_trainer
+from siftclip.trainer.lightning_setup import make_fabric
 from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.stages import clip_model_from, features_folder, plain, pool_from, worker_count
 
 log = logging.getLogger(__name__)
 
 MANIFEST_NAME = "features.json"
-
-
-class Embedding(LightningModule):
-    """Gives unit features of a batch, float16 as DataComp stores them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        image = self.model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
-        text = self.model.encode_text(batch.tokens, normalize=True)  # type: ignore[operator]
-        return image.half().cpu(), text.half().cpu()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,49 +63,6 @@ class ShardSampler(Sampler[list[Request]]):
             yield [(row, row) for row in rows.tolist()]
 
 
-class FeatureWriter(Callback):
-    """Gathers the features of a shard and writes them when it is complete."""
-
-    def __init__(self, pool: Pool, folder: Path, name: str) -> None:
-        self.pool = pool
-        self.folder = folder
-        self.name = name
-        self.faults = FaultLog()
-        self._parts: list[tuple[Tensor, Tensor]] = []
-        self._samples = 0
-
-    def on_predict_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        image, text = outputs
-        invalid = ~batch.valid.cpu()
-        image[invalid] = torch.nan
-        text[invalid] = torch.nan
-        for cause, place in batch.faults:
-            self.faults.add(cause, place)
-        self._parts.append((image, text))
-        self._samples += len(image)
-        shard = int(self.pool.shard_of_row[int(batch.rows[0])])
-        rows = self.pool.shard_rows(shard)
-        if self._samples == len(rows):
-            images, texts = (torch.cat(parts).numpy() for parts in zip(*self._parts, strict=True))
-            write_npz(
-                feature_path(self.folder, self.pool, shard),
-                **{
-                    "uids": self.pool.uids[rows],
-                    f"{self.name}_img": images,
-                    f"{self.name}_txt": texts,
-                },
-            )
-            self._parts, self._samples = [], 0
-
-
 def feature_path(folder: Path, pool: Pool, shard: int) -> Path:
     """Where the features of a shard are."""
     return folder / f"{pool.shards[shard].stem}.npz"
@@ -141,40 +84,65 @@ def embed_stage(config: DictConfig) -> Path:
             "The features that a pool's metadata brings need no embedding."
         )
     batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
-    clip = clip_model_from(config.features.model, "features.model")
+    clip = clip_model_from(config.features.model, "features.model", trained=True)
     pool = pool_from(config)
     folder = features_folder(config)
     if folder is None:
         raise RuntimeError("features with a model always have a folder")
     name = str(config.features.name)
     _claim(folder, _manifest(config, clip, pool))
-    shards = [
-        shard for shard in range(len(pool.shards)) if not feature_path(folder, pool, shard).exists()
-    ]
-    if not shards:
-        log.info("features are complete: %s", folder)
-        return folder
-    writer = FeatureWriter(pool, folder, name)
-    trainer = make_trainer(
-        config,
-        folder=folder,
-        callbacks=[writer, *([TQDMProgressBar(refresh_rate=5)] if config.progress else [])],
-        loggers=[],
-        enable_checkpointing=False,
+    todo = [n for n in range(len(pool.shards)) if not feature_path(folder, pool, n).exists()]
+    fabric = make_fabric(config)
+    fabric.launch()
+    mine = todo[fabric.global_rank :: fabric.world_size]
+    faults = FaultLog()
+    loader = _loader(config, clip, pool, mine, batch_size, fabric.device.type == "cuda")
+    bar = tqdm(loader, desc="embed", unit="batch", disable=not config.progress, leave=False)
+    model = clip.model.to(fabric.device).eval()
+    parts: list[tuple[Tensor, Tensor]] = []
+    for batch in bar if mine else []:
+        with fabric.autocast():
+            parts.append(embed_batch(model, batch.to(fabric.device, non_blocking=True)))
+        for cause, place in batch.faults:
+            faults.add(cause, place)
+        rows = pool.shard_rows(int(pool.shard_of_row[int(batch.rows[0])]))
+        if int(batch.rows[-1]) == rows[-1]:
+            _write_shard(folder, pool, rows, name, parts)
+            parts = []
+    if faults.samples:
+        log.warning("embed: without features %s", faults.summary())
+    faults.check(
+        owner=f"embed {pool.root}",
+        total=sum(len(pool.shard_rows(shard)) for shard in mine),
+        max_bad_fraction=config.pool.max_bad_fraction,
     )
-    mine = shards[trainer.global_rank :: trainer.world_size]
-    trainer.predict(
-        Embedding(clip.model.eval()),
-        _loader(config, clip, pool, mine, batch_size, trainer.strategy.root_device.type == "cuda"),
-        return_predictions=False,
-    )
-    if writer.faults.samples:
-        log.warning("embed: without features %s", writer.faults.summary())
-    embedded = sum(len(pool.shard_rows(shard)) for shard in mine)
-    writer.faults.check(
-        owner=f"embed {pool.root}", total=embedded, max_bad_fraction=config.pool.max_bad_fraction
-    )
+    fabric.barrier()  # the features are complete when any rank returns
     return folder
+
+
+@torch.no_grad()
+def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Unit image and text features of a batch, float16 [b, d] on the CPU; NaN for bad samples.
+
+    float16 is how DataComp stores features.
+    """
+    image = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
+    text = model.encode_text(batch.tokens, normalize=True)  # type: ignore[operator]
+    invalid = ~batch.valid[:, None]
+    return (
+        image.masked_fill(invalid, torch.nan).half().cpu(),
+        text.masked_fill(invalid, torch.nan).half().cpu(),
+    )
+
+
+def _write_shard(
+    folder: Path, pool: Pool, rows: np.ndarray, name: str, parts: list[tuple[Tensor, Tensor]]
+) -> None:
+    image, text = (torch.cat(features).numpy() for features in zip(*parts, strict=True))
+    write_npz(
+        feature_path(folder, pool, int(pool.shard_of_row[rows[0]])),
+        **{"uids": pool.uids[rows], f"{name}_img": image, f"{name}_txt": text},
+    )
 
 
 def _loader(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Fabric, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -25,6 +25,8 @@ _QUIET = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*treespec.*LeafSpec.*",
+    # The loader starts at the trainer's step; Lightning cannot know that.
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
 )
 
 
@@ -99,6 +101,25 @@ def make_trainer(
         TypeError,
         RuntimeError,
     ) as error:  # MisconfigurationException is a ValueError
+        raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
+
+
+def make_fabric(config: DictConfig) -> Fabric:
+    """Lightning Fabric on the configured devices, for work without training.
+
+    Raises:
+        InputError: an option of the configuration is not one that Lightning knows.
+    """
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    settings = config.trainer
+    try:
+        return Fabric(
+            accelerator=settings.accelerator,
+            devices=resolve_devices(settings.devices),
+            num_nodes=settings.num_nodes,
+            precision=resolve_precision(settings.precision),  # type: ignore[arg-type]  # checked
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
 
 

@@ -8,26 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
-from siftclip.datamodules.files import append_jsonl
+from siftclip.datamodules.files import append_jsonl, atomic_path, read_jsonl
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.run_dir import METRICS_NAME, is_rank_zero
 
 WANDB_MODES = ("auto", "online", "offline")
 
 
-class JsonlLogger(Logger):
-    """Appends every record to `metrics.jsonl` in the run directory, with step and wall time."""
+class FileLogger(Logger):
+    """Appends every record to `metrics.jsonl`, and ends with the same as a table, `metrics.csv`.
+
+    Lightning's CSVLogger deletes what an interrupted run has written when that run continues.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.path = folder / METRICS_NAME
+        self.folder = folder
 
     @property
     def name(self) -> str:
-        return self.path.parent.name
+        return self.folder.name
 
     @property
     def version(self) -> str:
@@ -35,10 +39,20 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        append_jsonl(self.path, {"step": step, "time": round(time.time(), 3), **metrics})
+        record = {"step": step, "time": round(time.time(), 3), **metrics}
+        append_jsonl(self.folder / METRICS_NAME, record)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `config.yaml` in the run directory holds them."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the table: a row a step, the last value where a step was logged again."""
+        rows: dict[int, dict[str, Any]] = {}
+        for record in read_jsonl(self.folder / METRICS_NAME):
+            rows.setdefault(record["step"], {}).update(record)
+        with atomic_path(self.folder / "metrics.csv") as temporary:
+            pd.DataFrame([rows[step] for step in sorted(rows)]).to_csv(temporary, index=False)
 
 
 def wandb_is_offline(mode: str) -> bool:
@@ -68,7 +82,7 @@ def make_loggers(
     config: Mapping[str, Any] | None = None,
 ) -> list[Logger]:
     """The loggers of the run in `folder`. After a restart wandb continues that folder's run."""
-    loggers: list[Logger] = [JsonlLogger(folder), CSVLogger(folder, name="", version="")]
+    loggers: list[Logger] = [FileLogger(folder)]
     if wandb_enabled:
         loggers.append(
             WandbLogger(

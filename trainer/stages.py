@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.datamodules.clip_models import ClipModel, load_clip_model
+from siftclip.datamodules.clip_models import ClipModel, holds_weights, load_clip_model
 from siftclip.datamodules.pool import Coverage, Pool, default_cache, metadata_coverage, open_pool
 from siftclip.datamodules.scoring import (
     PoolChunks,
@@ -78,14 +78,30 @@ def features_folder(config: DictConfig) -> Path | None:
     return pool_cache(config) / "features" / str(config.features.name)
 
 
-def clip_model_from(node: DictConfig, option: str) -> ClipModel:
-    """Build the open_clip model that a `model` node of the configuration describes."""
+def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> ClipModel:
+    """Build the open_clip model that a `model` node of the configuration describes.
+
+    Args:
+        node: the node.
+        option: its name, for messages.
+        trained: refuse random weights, where nobody can want them.
+
+    Raises:
+        InputError: the model is missing or cannot be built.
+    """
     if OmegaConf.is_missing(node, "name"):
         raise InputError(
             f"{option}.name must name a model: one of open_clip's, a run directory, or a folder."
         )
+    name = str(node.name)
+    has_weights = node.pretrained is not None or holds_weights(name)
+    if trained and not has_weights:
+        raise InputError(
+            f"{option}.pretrained must be an open_clip tag or a checkpoint file, since "
+            f"{option}.name={name!r} brings no weights and random ones would be used. Got null."
+        )
     return load_clip_model(
-        str(node.name),
+        name,
         pretrained=node.pretrained,
         architecture=plain(node.architecture),
         augmentation=plain(node.get("augmentation")),

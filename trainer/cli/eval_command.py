@@ -16,7 +16,7 @@ from siftclip.trainer.stages import clip_model_from, output_root
 def main(config: DictConfig) -> None:
     """Evaluate and print the table."""
     tasks_from(config)  # before a model is loaded
-    clip = clip_model_from(config.model, "model")
+    clip = clip_model_from(config.model, "model", trained=True)
     run = RunDir(path=Path(str(config.model.name)))
     results = run.results
     if not run.has_model:  # not a run directory

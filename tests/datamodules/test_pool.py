@@ -1,0 +1,147 @@
+"""What a pool is: rows, shards, layouts, identity, repeated uids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from siftclip.datamodules.pool import (
+    Pool,
+    default_cache,
+    metadata_coverage,
+    metadata_folder,
+)
+from siftclip.datamodules.uids import derive_uid, format_uid
+
+Make = Callable[..., Any]
+Load = Callable[..., Pool]
+
+
+def hex_uids(pool: Pool) -> list[str]:
+    return [format_uid(uid) for uid in pool.uids]
+
+
+def test_rows_follow_shards_in_order_of_name(
+    make_samples: Make, write_pool: Make, load_pool: Load
+) -> None:
+    samples = make_samples(10)
+    pool = load_pool(write_pool(samples, shards=3))
+    assert len(pool) == 10
+    assert [shard.name for shard in pool.shards] == [f"0000000{i}.tar" for i in range(3)]
+    assert hex_uids(pool) == [sample.uid for sample in samples]
+    assert pool.keys.tolist() == [sample.key for sample in samples]
+    assert pool.shard_of_row.tolist() == [0] * 4 + [1] * 3 + [2] * 3
+    assert [pool.shard_rows(i).tolist() for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert pool.place(5) == "00000001.tar:000000005"
+    assert pool.faults.samples == 0
+    assert pool.table.find(pool.uids).tolist() == list(range(10))
+
+
+def test_flat_layout_is_the_same_pool(
+    make_samples: Make, write_pool: Make, load_pool: Load
+) -> None:
+    samples = make_samples(6)
+    nested = load_pool(write_pool(samples, folder="nested"), cache="a")
+    flat = load_pool(write_pool(samples, folder="flat", layout="flat"), cache="b")
+    assert flat.fingerprint == nested.fingerprint
+    assert np.array_equal(flat.uids, nested.uids)
+
+
+def test_fingerprint_depends_on_content_not_on_place(
+    make_samples: Make, write_pool: Make, load_pool: Load
+) -> None:
+    samples = make_samples(6)
+    root = write_pool(samples, folder="first")
+    fingerprint = load_pool(root, cache="a").fingerprint
+    assert load_pool(root, cache="a").fingerprint == fingerprint  # from the cached index
+    moved = root.rename(root.parent / "second")
+    os.utime(moved / "shards" / "00000000.tar", ns=(1, 1))
+    assert load_pool(moved, cache="b").fingerprint == fingerprint
+
+    others = [
+        write_pool(samples, folder="cut otherwise", shards=3),
+        write_pool(samples[:-1], folder="one less"),
+        write_pool(make_samples(6, start=1), folder="other uids"),
+        write_pool([samples[1], samples[0], *samples[2:]], folder="other order"),
+    ]
+    found = {load_pool(other, cache=other.name).fingerprint for other in others}
+    assert len(found | {fingerprint}) == 5
+
+
+def test_img2dataset_folder_without_uids_gets_derived_ones(
+    make_samples: Make, write_pool: Make, load_pool: Load
+) -> None:
+    samples = make_samples(4)
+    for sample in samples:
+        sample.record = b'{"key": "%s", "status": "success"}' % sample.key.encode()
+    root = write_pool(samples, layout="flat")
+    (root / "00000000_stats.json").write_text("{}")
+    pool = load_pool(root)
+    assert hex_uids(pool) == [
+        derive_uid(f"0000000{i // 2}.tar", sample.key) for i, sample in enumerate(samples)
+    ]
+
+
+def test_first_of_repeated_uids_is_used(
+    make_samples: Make,
+    write_pool: Make,
+    load_pool: Load,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    samples = make_samples(9)
+    samples[3].record = samples[1].record  # in the same shard
+    samples[8].record = samples[1].record  # in the last shard
+    samples[5].record = samples[4].record
+    pool = load_pool(write_pool(samples, shards=2))
+    assert pool.keys.tolist() == [samples[i].key for i in (0, 1, 2, 4, 6, 7)]
+    assert len(set(hex_uids(pool))) == len(pool) == 6
+    assert pool.shard_rows(0).tolist() == [0, 1, 2, 3]
+    assert pool.shard_rows(1).tolist() == [4, 5]
+    assert pool.table.find(pool.uids).tolist() == list(range(6))
+    assert "3 samples repeat a uid; the first of each is used" in caplog.text
+
+
+def test_shard_without_samples_has_no_rows(
+    make_samples: Make, write_pool: Make, write_tar: Make, load_pool: Load
+) -> None:
+    root = write_pool(make_samples(4))
+    write_tar(root / "shards" / "00000000a.tar", [])
+    pool = load_pool(root)
+    assert [len(pool.shard_rows(i)) for i in range(3)] == [2, 0, 2]
+
+
+def test_coverage_of_metadata(
+    make_samples: Make, write_pool: Make, write_metadata: Make, load_pool: Load
+) -> None:
+    samples = make_samples(8)
+    root = write_pool(samples[:6])
+    assert metadata_coverage(load_pool(root)) is None
+    write_metadata(root / "metadata", [sample.uid for sample in samples])
+    coverage = metadata_coverage(load_pool(root))
+    assert coverage is not None
+    assert (coverage.named, coverage.present) == (8, 6)
+    assert str(coverage) == "6 of 8 (75.0 %)"
+    assert metadata_folder(root) == root / "metadata"
+
+
+def test_metadata_folder_of_img2dataset_is_beside_the_tars(
+    make_samples: Make, write_pool: Make
+) -> None:
+    samples = make_samples(2)
+    assert metadata_folder(write_pool(samples, folder="a", layout="flat")).name == "a"
+    assert metadata_folder(write_pool(samples, folder="b")).name == "shards"
+
+
+def test_cache_lies_in_the_pool_or_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert default_cache(tmp_path) == tmp_path / ".siftclip"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    at_home = default_cache(tmp_path)
+    assert at_home.is_relative_to(Path.home() / ".cache" / "siftclip")
+    assert at_home != default_cache(tmp_path / "other")

@@ -1,0 +1,175 @@
+"""The order of samples is a pure function of (seed, rows, step), and exact in what it shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siftclip.datamodules.order import SampleOrder, derive_generator, rank_batch_size, substitute
+from siftclip.datamodules.streaming import OrderSampler
+from siftclip.selectors.errors import InputError
+
+MULTIPLICITIES = st.lists(st.integers(1, 4), min_size=1, max_size=25)
+SEEDS = st.integers(0, 2**40)
+
+
+def make_rows(multiplicities: list[int]) -> np.ndarray:
+    """Rows 3, 6, 9, ..., repeated."""
+    rows = 3 * np.arange(1, len(multiplicities) + 1, dtype=np.int64)
+    return np.repeat(rows, multiplicities)
+
+
+def make_order(rows: np.ndarray, seed: int, batch: int) -> SampleOrder:
+    return SampleOrder(rows=rows, seed=seed, global_batch=batch)
+
+
+def stream(order: SampleOrder, steps: int) -> list[int]:
+    return [row for step in range(steps) for row in order.batch(step)[1].tolist()]
+
+
+@given(MULTIPLICITIES, SEEDS, st.integers(1, 40))
+def test_each_pass_shows_each_row_as_often_as_it_was_selected(
+    multiplicities: list[int], seed: int, batch: int
+) -> None:
+    rows = make_rows(multiplicities)
+    order = make_order(rows, seed, batch)
+    shown = stream(order, -(-3 * len(rows) // batch))
+    for number in range(3):
+        one_pass = shown[number * len(rows) : (number + 1) * len(rows)]
+        assert sorted(one_pass) == rows.tolist()
+    # so over any prefix a row has been shown between floor and ceil of its share of the passes
+    for length in range(0, len(shown) + 1, 7):
+        counts = Counter(shown[:length])
+        for row, multiplicity in Counter(rows.tolist()).items():
+            passes = length // len(rows)
+            assert passes * multiplicity <= counts[row] <= (passes + 1) * multiplicity
+
+
+@given(MULTIPLICITIES, SEEDS, st.sampled_from([4, 8, 12]), st.integers(0, 30))
+def test_ranks_share_the_global_batch(
+    multiplicities: list[int], seed: int, batch: int, step: int
+) -> None:
+    order = make_order(make_rows(multiplicities), seed, batch)
+    positions, rows = order.batch(step)
+    assert positions.tolist() == list(range(step * batch, (step + 1) * batch))
+    assert rows.shape == (batch,)
+    for world_size in (1, 2, 4):
+        parts = [order.rank_batch(step, rank=r, world_size=world_size) for r in range(world_size)]
+        assert {len(part_rows) for _, part_rows in parts} == {batch // world_size}
+        assert np.concatenate([p for p, _ in parts]).tolist() == positions.tolist()
+        assert np.concatenate([r for _, r in parts]).tolist() == rows.tolist()
+
+
+@given(MULTIPLICITIES, SEEDS, st.integers(1, 40), st.permutations(range(6)))
+def test_any_step_can_come_first(
+    multiplicities: list[int], seed: int, batch: int, steps: list[int]
+) -> None:
+    rows = make_rows(multiplicities)
+    through = make_order(rows, seed, batch)
+    expected = [through.batch(step)[1].tolist() for step in range(6)]
+    jumping = make_order(rows, seed, batch)
+    for step in steps:
+        assert jumping.batch(step)[1].tolist() == expected[step]
+        assert make_order(rows, seed, batch).batch(step)[1].tolist() == expected[step]
+
+
+@given(SEEDS, st.integers(1, 16), st.integers(1, 16))
+def test_batch_size_does_not_change_the_sequence(seed: int, first: int, second: int) -> None:
+    rows = make_rows([1] * 13)
+    length = min(6 * first, 6 * second)
+    shown = [stream(make_order(rows, seed, batch), 6)[:length] for batch in (first, second)]
+    assert shown[0] == shown[1]
+
+
+def test_passes_and_seeds_differ() -> None:
+    rows = make_rows([1] * 40)
+    shown = set()
+    for seed in range(5):
+        order = make_order(rows, seed, 40)
+        shown |= {tuple(order.batch(step)[1].tolist()) for step in range(5)}
+    assert len(shown) == 25
+
+
+def test_positions_in_a_pass_are_uniform() -> None:
+    """Each row is equally often at each place: chi-square over 2,000 passes of 8 rows."""
+    passes, n = 2000, 8
+    order = make_order(np.arange(n, dtype=np.int64), 0, n)
+    counts = np.zeros((n, n))
+    for step in range(passes):
+        counts[np.arange(n), order.batch(step)[1]] += 1
+    expected = passes / n
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 49 + 4 * np.sqrt(2 * 49)  # (n - 1)**2 degrees of freedom, four deviations
+
+
+def test_rows_are_not_modified() -> None:
+    rows = make_rows([1, 2, 3])
+    original = rows.copy()
+    stream(make_order(rows, 0, 4), 5)
+    assert np.array_equal(rows, original)
+
+
+def test_batch_larger_than_the_selection_spans_passes() -> None:
+    order = make_order(make_rows([1, 1, 1]), 0, 7)
+    assert sorted(stream(order, 3)) == [3] * 7 + [6] * 7 + [9] * 7
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(5, 2), (6, 4), (1, 2)])
+def test_batch_that_cannot_be_shared_is_refused(batch: int, world_size: int) -> None:
+    with pytest.raises(
+        InputError,
+        match=rf"scale.global_batch_size must be a multiple of the {world_size} .*Got {batch}\.",
+    ):
+        rank_batch_size(batch, world_size)
+    with pytest.raises(InputError, match=r"scale.global_batch_size"):
+        make_order(make_rows([1]), 0, batch).rank_batch(0, rank=0, world_size=world_size)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 19))
+def test_substitutes_are_pure_and_come_from_the_selection(
+    seed: int, position: int, attempt: int
+) -> None:
+    rows = make_rows([1, 1, 2, 1])
+    row = substitute(rows, seed=seed, position=position, attempt=attempt)
+    assert row in rows
+    assert row == substitute(rows, seed=seed, position=position, attempt=attempt)
+
+
+def test_substitutes_vary_with_seed_position_and_attempt() -> None:
+    rows = np.arange(10**6)
+    base: dict[str, Any] = {"seed": 1, "position": 1, "attempt": 1}
+    drawn = {substitute(rows, **base)}
+    for name in base:
+        drawn |= {substitute(rows, **{**base, name: value}) for value in range(2, 12)}
+    assert len(drawn) == 31
+
+
+def test_generators_of_different_words_differ() -> None:
+    words = [(0, 1), (1, 0), (0, 0, 1), (0, 1, 1), (2**32, 7), (1, 1), (0, 2), (0, 3)]
+    assert len({int(derive_generator(*w).integers(2**63)) for w in words}) == len(words)
+
+
+@given(st.integers(0, 9), st.sampled_from([1, 2, 4]))
+def test_sampler_resumes_where_it_was_stopped(start_step: int, world_size: int) -> None:
+    def requests(rank: int, start: int) -> list[list[tuple[int, int]]]:
+        sampler = OrderSampler(
+            order=make_order(make_rows([2, 1, 1, 1]), 3, 8),
+            start_step=start,
+            total_steps=9,
+            rank=rank,
+            world_size=world_size,
+        )
+        assert len(sampler) == 9
+        return list(sampler)
+
+    for rank in range(world_size):
+        whole = requests(rank, 0)
+        assert len(whole) == 9
+        assert {len(batch) for batch in whole} == {8 // world_size}
+        assert requests(rank, start_step) == whole[start_step:]
+        assert all(type(number) is int for batch in whole for pair in batch for number in pair)

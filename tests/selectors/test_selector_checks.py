@@ -1,0 +1,239 @@
+"""The checks of the contract fail on selectors that break it: one bad selector for each clause."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from siftclip.selectors import checks
+from siftclip.selectors.base import (
+    Choice,
+    Chunk,
+    ChunkSource,
+    ExternalColumn,
+    Requirements,
+    ScoreSelector,
+    Selector,
+)
+from siftclip.selectors.checks import SelectorFactory
+from siftclip.selectors.rules import TopFraction
+from siftclip.selectors.uniform import uniform_score
+
+
+class Sound(ScoreSelector):
+    """Keeps the contract; the bad ones below break one clause of it each."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**(options or {"fraction": 0.3}))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(uniform_score(chunk.uids, 0))
+
+
+class Changed(Sound):
+    """Spoils the answer of a sound selector."""
+
+    def change(self, choice: Choice) -> Choice:
+        raise NotImplementedError
+
+    def select(self, source: ChunkSource) -> Choice:
+        return self.change(super().select(source))
+
+
+class ShortRows(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(rows=choice.rows.astype(np.int32), multiplicities=choice.multiplicities)
+
+
+class TwiceTheFirst(Changed):
+    def change(self, choice: Choice) -> Choice:
+        rows = np.maximum(choice.rows, 1)
+        return Choice(rows=rows, multiplicities=choice.multiplicities)
+
+
+class LeavesOneOut(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(rows=choice.rows[1:], multiplicities=choice.multiplicities[1:])
+
+
+class BoolMask(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(rows=choice.rows, multiplicities=choice.multiplicities > 0)
+
+
+class NegativeCounts(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(rows=choice.rows, multiplicities=choice.multiplicities * 2 - 1)
+
+
+class KeepsNothing(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(rows=choice.rows, multiplicities=choice.multiplicities * 0)
+
+
+class DoubleScores(Changed):
+    def change(self, choice: Choice) -> Choice:
+        assert choice.scores is not None
+        scores = choice.scores.astype(np.float64)
+        return Choice(rows=choice.rows, multiplicities=choice.multiplicities, scores=scores)
+
+
+class TorchGlobal(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.rand(len(chunk))
+
+
+class NumpyGlobal(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(np.random.rand(len(chunk)).astype(np.float32))
+
+
+class PythonGlobal(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.tensor([random.random() for _ in range(len(chunk))])
+
+
+class RelativeToChunk(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        scores = super().score(chunk)
+        return scores - scores.mean()
+
+
+class PrefersEarly(Sound):
+    """Ties go to the samples that come first, not to the smaller uids."""
+
+    def select(self, source: ChunkSource) -> Choice:
+        rows = np.concatenate([chunk.rows for chunk in source()])
+        kept = np.zeros(len(rows), dtype=np.int64)
+        kept[: len(rows) // 2] = 1
+        return Choice(rows=rows, multiplicities=kept)
+
+
+class RowsInPlace(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        chunk.rows[:] = chunk.rows[::-1].copy()
+        return super().score(chunk)
+
+
+class UidsInPlace(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        chunk.uids[0] += np.uint64(1)
+        return super().score(chunk)
+
+
+class FeaturesInPlace(Sound):
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=("l14_img",))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return chunk.features["l14_img"].mul_(2.0).float().sum(dim=1)
+
+
+class ColumnInPlace(Sound):
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(column=ExternalColumn(path="a.parquet", column="a"))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        assert chunk.column is not None
+        np.add(chunk.column, 1, out=chunk.column)
+        return torch.from_numpy(chunk.column.astype(np.float32))
+
+
+class CaptionsInPlace(Sound):
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(captions=True)
+
+    def score(self, chunk: Chunk) -> Tensor:
+        assert chunk.captions is not None
+        chunk.captions.sort()
+        return super().score(chunk)
+
+
+class HoldsLambda(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform = lambda scores: scores
+
+
+class ForgetsSettings(Sound):
+    """Loses its seed when it is pickled."""
+
+    seed = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rule": self.rule, "seed": 2}
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(uniform_score(chunk.uids, self.seed))
+
+
+class KeepsUnjudged(Sound):
+    def __init__(self) -> None:
+        best = TopFraction(0.9)
+        super().__init__(rule=lambda scores, uids: best(np.nan_to_num(scores), uids))
+
+
+class NeedsTwo(Sound):
+    def select(self, source: ChunkSource) -> Choice:
+        choice = super().select(source)
+        assert len(choice.rows) > 1, "the variance of one sample is not defined"
+        return choice
+
+
+BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] = [
+    (ShortRows, checks.check_answer, "rows must be int64"),
+    (TwiceTheFirst, checks.check_answer, "exactly once"),
+    (LeavesOneOut, checks.check_answer, "exactly once"),
+    (BoolMask, checks.check_answer, "multiplicities must be int64"),
+    (NegativeCounts, checks.check_answer, "at least 0"),
+    (KeepsNothing, checks.check_answer, "nothing was kept"),
+    (DoubleScores, checks.check_answer, "scores must be float32"),
+    (TorchGlobal, checks.check_deterministic, "torch's global random state"),
+    (NumpyGlobal, checks.check_deterministic, "numpy's global random state"),
+    (PythonGlobal, checks.check_deterministic, None),
+    (RelativeToChunk, checks.check_chunk_size, None),
+    (PrefersEarly, checks.check_sample_order, None),
+    (RowsInPlace, checks.check_input_untouched, None),
+    (UidsInPlace, checks.check_input_untouched, None),
+    (FeaturesInPlace, checks.check_input_untouched, "features 'l14_img' were modified"),
+    (ColumnInPlace, checks.check_input_untouched, None),
+    (CaptionsInPlace, checks.check_input_untouched, None),
+    (ForgetsSettings, checks.check_picklable, None),
+    (KeepsUnjudged, checks.check_unjudged, "NaN were kept"),
+    (NeedsTwo, checks.check_single_sample, None),
+]
+
+
+def test_sound_selector_passes() -> None:
+    checks.check_selector(Sound)
+
+
+@pytest.mark.parametrize(("bad", "check", "message"), BAD, ids=[bad.__name__ for bad, _, _ in BAD])
+def test_bad_selector_fails(
+    bad: type[Selector], check: Callable[[SelectorFactory], None], message: str | None
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(bad)
+
+
+def test_selector_that_cannot_be_pickled_fails() -> None:
+    with pytest.raises(Exception, match=r"(?i)pickle"):
+        checks.check_picklable(HoldsLambda)
+
+
+def test_every_check_has_a_bad_selector() -> None:
+    assert {check for _, check, _ in BAD} == set(checks.CHECKS)
+
+
+def test_check_selector_names_the_check_that_failed() -> None:
+    with pytest.raises(AssertionError, match="^check_sample_order: "):
+        checks.check_selector(PrefersEarly)

@@ -1,0 +1,250 @@
+"""Every file under configs/ composes with every command, and what the help texts say is true."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.selectors.base import Selector
+from siftclip.trainer.cli.main import COMMANDS
+from siftclip.trainer.stages import clip_model_from, selector_from
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SHARED = "siftclip"  # what all commands build on
+
+# One value for each option that a file leaves open (???).
+VALUES = {
+    "pool.root": "/data/pool",
+    "features.name": "mine",
+    "features.model.name": "ViT-B-32",
+    "model.name": "ViT-B-32",
+    "selector.path": "subset.npy",
+    "selector.plugin": "clip_score",  # the package registers it as the example of the group
+}
+WITHOUT_POOL = ("eval", "demo")  # these do without pool.root
+
+# How many there were when this was written: a test that finds none would pass.
+AT_LEAST = {"experiment": 4, "model": 4, "scale": 3, "selector": 4}
+
+
+def groups() -> dict[str, list[str]]:
+    """The options of every group."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        group = path.parent.relative_to(CONFIGS).as_posix()
+        if group != ".":
+            found.setdefault(group, []).append(path.stem)
+    return found
+
+
+GROUPS = groups()
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+
+
+def combinations() -> Iterator[list[str]]:
+    """Overrides that name every option once: alone where it sets other groups, else together."""
+    alone = ("experiment", "scale")
+    yield from ([f"{group}={option}"] for group, option in OPTIONS if group in alone)
+    together = [
+        [f"{group}={option}" for option in options]
+        for group, options in GROUPS.items()
+        if group not in alone
+    ]
+    for row in itertools.zip_longest(*together):
+        yield [override for override in row if override is not None]
+
+
+@pytest.fixture(autouse=True)
+def hydra_tree() -> Iterator[None]:
+    """Hydra, initialised as the commands do it, and left as if nothing had been."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("siftclip.configs", version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def open_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of what is `???` in plain, unresolved values."""
+    for key, value in node.items():
+        if value == "???":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from open_keys(value, f"{prefix}{key}.")
+
+
+def fill(config: DictConfig) -> set[str]:
+    """Give every option that is left open a value, and say which these were."""
+    missing = set(open_keys(OmegaConf.to_container(config, resolve=False)))
+    for key in missing:
+        OmegaConf.update(config, key, VALUES[key])
+    return missing
+
+
+def composed(command: str, *overrides: str) -> DictConfig:
+    """The configuration of a command, nothing left open."""
+    config = compose(config_name=command, overrides=list(overrides))
+    fill(config)
+    return config
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The same as plain values; a missing value or a dangling interpolation fails."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def template(command: str) -> str:
+    """What `siftclip COMMAND --help` prints, before Hydra fills in the names."""
+    config = OmegaConf.load(CONFIGS / f"{command}.yaml")
+    return str(OmegaConf.to_container(config, resolve=False)["hydra"]["help"]["template"])
+
+
+def examples(command: str) -> list[list[str]]:
+    """The example lines of a help text, as lists of words."""
+    part = template(command).partition("Examples:\n")[2].partition("\n\n")[0]
+    return [shlex.split(line) for line in part.splitlines()]
+
+
+def arguments_of(words: list[str], command: str) -> list[str]:
+    """What follows the command, whether siftclip is started directly or by torchrun."""
+    if words[0] == "siftclip":
+        start = 1
+    else:
+        assert words[0] == "torchrun"
+        start = words.index("siftclip.trainer.cli") + 1
+        assert words[start - 2] == "-m"
+    assert words[start] == command
+    return words[start + 1 :]
+
+
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep; of the only job where nothing is swept."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = [
+        [f"{item.key_or_group}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override()
+        else [str(item.input_line)]
+        for item in parsed
+    ]
+    return [list(job) for job in itertools.product(*choices)]
+
+
+# ---- the tree -----------------------------------------------------------------------------------
+def test_every_command_has_a_config_and_every_config_a_command() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*COMMANDS, SHARED}
+
+
+def test_nothing_was_overlooked() -> None:
+    assert sorted(itertools.chain(*combinations())) == sorted("=".join(pair) for pair in OPTIONS)
+    for group, count in AT_LEAST.items():
+        assert len(GROUPS[group]) >= count
+    assert len(GROUPS) >= 12
+    assert len(OPTIONS) + len(COMMANDS) + 1 == len(list(CONFIGS.rglob("*.y*ml"))) >= 33
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose_with_every_option(command: str) -> None:
+    assert resolved(composed(command))["seed"] == 0
+    for overrides in combinations():
+        assert resolved(composed(command, *overrides)), overrides
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_an_experiment_gives_way_to_the_command_line(experiment: str) -> None:
+    config = composed("train", f"experiment={experiment}", "scale.samples_seen=77", "seed=5")
+    assert (config.scale.samples_seen, config.seed) == (77, 5)
+
+
+@pytest.mark.parametrize("source", ["compare", *(f"experiment={e}" for e in GROUPS["experiment"])])
+def test_arms_compose_and_their_selectors_build(source: str) -> None:
+    base = [source] if "=" in source else []
+    arms = OmegaConf.to_container(composed("compare", *base).compare.arms, resolve=False)
+    assert isinstance(arms, dict)
+    for own in arms.values():
+        config = composed("compare", "pool.root=/data/pool", *base, *own)
+        selector, _, _ = selector_from(config)
+        assert isinstance(selector, Selector)
+
+
+@pytest.mark.parametrize("group", ["experiment", "scale"])
+def test_combinations_begin_with_a_header(group: str) -> None:
+    for option in GROUPS[group]:
+        lines = (CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+        assert lines[0] == "# @package _global_", option
+        assert re.match(r"# \w.{20}", lines[1]), f"{group}/{option}.yaml says nothing of itself"
+
+
+# ---- what the options build ---------------------------------------------------------------------
+@pytest.mark.parametrize("option", GROUPS["selector"])
+def test_selectors_build(option: str) -> None:
+    # a plug-in's own parameters come with a plus; those of this one:
+    own = ["+selector.features=l14"] if option == "plugin" else []
+    config = composed("select", f"selector={option}", *own)
+    selector, name, parameters = selector_from(config)
+    assert isinstance(selector, Selector)
+    assert name == (VALUES["selector.plugin"] if option == "plugin" else option)
+    assert "_target_" in parameters  # what identifies the scores
+
+
+@pytest.mark.parametrize("option", ["rn_tiny", "vit_tiny"])
+def test_small_models_build(option: str) -> None:
+    config = composed("train", f"model={option}")
+    clip: Any = clip_model_from(config.model, "model").model.eval()
+    with torch.no_grad():
+        images = clip.encode_image(torch.zeros(2, 3, 32, 32))
+        texts = clip.encode_text(torch.zeros(2, 16, dtype=torch.int64))
+    assert images.shape == texts.shape == (2, config.model.architecture.embed_dim)
+
+
+# ---- the help texts -----------------------------------------------------------------------------
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_compose(command: str) -> None:
+    found = examples(command)
+    assert len(found) >= 2
+    for words in found:
+        arguments = arguments_of(words, command)
+        assert {word for word in arguments if word.startswith("-")} <= {"--multirun", "-m"}
+        overrides = [word for word in arguments if not word.startswith("-")]
+        for job in jobs(overrides):
+            config = compose(config_name=command, overrides=job)
+            missing = fill(config)
+            assert missing <= ({"pool.root"} if command in WITHOUT_POOL else set()), words
+            assert resolved(config)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_only_options_that_exist(command: str) -> None:
+    text = template(command)
+    config = compose(config_name=command)
+    named = re.findall(r"(?<![\w./=-])([a-z][a-z_.]*)=", text.partition("Examples:")[0])
+    assert len(named) >= 3
+    for key in named:
+        node: Any = config
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        known = key in GROUPS or last in node.keys()  # noqa: SIM118 - `in node` is false for ???
+        assert known, f"{key} is not an option of siftclip {command}"
+    assert text.startswith(f"siftclip {command}: ")
+    assert f"siftclip {command} --cfg job" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_all_of_a_group(command: str) -> None:
+    for line in template(command).partition("Examples:")[0].splitlines():
+        group, _, rest = line.strip().partition("=")
+        if group in GROUPS and group != "experiment":  # some of these are inner parts of the demo
+            missing = set(GROUPS[group]) - set(re.findall(r"\w+", rest))
+            assert not missing, f"siftclip {command} --help, {group}: {missing}"

@@ -1,0 +1,163 @@
+"""A small pool with features, tasks and truth, made once; and ways to run the commands on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
+from siftclip.datamodules.demo_pool import DemoData, write_demo_data
+from siftclip.datamodules.files import write_npz
+from siftclip.datamodules.pool import open_pool
+
+POOL_SAMPLES = 240
+TINY_ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "layers": 1,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+        "image_size": 32,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+# Small and without batch norm, so that ranks and batches do not change what is computed.
+TINY_RUN = [
+    "model=vit_tiny",
+    "scale.samples_seen=96",
+    "scale.global_batch_size=16",
+    "optim.warmup_steps=2",
+    "logger=csv",
+    "progress=false",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+]
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    """A pool with features under the name `noise`, in the folder `features`, and four tasks."""
+    root = tmp_path_factory.mktemp("demo")
+    data = write_demo_data(
+        root,
+        pool_samples=POOL_SAMPLES,
+        teacher_samples=48,
+        classification_samples=30,
+        count_samples=20,
+        retrieval_samples=20,
+        progress=False,
+    )
+    pool = open_pool(data.pool, cache_dir=root / "cache", max_bad_fraction=0, progress=False)
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((2, len(pool), 8))
+    features /= np.linalg.norm(features, axis=2, keepdims=True)
+    image, text = features.astype(np.float16)
+    write_npz(root / "features" / "part.npz", uids=pool.uids, noise_img=image, noise_txt=text)
+    return data
+
+
+@pytest.fixture
+def base(demo_data: DemoData, tmp_path: Path) -> list[str]:
+    """Overrides of a tiny run that writes into `tmp_path` alone."""
+    return [
+        *TINY_RUN,
+        f"pool.root={demo_data.pool}",
+        f"pool.cache_dir={demo_data.root / 'cache'}",
+        f"features.root={demo_data.root / 'features'}",
+        "features.name=noise",
+        f"output_dir={tmp_path / 'outputs'}",
+    ]
+
+
+@pytest.fixture
+def compose() -> Iterator[Callable[..., DictConfig]]:
+    """Compose the configuration of a command, as the console script does."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+        yield lambda command, overrides: hydra.compose(command, overrides=list(overrides))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with random weights, as a model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        save_model_folder(load_clip_model("tiny", architecture=TINY_ARCHITECTURE), folder)
+    return folder
+
+
+@pytest.fixture
+def copy_pool(demo_data: DemoData, tmp_path: Path) -> Path:
+    """A copy of the pool that a test may damage."""
+    return Path(shutil.copytree(demo_data.pool, tmp_path / "pool"))
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child: one thread, and no launcher's variables."""
+    drop = ("RANK", "WORLD_SIZE", "TORCHELASTIC", "WANDB")
+    kept = {k: v for k, v in os.environ.items() if not any(word in k for word in drop)}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+def siftclip_command(*arguments: str, ranks: int | None = None) -> list[str]:
+    """The command line of a siftclip command, under torchrun if `ranks` is given."""
+    launcher = [sys.executable]
+    if ranks is not None:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return [*launcher, "-m", "siftclip.trainer.cli", *arguments]
+
+
+def run_siftclip(
+    *arguments: str, cwd: Path, ranks: int | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a siftclip command to its end."""
+    return subprocess.run(
+        siftclip_command(*arguments, ranks=ranks),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `siftclip ...` in a process of its own, started in `tmp_path`."""
+
+    def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+        return run_siftclip(*arguments, cwd=tmp_path, ranks=ranks)
+
+    return run
+
+
+@pytest.fixture
+def start_cli(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Start `siftclip ...` in a process of its own, to be killed."""
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            siftclip_command(*arguments),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    return start

@@ -1,0 +1,121 @@
+"""Features written by `embed`: equal to the model's, resumable, and honest about bad samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+
+from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
+from siftclip.datamodules.features import open_features
+from siftclip.datamodules.files import read_json, read_npz
+from siftclip.datamodules.pool import open_pool
+from siftclip.datamodules.streaming import SampleReader
+from siftclip.datamodules.tar_index import build_shard_index
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.embedding import embed_stage
+from siftclip.trainer.stages import clip_model_from, plain, select_stage
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def embed_options(base: list[str], model_folder: Path, tmp_path: Path) -> list[str]:
+    return [
+        *base,
+        f"features.root={tmp_path / 'embedded'}",
+        "features.name=mine",
+        f"features.model.name={model_folder}",
+        "features.batch_size=32",
+    ]
+
+
+def test_features_equal_the_model(embed_options: list[str], compose: Compose) -> None:
+    config = compose("embed", embed_options)
+    folder = embed_stage(config)
+    clip = clip_model_from(config.features.model, "features.model")
+    clip.model.eval()
+    pool = open_pool(
+        Path(config.pool.root),
+        cache_dir=Path(config.pool.cache_dir),
+        max_bad_fraction=0,
+        progress=False,
+    )
+    store = open_features(pool, folder=folder, keys=("mine_img", "mine_txt"), max_bad_fraction=0)
+    assert store.pool_coverage.fraction == 1
+    reader = SampleReader(pool, 10**6)
+    found = store.read(store.parts[0], ("mine_img", "mine_txt"))
+    assert found["mine_img"].dtype == torch.float16
+    for i in (0, 7, len(store.parts[0].rows) - 1):
+        row = int(store.parts[0].rows[i])
+        with torch.no_grad():
+            image = clip.model.encode_image(clip.eval_transform(reader.read_image(row))[None])
+            text = clip.model.encode_text(clip.tokenizer([reader.read_caption(row)]))
+        torch.testing.assert_close(
+            found["mine_img"][i].float(), F.normalize(image, dim=1)[0], rtol=0, atol=1e-3
+        )
+        torch.testing.assert_close(
+            found["mine_txt"][i].float(), F.normalize(text, dim=1)[0], rtol=0, atol=1e-3
+        )
+
+
+def test_finished_shards_are_not_embedded_again(embed_options: list[str], compose: Compose) -> None:
+    config = compose("embed", embed_options)
+    folder = embed_stage(config)
+    (path,) = folder.glob("*.npz")
+    written = path.stat().st_mtime_ns
+    embed_stage(config)
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    embed_stage(config)
+    assert path.exists()
+
+
+def test_features_of_another_model_are_not_mixed(
+    embed_options: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    config = compose("embed", embed_options)
+    folder = embed_stage(config)
+    assert read_json(folder / "features.json")["name"] == "mine"
+    other = load_clip_model("other", architecture=plain(config.model.architecture))
+    save_model_folder(other, tmp_path / "other")
+    with pytest.raises(InputError, match="holds features of another model or pool"):
+        embed_stage(compose("embed", [*embed_options, f"features.model.name={tmp_path / 'other'}"]))
+
+
+def test_bad_samples_get_no_features_and_cannot_be_selected(
+    embed_options: list[str], compose: Compose, copy_pool: Path
+) -> None:
+    tar = copy_pool / "shards" / "00000000.tar"
+    index = build_shard_index(tar)
+    data = bytearray(tar.read_bytes())
+    start, size = index.image_offsets_bytes[5], index.image_sizes_bytes[5]
+    data[start : start + size] = b"\x00" * size
+    tar.write_bytes(data)
+    options = [*embed_options, f"pool.root={copy_pool}", "pool.cache_dir=null"]
+    folder = embed_stage(compose("embed", options))
+    uids, image = read_npz(folder / "00000000.npz", ["uids", "mine_img"])
+    assert np.isnan(image[5]).all()
+    assert np.isfinite(np.delete(image, 5, axis=0)).all()
+    outcome = select_stage(
+        compose("select", ["features=open_clip", *options, "selector.fraction=1.0"])
+    )
+    assert len(outcome.selection) == len(uids) - 1
+    assert 5 not in outcome.rows
+    (folder / "00000000.npz").unlink()
+    with pytest.raises(InputError, match=r"1 of 240 samples are bad.*cannot be decoded"):
+        embed_stage(compose("embed", [*options, "pool.max_bad_fraction=0.001"]))
+
+
+def test_embed_needs_a_model(base: list[str], compose: Compose) -> None:
+    with pytest.raises(InputError, match="embed needs a model"):
+        embed_stage(compose("select", base))
+    with pytest.raises(InputError, match=r"features\.model\.name must name a model"):
+        embed_stage(compose("embed", base))
+    with pytest.raises(InputError, match=r"features\.model\.pretrained must be .*random ones"):
+        embed_stage(compose("embed", [*base, "features.model.name=ViT-B-32"]))

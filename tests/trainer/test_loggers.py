@@ -1,0 +1,132 @@
+"""wandb, read back from a real offline run, and the files that are always written."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+
+from siftclip.datamodules.demo_pool import DemoData
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.loggers import FileLogger, wandb_is_offline
+from siftclip.trainer.training import train_stage
+
+
+def offline_records(path: Path) -> Iterator[bytes]:
+    """The records of a `.wandb` file: a 7 byte header, then a log in LevelDB's format.
+
+    Blocks of 32 KiB hold chunks with a header of checksum (4 bytes), length (2) and type (1: whole,
+    2: first, 3: middle, 4: last); the rest of a block that cannot hold a header is padding.
+    """
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def read_offline_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """History records and configuration of the one offline wandb run in `folder`."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    history, config = [], {}
+    for data in offline_records(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            history.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+            )
+        elif kind in ("run", "config"):
+            updates = record.run.config.update if kind == "run" else record.config.update
+            config.update({item.key: json.loads(item.value_json) for item in updates})
+    return history, config
+
+
+def test_offline_run_holds_metrics_config_statistics_and_tables(
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    demo_data: DemoData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ["logger=wandb", f"eval.root={demo_data.tasks}"]
+    run = train_stage(compose("train", [*base, *options]))
+    history, config = read_offline_run(run.path)
+    keys = {key for record in history for key in record}
+    assert {
+        "train/loss",
+        "train/contrastive_loss",
+        "train/lr",
+        "train/scale",
+        "train/data_time",
+        "train/batch_time",
+        "train/samples_per_second",
+        "train/samples_per_second_per_gpu",
+        "selection/samples",
+        "selection/coverage",
+        "selection/score_q50",
+        "eval/digit/acc1",
+        "eval/retrieval/mean_recall@1",
+        "eval/tasks/path",
+    } <= keys
+    steps = [r["trainer/global_step"] for r in history if "train/loss" in r]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert config["selector"]["fraction"] == 0.3
+    assert config["scale"]["samples_seen"] == 96
+    (logged,) = (r["eval/tasks/path"] for r in history if "eval/tasks/path" in r)
+    (found,) = run.path.glob(f"wandb/offline-run-*/files/{logged}")
+    content = json.loads(found.read_text())
+    assert content["columns"][:3] == ["task", "metric", "value"]
+    assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
+
+
+def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
+    assert wandb_is_offline("auto")
+    monkeypatch.setattr(type(wandb.api), "api_key", "0" * 40, raising=False)
+    assert not wandb_is_offline("auto")
+    assert wandb_is_offline("offline")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_is_offline("auto")
+    assert not wandb_is_offline("online")
+    with pytest.raises(InputError, match=r"logger\.mode must be one of .*Got 'on'"):
+        wandb_is_offline("on")
+
+
+def test_table_keeps_what_was_logged_before_a_restart(tmp_path: Path) -> None:
+    first = FileLogger(tmp_path)
+    first.log_metrics({"train/loss": 3.0}, step=1)
+    first.log_metrics({"train/loss": 2.5}, step=2)
+    second = FileLogger(tmp_path)
+    second.log_metrics({"train/loss": 2.0}, step=2)
+    second.log_metrics({"eval/digit/acc1": 0.5}, step=2)
+    second.finalize("success")
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].tolist() == [1, 2]
+    assert table["train/loss"].tolist() == [3.0, 2.0]
+    assert table["eval/digit/acc1"].iloc[1] == 0.5

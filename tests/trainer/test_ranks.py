@@ -1,0 +1,82 @@
+"""Two ranks under the real launchers train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from siftclip.datamodules.clip_models import load_clip_model
+from siftclip.datamodules.files import read_jsonl
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.lightning_setup import resolve_devices
+from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.training import train_stage
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def compare_runs(one: RunDir, several: RunDir) -> None:
+    """Equal losses at every step, and equal weights, to the accuracy of fp32 sums."""
+    histories = [
+        [r["train/loss"] for r in read_jsonl(run.path / "metrics.jsonl") if "train/loss" in r]
+        for run in (one, several)
+    ]
+    assert len(histories[0]) == 6
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+    expected = load_clip_model(str(one.path)).model.state_dict()
+    found = load_clip_model(str(several.path)).model.state_dict()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_two_ranks_train_what_one_trains(
+    launcher: str, base: list[str], compose: Callable[..., DictConfig], cli: Cli, tmp_path: Path
+) -> None:
+    # eps well above rounding: Adam's first steps would blow differences of 1e-9 up to the rate
+    options = [*base, "optim.eps=1e-3"]
+    one = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'one'}"]))
+    if launcher == "torchrun":
+        result = cli("train", *options, ranks=2)
+    else:
+        result = cli("train", *options, "trainer.devices=2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (run,) = (RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir())
+    assert result.stdout.count("run        ") == 1
+    compare_runs(one, run)
+
+
+def test_embedding_on_two_ranks_covers_every_shard(
+    base: list[str], cli: Cli, model_folder: Path, tmp_path: Path
+) -> None:
+    result = cli(
+        "embed",
+        *base,
+        f"features.root={tmp_path / 'embedded'}",
+        f"features.model.name={model_folder}",
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert list((tmp_path / "embedded").glob("*.npz"))
+
+
+def test_batch_must_split_evenly(base: list[str], cli: Cli) -> None:
+    result = cli("train", *base, "scale.global_batch_size=15", ranks=2)
+    assert result.returncode != 0
+    assert "scale.global_batch_size must be a multiple of the 2 devices" in result.stderr
+    assert "Got 15" in result.stderr
+
+
+def test_devices_must_match_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_devices("auto") == "auto"
+    monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "4")
+    assert resolve_devices("auto") == 4
+    with pytest.raises(InputError, match=r"trainer\.devices=2 does not match .* 4 processes"):
+        resolve_devices(2)

@@ -1,0 +1,90 @@
+"""A killed or interrupted run continues where it was, to the bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from siftclip.datamodules.clip_models import load_clip_model
+from siftclip.datamodules.files import read_jsonl
+from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.training import train_stage
+
+LONG_RUN = ["scale.samples_seen=1600", "trainer.checkpoint_every_n_steps=7"]
+
+
+def losses(run: RunDir) -> dict[int, float]:
+    """The loss of each step; of steps that were repeated, the last."""
+    records = read_jsonl(run.path / "metrics.jsonl")
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a run below `folder` has logged `step`, while its process lives."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for path in folder.glob("train/*/metrics.jsonl"):
+            if any(record.get("step", 0) >= step for record in read_jsonl(path)):
+                return
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize(
+    ("stop", "step"), [(signal.SIGKILL, 12), (signal.SIGKILL, 40), (signal.SIGINT, 25)]
+)
+def test_stopped_run_continues_to_the_bit(
+    stop: signal.Signals,
+    step: int,
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    start_cli: Callable[..., subprocess.Popen[bytes]],
+    tmp_path: Path,
+) -> None:
+    options = [*base, *LONG_RUN]
+    whole = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'whole'}"]))
+    process = start_cli("train", *options)
+    wait_for_step(tmp_path / "outputs", step, process)
+    process.send_signal(stop)
+    assert process.wait(60) != 0
+    (stopped,) = (RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir())
+    assert stopped.summary is None
+    assert stopped.latest_checkpoint() is not None
+    continued = train_stage(compose("train", options))
+    assert continued.path == stopped.path
+    assert losses(continued) == losses(whole)
+    assert max(losses(continued)) == 100
+    expected = load_clip_model(str(whole.path)).model.state_dict()
+    found = load_clip_model(str(continued.path)).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_other_worker_counts_continue_the_same_run(
+    base: list[str], compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    """Stopped between steps by a failing logger, continued with a worker process."""
+    options = [*base, "scale.samples_seen=320", "trainer.checkpoint_every_n_steps=5"]
+    whole = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'whole'}"]))
+    with pytest.MonkeyPatch.context() as patch:
+        from siftclip.trainer.loggers import FileLogger
+
+        original = FileLogger.log_metrics
+
+        def fail_at_13(self: FileLogger, metrics: object, step: int | None = None) -> None:
+            if step == 13:
+                raise RuntimeError("stop here")
+            original(self, metrics, step)  # type: ignore[arg-type]
+
+        patch.setattr(FileLogger, "log_metrics", fail_at_13)
+        with pytest.raises(RuntimeError, match="stop here"):
+            train_stage(compose("train", options))
+    continued = train_stage(compose("train", [*options, "data.num_workers=2"]))
+    assert losses(continued) == losses(whole)
