@@ -26,6 +26,7 @@ from siftclip.selectors.errors import InputError
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
+SCHEMES = ("local-dir:", "hf-hub:")
 MODEL_FOLDER = "model"  # the model folder inside a run directory
 LIGHTNING_PREFIX = "model."  # the name of the model inside our Lightning module
 
@@ -80,8 +81,8 @@ def load_clip_model(
             ):
                 model, train_transform, eval_transform = open_clip.create_model_and_transforms(
                     source,
-                    # open_clip ignores `pretrained` with a folder, so the file is loaded below
-                    pretrained=None if source.startswith("local-dir:") else open_clip_tag,
+                    # open_clip ignores `pretrained` with these, so the file is loaded below
+                    pretrained=None if source.startswith(SCHEMES) else open_clip_tag,
                     aug_cfg=dict(augmentation) if augmentation else None,
                 )
                 tokenizer = open_clip.get_tokenizer(source)
@@ -91,7 +92,7 @@ def load_clip_model(
                 f"open_clip: {error}"
             ) from error
         model_cfg = open_clip.get_model_config(source)
-    if pretrained is not None and (is_ckpt or source.startswith("local-dir:")):
+    if pretrained is not None and (is_ckpt or source.startswith(SCHEMES)):
         _load_weights(model, pretrained)
     return ClipModel(
         model=model,

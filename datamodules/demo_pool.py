@@ -77,7 +77,7 @@ def _encode(image: np.ndarray, *, suffix: str) -> bytes:
 
 
 def write_tar(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
-    """Write named bytes as a tar, atomically. Owner and times are fixed: equal input, equal file."""
+    """Write named bytes as a tar, atomically. Times and owners are fixed: same input, same file."""
     with (
         atomic_path(path) as temporary,
         tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,

@@ -37,13 +37,17 @@ BACKGROUNDS = {
 }
 SHAPES = ("triangle", "circle", "square", "cross", "ring", "stripes", "gradient")
 
-COUNT_PROBABILITIES = (0.7, 0.2, 0.1)  # one, two, three digits in a scene
+COUNT_PROBABILITIES = (0.80, 0.15, 0.05)  # one, two, three digits in a scene
 # For one, two, three digits: the width of a digit's slot, and the range of widths and heights.
 SLOT_WIDTHS_PX = (32, 16, 10)
-WIDTHS_PX = ((16, 26), (12, 16), (9, 10))
-HEIGHTS_PX = ((18, 28), (13, 20), (11, 16))
-INK_JITTER, BACKGROUND_JITTER = 22.0, 12.0  # standard deviations, of 255, a scene
-NOISE_RANGE = (4.0, 20.0)  # standard deviation a pixel, drawn for each scene
+WIDTHS_PX = ((23, 27), (13, 16), (9, 10))
+HEIGHTS_PX = ((26, 30), (18, 22), (12, 18))
+# Digits stay near the middle of their slots: at free places, a model of the demo's size and
+# budget learns colours alone (digit accuracy 29 % after 60,000 clean samples, 74 % like this
+# after 40,000).
+PLACE_JITTER_PX = 2
+INK_JITTER, BACKGROUND_JITTER = 16.0, 12.0  # standard deviations, of 255, a scene
+NOISE_RANGE = (4.0, 14.0)  # standard deviation a pixel, drawn for each scene
 
 # For one, two, three digits; `{first}` is a colour and a digit, "red seven". The last wording of
 # each names everything. All fit into 16 tokens.
@@ -51,11 +55,9 @@ SCENE_CAPTIONS = (
     (
         "{a_first}",
         "the digit {digit} in {ink}",
-        "a handwritten {digit} in {ink}",
-        "a single {ink} digit, {digit}",
-        "a picture of {a_first}",
-        "{first}, {background} background",
-        "a {background} picture with {a_first}",
+        "a single digit, {first}",
+        "the digit {digit}",
+        "a handwritten {digit}",
         "{a_first} on a {background} background",
     ),
     (
@@ -180,6 +182,12 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
+def _place(rng: np.random.Generator, size: int, room: int) -> int:
+    """Where `size` pixels start that lie near the middle of `room` pixels."""
+    jitter = int(rng.integers(-PLACE_JITTER_PX, PLACE_JITTER_PX, endpoint=True))
+    return min(max((room - size) // 2 + jitter, 0), room - size)
+
+
 def draw_scene(rng: np.random.Generator, digits: DigitImages, *, count: int | None = None) -> Scene:
     """Draw a scene of `count` digits (1 to 3), or of a random number of them."""
     if count is None:
@@ -195,8 +203,8 @@ def draw_scene(rng: np.random.Generator, digits: DigitImages, *, count: int | No
                 index=index,
                 word=DIGIT_WORDS[digits.labels[index]],
                 ink=_pick(rng, tuple(INKS)),
-                left=position * slot + int(rng.integers(slot - width, endpoint=True)),
-                top=int(rng.integers(IMAGE_SIZE - height, endpoint=True)),
+                left=position * slot + _place(rng, width, slot),
+                top=_place(rng, height, IMAGE_SIZE),
                 width=width,
                 height=height,
             )
@@ -239,7 +247,7 @@ def _word_scene(scene: Scene, wording: str) -> str:
 
 
 def caption_scene(rng: np.random.Generator, scene: Scene) -> str:
-    """A caption that names every digit and its colour, and perhaps the background."""
+    """A caption that names every digit, and perhaps its colour and the background."""
     return _word_scene(scene, _pick(rng, SCENE_CAPTIONS[len(scene.digits) - 1]))
 
 

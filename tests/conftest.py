@@ -48,7 +48,9 @@ class PoolSample:
     def members(self) -> list[tuple[str, bytes]]:
         """Names and contents, in the order of the tar."""
         files = {self.image_suffix: self.image, "txt": self.caption, "json": self.record}
-        return [(f"{self.key}.{suffix}", data) for suffix, data in files.items() if data is not None]
+        return [
+            (f"{self.key}.{suffix}", data) for suffix, data in files.items() if data is not None
+        ]
 
 
 def encode_image(number: int, suffix: str, size: tuple[int, int] = (40, 36)) -> bytes:
@@ -93,7 +95,10 @@ def write_tar() -> Callable[..., Path]:
     """`write_tar(path, members)`: a tar of (name, content) pairs; content None makes a folder."""
 
     def write(
-        path: Path, members: Sequence[tuple[str, bytes | None]], *, tar_format: int = tarfile.GNU_FORMAT
+        path: Path,
+        members: Sequence[tuple[str, bytes | None]],
+        *,
+        tar_format: int = tarfile.GNU_FORMAT,
     ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w", format=tar_format) as archive:

@@ -75,7 +75,9 @@ def test_samples_without_a_number_are_never_selected(
 def test_numbers_of_any_kind_are_read(
     pool: Pool, uids: list[str], tmp_path: Path, kind: pa.DataType
 ) -> None:
-    score = pa.array(np.array([1, 0, 1], np.float16 if kind == pa.float16() else np.int32)).cast(kind)
+    score = pa.array(np.array([1, 0, 1], np.float16 if kind == pa.float16() else np.int32)).cast(
+        kind
+    )
     path = write_table(tmp_path / "a.parquet", uid=uids[:3], score=score)
     selection = select(pool, tmp_path, path=path, column="score", threshold=1.0)
     assert kept(selection) == {uids[0]: 1, uids[2]: 1}

@@ -39,7 +39,10 @@ def test_merge_adds_counts_and_fills_examples() -> None:
     log = make_log(empty=2)
     log.merge(make_log(empty=4, torn=1))
     assert log.counts == {"empty": 6, "torn": 1}
-    assert log.examples == {"empty": ["empty.tar:0", "empty.tar:1", "empty.tar:2"], "torn": ["torn.tar:0"]}
+    assert log.examples == {
+        "empty": ["empty.tar:0", "empty.tar:1", "empty.tar:2"],
+        "torn": ["torn.tar:0"],
+    }
 
 
 def test_state_is_json() -> None:
@@ -50,7 +53,9 @@ def test_state_is_json() -> None:
     }
 
 
-@pytest.mark.parametrize(("bad", "fraction", "ok"), [(1, 0.01, True), (2, 0.01, False), (0, 0, True), (1, 0, False)])
+@pytest.mark.parametrize(
+    ("bad", "fraction", "ok"), [(1, 0.01, True), (2, 0.01, False), (0, 0, True), (1, 0, False)]
+)
 def test_limit_is_a_fraction_of_all_samples(bad: int, fraction: float, ok: bool) -> None:
     log = make_log(torn=bad)
     if ok:

@@ -30,7 +30,9 @@ def open_store(pool: Pool, **options: Any) -> FeatureStore:
     return open_features(pool, **{"folder": None, "keys": KEYS, "max_bad_fraction": 0.0, **options})
 
 
-def read_all(store: FeatureStore, pool: Pool, key: str, chunk_samples: int) -> dict[str, np.ndarray]:
+def read_all(
+    store: FeatureStore, pool: Pool, key: str, chunk_samples: int
+) -> dict[str, np.ndarray]:
     """Features by uid; a uid that comes twice is an error."""
     found: dict[str, np.ndarray] = {}
     for part in store.parts:
@@ -168,7 +170,7 @@ def test_pickled_features_are_refused_and_not_run(
     array = np.empty((6, 8), dtype=object)
     array[:] = Intruder(proof)
     path = change_npz(pool.root / "metadata", "l14_img", array)
-    with pytest.raises(InputError, match="'l14_img' must hold floats. Its dtype is object"):
+    with pytest.raises(InputError, match=r"'l14_img' must hold floats. Its dtype is object"):
         open_store(pool)
     path.write_bytes(pickle.dumps(array))
     with pytest.raises(InputError, match="is not a readable npz file"):
@@ -194,7 +196,7 @@ def test_damaged_array_is_noticed_when_it_is_read(pool: Pool, write_metadata: Ma
     data[data.index(last_row) + 3000] ^= 1  # far behind the header, which is all that opening reads
     path.write_bytes(data)
     store = open_store(pool)
-    with pytest.raises(InputError, match="is not a readable npz file: .*CRC"):
+    with pytest.raises(InputError, match=r"is not a readable npz file: .*CRC"):
         store.read(store.parts[0], KEYS)
 
 

@@ -137,9 +137,7 @@ def test_metadata_folder_of_img2dataset_is_beside_the_tars(
     assert metadata_folder(write_pool(samples, folder="b")).name == "shards"
 
 
-def test_cache_lies_in_the_pool_or_at_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_lies_in_the_pool_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache(tmp_path) == tmp_path / ".siftclip"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     at_home = default_cache(tmp_path)

@@ -61,9 +61,7 @@ def test_file_that_is_no_tar(
         load_pool(root, max_bad_fraction=1.0)
 
 
-def test_tar_that_cannot_be_opened(
-    make_samples: Make, write_pool: Make, load_pool: Load
-) -> None:
+def test_tar_that_cannot_be_opened(make_samples: Make, write_pool: Make, load_pool: Load) -> None:
     root = write_pool(make_samples(4))
     (root / "shards" / "2.tar").mkdir()
     with pytest.raises(InputError, match=r"2\.tar cannot be read: Is a directory"):
@@ -150,15 +148,15 @@ def test_metadata_with_bad_uids(make_samples: Make, write_pool: Make, write_meta
     assert ".parquet, row " in faults.summary()
 
 
-def test_metadata_that_is_no_parquet(
-    make_samples: Make, write_pool: Make, load_pool: Load
-) -> None:
+def test_metadata_that_is_no_parquet(make_samples: Make, write_pool: Make, load_pool: Load) -> None:
     root = write_pool(make_samples(2))
     parquet = root / "metadata" / "a.parquet"
     parquet.parent.mkdir()
     for content in (b"", b"not parquet"):
         parquet.write_bytes(content)
-        with pytest.raises(InputError, match=r"a.parquet must be a parquet file with a column 'uid"):
+        with pytest.raises(
+            InputError, match=r"a.parquet must be a parquet file with a column 'uid"
+        ):
             metadata_coverage(load_pool(root))
     pq.write_table(pa.table({"url": ["x"]}), parquet)
     with pytest.raises(InputError, match=r"a.parquet must be a parquet file with a column 'uid"):

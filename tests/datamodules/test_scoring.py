@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def chunks_of(pool: Pool, selector: Selector, chunk_samples: int = 1000) -> Pool
     )
 
 
-def run(selector: Selector, parameters: dict[str, Any], chunks: PoolChunks, root: Path) -> Selection:
+def run(
+    selector: Selector, parameters: dict[str, Any], chunks: PoolChunks, root: Path
+) -> Selection:
     scored = run_scores(selector, parameters, chunks, scores_root=root, progress=False)
     return run_selection(selector, "test", parameters, chunks, scored)
 
@@ -90,8 +93,6 @@ class Counting(ClipScore):
 def true_scores(pool: Pool) -> np.ndarray:
     scores = np.full(len(pool), np.nan, np.float32)
     for path in (pool.root / "metadata").glob("*.npz"):
-        import pyarrow.parquet as pq
-
         uids = pq.read_table(path.with_suffix(".parquet"))["uid"].to_pylist()
         rows = {format_uid(uid): row for row, uid in enumerate(pool.uids)}
         with np.load(path) as arrays:

@@ -94,7 +94,9 @@ def test_tampered_subset_is_refused(tmp_path: Path, change: str) -> None:
     else:
         subset["f1"][0] ^= 1
     np.save(tmp_path / "selection.npy", subset)
-    with pytest.raises(InputError, match=r"selection.npy is not the subset that selection.json des"):
+    with pytest.raises(
+        InputError, match=r"selection.npy is not the subset that selection.json des"
+    ):
         read_selection(tmp_path)
 
 
@@ -136,7 +138,14 @@ def test_files_that_are_no_npy(tmp_path: Path) -> None:
     path, proof = tmp_path / "a.npy", tmp_path / "proof"
     np.save(path, np.zeros(9, dtype="u8,u8"))
     whole = path.read_bytes()
-    for content in (b"", b"text", whole[:50], whole[:-1], b"PK\x03\x04damaged", pickle.dumps(Intruder(proof))):
+    for content in (
+        b"",
+        b"text",
+        whole[:50],
+        whole[:-1],
+        b"PK\x03\x04damaged",
+        pickle.dumps(Intruder(proof)),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"a.npy is not a readable npy file"):
             read_subset(path)

@@ -45,9 +45,8 @@ def test_tar_cut_anywhere_gives_a_prefix(small_tar: Path) -> None:
         small_tar.write_bytes(data[:size])
         try:
             index = build_shard_index(small_tar)
-        except InputError as error:
-            assert size < 2048, f"cut at {size}"  # not even one header
-            assert "must be an uncompressed tar file" in str(error)
+        except InputError:  # not even one header
+            assert size < 2048, f"cut at {size}"
             continue
         keys = [sample.key for sample in true_samples]
         assert index.keys.tolist() == keys[: len(index)], f"cut at {size}"

@@ -69,7 +69,15 @@ def test_grouping_is_webdatasets(
 ) -> None:
     path = write_tar(tmp_path / "a.tar", ODD_MEMBERS, tar_format=FORMATS[tar_format])
     expected = as_webdataset_sees(path)
-    assert [s["__key__"] for s in expected] == ["folder/a", "b", "x.y/c", "d", "e", "d", "ünïcode/f"]
+    assert [s["__key__"] for s in expected] == [
+        "folder/a",
+        "b",
+        "x.y/c",
+        "d",
+        "e",
+        "d",
+        "ünïcode/f",
+    ]
     assert as_we_see(path) == expected
 
 
@@ -87,14 +95,20 @@ def test_long_names_are_webdatasets(
 def test_links_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in (("a.jpg", tarfile.REGTYPE), ("a.txt", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("a.jpg", tarfile.REGTYPE),
+            ("a.txt", tarfile.SYMTYPE),
+            ("b.jpg", tarfile.LNKTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a.jpg"
             archive.addfile(info, io.BytesIO(b""))
     assert as_we_see(path) == as_webdataset_sees(path) == [{"__key__": "a", "jpg": b""}]
 
 
-def test_names_that_are_not_utf8_can_be_shown(tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+def test_names_that_are_not_utf8_can_be_shown(
+    tmp_path: Path, write_tar: Callable[..., Path]
+) -> None:
     path = write_tar(tmp_path / "a.tar", [("kXy.jpg", b"i"), ("kXy.txt", b"t")])
     data = bytearray(path.read_bytes())
     for start in (0, 1024):  # the two headers
@@ -152,7 +166,13 @@ def test_uid_is_derived_where_there_is_none(tmp_path: Path, write_tar: Callable[
 def test_bad_json_is_counted_and_left_out(
     record: bytes, cause: str, tmp_path: Path, write_tar: Callable[..., Path]
 ) -> None:
-    members = [("a.jpg", b"i"), ("a.txt", b"t"), ("a.json", record), ("b.jpg", b"i"), ("b.txt", b"t")]
+    members = [
+        ("a.jpg", b"i"),
+        ("a.txt", b"t"),
+        ("a.json", record),
+        ("b.jpg", b"i"),
+        ("b.txt", b"t"),
+    ]
     index = build_shard_index(write_tar(tmp_path / "s.tar", members))
     assert index.keys.tolist() == ["b"]
     assert index.faults.counts == {cause: 1}
@@ -205,7 +225,9 @@ def test_cache_is_rebuilt_when_the_tar_changes(
 
 
 @pytest.mark.parametrize("keep", [0, 100, -10])
-def test_damaged_cache_is_rebuilt(keep: int, tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+def test_damaged_cache_is_rebuilt(
+    keep: int, tmp_path: Path, write_tar: Callable[..., Path]
+) -> None:
     path, cache = tmp_path / "s.tar", tmp_path / "s.npz"
     write_tar(path, [("a.jpg", b"i"), ("a.txt", b"t"), ("a.json", json.dumps({}).encode())])
     load_shard_index(path, cache)

@@ -61,7 +61,9 @@ def test_sorting_is_that_of_numbers(pairs: list[tuple[int, int]]) -> None:
 
 
 @given(PAIRS, PAIRS)
-def test_find_equals_a_dictionary(pairs: list[tuple[int, int]], wanted: list[tuple[int, int]]) -> None:
+def test_find_equals_a_dictionary(
+    pairs: list[tuple[int, int]], wanted: list[tuple[int, int]]
+) -> None:
     first: dict[tuple[int, int], int] = {}
     for row, pair in enumerate(pairs):
         first.setdefault(pair, row)

@@ -141,5 +141,5 @@ def test_top_fraction_refuses_bad_fraction(fraction: object) -> None:
 
 @pytest.mark.parametrize("threshold", [math.nan, math.inf, "0.3", True, None])
 def test_threshold_refuses_bad_threshold(threshold: object) -> None:
-    with pytest.raises(InputError, match="selector.threshold must be a finite number"):
+    with pytest.raises(InputError, match=r"selector.threshold must be a finite number"):
         Threshold(threshold)  # type: ignore[arg-type]  # what a YAML file may hold

@@ -235,5 +235,5 @@ def test_every_check_has_a_bad_selector() -> None:
 
 
 def test_check_selector_names_the_check_that_failed() -> None:
-    with pytest.raises(AssertionError, match="^check_sample_order: "):
+    with pytest.raises(AssertionError, match=r"^check_sample_order: "):
         checks.check_selector(PrefersEarly)

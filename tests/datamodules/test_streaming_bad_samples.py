@@ -1,0 +1,255 @@
+"""Bad samples are counted with their cause, replaced by others, and bounded."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from siftclip.datamodules.clip_models import Tokenizer, Transform
+from siftclip.datamodules.order import SampleOrder, substitute
+from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.streaming import (
+    Batch,
+    OrderSampler,
+    SampleDataset,
+    StreamDataModule,
+    make_loader,
+)
+from siftclip.selectors.errors import InputError
+
+Make = Callable[..., Any]
+MakeDataset = Callable[..., SampleDataset]
+
+
+def huge_png(side: int) -> bytes:
+    """The header of a PNG with side x side pixels, and next to nothing behind it."""
+
+    def block(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", zlib.compress(b"0" * 99))
+
+
+def spoil(sample: Any, defect: str) -> None:
+    if defect == "not an image":
+        sample.image = b"no image at all"
+    elif defect == "empty image":
+        sample.image = b""
+    elif defect == "cut image":
+        sample.image = sample.image[: len(sample.image) // 2]
+    elif defect == "too many pixels":
+        sample.image, sample.image_suffix = huge_png(200), "png"
+    elif defect == "bomb":
+        sample.image, sample.image_suffix = huge_png(60_000), "png"
+    elif defect == "gif":
+        sample.image = encode(sample, "GIF")
+    elif defect == "empty caption":
+        sample.caption = b""
+    elif defect == "blank caption":
+        sample.caption = b" \n\t "
+    elif defect == "not UTF-8":
+        sample.caption = b"caf\xe9"
+    else:
+        raise AssertionError(defect)
+
+
+CAUSES = {
+    "not an image": "whose image cannot be decoded",
+    "empty image": "whose image cannot be decoded",
+    "cut image": "whose image cannot be decoded",
+    "too many pixels": "with more pixels than data.max_image_pixels",
+    "bomb": "with more pixels than",
+    "gif": "whose image cannot be decoded",
+    "empty caption": "with an empty caption",
+    "blank caption": "with an empty caption",
+    "not UTF-8": "with a caption that is not UTF-8",
+}
+
+
+@pytest.fixture
+def spoilt_pool(
+    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool]
+) -> Callable[..., Pool]:
+    """`spoilt_pool({row: defect}, count=12)`."""
+
+    def make(defects: dict[int, str], count: int = 12) -> Pool:
+        samples = make_samples(count)
+        for row, defect in defects.items():
+            spoil(samples[row], defect)
+        return load_pool(write_pool(samples))
+
+    return make
+
+
+@pytest.mark.parametrize("defect", CAUSES)
+def test_bad_sample_is_counted_and_replaced(
+    spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset, defect: str
+) -> None:
+    pool = spoilt_pool({4: defect})
+    dataset = make_dataset(pool, substitutes=np.array([2, 9]))
+    batch = dataset.__getitems__([(100, 3), (101, 4), (102, 5)])
+    ((cause, place),) = batch.faults
+    assert cause.startswith(CAUSES[defect])
+    assert place == "00000000.tar:000000004"
+    replacement = substitute(np.array([2, 9]), seed=7, position=101, attempt=0)
+    assert batch.rows.tolist() == [3, replacement, 5]
+    assert batch.valid.all()
+    expected = dataset.__getitems__([(101, replacement)])
+    assert torch.equal(batch.images[1], expected.images[0])
+    assert torch.equal(batch.tokens[1], expected.tokens[0])
+
+
+def test_deleted_and_shortened_tars_are_bad_samples(
+    spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset
+) -> None:
+    pool = spoilt_pool({})
+    first, second = pool.shards
+    first.unlink()
+    data = second.read_bytes()
+    cut = int(pool.text_offsets_bytes[10]) + 3
+    second.write_bytes(data[:cut])
+    dataset = make_dataset(pool, substitutes=np.array([7]))
+    batch = dataset.__getitems__([(0, 1), (1, 10), (2, 8)])
+    assert batch.rows.tolist() == [7, 7, 8]
+    assert [cause for cause, _ in batch.faults] == [
+        "in a tar that cannot be opened (No such file or directory)",
+        "cut off by the end of their tar",
+    ]
+
+
+def run(
+    dataset: SampleDataset, *, num_workers: int, world_size: int, steps: int = 3
+) -> list[Batch]:
+    """The batches of all steps and ranks, in order."""
+    order = SampleOrder(rows=np.arange(12), seed=7, global_batch=8)
+    ranks = []
+    for rank in range(world_size):
+        sampler = OrderSampler(
+            order=order, start_step=0, total_steps=steps, rank=rank, world_size=world_size
+        )
+        loader = make_loader(
+            dataset, sampler, num_workers=num_workers, start_method=None, pin_memory=False
+        )
+        ranks.append(list(loader))
+    return [batch for step in zip(*ranks, strict=True) for batch in step]
+
+
+@pytest.mark.parametrize(("num_workers", "world_size"), [(2, 1), (0, 2), (0, 4)])
+def test_replacement_keeps_batches_full_and_is_the_same_everywhere(
+    spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset, num_workers: int, world_size: int
+) -> None:
+    pool = spoilt_pool({1: "not an image", 6: "empty caption", 7: "cut image", 11: "not UTF-8"})
+    dataset = make_dataset(pool)
+    expected = run(dataset, num_workers=0, world_size=1)
+    batches = run(dataset, num_workers=num_workers, world_size=world_size)
+    assert {len(batch.rows) for batch in batches} == {8 // world_size}
+    for name in ("images", "rows"):
+        ours = torch.cat([getattr(batch, name) for batch in batches])
+        assert torch.equal(ours, torch.cat([getattr(batch, name) for batch in expected]))
+    faults = [fault for batch in batches for fault in batch.faults]
+    assert faults == [fault for batch in expected for fault in batch.faults]
+    shown = {row for batch in expected for row in batch.rows.tolist()}
+    assert shown == set(range(12)) - {1, 6, 7, 11}
+    assert len(faults) >= 8  # two passes meet each of the four, substitutes may be bad as well
+
+
+def test_without_substitutes_bad_samples_are_marked(
+    spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset, tokenizer: Tokenizer
+) -> None:
+    pool = spoilt_pool({4: "cut image", 6: "empty caption"})
+    dataset = make_dataset(pool, substitutes=None)
+    batch = dataset.__getitems__([(i, i) for i in (3, 4, 5, 6)])
+    assert batch.rows.tolist() == [3, 4, 5, 6]
+    assert batch.valid.tolist() == [True, False, True, False]
+    assert [place for _, place in batch.faults] == [
+        "00000000.tar:000000004",
+        "00000001.tar:000000006",
+    ]
+    assert not batch.images[[1, 3]].any()
+    assert torch.equal(batch.tokens[[1, 3]], tokenizer(["", ""]))
+    alone = dataset.__getitems__([(3, 3)])
+    assert torch.equal(alone.images[0], batch.images[0])
+
+
+def test_batch_of_bad_samples_alone_has_the_right_shape(
+    spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset
+) -> None:
+    pool = spoilt_pool({0: "cut image", 1: "not UTF-8"})
+    batch = make_dataset(pool, substitutes=None).__getitems__([(0, 0), (1, 1)])
+    assert batch.images.shape == (2, 3, 16, 16)
+    assert batch.valid.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pool_of_bad_samples_alone_is_an_error(
+    spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset, num_workers: int
+) -> None:
+    dataset = make_dataset(spoilt_pool(dict.fromkeys(range(12), "not an image")))
+    with pytest.raises(InputError, match=r"20 samples of the pool .* in a row are bad;.*decoded"):
+        run(dataset, num_workers=num_workers, world_size=1, steps=1)
+
+
+@pytest.fixture
+def datamodule(
+    spoilt_pool: Callable[..., Pool], transform: Transform, tokenizer: Tokenizer
+) -> Callable[..., StreamDataModule]:
+    def make(max_bad_fraction: float) -> StreamDataModule:
+        return StreamDataModule(
+            pool=spoilt_pool({}, count=2),
+            rows=np.arange(2),
+            transform=transform,
+            tokenizer=tokenizer,
+            seed=0,
+            global_batch_size=10,
+            total_steps=1,
+            num_workers=0,
+            start_method=None,
+            max_image_pixels=100,
+            max_bad_fraction=max_bad_fraction,
+        )
+
+    return make
+
+
+def make_batch(bad: int) -> Batch:
+    faults = tuple(("torn", f"a.tar:{i}") for i in range(bad))
+    empty = torch.zeros(10)
+    return Batch(images=empty, tokens=empty, rows=empty, valid=empty, faults=faults)
+
+
+def test_bad_samples_are_bounded_over_the_run(datamodule: Callable[..., StreamDataModule]) -> None:
+    module = datamodule(0.1)
+    for bad in (0, 1, 0, 2, 0, 1):  # 4 of 64 that were tried
+        module.account(make_batch(bad))
+    assert module.loaded_samples == 60
+    assert module.faults.counts == {"torn": 4}
+    with pytest.raises(InputError, match=r"9 of 79 samples are bad.*9 torn \(such as a.tar:0"):
+        module.account(make_batch(5))
+
+
+def test_one_bad_sample_does_not_stop_a_short_run(
+    datamodule: Callable[..., StreamDataModule],
+) -> None:
+    module = datamodule(0.01)
+    module.account(make_batch(1))
+    module.account(make_batch(0))
+    with pytest.raises(InputError, match=r"2 of 32 samples are bad"):
+        module.account(make_batch(1))
+
+
+def test_no_bad_sample_is_forgiven_when_none_is_allowed(
+    datamodule: Callable[..., StreamDataModule],
+) -> None:
+    module = datamodule(0.0)
+    module.account(make_batch(0))
+    with pytest.raises(InputError, match=r"1 of 21 samples are bad"):
+        module.account(make_batch(1))

@@ -1,0 +1,103 @@
+"""The HTML report in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from siftclip.trainer.compare.collect import Comparison
+from siftclip.trainer.compare.report import html, plot
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    values = {"random": (0.61, 0.63), "<script>alert(1)</script>": (0.70, 0.71)}
+    records = [
+        {"arm": arm, "seed": seed, "task": task, "metric": "main_metric", "value": value}
+        for arm, own in values.items()
+        for seed, value in enumerate(own)
+        for task in ("average/on6", "digit")
+    ]
+    runs = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "run": f"outputs/train/{arm}-s{seed}",
+            "selected_samples": 1000,
+            "coverage": 0.98,
+            "passes": 3.0,
+            "train_seconds": 12.0,
+            "trained_samples": 3000,
+            "steps": 30,
+        }
+        for arm in values
+        for seed in (0, 1)
+    ]
+    return Comparison(
+        name="a comparison",
+        arms=tuple(values),
+        seeds=(0, 1),
+        columns=("average/on6", "digit"),
+        results=pd.DataFrame(records),
+        runs=pd.DataFrame(runs),
+        overlap=pd.DataFrame([[1.0, 0.2], [0.2, 1.0]], index=list(values), columns=list(values)),
+        truth=None,
+        settings={"scale": {"global_batch_size": 100}, "note": "</pre><script>alert(2)</script>"},
+        versions={"python": "3.11", "git": None},
+    )
+
+
+def test_page_has_no_scripts_and_asks_the_network_for_nothing(comparison: Comparison) -> None:
+    page = html(comparison)
+    assert "<script" not in page
+    assert not re.search(r"(src|href)\s*=", page)
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_positions_on_the_axis(comparison: Comparison) -> None:
+    picture = plot(comparison, "digit")
+    assert (picture["low"], picture["high"]) == ("60", "75")
+    random = picture["arms"][0]
+    assert random["dots"] == pytest.approx([1 / 15, 3 / 15])
+    assert random["mean"] == pytest.approx(2 / 15)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium (Debian: apt-get install chromium)")
+def test_browser_shows_the_report(comparison: Comparison, tmp_path: Path) -> None:
+    page, picture = tmp_path / "report.html", tmp_path / "report.png"
+    page.write_text(html(comparison), encoding="utf-8")
+    command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    dom = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    ).stdout
+    assert dom.count("<circle") == 2 * 2 * 3  # plots x arms x (two seeds and a mean)
+    assert "62.0 ± 1.4" in dom
+    assert "98.0 %" in dom
+    subprocess.run(
+        [*command, f"--screenshot={picture}", "--window-size=1200,1600", page.as_uri()],
+        capture_output=True,
+        timeout=90,
+        check=True,
+    )
+    assert picture.stat().st_size > 20_000
