@@ -182,7 +182,7 @@ def _load_weights(model: torch.nn.Module, path: str) -> None:
 def save_model_folder(clip: ClipModel, folder: Path) -> None:
     """Write a model folder that `open_clip.create_model_and_transforms('local-dir:...')` loads."""
     hf_tokenizer = getattr(clip.tokenizer, "tokenizer", None)
-    if hasattr(hf_tokenizer, "save_pretrained"):
+    if hf_tokenizer is not None and hasattr(hf_tokenizer, "save_pretrained"):
         hf_tokenizer.save_pretrained(str(folder))  # a local-dir model reads its tokenizer there
     state = {
         key: value.detach().cpu().contiguous() for key, value in clip.model.state_dict().items()

@@ -86,7 +86,6 @@ def write_tar(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-            archive.members = []  # tarfile keeps every header otherwise
 
 
 def write_pool(

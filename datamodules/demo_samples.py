@@ -21,7 +21,8 @@ COPIES_PER_BASE = 4  # near duplicates of one clean sample
 DIGIT_TEMPLATES = ("the digit {c}", "a handwritten {c}", "a picture of a {c}")
 COLOUR_TEMPLATES = ("a {c} digit", "a handwritten digit in {c}", "a single {c} digit")
 COUNT_CLASSES = ("a single digit", "two digits", "three digits")
-COUNT_TEMPLATES = ("{c}", "{c}:")
+COUNT_TEMPLATES = ("{c}", "{c} on a black background", "{c} on a grey background")
+MAX_RETRIEVAL_SAMPLES = 500  # one digit, ink and background make 320 captions, for half of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,14 @@ def make_tasks(
     """Draw the tasks digit, colour (of the one digit), count and retrieval.
 
     The captions of retrieval name all that there is to see, and no two are equal.
+
+    Raises:
+        InputError: there are not as many different captions.
     """
+    if retrieval_samples > MAX_RETRIEVAL_SAMPLES:
+        raise InputError(
+            f"retrieval_samples must be at most {MAX_RETRIEVAL_SAMPLES}. Got {retrieval_samples}."
+        )
     inks = tuple(scenes.INKS)
     images, drawn = _draw(seed, "digit", digits, classification_samples, (1,))
     labels = tuple(str(scenes.DIGIT_WORDS.index(scene.words[0])) for scene in drawn)

@@ -63,12 +63,12 @@ SCENE_CAPTIONS = (
     (
         "two digits: {first} and {second}",
         "{a_first} and {a_second}",
-        "two digits, {first} then {second}",
+        "two digits on a {background} background",
         "{a_first} left of {a_second} on a {background} background",
     ),
     (
         "three digits: {first}, {second}, {third}",
-        "three digits: {first}, {second} and {third}",
+        "three digits on a {background} background",
         "{first}, {second}, {third} on {background}",
     ),
 )
@@ -247,7 +247,7 @@ def _word_scene(scene: Scene, wording: str) -> str:
 
 
 def caption_scene(rng: np.random.Generator, scene: Scene) -> str:
-    """A caption that names every digit, and perhaps its colour and the background."""
+    """A true caption: of some or all of the digits, their number, colours and background."""
     return _word_scene(scene, _pick(rng, SCENE_CAPTIONS[len(scene.digits) - 1]))
 
 

@@ -183,7 +183,7 @@ def _check_rows(path: Path, keys: tuple[str, ...], samples: int) -> None:
 
 
 def _header(file: np.lib.npyio.NpzFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    with file.zip.open(f"{key}.npy") as member:
+    with file.zip.open(f"{key}.npy") as member:  # type: ignore[union-attr]  # None when closed
         version = np.lib.format.read_magic(member)
         read_header = (
             np.lib.format.read_array_header_1_0

@@ -22,8 +22,8 @@ import siftclip
 from siftclip.datamodules.features import FeatureStore, open_features
 from siftclip.datamodules.files import read_npz, write_json, write_npz
 from siftclip.datamodules.pool import Pool, read_metadata_uids
+from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.datamodules.selection import Selection, make_selection, read_subset
-from siftclip.datamodules.streaming import BadSampleError, SampleReader
 from siftclip.selectors.base import Choice, Chunk, Requirements, ScoreSelector, Selector
 from siftclip.selectors.errors import InputError
 

@@ -7,13 +7,10 @@ nor of ranks changes a pixel.
 
 from __future__ import annotations
 
-import io
-import os
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,19 +24,15 @@ from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.order import SampleOrder, derive_generator, rank_batch_size, substitute
 from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.selectors.errors import InputError, require_int
 
 SUBSTITUTE_ATTEMPTS = 20
-MAX_OPEN_FILES = 256  # tars a process keeps open; 1,024 is a usual limit of the system
 _PURPOSE_AUGMENT = 3
 
 Request = tuple[int, int]  # (position in the order, row of the pool)
 Fault = tuple[str, str]  # (cause, place)
 StartMethod = Literal["fork", "spawn", "forkserver"]
-
-
-class BadSampleError(Exception):
-    """A sample cannot be used; the message is the cause, worded to follow a count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,92 +56,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory. The DataLoader calls this."""
         return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
-
-
-@dataclass(slots=True)
-class SampleReader:
-    """Reads captions and images of a pool by row. Picklable; a process opens its own files."""
-
-    pool: Pool
-    max_image_pixels: int
-    _files: dict[int, int] = field(default_factory=dict, repr=False)
-    _process: int = field(default=-1, repr=False)
-
-    def __getstate__(self) -> tuple[Pool, int]:
-        return self.pool, self.max_image_pixels
-
-    def __setstate__(self, state: tuple[Pool, int]) -> None:
-        self.pool, self.max_image_pixels = state
-        self._files, self._process = {}, -1
-
-    def close(self) -> None:
-        """Close the files of this process. Reading again opens them anew."""
-        if self._process == os.getpid():
-            for file in self._files.values():
-                os.close(file)
-        self._files = {}
-
-    def _pread(self, shard: int, size_bytes: int, offset_bytes: int) -> bytes:
-        if self._process != os.getpid():  # a forked worker must not share file descriptors
-            self._files, self._process = {}, os.getpid()
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))  # the one opened first
-            try:
-                self._files[shard] = os.open(self.pool.shards[shard], os.O_RDONLY)
-            except OSError as error:
-                raise BadSampleError(f"in a tar that cannot be opened ({error.strerror})") from None
-        data = os.pread(self._files[shard], size_bytes, offset_bytes)
-        if len(data) != size_bytes:
-            raise BadSampleError("cut off by the end of their tar")
-        return data
-
-    def read_caption(self, row: int) -> str:
-        """The caption of a row, without surrounding white space.
-
-        Raises:
-            BadSampleError: it is empty or not UTF-8.
-        """
-        pool = self.pool
-        data = self._pread(
-            int(pool.shard_of_row[row]),
-            int(pool.text_sizes_bytes[row]),
-            int(pool.text_offsets_bytes[row]),
-        )
-        try:
-            caption = data.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise BadSampleError("with a caption that is not UTF-8") from None
-        if not caption:
-            raise BadSampleError("with an empty caption")
-        return caption
-
-    def read_image(self, row: int) -> Image.Image:
-        """The image of a row, decoded to RGB.
-
-        Raises:
-            BadSampleError: it cannot be decoded, or has more pixels than `max_image_pixels`.
-        """
-        pool = self.pool
-        data = self._pread(
-            int(pool.shard_of_row[row]),
-            int(pool.image_sizes_bytes[row]),
-            int(pool.image_offsets_bytes[row]),
-        )
-        try:
-            with warnings.catch_warnings():
-                # Pillow's own limit is a warning; ours is checked on the header, before decoding
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-            if image.width * image.height > self.max_image_pixels:
-                raise BadSampleError("with more pixels than data.max_image_pixels")
-            return image.convert("RGB")
-        except BadSampleError:
-            raise
-        except Image.DecompressionBombError:
-            raise BadSampleError("with more pixels than Pillow decodes") from None
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
-            raise BadSampleError("whose image cannot be decoded") from error
 
 
 @dataclass(slots=True, kw_only=True)

@@ -79,21 +79,22 @@ def walk_tar(path: Path) -> Iterator[TarSample]:
                 raise TruncatedTarError(f"{path} ends after {size_bytes} bytes: {error}") from None
             if info is None:
                 break
-            if info.isfile() and not 0 <= info.size <= size_bytes - info.offset_data:
-                raise TruncatedTarError(
-                    f"{path} ends after {size_bytes} bytes, inside the member {info.name!r}"
-                )
             match = MEMBER_NAME.match(info.name) if info.isfile() else None
             if match is None or META_NAME.match(info.name):
                 continue
             if match[1] != key and members:
                 yield TarSample(key=key, members=tuple(members))
                 members = []
+            if not 0 <= info.size <= size_bytes - info.offset_data:
+                raise TruncatedTarError(
+                    f"{path} ends after {size_bytes} bytes, inside the member {info.name!r}"
+                )
             key = match[1]
             members.append(
                 Member(suffix=match[2].lower(), offset_bytes=info.offset_data, size_bytes=info.size)
             )
-            archive.members = []  # tarfile keeps every header otherwise
+            # tarfile keeps every header otherwise
+            archive.members = []  # type: ignore[attr-defined]  # the stub lacks it
         # A tar ends with a block of zeros; a file cut exactly between two members has none.
         if size_bytes and not _ends_with_zero_block(path, archive.offset, size_bytes):
             raise TruncatedTarError(f"{path} ends after {size_bytes} bytes without an end mark")

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.base import Selector
 from siftclip.trainer.cli.main import COMMANDS
-from siftclip.trainer.stages import clip_model_from, selector_from
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.stages import selector_from
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHARED = "siftclip"  # what all commands build on

@@ -42,7 +42,7 @@ def gather_features(local: Tensor, *, world_size: int) -> Tensor:
     """
     if world_size == 1:
         return local
-    return _GatherWithGradient.apply(local)  # type: ignore[no-any-return,no-untyped-call]
+    return _GatherWithGradient.apply(local)
 
 
 def contrastive_loss(

@@ -23,18 +23,19 @@ from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import (
     Batch,
     Request,
     SampleDataset,
-    SampleReader,
     make_loader,
 )
 from siftclip.eval.evaluate import fingerprint
 from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.lightning_setup import make_fabric
+from siftclip.trainer.lightning_setup import make_fabric, worker_count
+from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import is_rank_zero
-from siftclip.trainer.stages import clip_model_from, features_folder, plain, pool_from, worker_count
+from siftclip.trainer.stages import features_folder, plain, pool_from
 
 log = logging.getLogger(__name__)
 

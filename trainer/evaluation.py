@@ -15,7 +15,8 @@ from siftclip.eval.evaluate import evaluate_tasks
 from siftclip.eval.results import TaskResult, aggregate, format_table
 from siftclip.eval.tasks import Task, find_tasks
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.stages import plain, worker_count
+from siftclip.trainer.lightning_setup import worker_count
+from siftclip.trainer.stages import plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -143,3 +143,17 @@ def checkpoint_callback(folder: Path, every_n_steps: int) -> ModelCheckpoint:
         save_top_k=1,
         enable_version_counter=False,
     )
+
+
+def worker_count(value: int | str) -> int:
+    """Loader processes a rank: the number given, or for `auto` what the machine's cores suggest.
+
+    Raises:
+        InputError: the value is neither.
+    """
+    if value == "auto":
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, min(4, (os.cpu_count() or 1) // local_ranks - 1))
+    if isinstance(value, str):
+        raise InputError(f"data.num_workers must be an integer or 'auto'. Got {value!r}.")
+    return require_int("data.num_workers", value, minimum=0)

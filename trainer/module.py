@@ -66,7 +66,7 @@ class ClipTraining(LightningModule):
         loss = contrastive_loss(
             self.model.encode_image(batch.images, normalize=True),  # type: ignore[operator]
             self.model.encode_text(batch.tokens, normalize=True),  # type: ignore[operator]
-            self.model.logit_scale.exp(),  # type: ignore[operator,union-attr]
+            self.model.logit_scale.exp(),  # type: ignore[operator]
             rank=self.global_rank,
             world_size=self.trainer.world_size,
         )
@@ -93,7 +93,7 @@ class ClipTraining(LightningModule):
             "train/loss": float(loss),
             "train/contrastive_loss": float(loss),
             "train/lr": self._last_lr(),
-            "train/scale": float(self.model.logit_scale.detach().exp()),  # type: ignore[operator,union-attr]
+            "train/scale": float(self.model.logit_scale.detach().exp()),  # type: ignore[operator]
             "train/data_time": self._data_seconds / self._steps,
             "train/batch_time": seconds / self._steps,
             "train/samples_per_second": rate,

@@ -92,4 +92,4 @@ def make_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
 def clamp_logit_scale(model: nn.Module) -> None:
     """Keep exp(logit_scale) in [1, 100], as open_clip does after every optimiser step."""
     with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator,union-attr]
+        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]

@@ -43,7 +43,7 @@ PACKAGES = (
 
 def is_rank_zero() -> bool:
     """Whether this process writes what all ranks share."""
-    return (rank_zero_only.rank or 0) == 0
+    return (getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ part of it, checks it, and calls the part of siftclip that does the work.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.datamodules.clip_models import ClipModel, holds_weights, load_clip_model
 from siftclip.datamodules.pool import Coverage, Pool, default_cache, metadata_coverage, open_pool
 from siftclip.datamodules.scoring import (
     PoolChunks,
@@ -76,36 +74,6 @@ def features_folder(config: DictConfig) -> Path | None:
     if config.features.model is None:
         return None
     return pool_cache(config) / "features" / str(config.features.name)
-
-
-def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> ClipModel:
-    """Build the open_clip model that a `model` node of the configuration describes.
-
-    Args:
-        node: the node.
-        option: its name, for messages.
-        trained: refuse random weights, where nobody can want them.
-
-    Raises:
-        InputError: the model is missing or cannot be built.
-    """
-    if OmegaConf.is_missing(node, "name"):
-        raise InputError(
-            f"{option}.name must name a model: one of open_clip's, a run directory, or a folder."
-        )
-    name = str(node.name)
-    has_weights = node.pretrained is not None or holds_weights(name)
-    if trained and not has_weights:
-        raise InputError(
-            f"{option}.pretrained must be an open_clip tag or a checkpoint file, since "
-            f"{option}.name={name!r} brings no weights and random ones would be used. Got null."
-        )
-    return load_clip_model(
-        name,
-        pretrained=node.pretrained,
-        architecture=plain(node.architecture),
-        augmentation=plain(node.get("augmentation")),
-    )
 
 
 def selector_from(config: DictConfig) -> tuple[Selector, str, dict[str, Any]]:
@@ -233,17 +201,3 @@ def describe_selection(outcome: SelectOutcome) -> str:
             text = "  ".join(f"{name} {value:.4f}" for name, value in quantiles.items())
             lines.append(f"{'scores ' + which:<11}{text}")
     return "\n".join(lines)
-
-
-def worker_count(value: int | str) -> int:
-    """Loader processes a rank: the number given, or for `auto` what the machine's cores suggest.
-
-    Raises:
-        InputError: the value is neither.
-    """
-    if value == "auto":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return max(1, min(4, (os.cpu_count() or 1) // local_ranks - 1))
-    if isinstance(value, str):
-        raise InputError(f"data.num_workers must be an integer or 'auto'. Got {value!r}.")
-    return require_int("data.num_workers", value, minimum=0)

@@ -18,18 +18,22 @@ from siftclip.datamodules.scoring import identity_hash
 from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.evaluation import eval_stage, tasks_from
-from siftclip.trainer.lightning_setup import checkpoint_callback, make_trainer, resolve_precision
+from siftclip.trainer.lightning_setup import (
+    checkpoint_callback,
+    make_trainer,
+    resolve_precision,
+    worker_count,
+)
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
+from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.module import ClipTraining, TrainingBar
 from siftclip.trainer.optim import AdamWConfig
 from siftclip.trainer.run_dir import RunDir, is_rank_zero
 from siftclip.trainer.stages import (
     SelectOutcome,
-    clip_model_from,
     output_root,
     plain,
     select_stage,
-    worker_count,
 )
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -13,7 +12,10 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.streaming import SampleDataset, SampleReader
+from siftclip.datamodules.reader import SampleReader
+from siftclip.datamodules.streaming import (
+    SampleDataset,
+)
 
 # Draws from torch's and from Python's random numbers, as a user's aug_cfg may
 AUGMENTATION = AugmentationCfg(

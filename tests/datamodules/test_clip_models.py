@@ -36,7 +36,7 @@ CAPTIONS = ["a red seven", "two blue ones on a ground"]
 def clip() -> ClipModel:
     torch.manual_seed(0)
     clip = load_clip_model("tiny", architecture=ARCHITECTURE)
-    clip.model.logit_scale.data.fill_(1.2345)  # type: ignore[union-attr]  # a parameter
+    torch.nn.init.constant_(clip.model.get_parameter("logit_scale"), 1.2345)
     return clip
 
 

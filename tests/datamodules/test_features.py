@@ -131,7 +131,7 @@ def change_npz(folder: Path, key: str, array: np.ndarray) -> Path:
     path = sorted(folder.glob("*.npz"))[0]
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    np.savez(path, **{**arrays, key: array})  # type: ignore[arg-type]
+    np.savez(path, **{**arrays, key: array})
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.order import SampleOrder, substitute
@@ -51,7 +53,9 @@ def spoil(sample: Any, defect: str) -> None:
     elif defect == "bomb":
         sample.image, sample.image_suffix = huge_png(60_000), "png"
     elif defect == "gif":
-        sample.image = encode(sample, "GIF")
+        buffer = io.BytesIO()  # a sound image, of a format that is not decoded
+        Image.open(io.BytesIO(sample.image)).save(buffer, format="GIF")
+        sample.image = buffer.getvalue()
     elif defect == "empty caption":
         sample.caption = b""
     elif defect == "blank caption":

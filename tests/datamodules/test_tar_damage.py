@@ -64,13 +64,29 @@ def test_tar_cut_anywhere_gives_a_prefix(small_tar: Path) -> None:
     assert lengths == {0, 1, 2, 3, 4, 5}
 
 
-def test_sample_which_the_cut_runs_through_is_not_given(small_tar: Path) -> None:
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_only_the_sample_which_the_cut_runs_through_is_lost(small_tar: Path, member: int) -> None:
     third = list(walk_tar(small_tar))[2]
     data = small_tar.read_bytes()
-    small_tar.write_bytes(data[: third.members[-1].offset_bytes + 3])  # inside its json
+    small_tar.write_bytes(data[: third.members[member].offset_bytes + 3])
     index = build_shard_index(small_tar)
     assert len(index) == 2
     assert index.truncated
+
+
+def test_member_of_negative_size_counts_as_cut(
+    tmp_path: Path, write_tar: Callable[..., Path]
+) -> None:
+    members = [("a.jpg", b""), ("a.txt", b"t"), ("b.jpg", b"i"), ("b.txt", b"t")]
+    path = write_tar(tmp_path / "a.tar", members)
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\xff" * 11 + b"\x9c"  # -100, as GNU tar writes numbers beyond octal
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    index = build_shard_index(path)
+    assert index.truncated
+    assert len(index) == 0
 
 
 def test_damaged_headers_never_escape_as_other_errors(small_tar: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+import siftclip.selectors
 from siftclip.selectors.base import Selector
 from siftclip.selectors.checks import CHECKS, SelectorFactory, check_selector
 from siftclip.selectors.clip_score import ClipScore
@@ -29,10 +34,13 @@ def test_built_in_selector_passes(check: Callable[[SelectorFactory], None], name
 
 
 def test_every_selector_class_is_checked() -> None:
-    def concrete(base: type[Selector]) -> set[type[Selector]]:
-        found = set() if getattr(base, "__abstractmethods__", None) else {base}
+    def concrete(base: Any) -> set[type[Selector]]:
+        found = set() if inspect.isabstract(base) else {base}
         return found.union(*(concrete(child) for child in base.__subclasses__()))
 
+    modules = [module.name for module in pkgutil.iter_modules(siftclip.selectors.__path__)]
+    for module in modules:
+        importlib.import_module(f"siftclip.selectors.{module}")
     ours = {cls for cls in concrete(Selector) if cls.__module__.startswith("siftclip.selectors.")}
     assert ours == {type(make()) for make in BUILT_IN.values()}
 

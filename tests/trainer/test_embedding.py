@@ -15,11 +15,12 @@ from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.features import open_features
 from siftclip.datamodules.files import read_json, read_npz
 from siftclip.datamodules.pool import open_pool
-from siftclip.datamodules.streaming import SampleReader
+from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.tar_index import build_shard_index
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.embedding import embed_stage
-from siftclip.trainer.stages import clip_model_from, plain, select_stage
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.stages import plain, select_stage
 
 Compose = Callable[..., DictConfig]
 

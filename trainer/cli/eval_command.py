@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.evaluation import eval_stage, tasks_from
+from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.stages import clip_model_from, output_root
+from siftclip.trainer.stages import output_root
 
 
 @application("eval")

@@ -115,13 +115,14 @@ def plot(comparison: Comparison, task: str) -> dict[str, Any]:
     """
     frame = comparison.results
     main = frame[(frame["metric"] == "main_metric") & (frame["task"] == task)]
-    values = main["value"].astype(float).dropna() * 100
-    table = spread(comparison, [task])
-    low, high = _axis(values)
+    table = spread(comparison, [task]) * 100
+    means, deviations = table[task, "mean"], table[task, "sd"].fillna(0.0)
+    ends = [main["value"].astype(float) * 100, means - deviations, means + deviations]
+    low, high = _axis(pd.concat(ends).dropna())
     arms = []
     for arm in comparison.arms:
-        mean = float(table.loc[arm, (task, "mean")]) * 100  # type: ignore[arg-type]
-        deviation = float(table.loc[arm, (task, "sd")]) * 100  # type: ignore[arg-type]
+        mean = float(means[arm])
+        deviation = float(table[task, "sd"][arm])
         own = main[main["arm"] == arm]["value"].astype(float) * 100
         whisker = 0.0 if pd.isna(deviation) else deviation
         arms.append(
@@ -141,6 +142,6 @@ def _axis(values: pd.Series[float]) -> tuple[float, float]:
     """Multiples of 5 around the values, at least 5 apart."""
     if len(values) == 0:
         return 0.0, 100.0
-    low = 5 * ((values.min() - 1) // 5)
-    high = 5 * -(-(values.max() + 1) // 5)
-    return max(0.0, float(low)), float(high)
+    low = 5 * (values.min() // 5)
+    high = max(low + 5, 5 * -(-values.max() // 5))
+    return max(0.0, float(low)), min(100.0, float(high))

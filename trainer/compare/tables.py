@@ -13,8 +13,8 @@ def spread(comparison: Comparison, tasks: Sequence[str]) -> pd.DataFrame:
     """Mean and standard deviation of main metrics over seeds.
 
     Returns:
-        A frame with a row an arm, in the order of the comparison, and the columns (task, `mean`),
-        (task, `sd`) and (task, `seeds`). The deviation is that of a sample, NaN for one seed. A
+        A frame with a row an arm, in the order of the comparison, and the columns (task, `mean`)
+        and (task, `sd`). The deviation is that of a sample, NaN for one seed. A
         mean is NaN where a run has no value, never a mean of fewer runs.
     """
     frame = comparison.results
@@ -26,7 +26,6 @@ def spread(comparison: Comparison, tasks: Sequence[str]) -> pd.DataFrame:
         complete = groups.apply(lambda group: group.notna().all())
         columns[task, "mean"] = groups.mean().where(complete)
         columns[task, "sd"] = groups.std(ddof=1).where(complete)
-        columns[task, "seeds"] = groups.size()
     return pd.DataFrame(columns).loc[list(comparison.arms)]
 
 
@@ -46,6 +45,7 @@ def title(task: str) -> str:
 def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
     """Header and one row an arm: kept, passes, the tasks in percent, seconds of training."""
     table = spread(comparison, tasks)
+    cells = [(table[task, "mean"], table[task, "sd"]) for task in tasks]
     runs = comparison.runs.groupby("arm")
     rows = [["selector", "kept", "passes", *(title(task) for task in tasks), "train s"]]
     for arm in comparison.arms:
@@ -56,10 +56,8 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
                 f"{own['selected_samples'].mean():.0f}",
                 f"{own['passes'].mean():.1f}",
                 *(
-                    percent(
-                        float(table.loc[arm, (task, "mean")]), float(table.loc[arm, (task, "sd")])
-                    )  # type: ignore[arg-type]
-                    for task in tasks
+                    percent(float(means[arm]), float(deviations[arm]))
+                    for means, deviations in cells
                 ),
                 f"{own['train_seconds'].mean():.0f}",
             ]
@@ -71,12 +69,7 @@ def selection_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row an arm: Jaccard overlap with the others, kinds where truth is known."""
     rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]
     for arm in comparison.arms:
-        rows.append(
-            [
-                arm,
-                *(f"{float(comparison.overlap.loc[arm, other]):.2f}" for other in comparison.arms),
-            ]  # type: ignore[arg-type]
-        )
+        rows.append([arm, *(f"{share:.2f}" for share in comparison.overlap.loc[arm])])
     if comparison.truth is not None:
         for kind in comparison.truth.columns:
             rows[0].append(str(kind))

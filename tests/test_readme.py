@@ -1,0 +1,108 @@
+"""Every command of the README is run, on a small pool."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
+from siftclip.datamodules.demo_pool import DemoData, write_demo_data
+from siftclip.selectors.checks import check_selector
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+# What is too large or not there on a test machine, and what stands in for it.
+SMALL_RUN = (
+    "model=vit_tiny scale=tiny scale.samples_seen=64 scale.global_batch_size=16 logger=csv "
+    "progress=false data.num_workers=0"
+)
+
+
+def commands() -> list[str]:
+    """The lines of the README's bash blocks that are commands."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    sizes = {"classification_samples": 20, "count_samples": 10, "retrieval_samples": 10}
+    root = tmp_path_factory.mktemp("readme")
+    return write_demo_data(root, pool_samples=120, teacher_samples=20, progress=False, **sizes)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_model_folder(load_clip_model("tiny", architecture=ARCHITECTURE), folder)
+    return folder
+
+
+def test_readme_has_the_commands_that_are_tested_here() -> None:
+    found = commands()
+    assert found[:2] == ["make demo", "make test"]
+    words = [line.split()[1] for line in found[2:]]
+    assert words == ["embed", "select", "train", "eval", "compare"]
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_knows_the_targets(target: str) -> None:
+    result = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    expected = {"demo": "siftclip demo", "test": "pytest"}[target]
+    assert expected in result.stdout
+
+
+@pytest.mark.slow
+def test_commands_for_ones_own_pool_run(data: DemoData, model_folder: Path, tmp_path: Path) -> None:
+    for line in commands()[2:]:
+        line = line.replace("/data/pool", str(data.pool)).replace("/data/tasks", str(data.tasks))
+        line = line.replace("features.model.pretrained=openai", "")
+        line = line.replace("features.model.name=ViT-B-32", f"features.model.name={model_folder}")
+        line = re.sub(r"\b(model=vit_b_32|scale=datacomp_small)\b", "", line)
+        if "outputs/train/RUN" in line:
+            (run,) = (tmp_path / "outputs" / "train").iterdir()
+            line = line.replace("outputs/train/RUN", str(run))
+        program, command, *options = shlex.split(line)
+        assert program == "siftclip"
+        small = shlex.split(SMALL_RUN)
+        if command == "eval":
+            small.remove("model=vit_tiny")
+        result = subprocess.run(
+            [sys.executable, "-m", "siftclip.trainer.cli", command, *options, *small],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, (line, result.stderr[-2000:])
+    assert (tmp_path / "outputs/compare/random_clip_score/report.html").is_file()
+    assert len(np.load(next(tmp_path.glob("outputs/selections/*/selection.npy")))) == 36
+
+
+def test_selector_of_the_readme_keeps_the_contract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "my_package_of_the_readme.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("my_package_of_the_readme")
+    check_selector(lambda: module.CaptionLength(fraction=0.3))
