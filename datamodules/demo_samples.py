@@ -18,7 +18,7 @@ from siftclip.selectors.errors import InputError
 Kind = Literal["clean", "mismatched", "generic", "off_target", "text_junk", "duplicate"]
 
 COPIES_PER_BASE = 4  # near duplicates of one clean sample
-DIGIT_TEMPLATES = ("the digit {c}", "a handwritten {c}", "a picture of a {c}")
+DIGIT_TEMPLATES = ("the digit {c}", "a handwritten {c}", "a picture of the {c}")
 COLOUR_TEMPLATES = ("a {c} digit", "a handwritten digit in {c}", "a single {c} digit")
 COUNT_CLASSES = ("a single digit", "two digits", "three digits")
 COUNT_TEMPLATES = ("{c}", "{c} on a black background", "{c} on a grey background")

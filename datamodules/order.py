@@ -19,7 +19,8 @@ _PURPOSE_SUBSTITUTE = 2
 
 def derive_generator(*words: int) -> np.random.Generator:
     """A generator that is a pure function of its words, such as (seed, epoch, purpose)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    entropy = np.asarray(words, dtype=np.uint64).view(np.uint32)  # fixed width: no two lists alike
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,7 +24,14 @@ from siftclip.datamodules.files import read_npz, write_json, write_npz
 from siftclip.datamodules.pool import Pool, read_metadata_uids
 from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.datamodules.selection import Selection, make_selection, read_subset
-from siftclip.selectors.base import Choice, Chunk, Requirements, ScoreSelector, Selector
+from siftclip.selectors.base import (
+    Choice,
+    Chunk,
+    Requirements,
+    ScoreSelector,
+    Selector,
+    check_choice,
+)
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -280,7 +287,7 @@ def run_selection(
             scores=scored.scores,
         )
     else:
-        choice = selector.select(chunks)
+        choice = check_choice(type(selector).__name__, selector.select(chunks), samples=len(pool))
     kept = choice.multiplicities > 0
     manifest = {
         "selector": name,

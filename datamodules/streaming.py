@@ -28,6 +28,7 @@ from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.selectors.errors import InputError, require_int
 
 SUBSTITUTE_ATTEMPTS = 20
+FIRST_SAMPLES = 1000
 _PURPOSE_AUGMENT = 3
 
 Request = tuple[int, int]  # (position in the order, row of the pool)
@@ -252,12 +253,13 @@ class StreamDataModule(LightningDataModule):
     def account(self, batch: Batch) -> None:
         """Count a batch's bad samples of this rank, and stop the run if there are too many.
 
-        A run of fewer samples than 1 / max_bad_fraction is given the benefit of one bad sample.
+        The first FIRST_SAMPLES samples are judged together: few samples say little of a rate.
         """
         self.loaded_samples += len(batch.rows)
         for cause, place in batch.faults:
             self.faults.add(cause, place)
-        if self.faults.samples > 1 or (batch.faults and self.max_bad_fraction == 0):
+        bound = self.max_bad_fraction * max(self.loaded_samples, FIRST_SAMPLES)
+        if self.faults.samples > bound:
             self.faults.check(
                 owner=f"pool {self.dataset.reader.pool.root}",
                 total=self.loaded_samples + self.faults.samples,

@@ -68,6 +68,27 @@ class Choice:
     scores: np.ndarray | None = None  # float32 [n], where the selector has scores
 
 
+def check_choice(owner: str, choice: Choice, *, samples: int) -> Choice:
+    """Return the answer of a selector if it is one: distinct rows in range, whole multiplicities.
+
+    Raises:
+        TypeError, ValueError: `owner` broke its contract; a fault of its code.
+    """
+    rows, kept = choice.rows, choice.multiplicities
+    if rows.dtype != np.int64 or kept.dtype != np.int64:
+        raise TypeError(f"{owner}.select must answer with int64. Got {rows.dtype}, {kept.dtype}.")
+    if rows.shape != kept.shape or rows.ndim != 1:
+        raise ValueError(
+            f"{owner}.select must answer with one multiplicity a row. "
+            f"Got {rows.shape} and {kept.shape}."
+        )
+    if len(rows) and (rows.min() < 0 or rows.max() >= samples or len(np.unique(rows)) < len(rows)):
+        raise ValueError(f"{owner}.select must answer with distinct rows in [0, {samples}).")
+    if len(kept) and kept.min() < 0:
+        raise ValueError(f"{owner}.select must answer with multiplicities of at least 0.")
+    return choice
+
+
 class Selector(ABC):
     """A set function on samples: which are kept, and how often."""
 

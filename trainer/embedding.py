@@ -32,7 +32,7 @@ from siftclip.datamodules.streaming import (
 )
 from siftclip.eval.evaluate import fingerprint
 from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.lightning_setup import make_fabric, worker_count
+from siftclip.trainer.lightning_setup import make_fabric, share_cores, worker_count
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.stages import features_folder, plain, pool_from
@@ -93,6 +93,7 @@ def embed_stage(config: DictConfig) -> Path:
     name = str(config.features.name)
     _claim(folder, _manifest(config, clip, pool))
     todo = [n for n in range(len(pool.shards)) if not feature_path(folder, pool, n).exists()]
+    share_cores(worker_count(config.data.num_workers))
     fabric = make_fabric(config)
     fabric.launch()
     mine = todo[fabric.global_rank :: fabric.world_size]

@@ -15,7 +15,7 @@ from siftclip.eval.evaluate import evaluate_tasks
 from siftclip.eval.results import TaskResult, aggregate, format_table
 from siftclip.eval.tasks import Task, find_tasks
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.lightning_setup import worker_count
+from siftclip.trainer.lightning_setup import share_cores, worker_count
 from siftclip.trainer.stages import plain
 
 
@@ -85,12 +85,14 @@ def eval_stage(
     """
     tasks = tasks_from(config)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
+    num_workers = worker_count(config.data.num_workers)
+    share_cores(num_workers)
     results = evaluate_tasks(
         clip,
         tasks,
         device=_device(config),
         batch_size=config.eval.batch_size,
-        num_workers=worker_count(config.data.num_workers),
+        num_workers=num_workers,
         results_path=results_path,
         progress=config.progress,
     )

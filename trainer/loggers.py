@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pandas as pd
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -67,9 +69,18 @@ def wandb_is_offline(mode: str) -> bool:
         return mode == "offline"
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"] != "online"
-    import wandb
+    return not _logged_in()
 
-    return wandb.api.api_key is None
+
+def _logged_in() -> bool:
+    """Whether wandb has a key: in the environment, or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def make_loggers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -116,7 +117,8 @@ class ClipTraining(LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model, self.optim)
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self.model, self.optim, fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {
             "optimizer": optimizer,
@@ -125,12 +127,22 @@ class ClipTraining(LightningModule):
 
 
 class TrainingBar(TQDMProgressBar):
-    """Lightning's bar with the loss that was logged last and the rate in samples."""
+    """Lightning's bar on standard error, with the loss that was logged last and the sample rate."""
 
     def init_train_tqdm(self) -> Tqdm:
-        bar = super().init_train_tqdm()
-        bar.set_description("train")
-        return bar
+        return Tqdm(
+            desc="train",
+            unit="step",
+            disable=self.is_disabled,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        # There is one pass of `max_steps` batches, so Lightning's "Epoch 0" would say nothing.
+        self.train_progress_bar.set_description("train")
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         latest = pl_module.latest
@@ -140,8 +152,3 @@ class TrainingBar(TQDMProgressBar):
             "loss": f"{latest['train/loss']:.3f}",
             "samples/s": f"{latest['train/samples_per_second']:.0f}",
         }
-
-    def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        # There is one pass of `max_steps` batches, so Lightning's "Epoch 0" would say nothing.
-        self.train_progress_bar.set_description("train")

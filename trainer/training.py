@@ -22,6 +22,7 @@ from siftclip.trainer.lightning_setup import (
     checkpoint_callback,
     make_trainer,
     resolve_precision,
+    share_cores,
     worker_count,
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
@@ -162,6 +163,7 @@ def _fit(
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
+    share_cores(worker_count(config.data.num_workers))
     lightning.seed_everything(config.seed, verbose=False)  # the initial weights
     clip = clip_model_from(config.model, "model")
     module = ClipTraining(

@@ -91,12 +91,19 @@ def test_first_of_repeated_uids_counts(pool: Pool, uids: list[str], tmp_path: Pa
 
 
 def test_bad_uids_are_left_out_and_named(
-    pool: Pool, uids: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_samples: Make,
+    write_pool: Make,
+    load_pool: Callable[..., Pool],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    names = ["bad", None, uids[2]]
+    samples = make_samples(3)
+    samples[0].record = b'{"uid": "%s"}' % (b"0" * 32)  # which no bad uid may stand for
+    pool = load_pool(write_pool(samples))
+    names = ["bad", None, samples[2].uid]
     path = write_table(tmp_path / "a.parquet", uid=names, score=[3.0, 2.0, 1.0])
     selection = select(pool, tmp_path, path=path, column="score", threshold=0.0)
-    assert kept(selection) == {uids[2]: 1}
+    assert kept(selection) == {samples[2].uid: 1}
     assert "2 with a uid that is not 32 hexadecimal digits" in caplog.text
 
 

@@ -69,8 +69,9 @@ def test_fingerprint_depends_on_content_not_on_place(
         write_pool(make_samples(6, start=1), folder="other uids"),
         write_pool([samples[1], samples[0], *samples[2:]], folder="other order"),
     ]
-    found = {load_pool(other, cache=other.name).fingerprint for other in others}
-    assert len(found | {fingerprint}) == 5
+    (moved / "shards" / "00000001.tar").rename(moved / "shards" / "00000002.tar")
+    found = {load_pool(other, cache=other.name).fingerprint for other in [*others, moved]}
+    assert len(found | {fingerprint}) == 6
 
 
 def test_img2dataset_folder_without_uids_gets_derived_ones(

@@ -102,13 +102,16 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
     assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
 
 
-def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
+def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_is_offline("auto")
-    monkeypatch.setattr(type(wandb.api), "api_key", "0" * 40, raising=False)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert not wandb_is_offline("auto")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_is_offline("auto")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert not wandb_is_offline("auto")
     assert wandb_is_offline("offline")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -73,7 +73,7 @@ def test_scale_is_clamped(start: float, end: float) -> None:
     model = nn.Module()
     model.logit_scale = nn.Parameter(torch.tensor(start))
     clamp_logit_scale(model)
-    assert float(model.logit_scale) == pytest.approx(end)
+    assert model.logit_scale.item() == pytest.approx(end)
 
 
 @pytest.mark.parametrize(

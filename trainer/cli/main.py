@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 
 import siftclip
@@ -54,9 +53,6 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    # Read when torch loads its thread pool. Threads that wait must not spin: loader processes and
-    # training share the cores, and spinning made a step up to ten times slower on a full machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = importlib.import_module(f"siftclip.trainer.cli.{command}_command")
     module.main()
 
