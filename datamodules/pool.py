@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.tar_index import ShardIndex, load_shard_index
+from siftclip.datamodules.tar_index import ARRAY_FIELDS, ShardIndex, load_shard_index
 from siftclip.datamodules.uids import UidTable, is_uid, parse_uids
 from siftclip.selectors.errors import InputError
 
@@ -40,7 +40,7 @@ class Pool:
     text_offsets_bytes: np.ndarray  # int64 [n]
     text_sizes_bytes: np.ndarray  # int64 [n]
     faults: FaultLog  # of the samples that are left out
-    fingerprint: str  # changes with the shards' names and the uids, not with where the pool lies
+    fingerprint: str  # changes with names and sizes of tars and the uids, not with their place
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -141,15 +141,7 @@ def _concatenate(
     root: Path, shards: tuple[Path, ...], indices: list[ShardIndex], faults: FaultLog
 ) -> Pool:
     columns = {
-        name: np.concatenate([getattr(index, name) for index in indices])
-        for name in (
-            "uids",
-            "keys",
-            "image_offsets_bytes",
-            "image_sizes_bytes",
-            "text_offsets_bytes",
-            "text_sizes_bytes",
-        )
+        name: np.concatenate([getattr(index, name) for index in indices]) for name in ARRAY_FIELDS
     }
     lengths = [len(index) for index in indices]
     columns["shard_of_row"] = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
@@ -160,7 +152,7 @@ def _concatenate(
         table = UidTable.build(columns["uids"])
     digest = hashlib.sha256()
     for shard, length in zip(shards, lengths, strict=True):
-        digest.update(f"{shard.name}:{length}\n".encode())
+        digest.update(f"{shard.name}:{length}:{shard.stat().st_size}\n".encode())
     digest.update(columns["uids"].tobytes())
     return Pool(
         root=root,

@@ -7,6 +7,7 @@ nor of ranks changes a pixel.
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -171,7 +172,16 @@ def make_loader(
     start_method: StartMethod | None,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """A loader whose workers read, decode and tokenise whole batches."""
+    """A loader whose workers read, decode and tokenise whole batches.
+
+    Raises:
+        InputError: the number of workers or their start method is not possible.
+    """
+    if start_method is not None and start_method not in multiprocessing.get_all_start_methods():
+        raise InputError(
+            f"data.start_method must be null or one of {multiprocessing.get_all_start_methods()}. "
+            f"Got {start_method!r}."
+        )
     return DataLoader(
         dataset,
         batch_sampler=sampler,

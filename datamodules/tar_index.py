@@ -111,6 +111,17 @@ def _ends_with_zero_block(path: Path, offset_bytes: int, size_bytes: int) -> boo
     return len(block) == tarfile.BLOCKSIZE and not any(block)
 
 
+# What a shard's index holds for each of its samples.
+ARRAY_FIELDS = (
+    "uids",
+    "keys",
+    "image_offsets_bytes",
+    "image_sizes_bytes",
+    "text_offsets_bytes",
+    "text_sizes_bytes",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardIndex:
     """The samples of one tar that have an image and a caption, with where their bytes are."""
@@ -209,39 +220,19 @@ def load_shard_index(path: Path, cache_path: Path) -> ShardIndex:
         if index is not None:
             return index
     index = build_shard_index(path)
-    write_npz(
-        cache_path,
-        stamp=stamp,
-        uids=index.uids,
-        keys=index.keys,
-        image_offsets_bytes=index.image_offsets_bytes,
-        image_sizes_bytes=index.image_sizes_bytes,
-        text_offsets_bytes=index.text_offsets_bytes,
-        text_sizes_bytes=index.text_sizes_bytes,
-        notes=np.asarray(
-            json.dumps(
-                {
-                    "derived_uids": index.derived_uids,
-                    "truncated": index.truncated,
-                    **index.faults.state(),
-                }
-            )
-        ),
-    )
+    notes = {
+        "derived_uids": index.derived_uids,
+        "truncated": index.truncated,
+        **index.faults.state(),
+    }
+    arrays = {name: getattr(index, name) for name in ARRAY_FIELDS}
+    write_npz(cache_path, stamp=stamp, notes=np.asarray(json.dumps(notes)), **arrays)
     return index
 
 
 def _read_cached(cache_path: Path, stamp: np.ndarray) -> ShardIndex | None:
-    fields = [
-        "uids",
-        "keys",
-        "image_offsets_bytes",
-        "image_sizes_bytes",
-        "text_offsets_bytes",
-        "text_sizes_bytes",
-    ]
     try:
-        cached_stamp, notes_text, *columns = read_npz(cache_path, ["stamp", "notes", *fields])
+        cached_stamp, notes_text, *columns = read_npz(cache_path, ["stamp", "notes", *ARRAY_FIELDS])
     except InputError:
         return None  # a cache is only a cache: build it again
     if not np.array_equal(cached_stamp, stamp):
@@ -250,7 +241,7 @@ def _read_cached(cache_path: Path, stamp: np.ndarray) -> ShardIndex | None:
     faults = FaultLog(examples=notes["examples"])
     faults.counts.update(notes["counts"])
     return ShardIndex(
-        **dict(zip(fields, columns, strict=True)),
+        **dict(zip(ARRAY_FIELDS, columns, strict=True)),
         derived_uids=notes["derived_uids"],
         truncated=notes["truncated"],
         faults=faults,

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, save_model_folder
+from siftclip.datamodules.files import write_text
 from siftclip.datamodules.order import rank_batch_size
 from siftclip.datamodules.scoring import identity_hash
 from siftclip.datamodules.streaming import StreamDataModule
@@ -117,12 +118,12 @@ def train_stage(config: DictConfig) -> RunDir:
     run = run_dir_for(config, selected)
     if run.summary is not None:
         log.info("finished already: %s", run.path)
-        if config.eval.root is not None:
+        if config.eval.root is not None and is_rank_zero():
             eval_stage(config, run.path, results_path=run.results)
         return run
     if is_rank_zero():
         run.start(config, selected.selection)
-        (run.path / "identity").write_text(identity_hash(run_identity(config, selected)) + "\n")
+        write_text(run.path / "identity", identity_hash(run_identity(config, selected)) + "\n")
     loggers = make_loggers(
         run.path,
         name=run.path.name,

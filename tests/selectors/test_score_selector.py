@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from siftclip.selectors.base import Chunk, ChunkSource, ScoreSelector
+from siftclip.selectors.base import Choice, Chunk, ChunkSource, ScoreSelector, check_choice
 from siftclip.selectors.errors import InputError, require_finite, require_fraction, require_int
 from siftclip.selectors.rules import AsGiven, Threshold, TopFraction
 
@@ -107,3 +107,29 @@ def test_requirements_of_options_name_option_and_value() -> None:
     with pytest.raises(InputError, match=r"a.f must be a number in the range \(0, 1\].* Got 0."):
         require_fraction("a.f", 0)
     assert require_fraction("a.f", 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "message"),
+    [
+        ([0, 0], [1, 1], "distinct rows"),
+        ([0, 5], [1, 1], r"in \[0, 5\)"),
+        ([-1, 2], [1, 1], "distinct rows"),
+        ([0, 1], [1, -1], "at least 0"),
+        ([0, 1], [1], "one multiplicity a row"),
+    ],
+)
+def test_wrong_answer_of_a_set_function_is_refused(
+    rows: list[int], kept: list[int], message: str
+) -> None:
+    choice = Choice(rows=np.array(rows), multiplicities=np.array(kept))
+    with pytest.raises(ValueError, match=f"Mine.select must answer with .*{message}"):
+        check_choice("Mine", choice, samples=5)
+
+
+def test_answer_of_other_types_is_refused() -> None:
+    choice = Choice(rows=np.array([0, 1], dtype=np.int32), multiplicities=np.array([1, 1]))
+    with pytest.raises(TypeError, match="int64"):
+        check_choice("Mine", choice, samples=5)
+    whole = Choice(rows=np.array([3, 1]), multiplicities=np.array([0, 2]))
+    assert check_choice("Mine", whole, samples=5) is whole

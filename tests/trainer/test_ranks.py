@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import load_clip_model
+from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.files import read_jsonl
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.lightning_setup import resolve_devices
@@ -64,6 +65,16 @@ def test_embedding_on_two_ranks_covers_every_shard(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert list((tmp_path / "embedded").glob("*.npz"))
+
+
+def test_comparison_on_two_ranks(
+    base: list[str], cli: Cli, demo_data: DemoData, tmp_path: Path
+) -> None:
+    tasks = [f"eval.root={demo_data.tasks}", "eval.tasks=[digit]", "compare.seeds=[0]"]
+    result = cli("compare", *base, *tasks, ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("report     ") == 1
+    assert len(list((tmp_path / "outputs" / "train").glob("*/summary.json"))) == 2
 
 
 def test_batch_must_split_evenly(base: list[str], cli: Cli) -> None:

@@ -63,7 +63,8 @@ def test_run_directory_is_complete(base: list[str], compose: Compose) -> None:
 
 def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -> None:
     """Same initial weights, same batches: losses, rates and weights of a loop written by hand."""
-    config = compose("train", base)
+    # The gradient of a key's bias is nothing but rounding, which Adam would blow up to the rate.
+    config = compose("train", [*base, "optim.eps=1e-4"])
     run = train_stage(config)
     selected = select_stage(config)
     torch.manual_seed(config.seed)
@@ -78,7 +79,7 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
     order = SampleOrder(rows=selected.rows, seed=config.seed, global_batch=16)
     optim = AdamWConfig(**plain(config.optim))
     optimizer = torch.optim.AdamW(
-        parameter_groups(clip.model, optim.weight_decay), betas=(0.9, 0.98), eps=1e-6, fused=False
+        parameter_groups(clip.model, optim.weight_decay), betas=(0.9, 0.98), eps=1e-4, fused=False
     )
     loss_of = open_clip.ClipLoss()
     losses, rates = [], []
@@ -165,6 +166,7 @@ def test_budget_is_rounded_up_to_full_batches() -> None:
         ("online.cadence=every_step", r"online\.cadence must be one of \['once'\]"),
         ("trainer.precision=bf32", r"trainer\.precision must be one of .*Got 'bf32'"),
         ("data.num_workers=many", r"data\.num_workers must be an integer or 'auto'"),
+        ("data.start_method=thread", r"data\.start_method must be null or one of .*Got 'thread'"),
         ("seed=-1", r"seed must be an integer of at least 0. Got -1"),
         ("model.pretrained=/nonexistent.pt", r"model\.pretrained='/nonexistent.pt' is not a file"),
         ("trainer.accelerator=abacus", r"trainer\.\*: Lightning refuses these settings"),

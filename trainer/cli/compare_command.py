@@ -7,12 +7,15 @@ from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.compare.arms import compare_stage
+from siftclip.trainer.run_dir import is_rank_zero
 
 
 @application("compare")
 def main(config: DictConfig) -> None:
     """Run all arms, print the table and say where the report is."""
     outcome = compare_stage(config, list(HydraConfig.get().overrides.task))
+    if not is_rank_zero():
+        return
     print(outcome.table)
     print(f"\nreport     {outcome.folder / 'report.md'}")
     print(f"           {outcome.folder / 'report.html'}")

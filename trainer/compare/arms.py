@@ -40,7 +40,7 @@ class CompareOutcome:
     """What a comparison leaves behind."""
 
     folder: Path
-    table: str
+    table: str  # empty on other ranks than 0
 
 
 def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcome:
@@ -64,10 +64,11 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
     for arm, seed, arm_config in bar:
         bar.set_postfix_str(f"{arm}, seed {seed}")
         runs.append(ArmRun(arm=arm, seed=seed, run=train_stage(arm_config)))
-    comparison = collect(config, runs)
     folder = output_root(config) / "compare" / str(config.compare.name)
-    if is_rank_zero():
-        write_report(comparison, folder)
+    if not is_rank_zero():
+        return CompareOutcome(folder=folder, table="")
+    comparison = collect(config, runs)
+    write_report(comparison, folder)
     return CompareOutcome(folder=folder, table=format_main_table(comparison))
 
 
