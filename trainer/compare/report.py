@@ -21,10 +21,16 @@ from siftclip.trainer.compare.tables import (
 )
 
 TEMPLATE_NAME = "report.html.j2"
-RESOLUTION_NOTE = (
-    "Values are percent, mean ± standard deviation over seeds. With few seeds, differences below "
-    "about two standard deviations are not resolved."
-)
+
+
+def resolution_note(comparison: Comparison) -> str:
+    """What the numbers of the tables are, and which differences they can show."""
+    if len(comparison.seeds) == 1:
+        return "Values are percent, from one seed: how far they scatter is not known."
+    return (
+        "Values are percent, mean ± standard deviation over seeds. With few seeds, differences "
+        "below about two standard deviations are not resolved."
+    )
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -44,8 +50,9 @@ def budget_sentence(comparison: Comparison) -> str:
     runs = comparison.runs
     trained = int(runs["trained_samples"].iloc[0])
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
+    word = "seed" if len(comparison.seeds) == 1 else "seeds"
     return (
-        f"{len(comparison.arms)} selectors, seeds {seeds}; every run trained on {trained:,} "
+        f"{len(comparison.arms)} selectors, {word} {seeds}; every run trained on {trained:,} "
         f"samples in {int(runs['steps'].iloc[0]):,} steps of batch "
         f"{comparison.settings['scale']['global_batch_size']}."
     )
@@ -70,7 +77,7 @@ def markdown(comparison: Comparison) -> str:
         f"# {comparison.name}",
         budget_sentence(comparison),
         as_markdown(main_rows(comparison, comparison.columns)),
-        RESOLUTION_NOTE,
+        resolution_note(comparison),
         "## All tasks",
         as_markdown(main_rows(comparison, _tasks(comparison))),
         "## What was selected",
@@ -97,7 +104,7 @@ def html(comparison: Comparison) -> str:
     return environment.get_template(TEMPLATE_NAME).render(
         name=comparison.name,
         budget=budget_sentence(comparison),
-        note=RESOLUTION_NOTE,
+        note=resolution_note(comparison),
         main=main_rows(comparison, comparison.columns),
         tasks=main_rows(comparison, _tasks(comparison)),
         selected=selection_rows(comparison),
