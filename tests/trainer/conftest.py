@@ -149,15 +149,16 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def start_cli(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
-    """Start `siftclip ...` in a process of its own, to be killed."""
+    """Start `siftclip ...` in a process to be stopped; its errors go to `tmp_path`.stderr."""
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            siftclip_command(*arguments),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with tmp_path.with_suffix(".stderr").open("wb") as errors:
+            return subprocess.Popen(
+                siftclip_command(*arguments),
+                cwd=tmp_path,
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
 
     return start

@@ -54,7 +54,13 @@ def test_stopped_run_continues_to_the_bit(
     process = start_cli("train", *options)
     wait_for_step(tmp_path / "outputs", step, process)
     process.send_signal(stop)
-    assert process.wait(60) != 0
+    status = process.wait(60)
+    if stop == signal.SIGINT:
+        assert status == 130
+        message = "siftclip train: interrupted; the same command continues."
+        assert message in tmp_path.with_suffix(".stderr").read_text()
+    else:
+        assert status == -stop
     (stopped,) = (RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir())
     assert stopped.summary is None
     assert stopped.latest_checkpoint() is not None

@@ -15,6 +15,7 @@ from siftclip.selectors.errors import InputError
 
 CONFIGS = "pkg://siftclip.configs"
 FAILURE = 2  # exit status for faults of the user's input
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -22,7 +23,7 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
 
     def decorate(stage: Callable[[DictConfig], None]) -> Callable[[], None]:
         def main() -> None:
-            # A progress bar that Lightning opens must not hide that the model hub is not needed.
+            # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             full_arguments = list(sys.argv)
 
@@ -36,12 +37,16 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
                         raise
                     print(f"siftclip {command}: error: {error}", file=sys.stderr)
                     raise SystemExit(FAILURE) from None
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, SystemExit) as error:
+                    # Lightning turns an interrupt during training into sys.exit(1)
+                    causes = (error, error.__context__)
+                    if not any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+                        raise
                     print(
                         f"\nsiftclip {command}: interrupted; the same command continues.",
                         file=sys.stderr,
                     )
-                    raise SystemExit(130) from None
+                    raise SystemExit(INTERRUPTED) from None
 
             # Hydra reads sys.argv itself; it must not take the command for an override.
             sys.argv = [f"siftclip {command}", *_overrides(full_arguments, command)]
