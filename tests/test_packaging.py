@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+import siftclip
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("trainer", "datamodules", "selectors", "eval", "configs")
@@ -187,3 +190,7 @@ def test_no_file_holds_a_registry_address() -> None:
     assert {ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "Makefile"} <= set(files)
     found = {str(path.relative_to(ROOT)) for path in files if REGISTRY.search(path.read_bytes())}
     assert not found
+
+
+def test_version_is_the_same_in_code_and_metadata() -> None:
+    assert importlib.metadata.version("siftclip") == siftclip.__version__
