@@ -199,5 +199,5 @@ def describe_selection(outcome: SelectOutcome) -> str:
         quantiles: Mapping[str, float] = manifest[f"score_quantiles_{which}"]
         if quantiles:
             text = "  ".join(f"{name} {value:.4f}" for name, value in quantiles.items())
-            lines.append(f"{'scores ' + which:<11}{text}")
+            lines.append(f"{which + ' scores':<13}{text}")
     return "\n".join(lines)

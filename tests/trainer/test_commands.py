@@ -15,7 +15,7 @@ from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.files import read_jsonl
 from siftclip.datamodules.selection import read_selection, read_subset
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.stages import score_stage, select_stage
+from siftclip.trainer.stages import describe_selection, score_stage, select_stage
 from siftclip.trainer.training import train_stage
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -115,6 +115,14 @@ def test_score_then_select_reuses_the_scores(
         assert len(outcome.selection) == int(240 * fraction)
     assert [path.stat().st_mtime_ns for path in files] == times
     assert len(list((tmp_path / "outputs" / "scores").iterdir())) == 1
+
+
+def test_selection_is_described(base: list[str], compose: Compose) -> None:
+    text = describe_selection(select_stage(compose("select", base)))
+    assert "kept       72 samples, 72 distinct (30.0 %)" in text
+    assert "coverage   100.0 % of the pool's metadata is in its shards" in text
+    assert "pool scores  q0 " in text
+    assert "kept scores  q0 " in text
 
 
 def test_selection_is_a_datacomp_subset_that_can_be_read_back(
