@@ -154,7 +154,11 @@ def check_input_untouched(make: SelectorFactory) -> None:
 def check_picklable(make: SelectorFactory) -> None:
     """The selector survives pickling, which processes that are spawned need."""
     chunk = synthetic_chunk(make().requires)
-    copied = pickle.loads(pickle.dumps(make()))  # noqa: S301 - our own bytes
+    try:
+        data = pickle.dumps(make())
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AssertionError(f"the selector cannot be pickled: {error}") from error
+    copied = pickle.loads(data)  # noqa: S301 - our own bytes
     choice = copied.select(lambda: [chunk])
     assert np.array_equal(choice.multiplicities, _select(make, chunk).multiplicities)
 
