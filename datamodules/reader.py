@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 from siftclip.datamodules.pool import Pool
@@ -41,7 +42,8 @@ class SampleReader:
                 os.close(file)
         self._files = {}
 
-    def _pread(self, shard: int, size_bytes: int, offset_bytes: int) -> bytes:
+    def _read(self, row: int, offsets_bytes: np.ndarray, sizes_bytes: np.ndarray) -> bytes:
+        shard, size_bytes = int(self.pool.shard_of_row[row]), int(sizes_bytes[row])
         if self._process != os.getpid():  # a forked worker must not share file descriptors
             self._files, self._process = {}, os.getpid()
         if shard not in self._files:
@@ -51,7 +53,7 @@ class SampleReader:
                 self._files[shard] = os.open(self.pool.shards[shard], os.O_RDONLY)
             except OSError as error:
                 raise BadSampleError(f"in a tar that cannot be opened ({error.strerror})") from None
-        data = os.pread(self._files[shard], size_bytes, offset_bytes)
+        data = os.pread(self._files[shard], size_bytes, int(offsets_bytes[row]))
         if len(data) != size_bytes:
             raise BadSampleError("cut off by the end of their tar")
         return data
@@ -62,12 +64,7 @@ class SampleReader:
         Raises:
             BadSampleError: it is empty or not UTF-8.
         """
-        pool = self.pool
-        data = self._pread(
-            int(pool.shard_of_row[row]),
-            int(pool.text_sizes_bytes[row]),
-            int(pool.text_offsets_bytes[row]),
-        )
+        data = self._read(row, self.pool.text_offsets_bytes, self.pool.text_sizes_bytes)
         try:
             caption = data.decode("utf-8").strip()
         except UnicodeDecodeError:
@@ -82,12 +79,7 @@ class SampleReader:
         Raises:
             BadSampleError: it cannot be decoded, or has more pixels than `max_image_pixels`.
         """
-        pool = self.pool
-        data = self._pread(
-            int(pool.shard_of_row[row]),
-            int(pool.image_sizes_bytes[row]),
-            int(pool.image_offsets_bytes[row]),
-        )
+        data = self._read(row, self.pool.image_offsets_bytes, self.pool.image_sizes_bytes)
         try:
             with warnings.catch_warnings():
                 # Pillow's own limit is a warning; ours is checked on the header, before decoding

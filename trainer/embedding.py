@@ -92,11 +92,12 @@ def embed_stage(config: DictConfig) -> Path:
         raise RuntimeError("features with a model always have a folder")
     name = str(config.features.name)
     _claim(folder, _manifest(config, clip, pool))
-    todo = [n for n in range(len(pool.shards)) if not feature_path(folder, pool, n).exists()]
     share_cores(worker_count(config.data.num_workers))
     fabric = make_fabric(config)
     fabric.launch()
-    mine = todo[fabric.global_rank :: fabric.world_size]
+    # By number, not by what is left: a rank that starts late sees what the others have written.
+    share = range(fabric.global_rank, len(pool.shards), fabric.world_size)
+    mine = [shard for shard in share if not feature_path(folder, pool, shard).exists()]
     faults = FaultLog()
     loader = _loader(config, clip, pool, mine, batch_size, fabric.device.type == "cuda")
     bar = tqdm(loader, desc="embed", unit="batch", disable=not config.progress, leave=False)

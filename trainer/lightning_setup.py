@@ -19,6 +19,8 @@ from siftclip.selectors.errors import InputError, require_int
 
 PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true")
 
+# What Lightning raises for settings; its MisconfigurationException is a ValueError.
+_REFUSALS = (ValueError, TypeError, RuntimeError)
 # Advice that does not hold here: the stream is shuffled by its own order, and sized by the budget.
 _QUIET = (
     ".*does not have many workers.*",
@@ -78,15 +80,12 @@ def make_trainer(
         torch.backends.cuda.matmul.allow_tf32 = True  # as open_clip trains
     settings = config.trainer
     devices = resolve_devices(settings.devices)
-    strategy: str | DDPStrategy = str(settings.strategy)
-    if strategy == "ddp":
-        strategy = DDPStrategy(static_graph=True, gradient_as_bucket_view=True)
     try:
         return Trainer(
             accelerator=settings.accelerator,
             devices=devices,
             num_nodes=settings.num_nodes,
-            strategy=_strategy(strategy, devices, settings.num_nodes),
+            strategy=_strategy(str(settings.strategy), devices, settings.num_nodes),
             precision=resolve_precision(settings.precision),  # type: ignore[arg-type]  # checked
             default_root_dir=folder,
             callbacks=callbacks,
@@ -96,11 +95,7 @@ def make_trainer(
             enable_progress_bar=config.progress,
             **options,
         )
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # MisconfigurationException is a ValueError
+    except _REFUSALS as error:
         raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
 
 
@@ -119,16 +114,16 @@ def make_fabric(config: DictConfig) -> Fabric:
             num_nodes=settings.num_nodes,
             precision=resolve_precision(settings.precision),  # type: ignore[arg-type]  # checked
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
 
 
-def _strategy(strategy: str | DDPStrategy, devices: int | str, num_nodes: int) -> str | DDPStrategy:
+def _strategy(name: str, devices: int | str, num_nodes: int) -> str | DDPStrategy:
     # `auto` becomes plain DDP in Lightning; ours is DDP with a static graph, as DataComp trains.
     several = num_nodes > 1 or (isinstance(devices, int) and devices > 1)
-    if strategy == "auto" and several:
+    if name == "ddp" or (name == "auto" and several):
         return DDPStrategy(static_graph=True, gradient_as_bucket_view=True)
-    return strategy
+    return name
 
 
 def checkpoint_callback(folder: Path, every_n_steps: int) -> ModelCheckpoint:

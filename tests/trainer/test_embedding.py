@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.tar_index import build_shard_index
 from siftclip.selectors.errors import InputError
+from siftclip.trainer import embedding
 from siftclip.trainer.embedding import embed_stage
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.stages import plain, select_stage
@@ -120,3 +124,30 @@ def test_embed_needs_a_model(base: list[str], compose: Compose) -> None:
         embed_stage(compose("embed", base))
     with pytest.raises(InputError, match=r"features\.model\.pretrained must be .*random ones"):
         embed_stage(compose("embed", [*base, "features.model.name=ViT-B-32"]))
+
+
+def test_rank_that_starts_late_still_embeds_its_whole_share(
+    embed_options: list[str],
+    compose: Compose,
+    make_samples: Callable[..., list[Any]],
+    write_pool: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 of 2 has written shard 0 already when rank 1 looks what is left."""
+    root = write_pool(make_samples(12), shards=4)
+    written = tmp_path / "embedded" / "00000000.npz"
+    options = [*embed_options, f"pool.root={root}", "pool.cache_dir=null"]
+    late = SimpleNamespace(
+        global_rank=1,
+        world_size=2,
+        device=torch.device("cpu"),
+        launch=lambda: None,
+        barrier=lambda: None,
+        autocast=nullcontext,
+    )
+    monkeypatch.setattr(embedding, "make_fabric", lambda config: late)
+    written.parent.mkdir()
+    written.touch()
+    folder = embed_stage(compose("embed", options))
+    assert {path.stem for path in folder.glob("*.npz")} == {"00000000", "00000001", "00000003"}
