@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from siftclip.selectors.errors import InputError, require_fraction
 
@@ -43,9 +45,14 @@ class FaultLog:
             for cause, count in self.counts.most_common()
         )
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"counts": dict(self.counts), "examples": self.examples}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FaultLog:
+        """The inverse of `state`."""
+        return cls(counts=Counter(state["counts"]), examples=dict(state["examples"]))
 
     def check(self, *, owner: str, total: int, max_bad_fraction: float) -> None:
         """Raise if more than `max_bad_fraction` of `total` samples are bad.

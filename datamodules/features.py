@@ -17,7 +17,7 @@ import torch
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_npz
-from siftclip.datamodules.pool import Coverage, Pool, metadata_folder, read_metadata_uids
+from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
 from siftclip.selectors.base import Chunk
 from siftclip.selectors.errors import InputError
 
@@ -84,7 +84,7 @@ def open_features(
     Raises:
         InputError: there are no features, a part is damaged, a key is missing, or rows differ.
     """
-    folder = metadata_folder(pool.root) if folder is None else folder
+    folder = pool.storage.metadata() if folder is None else folder
     paths = sorted(folder.glob("*.npz")) if folder.is_dir() else []
     if not paths:
         raise InputError(

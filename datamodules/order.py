@@ -8,11 +8,14 @@ sample of a pass is dropped, and the position in the data follows from the step 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, require_int
 
+# How often a pass goes through the tars, at most, to keep repetitions of a sample apart.
+MAX_ROUNDS = 8
 _PURPOSE_ORDER = 1
 _PURPOSE_SUBSTITUTE = 2
 
@@ -23,21 +26,85 @@ def derive_generator(*words: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
+def derive_seeds(positions: np.ndarray, *words: int) -> np.ndarray:
+    """A seed for each position, uint64 [n], that is a pure function of it and the words.
+
+    The positions, int64 [n], are the counter of SplitMix64 (Steele, Lea, Flood 2014), whose start
+    comes from the words: a generator of its own for every sample would cost more than its read.
+    """
+    start = derive_generator(*words).integers(2**63, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
+        state = start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def shuffle(
+    rows: np.ndarray,
+    generator: np.random.Generator,
+    *,
+    shard_of_row: np.ndarray | None = None,
+    window_shards: int | None = None,
+) -> np.ndarray:
+    """One pass over a selection: its rows in random order.
+
+    Repetitions of a row are spread over the pass: of m, each lands in another m-th part of it.
+    Without `window_shards` this is a uniform permutation but for that. With it, the tars are
+    shuffled, and the samples of so many consecutive tars are shuffled among each other: what is
+    read for some time comes from these tars alone. A pass over a selection with repetitions then
+    goes through the tars several times, at most `MAX_ROUNDS`.
+
+    Args:
+        rows: int64 [n], sorted, repetitions repeated.
+        generator: of the random numbers.
+        shard_of_row: int32, the tar of every row of the pool; needed with `window_shards`.
+        window_shards: at least 1.
+    """
+    count = len(rows)
+    first = np.flatnonzero(np.diff(rows, prepend=rows[0] - 1))
+    if window_shards is None and len(first) == count:
+        return generator.permutation(rows)
+    multiplicities = np.diff(first, append=count)
+    copy = np.arange(count) - np.repeat(first, multiplicities)
+    place = (copy + generator.random(count)) / np.repeat(multiplicities, multiplicities)
+    rounds = int(min(MAX_ROUNDS, multiplicities.max()))
+    if window_shards is not None and shard_of_row is not None:
+        round_of = np.minimum((place * rounds).astype(np.int64), rounds - 1)
+        shards, shard = np.unique(shard_of_row[rows], return_inverse=True)
+        turns = np.stack([generator.permutation(len(shards)) for _ in range(rounds)])
+        windows = -(-len(shards) // window_shards)
+        window = round_of * windows + turns[round_of, shard] // window_shards
+        place = window + (place * rounds - round_of)
+    return rows[np.argsort(place, kind="stable")]
+
+
 @dataclass(slots=True, kw_only=True)
 class SampleOrder:
     """Global batches of rows."""
 
     rows: np.ndarray  # int64 [n], repetitions repeated, sorted
     seed: int
-    global_batch: int
-    _pass: int = field(default=-1, repr=False)  # the pass whose permutation is kept
-    _permutation: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    global_batch: int  # samples that a step draws
+    selection_version: int = 0  # selections of one run that follow each other have other numbers
+    shard_of_row: np.ndarray | None = None  # int32, for all rows of the pool
+    window_shards: int | None = None  # see `shuffle`
+    _pass: int = field(default=-1, repr=False)  # the pass whose order is kept
+    _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
     def _rows_of_pass(self, number: int) -> np.ndarray:
         if number != self._pass:
-            generator = derive_generator(self.seed, number, _PURPOSE_ORDER)
-            self._permutation, self._pass = generator.permutation(self.rows), number
-        return self._permutation
+            generator = derive_generator(self.seed, number, self.selection_version, _PURPOSE_ORDER)
+            self._order, self._pass = (
+                shuffle(
+                    self.rows,
+                    generator,
+                    shard_of_row=self.shard_of_row,
+                    window_shards=self.window_shards,
+                ),
+                number,
+            )
+        return self._order
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the sequence and rows of global batch `step`, both int64 [global_batch]."""
@@ -50,16 +117,45 @@ class SampleOrder:
             rows[here] = self._rows_of_pass(number)[offsets[here]]
         return positions, rows
 
-    def rank_batch(self, step: int, *, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The part of global batch `step` that belongs to a rank: consecutive and equally long."""
-        local = rank_batch_size(self.global_batch, world_size)
-        positions, rows = self.batch(step)
-        at = slice(rank * local, (rank + 1) * local)
-        return positions[at], rows[at]
+
+class FirstStage(Protocol):
+    """Chooses the samples of a step before any of their bytes are read.
+
+    Every rank calls it with the same arguments and must get the same answer: it may look at ids,
+    cached features and scores, and draw random numbers from (seed, step) alone.
+    """
+
+    @property
+    def super_batch_samples(self) -> int:
+        """How many samples a step draws from the order."""
+
+    def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Indices into `rows`, int64 [super_batch_samples], of the global batch, in its order."""
 
 
-def rank_batch_size(global_batch: int, world_size: int) -> int:
-    """How many samples of a global batch each rank gets.
+def check_chosen(chosen: np.ndarray, *, drawn: int, wanted: int, owner: str) -> np.ndarray:
+    """The answer of a first stage, if it is one: `wanted` different indices below `drawn`.
+
+    Raises:
+        InputError: it is not.
+    """
+    chosen = np.asarray(chosen)
+    if (
+        chosen.shape != (wanted,)
+        or chosen.dtype.kind not in "iu"
+        or len(np.unique(chosen)) != wanted
+        or chosen.min() < 0
+        or chosen.max() >= drawn
+    ):
+        raise InputError(
+            f"{owner} must choose {wanted} different indices from 0 to {drawn - 1}, all of an "
+            f"integer type. Got {chosen.dtype} {chosen.shape}: {chosen.ravel()[:8].tolist()}..."
+        )
+    return chosen.astype(np.int64)
+
+
+def rank_slice(global_batch: int, *, rank: int, world_size: int) -> slice:
+    """The part of a global batch that belongs to a rank: consecutive, all equally long.
 
     Raises:
         InputError: the global batch cannot be split evenly.
@@ -69,7 +165,15 @@ def rank_batch_size(global_batch: int, world_size: int) -> int:
             f"scale.global_batch_size must be a multiple of the {world_size} devices, so that all "
             f"get equally many samples. Got {global_batch}."
         )
-    return global_batch // world_size
+    local = global_batch // world_size
+    return slice(rank * local, (rank + 1) * local)
+
+
+def require_window(window_shards: object) -> int | None:
+    """`data.shuffle_window_shards`, checked."""
+    if window_shards is None:
+        return None
+    return require_int("data.shuffle_window_shards", window_shards, minimum=1)
 
 
 def substitute(rows: np.ndarray, *, seed: int, position: int, attempt: int) -> int:

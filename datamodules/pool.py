@@ -3,38 +3,66 @@
 The rows of a pool are its samples, shard after shard in the order of the tars' names, and are
 numbered from 0. A sample's uid is the field `uid` of its JSON; without one it is derived from the
 names of tar and key (`siftclip.datamodules.uids.derive_uid`).
+
+Each tar's index is a file of its own. Joined, they are the *table* of the pool: arrays in files,
+which are mapped into memory, so that opening a pool costs nothing and loader processes share them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.tar_index import ARRAY_FIELDS, ShardIndex, load_shard_index
+from siftclip.datamodules.files import read_json, write_json
+from siftclip.datamodules.remote_storage import RemoteStorage
+from siftclip.datamodules.shard_cache import ShardCache
+from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, is_url
+from siftclip.datamodules.tar_index import (
+    ARRAY_FIELDS,
+    INDEX_VERSION,
+    ShardIndex,
+    load_shard_index,
+)
 from siftclip.datamodules.uids import UidTable, is_uid, parse_uids
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
 
+PROCESSES_FROM_BYTES = 2 << 30  # below this much to index, starting processes takes longer
+_COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """The samples of a pool and where their bytes are. Arrays have one entry a row, n in all."""
+    """The samples of a pool and where their bytes are. Arrays have one entry a row, n in all.
 
-    root: Path
-    shards: tuple[Path, ...]
+    The arrays are read-only maps of the files in `table_folder`; pickling a pool stores the
+    folder's name.
+    """
+
+    storage: Storage
+    shards: tuple[ShardFile, ...]
+    table_folder: Path
     uids: np.ndarray  # uint64 [n, 2]
     table: UidTable
     shard_of_row: np.ndarray  # int32 [n], index into `shards`
-    keys: np.ndarray  # str [n]
+    keys: np.ndarray  # bytes [n], UTF-8
+    sample_offsets_bytes: np.ndarray  # int64 [n], where all members of a sample begin
+    sample_sizes_bytes: np.ndarray  # int64 [n]
     image_offsets_bytes: np.ndarray  # int64 [n]
     image_sizes_bytes: np.ndarray  # int64 [n]
     text_offsets_bytes: np.ndarray  # int64 [n]
@@ -45,9 +73,17 @@ class Pool:
     def __len__(self) -> int:
         return len(self.uids)
 
+    def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Storage, tuple[ShardFile, ...], Path]]:
+        return _map_table, (self.storage, self.shards, self.table_folder)
+
+    @property
+    def root(self) -> str:
+        """The folder or URL, as the user gave it."""
+        return self.storage.root
+
     def place(self, row: int) -> str:
         """`<tar>:<key>` of a row, for messages."""
-        return f"{self.shards[self.shard_of_row[row]].name}:{self.keys[row]}"
+        return f"{self.shards[self.shard_of_row[row]].name}:{self.keys[row].decode()}"
 
     def shard_rows(self, shard: int) -> np.ndarray:
         """The rows of one shard, int64, in the order of the tar."""
@@ -55,76 +91,179 @@ class Pool:
         return np.arange(start, end, dtype=np.int64)
 
 
-def find_shards(root: Path) -> tuple[Path, ...]:
-    """The tars of a pool: those in `root/shards` (DataComp), else those in `root` itself."""
-    if not root.is_dir():
-        if ":/" in str(root):  # pathlib makes one slash of the two in a URL
+def make_storage(
+    root: str, *, cache_dir: Path, options: Mapping[str, Any], shard_cache_gb: float
+) -> Storage:
+    """The storage of a pool.
+
+    Args:
+        root: a local folder, or any URL that fsspec reads.
+        cache_dir: for what is copied from a URL.
+        options: of fsspec's file system.
+        shard_cache_gb: up to how much of a remote pool is kept as whole tars; 0 reads ranges.
+
+    Raises:
+        InputError: a local folder with options or a cache, which only a URL can have.
+    """
+    if root.startswith("file://"):
+        root = root.removeprefix("file://")
+    if not 0 <= shard_cache_gb < float("inf"):
+        raise InputError(f"pool.shard_cache_gb must be 0 or more. Got {shard_cache_gb}.")
+    if not is_url(root):
+        if options or shard_cache_gb:
             raise InputError(
-                f"pool.root must be a local folder; URLs are not read yet. Got {str(root)!r}."
+                "pool.storage_options and pool.shard_cache_gb are for pools behind a URL. "
+                f"pool.root={root!r} is a local folder."
             )
-        raise InputError(f"pool.root must be an existing folder. Got {str(root)!r}.")
-    for folder in (root / "shards", root):
-        shards = tuple(sorted(folder.glob("*.tar")))
-        if shards:
-            return shards
-    raise InputError(
-        f"pool.root={str(root)!r} must hold webdataset tars (*.tar), there or in shards/. "
-        "It holds none."
-    )
-
-
-def metadata_folder(root: Path) -> Path:
-    """Where parquet and npz files of a pool are: `root/metadata` (DataComp), or beside the tars."""
-    folder = root / "metadata"
-    return folder if folder.is_dir() else find_shards(root)[0].parent
-
-
-def default_cache(root: Path) -> Path:
-    """Where what is derived from a pool is kept: inside it if it can be written, else at home."""
-    if os.access(root, os.W_OK):
-        return root / ".siftclip"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "siftclip" / name
+        return LocalStorage(root)
+    cache = None
+    if shard_cache_gb:
+        cache = ShardCache(cache_dir / "shards", limit_bytes=int(shard_cache_gb * 1e9))
+    return RemoteStorage(root, options=options, cache=cache, folder=cache_dir)
 
 
 def open_pool(
-    root: Path, *, cache_dir: Path, max_bad_fraction: float, progress: bool = True
+    storage: Storage,
+    *,
+    cache_dir: Path,
+    max_bad_fraction: float,
+    workers: int = 1,
+    progress: bool = True,
 ) -> Pool:
     """Open a pool, indexing the tars which `cache_dir` does not know yet.
 
     Args:
-        root: folder with the tars.
-        cache_dir: folder for the shard indices; what is there is reused if the tar is unchanged.
+        storage: of the tars.
+        cache_dir: folder for the indices; what is there is reused if the tar is unchanged.
         max_bad_fraction: how many samples may be bad before this is an error.
+        workers: tars that are indexed at the same time.
         progress: show a bar.
 
     Raises:
         InputError: there is no pool, a tar cannot be read, or too many samples are bad.
     """
-    shards = find_shards(root)
-    indices: list[ShardIndex] = []
-    for shard in tqdm(shards, desc="index", unit="shard", disable=not progress, leave=False):
-        indices.append(load_shard_index(shard, cache_dir / "index" / f"{shard.stem}.npz"))
-    faults = _all_faults(indices, shards)
-    samples = sum(len(index) for index in indices)
-    faults.check(
-        owner=f"pool {root}", total=samples + faults.samples, max_bad_fraction=max_bad_fraction
+    shards = storage.shards()
+    stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
+    name = hashlib.sha256(f"{INDEX_VERSION}\0{stamps}".encode()).hexdigest()[:16]
+    folder = cache_dir / "index" / f"table-{name}"
+    if not (folder / "notes.json").is_file():
+        indices = _index_shards(storage, shards, cache_dir / "index", workers, progress)
+        _write_table(folder, storage.root, shards, indices)
+    pool = _map_table(storage, shards, folder)
+    pool.faults.check(
+        owner=f"pool {pool.root}",
+        total=len(pool) + pool.faults.samples,
+        max_bad_fraction=max_bad_fraction,
     )
-    if samples == 0:
-        raise InputError(f"pool.root={str(root)!r} holds {len(shards)} tars without one sample.")
-    if faults.samples:
-        log.warning("pool %s: left out %s", root, faults.summary())
-    derived = sum(index.derived_uids for index in indices)
-    if derived:
-        log.info("pool %s: %d of %d uids derived from tar and key", root, derived, samples)
-    pool = _concatenate(root, shards, indices, faults)
-    repeated = samples - len(pool)
-    if repeated:
-        log.warning("pool %s: %d samples repeat a uid; the first of each is used", root, repeated)
+    if len(pool) == 0:
+        raise InputError(f"pool.root={pool.root!r} holds {len(shards)} tars without one sample.")
+    notes = read_json(folder / "notes.json")
+    if pool.faults.samples:
+        log.warning("pool %s: left out %s", pool.root, pool.faults.summary())
+    if notes["derived_uids"]:
+        log.info(
+            "pool %s: %d of %d uids derived from tar and key",
+            pool.root,
+            notes["derived_uids"],
+            len(pool),
+        )
+    if notes["repeated_uids"]:
+        log.warning(
+            "pool %s: %d samples repeat a uid; the first of each is used",
+            pool.root,
+            notes["repeated_uids"],
+        )
     return pool
 
 
-def _all_faults(indices: list[ShardIndex], shards: tuple[Path, ...]) -> FaultLog:
+def _index_shards(
+    storage: Storage, shards: Sequence[ShardFile], folder: Path, workers: int, progress: bool
+) -> list[ShardIndex]:
+    """The indices of all tars. Each is written when it is ready: a killed run goes on there."""
+    total = sum(shard.size_bytes for shard in shards)
+    todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
+    bar = tqdm(total=total, desc="index", unit="B", unit_scale=True, disable=not progress)
+    indices = []
+    with bar, _executor(storage, workers, todo) as executor:
+        jobs = ((storage, shard, folder) for shard in shards)
+        answers: Iterator[ShardIndex]
+        answers = executor.map(_index_shard, jobs) if executor else map(_index_shard, jobs)
+        for shard, index in zip(shards, answers, strict=True):
+            indices.append(index)
+            bar.update(shard.size_bytes)
+            bar.set_postfix(samples=sum(map(len, indices)), refresh=False)
+    return indices
+
+
+def _executor(
+    storage: Storage, workers: int, todo_bytes: int
+) -> AbstractContextManager[Executor | None]:
+    if isinstance(storage, RemoteStorage):  # waits for the network: threads do
+        return ThreadPoolExecutor(4 * workers)
+    if workers > 1 and todo_bytes >= PROCESSES_FROM_BYTES:
+        # spawned, because forking a process that may have threads can block
+        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return nullcontext()
+
+
+def _index_shard(job: tuple[Storage, ShardFile, Path]) -> ShardIndex:
+    storage, shard, folder = job
+    return load_shard_index(
+        shard.name, shard.stamp, lambda: storage.open_tar(shard), _index_path(folder, shard)
+    )
+
+
+def _index_path(folder: Path, shard: ShardFile) -> Path:
+    return folder / f"{shard.stem}.npz"
+
+
+def _write_table(
+    folder: Path, root: str, shards: Sequence[ShardFile], indices: Sequence[ShardIndex]
+) -> None:
+    """Join the indices of all tars, and write the arrays; the folder appears when it is complete.
+
+    Tables of an earlier state of the pool are deleted.
+    """
+    columns = {
+        name: np.concatenate([getattr(index, name) for index in indices]) for name in ARRAY_FIELDS
+    }
+    lengths = [len(index) for index in indices]
+    columns["shard_of_row"] = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
+    samples = sum(lengths)
+    table = UidTable.build(columns["uids"])
+    if table.duplicates():
+        first = table.find(columns["uids"]) == np.arange(samples)
+        columns = {name: values[first] for name, values in columns.items()}
+        table = UidTable.build(columns["uids"])
+    digest = hashlib.sha256()
+    for shard, length in zip(shards, lengths, strict=True):
+        digest.update(f"{shard.name}:{length}:{shard.size_bytes}\n".encode())
+    digest.update(columns["uids"].tobytes())
+    columns["sorted_uids"], columns["sorted_rows"] = table.sorted_uids, table.rows
+    notes = {
+        "pool": root,
+        "fingerprint": digest.hexdigest()[:16],
+        "derived_uids": sum(index.derived_uids for index in indices),
+        "repeated_uids": samples - len(columns["uids"]),
+        "faults": _all_faults(indices, shards).state(),
+    }
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, values in columns.items():
+            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+        write_json(temporary / "notes.json", notes)
+        if not folder.exists():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in folder.parent.glob("table-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> FaultLog:
     """Join the shards' faults; what a cut tar has lost is estimated from the whole ones."""
     faults = FaultLog()
     whole = [len(index) for index in indices if not index.truncated]
@@ -137,31 +276,37 @@ def _all_faults(indices: list[ShardIndex], shards: tuple[Path, ...]) -> FaultLog
     return faults
 
 
-def _concatenate(
-    root: Path, shards: tuple[Path, ...], indices: list[ShardIndex], faults: FaultLog
-) -> Pool:
-    columns = {
-        name: np.concatenate([getattr(index, name) for index in indices]) for name in ARRAY_FIELDS
-    }
-    lengths = [len(index) for index in indices]
-    columns["shard_of_row"] = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
-    table = UidTable.build(columns["uids"])
-    if table.duplicates():
-        first = table.find(columns["uids"]) == np.arange(len(columns["uids"]))
-        columns = {name: values[first] for name, values in columns.items()}
-        table = UidTable.build(columns["uids"])
-    digest = hashlib.sha256()
-    for shard, length in zip(shards, lengths, strict=True):
-        digest.update(f"{shard.name}:{length}:{shard.stat().st_size}\n".encode())
-    digest.update(columns["uids"].tobytes())
+def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) -> Pool:
+    """A pool whose arrays are maps of the files in `folder`.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    notes: dict[str, Any] = read_json(folder / "notes.json")
+    columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
+    table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
     return Pool(
-        root=root,
+        storage=storage,
         shards=shards,
+        table_folder=folder,
         table=table,
-        faults=faults,
-        fingerprint=digest.hexdigest()[:16],
+        faults=FaultLog.from_state(notes["faults"]),
+        fingerprint=notes["fingerprint"],
         **columns,
     )
+
+
+def _map_array(path: Path) -> np.ndarray:
+    try:
+        try:
+            # as a plain array: numpy's class for maps is slow to index
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except ValueError:  # an empty array cannot be mapped
+            return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."
+        ) from None
 
 
 def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
@@ -199,7 +344,9 @@ class Coverage:
 
 def metadata_coverage(pool: Pool) -> Coverage | None:
     """How many samples of the pool's metadata its shards hold; None if it has no metadata."""
-    folder = pool.root / "metadata"
+    folder = pool.storage.metadata((".parquet",))
+    if folder.name != "metadata":
+        return None
     named = present = 0
     for path in sorted(folder.glob("*.parquet")):
         uids, valid, _ = read_metadata_uids(path)

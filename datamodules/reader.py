@@ -1,96 +1,213 @@
-"""Reads single samples of a pool from its tars: positional reads, then decoding."""
+"""Reads samples of a pool from its tars: coalesced ranges, then decoding of what was selected."""
 
 from __future__ import annotations
 
 import io
-import os
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.storage import Span, StorageError
 
-MAX_OPEN_FILES = 256  # tars a process keeps open; 1,024 is a usual limit of the system
+MAX_SPAN_BYTES = 8 << 20  # neighbours are joined up to this size
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class BadSampleError(Exception):
     """A sample cannot be used; the message is the cause, worded to follow a count."""
 
 
-@dataclass(slots=True)
+class RawSample(NamedTuple):
+    """The bytes of a sample, as they are in the tar."""
+
+    image: bytes
+    caption: bytes
+
+
+# (number of a range that was asked for, its first byte and the byte behind it inside a joined one)
+Piece = tuple[int, int, int]
+
+
+def coalesce(
+    shards: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    *,
+    max_gap_bytes: int,
+    max_span_bytes: int = MAX_SPAN_BYTES,
+) -> list[tuple[int, int, int, list[Piece]]]:
+    """Join ranges of the same tar that are close to each other.
+
+    Args:
+        shards: int [n], the tar of each range.
+        starts: int64 [n], its first byte.
+        ends: int64 [n], the byte behind its last.
+        max_gap_bytes: ranges are joined over gaps of at most this size.
+        max_span_bytes: joined ranges do not grow beyond this; single ones may be larger.
+
+    Returns:
+        (tar, first byte, byte behind the last, pieces) by tar and place. Every range is in exactly
+        one, also those that repeat or overlap.
+    """
+    spans: list[tuple[int, int, int, list[Piece]]] = []
+    order = np.lexsort((ends, starts, shards)).tolist()
+    columns = shards.tolist(), starts.tolist(), ends.tolist()
+    shard, first, last, pieces = -1, 0, 0, list[Piece]()
+    for index in order:
+        here, start, end = columns[0][index], columns[1][index], columns[2][index]
+        new_last = max(last, end)
+        if here != shard or start > last + max_gap_bytes or new_last - first > max_span_bytes:
+            if pieces:
+                spans.append((shard, first, last, pieces))
+            shard, first, new_last, pieces = here, start, end, []
+        last = new_last
+        pieces.append((index, start - first, end - first))
+    if pieces:
+        spans.append((shard, first, last, pieces))
+    return spans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReader:
     """Reads captions and images of a pool by row. Picklable; a process opens its own files."""
 
     pool: Pool
     max_image_pixels: int
-    _files: dict[int, int] = field(default_factory=dict, repr=False)
-    _process: int = field(default=-1, repr=False)
-
-    def __getstate__(self) -> tuple[Pool, int]:
-        return self.pool, self.max_image_pixels
-
-    def __setstate__(self, state: tuple[Pool, int]) -> None:
-        self.pool, self.max_image_pixels = state
-        self._files, self._process = {}, -1
 
     def close(self) -> None:
-        """Close the files of this process. Reading again opens them anew."""
-        if self._process == os.getpid():
-            for file in self._files.values():
-                os.close(file)
-        self._files = {}
+        """Close what this process has open. Reading again opens it anew."""
+        self.pool.storage.close()
 
-    def _read(self, row: int, offsets_bytes: np.ndarray, sizes_bytes: np.ndarray) -> bytes:
-        shard, size_bytes = int(self.pool.shard_of_row[row]), int(sizes_bytes[row])
-        if self._process != os.getpid():  # a forked worker must not share file descriptors
-            self._files, self._process = {}, os.getpid()
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))  # the one opened first
-            try:
-                self._files[shard] = os.open(self.pool.shards[shard], os.O_RDONLY)
-            except OSError as error:
-                raise BadSampleError(f"in a tar that cannot be opened ({error.strerror})") from None
-        data = os.pread(self._files[shard], size_bytes, int(offsets_bytes[row]))
-        if len(data) != size_bytes:
-            raise BadSampleError("cut off by the end of their tar")
-        return data
+    @property
+    def max_member_bytes(self) -> int:
+        """No picture of `max_image_pixels` is larger: four bytes a pixel, and some description."""
+        return 4 * self.max_image_pixels + (1 << 20)
+
+    def read(self, rows: np.ndarray) -> Iterator[tuple[int, RawSample | BadSampleError]]:
+        """Read the samples of rows, int64 [n], as (position in `rows`, bytes or error).
+
+        They come in the order of their places, not of `rows`, and one at a time: a cold disk reads
+        on while the caller decodes.
+        """
+        pool, count = self.pool, len(rows)
+        sizes = np.concatenate([pool.image_sizes_bytes[rows], pool.text_sizes_bytes[rows]])
+        starts = np.concatenate([pool.image_offsets_bytes[rows], pool.text_offsets_bytes[rows]])
+        first_parts: dict[
+            int, bytes | BadSampleError
+        ] = {}  # of samples whose other part is to come
+        for number, part in self._read_ranges(np.tile(pool.shard_of_row[rows], 2), starts, sizes):
+            is_caption, index = divmod(number, count)
+            other = first_parts.pop(index, None)
+            if other is None:
+                first_parts[index] = part
+            elif isinstance(part, BadSampleError):
+                yield index, part
+            elif isinstance(other, BadSampleError):
+                yield index, other
+            else:
+                yield index, RawSample(other, part) if is_caption else RawSample(part, other)
+
+    def read_captions(self, rows: np.ndarray) -> list[bytes | BadSampleError]:
+        """The captions of rows, int64 [n], alone, in the order of `rows`."""
+        pool = self.pool
+        ranges = self._read_ranges(
+            pool.shard_of_row[rows], pool.text_offsets_bytes[rows], pool.text_sizes_bytes[rows]
+        )
+        return [part for _, part in sorted(ranges, key=lambda numbered: numbered[0])]
+
+    def _read_ranges(
+        self, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+    ) -> Iterator[tuple[int, bytes | BadSampleError]]:
+        """Ranges of tars, in the order of their places, each with its number."""
+        too_large = sizes > self.max_member_bytes
+        for number in np.flatnonzero(too_large).tolist():
+            yield number, BadSampleError("with more bytes than data.max_image_pixels allows")
+        sizes = np.where(too_large, 0, sizes)
+        joined = coalesce(
+            shards, starts, starts + sizes, max_gap_bytes=self.pool.storage.max_gap_bytes
+        )
+        spans = [Span(self.pool.shards[shard], start, end) for shard, start, end, _ in joined]
+        for data, span, (_, _, _, pieces) in zip(
+            self.pool.storage.read(spans), spans, joined, strict=True
+        ):
+            for number, start, end in pieces:
+                if too_large[number]:
+                    continue
+                if isinstance(data, StorageError):
+                    # alone, if its neighbours may be to blame: what is bad must not depend on them
+                    alone = span._replace(
+                        start_bytes=span.start_bytes + start, end_bytes=span.start_bytes + end
+                    )
+                    part = next(self.pool.storage.read([alone])) if len(pieces) > 1 else data
+                else:
+                    part = data[start:end]
+                if isinstance(part, StorageError):
+                    yield number, BadSampleError(str(part))
+                elif len(part) < end - start:
+                    yield number, BadSampleError("cut off by the end of their tar")
+                else:
+                    yield number, part
+
+    def read_one(self, row: int) -> RawSample:
+        """The bytes of one row.
+
+        Raises:
+            BadSampleError: they cannot be read.
+        """
+        ((_, sample),) = self.read(np.asarray([row], dtype=np.int64))
+        if isinstance(sample, BadSampleError):
+            raise sample
+        return sample
 
     def read_caption(self, row: int) -> str:
-        """The caption of a row, without surrounding white space.
-
-        Raises:
-            BadSampleError: it is empty or not UTF-8.
-        """
-        data = self._read(row, self.pool.text_offsets_bytes, self.pool.text_sizes_bytes)
-        try:
-            caption = data.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise BadSampleError("with a caption that is not UTF-8") from None
-        if not caption:
-            raise BadSampleError("with an empty caption")
-        return caption
+        """The caption of a row; see `decode_caption`."""
+        (caption,) = self.read_captions(np.asarray([row], dtype=np.int64))
+        if isinstance(caption, BadSampleError):
+            raise caption
+        return decode_caption(caption)
 
     def read_image(self, row: int) -> Image.Image:
-        """The image of a row, decoded to RGB.
+        """The image of a row; see `decode_image`."""
+        return decode_image(self.read_one(row).image, self.max_image_pixels)
 
-        Raises:
-            BadSampleError: it cannot be decoded, or has more pixels than `max_image_pixels`.
-        """
-        data = self._read(row, self.pool.image_offsets_bytes, self.pool.image_sizes_bytes)
-        try:
-            with warnings.catch_warnings():
-                # Pillow's own limit is a warning; ours is checked on the header, before decoding
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-            if image.width * image.height > self.max_image_pixels:
-                raise BadSampleError("with more pixels than data.max_image_pixels")
-            return image.convert("RGB")
-        except BadSampleError:
-            raise
-        except Image.DecompressionBombError:
-            raise BadSampleError("with more pixels than Pillow decodes") from None
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
-            raise BadSampleError("whose image cannot be decoded") from error
+
+def decode_caption(data: bytes) -> str:
+    """A caption without surrounding white space.
+
+    Raises:
+        BadSampleError: it is empty or not UTF-8.
+    """
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadSampleError("with a caption that is not UTF-8") from None
+    if not caption:
+        raise BadSampleError("with an empty caption")
+    return caption
+
+
+def decode_image(data: bytes, max_image_pixels: int) -> Image.Image:
+    """An image decoded to RGB.
+
+    Raises:
+        BadSampleError: it cannot be decoded, or its header states more than `max_image_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is a warning; ours is checked on the header, before decoding
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_image_pixels:
+            raise BadSampleError("with more pixels than data.max_image_pixels")
+        return image.convert("RGB")
+    except BadSampleError:
+        raise
+    except Image.DecompressionBombError:
+        raise BadSampleError("with more pixels than Pillow decodes") from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
+        raise BadSampleError("whose image cannot be decoded") from error

@@ -22,7 +22,7 @@ import siftclip
 from siftclip.datamodules.features import FeatureStore, open_features
 from siftclip.datamodules.files import read_npz, write_json, write_npz
 from siftclip.datamodules.pool import Pool, read_metadata_uids
-from siftclip.datamodules.reader import BadSampleError, SampleReader
+from siftclip.datamodules.reader import BadSampleError, SampleReader, decode_caption
 from siftclip.datamodules.selection import Selection, make_selection, read_subset
 from siftclip.selectors.base import (
     Choice,
@@ -65,7 +65,7 @@ class PoolChunks:
             )
         else:
             chunks = self._shard_chunks(number)
-        reader = SampleReader(self.pool, max_image_pixels=1)
+        reader = SampleReader(pool=self.pool, max_image_pixels=1)
         try:
             for chunk in chunks:
                 yield self._complete(chunk, reader)
@@ -86,7 +86,7 @@ class PoolChunks:
     def _complete(self, chunk: Chunk, reader: SampleReader) -> Chunk:
         captions = None
         if self.requires.captions:
-            captions = [_caption_or_empty(reader, int(row)) for row in chunk.rows]
+            captions = [_caption_or_empty(data) for data in reader.read_captions(chunk.rows)]
         return Chunk(
             rows=chunk.rows,
             uids=chunk.uids,
@@ -96,9 +96,9 @@ class PoolChunks:
         )
 
 
-def _caption_or_empty(reader: SampleReader, row: int) -> str:
+def _caption_or_empty(data: bytes | BadSampleError) -> str:
     try:
-        return reader.read_caption(row)
+        return "" if isinstance(data, BadSampleError) else decode_caption(data)
     except BadSampleError:
         return ""  # a selector may judge it; training counts it as bad
 

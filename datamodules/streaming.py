@@ -1,4 +1,4 @@
-"""Streams selected samples from the original tars: positional reads, decoding in the workers.
+"""Streams selected samples from the original tars: reading, decoding, tokenising in the workers.
 
 Only rows that are asked for are read and decoded. A worker gets (position, row) pairs; the
 augmentation of a sample depends on (seed, position) alone, so that neither the number of workers
@@ -7,11 +7,12 @@ nor of ranks changes a pixel.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,13 +20,28 @@ import torch
 from lightning import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.order import SampleOrder, derive_generator, rank_batch_size, substitute
+from siftclip.datamodules.order import (
+    FirstStage,
+    SampleOrder,
+    check_chosen,
+    derive_seeds,
+    rank_slice,
+    require_window,
+    substitute,
+)
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import BadSampleError, SampleReader
+from siftclip.datamodules.reader import (
+    BadSampleError,
+    RawSample,
+    SampleReader,
+    decode_caption,
+    decode_image,
+)
+from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.errors import InputError, require_int
 
 SUBSTITUTE_ATTEMPTS = 20
@@ -43,21 +59,30 @@ class Batch:
 
     images: Tensor  # float32 [b, 3, size, size]
     tokens: Tensor  # int64 [b, context_length]
-    rows: Tensor  # int64 [b], the samples' rows in the pool
+    rows: Tensor  # int64 [b], the samples' ids: their rows in the pool
     valid: Tensor  # bool [b]; False where a bad sample was not replaced
-    faults: tuple[Fault, ...]  # of the samples that were bad, replaced or not
+    references: dict[str, Tensor] = field(default_factory=dict)  # cached features [b, d] by key
+    faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
+    retries: int = 0  # reads that had to be repeated
+    failure: str = ""  # why the run cannot go on; the rest means nothing then
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on another device. Lightning calls this."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("images", "tokens", "rows", "valid")
-        }
-        return replace(self, **moved)
+        """The batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory. The DataLoader calls this."""
-        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            images=change(self.images),
+            tokens=change(self.tokens),
+            rows=change(self.rows),
+            valid=change(self.valid),
+            references={key: change(values) for key, values in self.references.items()},
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +97,7 @@ class SampleDataset(Dataset[Batch]):
         seed: of the augmentation and of the substitutes.
         substitutes: int64 [n], the rows to replace bad samples from; None keeps bad samples as
             zeros marked invalid, which embedding wants.
+        references: cached features that batches carry along.
     """
 
     reader: SampleReader
@@ -79,48 +105,83 @@ class SampleDataset(Dataset[Batch]):
     tokenizer: Tokenizer
     seed: int
     substitutes: np.ndarray | None
+    references: RowFeatures | None = None
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        storage = self.reader.pool.storage
+        retries = storage.retries
+        try:
+            batch = self._load(requests)
+        except InputError as error:
+            # Raised here, the loader would wrap its message into a traceback of the worker.
+            nothing = torch.empty(0)
+            return Batch(
+                images=nothing, tokens=nothing, rows=nothing, valid=nothing, failure=str(error)
+            )
+        return replace(batch, retries=storage.retries - retries)
+
+    def _load(self, requests: Sequence[Request]) -> Batch:
+        positions, rows = np.asarray(requests, dtype=np.int64).T
+        seeds = derive_seeds(positions, self.seed, _PURPOSE_AUGMENT).tolist()
+        images: list[Tensor | None] = [None] * len(rows)
+        captions = [""] * len(rows)
+        faults: list[list[Fault]] = [[] for _ in rows]
         # Loaders without workers run in the training process, whose state must not change.
         with _kept_random_states():
-            samples = [self._load(position, row) for position, row in requests]
-        images, captions, rows, faults = zip(*samples, strict=True)
-        shape = next((image.shape for image in images if image is not None), None)
-        if shape is None:
-            shape = self.transform(Image.new("RGB", (8, 8))).shape
+            for index, raw in self.reader.read(rows):
+                row = int(rows[index])
+                for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
+                    try:
+                        images[index], captions[index] = self._decode(raw, seeds[index])
+                        rows[index] = row
+                        break
+                    except BadSampleError as error:
+                        faults[index].append((str(error), self.reader.pool.place(row)))
+                    if self.substitutes is None:
+                        break
+                    if attempt == SUBSTITUTE_ATTEMPTS:
+                        self._give_up(faults[index])
+                    row = substitute(
+                        self.substitutes,
+                        seed=self.seed,
+                        position=int(positions[index]),
+                        attempt=attempt,
+                    )
+                    ((_, raw),) = self.reader.read(np.asarray([row]))
         return Batch(
-            images=torch.stack([torch.zeros(shape) if i is None else i for i in images]),
-            tokens=self.tokenizer(list(captions)),
-            rows=torch.tensor(rows, dtype=torch.int64),
+            images=self._stack(images),
+            tokens=self.tokenizer(captions),
+            rows=torch.from_numpy(rows),
             valid=torch.tensor([image is not None for image in images]),
+            references={} if self.references is None else self.references.gather(rows),
             faults=tuple(fault for found in faults for fault in found),
         )
 
-    def _load(self, position: int, row: int) -> tuple[Tensor | None, str, int, list[Fault]]:
-        faults: list[Fault] = []
-        for attempt in range(SUBSTITUTE_ATTEMPTS):
-            try:
-                caption = self.reader.read_caption(row)
-                image = self.reader.read_image(row)
-                self._seed_augmentation(position)
-                return self.transform(image), caption, row, faults
-            except BadSampleError as error:
-                faults.append((str(error), self.reader.pool.place(row)))
-            if self.substitutes is None:
-                return None, "", row, faults
-            row = substitute(self.substitutes, seed=self.seed, position=position, attempt=attempt)
+    def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str]:
+        if isinstance(raw, BadSampleError):
+            raise raw
+        caption = decode_caption(raw.caption)
+        image = decode_image(raw.image, self.reader.max_image_pixels)
+        # not torch.manual_seed, which also sets the accelerators' states
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        return self.transform(image), caption
+
+    def _give_up(self, faults: Sequence[Fault]) -> None:
+        cause, place = faults[-1]
         raise InputError(
-            f"{SUBSTITUTE_ATTEMPTS} samples of the pool {self.reader.pool.root} in a row are bad; "
-            f"the last one is {faults[-1][1]}, one of those {faults[-1][0]}. "
-            "Is this the right pool?"
+            f"{SUBSTITUTE_ATTEMPTS + 1} samples of the pool {self.reader.pool.root} in a row are "
+            f"bad; the last one is {place}, one of those {cause}. Is this the right pool?"
         )
 
-    def _seed_augmentation(self, position: int) -> None:
-        generator = derive_generator(self.seed, position, _PURPOSE_AUGMENT)
-        # not torch.manual_seed, which also sets the accelerators' states
-        torch.default_generator.manual_seed(int(generator.integers(2**63)))
-        random.seed(int(generator.integers(2**63)))
-        np.random.seed(int(generator.integers(2**32)))
+    def _stack(self, images: Sequence[Tensor | None]) -> Tensor:
+        """The images as one tensor; zeros for None. A worker writes it where the trainer reads."""
+        shape = next((image.shape for image in images if image is not None), None)
+        if shape is None:
+            shape = self.transform(Image.new("RGB", (8, 8))).shape
+        # default_collate stacks a worker's tensors in shared memory: one copy less
+        return default_collate([torch.zeros(shape) if i is None else i for i in images])
 
 
 @contextmanager
@@ -148,46 +209,97 @@ class OrderSampler(Sampler[list[Request]]):
     """
 
     order: SampleOrder
+    global_batch: int
     start_step: int
     total_steps: int
     rank: int
     world_size: int
+    first_stage: FirstStage | None = None
+    mine: slice = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mine = rank_slice(self.global_batch, rank=self.rank, world_size=self.world_size)
 
     def __len__(self) -> int:
         return self.total_steps
 
     def __iter__(self) -> Iterator[list[Request]]:
         for step in range(self.start_step, self.total_steps):
-            positions, rows = self.order.rank_batch(
-                step, rank=self.rank, world_size=self.world_size
+            positions, rows = self.order.batch(step)
+            if self.first_stage is not None:
+                chosen = check_chosen(
+                    self.first_stage(step, rows),
+                    drawn=len(rows),
+                    wanted=self.global_batch,
+                    owner=f"The first stage {type(self.first_stage).__name__}",
+                )
+                positions, rows = positions[chosen], rows[chosen]
+            yield list(zip(positions[self.mine].tolist(), rows[self.mine].tolist(), strict=True))
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader whose failures say what to do, in place of a worker's traceback."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator is all it needs
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                raise InputError(
+                    f"The loader gives no more samples: {error}. Memory may be short "
+                    "(data.num_workers, data.prefetch_batches), or the storage does not answer "
+                    f"within data.timeout_seconds={self.timeout:g}."
+                ) from error
+            if batch.failure:
+                raise InputError(batch.failure)
+            yield batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """How batches get from the tars to the trainer; none of it changes what they hold."""
+
+    num_workers: int  # loader processes a rank; 0 loads in the training process
+    start_method: StartMethod | None = None  # of these processes; None is the platform's default
+    prefetch_batches: int = 2  # that each of them works ahead
+    timeout_seconds: float = 600.0  # without a batch, before the run stops; 0 waits for ever
+
+    def __post_init__(self) -> None:
+        require_int("data.num_workers", self.num_workers, minimum=0)
+        require_int("data.prefetch_batches", self.prefetch_batches, minimum=1)
+        if not 0 <= self.timeout_seconds < float("inf"):
+            raise InputError(
+                f"data.timeout_seconds must be 0 or more. Got {self.timeout_seconds!r}."
             )
-            yield list(zip(positions.tolist(), rows.tolist(), strict=True))
+        methods = multiprocessing.get_all_start_methods()
+        if self.start_method is not None and self.start_method not in methods:
+            raise InputError(
+                f"data.start_method must be null or one of {methods}. Got {self.start_method!r}."
+            )
 
 
 def make_loader(
     dataset: SampleDataset,
     sampler: Sampler[list[Request]],
+    options: LoaderOptions,
     *,
-    num_workers: int,
-    start_method: StartMethod | None,
     pin_memory: bool,
-) -> DataLoader[Any]:
-    """A loader whose workers read, decode and tokenise whole batches.
-
-    Raises:
-        InputError: the number of workers or their start method is not possible.
-    """
-    if start_method is not None and start_method not in multiprocessing.get_all_start_methods():
-        raise InputError(
-            f"data.start_method must be null or one of {multiprocessing.get_all_start_methods()}. "
-            f"Got {start_method!r}."
-        )
-    return DataLoader(
+) -> StreamLoader:
+    """A loader whose workers read, decode and tokenise whole batches."""
+    parallel = options.num_workers > 0
+    return StreamLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=first_item,
-        num_workers=require_int("data.num_workers", num_workers, minimum=0),
-        multiprocessing_context=start_method if num_workers else None,
+        num_workers=options.num_workers,
+        multiprocessing_context=options.start_method if parallel else None,
+        prefetch_factor=options.prefetch_batches if parallel else None,
+        timeout=options.timeout_seconds if parallel else 0,
         pin_memory=pin_memory,
     )
 
@@ -205,10 +317,12 @@ class StreamDataModule(LightningDataModule):
         seed: int,
         global_batch_size: int,
         total_steps: int,
-        num_workers: int,
-        start_method: StartMethod | None,
+        loader: LoaderOptions,
         max_image_pixels: int,
         max_bad_fraction: float,
+        window_shards: int | None = None,
+        first_stage: FirstStage | None = None,
+        references: RowFeatures | None = None,
     ) -> None:
         """Set what is streamed.
 
@@ -220,45 +334,101 @@ class StreamDataModule(LightningDataModule):
             seed: of order, augmentation and substitutes.
             global_batch_size: samples a step over all ranks.
             total_steps: of the whole run.
-            num_workers: loader processes a rank; 0 loads in the training process.
-            start_method: of these processes; None is the platform's default.
+            loader: processes and how far they work ahead.
             max_image_pixels: larger images are bad samples; checked before decoding.
             max_bad_fraction: how many of the loaded samples may be bad.
+            window_shards: see `siftclip.datamodules.order.shuffle`; None shuffles over all tars.
+            first_stage: chooses each global batch from a larger one before anything is read.
+            references: cached features that the batches carry along.
         """
         super().__init__()
-        reader = SampleReader(
-            pool, require_int("data.max_image_pixels", max_image_pixels, minimum=1)
-        )
+        pixels = require_int("data.max_image_pixels", max_image_pixels, minimum=1)
         self.dataset = SampleDataset(
-            reader=reader, transform=transform, tokenizer=tokenizer, seed=seed, substitutes=rows
+            reader=SampleReader(pool=pool, max_image_pixels=pixels),
+            transform=transform,
+            tokenizer=tokenizer,
+            seed=seed,
+            substitutes=rows,
+            references=references,
         )
-        self.order = SampleOrder(rows=rows, seed=seed, global_batch=global_batch_size)
+        self.order = SampleOrder(
+            rows=rows,
+            seed=seed,
+            global_batch=first_stage.super_batch_samples if first_stage else global_batch_size,
+            shard_of_row=pool.shard_of_row,
+            window_shards=require_window(window_shards),
+        )
+        self.global_batch_size = global_batch_size
         self.total_steps = total_steps
-        self.num_workers = num_workers
-        self.start_method = start_method
+        self.loader = loader
+        self.first_stage = first_stage
         self.max_bad_fraction = max_bad_fraction
         self.faults = FaultLog()
         self.loaded_samples = 0
+        self.retries = 0
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> StreamLoader:
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the datamodule needs a trainer, which knows rank and step")
-        rank_batch_size(self.order.global_batch, trainer.world_size)
         sampler = OrderSampler(
             order=self.order,
+            global_batch=self.global_batch_size,
             start_step=trainer.global_step,
             total_steps=self.total_steps,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            first_stage=self.first_stage,
         )
         return make_loader(
             self.dataset,
             sampler,
-            num_workers=self.num_workers,
-            start_method=self.start_method,
+            self.loader,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copy from pinned memory while the device computes; Lightning does so for tensors only."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be derived from the step: the counts of this run so far, of rank 0."""
+        return {
+            "order": self._order_identity(),
+            "loaded_samples": self.loaded_samples,
+            "retries": self.retries,
+            "faults": self.faults.state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting.
+
+        Raises:
+            InputError: the checkpoint belongs to another order of samples.
+        """
+        if state_dict["order"] != self._order_identity():
+            raise InputError(
+                "The checkpoint was written with another selection, seed, global batch or window "
+                f"of tars: its order is {state_dict['order']}, this one {self._order_identity()}. "
+                "Start a new run."
+            )
+        self.loaded_samples = state_dict["loaded_samples"]
+        self.retries = state_dict["retries"]
+        self.faults = FaultLog.from_state(state_dict["faults"])
+
+    def _order_identity(self) -> dict[str, Any]:
+        rows = np.ascontiguousarray(self.order.rows)
+        return {
+            "rows": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
+            "pool": self.dataset.reader.pool.fingerprint,
+            "seed": self.order.seed,
+            "selection_version": self.order.selection_version,
+            "window_shards": self.order.window_shards,
+            "global_batch": self.global_batch_size,
+            "super_batch": self.order.global_batch,
+        }
 
     def account(self, batch: Batch) -> None:
         """Count a batch's bad samples of this rank, and stop the run if there are too many.
@@ -266,6 +436,7 @@ class StreamDataModule(LightningDataModule):
         The first FIRST_SAMPLES samples are judged together: few samples say little of a rate.
         """
         self.loaded_samples += len(batch.rows)
+        self.retries += batch.retries
         for cause, place in batch.faults:
             self.faults.add(cause, place)
         bound = self.max_bad_fraction * max(self.loaded_samples, FIRST_SAMPLES)

@@ -18,7 +18,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from siftclip.datamodules.tar_index import Member, TarSample, TruncatedTarError, walk_tar
+from siftclip.datamodules.tar_walk import (
+    LocalTar,
+    Member,
+    TarSample,
+    TruncatedTarError,
+    walk_tar,
+)
 from siftclip.eval.tasks import CLASSNAMES_FILE, Task, TaskKind
 from siftclip.selectors.errors import InputError
 
@@ -56,9 +62,9 @@ class TaskDataset(Dataset[tuple[Any, Any]]):
         keys: list[str] = []
         places: list[tuple[int, int, int]] = []
         for number, shard in enumerate(task.shards):
-            with shard.open("rb") as file:
+            with shard.open("rb") as file, LocalTar(shard) as tar:
                 try:
-                    for sample in walk_tar(shard):
+                    for sample in walk_tar(tar):
                         image, label = _find_members(shard, sample, task.kind)
                         self.labels.append(_read_label(file, label, task, f"{shard}: {sample.key}"))
                         keys.append(sample.key)

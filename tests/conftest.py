@@ -28,6 +28,9 @@ from hypothesis import settings
 from PIL import Image
 
 from siftclip.datamodules.pool import Pool, open_pool
+from siftclip.datamodules.storage import LocalStorage
+from siftclip.datamodules.tar_index import ShardIndex, build_shard_index
+from siftclip.datamodules.tar_walk import LocalTar, TarSample, walk_tar
 
 # Sums in another number of threads differ in their last bits; children inherit the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -121,6 +124,28 @@ def write_tar() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def index_tar() -> Callable[[Path], ShardIndex]:
+    """`index_tar(path)`: the index of a tar, from no cache."""
+
+    def index(path: Path) -> ShardIndex:
+        with LocalTar(path) as tar:
+            return build_shard_index(tar, path.name)
+
+    return index
+
+
+@pytest.fixture(scope="session")
+def list_tar() -> Callable[[Path], list[TarSample]]:
+    """`list_tar(path)`: the samples of a tar."""
+
+    def samples(path: Path) -> list[TarSample]:
+        with LocalTar(path) as tar:
+            return list(walk_tar(tar))
+
+    return samples
+
+
 @pytest.fixture
 def write_pool(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., Path]:
     """`write_pool(samples, shards=2, folder="pool", layout="shards")`: the root of a pool.
@@ -188,7 +213,7 @@ def load_pool(tmp_path: Path) -> Callable[..., Pool]:
 
     def load(root: Path, *, max_bad_fraction: float = 0.0, cache: str = "cache") -> Pool:
         return open_pool(
-            root,
+            LocalStorage(str(root)),
             cache_dir=tmp_path / cache,
             max_bad_fraction=max_bad_fraction,
             progress=False,

@@ -32,10 +32,10 @@ from siftclip.datamodules.streaming import (
 )
 from siftclip.eval.evaluate import fingerprint
 from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.lightning_setup import make_fabric, share_cores, worker_count
+from siftclip.trainer.lightning_setup import make_fabric, share_cores
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import is_rank_zero
-from siftclip.trainer.stages import features_folder, plain, pool_from
+from siftclip.trainer.stages import features_folder, loader_options, plain, pool_from
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def embed_stage(config: DictConfig) -> Path:
         raise RuntimeError("features with a model always have a folder")
     name = str(config.features.name)
     _claim(folder, _manifest(config, clip, pool))
-    share_cores(worker_count(config.data.num_workers))
+    share_cores(loader_options(config).num_workers)
     fabric = make_fabric(config)
     fabric.launch()
     # By number, not by what is left: a rank that starts late sees what the others have written.
@@ -157,7 +157,7 @@ def _loader(
     pin_memory: bool,
 ) -> DataLoader[Any]:
     dataset = SampleDataset(
-        reader=SampleReader(pool, config.data.max_image_pixels),
+        reader=SampleReader(pool=pool, max_image_pixels=config.data.max_image_pixels),
         transform=clip.eval_transform,
         tokenizer=clip.tokenizer,
         seed=0,  # the eval transform draws nothing
@@ -166,8 +166,7 @@ def _loader(
     return make_loader(
         dataset,
         ShardSampler(pool=pool, shards=shards, batch_size=batch_size),
-        num_workers=worker_count(config.data.num_workers),
-        start_method=config.data.start_method,
+        loader_options(config),
         pin_memory=pin_memory,
     )
 

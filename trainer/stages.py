@@ -16,7 +16,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.datamodules.pool import Coverage, Pool, default_cache, metadata_coverage, open_pool
+from siftclip.datamodules.pool import (
+    Coverage,
+    Pool,
+    make_storage,
+    metadata_coverage,
+    open_pool,
+)
 from siftclip.datamodules.scoring import (
     PoolChunks,
     Scored,
@@ -32,8 +38,11 @@ from siftclip.datamodules.selection import (
     read_selection,
     write_selection,
 )
+from siftclip.datamodules.storage import default_cache
+from siftclip.datamodules.streaming import LoaderOptions
 from siftclip.selectors.base import Selector
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.lightning_setup import cores_of_rank, worker_count
 
 
 def plain(node: Any) -> Any:
@@ -50,7 +59,7 @@ def pool_cache(config: DictConfig) -> Path:
     """Where indices and features of the pool are kept."""
     if config.pool.cache_dir is not None:
         return Path(config.pool.cache_dir)
-    return default_cache(Path(config.pool.root))
+    return default_cache(str(config.pool.root))
 
 
 def pool_from(config: DictConfig) -> Pool:
@@ -59,11 +68,33 @@ def pool_from(config: DictConfig) -> Pool:
         raise InputError(
             "pool.root must name the folder of the pool, such as pool.root=/data/datacomp_small."
         )
+    cache = pool_cache(config)
+    storage = make_storage(
+        str(config.pool.root),
+        cache_dir=cache,
+        options=plain(config.pool.storage_options),
+        shard_cache_gb=config.pool.shard_cache_gb,
+    )
+    workers = config.pool.index_workers
     return open_pool(
-        Path(config.pool.root),
-        cache_dir=pool_cache(config),
+        storage,
+        cache_dir=cache,
         max_bad_fraction=config.pool.max_bad_fraction,
+        workers=cores_of_rank()
+        if workers == "auto"
+        else require_int("pool.index_workers", workers, minimum=1),
         progress=config.progress,
+    )
+
+
+def loader_options(config: DictConfig) -> LoaderOptions:
+    """How the configuration wants batches to be loaded."""
+    data = config.data
+    return LoaderOptions(
+        num_workers=worker_count(data.num_workers),
+        start_method=data.start_method,
+        prefetch_batches=data.prefetch_batches,
+        timeout_seconds=data.timeout_seconds,
     )
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, save_model_folder
 from siftclip.datamodules.files import write_text
-from siftclip.datamodules.order import rank_batch_size
+from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.scoring import identity_hash
 from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.selectors.errors import InputError, require_int
@@ -24,7 +24,6 @@ from siftclip.trainer.lightning_setup import (
     make_trainer,
     resolve_precision,
     share_cores,
-    worker_count,
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import clip_model_from
@@ -33,6 +32,7 @@ from siftclip.trainer.optim import AdamWConfig
 from siftclip.trainer.run_dir import RunDir, is_rank_zero
 from siftclip.trainer.stages import (
     SelectOutcome,
+    loader_options,
     output_root,
     plain,
     select_stage,
@@ -80,6 +80,7 @@ def run_identity(config: DictConfig, selected: SelectOutcome) -> dict[str, Any]:
         "optim": plain(config.optim),
         "scale": plain(config.scale),
         "online": plain(config.online),
+        "shuffle_window_shards": config.data.shuffle_window_shards,
         "precision": resolve_precision(config.trainer.precision),
         "seed": config.seed,
     }
@@ -146,7 +147,8 @@ def _check_options(config: DictConfig) -> tuple[Budget, AdamWConfig]:
         raise InputError(
             f"online.cadence must be one of {list(CADENCES)}. Got {config.online.cadence!r}."
         )
-    worker_count(config.data.num_workers)
+    loader_options(config)
+    require_window(config.data.shuffle_window_shards)
     require_int("seed", config.seed, minimum=0)
     require_int("trainer.log_every_n_steps", config.trainer.log_every_n_steps, minimum=1)
     resolve_precision(config.trainer.precision)
@@ -164,7 +166,7 @@ def _fit(
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
-    share_cores(worker_count(config.data.num_workers))
+    share_cores(loader_options(config).num_workers)
     lightning.seed_everything(config.seed, verbose=False)  # the initial weights
     clip = clip_model_from(config.model, "model")
     module = ClipTraining(
@@ -188,7 +190,7 @@ def _fit(
         log_every_n_steps=config.trainer.log_every_n_steps,
         gradient_clip_val=optim.grad_clip_norm,
     )
-    rank_batch_size(budget.global_batch_size, trainer.world_size)
+    rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
     data = _data_module(config, clip, selected, budget)
     resume = run.latest_checkpoint()
     if resume is not None:
@@ -215,10 +217,10 @@ def _data_module(
         seed=config.seed,
         global_batch_size=budget.global_batch_size,
         total_steps=budget.total_steps,
-        num_workers=worker_count(config.data.num_workers),
-        start_method=config.data.start_method,
+        loader=loader_options(config),
         max_image_pixels=config.data.max_image_pixels,
         max_bad_fraction=config.pool.max_bad_fraction,
+        window_shards=config.data.shuffle_window_shards,
     )
 
 

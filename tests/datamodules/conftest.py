@@ -53,7 +53,7 @@ def make_dataset(transform: Transform, tokenizer: Tokenizer) -> Callable[..., Sa
         if isinstance(substitutes, str):
             substitutes = np.arange(len(pool))
         return SampleDataset(
-            reader=SampleReader(pool, max_image_pixels),
+            reader=SampleReader(pool=pool, max_image_pixels=max_image_pixels),
             transform=transform,
             tokenizer=tokenizer,
             seed=seed,

@@ -21,7 +21,7 @@ from siftclip.datamodules.demo_pool import MARKER_NAME, DemoData, write_demo_dat
 from siftclip.datamodules.demo_samples import DefectMix
 from siftclip.datamodules.digit_scenes import DIGIT_WORDS, INKS
 from siftclip.datamodules.selection import read_subset
-from siftclip.datamodules.tar_index import build_shard_index
+from siftclip.datamodules.tar_index import ShardIndex
 from siftclip.datamodules.uids import parse_uids
 from siftclip.selectors.errors import InputError
 
@@ -111,9 +111,11 @@ def test_another_seed_gives_other_samples(data: DemoData, tmp_path: Path) -> Non
             assert first[path] != second[path], path
 
 
-def test_shards_are_indexed_without_a_fault(data: DemoData) -> None:
+def test_shards_are_indexed_without_a_fault(
+    index_tar: Callable[[Path], ShardIndex], data: DemoData
+) -> None:
     for root, sizes in ((data.pool, [100, 100, 20]), (data.teacher, [60])):
-        indices = [build_shard_index(path) for path in sorted((root / "shards").glob("*.tar"))]
+        indices = [index_tar(path) for path in sorted((root / "shards").glob("*.tar"))]
         assert [len(index) for index in indices] == sizes
         assert all(index.faults.samples == 0 and index.derived_uids == 0 for index in indices)
         uids = np.concatenate([index.uids for index in indices])

@@ -50,7 +50,7 @@ def test_shuffled_metadata_is_joined_by_uid(
     pool: Pool, make_samples: Make, write_metadata: Make, chunk_samples: int
 ) -> None:
     uids = [sample.uid for sample in make_samples(20)]  # more than the shards hold
-    truth = write_metadata(pool.root / "metadata", uids[2:], parts=3)
+    truth = write_metadata(Path(pool.root) / "metadata", uids[2:], parts=3)
     store = open_store(pool)
     assert (store.pool_coverage.present, store.pool_coverage.named) == (10, 12)
     assert (store.metadata_coverage.present, store.metadata_coverage.named) == (10, 18)
@@ -115,14 +115,14 @@ def test_no_features(pool: Pool, tmp_path: Path) -> None:
 
 def test_features_of_another_pool(pool: Pool, make_samples: Make, write_metadata: Make) -> None:
     uids = [sample.uid for sample in make_samples(5, start=100)]
-    write_metadata(pool.root / "metadata", uids)
+    write_metadata(Path(pool.root) / "metadata", uids)
     with pytest.raises(InputError, match=r"No sample of the pool .* is among the 5 rows"):
         open_store(pool)
 
 
 def test_missing_key_lists_those_there(pool: Pool, write_metadata: Make) -> None:
     uids = [format_uid(uid) for uid in pool.uids]
-    write_metadata(pool.root / "metadata", uids, keys=("b32_img",))
+    write_metadata(Path(pool.root) / "metadata", uids, keys=("b32_img",))
     with pytest.raises(InputError, match=r"asks for the array 'l14_img'.*holds \['b32_img'\]"):
         open_store(pool)
 
@@ -148,8 +148,8 @@ def change_npz(folder: Path, key: str, array: np.ndarray) -> Path:
 def test_arrays_that_do_not_fit(
     pool: Pool, write_metadata: Make, array: np.ndarray, message: str
 ) -> None:
-    write_metadata(pool.root / "metadata", [format_uid(uid) for uid in pool.uids])
-    path = change_npz(pool.root / "metadata", "l14_txt", array)
+    write_metadata(Path(pool.root) / "metadata", [format_uid(uid) for uid in pool.uids])
+    path = change_npz(Path(pool.root) / "metadata", "l14_txt", array)
     with pytest.raises(InputError, match=f"{path.name}: the array 'l14_txt' must .*{message}"):
         open_store(pool)
 
@@ -166,10 +166,10 @@ def test_pickled_features_are_refused_and_not_run(
     pool: Pool, write_metadata: Make, tmp_path: Path
 ) -> None:
     proof = tmp_path / "proof"
-    write_metadata(pool.root / "metadata", [format_uid(uid) for uid in pool.uids])
+    write_metadata(Path(pool.root) / "metadata", [format_uid(uid) for uid in pool.uids])
     array = np.empty((6, 8), dtype=object)
     array[:] = Intruder(proof)
-    path = change_npz(pool.root / "metadata", "l14_img", array)
+    path = change_npz(Path(pool.root) / "metadata", "l14_img", array)
     with pytest.raises(InputError, match=r"'l14_img' must hold floats. Its dtype is object"):
         open_store(pool)
     path.write_bytes(pickle.dumps(array))
@@ -180,8 +180,8 @@ def test_pickled_features_are_refused_and_not_run(
 
 @pytest.mark.parametrize("keep", [0, 50, 500])
 def test_damaged_npz(pool: Pool, write_metadata: Make, keep: int) -> None:
-    write_metadata(pool.root / "metadata", [format_uid(uid) for uid in pool.uids])
-    path = sorted((pool.root / "metadata").glob("*.npz"))[0]
+    write_metadata(Path(pool.root) / "metadata", [format_uid(uid) for uid in pool.uids])
+    path = sorted((Path(pool.root) / "metadata").glob("*.npz"))[0]
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=f"{path.name} is not a readable npz file"):
         open_store(pool)
@@ -189,8 +189,8 @@ def test_damaged_npz(pool: Pool, write_metadata: Make, keep: int) -> None:
 
 def test_damaged_array_is_noticed_when_it_is_read(pool: Pool, write_metadata: Make) -> None:
     uids = [format_uid(uid) for uid in pool.uids]
-    truth = write_metadata(pool.root / "metadata", uids, parts=1, dim=2000)
-    (path,) = (pool.root / "metadata").glob("*.npz")
+    truth = write_metadata(Path(pool.root) / "metadata", uids, parts=1, dim=2000)
+    (path,) = (Path(pool.root) / "metadata").glob("*.npz")
     last_row = list(truth["l14_txt"].values())[-1].tobytes()
     data = bytearray(path.read_bytes())
     data[data.index(last_row) + 3000] ^= 1  # far behind the header, which is all that opening reads
@@ -223,7 +223,7 @@ def test_own_rows_that_do_not_match(pool: Pool, tmp_path: Path) -> None:
 def test_bad_uids_in_parquet_are_bounded(pool: Pool, write_metadata: Make) -> None:
     uids = [format_uid(uid) for uid in pool.uids]
     uids[0] = "0" * 31
-    write_metadata(pool.root / "metadata", uids)
+    write_metadata(Path(pool.root) / "metadata", uids)
     with pytest.raises(InputError, match=r"features .*: 1 of 12 samples are bad"):
         open_store(pool)
     store = open_store(pool, max_bad_fraction=0.1)
@@ -238,6 +238,6 @@ def test_row_with_bad_uid_is_not_the_uid_zero(
     samples = make_samples(3)
     samples[0].record = b'{"uid": "%s"}' % (b"0" * 32)
     pool = load_pool(write_pool(samples))
-    write_metadata(pool.root / "metadata", ["no uid", samples[1].uid, samples[2].uid])
+    write_metadata(Path(pool.root) / "metadata", ["no uid", samples[1].uid, samples[2].uid])
     store = open_store(pool, max_bad_fraction=0.5)
     assert sorted(row for part in store.parts for row in part.rows) == [1, 2]

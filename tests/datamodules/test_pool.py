@@ -12,10 +12,9 @@ import pytest
 
 from siftclip.datamodules.pool import (
     Pool,
-    default_cache,
     metadata_coverage,
-    metadata_folder,
 )
+from siftclip.datamodules.storage import LocalStorage, default_cache
 from siftclip.datamodules.uids import derive_uid, format_uid
 
 Make = Callable[..., Any]
@@ -34,7 +33,7 @@ def test_rows_follow_shards_in_order_of_name(
     assert len(pool) == 10
     assert [shard.name for shard in pool.shards] == [f"0000000{i}.tar" for i in range(3)]
     assert hex_uids(pool) == [sample.uid for sample in samples]
-    assert pool.keys.tolist() == [sample.key for sample in samples]
+    assert pool.keys.tolist() == [sample.key.encode() for sample in samples]
     assert pool.shard_of_row.tolist() == [0] * 4 + [1] * 3 + [2] * 3
     assert [pool.shard_rows(i).tolist() for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert pool.place(5) == "00000001.tar:000000005"
@@ -99,7 +98,7 @@ def test_first_of_repeated_uids_is_used(
     samples[8].record = samples[1].record  # in the last shard
     samples[5].record = samples[4].record
     pool = load_pool(write_pool(samples, shards=2))
-    assert pool.keys.tolist() == [samples[i].key for i in (0, 1, 2, 4, 6, 7)]
+    assert pool.keys.tolist() == [samples[i].key.encode() for i in (0, 1, 2, 4, 6, 7)]
     assert len(set(hex_uids(pool))) == len(pool) == 6
     assert pool.shard_rows(0).tolist() == [0, 1, 2, 3]
     assert pool.shard_rows(1).tolist() == [4, 5]
@@ -127,20 +126,22 @@ def test_coverage_of_metadata(
     assert coverage is not None
     assert (coverage.named, coverage.present) == (8, 6)
     assert str(coverage) == "6 of 8 (75.0 %)"
-    assert metadata_folder(root) == root / "metadata"
+    assert LocalStorage(str(root)).metadata() == root / "metadata"
 
 
 def test_metadata_folder_of_img2dataset_is_beside_the_tars(
     make_samples: Make, write_pool: Make
 ) -> None:
     samples = make_samples(2)
-    assert metadata_folder(write_pool(samples, folder="a", layout="flat")).name == "a"
-    assert metadata_folder(write_pool(samples, folder="b")).name == "shards"
+    flat = write_pool(samples, folder="a", layout="flat")
+    assert LocalStorage(str(flat)).metadata() == flat
+    nested = write_pool(samples, folder="b")
+    assert LocalStorage(str(nested)).metadata() == nested / "shards"
 
 
 def test_cache_lies_in_the_pool_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_cache(tmp_path) == tmp_path / ".siftclip"
+    assert default_cache(str(tmp_path)) == tmp_path / ".siftclip"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    at_home = default_cache(tmp_path)
+    at_home = default_cache(str(tmp_path))
     assert at_home.is_relative_to(Path.home() / ".cache" / "siftclip")
-    assert at_home != default_cache(tmp_path / "other")
+    assert at_home != default_cache(str(tmp_path / "other"))

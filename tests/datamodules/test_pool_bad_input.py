@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftclip.datamodules.pool import Pool, metadata_coverage, read_metadata_uids
+from siftclip.datamodules.pool import Pool, make_storage, metadata_coverage, read_metadata_uids
 from siftclip.selectors.errors import InputError
 
 Make = Callable[..., Any]
@@ -23,10 +23,14 @@ def cut(path: Path, fraction: float = 0.5) -> None:
 
 
 def test_missing_folder(tmp_path: Path, load_pool: Load) -> None:
-    with pytest.raises(InputError, match=r"pool.root must be an existing folder. Got '.*nowhere'"):
+    with pytest.raises(
+        InputError, match=r"pool.root must be an existing folder or a URL. Got '.*nowhere'"
+    ):
         load_pool(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"pool.root must be an existing folder. Got '.*file'"):
+    with pytest.raises(
+        InputError, match=r"pool.root must be an existing folder or a URL. Got '.*file'"
+    ):
         load_pool(tmp_path / "file")
 
 
@@ -36,10 +40,19 @@ def test_folder_without_tars(tmp_path: Path, load_pool: Load) -> None:
         load_pool(tmp_path)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/pool", "hf://datasets/a/b", "https://host/pool"])
-def test_url(url: str, load_pool: Load) -> None:
-    with pytest.raises(InputError, match=r"must be a local folder; URLs are not read yet"):
-        load_pool(Path(url))
+@pytest.mark.parametrize(
+    ("root", "options", "message"),
+    [
+        ("/data", {"anon": True}, r"pool.storage_options .* are for pools behind a URL"),
+        ("nope://a/b", {}, r"pool.root='nope://a/b' .* cannot be read by fsspec: Protocol"),
+        ("memory://nothing", {}, r"pool.root='memory://nothing' must hold webdataset tars"),
+    ],
+)
+def test_url_that_is_no_pool(
+    root: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make_storage(root, cache_dir=tmp_path, options=options, shard_cache_gb=0).shards()
 
 
 def test_pool_without_one_sample(write_tar: Make, tmp_path: Path, load_pool: Load) -> None:

@@ -92,7 +92,7 @@ class Counting(ClipScore):
 
 def true_scores(pool: Pool) -> np.ndarray:
     scores = np.full(len(pool), np.nan, np.float32)
-    for path in (pool.root / "metadata").glob("*.npz"):
+    for path in (Path(pool.root) / "metadata").glob("*.npz"):
         uids = pq.read_table(path.with_suffix(".parquet"))["uid"].to_pylist()
         rows = {format_uid(uid): row for row, uid in enumerate(pool.uids)}
         with np.load(path) as arrays:
@@ -120,7 +120,7 @@ def test_each_part_has_a_file_and_is_not_scored_twice(pool: Pool, tmp_path: Path
     folder = tmp_path / "scores"
     first = Counting()
     scores = score_pool(first, chunks_of(pool, first), folder=folder, progress=False)
-    parts = sorted(path.stem for path in (pool.root / "metadata").glob("*.npz"))
+    parts = sorted(path.stem for path in (Path(pool.root) / "metadata").glob("*.npz"))
     assert sorted(path.name for path in folder.iterdir()) == [f"{part}.npz" for part in parts]
 
     again = Counting()
@@ -221,7 +221,7 @@ def test_identity_changes_with_everything_that_scores_depend_on(
     first = identity(pool, clip, features="l14")
     assert first == identity(pool, clip, features="l14", fraction=0.7, rule="x")
     found = {first, identity(pool, clip, features="b32"), identity(pool, uniform, seed=0)}
-    path = next((pool.root / "metadata").glob("*.npz"))
+    path = next((Path(pool.root) / "metadata").glob("*.npz"))
     os.utime(path, ns=(0, 0))
     found.add(identity(pool, clip, features="l14"))
     other = load_pool(write_pool(make_samples(19), folder="other"), cache="other")

@@ -16,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from siftclip.datamodules import reader as reader_module
+from siftclip.datamodules import storage
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
+from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.streaming import (
     Batch,
+    LoaderOptions,
     OrderSampler,
     SampleDataset,
     StreamDataModule,
@@ -59,15 +61,15 @@ def load(
 ) -> Iterator[Batch]:
     order = SampleOrder(rows=rows, seed=dataset.seed, global_batch=BATCH)
     sampler = OrderSampler(
-        order=order, start_step=start_step, total_steps=STEPS, rank=rank, world_size=world_size
+        order=order,
+        global_batch=BATCH,
+        start_step=start_step,
+        total_steps=STEPS,
+        rank=rank,
+        world_size=world_size,
     )
-    yield from make_loader(
-        dataset,
-        sampler,
-        num_workers=num_workers,
-        start_method=start_method,
-        pin_memory=False,
-    )
+    options = LoaderOptions(num_workers=num_workers, start_method=start_method)
+    yield from make_loader(dataset, sampler, options, pin_memory=False)
 
 
 def join(batches: list[Batch]) -> Batch:
@@ -102,7 +104,7 @@ def test_batch_holds_what_the_tars_hold(
 
 
 def test_image_and_caption_are_those_of_the_row(pool: Pool, make_samples: Make) -> None:
-    reader = SampleReader(pool, 10_000)
+    reader = SampleReader(pool=pool, max_image_pixels=10_000)
     for row, sample in enumerate(make_samples(20)):
         assert format_uid(pool.uids[row]) == sample.uid
         assert reader.read_caption(row) == sample.caption.decode()
@@ -193,15 +195,14 @@ def test_only_the_bytes_of_selected_rows_are_read(
         return real_pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", spy)
-    batch = join(list(load(make_dataset(pool), rows)))
+    monkeypatch.setattr(LocalStorage, "max_gap_bytes", 1024)  # samples are smaller than the gap
+    batches = list(load(make_dataset(pool), rows))
     expected = Counter[tuple[str, int, int]]()
-    for row in batch.rows.tolist():
-        shard = str(pool.shards[pool.shard_of_row[row]])
-        for sizes, offsets in (
-            (pool.image_sizes_bytes, pool.image_offsets_bytes),
-            (pool.text_sizes_bytes, pool.text_offsets_bytes),
-        ):
-            expected[shard, int(sizes[row]), int(offsets[row])] += 1
+    for row in (row for batch in batches for row in set(batch.rows.tolist())):
+        # image, a header, caption: neighbours, and one read
+        start = int(pool.image_offsets_bytes[row])
+        end = int(pool.text_offsets_bytes[row] + pool.text_sizes_bytes[row])
+        expected[pool.shards[pool.shard_of_row[row]].path, end - start, start] += 1
     assert reads == expected
 
 
@@ -211,9 +212,9 @@ def test_few_files_are_open_at_a_time(
     load_pool: Callable[..., Pool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(storage, "_max_open_files", lambda: 3)
     pool = load_pool(write_pool(make_samples(10), shards=10))
-    reader = SampleReader(pool, 10_000)
+    reader = SampleReader(pool=pool, max_image_pixels=10_000)
     before = len(os.listdir("/proc/self/fd"))
     for row in [*range(10), 0, 9, 0, 5]:
         assert reader.read_caption(row) == f"caption of sample {row}"
@@ -224,7 +225,7 @@ def test_few_files_are_open_at_a_time(
 
 
 def test_reader_is_picklable_and_opens_its_own_files(pool: Pool) -> None:
-    reader = SampleReader(pool, 123)
+    reader = SampleReader(pool=pool, max_image_pixels=123)
     reader.read_caption(0)
     copied = pickle.loads(pickle.dumps(reader))  # noqa: S301 - our own bytes
     reader.close()
@@ -249,8 +250,7 @@ def make_module(
         "seed": 7,
         "global_batch_size": BATCH,
         "total_steps": STEPS,
-        "num_workers": 0,
-        "start_method": None,
+        "loader": LoaderOptions(num_workers=0),
         "max_image_pixels": 10_000,
         "max_bad_fraction": 0.0,
     }
@@ -294,8 +294,13 @@ def test_datamodule_refuses_what_cannot_be(
     module.trainer = trainer
     with pytest.raises(InputError, match=r"scale.global_batch_size must be a multiple of the 3"):
         module.train_dataloader()
-    module = make_module(pool, rows, transform, tokenizer, num_workers=-1)
-    trainer.world_size = 1
-    module.trainer = trainer
-    with pytest.raises(InputError, match=r"data.num_workers must be an integer of at least 0"):
-        module.train_dataloader()
+    for option, value in (
+        ("num_workers", -1),
+        ("prefetch_batches", 0),
+        ("timeout_seconds", -1),
+        ("start_method", "clone"),
+    ):
+        with pytest.raises(InputError, match=rf"data.{option} must be"):
+            LoaderOptions(**{"num_workers": 1, option: value})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"data.shuffle_window_shards must be an integer"):
+        make_module(pool, rows, transform, tokenizer, window_shards=0)

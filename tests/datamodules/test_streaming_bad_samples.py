@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from siftclip.datamodules.order import SampleOrder, substitute
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.streaming import (
     Batch,
+    LoaderOptions,
     OrderSampler,
     SampleDataset,
     StreamDataModule,
@@ -117,7 +119,7 @@ def test_deleted_and_shortened_tars_are_bad_samples(
     spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset
 ) -> None:
     pool = spoilt_pool({})
-    first, second = pool.shards
+    first, second = (Path(shard.path) for shard in pool.shards)
     first.unlink()
     data = second.read_bytes()
     cut = int(pool.text_offsets_bytes[10]) + 3
@@ -139,11 +141,15 @@ def run(
     ranks = []
     for rank in range(world_size):
         sampler = OrderSampler(
-            order=order, start_step=0, total_steps=steps, rank=rank, world_size=world_size
+            order=order,
+            global_batch=8,
+            start_step=0,
+            total_steps=steps,
+            rank=rank,
+            world_size=world_size,
         )
-        loader = make_loader(
-            dataset, sampler, num_workers=num_workers, start_method=None, pin_memory=False
-        )
+        options = LoaderOptions(num_workers=num_workers)
+        loader = make_loader(dataset, sampler, options, pin_memory=False)
         ranks.append(list(loader))
     return [batch for step in zip(*ranks, strict=True) for batch in step]
 
@@ -199,7 +205,7 @@ def test_pool_of_bad_samples_alone_is_an_error(
     spoilt_pool: Callable[..., Pool], make_dataset: MakeDataset, num_workers: int
 ) -> None:
     dataset = make_dataset(spoilt_pool(dict.fromkeys(range(12), "not an image")))
-    with pytest.raises(InputError, match=r"20 samples of the pool .* in a row are bad;.*decoded"):
+    with pytest.raises(InputError, match=r"21 samples of the pool .* in a row are bad;.*decoded"):
         run(dataset, num_workers=num_workers, world_size=1, steps=1)
 
 
@@ -216,8 +222,7 @@ def datamodule(
             seed=0,
             global_batch_size=10,
             total_steps=1,
-            num_workers=0,
-            start_method=None,
+            loader=LoaderOptions(num_workers=0),
             max_image_pixels=100,
             max_bad_fraction=max_bad_fraction,
         )

@@ -15,7 +15,9 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from siftclip.datamodules import tar_index
-from siftclip.datamodules.tar_index import build_shard_index, load_shard_index, walk_tar
+from siftclip.datamodules.storage import LocalStorage
+from siftclip.datamodules.tar_index import ShardIndex, load_shard_index
+from siftclip.datamodules.tar_walk import LocalTar, TarSample, walk_tar
 from siftclip.datamodules.uids import derive_uid, format_uid
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
@@ -54,13 +56,20 @@ def as_webdataset_sees(path: Path) -> list[dict[str, Any]]:
 def as_we_see(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     samples = []
-    for sample in walk_tar(path):
+    with LocalTar(path) as tar:
+        walked = list(walk_tar(tar))
+    for sample in walked:
         found: dict[str, Any] = {"__key__": sample.key}
         for member in sample.members:
             end = member.offset_bytes + member.size_bytes
             found[member.suffix] = data[member.offset_bytes : end]
         samples.append(found)
     return samples
+
+
+def load(path: Path, cache: Path) -> ShardIndex:
+    (shard,) = (s for s in LocalStorage(str(path.parent)).shards() if s.name == path.name)
+    return load_shard_index(shard.name, shard.stamp, lambda: LocalTar(path), cache)
 
 
 @pytest.mark.parametrize("tar_format", FORMATS)
@@ -83,13 +92,16 @@ def test_grouping_is_webdatasets(
 
 @pytest.mark.parametrize("tar_format", ["gnu", "pax"])
 def test_long_names_are_webdatasets(
-    tar_format: str, tmp_path: Path, write_tar: Callable[..., Path]
+    list_tar: Callable[[Path], list[TarSample]],
+    tar_format: str,
+    tmp_path: Path,
+    write_tar: Callable[..., Path],
 ) -> None:
     key = "/".join(["f" * 90, "g" * 90, "k" * 140])  # longer than a header's 100 + 155 bytes
     members = [(f"{key}{i}.{suffix}", b"%d" % i) for i in range(3) for suffix in ("jpg", "txt")]
     path = write_tar(tmp_path / "a.tar", members, tar_format=FORMATS[tar_format])
     assert as_we_see(path) == as_webdataset_sees(path)
-    assert [sample.key for sample in walk_tar(path)] == [f"{key}{i}" for i in range(3)]
+    assert [sample.key for sample in list_tar(path)] == [f"{key}{i}" for i in range(3)]
 
 
 def test_links_are_passed_over(tmp_path: Path) -> None:
@@ -107,7 +119,7 @@ def test_links_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8_can_be_shown(
-    tmp_path: Path, write_tar: Callable[..., Path]
+    index_tar: Callable[[Path], ShardIndex], tmp_path: Path, write_tar: Callable[..., Path]
 ) -> None:
     path = write_tar(tmp_path / "a.tar", [("kXy.jpg", b"i"), ("kXy.txt", b"t")])
     data = bytearray(path.read_bytes())
@@ -116,24 +128,27 @@ def test_names_that_are_not_utf8_can_be_shown(
         checksum = sum(data[start : start + 512]) - sum(data[start + 148 : start + 156]) + 8 * 32
         data[start + 148 : start + 156] = b"%06o\0 " % checksum
     path.write_bytes(data)
-    index = build_shard_index(path)
-    assert index.keys.tolist() == [r"k\xe9y"]
+    index = index_tar(path)
+    assert index.keys.tolist() == [rb"k\xe9y"]
     assert format_uid(index.uids[0]) == derive_uid("a.tar", r"k\xe9y")
 
 
 def test_index_points_at_the_bytes(
-    tmp_path: Path, write_tar: Callable[..., Path], make_samples: Callable[..., list[Any]]
+    index_tar: Callable[[Path], ShardIndex],
+    tmp_path: Path,
+    write_tar: Callable[..., Path],
+    make_samples: Callable[..., list[Any]],
 ) -> None:
     samples = make_samples(7)
     path = write_tar(tmp_path / "a.tar", [member for s in samples for member in s.members()])
-    index = build_shard_index(path)
+    index = index_tar(path)
     data = path.read_bytes()
     assert len(index) == 7
     assert not index.truncated
     assert index.derived_uids == 0
     assert index.faults.samples == 0
     for i, sample in enumerate(samples):
-        assert index.keys[i] == sample.key
+        assert index.keys[i].decode() == sample.key
         assert format_uid(index.uids[i]) == sample.uid
         at, size = index.image_offsets_bytes[i], index.image_sizes_bytes[i]
         assert data[at : at + size] == sample.image
@@ -141,12 +156,14 @@ def test_index_points_at_the_bytes(
         assert data[at : at + size] == sample.caption
 
 
-def test_uid_is_derived_where_there_is_none(tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+def test_uid_is_derived_where_there_is_none(
+    index_tar: Callable[[Path], ShardIndex], tmp_path: Path, write_tar: Callable[..., Path]
+) -> None:
     members: list[tuple[str, bytes]] = []
     for key, record in (("a", None), ("b", b"{}"), ("c", b'{"uid": null}'), ("d", b"[1]")):
         members += [(f"{key}.jpg", b"i"), (f"{key}.txt", b"t")]
         members += [] if record is None else [(f"{key}.json", record)]
-    index = build_shard_index(write_tar(tmp_path / "s.tar", members))
+    index = index_tar(write_tar(tmp_path / "s.tar", members))
     assert index.derived_uids == 4
     assert [format_uid(uid) for uid in index.uids] == [derive_uid("s.tar", key) for key in "abcd"]
 
@@ -164,7 +181,11 @@ def test_uid_is_derived_where_there_is_none(tmp_path: Path, write_tar: Callable[
     ],
 )
 def test_bad_json_is_counted_and_left_out(
-    record: bytes, cause: str, tmp_path: Path, write_tar: Callable[..., Path]
+    index_tar: Callable[[Path], ShardIndex],
+    record: bytes,
+    cause: str,
+    tmp_path: Path,
+    write_tar: Callable[..., Path],
 ) -> None:
     members = [
         ("a.jpg", b"i"),
@@ -173,18 +194,18 @@ def test_bad_json_is_counted_and_left_out(
         ("b.jpg", b"i"),
         ("b.txt", b"t"),
     ]
-    index = build_shard_index(write_tar(tmp_path / "s.tar", members))
-    assert index.keys.tolist() == ["b"]
+    index = index_tar(write_tar(tmp_path / "s.tar", members))
+    assert index.keys.tolist() == [b"b"]
     assert index.faults.counts == {cause: 1}
     assert index.faults.examples == {cause: ["s.tar:a"]}
 
 
 def test_sample_without_image_or_caption_is_counted(
-    tmp_path: Path, write_tar: Callable[..., Path]
+    index_tar: Callable[[Path], ShardIndex], tmp_path: Path, write_tar: Callable[..., Path]
 ) -> None:
     members = [("a.txt", b"t"), ("b.jpg", b"i"), ("c.jpeg", b"i"), ("c.txt", b"t"), ("d.gif", b"i")]
-    index = build_shard_index(write_tar(tmp_path / "s.tar", members))
-    assert index.keys.tolist() == ["c"]
+    index = index_tar(write_tar(tmp_path / "s.tar", members))
+    assert index.keys.tolist() == [b"c"]
     assert index.faults.counts == {"without image": 2, "without caption": 1}
 
 
@@ -193,13 +214,13 @@ def test_cached_index_is_equal_and_reused(
 ) -> None:
     members = [("a.txt", b"t"), ("bb.jpg", b"i"), ("bb.txt", b"t")]
     path, cache = write_tar(tmp_path / "s.tar", members), tmp_path / "cache" / "s.npz"
-    fresh = load_shard_index(path, cache)
+    fresh = load(path, cache)
 
-    def refuse(path: Path) -> None:
+    def refuse(*arguments: Any) -> None:
         raise AssertionError("the tar was read again")
 
     monkeypatch.setattr(tar_index, "build_shard_index", refuse)
-    cached = load_shard_index(path, cache)
+    cached = load(path, cache)
     for name in ("uids", "keys", "image_offsets_bytes", "text_offsets_bytes", "text_sizes_bytes"):
         assert np.array_equal(getattr(cached, name), getattr(fresh, name))
     assert cached.faults == fresh.faults
@@ -211,17 +232,17 @@ def test_cache_is_rebuilt_when_the_tar_changes(
 ) -> None:
     path, cache = tmp_path / "s.tar", tmp_path / "s.npz"
     write_tar(path, [("a.jpg", b"i"), ("a.txt", b"t")])
-    assert load_shard_index(path, cache).keys.tolist() == ["a"]
+    assert load(path, cache).keys.tolist() == [b"a"]
     status = path.stat()
     write_tar(path, [("b.jpg", b"i"), ("b.txt", b"t")])  # of equal size: only the time differs
     assert path.stat().st_size == status.st_size
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert load_shard_index(path, cache).keys.tolist() == ["b"]
+    assert load(path, cache).keys.tolist() == [b"b"]
     status = path.stat()
     members = [(f"{key}.{suffix}", b"x" * 9000) for key in "cd" for suffix in ("jpg", "txt")]
     write_tar(path, members)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # of equal time: only the size
-    assert load_shard_index(path, cache).keys.tolist() == ["c", "d"]
+    assert load(path, cache).keys.tolist() == [b"c", b"d"]
 
 
 @pytest.mark.parametrize("keep", [0, 100, -10])
@@ -230,8 +251,8 @@ def test_damaged_cache_is_rebuilt(
 ) -> None:
     path, cache = tmp_path / "s.tar", tmp_path / "s.npz"
     write_tar(path, [("a.jpg", b"i"), ("a.txt", b"t"), ("a.json", json.dumps({}).encode())])
-    load_shard_index(path, cache)
+    load(path, cache)
     whole = cache.read_bytes()
     cache.write_bytes(whole[:keep])
-    assert load_shard_index(path, cache).keys.tolist() == ["a"]
+    assert load(path, cache).keys.tolist() == [b"a"]
     assert cache.read_bytes() == whole

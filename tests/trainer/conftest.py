@@ -20,6 +20,7 @@ from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.datamodules.files import write_npz
 from siftclip.datamodules.pool import open_pool
+from siftclip.datamodules.storage import LocalStorage
 
 POOL_SAMPLES = 240
 TINY_ARCHITECTURE = {
@@ -60,7 +61,9 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
         retrieval_samples=20,
         progress=False,
     )
-    pool = open_pool(data.pool, cache_dir=root / "cache", max_bad_fraction=0, progress=False)
+    pool = open_pool(
+        LocalStorage(str(data.pool)), cache_dir=root / "cache", max_bad_fraction=0, progress=False
+    )
     generator = np.random.default_rng(0)
     features = generator.standard_normal((2, len(pool), 8))
     features /= np.linalg.norm(features, axis=2, keepdims=True)

@@ -54,7 +54,9 @@ def test_unknown_option_is_named(cli: Cli) -> None:
 def test_bad_input_is_one_message_and_exit_status_2(cli: Cli, tmp_path: Path) -> None:
     result = cli("select", "pool.root=nowhere")
     assert result.returncode == 2
-    expected = "siftclip select: error: pool.root must be an existing folder. Got 'nowhere'."
+    expected = (
+        "siftclip select: error: pool.root must be an existing folder or a URL. Got 'nowhere'."
+    )
     assert result.stderr.strip().splitlines()[-1] == expected
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())

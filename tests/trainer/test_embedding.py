@@ -19,7 +19,8 @@ from siftclip.datamodules.features import open_features
 from siftclip.datamodules.files import read_json, read_npz
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.tar_index import build_shard_index
+from siftclip.datamodules.storage import LocalStorage
+from siftclip.datamodules.tar_index import ShardIndex
 from siftclip.selectors.errors import InputError
 from siftclip.trainer import embedding
 from siftclip.trainer.embedding import embed_stage
@@ -46,14 +47,14 @@ def test_features_equal_the_model(embed_options: list[str], compose: Compose) ->
     clip = clip_model_from(config.features.model, "features.model")
     clip.model.eval()
     pool = open_pool(
-        Path(config.pool.root),
+        LocalStorage(config.pool.root),
         cache_dir=Path(config.pool.cache_dir),
         max_bad_fraction=0,
         progress=False,
     )
     store = open_features(pool, folder=folder, keys=("mine_img", "mine_txt"), max_bad_fraction=0)
     assert store.pool_coverage.fraction == 1
-    reader = SampleReader(pool, 10**6)
+    reader = SampleReader(pool=pool, max_image_pixels=10**6)
     found = store.read(store.parts[0], ("mine_img", "mine_txt"))
     assert found["mine_img"].dtype == torch.float16
     for i in (0, 7, len(store.parts[0].rows) - 1):
@@ -94,10 +95,13 @@ def test_features_of_another_model_are_not_mixed(
 
 
 def test_bad_samples_get_no_features_and_cannot_be_selected(
-    embed_options: list[str], compose: Compose, copy_pool: Path
+    index_tar: Callable[[Path], ShardIndex],
+    embed_options: list[str],
+    compose: Compose,
+    copy_pool: Path,
 ) -> None:
     tar = copy_pool / "shards" / "00000000.tar"
-    index = build_shard_index(tar)
+    index = index_tar(tar)
     data = bytearray(tar.read_bytes())
     start, size = index.image_offsets_bytes[5], index.image_sizes_bytes[5]
     data[start : start + size] = b"\x00" * size

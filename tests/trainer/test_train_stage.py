@@ -70,7 +70,7 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
     torch.manual_seed(config.seed)
     clip = load_clip_model("twin", architecture=plain(config.model.architecture))
     dataset = SampleDataset(
-        reader=SampleReader(selected.pool, 10**6),
+        reader=SampleReader(pool=selected.pool, max_image_pixels=10**6),
         transform=clip.train_transform,
         tokenizer=clip.tokenizer,
         seed=config.seed,

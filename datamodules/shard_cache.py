@@ -1,0 +1,87 @@
+"""Whole tars of a remote pool on the local disk, up to a limit; those used least recently go."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from siftclip.datamodules.files import atomic_path
+from siftclip.datamodules.storage import ShardFile
+from siftclip.selectors.errors import InputError
+
+
+class ShardCache:
+    """Copies of tars in a folder. Several processes may share it.
+
+    What is being fetched at the moment, one tar a process, comes on top of the limit.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        """Take a folder.
+
+        Args:
+            folder: of the copies; what was there before counts and is reused.
+            limit_bytes: of all copies together.
+        """
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+
+    def fetch(self, shard: ShardFile, download: Callable[[Path], None]) -> Path:
+        """The copy of a tar, made by `download(path)` if there is none.
+
+        Raises:
+            InputError: the tar alone is larger than the limit.
+        """
+        path = self._path(shard)
+        if self._touch(path):
+            return path
+        if shard.size_bytes > self.limit_bytes:
+            raise InputError(
+                f"pool.shard_cache_gb must hold at least one tar. {shard.name} has "
+                f"{shard.size_bytes / 1e9:.3f} GB, the cache {self.limit_bytes / 1e9:.3f} GB."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of this tar: others are fetched at the same time
+            if not self._touch(path):
+                with FileLock(self.folder / "room.lock"):
+                    self._make_room(shard.size_bytes)
+                for left in self.folder.glob(f".{path.name}.*.tmp"):
+                    left.unlink()  # by a process that was killed: the lock is ours
+                with atomic_path(path) as temporary:
+                    download(temporary)
+        return path
+
+    def _path(self, shard: ShardFile) -> Path:
+        digest = hashlib.sha256(f"{shard.path} {shard.stamp}".encode()).hexdigest()[:12]
+        return self.folder / f"{shard.stem}-{digest}.tar"
+
+    @staticmethod
+    def _touch(path: Path) -> bool:
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, size_bytes: int) -> None:
+        copies = sorted((s.st_mtime_ns, s.st_size, p) for p, s in _copies(self.folder))
+        total = sum(size for _, size, _ in copies)
+        for _, size, path in copies:
+            if total + size_bytes <= self.limit_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for path in folder.glob("*.tar"):
+        try:
+            found.append((path, path.stat()))
+        except FileNotFoundError:  # another process made room
+            continue
+    return found
