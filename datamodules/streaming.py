@@ -20,10 +20,11 @@ import torch
 from lightning import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.faults import FaultLog
+from siftclip.datamodules.image_transform import ImageTransform, ResizeBackend
 from siftclip.datamodules.order import (
     FirstStage,
     SampleOrder,
@@ -40,6 +41,7 @@ from siftclip.datamodules.reader import (
     SampleReader,
     decode_caption,
     decode_image,
+    decode_pixels,
 )
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.errors import InputError, require_int
@@ -95,6 +97,7 @@ class SampleDataset(Dataset[Batch]):
             and numpy (open_clip's colour jitter draws from Python's), set for every sample.
         tokenizer: of the captions.
         seed: of the augmentation and of the substitutes.
+        resize: see `siftclip.datamodules.image_transform`.
         substitutes: int64 [n], the rows to replace bad samples from; None keeps bad samples as
             zeros marked invalid, which embedding wants.
         references: cached features that batches carry along.
@@ -106,6 +109,11 @@ class SampleDataset(Dataset[Batch]):
     seed: int
     substitutes: np.ndarray | None
     references: RowFeatures | None = None
+    resize: ResizeBackend = "pillow"
+    _images: ImageTransform = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._images = ImageTransform(self.transform, self.resize)
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         storage = self.reader.pool.storage
@@ -123,7 +131,8 @@ class SampleDataset(Dataset[Batch]):
     def _load(self, requests: Sequence[Request]) -> Batch:
         positions, rows = np.asarray(requests, dtype=np.int64).T
         seeds = derive_seeds(positions, self.seed, _PURPOSE_AUGMENT).tolist()
-        images: list[Tensor | None] = [None] * len(rows)
+        images: Tensor | None = None
+        valid = torch.zeros(len(rows), dtype=torch.bool)
         captions = [""] * len(rows)
         faults: list[list[Fault]] = [[] for _ in rows]
         # Loaders without workers run in the training process, whose state must not change.
@@ -132,8 +141,11 @@ class SampleDataset(Dataset[Batch]):
                 row = int(rows[index])
                 for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
                     try:
-                        images[index], captions[index] = self._decode(raw, seeds[index])
-                        rows[index] = row
+                        prepared, captions[index] = self._decode(raw, seeds[index])
+                        if images is None:
+                            images = _empty_batch(len(rows), prepared.shape)
+                        self._images.finish(prepared, images[index])
+                        rows[index], valid[index] = row, True
                         break
                     except BadSampleError as error:
                         faults[index].append((str(error), self.reader.pool.place(row)))
@@ -148,11 +160,15 @@ class SampleDataset(Dataset[Batch]):
                         attempt=attempt,
                     )
                     ((_, raw),) = self.reader.read(np.asarray([row]))
+        if images is None:
+            prepared = self._images.prepare(self._blank())
+            images = _empty_batch(len(rows), prepared.shape)
+        images[~valid] = 0
         return Batch(
-            images=self._stack(images),
+            images=images,
             tokens=self.tokenizer(captions),
             rows=torch.from_numpy(rows),
-            valid=torch.tensor([image is not None for image in images]),
+            valid=valid,
             references={} if self.references is None else self.references.gather(rows),
             faults=tuple(fault for found in faults for fault in found),
         )
@@ -161,12 +177,13 @@ class SampleDataset(Dataset[Batch]):
         if isinstance(raw, BadSampleError):
             raise raw
         caption = decode_caption(raw.caption)
-        image = decode_image(raw.image, self.reader.max_image_pixels)
+        decode = decode_pixels if self._images.on_tensors else decode_image
+        image = decode(raw.image, self.reader.max_image_pixels)
         # not torch.manual_seed, which also sets the accelerators' states
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
-        return self.transform(image), caption
+        return self._images.prepare(image), caption
 
     def _give_up(self, faults: Sequence[Fault]) -> None:
         cause, place = faults[-1]
@@ -175,13 +192,19 @@ class SampleDataset(Dataset[Batch]):
             f"bad; the last one is {place}, one of those {cause}. Is this the right pool?"
         )
 
-    def _stack(self, images: Sequence[Tensor | None]) -> Tensor:
-        """The images as one tensor; zeros for None. A worker writes it where the trainer reads."""
-        shape = next((image.shape for image in images if image is not None), None)
-        if shape is None:
-            shape = self.transform(Image.new("RGB", (8, 8))).shape
-        # default_collate stacks a worker's tensors in shared memory: one copy less
-        return default_collate([torch.zeros(shape) if i is None else i for i in images])
+    def _blank(self) -> Any:
+        blank = Image.new("RGB", (8, 8))
+        return np.array(blank) if self._images.on_tensors else blank
+
+
+def _empty_batch(count: int, shape: torch.Size) -> Tensor:
+    """float32 [count, *shape]; in a loader process, where the trainer reads it without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(count, *shape)
+    elements = count * shape.numel()
+    # as torch's own collation does; `share_memory_` would copy what is not yet written
+    storage = torch.UntypedStorage._new_shared(4 * elements)
+    return torch.empty(0).set_(storage).view(count, *shape)
 
 
 @contextmanager
@@ -323,6 +346,7 @@ class StreamDataModule(LightningDataModule):
         window_shards: int | None = None,
         first_stage: FirstStage | None = None,
         references: RowFeatures | None = None,
+        resize: ResizeBackend = "pillow",
     ) -> None:
         """Set what is streamed.
 
@@ -340,6 +364,7 @@ class StreamDataModule(LightningDataModule):
             window_shards: see `siftclip.datamodules.order.shuffle`; None shuffles over all tars.
             first_stage: chooses each global batch from a larger one before anything is read.
             references: cached features that the batches carry along.
+            resize: see `siftclip.datamodules.image_transform`.
         """
         super().__init__()
         pixels = require_int("data.max_image_pixels", max_image_pixels, minimum=1)
@@ -350,6 +375,7 @@ class StreamDataModule(LightningDataModule):
             seed=seed,
             substitutes=rows,
             references=references,
+            resize=resize,
         )
         self.order = SampleOrder(
             rows=rows,

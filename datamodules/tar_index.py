@@ -67,25 +67,30 @@ def build_shard_index(source: TarSource, name: str) -> ShardIndex:
     places: list[tuple[int, int, int, int, int, int]] = []
     derived_uids, truncated = 0, False
     try:
-        for sample in walk_tar(source, content_of="json"):
-            image = sample.find(*IMAGE_SUFFIXES)
-            text = sample.find("txt")
+        for key, members, start, end in walk_tar(source, content_of="json"):
+            image = text = record = None
+            for member in reversed(members):  # so that the first of each kind counts
+                suffix = member[0]
+                if suffix in IMAGE_SUFFIXES:
+                    image = member
+                elif suffix == "txt":
+                    text = member
+                elif suffix == "json":
+                    record = member
             if image is None or text is None:
                 cause = "without image" if image is None else "without caption"
-                faults.add(cause, f"{name}:{sample.key}")
+                faults.add(cause, f"{name}:{key}")
                 continue
-            record = sample.find("json")
-            uid = None if record is None else _find_uid(record.content or b"")
+            uid = None if record is None else _find_uid(record[3] or b"")
             if uid is None:
-                uid = derive_uid(name, sample.key)
+                uid = derive_uid(name, key)
                 derived_uids += 1
-            elif not is_uid(uid):
-                faults.add("with a uid that is not 32 hexadecimal digits", f"{name}:{sample.key}")
+            elif not uid:
+                faults.add("with a uid that is not 32 hexadecimal digits", f"{name}:{key}")
                 continue
             uids.append(uid)
-            keys.append(sample.key.encode())
-            size = sample.end_bytes - sample.start_bytes
-            places.append((sample.start_bytes, size, *image[1:3], *text[1:3]))
+            keys.append(key.encode())
+            places.append((start, end - start, image[1], image[2], text[1], text[2]))
     except TruncatedTarError:
         truncated = True
         faults.add("cut off with the end of their tar (at least)", name)
@@ -101,10 +106,10 @@ def build_shard_index(source: TarSource, name: str) -> ShardIndex:
 
 
 def _find_uid(record: bytes) -> str | None:
-    """The `uid` of a sample's JSON: None without one, "" where the JSON cannot be read."""
+    """The `uid` of a sample's JSON: None without one, "" where it is not one or cannot be read."""
     match = _UID_FIELD.search(record)
     # A quote inside a JSON string is escaped, so this is a field; of the outermost object, if no
-    # other one has begun. Parsing all of the JSON would double the time of the whole index.
+    # other one has begun. Parsing all of the JSON would take as long as the rest of the index.
     if match and record.count(b"{", 0, match.start()) == 1 and record.count(b'"uid"') == 1:
         return match[1].decode()
     try:
@@ -112,7 +117,9 @@ def _find_uid(record: bytes) -> str | None:
     except (ValueError, RecursionError):
         return ""
     uid = fields.get("uid") if isinstance(fields, dict) else None
-    return None if uid is None else str(uid)
+    if uid is None:
+        return None
+    return str(uid) if is_uid(str(uid)) else ""
 
 
 def load_shard_index(

@@ -160,12 +160,12 @@ def walk_tar(source: TarSource, *, content_of: str | None = None) -> Iterator[Ta
 def _split_name(name: str) -> tuple[str, str]:
     """Key and suffix of a member; an empty key if it belongs to no sample."""
     key, dot, suffix = name.partition(".")
-    if not dot or "/" in suffix or key[-1:] in ("", "/"):  # rare: a dot in the name of a folder
+    if not dot or "/" in suffix or not key or key[-1] == "/":  # rare: a dot in a folder's name
         match = _MEMBER_NAME.match(name)
         if match is None:
             return "", ""
         key, suffix = match[1], match[2]
-    if name.startswith("__") and _META_NAME.match(name):
+    if key[:2] == "__" and _META_NAME.match(name):
         return "", ""
     return key, suffix
 

@@ -97,10 +97,15 @@ class ClipTraining(LightningModule):
             "train/scale": float(self.model.logit_scale.detach().exp()),  # type: ignore[operator]
             "train/data_time": self._data_seconds / self._steps,
             "train/batch_time": seconds / self._steps,
+            "train/data_wait_fraction": min(1.0, self._data_seconds / seconds),
             "train/samples_per_second": rate,
             "train/samples_per_second_per_gpu": rate / self.trainer.world_size,
             "train/samples_seen": float(step * self.global_batch_size),
         }
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
+        if isinstance(data, StreamDataModule):
+            self.latest["data/bad_samples"] = float(data.faults.samples)
+            self.latest["data/retries"] = float(data.retries)
         for logger in self.trainer.loggers:
             logger.log_metrics(self.latest, step=step)
         self._loss_sum.zero_()
@@ -151,4 +156,5 @@ class TrainingBar(TQDMProgressBar):
         return {
             "loss": f"{latest['train/loss']:.3f}",
             "samples/s": f"{latest['train/samples_per_second']:.0f}",
+            "wait": f"{latest['train/data_wait_fraction']:.0%}",
         }

@@ -81,6 +81,7 @@ def run_identity(config: DictConfig, selected: SelectOutcome) -> dict[str, Any]:
         "scale": plain(config.scale),
         "online": plain(config.online),
         "shuffle_window_shards": config.data.shuffle_window_shards,
+        "resize": config.data.resize,
         "precision": resolve_precision(config.trainer.precision),
         "seed": config.seed,
     }
@@ -221,6 +222,7 @@ def _data_module(
         max_image_pixels=config.data.max_image_pixels,
         max_bad_fraction=config.pool.max_bad_fraction,
         window_shards=config.data.shuffle_window_shards,
+        resize=config.data.resize,
     )
 
 
