@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftclip.datamodules.order import SampleOrder, derive_generator, rank_slice, substitute
+from siftclip.datamodules.order import (
+    MAX_ROUNDS,
+    SampleOrder,
+    check_chosen,
+    derive_generator,
+    derive_seeds,
+    rank_slice,
+    shuffle,
+    substitute,
+)
 from siftclip.datamodules.streaming import OrderSampler
 from siftclip.selectors.errors import InputError
 
@@ -171,3 +180,142 @@ def test_sampler_resumes_where_it_was_stopped(start_step: int, world_size: int) 
         assert {len(batch) for batch in whole} == {8 // world_size}
         assert requests(rank, start_step) == whole[start_step:]
         assert all(type(number) is int for batch in whole for pair in batch for number in pair)
+
+
+def test_repetitions_are_spread_over_the_pass() -> None:
+    """Of m copies, each lands in another m-th part: the gaps between them are never small."""
+    multiplicities = [1] * 300 + [2] * 60 + [3] * 40 + [5] * 20
+    rows = make_rows(multiplicities)
+    for seed in range(5):
+        shown = shuffle(rows, derive_generator(seed))
+        assert sorted(shown.tolist()) == rows.tolist()
+        place = {row: np.flatnonzero(shown == row) / len(shown) for row in set(rows.tolist())}
+        for row, multiplicity in Counter(rows.tolist()).items():
+            # the parts are of random numbers of samples, hence not exact
+            parts = place[row] * multiplicity
+            assert (np.abs(parts - np.arange(multiplicity) - 0.5) < 0.5 + 0.05 * multiplicity).all()
+
+
+def test_place_of_repeated_rows_is_uniform() -> None:
+    """Over many passes, no part of a pass has more of the repetitions than of the others."""
+    rows = make_rows([3] * 4 + [1] * 12)
+    shown = np.stack([shuffle(rows, derive_generator(seed)) for seed in range(3000)])
+    repeated = (shown <= 12).mean(axis=0)
+    assert np.abs(repeated - 0.5).max() < 0.06
+
+
+@given(MULTIPLICITIES, SEEDS, st.integers(1, 6), st.integers(1, 9))
+def test_window_shows_each_row_as_often_as_it_was_selected(
+    multiplicities: list[int], seed: int, window: int, shard_samples: int
+) -> None:
+    rows = make_rows(multiplicities)
+    shard_of_row = np.arange(rows.max() + 1, dtype=np.int32) // (3 * shard_samples)
+    shown = shuffle(rows, derive_generator(seed), shard_of_row=shard_of_row, window_shards=window)
+    assert sorted(shown.tolist()) == rows.tolist()
+    # what one round shows of its tars in a row comes from `window` tars at a time
+    rounds = min(MAX_ROUNDS, max(multiplicities))
+    if rounds == 1:
+        shards = len(np.unique(shard_of_row[rows]))
+        at = 0
+        seen: set[int] = set()
+        while at < len(shown):
+            here: set[int] = set()
+            start = at
+            while at < len(shown) and len(here | {int(shard_of_row[shown[at]])}) <= window:
+                here.add(int(shard_of_row[shown[at]]))
+                at += 1
+            assert not here & seen, "a tar is read again after its window"
+            seen |= here
+            assert at > start
+        assert len(seen) == shards
+
+
+def test_window_of_all_shards_is_as_good_as_none() -> None:
+    """Each row is equally often at each place: chi-square over 3,000 passes of 12 rows, 4 tars."""
+    passes, n = 3000, 12
+    rows, shard_of_row = np.arange(n), np.arange(n, dtype=np.int32) // 3
+    counts = np.zeros((n, n))
+    for seed in range(passes):
+        shown = shuffle(rows, derive_generator(seed), shard_of_row=shard_of_row, window_shards=4)
+        counts[np.arange(n), shown] += 1
+    chi_square = ((counts - passes / n) ** 2 / (passes / n)).sum()
+    freedom = (n - 1) ** 2
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_repetitions_meet_their_tars_in_several_rounds() -> None:
+    rows = np.repeat(np.arange(1000), 2)
+    shard_of_row = np.arange(1000, dtype=np.int32) // 10
+    shown = shuffle(rows, derive_generator(0), shard_of_row=shard_of_row, window_shards=5)
+    first, second = shown[:1000], shown[1000:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(1000))
+    for start in range(0, 2000, 50):
+        assert len(np.unique(shard_of_row[shown[start : start + 50]])) == 5
+
+
+def test_versions_of_a_selection_have_other_orders() -> None:
+    rows = make_rows([1] * 40)
+    shown = {
+        tuple(SampleOrder(rows=rows, seed=0, global_batch=40, selection_version=v).batch(0)[1])
+        for v in range(5)
+    }
+    assert len(shown) == 5
+
+
+class EverySecond:
+    """A first stage: of twice the samples, those at even places, backwards."""
+
+    super_batch_samples = 16
+
+    def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
+        assert len(rows) == 16
+        return np.arange(0, 16, 2)[::-1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_first_stage_chooses_before_the_ranks_share(world_size: int) -> None:
+    order = make_order(make_rows([1] * 50), 3, 16)
+    ranks = [
+        list(
+            OrderSampler(
+                order=order,
+                global_batch=8,
+                start_step=2,
+                total_steps=5,
+                rank=rank,
+                world_size=world_size,
+                first_stage=EverySecond(),
+            )
+        )
+        for rank in range(world_size)
+    ]
+    for number, step in enumerate(range(2, 5)):
+        positions, rows = order.batch(step)
+        expected = list(zip(positions[::2][::-1].tolist(), rows[::2][::-1].tolist(), strict=True))
+        assert [request for batches in ranks for request in batches[number]] == expected
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [[0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 9], [-1, 0, 1, 2], [0.0, 1.0, 2.0, 3.0], [[0, 1, 2, 3]]],
+)
+def test_first_stage_that_chooses_wrongly_is_named(chosen: Any) -> None:
+    with pytest.raises(InputError, match=r"Picky must choose 4 different indices from 0 to 8.*Got"):
+        check_chosen(np.asarray(chosen), drawn=9, wanted=4, owner="Picky")
+    assert check_chosen([8, 0, 3, 1], drawn=9, wanted=4, owner="Picky").tolist() == [8, 0, 3, 1]  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(0, 2**50), min_size=1, max_size=50, unique=True), SEEDS)
+def test_seeds_are_pure_and_differ(positions: list[int], seed: int) -> None:
+    together = derive_seeds(np.array(positions), seed, 3).tolist()
+    assert len(set(together)) == len(positions)
+    assert [int(derive_seeds(np.array([p]), seed, 3)[0]) for p in positions] == together
+    assert not set(together) & set(derive_seeds(np.array(positions), seed, 4).tolist())
+
+
+def test_bits_of_seeds_are_fair() -> None:
+    seeds = derive_seeds(np.arange(20_000), 0, 3)
+    bits = np.unpackbits(seeds.view(np.uint8)).reshape(len(seeds), 64).astype(float)
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.02
+    correlation = np.corrcoef(bits.T) - np.eye(64)
+    assert np.abs(correlation).max() < 0.04

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -304,3 +306,96 @@ def test_datamodule_refuses_what_cannot_be(
             LoaderOptions(**{"num_workers": 1, option: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"data.shuffle_window_shards must be an integer"):
         make_module(pool, rows, transform, tokenizer, window_shards=0)
+
+
+def test_state_holds_the_counts_and_refuses_another_order(
+    pool: Pool, rows: np.ndarray, transform: Transform, tokenizer: Tokenizer
+) -> None:
+    module = make_module(pool, rows, transform, tokenizer, max_bad_fraction=0.5)
+    empty = torch.zeros(8)
+    faults = (("torn", "a.tar:1"),)
+    module.account(
+        Batch(images=empty, tokens=empty, rows=empty, valid=empty, faults=faults, retries=3)
+    )
+    state = json.loads(json.dumps(module.state_dict()))  # plain values: nothing is pickled
+    other = make_module(pool, rows, transform, tokenizer, max_bad_fraction=0.5)
+    other.load_state_dict(state)
+    assert (other.loaded_samples, other.retries) == (8, 3)
+    assert other.faults == module.faults
+    changes: list[dict[str, Any]] = [{"seed": 8}, {"global_batch_size": 4}, {"window_shards": 2}]
+    for change in changes:
+        changed = make_module(pool, rows, transform, tokenizer, **change)
+        with pytest.raises(InputError, match=r"another selection, seed, global batch or window"):
+            changed.load_state_dict(state)
+    with pytest.raises(InputError, match=r"Start a new run"):
+        make_module(pool, rows[:-1], transform, tokenizer).load_state_dict(state)
+
+
+def test_batches_go_to_a_gpu_without_blocking(
+    pool: Pool,
+    rows: np.ndarray,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def note(batch: Batch, device: torch.device, non_blocking: bool = False) -> Batch:
+        asked.append((str(device), non_blocking))
+        return batch
+
+    module = make_module(pool, rows, transform, tokenizer)
+    (batch, *_) = load(module.dataset, rows)
+    monkeypatch.setattr(Batch, "to", note)
+    for device in ("cuda:1", "cpu", "mps"):
+        module.transfer_batch_to_device(batch, torch.device(device), 0)
+    assert asked == [("cuda:1", True), ("cpu", False), ("mps", False)]
+
+
+class Cheapest:
+    """A first stage on cached scores: of twice the samples, those with the lowest score."""
+
+    super_batch_samples = 2 * BATCH
+
+    def __init__(self, scores: np.ndarray) -> None:
+        self.scores = scores
+
+    def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
+        return np.argsort(self.scores[rows], kind="stable")[:BATCH]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_first_stage_decides_what_is_read(
+    pool: Pool,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    world_size: int,
+) -> None:
+    rows = np.arange(20)
+    scores = np.random.default_rng(0).permutation(20)
+    read: list[int] = []
+    real_read = SampleReader.read
+
+    def spy(reader: SampleReader, asked: np.ndarray) -> Any:
+        read.extend(asked.tolist())
+        return real_read(reader, asked)
+
+    monkeypatch.setattr(SampleReader, "read", spy)
+    order = SampleOrder(rows=rows, seed=7, global_batch=2 * BATCH)
+    expected = []
+    for step in range(2):
+        drawn = order.batch(step)[1]
+        expected.append(sorted(drawn.tolist(), key=lambda row: scores[row])[:BATCH])
+    parts = []
+    for rank in range(world_size):
+        module = make_module(
+            pool, rows, transform, tokenizer, first_stage=Cheapest(scores), total_steps=2
+        )
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        module.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the module asks of it
+            global_rank=rank, world_size=world_size, global_step=0, strategy=strategy
+        )
+        parts.append([batch.rows.tolist() for batch in module.train_dataloader()])
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == expected
+    assert sorted(read) == sorted(chain(*expected))

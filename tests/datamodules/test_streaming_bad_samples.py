@@ -265,3 +265,56 @@ def test_no_bad_sample_is_forgiven_when_none_is_allowed(
     module.account(make_batch(0))
     with pytest.raises(InputError, match=r"1 of 21 samples are bad"):
         module.account(make_batch(1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damaged_pool_streams_full_batches_and_names_every_fault(
+    make_samples: Make,
+    write_pool: Make,
+    write_tar: Make,
+    load_pool: Callable[..., Pool],
+    make_dataset: MakeDataset,
+    num_workers: int,
+) -> None:
+    """All at once: bad images and captions, missing members, a cut tar, one deleted under way."""
+    samples = make_samples(60)
+    for row, defect in {1: "not an image", 2: "bomb", 3: "not UTF-8", 4: "cut image"}.items():
+        spoil(samples[row], defect)
+    samples[5].caption = None
+    samples[6].image = None
+    samples[7].record = b'{"uid": "not a uid"}'
+    root = write_pool(samples, shards=5)
+    cut = root / "shards" / "00000004.tar"
+    cut.write_bytes(cut.read_bytes()[: -(10240 + 3000)])
+    pool = load_pool(root, max_bad_fraction=0.5)
+    assert pool.faults.counts["without caption"] == 1
+    assert pool.faults.counts["without image"] == 1
+    assert pool.faults.counts["with a uid that is not 32 hexadecimal digits"] == 1
+    assert sum(count for cause, count in pool.faults.counts.items() if "cut" in cause) >= 1
+
+    order = SampleOrder(rows=np.arange(len(pool)), seed=7, global_batch=8)
+    sampler = OrderSampler(
+        order=order, global_batch=8, start_step=0, total_steps=20, rank=0, world_size=1
+    )
+    dataset = make_dataset(pool)
+    faults: list[tuple[str, str]] = []
+    loader = make_loader(dataset, sampler, LoaderOptions(num_workers=num_workers), pin_memory=False)
+    for step, batch in enumerate(loader):
+        assert batch.valid.all()
+        assert len(batch.rows) == 8
+        assert not {pool.place(row) for row in batch.rows.tolist()} & {
+            place for _, place in batch.faults
+        }
+        faults += batch.faults
+        if step == 5:
+            dataset.reader.close()
+            Path(pool.shards[2].path).unlink()
+    causes = {cause for cause, _ in faults}
+    assert causes == {
+        "whose image cannot be decoded",
+        "with more pixels than Pillow decodes",
+        "with a caption that is not UTF-8",
+        "in a tar that cannot be opened (No such file or directory)",
+    } or (num_workers and len(causes) == 3)  # a worker may keep the deleted file open
+    for row in (1, 2, 3, 4):
+        assert any(place.endswith(f":{row:09d}") for _, place in faults)
