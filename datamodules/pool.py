@@ -42,7 +42,7 @@ from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
 
-PROCESSES_FROM_BYTES = 2 << 30  # below this much to index, starting processes takes longer
+PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
 _COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
 
 

@@ -115,7 +115,7 @@ def test_image_and_caption_are_those_of_the_row(pool: Pool, make_samples: Make) 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2, 4])
 def test_ledger_and_pixels_are_the_same_for_all_ranks_and_workers(
     pool: Pool, rows: np.ndarray, make_dataset: MakeDataset, world_size: int, num_workers: int
 ) -> None:
