@@ -30,6 +30,7 @@ VALUES = {
     "features.name": "mine",
     "features.model.name": "ViT-B-32",
     "model.name": "ViT-B-32",
+    "compact.output": "copy",
     "selector.path": "subset.npy",
     "selector.plugin": "clip_score",  # the package registers it as the example of the group
 }
@@ -92,9 +93,14 @@ def fill(config: DictConfig) -> set[str]:
     return missing
 
 
+def config_name(command: str) -> str:
+    """The name of a command's file: `data_compact` of `data compact`."""
+    return command.replace(" ", "_")
+
+
 def composed(command: str, *overrides: str) -> DictConfig:
     """The configuration of a command, nothing left open."""
-    config = compose(config_name=command, overrides=list(overrides))
+    config = compose(config_name=config_name(command), overrides=list(overrides))
     fill(config)
     return config
 
@@ -108,7 +114,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 def template(command: str) -> str:
     """What `siftclip COMMAND --help` prints, before Hydra fills in the names."""
-    config = OmegaConf.load(CONFIGS / f"{command}.yaml")
+    config = OmegaConf.load(CONFIGS / f"{config_name(command)}.yaml")
     return str(OmegaConf.to_container(config, resolve=False)["hydra"]["help"]["template"])
 
 
@@ -126,8 +132,9 @@ def arguments_of(words: list[str], command: str) -> list[str]:
         assert words[0] == "torchrun"
         start = words.index("siftclip.trainer.cli") + 1
         assert words[start - 2] == "-m"
-    assert words[start] == command
-    return words[start + 1 :]
+    first = start + len(command.split())
+    assert " ".join(words[start:first]) == command
+    return words[first:]
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
@@ -144,7 +151,7 @@ def jobs(overrides: list[str]) -> list[list[str]]:
 
 # ---- the tree -----------------------------------------------------------------------------------
 def test_every_command_has_a_config_and_every_config_a_command() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*COMMANDS, SHARED}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*map(config_name, COMMANDS), SHARED}
 
 
 def test_nothing_was_overlooked() -> None:
@@ -219,7 +226,7 @@ def test_examples_compose(command: str) -> None:
         assert {word for word in arguments if word.startswith("-")} <= {"--multirun", "-m"}
         overrides = [word for word in arguments if not word.startswith("-")]
         for job in jobs(overrides):
-            config = compose(config_name=command, overrides=job)
+            config = compose(config_name=config_name(command), overrides=job)
             missing = fill(config)
             assert missing <= ({"pool.root"} if command in WITHOUT_POOL else set()), words
             assert resolved(config)
@@ -228,7 +235,7 @@ def test_examples_compose(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_only_options_that_exist(command: str) -> None:
     text = template(command)
-    config = compose(config_name=command)
+    config = compose(config_name=config_name(command))
     named = re.findall(r"(?<![\w./=-])([a-z][a-z_.]*)=", text.partition("Examples:")[0])
     assert len(named) >= 3
     for key in named:

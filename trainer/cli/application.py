@@ -19,7 +19,10 @@ INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Turn `stage(config)` into the main function of a command, configured by `<command>.yaml`."""
+    """Turn `stage(config)` into the main function of a command, configured by `<command>.yaml`.
+
+    A blank in the command, such as `data compact`, is `_` in the name of the file.
+    """
 
     def decorate(stage: Callable[[DictConfig], None]) -> Callable[[], None]:
         def main() -> None:
@@ -50,7 +53,8 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
 
             # Hydra reads sys.argv itself; it must not take the command for an override.
             sys.argv = [f"siftclip {command}", *_overrides(full_arguments, command)]
-            hydra.main(config_path=CONFIGS, config_name=command, version_base="1.3")(job)()
+            config_name = command.replace(" ", "_")
+            hydra.main(config_path=CONFIGS, config_name=config_name, version_base="1.3")(job)()
 
         return main
 
@@ -59,5 +63,6 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
 
 def _overrides(arguments: list[str], command: str) -> list[str]:
     """What follows the command. `--help` alone is Hydra's; a bare `-h` means the same."""
-    at = arguments.index(command)
-    return ["--help" if argument == "-h" else argument for argument in arguments[at + 1 :]]
+    words = command.split()
+    at = arguments.index(words[0]) + len(words)
+    return ["--help" if argument == "-h" else argument for argument in arguments[at:]]

@@ -1,4 +1,7 @@
-"""`siftclip COMMAND [OVERRIDES]`: finds the command's module and hands over to Hydra."""
+"""`siftclip COMMAND [OVERRIDES]`: finds the command's module and hands over to Hydra.
+
+A command is one word, or two where the first one names a group: `siftclip data compact`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ import sys
 import siftclip
 
 COMMANDS = {
+    "index": "where a pool's samples are, looked up once",
     "embed": "features of a pool with an open_clip model",
     "score": "scores of a pool's samples, from features",
     "select": "a selection, from scores",
     "train": "a CLIP on a selection, streamed from the original tars",
     "eval": "zero-shot tasks on a run, a checkpoint or a model",
     "compare": "selectors x seeds at one budget, with a report",
+    "data compact": "a copy of a selection, as tars of its own",
+    "data bench": "how fast samples come, and whether a copy would pay",
     "demo": "all of it on handwritten digits, in a few minutes on a CPU",
 }
 
@@ -29,31 +35,46 @@ Start with:  siftclip demo
 """
 
 
-def usage() -> str:
-    """What `siftclip --help` prints."""
-    commands = "\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
+HELP = ("-h", "--help", "help")
+
+
+def usage(group: str = "") -> str:
+    """What `siftclip --help` prints, or `siftclip GROUP --help`."""
+    commands = "\n".join(
+        f"  {name:<14}{what}" for name, what in COMMANDS.items() if name.startswith(group)
+    )
     return USAGE.format(version=siftclip.__version__, commands=commands)
 
 
 def main() -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in HELP:
         print(usage())
         return
     if arguments[0] == "--version":
         print(siftclip.__version__)
         return
-    command = arguments[0]
+    group, known = "", [name.split()[0] for name in COMMANDS]
+    if arguments[0] in GROUPS:
+        group = f"{arguments[0]} "
+        if len(arguments) == 1 or arguments[1] in HELP:
+            print(usage(group))
+            return
+        known = [name.removeprefix(group) for name in COMMANDS if name.startswith(group)]
+    word = arguments[1 if group else 0]
+    command = group + word
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        close = difflib.get_close_matches(word, known, n=1)
+        hint = f" Did you mean {group}{close[0]}?" if close else ""
+        there = [name for name in COMMANDS if name.startswith(group)]
         print(
-            f"siftclip: {command!r} is not a command; there are {', '.join(COMMANDS)}.{hint}",
+            f"siftclip: {command!r} is not a command; there are {', '.join(there)}.{hint}",
             file=sys.stderr,
         )
         raise SystemExit(2)
-    module = importlib.import_module(f"siftclip.trainer.cli.{command}_command")
+    module = importlib.import_module(f"siftclip.trainer.cli.{command.replace(' ', '_')}_command")
     module.main()
 
 

@@ -1,0 +1,105 @@
+"""The stages of `siftclip index` and `siftclip data compact`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.datamodules.compaction import Compaction, compact_pool
+from siftclip.datamodules.files import read_json
+from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.selection import SUBSET_NAME
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.stages import pool_cache, pool_from, select_stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexOutcome:
+    """An opened pool, and what opening took."""
+
+    pool: Pool
+    derived_uids: int
+    is_new: bool  # or was there already
+    seconds: float
+
+
+def index_stage(config: DictConfig) -> IndexOutcome:
+    """Open the pool, which builds what is missing of its index."""
+    start = time.perf_counter()
+    before: set[str] = set()
+    if config.pool.get("root") is not None:  # pool_from has the words for a missing one
+        before = {path.name for path in (pool_cache(config) / "index").glob("table-*")}
+    pool = pool_from(config)
+    return IndexOutcome(
+        pool=pool,
+        derived_uids=read_json(pool.table_folder / "notes.json")["derived_uids"],
+        is_new=pool.table_folder.name not in before,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def describe_index(outcome: IndexOutcome) -> str:
+    """A few lines about a pool, for the terminal."""
+    pool, seconds = outcome.pool, outcome.seconds
+    size_bytes = sum(shard.size_bytes for shard in pool.shards)
+    rate = f", {len(pool) / seconds:.0f} samples/s" if outcome.is_new else ""
+    lines = [
+        f"pool       {pool.root}",
+        f"shards     {len(pool.shards)}, {size_bytes / 1e9:.2f} GB",
+        f"samples    {len(pool)}",
+        f"uids       {outcome.derived_uids} derived from tar and key, the others from the JSON",
+        f"left out   {pool.faults.samples} samples",
+        *(
+            f"           {count} {cause} (such as {', '.join(pool.faults.examples[cause])})"
+            for cause, count in pool.faults.counts.most_common()
+        ),
+        f"index      {pool.table_folder.parent}",
+        f"{'built' if outcome.is_new else 'was there'}{'':<{6 if outcome.is_new else 2}}"
+        f"{seconds:.2f} s{rate}",
+    ]
+    return "\n".join(lines)
+
+
+def compact_stage(config: DictConfig) -> Compaction:
+    """Select, and copy what was selected; a finished copy is returned as it is.
+
+    Raises:
+        InputError: an option is wrong, the folder holds something else, or samples are bad.
+    """
+    if OmegaConf.is_missing(config.compact, "output"):
+        raise InputError(
+            "compact.output must name the folder of the copy, such as compact.output=/data/copy."
+        )
+    require_int("compact.shard_samples", config.compact.shard_samples, minimum=1)
+    selected = select_stage(config)
+    return compact_pool(
+        selected.pool,
+        selected.selection,
+        Path(str(config.compact.output)),
+        shard_samples=config.compact.shard_samples,
+        max_bad_fraction=config.pool.max_bad_fraction,
+        progress=config.progress,
+    )
+
+
+def describe_compaction(outcome: Compaction) -> str:
+    """A few lines about a copy, for the terminal."""
+    if outcome.copied_bytes:
+        rate = f", {outcome.copied_bytes / outcome.seconds / 1e6:.0f} MB/s"
+    else:
+        rate = ": it was there"
+    faults = outcome.faults
+    return "\n".join(
+        [
+            f"copied     {outcome.samples} samples, {outcome.size_bytes / 1e9:.2f} GB in "
+            f"{len(outcome.shards)} tars",
+            *([f"left out   {faults.summary()}"] if faults.samples else []),
+            f"took       {outcome.seconds:.1f} s{rate}",
+            f"written    {outcome.folder}",
+            f"train with pool.root={outcome.folder} selector=external "
+            f"selector.path={outcome.folder / SUBSET_NAME}",
+        ]
+    )
