@@ -28,8 +28,6 @@ from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_json, write_json
-from siftclip.datamodules.remote_storage import RemoteStorage
-from siftclip.datamodules.shard_cache import ShardCache
 from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, is_url
 from siftclip.datamodules.tar_index import (
     ARRAY_FIELDS,
@@ -116,6 +114,9 @@ def make_storage(
                 f"pool.root={root!r} is a local folder."
             )
         return LocalStorage(root)
+    from siftclip.datamodules.remote_storage import RemoteStorage  # half a second: local pools wait
+    from siftclip.datamodules.shard_cache import ShardCache
+
     cache = None
     if shard_cache_gb:
         cache = ShardCache(cache_dir / "shards", limit_bytes=int(shard_cache_gb * 1e9))
@@ -198,7 +199,7 @@ def _index_shards(
 def _executor(
     storage: Storage, workers: int, todo_bytes: int
 ) -> AbstractContextManager[Executor | None]:
-    if isinstance(storage, RemoteStorage):  # waits for the network: threads do
+    if not isinstance(storage, LocalStorage):  # waits for the network: threads do
         return ThreadPoolExecutor(4 * workers)
     if workers > 1 and todo_bytes >= PROCESSES_FROM_BYTES:
         # spawned, because forking a process that may have threads can block

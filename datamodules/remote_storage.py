@@ -13,15 +13,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
-import fsspec
 from braceexpand import braceexpand
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.http import HTTPFileSystem
 from tqdm import tqdm
 
+from siftclip.datamodules.connections import (
+    DISK_FULL,
+    WholeFileError,
+    connect,
+    describe_error,
+    is_permanent,
+    read_ranges,
+    real_error,
+)
 from siftclip.datamodules.files import atomic_path, read_json, write_json
 from siftclip.datamodules.shard_cache import ShardCache
 from siftclip.datamodules.storage import (
@@ -38,11 +48,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 6  # with the pauses below, a server may be away for 8 seconds
 FIRST_PAUSE_SECONDS = 0.25  # doubled after every attempt
-READ_TIMEOUT_SECONDS = 120.0  # of one attempt at a group of ranges
-CONCURRENT_READS = 64
 GROUP_BYTES = 64 << 20  # fetched together and held in memory
 BLOCK_BYTES = 8 << 20  # of a tar that is read from its beginning to its end
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
 # Where file systems tell that a file is another one: S3, HTTP, GCS, SFTP and local, Hugging Face.
 _STAMP_FIELDS = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime", "blob_id")
 
@@ -73,70 +80,72 @@ class RemoteStorage:
         self._options = dict(options)
         self._cache = cache
         self._folder = folder
-        self._files = OpenFiles(most=16)  # a file that is open keeps its space when it is deleted
+        self._files = OpenFiles(most=1)  # a file that is open keeps its space when it is deleted
+        self._failing: set[str] = set()  # paths of files whose last read has failed
+        self._changed: set[ShardFile] = set()  # known to be no more, and not copied to see it again
         self._connection: Any = None
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
         unshared = {"_connection": None, "_process": -1, "retries": 0}
-        return {**self.__dict__, **unshared, "_files": OpenFiles(most=16)}
+        return {**self.__dict__, **unshared, "_files": OpenFiles(most=1)}
 
     @property
     def _filesystem(self) -> Any:
         if self._process != os.getpid():  # connections do not survive a fork
-            self._connection, self._process = self._connect(), os.getpid()
+            self._connection, self._process = connect(self.root, self._options), os.getpid()
         return self._connection
 
-    def _connect(self) -> Any:
-        try:
-            filesystem, _ = fsspec.core.url_to_fs(
-                next(iter(braceexpand(self.root))), skip_instance_cache=True, **self._options
-            )
-        except (ImportError, ValueError, TypeError) as error:
-            raise InputError(
-                f"pool.root={self.root!r} with pool.storage_options={self._options} cannot be "
-                f"read by fsspec: {error}."
-            ) from None
-        return filesystem
+    @property
+    def cache_limit_bytes(self) -> int | None:
+        """See `Storage`."""
+        return None if self._cache is None else self._cache.limit_bytes
 
     def shards(self) -> tuple[ShardFile, ...]:
         """See `Storage`. A server without range requests is found out here.
 
         Raises:
-            InputError: the server does not answer, or has no tars.
+            InputError: the server does not answer, or has no tars, or two of the same name.
         """
+        hint = "A server without listings needs the names: URL/{00000..00127}.tar"
         try:
             if "{" in self.root:
                 strip = self._filesystem._strip_protocol
                 found = self._describe([{"name": strip(url)} for url in braceexpand(self.root)])
             else:
-                found = self._list(["shards/"], (".tar",)) or self._list([""], (".tar",))
+                found = self._list("shards/", (".tar",)) or self._list("", (".tar",))
+            answers_ranges = self._cache is not None or self._answers_ranges(found)
+        except InputError:
+            raise
         except Exception as error:  # every file system raises its own
             raise InputError(
-                f"pool.root={self.root!r} cannot be listed: {type(error).__name__}: {error}. A "
-                "server without listings needs the names: URL/{00000..00127}.tar"
+                f"pool.root={self.root!r} cannot be listed: {type(error).__name__}: {error}. {hint}"
             ) from None
         if not found:
             raise InputError(
                 f"pool.root={self.root!r} must hold webdataset tars (*.tar), there or in shards/. "
-                "It holds none. A server without listings needs the names: URL/{00000..00127}.tar"
+                f"It holds none. {hint}"
             )
-        if self._cache is None and not self._answers_ranges(found[0]):
+        for shard, other in pairwise(found):
+            if shard.name == other.name:
+                raise InputError(
+                    f"The tars of a pool must have different names. pool.root={self.root!r} has "
+                    f"{shard.path} and {other.path}."
+                )
+        if not answers_ranges:
             self._cache = self._cache_for_all(found)
         return tuple(found)
 
-    def _list(self, folders: Sequence[str], suffixes: tuple[str, ...]) -> list[ShardFile]:
-        """The files with these suffixes in folders below the root; "" is the root itself."""
+    def _list(self, folder: str, suffixes: tuple[str, ...]) -> list[ShardFile]:
+        """The files with these suffixes in a folder below the root; "" is the root itself."""
         filesystem = self._filesystem
-        base = filesystem._strip_protocol(self.root).rstrip("/")
-        infos: list[dict[str, Any]] = []
-        for folder in folders:
-            try:
-                listed = filesystem.ls(f"{base}/{folder}", detail=True)
-            except FileNotFoundError:
-                continue
-            infos += [info for info in listed if str(info["name"]).endswith(suffixes)]
-        return self._describe(infos)
+        filesystem.invalidate_cache()
+        place = f"{filesystem._strip_protocol(self.root).rstrip('/')}/{folder}"
+        try:
+            listed = self._patiently(lambda: filesystem.ls(place, detail=True))
+        except FileNotFoundError:
+            return []
+        return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
 
     def _describe(self, infos: Sequence[dict[str, Any]]) -> list[ShardFile]:
         """Files with size and stamp. Listings over HTTP lack them, and each file is asked for."""
@@ -146,9 +155,14 @@ class RemoteStorage:
             path = str(info["name"])
             if info.get("size") is None:
                 info = self._patiently(lambda: filesystem.info(path))
+            if info["size"] is None:
+                raise OSError(f"the server does not tell the size of {path}")
             stamp = next((str(info[f]) for f in _STAMP_FIELDS if info.get(f) is not None), "")
+            name = path
+            if isinstance(filesystem, HTTPFileSystem):  # a slash may hide behind the quoting
+                name = unquote(urlsplit(path).path)
             return ShardFile(
-                name=unquote(path.rsplit("/", 1)[-1]),
+                name=name.rsplit("/", 1)[-1],
                 path=path,
                 size_bytes=int(info["size"]),
                 stamp=f"{info['size']} {stamp}",
@@ -157,65 +171,85 @@ class RemoteStorage:
         with ThreadPoolExecutor(16) as threads:
             return sorted(threads.map(describe, infos), key=lambda file: file.name)
 
-    def _patiently(self, read: Callable[[], Any]) -> Any:
-        for attempt in range(ATTEMPTS):
+    def _patiently(self, read: Callable[[], Any], path: str = "") -> Any:
+        attempts = self._attempts(path)
+        for attempt in range(attempts):
             try:
                 return read()
-            except _PERMANENT:
-                raise
-            except Exception:  # every file system raises its own
-                if attempt == ATTEMPTS - 1:
-                    raise
-                self._pause(attempt)
+            except Exception as error:  # every file system raises its own
+                real = real_error(error)
+                if attempt == attempts - 1 or is_permanent(real):
+                    raise real from None
+                self._pause(attempt, reads=1)
 
-    def _pause(self, attempt: int) -> None:
-        self.retries += 1
+    def _attempts(self, path: str) -> int:
+        """How often to ask for a file: once after it has failed, or a batch of it takes minutes."""
+        return 1 if path in self._failing else ATTEMPTS
+
+    def _note(self, path: str, *, failed: bool) -> None:
+        (self._failing.add if failed else self._failing.discard)(path)
+
+    def _pause(self, attempt: int, *, reads: int) -> None:
+        self.retries += reads
         time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
 
-    def _answers_ranges(self, shard: ShardFile) -> bool:
+    def _answers_ranges(self, shards: Sequence[ShardFile]) -> bool:
         """Whether two bytes can be had without the rest; HTTP servers may send all of the file."""
-        filesystem = self._filesystem
-        if not hasattr(filesystem, "set_session"):  # every other kind seeks, or says that it cannot
-            try:
-                return len(filesystem.cat_file(shard.path, start=0, end=2)) == 2
-            except (NotImplementedError, ValueError, OSError):
+        shard = next((shard for shard in shards if shard.size_bytes >= 2), None)
+        if shard is None:
+            return True
+        two_bytes = Span(shard, 0, 2)
+
+        def ask() -> bool:
+            (answer,) = self._try([two_bytes])
+            if isinstance(answer, (WholeFileError, NotImplementedError, ValueError)):
                 return False
+            if isinstance(answer, BaseException):
+                raise answer
+            return len(answer) == 2
 
-        async def ask() -> bool:
-            session = await filesystem.set_session()
-            options = {**filesystem.kwargs}
-            options["headers"] = {**options.get("headers", {}), "Range": "bytes=0-1"}
-            async with session.get(filesystem.encode_url(shard.path), **options) as answer:
-                answer.raise_for_status()
-                return answer.status == 206
-
-        return bool(self._patiently(lambda: sync(filesystem.loop, ask)))
+        return bool(self._patiently(ask))
 
     def _cache_for_all(self, shards: Sequence[ShardFile]) -> ShardCache:
         total = sum(shard.size_bytes for shard in shards)
         self._folder.mkdir(parents=True, exist_ok=True)
+        cache = ShardCache(self._folder / "shards", limit_bytes=total)
+        missing = sum(shard.size_bytes for shard in shards if not cache.holds(shard))
         free = shutil.disk_usage(self._folder).free
         cost = (
             f"{self.root} does not answer range requests: to reach a sample, its whole tar is read "
             f"in sequence, {total / 1e9:.2f} GB for the whole pool whatever is selected"
         )
-        if total > 0.9 * free:
+        if missing > 0.9 * free:
             raise InputError(
                 f"{cost}, which do not fit on the disk of {self._folder} ({free / 1e9:.2f} GB "
                 "free). Limit what is kept with pool.shard_cache_gb=..., and read neighbours "
                 "together with data.shuffle_window_shards=..."
             )
-        log.warning("%s. The tars are kept in %s.", cost, self._folder / "shards")
-        return ShardCache(self._folder / "shards", limit_bytes=total)
+        log.warning("%s. The tars are kept in %s.", cost, cache.folder)
+        return cache
 
     @contextmanager
     def open_tar(self, shard: ShardFile) -> Iterator[TarSource]:
         """See `Storage`."""
-        if self._cache is not None:
-            with LocalTar(self._local(shard)) as tar:
-                yield tar
-        else:
+        if self._cache is None:
             yield _SequentialTar(self, shard)
+            return
+        with self._open_copy(shard) as tar:
+            yield tar
+
+    def _open_copy(self, shard: ShardFile) -> LocalTar:
+        while True:
+            try:
+                path = self._local(shard)
+            except StorageError as error:
+                raise _unreadable(shard, error) from None
+            try:
+                return LocalTar(path)
+            except InputError:
+                if os.path.exists(path):
+                    raise
+                # else another process has just made room
 
     def _local(self, shard: ShardFile) -> str:
         """The copy of a tar in the cache.
@@ -225,35 +259,38 @@ class RemoteStorage:
         """
         if self._cache is None:
             raise RuntimeError("only called with a cache")
+        return str(self._cache.fetch(shard, lambda path: self._copy(shard, path)))
 
-        def download(path: Path) -> None:
-            try:
-                self._download(shard, path)
-            except InputError:
-                raise StorageError("in a tar that could not be copied") from None
+    def _copy(self, file: ShardFile, path: Path) -> None:
+        """Copy a file to a local path.
 
-        return str(self._cache.fetch(shard, download))
-
-    def _download(self, file: ShardFile, path: Path) -> None:
+        Raises:
+            StorageError: it cannot be read, or is another one by now.
+            InputError: the disk is full.
+        """
+        changed = StorageError("in a tar that has changed since the pool was opened")
+        if file in self._changed:
+            raise changed
         try:
-            self._patiently(lambda: self._filesystem.get_file(file.path, str(path)))
+            self._patiently(lambda: self._filesystem.get_file(file.path, str(path)), file.path)
         except Exception as error:  # every file system raises its own
-            raise InputError(f"{file.path} cannot be copied: {_cause(error)}.") from None
+            if getattr(error, "errno", None) in DISK_FULL:
+                raise InputError(
+                    f"{file.path} cannot be copied: the disk of {path.parent} is full. "
+                    "pool.shard_cache_gb says how much may be kept there."
+                ) from None
+            self._note(file.path, failed=True)
+            raise StorageError(describe_error(error)) from None
+        self._note(file.path, failed=False)
         if path.stat().st_size != file.size_bytes:
-            raise InputError(
-                f"{file.path} has changed: {path.stat().st_size} bytes, not {file.size_bytes}."
-            )
+            self._changed.add(file)
+            raise changed
 
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
         """See `Storage`."""
         if self._cache is not None:
             for span in spans:
-                try:
-                    path = self._local(span.shard)
-                except StorageError as error:
-                    yield error
-                else:
-                    yield from self._files.read([(path, span.start_bytes, span.end_bytes)])
+                yield self._read_copy(span)
             return
         group: list[Span] = []
         size = 0
@@ -266,67 +303,96 @@ class RemoteStorage:
             size += length
         yield from self.fetch(group)
 
+    def _read_copy(self, span: Span) -> bytes | StorageError:
+        answer: bytes | StorageError = StorageError("never read")
+        for _ in range(ATTEMPTS):
+            try:
+                path = self._local(span.shard)
+            except StorageError as error:
+                return error
+            (answer,) = self._files.read([(path, span.start_bytes, span.end_bytes)])
+            if isinstance(answer, bytes):
+                break  # else another process has just made room
+        return answer
+
     def fetch(self, spans: Sequence[Span]) -> list[bytes | StorageError]:
         """Read some ranges at once; those that fail again, after a pause that grows."""
         answers: list[bytes | StorageError] = [StorageError("never read")] * len(spans)
+        attempts = [self._attempts(span.shard.path) for span in spans]
         todo = list(range(len(spans)))
         for attempt in range(ATTEMPTS):
             failed = []
             for index, answer in zip(todo, self._try([spans[i] for i in todo]), strict=True):
                 span = spans[index]
-                if isinstance(answer, bytes):
-                    if len(answer) == span.end_bytes - span.start_bytes:
-                        answers[index] = answer
-                        continue
+                if isinstance(answer, bytes) and len(answer) != span.end_bytes - span.start_bytes:
                     answer = OSError(f"{len(answer)} bytes came")
-                answers[index] = StorageError(_cause(answer))
-                if not isinstance(answer, _PERMANENT):
+                self._note(span.shard.path, failed=not isinstance(answer, bytes))
+                if isinstance(answer, bytes):
+                    answers[index] = answer
+                    continue
+                answers[index] = StorageError(describe_error(answer))
+                if not is_permanent(answer) and attempt < attempts[index] - 1:
                     failed.append(index)
             todo = failed
             if not todo:
                 break
-            if attempt < ATTEMPTS - 1:
-                self._pause(attempt)
+            self._pause(attempt, reads=len(todo))
         return answers
 
-    def _try(self, spans: Sequence[Span]) -> Sequence[bytes | Exception]:
+    def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
         filesystem = self._filesystem
-        columns = (
-            [span.shard.path for span in spans],
-            [span.start_bytes for span in spans],
-            [span.end_bytes for span in spans],
-        )
         try:
-            if not isinstance(filesystem, AsyncFileSystem):
-                return list(filesystem.cat_ranges(*columns, on_error="return"))
-            return list(
-                sync(
-                    filesystem.loop,
-                    filesystem._cat_ranges,
-                    *columns,
-                    batch_size=CONCURRENT_READS,
-                    on_error="return",
-                    timeout=READ_TIMEOUT_SECONDS,
-                )
-            )
-        except Exception as error:  # the time-out, or what a file system does not return
+            if isinstance(filesystem, AsyncFileSystem):
+                return list(sync(filesystem.loop, read_ranges, filesystem, spans))
+            shards, starts, ends = zip(*spans, strict=True)
+            paths = [shard.path for shard in shards]
+            return list(filesystem.cat_ranges(paths, list(starts), list(ends), on_error="return"))
+        except Exception as error:  # what a file system does not return
             return [error] * len(spans)
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
-        """See `Storage`. Files are copied when they are new or have changed."""
-        folder = self._folder / "metadata"
+        """See `Storage`. Files are copied when they are new or have changed.
+
+        Raises:
+            InputError: they cannot be listed or copied.
+        """
+        try:
+            name, files = self._list_metadata()
+        except Exception as error:  # every file system raises its own
+            raise InputError(
+                f"{self.root} cannot be listed: {type(error).__name__}: {error}."
+            ) from None
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
         known = folder / "copies.json"
         stamps = read_json(known) if known.exists() else {}
-        files = [] if "{" in self.root else self._list(["metadata/"], suffixes)
-        files = files or ([] if "{" in self.root else self._list(["", "shards/"], suffixes))
-        todo = [file for file in files if stamps.get(file.name) != file.stamp]
+        for old in stamps.keys() - {file.name for file in files}:
+            (folder / old).unlink(missing_ok=True)
+            del stamps[old]
+        todo = [
+            file
+            for file in files
+            if file.name.endswith(suffixes)
+            and (stamps.get(file.name) != file.stamp or not (folder / file.name).exists())
+        ]
         for file in tqdm(todo, desc="copy metadata", unit="file", leave=False):
             with atomic_path(folder / file.name) as temporary:
-                self._download(file, temporary)
+                try:
+                    self._copy(file, temporary)
+                except StorageError as error:
+                    raise _unreadable(file, error) from None
             stamps[file.name] = file.stamp
             write_json(known, stamps)
-        folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _list_metadata(self) -> tuple[str, list[ShardFile]]:
+        """The metadata files, and the folder for their copies: what is beside the tars is apart."""
+        if "{" not in self.root:
+            for place in ("metadata/", "shards/", ""):
+                files = self._list(place, METADATA_SUFFIXES)
+                if files:
+                    return "metadata" if place == "metadata/" else "beside_tars", files
+        return "metadata", []
 
     def close(self) -> None:
         """See `Storage`."""
@@ -347,13 +413,10 @@ class _SequentialTar:
             return b""
         (answer,) = self._storage.fetch([Span(self._shard, offset_bytes, end)])
         if isinstance(answer, StorageError):
-            raise InputError(f"{self.name} is {answer}.")
+            raise _unreadable(self._shard, answer)
         return answer
 
 
-def _cause(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "in a tar that is not there any more"
-    if isinstance(error, PermissionError):
-        return "in a tar that may not be read"
-    return f"in a tar that could not be read in {ATTEMPTS} attempts ({type(error).__name__})"
+def _unreadable(file: ShardFile, error: StorageError) -> InputError:
+    reason = str(error).removeprefix("in a tar that ")
+    return InputError(f"{file.path} {reason}.")

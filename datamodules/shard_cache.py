@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock
@@ -13,11 +16,13 @@ from siftclip.datamodules.files import atomic_path
 from siftclip.datamodules.storage import ShardFile
 from siftclip.selectors.errors import InputError
 
+_COPIES = f"*-{'[0-9a-f]' * 12}.tar"  # other tars in the folder are not ours to delete
+
 
 class ShardCache:
     """Copies of tars in a folder. Several processes may share it.
 
-    What is being fetched at the moment, one tar a process, comes on top of the limit.
+    What is being fetched or read at the moment, one tar a process, comes on top of the limit.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int) -> None:
@@ -46,14 +51,21 @@ class ShardCache:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of this tar: others are fetched at the same time
-            if not self._touch(path):
-                with FileLock(self.folder / "room.lock"):
-                    self._make_room(shard.size_bytes)
-                for left in self.folder.glob(f".{path.name}.*.tmp"):
-                    left.unlink()  # by a process that was killed: the lock is ours
-                with atomic_path(path) as temporary:
-                    download(temporary)
+            if self._touch(path):
+                return path
+            for left in self.folder.glob(f".{escape(path.name)}.*.tmp"):
+                left.unlink()  # by a process that was killed: the lock is ours
+            with ExitStack() as room, atomic_path(path) as temporary:
+                download(temporary)
+                # kept until the copy has its name, so that the limit holds at any time
+                room.enter_context(FileLock(self.folder / "room.lock"))
+                self._make_room(shard.size_bytes)
+                self._touch(temporary)
         return path
+
+    def holds(self, shard: ShardFile) -> bool:
+        """Whether there is a copy of a tar."""
+        return self._path(shard).exists()
 
     def _path(self, shard: ShardFile) -> Path:
         digest = hashlib.sha256(f"{shard.path} {shard.stamp}".encode()).hexdigest()[:12]
@@ -62,7 +74,8 @@ class ShardCache:
     @staticmethod
     def _touch(path: Path) -> bool:
         try:
-            os.utime(path)
+            now = time.time_ns()  # the system's own stamps are milliseconds apart
+            os.utime(path, ns=(now, now))
         except FileNotFoundError:
             return False
         return True
@@ -79,7 +92,7 @@ class ShardCache:
 
 def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for path in folder.glob("*.tar"):
+    for path in folder.glob(_COPIES):
         try:
             found.append((path, path.stat()))
         except FileNotFoundError:  # another process made room

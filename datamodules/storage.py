@@ -64,6 +64,10 @@ class Storage(Protocol):
     def retries(self) -> int:
         """How many reads this process has repeated."""
 
+    @property
+    def cache_limit_bytes(self) -> int | None:
+        """Up to how much is kept as whole tars, which are all that is read; None for ranges."""
+
     def shards(self) -> tuple[ShardFile, ...]:
         """The tars, in the order of their names."""
 
@@ -101,6 +105,7 @@ class LocalStorage:
     # Below this, one larger read of the page cache costs less than a second call.
     max_gap_bytes = 16 << 10
     retries = 0  # a local disk is not asked twice
+    cache_limit_bytes = None
 
     def __init__(self, root: str) -> None:
         """Look at nothing yet: `shards` does."""

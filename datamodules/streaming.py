@@ -8,6 +8,7 @@ nor of ranks changes a pixel.
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,8 @@ from siftclip.datamodules.reader import (
 )
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.errors import InputError, require_int
+
+log = logging.getLogger(__name__)
 
 SUBSTITUTE_ATTEMPTS = 20
 FIRST_SAMPLES = 1000
@@ -327,6 +330,29 @@ def make_loader(
     )
 
 
+def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None) -> None:
+    """Say so if tars of a remote pool will be copied again and again.
+
+    That is so if the cache holds fewer tars than are shuffled together.
+    """
+    limit = pool.storage.cache_limit_bytes
+    if limit is None:
+        return
+    sizes = [pool.shards[shard].size_bytes for shard in np.unique(pool.shard_of_row[rows])]
+    together = sorted(sizes, reverse=True)[:window_shards]
+    if sum(together) > limit:
+        log.warning(
+            "pool %s: the cache of %.2f GB is smaller than the %d tars that are shuffled together "
+            "(%.2f GB), so tars are copied again and again. Raise pool.shard_cache_gb, or set "
+            "data.shuffle_window_shards=%d",
+            pool.root,
+            limit / 1e9,
+            len(together),
+            sum(together) / 1e9,
+            max(1, limit // max(sizes)),
+        )
+
+
 class StreamDataModule(LightningDataModule):
     """Streams a selection into training, from the step which the trainer is at."""
 
@@ -384,6 +410,7 @@ class StreamDataModule(LightningDataModule):
             shard_of_row=pool.shard_of_row,
             window_shards=require_window(window_shards),
         )
+        warn_of_small_cache(pool, rows, self.order.window_shards)
         self.global_batch_size = global_batch_size
         self.total_steps = total_steps
         self.loader = loader

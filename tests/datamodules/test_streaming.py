@@ -31,6 +31,7 @@ from siftclip.datamodules.streaming import (
     SampleDataset,
     StreamDataModule,
     make_loader,
+    warn_of_small_cache,
 )
 from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.errors import InputError
@@ -399,3 +400,17 @@ def test_first_stage_decides_what_is_read(
         parts.append([batch.rows.tolist() for batch in module.train_dataloader()])
     assert [list(chain(*step)) for step in zip(*parts, strict=True)] == expected
     assert sorted(read) == sorted(chain(*expected))
+
+
+@pytest.mark.parametrize(("window", "warned"), [(None, True), (2, True), (1, False)])
+def test_cache_that_is_smaller_than_a_window_is_named(
+    pool: Pool, rows: np.ndarray, caplog: pytest.LogCaptureFixture, window: Any, warned: bool
+) -> None:
+    sizes = [shard.size_bytes for shard in pool.shards]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "cache_limit_bytes", int(1.5 * max(sizes)))
+        warn_of_small_cache(pool, rows, window)
+    assert ("data.shuffle_window_shards=1" in caplog.text) == warned
+    caplog.clear()
+    warn_of_small_cache(pool, rows, window)  # a local pool has no cache
+    assert not caplog.text
