@@ -115,6 +115,8 @@ def test_image_and_caption_are_those_of_the_row(pool: Pool, make_samples: Make) 
         assert reader.read_image(row).tobytes() == expected.tobytes()
 
 
+# torch's advice for machines with fewer cores than loader processes
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("num_workers", [0, 2, 4])
 def test_ledger_and_pixels_are_the_same_for_all_ranks_and_workers(
