@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from filelock import FileLock
 from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
@@ -147,9 +148,13 @@ def open_pool(
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
     name = hashlib.sha256(f"{INDEX_VERSION}\0{stamps}".encode()).hexdigest()[:16]
     folder = cache_dir / "index" / f"table-{name}"
-    if not (folder / "notes.json").is_file():
-        indices = _index_shards(storage, shards, cache_dir / "index", workers, progress)
-        _write_table(folder, storage.root, shards, indices)
+    complete = folder / "notes.json"
+    if not complete.is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "build.lock"):  # the other ranks wait for the one that builds
+            if not complete.is_file():
+                indices = _index_shards(storage, shards, folder.parent, workers, progress)
+                _write_table(folder, storage.root, shards, indices)
     pool = _map_table(storage, shards, folder)
     pool.faults.check(
         owner=f"pool {pool.root}",
@@ -183,7 +188,9 @@ def _index_shards(
     """The indices of all tars. Each is written when it is ready: a killed run goes on there."""
     total = sum(shard.size_bytes for shard in shards)
     todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
-    bar = tqdm(total=total, desc="index", unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(
+        total=total, desc="index", unit="B", unit_scale=True, disable=not progress, leave=False
+    )
     indices = []
     with bar, _executor(storage, workers, todo) as executor:
         jobs = ((storage, shard, folder) for shard in shards)
@@ -192,7 +199,7 @@ def _index_shards(
         for shard, index in zip(shards, answers, strict=True):
             indices.append(index)
             bar.update(shard.size_bytes)
-            bar.set_postfix(samples=sum(map(len, indices)), refresh=False)
+            bar.set_postfix_str(f"{sum(map(len, indices))} samples", refresh=False)
     return indices
 
 
@@ -255,8 +262,8 @@ def _write_table(
         for name, values in columns.items():
             np.save(temporary / f"{name}.npy", values, allow_pickle=False)
         write_json(temporary / "notes.json", notes)
-        if not folder.exists():  # another process may have been faster
-            temporary.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # one without its notes, if any
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in folder.parent.glob("table-*"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from siftclip.datamodules import pool as pool_module
 from siftclip.datamodules.pool import (
     Pool,
     metadata_coverage,
 )
-from siftclip.datamodules.storage import LocalStorage, default_cache
+from siftclip.datamodules.storage import LocalStorage, ShardFile, default_cache
 from siftclip.datamodules.uids import derive_uid, format_uid
 
 Make = Callable[..., Any]
@@ -145,3 +147,82 @@ def test_cache_lies_in_the_pool_or_at_home(tmp_path: Path, monkeypatch: pytest.M
     at_home = default_cache(str(tmp_path))
     assert at_home.is_relative_to(Path.home() / ".cache" / "siftclip")
     assert at_home != default_cache(str(tmp_path / "other"))
+
+
+def test_interrupted_index_goes_on_with_the_next_tar(
+    make_samples: Make, write_pool: Make, load_pool: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_pool(make_samples(12), shards=4)
+    real, indexed = pool_module.load_shard_index, list[str]()
+
+    def stop_at_the_third(name: str, *arguments: Any) -> Any:
+        if len(indexed) == 2:
+            raise KeyboardInterrupt
+        indexed.append(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(pool_module, "load_shard_index", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        load_pool(root)
+    monkeypatch.setattr(pool_module, "load_shard_index", real)
+    opened: list[str] = []
+    real_open = LocalStorage.open_tar
+
+    def spy(storage: LocalStorage, shard: ShardFile) -> Any:
+        opened.append(shard.name)
+        return real_open(storage, shard)
+
+    monkeypatch.setattr(LocalStorage, "open_tar", spy)
+    assert len(load_pool(root)) == 12
+    assert opened == ["00000002.tar", "00000003.tar"]
+    load_pool(root)
+    assert len(opened) == 2
+
+
+@pytest.mark.slow
+def test_processes_build_the_same_index(
+    make_samples: Make,
+    write_pool: Make,
+    load_pool: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = write_pool(make_samples(12), shards=4)
+    alone = load_pool(root, cache="alone")
+    monkeypatch.setattr(pool_module, "PROCESSES_FROM_BYTES", 0)
+    together = pool_module.open_pool(
+        LocalStorage(str(root)),
+        cache_dir=tmp_path / "together",
+        max_bad_fraction=0,
+        workers=2,
+        progress=False,
+    )
+    assert together.fingerprint == alone.fingerprint
+    for name in ("uids", "keys", "image_offsets_bytes", "sample_sizes_bytes", "shard_of_row"):
+        assert np.array_equal(getattr(together, name), getattr(alone, name))
+
+
+def test_pickled_pool_maps_the_same_files(
+    make_samples: Make, write_pool: Make, load_pool: Load
+) -> None:
+    pool = load_pool(write_pool(make_samples(40)))
+    data = pickle.dumps(pool)
+    assert len(data) < 2000
+    copied = pickle.loads(data)  # noqa: S301 - our own bytes
+    assert np.array_equal(copied.uids, pool.uids)
+    assert copied.place(7) == pool.place(7)
+    assert copied.faults == pool.faults
+    assert not copied.uids.flags.writeable
+
+
+def test_changed_tar_replaces_the_table(
+    make_samples: Make, write_pool: Make, load_pool: Load, tmp_path: Path
+) -> None:
+    root = write_pool(make_samples(6))
+    first = load_pool(root)
+    write_pool(make_samples(6, start=3))
+    second = load_pool(root)
+    assert hex_uids(second) != hex_uids(first)
+    tables = list((tmp_path / "cache" / "index").glob("table-*"))
+    assert tables == [second.table_folder]
+    assert hex_uids(first)[0] == make_samples(1)[0].uid  # its maps live on

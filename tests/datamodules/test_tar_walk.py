@@ -190,3 +190,17 @@ def test_size_of_binary_and_of_pax(tmp_path: Path) -> None:
         with LocalTar(tmp_path / name) as tar:
             samples = list(walk_tar(tar))
         assert [(s.key, s.members[0].size_bytes) for s in samples] == [("a", 300), ("b", 5)]
+
+
+def test_record_behind_the_time_is_not_overlooked(tmp_path: Path) -> None:
+    """pax headers with a time alone are passed over quickly; this one says more."""
+    write(tmp_path / "a.tar", [("a.jpg", "file", 300, 0), ("b.jpg", "file", 5, 0)], 1)
+    data = (tmp_path / "a.tar").read_bytes()
+    for record in (b"11 mtime=1\n14 path=c.jpg\n", b"12 mtime=1\n13 path=c.jpg\n"[:11] + b"\n"):
+        header = tarfile.TarInfo("pax")
+        header.type, header.size = tarfile.XHDTYPE, len(record)
+        start = header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
+        (tmp_path / "pax.tar").write_bytes(start + data)
+        with LocalTar(tmp_path / "pax.tar") as tar:
+            keys = [sample.key for sample in walk_tar(tar)]
+        assert keys == (["c", "b"] if b"path" in record else ["a", "b"])

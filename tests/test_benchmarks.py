@@ -1,0 +1,32 @@
+"""The benchmarks run: nothing is timed here, but what is not run rots."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_pool_and_its_measurements(tmp_path: Path) -> None:
+    pool = str(tmp_path / "pool")
+    options = ["--samples", "600", "--shard-samples", "200", "--workers", "1"]
+    run("make_pool.py", pool, *options)
+    assert len(list((tmp_path / "pool" / "shards").glob("*.tar"))) == 3
+    assert "| siftclip, one process |" in run("indexing.py", pool, "--rounds", "1")
+    assert "| all | 0.3" in run("shuffling.py", pool, "--fractions", "1.0")
