@@ -18,9 +18,10 @@ from tempfile import TemporaryDirectory
 from common import describe_machine
 from hydra import compose, initialize_config_module
 
+from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import OrderSampler, SampleDataset, make_loader
+from siftclip.datamodules.streaming import OrderSampler, make_loader
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.stages import loader_options, select_stage
 

@@ -32,15 +32,11 @@ from peers import (
     webdataset_plain,
 )
 
+from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import (
-    LoaderOptions,
-    OrderSampler,
-    SampleDataset,
-    make_loader,
-)
+from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
 from siftclip.datamodules.uids import format_uid
 
 BATCH = 256

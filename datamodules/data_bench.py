@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from siftclip.datamodules.batches import Request, SampleDataset
 from siftclip.datamodules.compaction import write_shard
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.image_transform import ImageTransform
@@ -31,7 +32,7 @@ from siftclip.datamodules.reader import (
     decode_image,
     decode_pixels,
 )
-from siftclip.datamodules.streaming import Request, SampleDataset, StreamLoader
+from siftclip.datamodules.streaming import StreamLoader
 
 KEEP_FRACTIONS = (1.0, 0.5, 0.3, 0.1)
 COPY_BYTES = 256 << 20  # written at most to find out what writing costs

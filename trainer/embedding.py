@@ -19,17 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from siftclip.datamodules.batches import Batch, Request, SampleDataset
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import (
-    Batch,
-    Request,
-    SampleDataset,
-    make_loader,
-)
+from siftclip.datamodules.streaming import make_loader
 from siftclip.eval.evaluate import fingerprint
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.lightning_setup import make_fabric, share_cores

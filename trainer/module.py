@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor, nn
 
+from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.order import derive_generator
-from siftclip.datamodules.streaming import Batch, StreamDataModule
+from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.trainer.contrastive import contrastive_loss
 from siftclip.trainer.optim import AdamWConfig, clamp_logit_scale, make_optimizer, warmup_cosine
 

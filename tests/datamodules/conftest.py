@@ -23,17 +23,12 @@ import pytest
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 
 from siftclip.datamodules import connections, remote_storage
+from siftclip.datamodules.batches import Batch, SampleDataset
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool, make_storage, open_pool
 from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import (
-    Batch,
-    LoaderOptions,
-    OrderSampler,
-    SampleDataset,
-    make_loader,
-)
+from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
 
 # Draws from torch's and from Python's random numbers, as a user's aug_cfg may
 AUGMENTATION = AugmentationCfg(

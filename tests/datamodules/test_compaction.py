@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from siftclip.datamodules import compaction
+from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.compaction import END_MARK, Compaction, compact_pool
 from siftclip.datamodules.files import read_json
 from siftclip.datamodules.order import SampleOrder
@@ -31,7 +32,7 @@ from siftclip.datamodules.selection import (
     read_subset,
 )
 from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, SampleDataset, make_loader
+from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
 from siftclip.datamodules.uids import derive_uid, format_uid, parse_uids
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.external import External

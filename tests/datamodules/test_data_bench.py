@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from siftclip.datamodules import data_bench
+from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.data_bench import (
     CopyCost,
     LoaderRate,
@@ -32,12 +33,7 @@ from siftclip.datamodules.data_bench import (
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import (
-    LoaderOptions,
-    OrderSampler,
-    SampleDataset,
-    make_loader,
-)
+from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
 from siftclip.selectors.errors import InputError
 
 Make = Callable[..., Any]

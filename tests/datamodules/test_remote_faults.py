@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from siftclip.datamodules import connections, remote_storage
+from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.pool import Pool, make_storage, metadata_coverage
 from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.datamodules.remote_storage import ATTEMPTS, RemoteStorage
-from siftclip.datamodules.streaming import Batch
 from siftclip.selectors.errors import InputError
 
 Make = Callable[..., Any]

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.features import open_features
 from siftclip.datamodules.pool import Pool, metadata_coverage
 from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.datamodules.remote_storage import RemoteStorage
 from siftclip.datamodules.shard_cache import ShardCache
 from siftclip.datamodules.storage import ShardFile, Span
-from siftclip.datamodules.streaming import Batch
 from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.errors import InputError
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.features import open_features
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.row_features import RowFeatures, map_npz_array
-from siftclip.datamodules.streaming import SampleDataset
 from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.errors import InputError
 

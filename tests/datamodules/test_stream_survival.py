@@ -17,17 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from siftclip.datamodules.batches import Batch, SampleDataset
 from siftclip.datamodules.files import append_jsonl, read_jsonl
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.streaming import (
-    Batch,
-    LoaderOptions,
-    OrderSampler,
-    SampleDataset,
-    make_loader,
-)
+from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
 from siftclip.selectors.errors import InputError
 
 Make = Callable[..., Any]

@@ -19,16 +19,15 @@ import torch
 from PIL import Image
 
 from siftclip.datamodules import storage
+from siftclip.datamodules.batches import Batch, SampleDataset
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.streaming import (
-    Batch,
     LoaderOptions,
     OrderSampler,
-    SampleDataset,
     StreamDataModule,
     make_loader,
     warn_of_small_cache,

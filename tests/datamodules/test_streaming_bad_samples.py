@@ -14,14 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from siftclip.datamodules.batches import Batch, SampleDataset
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.order import SampleOrder, substitute
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.streaming import (
-    Batch,
     LoaderOptions,
     OrderSampler,
-    SampleDataset,
     StreamDataModule,
     make_loader,
 )

@@ -13,15 +13,13 @@ import torch.nn.functional as F
 import yaml
 from omegaconf import DictConfig
 
+from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.files import read_json, read_jsonl
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.selection import read_selection
-from siftclip.datamodules.streaming import (
-    SampleDataset,
-)
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.optim import AdamWConfig, parameter_groups, warmup_cosine
 from siftclip.trainer.stages import plain, select_stage
