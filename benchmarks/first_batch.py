@@ -22,8 +22,9 @@ from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import OrderSampler, make_loader
+from siftclip.trainer.lightning_setup import loader_options
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.stages import loader_options, select_stage
+from siftclip.trainer.stages import select_stage
 
 
 def first_batch(pool: Path, output: Path, *, seed: int, share_done: float) -> tuple[float, float]:

@@ -38,17 +38,12 @@ from siftclip.datamodules.streaming import (
 )
 from siftclip.selectors.errors import require_int
 from siftclip.trainer.compare.tables import as_text
-from siftclip.trainer.lightning_setup import make_trainer, share_cores
+from siftclip.trainer.cores import share_cores
+from siftclip.trainer.lightning_setup import loader_options, make_trainer
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.module import ClipTraining, TrainingBar
 from siftclip.trainer.optim import AdamWConfig
-from siftclip.trainer.stages import (
-    SelectOutcome,
-    loader_options,
-    output_root,
-    plain,
-    select_stage,
-)
+from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
 from siftclip.trainer.training import budget_from
 
 WARM_UP_STEPS = 2

@@ -28,10 +28,11 @@ from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
 from siftclip.eval.evaluate import fingerprint
 from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.lightning_setup import make_fabric, share_cores
+from siftclip.trainer.cores import share_cores
+from siftclip.trainer.lightning_setup import loader_options, make_fabric
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import is_rank_zero
-from siftclip.trainer.stages import features_folder, loader_options, plain, pool_from
+from siftclip.trainer.stages import features_folder, plain, pool_from
 
 log = logging.getLogger(__name__)
 

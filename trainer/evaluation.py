@@ -15,7 +15,7 @@ from siftclip.eval.evaluate import evaluate_tasks
 from siftclip.eval.results import TaskResult, aggregate, format_table
 from siftclip.eval.tasks import Task, find_tasks
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.lightning_setup import share_cores, worker_count
+from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.stages import plain
 
 

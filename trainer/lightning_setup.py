@@ -15,7 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
+from siftclip.datamodules.streaming import LoaderOptions
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.cores import worker_count
 
 PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true")
 
@@ -140,33 +142,12 @@ def checkpoint_callback(folder: Path, every_n_steps: int) -> ModelCheckpoint:
     )
 
 
-def cores_of_rank() -> int:
-    """The cores that this process may use, shared between the ranks of this machine."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def worker_count(value: int | str) -> int:
-    """Loader processes a rank: the number given, or for `auto` what the machine's cores suggest.
-
-    Raises:
-        InputError: the value is neither.
-    """
-    if value == "auto":
-        return max(1, min(4, cores_of_rank() - 1))
-    if isinstance(value, str):
-        raise InputError(f"data.num_workers must be an integer or 'auto'. Got {value!r}.")
-    return require_int("data.num_workers", value, minimum=0)
-
-
-def share_cores(num_workers: int) -> None:
-    """Leave a core to each loader process, unless OMP_NUM_THREADS says how many threads to use.
-
-    torch's threads wait for each other by spinning. With as many of them as cores, and loader
-    processes beside them, a training step took 2 to 10 times as long (2 cores).
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores_of_rank() - num_workers))
+def loader_options(config: DictConfig) -> LoaderOptions:
+    """How the configuration wants batches to be loaded."""
+    data = config.data
+    return LoaderOptions(
+        num_workers=worker_count(data.num_workers),
+        start_method=data.start_method,
+        prefetch_batches=data.prefetch_batches,
+        timeout_seconds=data.timeout_seconds,
+    )

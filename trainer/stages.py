@@ -39,10 +39,9 @@ from siftclip.datamodules.selection import (
     write_selection,
 )
 from siftclip.datamodules.storage import default_cache
-from siftclip.datamodules.streaming import LoaderOptions
 from siftclip.selectors.base import Selector
 from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.lightning_setup import cores_of_rank, worker_count
+from siftclip.trainer.cores import cores_of_rank
 
 
 def plain(node: Any) -> Any:
@@ -84,17 +83,6 @@ def pool_from(config: DictConfig) -> Pool:
         if workers == "auto"
         else require_int("pool.index_workers", workers, minimum=1),
         progress=config.progress,
-    )
-
-
-def loader_options(config: DictConfig) -> LoaderOptions:
-    """How the configuration wants batches to be loaded."""
-    data = config.data
-    return LoaderOptions(
-        num_workers=worker_count(data.num_workers),
-        start_method=data.start_method,
-        prefetch_batches=data.prefetch_batches,
-        timeout_seconds=data.timeout_seconds,
     )
 
 

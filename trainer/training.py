@@ -18,25 +18,20 @@ from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.scoring import identity_hash
 from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.cores import share_cores
 from siftclip.trainer.evaluation import eval_stage, tasks_from
 from siftclip.trainer.lightning_setup import (
     checkpoint_callback,
+    loader_options,
     make_trainer,
     resolve_precision,
-    share_cores,
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.module import ClipTraining, TrainingBar
 from siftclip.trainer.optim import AdamWConfig
 from siftclip.trainer.run_dir import RunDir, is_rank_zero
-from siftclip.trainer.stages import (
-    SelectOutcome,
-    loader_options,
-    output_root,
-    plain,
-    select_stage,
-)
+from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
 
 log = logging.getLogger(__name__)
 

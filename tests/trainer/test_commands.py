@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,3 +176,14 @@ def test_each_fault_has_its_message(
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         select_stage(compose("select", [*base, *overrides]))
+
+
+@pytest.mark.parametrize("command", ["index", "score", "select", "data_compact"])
+def test_commands_without_training_start_without_lightning(command: str) -> None:
+    """Importing Lightning and open_clip takes 5 seconds, which every wrong option would cost."""
+    code = (
+        f"import sys, siftclip.trainer.cli.{command}_command\n"
+        "print(sorted({'lightning', 'open_clip', 'wandb', 'aiohttp'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
