@@ -375,7 +375,7 @@ class RemoteStorage:
             if file.name.endswith(suffixes)
             and (stamps.get(file.name) != file.stamp or not (folder / file.name).exists())
         ]
-        for file in tqdm(todo, desc="copy metadata", unit="file", leave=False):
+        for file in tqdm(todo, desc="copy metadata", unit="file", leave=False, disable=None):
             with atomic_path(folder / file.name) as temporary:
                 try:
                     self._copy(file, temporary)
