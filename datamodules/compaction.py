@@ -25,9 +25,9 @@ import siftclip
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import atomic_path, read_json, write_json
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import BadSampleError, Piece, coalesce
+from siftclip.datamodules.reader import BadSampleError, read_ranges
 from siftclip.datamodules.selection import SUBSET_NAME, Selection, expand_rows
-from siftclip.datamodules.storage import Span, StorageError
+from siftclip.datamodules.storage import StorageError
 from siftclip.datamodules.tar_index import IMAGE_SUFFIXES
 from siftclip.datamodules.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError, walk_tar
 from siftclip.datamodules.uids import derive_uid, format_uid
@@ -206,38 +206,14 @@ def write_shard(
 
 def read_samples(pool: Pool, rows: np.ndarray) -> Iterator[bytes | StorageError]:
     """All bytes of samples, headers and members, of rows, int64 [n], ascending, in their order."""
-    starts = pool.sample_offsets_bytes[rows]
-    joined = coalesce(
-        pool.shard_of_row[rows],
-        starts,
-        starts + pool.sample_sizes_bytes[rows],
-        max_gap_bytes=pool.storage.max_gap_bytes,
-    )
-    for group in _groups(joined):
-        spans = [Span(pool.shards[shard], start, end) for shard, start, end, _ in group]
-        answers = pool.storage.read(spans)
-        for data, span, (_, _, _, pieces) in zip(answers, spans, group, strict=True):
-            for _, start, end in pieces:
-                if not isinstance(data, StorageError):
-                    yield data[start:end]
-                elif len(pieces) == 1:
-                    yield data
-                else:  # alone, if its neighbours may be to blame
-                    at = span.start_bytes
-                    yield next(pool.storage.read([Span(span.shard, at + start, at + end)]))
-
-
-def _groups(
-    joined: Sequence[tuple[int, int, int, list[Piece]]],
-) -> Iterator[Sequence[tuple[int, int, int, list[Piece]]]]:
-    """Consecutive spans of READ_AHEAD_BYTES together, so that memory is bounded."""
-    first, size = 0, 0
-    for number, (_, start, end, _) in enumerate(joined):
-        if number > first and size + end - start > READ_AHEAD_BYTES:
-            yield joined[first:number]
-            first, size = number, 0
-        size += end - start
-    yield joined[first:]
+    sizes = pool.sample_sizes_bytes[rows]
+    groups = np.cumsum(sizes) // READ_AHEAD_BYTES
+    for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(groups)) + 1):
+        at = rows[part]
+        answers = read_ranges(
+            pool, pool.shard_of_row[at], pool.sample_offsets_bytes[at], sizes[part]
+        )
+        yield from (data for _, data in answers)
 
 
 def _for_new_tar(

@@ -78,6 +78,36 @@ def coalesce(
     return spans
 
 
+def read_ranges(
+    pool: Pool, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> Iterator[tuple[int, bytes | StorageError]]:
+    """Read ranges of a pool's tars, neighbours together, in the order of their places.
+
+    Args:
+        pool: of the tars.
+        shards: int [n], the tar of each range.
+        starts: int64 [n], its first byte.
+        sizes: int64 [n], its bytes.
+
+    Yields:
+        The number of a range with its bytes, fewer where the tar ends, or why there are none.
+    """
+    joined = coalesce(shards, starts, starts + sizes, max_gap_bytes=pool.storage.max_gap_bytes)
+    spans = [Span(pool.shards[shard], start, end) for shard, start, end, _ in joined]
+    answers = pool.storage.read(spans)
+    for data, span, (_, _, _, pieces) in zip(answers, spans, joined, strict=True):
+        for number, start, end in pieces:
+            if not isinstance(data, StorageError):
+                yield number, data[start:end]
+            elif len(pieces) == 1:
+                yield number, data
+            else:
+                # alone, if its neighbours may be to blame: what is bad must not depend on them
+                at = span.start_bytes
+                alone = span._replace(start_bytes=at + start, end_bytes=at + end)
+                yield number, next(pool.storage.read([alone]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReader:
     """Reads captions and images of a pool by row. Picklable; a process opens its own files."""
@@ -134,30 +164,15 @@ class SampleReader:
         for number in np.flatnonzero(too_large).tolist():
             yield number, BadSampleError("with more bytes than data.max_image_pixels allows")
         sizes = np.where(too_large, 0, sizes)
-        joined = coalesce(
-            shards, starts, starts + sizes, max_gap_bytes=self.pool.storage.max_gap_bytes
-        )
-        spans = [Span(self.pool.shards[shard], start, end) for shard, start, end, _ in joined]
-        for data, span, (_, _, _, pieces) in zip(
-            self.pool.storage.read(spans), spans, joined, strict=True
-        ):
-            for number, start, end in pieces:
-                if too_large[number]:
-                    continue
-                if isinstance(data, StorageError):
-                    # alone, if its neighbours may be to blame: what is bad must not depend on them
-                    alone = span._replace(
-                        start_bytes=span.start_bytes + start, end_bytes=span.start_bytes + end
-                    )
-                    part = next(self.pool.storage.read([alone])) if len(pieces) > 1 else data
-                else:
-                    part = data[start:end]
-                if isinstance(part, StorageError):
-                    yield number, BadSampleError(str(part))
-                elif len(part) < end - start:
-                    yield number, BadSampleError("cut off by the end of their tar")
-                else:
-                    yield number, part
+        for number, part in read_ranges(self.pool, shards, starts, sizes):
+            if too_large[number]:
+                continue
+            if isinstance(part, StorageError):
+                yield number, BadSampleError(str(part))
+            elif len(part) < sizes[number]:
+                yield number, BadSampleError("cut off by the end of their tar")
+            else:
+                yield number, part
 
     def read_one(self, row: int) -> RawSample:
         """The bytes of one row.

@@ -44,7 +44,7 @@ from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.module import ClipTraining, TrainingBar
 from siftclip.trainer.optim import AdamWConfig
 from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
-from siftclip.trainer.training import budget_from
+from siftclip.trainer.training import Budget, budget_from, data_module_from
 
 WARM_UP_STEPS = 2
 LOADER_BATCH_SAMPLES = 256  # at most, so that the loader's turns are many and short
@@ -97,20 +97,9 @@ def bench_stage(config: DictConfig) -> BenchOutcome:
     share_cores(options.num_workers)
     lightning.seed_everything(config.seed, verbose=False)
     clip = clip_model_from(config.model, "model")
-    data = StreamDataModule(
-        pool=selected.pool,
-        rows=selected.rows,
-        transform=clip.train_transform,
-        tokenizer=clip.tokenizer,
-        seed=config.seed,
-        global_batch_size=budget.global_batch_size,
-        total_steps=WARM_UP_STEPS + steps,
-        loader=options,
-        max_image_pixels=config.data.max_image_pixels,
-        max_bad_fraction=config.pool.max_bad_fraction,
-        window_shards=config.data.shuffle_window_shards,
-        resize=config.data.resize,
-    )
+    batch = budget.global_batch_size
+    measured = Budget(samples_seen=(WARM_UP_STEPS + steps) * batch, global_batch_size=batch)
+    data = data_module_from(config, clip, selected, measured)
     stages, loader = _time_loading(config, data, options, samples)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(output_root(config))) as name:
         training, device = _time_training(config, clip, data, optim, Path(name))

@@ -187,7 +187,7 @@ def _fit(
         gradient_clip_val=optim.grad_clip_norm,
     )
     rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
-    data = _data_module(config, clip, selected, budget)
+    data = data_module_from(config, clip, selected, budget)
     resume = run.latest_checkpoint()
     if resume is not None:
         log.info("continuing from %s", resume)
@@ -202,9 +202,10 @@ def _fit(
         save_model_folder(clip, run.model)
 
 
-def _data_module(
+def data_module_from(
     config: DictConfig, clip: ClipModel, selected: SelectOutcome, budget: Budget
 ) -> StreamDataModule:
+    """The stream of a selection into a run of this budget."""
     return StreamDataModule(
         pool=selected.pool,
         rows=selected.rows,
