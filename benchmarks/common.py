@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool, open_pool
 from siftclip.datamodules.storage import LocalStorage
+
+BATCH = 256
 
 
 def describe_machine() -> str:
@@ -53,6 +56,17 @@ def open_benchmark_pool(folder: Path) -> Pool:
     """The pool that make_pool.py wrote; its index stays inside it."""
     return open_pool(
         LocalStorage(str(folder)), cache_dir=folder / ".siftclip", max_bad_fraction=0, workers=2
+    )
+
+
+def window_order(pool: Pool, rows: np.ndarray, window: int | None) -> SampleOrder:
+    """Batches of BATCH samples, shuffled over so many tars at a time."""
+    return SampleOrder(
+        rows=rows,
+        seed=0,
+        global_batch=BATCH,
+        shard_of_row=pool.shard_of_row,
+        window_shards=window,
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
-from common import choose, describe_machine, open_benchmark_pool
+from common import BATCH, choose, describe_machine, open_benchmark_pool
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from streaming import BATCH, our_batches
+from streaming import our_batches
 
 
 def private_mb(pid: int) -> float:

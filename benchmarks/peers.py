@@ -1,7 +1,7 @@
 """What a user would take instead of siftclip to train on a selection, as functions to be timed.
 
-* `webdataset_filtered`: webdataset over the whole pool, which drops what is not selected;
-* `reshard`, then `webdataset_plain`: the selection written to tars of its own, as DataComp does;
+* `webdataset_pairs` with uids: webdataset over the whole pool, which drops what is not selected;
+* `reshard`, then `webdataset_pairs`: the selection written to tars of its own, as DataComp does;
 * `open_clip_pipeline`: open_clip's own data code over such tars.
 
 The first two need nothing but webdataset; their shuffle is open_clip's (shards in random order, a
@@ -82,18 +82,32 @@ def _collate(samples: Sequence[tuple[Any, Any]]) -> list[Any]:
     return [torch.stack(c) if isinstance(c[0], torch.Tensor) else c for c in columns]
 
 
-def _pipeline(
+def webdataset_pairs(
     shards: Iterable[str | Path],
     *,
-    uids: set[str] | frozenset[str] | None,
-    decode: Decode | None,
-    tokenize: Tokenize | None,
-    batch_size: int | None,
-    shuffle_samples: int,
-    seed: int,
-    epoch: int,
-    partial_batches: bool,
+    uids: set[str] | frozenset[str] | None = None,
+    decode: Decode | None = None,
+    tokenize: Tokenize | None = None,
+    batch_size: int | None = None,
+    shuffle_samples: int = SHUFFLE_SAMPLES,
+    seed: int = 0,
+    epoch: int = 0,
+    partial_batches: bool = False,
 ) -> wds.DataPipeline:
+    """One pass over the samples of the shards, as pairs or, with `batch_size`, as batches.
+
+    An `IterableDataset` to iterate or to hand to `loader`. Each worker reads whole shards and so
+    needs at least one; a batch never joins samples of two workers. The order of the shards follows
+    from seed and epoch (0 samples in the shuffle buffer: sorted), that of the samples does not.
+
+    Args:
+        shards: Tars.
+        uids: The selection; None takes all samples. Worker processes that are not forked get a
+            pickled copy each.
+        decode: Of the image's bytes; None leaves them as they are. See `image_decode`.
+        tokenize: Gives tokens of shape (1, T) for a caption; None leaves the caption.
+        partial_batches: Whether the last batch of a worker may be smaller; if not, it is dropped.
+    """
     order = sorted(str(shard) for shard in shards)
     if shuffle_samples:
         random.Random(f"{seed} {epoch}").shuffle(order)
@@ -104,7 +118,7 @@ def _pipeline(
         wds.tarfile_to_samples(),
     ]
     if uids is not None:  # before the buffer, so that it holds selected samples only
-        stages.append(wds.select(partial(_is_selected, uids)))
+        stages.append(wds.select(partial(_is_selected, frozenset(uids))))
     if shuffle_samples:
         initial = min(SHUFFLE_INITIAL_SAMPLES, shuffle_samples)
         stages.append(wds.shuffle(shuffle_samples, initial=initial))
@@ -112,69 +126,6 @@ def _pipeline(
     if batch_size is not None:
         stages.append(wds.batched(batch_size, collation_fn=_collate, partial=partial_batches))
     return wds.DataPipeline(*stages)
-
-
-def webdataset_filtered(
-    shards: Iterable[str | Path],
-    uids: set[str] | frozenset[str],
-    *,
-    decode: Decode | None = None,
-    tokenize: Tokenize | None = None,
-    batch_size: int | None = None,
-    shuffle_samples: int = SHUFFLE_SAMPLES,
-    seed: int = 0,
-    epoch: int = 0,
-    partial_batches: bool = False,
-) -> wds.DataPipeline:
-    """One pass over the selected samples of the pool, as pairs or, with `batch_size`, as batches.
-
-    An `IterableDataset` to iterate or to hand to `loader`. Each worker reads whole shards and so
-    needs at least one; a batch never joins samples of two workers. The order of the shards follows
-    from seed and epoch (0 samples in the shuffle buffer: sorted), that of the samples does not.
-
-    Args:
-        shards: Tars of the pool.
-        uids: The selection. Worker processes that are not forked get a pickled copy each.
-        decode: Of the image's bytes; None leaves them as they are. See `image_decode`.
-        tokenize: Gives tokens of shape (1, T) for a caption; None leaves the caption.
-        partial_batches: Whether the last batch of a worker may be smaller; if not, it is dropped.
-    """
-    return _pipeline(
-        shards,
-        uids=frozenset(uids),
-        decode=decode,
-        tokenize=tokenize,
-        batch_size=batch_size,
-        shuffle_samples=shuffle_samples,
-        seed=seed,
-        epoch=epoch,
-        partial_batches=partial_batches,
-    )
-
-
-def webdataset_plain(
-    shards: Iterable[str | Path],
-    *,
-    decode: Decode | None = None,
-    tokenize: Tokenize | None = None,
-    batch_size: int | None = None,
-    shuffle_samples: int = SHUFFLE_SAMPLES,
-    seed: int = 0,
-    epoch: int = 0,
-    partial_batches: bool = False,
-) -> wds.DataPipeline:
-    """One pass over all samples of the shards; arguments as of `webdataset_filtered`."""
-    return _pipeline(
-        shards,
-        uids=None,
-        decode=decode,
-        tokenize=tokenize,
-        batch_size=batch_size,
-        shuffle_samples=shuffle_samples,
-        seed=seed,
-        epoch=epoch,
-        partial_batches=partial_batches,
-    )
 
 
 def loader(dataset: wds.DataPipeline, workers: int, **options: Any) -> wds.WebLoader:
@@ -343,8 +294,8 @@ def main() -> None:
     full = raw | {"decode": image_decode(transform), "tokenize": tokenizer}
     print(f"webdataset {wds.__version__}, {len(shards)} shards, {len(uids)} samples selected")
 
-    _report("webdataset, filtered, bytes", webdataset_filtered(shards, uids, **raw))
-    filtered = webdataset_filtered(shards, uids, **full)
+    _report("webdataset, filtered, bytes", webdataset_pairs(shards, uids=uids, **raw))
+    filtered = webdataset_pairs(shards, uids=uids, **full)
     _report("webdataset, filtered, decoded", filtered)
     _report(f"... {args.workers} workers", loader(filtered, args.workers))
     with TemporaryDirectory() as folder:
@@ -353,8 +304,8 @@ def main() -> None:
             f"{'reshard':<48} {new.samples:>6} samples {new.seconds:6.2f} s "
             f"{new.samples / new.seconds:>8.0f} samples/s, {new.bytes_written / 1e6:.0f} MB written"
         )
-        _report("webdataset, resharded, bytes", webdataset_plain(new.shards, **raw))
-        plain = webdataset_plain(new.shards, **full)
+        _report("webdataset, resharded, bytes", webdataset_pairs(new.shards, **raw))
+        plain = webdataset_pairs(new.shards, **full)
         _report("webdataset, resharded, decoded", plain)
         _report(f"... {args.workers} workers", loader(plain, args.workers))
         for workers in (0, args.workers):

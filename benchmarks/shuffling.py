@@ -12,24 +12,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import choose, describe_machine, open_benchmark_pool
+from common import BATCH, choose, describe_machine, open_benchmark_pool, window_order
 
-from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader, coalesce
-
-BATCH = 256
 
 
 def measure(pool: Pool, rows: np.ndarray, window: int | None, max_gap_bytes: int) -> list[str]:
     """One row of the table."""
-    order = SampleOrder(
-        rows=rows,
-        seed=0,
-        global_batch=BATCH,
-        shard_of_row=pool.shard_of_row,
-        window_shards=window,
-    )
+    order = window_order(pool, rows, window)
     steps = len(rows) // BATCH
     same, tars, reads, transferred = [], [], [], []
     for step in range(steps):

@@ -20,7 +20,15 @@ import numpy as np
 import open_clip
 import torch
 import webdataset as wds
-from common import alternate, choose, describe_machine, open_benchmark_pool, table
+from common import (
+    BATCH,
+    alternate,
+    choose,
+    describe_machine,
+    open_benchmark_pool,
+    table,
+    window_order,
+)
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train import data
 from peers import (
@@ -28,8 +36,7 @@ from peers import (
     loader,
     open_clip_pipeline,
     reshard,
-    webdataset_filtered,
-    webdataset_plain,
+    webdataset_pairs,
 )
 
 from siftclip.datamodules.batches import SampleDataset
@@ -39,7 +46,6 @@ from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
 from siftclip.datamodules.uids import format_uid
 
-BATCH = 256
 FILTER = "(a) webdataset, filter"
 
 
@@ -56,13 +62,7 @@ def count(batches: Iterable[Any], most: int | None = None) -> int:
 def our_bytes(pool: Pool, rows: np.ndarray, window: int | None) -> int:
     """Read one pass, bytes only."""
     reader = SampleReader(pool=pool, max_image_pixels=10**8)
-    order = SampleOrder(
-        rows=rows,
-        seed=0,
-        global_batch=BATCH,
-        shard_of_row=pool.shard_of_row,
-        window_shards=window,
-    )
+    order = window_order(pool, rows, window)
     return sum(1 for step in range(len(rows) // BATCH) for _ in reader.read(order.batch(step)[1]))
 
 
@@ -95,8 +95,8 @@ def measure_bytes(pool: Pool, rows: np.ndarray, new: Sequence[Path], rounds: int
     uids = frozenset(format_uid(pool.uids[row]) for row in rows)
     raw: dict[str, Any] = {"batch_size": BATCH, "partial_batches": True}
     sides = {
-        FILTER: lambda: count(webdataset_filtered(paths, uids, **raw)),
-        "(b) webdataset, resharded": lambda: count(webdataset_plain(new, **raw)),
+        FILTER: lambda: count(webdataset_pairs(paths, uids=uids, **raw)),
+        "(b) webdataset, resharded": lambda: count(webdataset_pairs(new, **raw)),
         "siftclip": lambda: our_bytes(pool, rows, None),
         "siftclip, window of 2 tars": lambda: our_bytes(pool, rows, 2),
     }
@@ -133,9 +133,9 @@ def measure_batches(
         return count(batches, most)
 
     sides = {
-        FILTER: lambda: count(loader(webdataset_filtered(paths, uids, **full), workers), most),
+        FILTER: lambda: count(loader(webdataset_pairs(paths, uids=uids, **full), workers), most),
         "(b) webdataset, resharded": lambda: count(
-            loader(webdataset_plain(new, **full), workers), most
+            loader(webdataset_pairs(new, **full), workers), most
         ),
         "(c) open_clip, resharded": open_clips,
         "siftclip": lambda: ours("pillow"),

@@ -10,27 +10,20 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.image_transform import ImageTransform, ResizeBackend
-from siftclip.datamodules.order import (
-    derive_seeds,
-    substitute,
-)
+from siftclip.datamodules.order import derive_seeds, substitute
 from siftclip.datamodules.reader import (
     BadSampleError,
     RawSample,
     SampleReader,
     decode_caption,
-    decode_image,
-    decode_pixels,
 )
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.errors import InputError
@@ -148,7 +141,7 @@ class SampleDataset(Dataset[Batch]):
                     )
                     ((_, raw),) = self.reader.read(np.asarray([row]))
         if images is None:
-            prepared = self._images.prepare(self._blank())
+            prepared = self._images.prepare(self._images.blank())
             images = _empty_batch(len(rows), prepared.shape)
         images[~valid] = 0
         return Batch(
@@ -164,8 +157,7 @@ class SampleDataset(Dataset[Batch]):
         if isinstance(raw, BadSampleError):
             raise raw
         caption = decode_caption(raw.caption)
-        decode = decode_pixels if self._images.on_tensors else decode_image
-        image = decode(raw.image, self.reader.max_image_pixels)
+        image = self._images.decode(raw.image, self.reader.max_image_pixels)
         # not torch.manual_seed, which also sets the accelerators' states
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
@@ -178,10 +170,6 @@ class SampleDataset(Dataset[Batch]):
             f"{SUBSTITUTE_ATTEMPTS + 1} samples of the pool {self.reader.pool.root} in a row are "
             f"bad; the last one is {place}, one of those {cause}. Is this the right pool?"
         )
-
-    def _blank(self) -> Any:
-        blank = Image.new("RGB", (8, 8))
-        return np.array(blank) if self._images.on_tensors else blank
 
 
 def _empty_batch(count: int, shape: torch.Size) -> Tensor:

@@ -29,8 +29,6 @@ from siftclip.datamodules.reader import (
     BadSampleError,
     SampleReader,
     decode_caption,
-    decode_image,
-    decode_pixels,
 )
 from siftclip.datamodules.streaming import StreamLoader
 
@@ -151,7 +149,6 @@ def time_stages(
     """
     reader, faults = dataset.reader, FaultLog()
     images = ImageTransform(dataset.transform, dataset.resize)
-    decode: Callable[[bytes, int], Any] = decode_pixels if images.on_tensors else decode_image
     seconds = dict.fromkeys(("read", "decode", "transform", "tokenise", "collate"), 0.0)
     samples = read_bytes = asked = 0
     clock = time.perf_counter
@@ -170,7 +167,7 @@ def time_stages(
                         raise raw
                     read_bytes += len(raw.image) + len(raw.caption)
                     caption = decode_caption(raw.caption)
-                    picture = decode(raw.image, reader.max_image_pixels)
+                    picture = images.decode(raw.image, reader.max_image_pixels)
                 except BadSampleError as error:
                     faults.add(str(error), reader.pool.place(int(rows[index])))
                     mark = clock()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.files import read_npz
+from siftclip.datamodules.files import read_npy_header, read_npz
 from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
 from siftclip.selectors.base import Chunk
 from siftclip.selectors.errors import InputError
@@ -184,11 +184,5 @@ def _check_rows(path: Path, keys: tuple[str, ...], samples: int) -> None:
 
 def _header(file: np.lib.npyio.NpzFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
     with file.zip.open(f"{key}.npy") as member:  # type: ignore[union-attr]  # None when closed
-        version = np.lib.format.read_magic(member)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read_header(member)
+        shape, _, dtype = read_npy_header(member)
         return shape, dtype

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -104,3 +104,14 @@ def read_npz(path: Path, keys: list[str]) -> list[np.ndarray]:
         raise
     except Exception as error:  # numpy raises zipfile, zlib, value and OS errors for a damaged file
         raise InputError(f"{path} is not a readable npz file: {error}.") from None
+
+
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype of an npy; the file is then at the values.
+
+    Raises:
+        ValueError: this is not an npy file.
+    """
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

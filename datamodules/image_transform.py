@@ -30,6 +30,7 @@ from torchvision.transforms import (
 from torchvision.transforms.v2 import functional
 
 from siftclip.datamodules.clip_models import Transform
+from siftclip.datamodules.reader import decode_image, decode_pixels
 from siftclip.selectors.errors import InputError
 
 ResizeBackend = Literal["pillow", "torch"]
@@ -69,6 +70,17 @@ class ImageTransform:
             shape = (3, 1, 1)
             self.mean = torch.tensor(self.normalize.mean, dtype=torch.float32).view(shape)
             self.std = torch.tensor(self.normalize.std, dtype=torch.float32).view(shape)
+
+    def decode(self, data: bytes, max_image_pixels: int) -> np.ndarray | Image.Image:
+        """An image as `prepare` takes it; see `siftclip.datamodules.reader.decode_image`."""
+        if self.on_tensors:
+            return decode_pixels(data, max_image_pixels)
+        return decode_image(data, max_image_pixels)
+
+    def blank(self) -> np.ndarray | Image.Image:
+        """A black image as `prepare` takes it."""
+        image = Image.new("RGB", (8, 8))
+        return np.array(image) if self.on_tensors else image
 
     def prepare(self, pixels: np.ndarray | Image.Image) -> Tensor:
         """Crop and resize: uint8 [3, size, size], or float32 if the transform is not taken apart.

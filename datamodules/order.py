@@ -130,7 +130,7 @@ class FirstStage(Protocol):
         """How many samples a step draws from the order."""
 
     def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
-        """Indices into `rows`, int64 [super_batch_samples], of the global batch, in its order."""
+        """Indices into `rows`, int64 [global_batch], of the chosen samples, in their order."""
 
 
 def check_chosen(chosen: np.ndarray, *, drawn: int, wanted: int, owner: str) -> np.ndarray:

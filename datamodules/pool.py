@@ -67,6 +67,8 @@ class Pool:
     text_offsets_bytes: np.ndarray  # int64 [n]
     text_sizes_bytes: np.ndarray  # int64 [n]
     faults: FaultLog  # of the samples that are left out
+    derived_uids: int  # samples whose uid was derived from tar and key
+    repeated_uids: int  # samples that are left out because an earlier one has their uid
     fingerprint: str  # changes with names and sizes of tars and the uids, not with their place
 
     def __len__(self) -> int:
@@ -163,21 +165,20 @@ def open_pool(
     )
     if len(pool) == 0:
         raise InputError(f"pool.root={pool.root!r} holds {len(shards)} tars without one sample.")
-    notes = read_json(folder / "notes.json")
     if pool.faults.samples:
         log.warning("pool %s: left out %s", pool.root, pool.faults.summary())
-    if notes["derived_uids"]:
+    if pool.derived_uids:
         log.info(
             "pool %s: %d of %d uids derived from tar and key",
             pool.root,
-            notes["derived_uids"],
+            pool.derived_uids,
             len(pool),
         )
-    if notes["repeated_uids"]:
+    if pool.repeated_uids:
         log.warning(
             "pool %s: %d samples repeat a uid; the first of each is used",
             pool.root,
-            notes["repeated_uids"],
+            pool.repeated_uids,
         )
     return pool
 
@@ -299,6 +300,8 @@ def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) ->
         table_folder=folder,
         table=table,
         faults=FaultLog.from_state(notes["faults"]),
+        derived_uids=notes["derived_uids"],
+        repeated_uids=notes["repeated_uids"],
         fingerprint=notes["fingerprint"],
         **columns,
     )

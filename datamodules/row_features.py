@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from siftclip.datamodules.features import FeatureStore
-from siftclip.datamodules.files import read_npz
+from siftclip.datamodules.files import read_npy_header, read_npz
 from siftclip.selectors.errors import InputError
 
 _LOCAL_HEADER_BYTES = 30
@@ -90,13 +90,7 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                 int.from_bytes(header[at : at + 2], "little") for at in (26, 28)
             )
             file.seek(name_bytes + extra_bytes, 1)
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = read_header(file)
+            shape, fortran, dtype = read_npy_header(file)
             if dtype.hasobject:
                 raise ValueError("object arrays would be unpickled")
             mapped = np.memmap(

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -265,7 +266,7 @@ class StreamDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What cannot be derived from the step: the counts of this run so far, of rank 0."""
         return {
-            "order": self._order_identity(),
+            "order": self._order_identity,
             "loaded_samples": self.loaded_samples,
             "retries": self.retries,
             "faults": self.faults.state(),
@@ -277,16 +278,17 @@ class StreamDataModule(LightningDataModule):
         Raises:
             InputError: the checkpoint belongs to another order of samples.
         """
-        if state_dict["order"] != self._order_identity():
+        if state_dict["order"] != self._order_identity:
             raise InputError(
                 "The checkpoint was written with another selection, seed, global batch or window "
-                f"of tars: its order is {state_dict['order']}, this one {self._order_identity()}. "
+                f"of tars: its order is {state_dict['order']}, this one {self._order_identity}. "
                 "Start a new run."
             )
         self.loaded_samples = state_dict["loaded_samples"]
         self.retries = state_dict["retries"]
         self.faults = FaultLog.from_state(state_dict["faults"])
 
+    @cached_property
     def _order_identity(self) -> dict[str, Any]:
         rows = np.ascontiguousarray(self.order.rows)
         return {

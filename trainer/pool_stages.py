@@ -9,7 +9,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.compaction import Compaction, compact_pool
-from siftclip.datamodules.files import read_json
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import SUBSET_NAME
 from siftclip.selectors.errors import InputError, require_int
@@ -21,7 +20,6 @@ class IndexOutcome:
     """An opened pool, and what opening took."""
 
     pool: Pool
-    derived_uids: int
     is_new: bool  # or was there already
     seconds: float
 
@@ -35,7 +33,6 @@ def index_stage(config: DictConfig) -> IndexOutcome:
     pool = pool_from(config)
     return IndexOutcome(
         pool=pool,
-        derived_uids=read_json(pool.table_folder / "notes.json")["derived_uids"],
         is_new=pool.table_folder.name not in before,
         seconds=time.perf_counter() - start,
     )
@@ -50,7 +47,7 @@ def describe_index(outcome: IndexOutcome) -> str:
         f"pool       {pool.root}",
         f"shards     {len(pool.shards)}, {size_bytes / 1e9:.2f} GB",
         f"samples    {len(pool)}",
-        f"uids       {outcome.derived_uids} derived from tar and key, the others from the JSON",
+        f"uids       {pool.derived_uids} derived from tar and key, the others from the JSON",
         f"left out   {pool.faults.samples} samples",
         *(
             f"           {count} {cause} (such as {', '.join(pool.faults.examples[cause])})"

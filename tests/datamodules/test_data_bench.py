@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from siftclip.datamodules import data_bench
+from siftclip.datamodules import data_bench, image_transform
 from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.data_bench import (
     CopyCost,
@@ -89,7 +89,7 @@ def test_a_slow_stage_is_the_one_that_is_blamed(
     dataset = make_dataset(pool)
     slow = {"tokenise": 0.05, "transform": 0.01, "read": 0.03, "decode": 0.008}
     tokenizer, transform, read = dataset.tokenizer, dataset.transform, SampleReader.read
-    decode = data_bench.decode_image
+    decode = image_transform.decode_image
 
     def wait_and(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def waiting(*arguments: Any) -> Any:
@@ -101,7 +101,7 @@ def test_a_slow_stage_is_the_one_that_is_blamed(
     dataset.tokenizer = wait_and("tokenise", tokenizer)
     dataset.transform = wait_and("transform", transform)
     monkeypatch.setattr(SampleReader, "read", wait_and("read", read))
-    monkeypatch.setattr(data_bench, "decode_image", wait_and("decode", decode))
+    monkeypatch.setattr(image_transform, "decode_image", wait_and("decode", decode))
     times = time_stages(
         dataset, sampler(pool, batches=2), max_bad_fraction=0, advance=lambda _: None
     )
