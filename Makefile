@@ -12,7 +12,7 @@ demo: $(STAMP)
 	.venv/bin/siftclip demo
 
 test: $(STAMP)
-	.venv/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 setup: $(STAMP)
 

@@ -44,6 +44,7 @@ class Batch:
     rows: Tensor  # int64 [b], the samples' ids: their rows in the pool
     valid: Tensor  # bool [b]; False where a bad sample was not replaced
     references: dict[str, Tensor] = field(default_factory=dict)  # cached features [b, d] by key
+    weights: Tensor | None = None  # float32 [b], of the samples in the loss; None: all alike
     faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
     retries: int = 0  # reads that had to be repeated
     failure: str = ""  # why the run cannot go on; the rest means nothing then
@@ -64,7 +65,24 @@ class Batch:
             rows=change(self.rows),
             valid=change(self.valid),
             references={key: change(values) for key, values in self.references.items()},
+            weights=None if self.weights is None else change(self.weights),
         )
+
+
+class StepBatch:
+    """The batch of one step on one rank, in the micro-batches that the device takes at a time.
+
+    Neither a list nor a dataclass, so that Lightning hands it on as it is.
+    """
+
+    __slots__ = ("micro_batches",)
+
+    def __init__(self, micro_batches: Sequence[Batch]) -> None:
+        self.micro_batches = micro_batches
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
+        """The batch on another device."""
+        return StepBatch([b.to(device, non_blocking=non_blocking) for b in self.micro_batches])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,6 +99,7 @@ class SampleDataset(Dataset[Batch]):
         substitutes: int64 [n], the rows to replace bad samples from; None keeps bad samples as
             zeros marked invalid, which embedding wants.
         references: cached features that batches carry along.
+        weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
     """
 
     reader: SampleReader
@@ -89,6 +108,7 @@ class SampleDataset(Dataset[Batch]):
     seed: int
     substitutes: np.ndarray | None
     references: RowFeatures | None = None
+    weights: np.ndarray | None = None
     resize: ResizeBackend = "pillow"
     _images: ImageTransform = field(init=False, repr=False)
 
@@ -150,6 +170,7 @@ class SampleDataset(Dataset[Batch]):
             rows=torch.from_numpy(rows),
             valid=valid,
             references={} if self.references is None else self.references.gather(rows),
+            weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
             faults=tuple(fault for found in faults for fault in found),
         )
 

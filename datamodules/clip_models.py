@@ -21,6 +21,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from siftclip.datamodules.files import atomic_path, write_json
+from siftclip.datamodules.model_options import check_options, check_supported, configured
+from siftclip.datamodules.model_weights import (
+    Weights,
+    load_tower_weights,
+    load_weights,
+    portable_weights,
+)
 from siftclip.selectors.errors import InputError
 
 CONFIG_NAME = "open_clip_config.json"
@@ -28,7 +35,6 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 SCHEMES = ("local-dir:", "hf-hub:")
 MODEL_FOLDER = "model"  # the model folder inside a run directory
-LIGHTNING_PREFIX = "model."  # the name of the model inside our Lightning module
 
 Transform = Callable[[Image.Image], torch.Tensor]
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -51,6 +57,10 @@ def load_clip_model(
     pretrained: str | None = None,
     architecture: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    pretrained_image: str | None = None,
+    pretrained_text: str | None = None,
+    weights: Weights = "auto",
 ) -> ClipModel:
     """Build an open_clip model on the CPU in fp32.
 
@@ -62,12 +72,14 @@ def load_clip_model(
         architecture: open_clip's `embed_dim`, `vision_cfg`, `text_cfg` and so on, for models that
             open_clip does not know by name.
         augmentation: open_clip's `aug_cfg` for the train transform.
+        options: open_clip's own (see `model_options.OPTIONS`); None stands for its default.
+        pretrained_image, pretrained_text: files with the weights of one tower, loaded last.
+        weights: which ones of a checkpoint that also holds a moving average.
 
     Raises:
-        InputError: the name, tag or file does not exist, or the weights do not fit the model.
+        InputError: the name, tag, file or option does not exist, or the weights do not fit.
     """
-    is_ckpt = pretrained is not None and pretrained.endswith(".ckpt")
-    open_clip_tag = None if is_ckpt else pretrained
+    chosen = check_options(options or {})
     with tempfile.TemporaryDirectory() as temporary:
         if architecture is not None:
             config = {"model_cfg": copy.deepcopy(dict(architecture)), "preprocess_cfg": {}}
@@ -75,25 +87,46 @@ def load_clip_model(
             source = f"local-dir:{temporary}"
         else:
             source = _resolve(name, pretrained)
+        # Files are loaded below: open_clip ignores them with some sources, and says less.
+        tag = pretrained if pretrained is not None and _is_tag(source, pretrained) else None
+        file = None if tag is not None else pretrained
+        if weights != "auto" and file is None:
+            raise InputError(
+                f"model.weights={weights!r} chooses within a checkpoint file, so it needs "
+                f"model.pretrained=FILE.ckpt. Got model.pretrained={pretrained!r}."
+            )
         try:
             with _without_warnings_of_random_weights(
-                architecture is not None or (pretrained is None and not name.startswith("hf-hub:"))
+                architecture is not None
+                or file is not None
+                or (pretrained is None and not name.startswith("hf-hub:"))
             ):
                 model, train_transform, eval_transform = open_clip.create_model_and_transforms(
                     source,
-                    # open_clip ignores `pretrained` with these, so the file is loaded below
-                    pretrained=None if source.startswith(SCHEMES) else open_clip_tag,
+                    pretrained=tag,
+                    load_weights=file is None,
+                    pretrained_text=file is None and pretrained_text is None,
                     aug_cfg=dict(augmentation) if augmentation else None,
+                    **chosen,
                 )
-                tokenizer = open_clip.get_tokenizer(source)
+                tokenizer = open_clip.get_tokenizer(
+                    source, context_length=chosen.get("force_context_length")
+                )
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
             raise InputError(
                 f"model.name={name!r} with model.pretrained={pretrained!r} could not be built by "
                 f"open_clip: {error}"
             ) from error
-        model_cfg = open_clip.get_model_config(source)
-    if pretrained is not None and (is_ckpt or source.startswith(SCHEMES)):
-        _load_weights(model, pretrained)
+        model_cfg = configured(open_clip.get_model_config(source), chosen)
+    check_supported(model, chosen)
+    if tag is None and (architecture is not None or not source.startswith(SCHEMES)):
+        _initialise_decoder(model)
+    if file is not None:
+        load_weights(model, file, weights=weights)
+    if pretrained_image is not None:
+        load_tower_weights(model, "image", pretrained_image)
+    if pretrained_text is not None:
+        load_tower_weights(model, "text", pretrained_text)
     return ClipModel(
         model=model,
         train_transform=train_transform,
@@ -106,6 +139,17 @@ def load_clip_model(
 def holds_weights(name: str) -> bool:
     """Whether a model's name brings weights along: a folder or a model hub, not a bare name."""
     return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()
+
+
+def _initialise_decoder(model: torch.nn.Module) -> None:
+    """Give the text decoder of a random CoCa the projection that open_clip (3.3) leaves undefined.
+
+    It is memory as it was found, at times NaN: the decoder's `init_parameters`, which has this
+    standard deviation, is never called (https://github.com/mlfoundations/open_clip/pull/551).
+    """
+    projection: Any = getattr(getattr(model, "text_decoder", None), "text_projection", None)
+    if projection is not None:
+        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
 @contextmanager
@@ -152,6 +196,11 @@ def _resolve(name: str, pretrained: str | None) -> str:
     return name
 
 
+def _is_tag(source: str, pretrained: str) -> bool:
+    """Whether `pretrained` is open_clip's name for weights of a built-in model, not a file."""
+    return not source.startswith(SCHEMES) and open_clip.is_pretrained_cfg(source, pretrained)
+
+
 def _has_weights(folder: Path) -> bool:
     return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
 
@@ -163,30 +212,23 @@ def _similar(name: str, known: list[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def _load_weights(model: torch.nn.Module, path: str) -> None:
-    """Load an open_clip checkpoint, or a Lightning one of ours, safely, into `model`."""
-    if not Path(path).is_file():
-        raise InputError(f"model.pretrained={path!r} is not a file.")
-    try:
-        if path.endswith(".ckpt"):
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            model.load_state_dict({k.removeprefix(LIGHTNING_PREFIX): v for k, v in state.items()})
-        else:
-            open_clip.load_checkpoint(model, path)
-    except Exception as error:  # damaged files raise anything from KeyError to UnpicklingError
-        raise InputError(
-            f"model.pretrained={path!r} does not hold the weights of this model: {error}"
-        ) from error
+def save_model_folder(
+    clip: ClipModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model folder that `open_clip.create_model_and_transforms('local-dir:...')` loads.
 
+    Args:
+        clip: the model.
+        folder: where to.
+        weights: a state dict to write instead of the model's own, such as a moving average.
 
-def save_model_folder(clip: ClipModel, folder: Path) -> None:
-    """Write a model folder that `open_clip.create_model_and_transforms('local-dir:...')` loads."""
+    Raises:
+        InputError: a weight is NaN or infinite; nothing is written then.
+    """
+    state = portable_weights(clip.model.state_dict() if weights is None else weights, str(folder))
     hf_tokenizer = getattr(clip.tokenizer, "tokenizer", None)
     if hf_tokenizer is not None and hasattr(hf_tokenizer, "save_pretrained"):
         hf_tokenizer.save_pretrained(str(folder))  # a local-dir model reads its tokenizer there
-    state = {
-        key: value.detach().cpu().contiguous() for key, value in clip.model.state_dict().items()
-    }
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, clip.config)  # last: its presence says that all is there

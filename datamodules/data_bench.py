@@ -263,7 +263,7 @@ class WaitClock(Callback):
         if self._steps == self._skipped_steps:
             self._start = self._step_end
         elif self._steps > self._skipped_steps:
-            self._samples += len(batch.rows)
+            self._samples += sum(len(part.rows) for part in batch.micro_batches)
 
     def times(self) -> WaitTimes:
         """Of the steps so far."""

@@ -128,21 +128,31 @@ def open_chunks(
         pool=pool,
         requires=requires,
         store=store,
-        column=_read_column(pool, requires),
+        column=None
+        if requires.column is None
+        else read_column(
+            pool, Path(requires.column.path), requires.column.column, option="selector"
+        ),
         chunk_samples=chunk_samples,
     )
 
 
-def _read_column(pool: Pool, requires: Requirements) -> np.ndarray | None:
+def read_column(pool: Pool, path: Path, name: str | None, *, option: str) -> np.ndarray:
     """The external numbers of each row of the pool, float64 [n], NaN where there is none.
 
     Of a uid that the file has twice, the first number counts.
+
+    Args:
+        pool: whose rows are wanted.
+        path: a parquet file with `uid` and the column, or a DataComp subset.
+        name: the column; None for a subset, whose numbers are how often it has a uid.
+        option: the node of the configuration that has `path` and `column`, for messages.
+
+    Raises:
+        InputError: the file is missing or damaged, or none of its uids is in the pool.
     """
-    if requires.column is None:
-        return None
-    path, name = Path(requires.column.path), requires.column.column
     if not path.is_file():
-        raise InputError(f"selector.path must be an existing file. Got {str(path)!r}.")
+        raise InputError(f"{option}.path must be an existing file. Got {str(path)!r}.")
     if name is None:
         uids, counts = read_subset(path)
         values = counts.astype(np.float64)
@@ -151,13 +161,13 @@ def _read_column(pool: Pool, requires: Requirements) -> np.ndarray | None:
         schema = pq.read_schema(path)
         if name not in schema.names:
             raise InputError(
-                f"selector.column={name!r} is not a column of {path}. It has {schema.names}."
+                f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
             )
         try:
             values = pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"selector.column={name!r} of {path} must hold numbers: {error}."
+                f"{option}.column={name!r} of {path} must hold numbers: {error}."
             ) from None
         if faults.samples:
             log.warning("%s: left out %s", path, faults.summary())
@@ -180,12 +190,12 @@ def scores_identity(parameters: Mapping[str, Any], chunks: PoolChunks) -> dict[s
         "scorer": scorer,
         "pool": chunks.pool.fingerprint,
         "features": None if chunks.store is None else chunks.store.fingerprint,
-        "column": None if column is None else _file_stamp(Path(column.path)),
+        "column": None if column is None else file_stamp(Path(column.path)),
         "siftclip": siftclip.__version__,
     }
 
 
-def _file_stamp(path: Path) -> list[Any]:
+def file_stamp(path: Path) -> list[Any]:
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
 

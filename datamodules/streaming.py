@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from siftclip.datamodules.batches import Batch, Request, SampleDataset
+from siftclip.datamodules.batches import Batch, Request, SampleDataset, StepBatch
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.image_transform import ResizeBackend
@@ -47,8 +49,9 @@ def first_item(batches: list[Batch]) -> Batch:
 class OrderSampler(Sampler[list[Request]]):
     """The requests of one rank from step `start_step` to `total_steps`.
 
-    Its length is that of the whole run, also when it starts in the middle: Lightning counts the
-    batches of an interrupted run as fetched.
+    With `micro_batch` the requests of a step come in parts of that size, so that loader processes
+    share the work of a step. Its length is that of the whole run, also when it starts in the
+    middle: Lightning counts the batches of an interrupted run as fetched.
     """
 
     order: SampleOrder
@@ -58,13 +61,19 @@ class OrderSampler(Sampler[list[Request]]):
     rank: int
     world_size: int
     first_stage: FirstStage | None = None
+    micro_batch: int | None = None
     mine: slice = field(init=False)
 
     def __post_init__(self) -> None:
         self.mine = rank_slice(self.global_batch, rank=self.rank, world_size=self.world_size)
 
+    @property
+    def micro_batches(self) -> int:
+        """Parts of a step."""
+        return count_micro_batches(self.mine.stop - self.mine.start, self.micro_batch)
+
     def __len__(self) -> int:
-        return self.total_steps
+        return self.total_steps * self.micro_batches
 
     def __iter__(self) -> Iterator[list[Request]]:
         for step in range(self.start_step, self.total_steps):
@@ -77,7 +86,29 @@ class OrderSampler(Sampler[list[Request]]):
                     owner=f"The first stage {type(self.first_stage).__name__}",
                 )
                 positions, rows = positions[chosen], rows[chosen]
-            yield list(zip(positions[self.mine].tolist(), rows[self.mine].tolist(), strict=True))
+            requests = list(
+                zip(positions[self.mine].tolist(), rows[self.mine].tolist(), strict=True)
+            )
+            size = len(requests) // self.micro_batches
+            for start in range(0, len(requests), size):
+                yield requests[start : start + size]
+
+
+def count_micro_batches(rank_batch: int, micro_batch: int | None) -> int:
+    """Into how many micro-batches the batch of a rank is split.
+
+    Raises:
+        InputError: it cannot be split into equal ones.
+    """
+    if micro_batch is None:
+        return 1
+    require_int("trainer.micro_batch_size", micro_batch, minimum=1)
+    if rank_batch % micro_batch:
+        raise InputError(
+            f"trainer.micro_batch_size must divide the {rank_batch} samples that each device gets "
+            f"of scale.global_batch_size. Got {micro_batch}."
+        )
+    return rank_batch // micro_batch
 
 
 class StreamLoader(DataLoader[Any]):
@@ -103,6 +134,22 @@ class StreamLoader(DataLoader[Any]):
             yield batch
 
 
+class StepLoader:
+    """The batches of a `StreamLoader`, so many micro-batches of it a step."""
+
+    def __init__(self, loader: StreamLoader, micro_batches: int) -> None:
+        self.loader = loader
+        self.micro_batches = micro_batches
+
+    def __len__(self) -> int:
+        return len(self.loader) // self.micro_batches
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        batches = iter(self.loader)
+        while step := list(islice(batches, self.micro_batches)):
+            yield StepBatch(step)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
     """How batches get from the tars to the trainer; none of it changes what they hold."""
@@ -126,6 +173,15 @@ class LoaderOptions:
             )
 
 
+def leave_process_group(worker: int) -> None:
+    """Keep the group's signals from a loader process; the training process ends it.
+
+    Ctrl-C and torchrun signal the whole group. Loader processes that die of that take the step,
+    and the checkpoint that it was to end with, along.
+    """
+    os.setpgid(0, 0)
+
+
 def make_loader(
     dataset: SampleDataset,
     sampler: Sampler[list[Request]],
@@ -143,6 +199,7 @@ def make_loader(
         multiprocessing_context=options.start_method if parallel else None,
         prefetch_factor=options.prefetch_batches if parallel else None,
         timeout=options.timeout_seconds if parallel else 0,
+        worker_init_fn=leave_process_group if parallel else None,
         pin_memory=pin_memory,
     )
 
@@ -189,6 +246,8 @@ class StreamDataModule(LightningDataModule):
         window_shards: int | None = None,
         first_stage: FirstStage | None = None,
         references: RowFeatures | None = None,
+        weights: np.ndarray | None = None,
+        micro_batch_size: int | None = None,
         resize: ResizeBackend = "pillow",
     ) -> None:
         """Set what is streamed.
@@ -207,6 +266,8 @@ class StreamDataModule(LightningDataModule):
             window_shards: see `siftclip.datamodules.order.shuffle`; None shuffles over all tars.
             first_stage: chooses each global batch from a larger one before anything is read.
             references: cached features that the batches carry along.
+            weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
+            micro_batch_size: samples that a device takes at a time; None: all of a step.
             resize: see `siftclip.datamodules.image_transform`.
         """
         super().__init__()
@@ -218,6 +279,7 @@ class StreamDataModule(LightningDataModule):
             seed=seed,
             substitutes=rows,
             references=references,
+            weights=weights,
             resize=resize,
         )
         self.order = SampleOrder(
@@ -232,12 +294,13 @@ class StreamDataModule(LightningDataModule):
         self.total_steps = total_steps
         self.loader = loader
         self.first_stage = first_stage
+        self.micro_batch_size = micro_batch_size
         self.max_bad_fraction = max_bad_fraction
         self.faults = FaultLog()
         self.loaded_samples = 0
         self.retries = 0
 
-    def train_dataloader(self) -> StreamLoader:
+    def train_dataloader(self) -> StepLoader:
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the datamodule needs a trainer, which knows rank and step")
@@ -249,17 +312,19 @@ class StreamDataModule(LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             first_stage=self.first_stage,
+            micro_batch=self.micro_batch_size,
         )
-        return make_loader(
+        loader = make_loader(
             self.dataset,
             sampler,
             self.loader,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
+        return StepLoader(loader, sampler.micro_batches)
 
     def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
+        self, batch: StepBatch, device: torch.device, dataloader_idx: int
+    ) -> StepBatch:
         """Copy from pinned memory while the device computes; Lightning does so for tensors only."""
         return batch.to(device, non_blocking=device.type == "cuda")
 

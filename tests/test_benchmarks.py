@@ -30,3 +30,11 @@ def test_benchmark_pool_and_its_measurements(tmp_path: Path) -> None:
     assert len(list((tmp_path / "pool" / "shards").glob("*.tar"))) == 3
     assert "| siftclip, one process |" in run("indexing.py", pool, "--rounds", "1")
     assert "| all | 0.3" in run("shuffling.py", pool, "--fractions", "1.0")
+
+
+@pytest.mark.slow
+def test_benchmarks_of_training() -> None:
+    step = run("training_step.py", "--batch", "4", "--steps", "2", "--rounds", "1")
+    assert "| ours |" in step
+    loss = run("loss_memory.py", "--batch", "64", "--rounds", "1", "--repeats", "1")
+    assert "siftclip" in loss

@@ -12,7 +12,6 @@ import lightning
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.data_bench import (
     ROUNDS,
     CopyCost,
@@ -41,10 +40,11 @@ from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_trainer
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.module import ClipTraining, TrainingBar
-from siftclip.trainer.optim import AdamWConfig
-from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
-from siftclip.trainer.training import Budget, budget_from, data_module_from
+from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.objective import open_loss_data
+from siftclip.trainer.progress import TrainingBar
+from siftclip.trainer.stages import SelectOutcome, output_root, select_stage
+from siftclip.trainer.training import Budget, budget_from, data_module_from, training_module
 
 WARM_UP_STEPS = 2
 LOADER_BATCH_SAMPLES = 256  # at most, so that the loader's turns are many and short
@@ -90,7 +90,7 @@ def bench_stage(config: DictConfig) -> BenchOutcome:
     """Select, then measure loading, training and copying. Only a temporary folder is written."""
     samples = require_int("bench.samples", config.bench.samples, minimum=1)
     steps = require_int("bench.steps", config.bench.steps, minimum=1)
-    budget, optim = budget_from(config), AdamWConfig(**plain(config.optim))
+    budget = budget_from(config)
     options = loader_options(config)
     require_int("seed", config.seed, minimum=0)
     selected = select_stage(config)
@@ -99,10 +99,16 @@ def bench_stage(config: DictConfig) -> BenchOutcome:
     clip = clip_model_from(config.model, "model")
     batch = budget.global_batch_size
     measured = Budget(samples_seen=(WARM_UP_STEPS + steps) * batch, global_batch_size=batch)
-    data = data_module_from(config, clip, selected, measured)
+    loss_data = open_loss_data(config, selected)
+    data = data_module_from(config, clip, selected, loss_data, measured)
     stages, loader = _time_loading(config, data, options, samples)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(output_root(config))) as name:
-        training, device = _time_training(config, clip, data, optim, Path(name))
+        training, device = _time_training(
+            config,
+            training_module(config, clip, selected, loss_data, measured),
+            data,
+            Path(name),
+        )
         with _bar(config, "reading", None) as bar:
             reading = compare_reading(
                 data.dataset.reader,
@@ -177,27 +183,18 @@ def _time_loading(
 
 
 def _time_training(
-    config: DictConfig, clip: ClipModel, data: StreamDataModule, optim: AdamWConfig, folder: Path
+    config: DictConfig, module: ClipTraining, data: StreamDataModule, folder: Path
 ) -> tuple[WaitTimes, str]:
     """The steps of a training run on one device, and the device."""
-    module = ClipTraining(
-        clip.model,
-        optim=optim,
-        total_steps=data.total_steps,
-        global_batch_size=data.global_batch_size,
-        seed=config.seed,
-        log_every_n_steps=data.total_steps,
-    )
     clock = WaitClock(skipped_steps=WARM_UP_STEPS)
     one_device = {"trainer": {"devices": 1, "num_nodes": 1, "strategy": "auto"}}
     trainer = make_trainer(
         OmegaConf.merge(config, one_device),
         folder=folder,
-        callbacks=[clock, *([TrainingBar(refresh_rate=5)] if config.progress else [])],
+        callbacks=[clock, *([TrainingBar()] if config.progress else [])],
         loggers=[],
         max_steps=data.total_steps,
         max_epochs=-1,
-        gradient_clip_val=optim.grad_clip_norm,
         enable_checkpointing=False,
     )
     trainer.fit(module, datamodule=data)

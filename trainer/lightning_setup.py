@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from lightning import Fabric, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
 
 from siftclip.datamodules.streaming import LoaderOptions
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.cores import worker_count
+from siftclip.trainer.launch import Devices, cluster_plugins, device_count, resolve_devices
 
-PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true")
+PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true")
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 # What Lightning raises for settings; its MisconfigurationException is a ValueError.
 _REFUSALS = (ValueError, TypeError, RuntimeError)
@@ -29,13 +32,15 @@ _QUIET = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*treespec.*LeafSpec.*",
+    # The average of the weights and a teacher are in evaluation mode.
+    ".*module.* in eval mode at the start of training.*",
     # The loader starts at the trainer's step; Lightning cannot know that.
     ".*resuming from a checkpoint that ended before the epoch ended.*",
 )
 
 
 def resolve_precision(precision: str) -> str:
-    """Lightning's name of the precision; `auto` is bf16 where a GPU has it, else fp32.
+    """Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it, else fp32.
 
     Raises:
         InputError: the name is not one of `PRECISIONS`.
@@ -46,19 +51,6 @@ def resolve_precision(precision: str) -> str:
         return str(precision)
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return "bf16-mixed" if has_bf16 else "32-true"
-
-
-def resolve_devices(devices: int | str) -> int | str:
-    """Devices a node. Under torchrun `auto` means the processes that it started on this node."""
-    launched = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
-    if launched is None:
-        return devices
-    if devices != "auto" and int(devices) != int(launched):
-        raise InputError(
-            f"trainer.devices={devices} does not match torchrun, which started {launched} "
-            "processes on this node. Leave trainer.devices=auto."
-        )
-    return int(launched)
 
 
 def make_trainer(
@@ -78,18 +70,21 @@ def make_trainer(
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in _QUIET:
         warnings.filterwarnings("ignore", message)
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True  # as open_clip trains
     settings = config.trainer
-    devices = resolve_devices(settings.devices)
+    precision = resolve_precision(settings.precision)
+    # Under autocast only the loss has float32 products left, and these are to be exact.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     try:
         return Trainer(
             accelerator=settings.accelerator,
             devices=devices,
-            num_nodes=settings.num_nodes,
-            strategy=_strategy(str(settings.strategy), devices, settings.num_nodes),
-            precision=resolve_precision(settings.precision),  # type: ignore[arg-type]  # checked
+            num_nodes=num_nodes,
+            strategy=_strategy(str(settings.strategy), devices, num_nodes),
             default_root_dir=folder,
+            benchmark=True,  # of cudnn's convolutions, as open_clip trains
+            sync_batchnorm=settings.sync_batchnorm,
+            **_plugin_options(precision, str(settings.accelerator)),
             callbacks=callbacks,
             logger=loggers,
             use_distributed_sampler=False,
@@ -109,37 +104,54 @@ def make_fabric(config: DictConfig) -> Fabric:
     """
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     settings = config.trainer
+    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     try:
         return Fabric(
             accelerator=settings.accelerator,
-            devices=resolve_devices(settings.devices),
-            num_nodes=settings.num_nodes,
-            precision=resolve_precision(settings.precision),  # type: ignore[arg-type]  # checked
+            devices=devices,
+            num_nodes=num_nodes,
+            plugins=[*cluster_plugins(os.environ)],
+            precision=_lightning_precision(resolve_precision(settings.precision)),
         )
     except _REFUSALS as error:
         raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
 
 
-def _strategy(name: str, devices: int | str, num_nodes: int) -> str | DDPStrategy:
-    # `auto` becomes plain DDP in Lightning; ours is DDP with a static graph, as DataComp trains.
-    several = num_nodes > 1 or (isinstance(devices, int) and devices > 1)
-    if name == "ddp" or (name == "auto" and several):
-        return DDPStrategy(static_graph=True, gradient_as_bucket_view=True)
+def _lightning_precision(precision: str) -> Any:
+    return "32-true" if precision == "tf32" else precision
+
+
+def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
+    plugins: list[Any] = [*cluster_plugins(os.environ)]
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if precision == "16-mixed" and on_cpu:
+        # Lightning would train in bf16 instead; torch has a scaler for CPUs.
+        return {"plugins": [*plugins, MixedPrecision("16-mixed", device="cpu")]}
+    return {"plugins": plugins, "precision": _lightning_precision(precision)}
+
+
+def _ranks(devices: Devices, num_nodes: int) -> int:
+    found = device_count(devices) or max(1, torch.cuda.device_count())
+    return found * num_nodes
+
+
+def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
+    if name not in STRATEGIES:
+        raise InputError(f"trainer.strategy must be one of {list(STRATEGIES)}. Got {name!r}.")
+    several = num_nodes > 1 or (device_count(devices) or 1) > 1
+    if name == "fsdp":
+        # Devices are told apart by their data alone; a checkpoint is one file that any number of
+        # ranks can read.
+        return ModelParallelStrategy(
+            data_parallel_size=_ranks(devices, num_nodes),
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    # Never with a static graph: gradients of the first step would not be exchanged, because
+    # backward passes run inside DDP's forward when optimisation is manual.
+    if name == "ddp" or several:
+        return DDPStrategy(gradient_as_bucket_view=True)
     return name
-
-
-def checkpoint_callback(folder: Path, every_n_steps: int) -> ModelCheckpoint:
-    """Keeps the latest checkpoint, written every N steps and renamed into place."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="step-{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=require_int(
-            "trainer.checkpoint_every_n_steps", every_n_steps, minimum=1
-        ),
-        save_top_k=1,
-        enable_version_counter=False,
-    )
 
 
 def loader_options(config: DictConfig) -> LoaderOptions:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pandas as pd
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from siftclip.datamodules.files import append_jsonl, atomic_path, read_jsonl
+from siftclip.datamodules.files import append_jsonl, atomic_path, read_jsonl, write_text
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.run_dir import METRICS_NAME, is_rank_zero
 
@@ -83,6 +85,19 @@ def _logged_in() -> bool:
         return False
 
 
+def wandb_run_id(folder: Path) -> str:
+    """The id of the wandb run of this folder, drawn once and kept in its file `wandb_id`.
+
+    A name alone would not do: in wandb a run that was deleted here and trained again, or one of the
+    same name elsewhere, would be taken for a restart, and its curves would be mixed.
+    """
+    path = folder / "wandb_id"
+    if not path.is_file():
+        name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
+        write_text(path, f"{name}-{uuid.uuid4().hex[:8]}\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
 def make_loggers(
     folder: Path,
     *,
@@ -92,7 +107,11 @@ def make_loggers(
     project: str = "siftclip",
     config: Mapping[str, Any] | None = None,
 ) -> list[Logger]:
-    """The loggers of the run in `folder`. After a restart wandb continues that folder's run."""
+    """The loggers of the run in `folder`. After a restart wandb continues that folder's run.
+
+    Online it appends to it. Offline each start leaves a folder of its own with the id of the run,
+    and `wandb sync` sends them one after the other.
+    """
     loggers: list[Logger] = [FileLogger(folder)]
     if wandb_enabled:
         loggers.append(
@@ -100,7 +119,7 @@ def make_loggers(
                 save_dir=folder,
                 project=project,
                 name=name,
-                id=name,
+                id=wandb_run_id(folder) if is_rank_zero() else None,  # the others log nothing
                 offline=wandb_is_offline(mode),
                 config=dict(config or {}),
                 settings=_quiet_settings(),

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import ClipModel, holds_weights, load_clip_model
+from siftclip.datamodules.model_weights import require_weights_choice
+from siftclip.datamodules.towers import LockConfig, lock_towers
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.stages import plain
+
+log = logging.getLogger(__name__)
 
 
 def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> ClipModel:
     """Build the open_clip model that a `model` node of the configuration describes.
 
+    Weights come in this order: random, `pretrained` or what the name brings along, single towers.
+    Locks are set last.
+
     Args:
-        node: the node.
+        node: the node; all but `name` may be absent.
         option: its name, for messages.
         trained: refuse random weights, where nobody can want them.
 
@@ -24,16 +33,30 @@ def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> 
         raise InputError(
             f"{option}.name must name a model: one of open_clip's, a run directory, or a folder."
         )
+    lock = LockConfig(**(plain(node.get("lock")) or {}))  # checked before a model is read
     name = str(node.name)
-    has_weights = node.pretrained is not None or holds_weights(name)
-    if trained and not has_weights:
+    pretrained = node.get("pretrained")
+    has_weights = pretrained is not None or (
+        holds_weights(name) and node.get("architecture") is None
+    )
+    towers = {tower: node.get(f"pretrained_{tower}") for tower in ("image", "text")}
+    if trained and not has_weights and None in towers.values():
         raise InputError(
             f"{option}.pretrained must be an open_clip tag or a checkpoint file, since "
             f"{option}.name={name!r} brings no weights and random ones would be used. Got null."
         )
-    return load_clip_model(
+    clip = load_clip_model(
         name,
-        pretrained=node.pretrained,
-        architecture=plain(node.architecture),
+        pretrained=pretrained,
+        architecture=plain(node.get("architecture")),
         augmentation=plain(node.get("augmentation")),
+        options=plain(node.get("options")),
+        pretrained_image=towers["image"],
+        pretrained_text=towers["text"],
+        weights=require_weights_choice(f"{option}.weights", node.get("weights", "auto")),
     )
+    for tower, locked in (("image", lock.image), ("text", lock.text)):
+        if locked and not has_weights and towers[tower] is None:
+            log.warning("model.lock.%s keeps the random weights of that tower", tower)
+    lock_towers(clip.model, lock)
+    return clip

@@ -1,28 +1,42 @@
-"""The Lightning module: one open_clip model, one contrastive step, metrics every N steps."""
+"""The Lightning module: an open_clip model, an objective, a step, metrics every N steps."""
 
 from __future__ import annotations
 
-import sys
-import time
+import logging
+import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from siftclip.datamodules.batches import Batch
+from siftclip.datamodules.batches import StepBatch
 from siftclip.datamodules.order import derive_generator
 from siftclip.datamodules.streaming import StreamDataModule
-from siftclip.trainer.contrastive import contrastive_loss
-from siftclip.trainer.optim import AdamWConfig, clamp_logit_scale, make_optimizer, warmup_cosine
+from siftclip.selectors.errors import InputError, require_finite, require_int
+from siftclip.trainer.ema import ModelEma
+from siftclip.trainer.meter import WindowMeter, peak_memory_gb
+from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
+from siftclip.trainer.schedules import lr_factor
+from siftclip.trainer.sharding import is_sharded, shard_model, unsynced_shards
+from siftclip.trainer.step import Objective, StepContext, compute_gradients
+from siftclip.trainer.update import clip_gradients, gradient_norm, step_if_finite
 
+log = logging.getLogger(__name__)
+
+# Judged together, as FIRST_SAMPLES of the loader: fp16 skips some steps while its scale settles.
+FIRST_STEPS = 2000
 _PURPOSE_STEP = 4
 
 
 class ClipTraining(LightningModule):
     """Trains an open_clip model on the batches of a `StreamDataModule`.
+
+    Optimisation is manual, because micro-batches share their negatives. Learning rates are a
+    function of the step and are set before it, as open_clip does.
 
     Metrics gather on the device and go to the loggers every `log_every_n_steps` steps, under
     open_clip's names: nothing is copied to the host in between.
@@ -32,130 +46,188 @@ class ClipTraining(LightningModule):
         self,
         model: nn.Module,
         *,
-        optim: AdamWConfig,
+        objective: Objective,
+        optim: OptimConfig,
         total_steps: int,
         global_batch_size: int,
         seed: int,
         log_every_n_steps: int,
+        max_skipped_fraction: float = 0.01,
     ) -> None:
+        """Set what is trained.
+
+        Args:
+            model: the bare open_clip model.
+            objective: what is minimised. State of its loss belongs to the checkpoints.
+            optim: the optimiser, the schedule and the average of the weights.
+            total_steps: of the run.
+            global_batch_size: samples a step over all ranks.
+            seed: of dropout.
+            log_every_n_steps: steps between two records.
+            max_skipped_fraction: of the steps may have gradients that are not finite.
+        """
         super().__init__()
+        self.automatic_optimization = False
+        model.output_dict = True  # type: ignore[assignment]  # open_clip's switch of what forward returns
         self.model = model
+        self.ema = None if optim.ema_decay is None else ModelEma(model, optim.ema_decay)
+        self.loss = objective.loss
+        self.objective = objective
         self.optim = optim
         self.total_steps = total_steps
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self.log_every_n_steps = log_every_n_steps
+        self.log_every_n_steps = require_int(
+            "trainer.log_every_n_steps", log_every_n_steps, minimum=1
+        )
+        if not 0 <= require_finite("trainer.max_skipped_fraction", max_skipped_fraction) <= 1:
+            raise InputError(
+                "trainer.max_skipped_fraction must be in the range [0, 1]. "
+                f"Got {max_skipped_fraction!r}."
+            )
+        self.max_skipped_fraction = max_skipped_fraction
         self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
-        self._loss_sum = torch.zeros(())
-        self._steps = 0
-        self._data_seconds = 0.0
-        self._window_start = self._step_end = 0.0
+        self._skipped_before = 0.0  # in the processes before this one
+        self._meter = WindowMeter(torch.device("cpu"))
+        # In each step DDP would send these from rank 0 to the others, where they are equal anyway.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.startswith(("loss.", "ema."))
+        ]
+
+    # ---- what Lightning asks for ---------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_model(self.model, strategy.device_mesh)
+            if self.ema is not None:
+                shard_model(self.ema.averaged, strategy.device_mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(self.model, self.optim, fused=True)
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        return optimizer
 
     def on_fit_start(self) -> None:
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._window_start = self._step_end = time.perf_counter()
+        self._meter = WindowMeter(self.device)
+        self._meter.skipped += self._skipped_before
+        if self.global_step == 0 and self.global_rank == 0:
+            log.info(
+                "chance level of the contrastive loss: ln(%d) = %.3f",
+                self.global_batch_size,
+                math.log(self.global_batch_size),
+            )
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._data_seconds += time.perf_counter() - self._step_end
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        self._meter.waited()
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        data = self._data
+        if data is not None:
+            for micro_batch in batch.micro_batches:
+                data.account(micro_batch)
+        optimizer = self.optimizers()
+        bare: torch.optim.Optimizer = optimizer.optimizer  # type: ignore[union-attr]
+        factor = lr_factor(self.optim, self.global_step, self.total_steps)
+        for group in bare.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        bare.zero_grad(set_to_none=True)
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
         generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
-        torch.manual_seed(int(generator.integers(2**63)))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
-        if isinstance(data, StreamDataModule):
-            data.account(batch)
-        loss = contrastive_loss(
-            self.model.encode_image(batch.images, normalize=True),  # type: ignore[operator]
-            self.model.encode_text(batch.tokens, normalize=True),  # type: ignore[operator]
-            self.model.logit_scale.exp(),  # type: ignore[operator]
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
+        terms = compute_gradients(
+            self.model,
+            self.objective,
+            batch.micro_batches,
+            StepContext(
+                rank=self.global_rank,
+                world_size=self.trainer.world_size,
+                backward=self.manual_backward,
+                unsynced=self._unsynced,
+                seeds=generator.integers(2**63, size=len(batch.micro_batches)).tolist(),
+            ),
         )
-        self._loss_sum += loss.detach()
-        self._steps += 1
-        return loss
+        self._update(optimizer, bare, terms)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        clamp_logit_scale(self.model)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self._step_end = time.perf_counter()
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        self._meter.stepped()
         step = self.global_step
         if step % self.log_every_n_steps == 0 or step == self.total_steps:
             self._log_window(step)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = float(self._meter.skipped)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._skipped_before = checkpoint["skipped_steps"]
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def _update(
+        self, optimizer: Any, bare: torch.optim.Optimizer, terms: dict[str, Tensor]
+    ) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(bare)
+        parameters = [parameter for group in bare.param_groups for parameter in group["params"]]
+        norm = gradient_norm(parameters)
+        finite = torch.isfinite(norm)
+        if self.optim.grad_clip_norm is not None:
+            clip_gradients(parameters, norm, self.optim.grad_clip_norm)
+        if scaler is not None:
+            optimizer.step()  # the scaler skips by itself
+        else:
+            step_if_finite(bare, finite, optimizer.step, on_device=not is_sharded(self))
+        clamp_logit_scale(self.model)
+        if self.ema is not None:
+            self.ema.update(self.model, self.global_step)
+        self._meter.add(terms, norm, finite)
+
+    def _unsynced(self) -> AbstractContextManager[Any]:
+        """Backward passes inside leave their gradients on this rank."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return unsynced_shards(self.model) if is_sharded(self) else nullcontext()
+
+    @property
+    def _data(self) -> StreamDataModule | None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
+        return data if isinstance(data, StreamDataModule) else None
+
+    # ---- what is logged ------------------------------------------------------------------------
+
     def _log_window(self, step: int) -> None:
         # Every rank takes part in the reduction; only rank 0's loggers write.
-        loss = self.trainer.strategy.reduce(self._loss_sum / self._steps, reduce_op="mean")
-        seconds = max(self._step_end - self._window_start, 1e-9)
-        rate = self._steps * self.global_batch_size / seconds
+        found = self._meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
+        rate = self.global_batch_size / found["batch_time"]
+        scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
+        bias = getattr(self.model, "logit_bias", None)
         self.latest = {
-            "train/loss": float(loss),
-            "train/contrastive_loss": float(loss),
-            "train/lr": self._last_lr(),
-            "train/scale": float(self.model.logit_scale.detach().exp()),  # type: ignore[operator]
-            "train/data_time": self._data_seconds / self._steps,
-            "train/batch_time": seconds / self._steps,
-            "train/data_wait_fraction": min(1.0, self._data_seconds / seconds),
+            **{f"train/{name}": value for name, value in found.items()},
+            "train/lr": self.optim.lr * lr_factor(self.optim, step - 1, self.total_steps),
+            "train/scale": scale,  # its name in open_clip 3, and in 4
+            "train/logit_scale": scale,
+            **({} if bias is None else {"train/logit_bias": float(bias.detach())}),
             "train/samples_per_second": rate,
             "train/samples_per_second_per_gpu": rate / self.trainer.world_size,
             "train/samples_seen": float(step * self.global_batch_size),
+            "train/peak_memory_gb": peak_memory_gb(self.device),
         }
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
-        if isinstance(data, StreamDataModule):
+        data = self._data
+        if data is not None:
             self.latest["data/bad_samples"] = float(data.faults.samples)
             self.latest["data/retries"] = float(data.retries)
         for logger in self.trainer.loggers:
             logger.log_metrics(self.latest, step=step)
-        self._loss_sum.zero_()
-        self._steps, self._data_seconds = 0, 0.0
-        self._window_start = self._step_end
+        self._check_skipped(step, int(found["skipped_steps"]))
 
-    def _last_lr(self) -> float:
-        """The learning rate of the step that has just been taken."""
-        return self.optim.lr * self._lr_factor(max(0, self.global_step - 1))
-
-    def _lr_factor(self, step: int) -> float:
-        return warmup_cosine(
-            step, warmup_steps=self.optim.warmup_steps, total_steps=self.total_steps
-        )
-
-    def configure_optimizers(self) -> Any:
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = make_optimizer(self.model, self.optim, fused=fused)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-
-class TrainingBar(TQDMProgressBar):
-    """Lightning's bar on standard error, with the loss that was logged last and the sample rate."""
-
-    def init_train_tqdm(self) -> Tqdm:
-        return Tqdm(
-            desc="train",
-            unit="step",
-            disable=self.is_disabled,
-            leave=False,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
-
-    def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        # There is one pass of `max_steps` batches, so Lightning's "Epoch 0" would say nothing.
-        self.train_progress_bar.set_description("train")
-
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        latest = pl_module.latest
-        if not latest:
-            return {}
-        return {
-            "loss": f"{latest['train/loss']:.3f}",
-            "samples/s": f"{latest['train/samples_per_second']:.0f}",
-            "wait": f"{latest['train/data_wait_fraction']:.0%}",
-        }
+    def _check_skipped(self, step: int, skipped: int) -> None:
+        allowed = self.max_skipped_fraction * max(step, FIRST_STEPS)
+        if skipped > allowed:
+            raise InputError(
+                f"{skipped} of {step} steps had gradients that are not finite and were skipped; "
+                f"trainer.max_skipped_fraction={self.max_skipped_fraction} allows {allowed:.0f}. "
+                "Lower optim.lr, lengthen optim.warmup_steps, set optim.grad_clip_norm=1, or use "
+                "trainer.precision=bf16-mixed or 32-true."
+            )

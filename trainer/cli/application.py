@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.launch import TrainingStopped, find_launch
 
 CONFIGS = "pkg://siftclip.configs"
 FAILURE = 2  # exit status for faults of the user's input
@@ -38,8 +42,9 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
                 except (InputError, OmegaConfBaseException) as error:
                     if os.environ.get("HYDRA_FULL_ERROR") == "1":
                         raise
-                    print(f"siftclip {command}: error: {error}", file=sys.stderr)
-                    raise SystemExit(FAILURE) from None
+                    _end(f"siftclip {command}: error: {error}", FAILURE)
+                except TrainingStopped as stop:
+                    _leave(command, stop)
                 except (KeyboardInterrupt, SystemExit) as error:
                     # Lightning turns an interrupt during training into sys.exit(1)
                     causes = (error, error.__context__)
@@ -59,6 +64,32 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
         return main
 
     return decorate
+
+
+def _leave(command: str, stop: TrainingStopped) -> NoReturn:
+    """End the process as the signal would have done, which also ends a comparison or a sweep."""
+    from siftclip.trainer.run_dir import is_rank_zero  # imports Lightning, as all that trains
+
+    by_submitit = stop.signal not in (signal.SIGINT, signal.SIGTERM)
+    if not is_rank_zero():
+        # Lightning's own launcher kills rank 0 when another rank fails, and submitit's rank 0 has
+        # to queue the job again.
+        raise SystemExit(0 if by_submitit or find_launch(os.environ) is None else stop.exit_status)
+    message = f"siftclip {command}: {stop}"
+    if by_submitit:
+        print(message, file=sys.stderr, flush=True)
+        signal.raise_signal(stop.signal)  # its handler queues the job again, and exits
+    _end(message, stop.exit_status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Print why the command ends, and end it."""
+    print(message, file=sys.stderr, flush=True)
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        # Its jobs tell the command that waits for them of exceptions only, and Hydra prints this
+        # kind without a traceback.
+        raise CompactHydraException(message) from None
+    raise SystemExit(status) from None
 
 
 def _overrides(arguments: list[str], command: str) -> list[str]:

@@ -18,6 +18,7 @@ COMMANDS = {
     "select": "a selection, from scores",
     "train": "a CLIP on a selection, streamed from the original tars",
     "eval": "zero-shot tasks on a run, a checkpoint or a model",
+    "export": "a trained model for open_clip, the Hugging Face hub or DataComp",
     "compare": "selectors x seeds at one budget, with a report",
     "data compact": "a copy of a selection, as tars of its own",
     "data bench": "how fast samples come, and whether a copy would pay",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.training import train_stage
 
@@ -12,6 +17,8 @@ from siftclip.trainer.training import train_stage
 @application("train")
 def main(config: DictConfig) -> None:
     """Train and say where the run is."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        require_launcher("train --multirun", config.trainer, os.environ)
     run = train_stage(config)
     if is_rank_zero():
         print(f"run        {run.path}")

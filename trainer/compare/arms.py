@@ -12,10 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -25,7 +23,7 @@ from siftclip.trainer.compare.collect import ArmRun, collect
 from siftclip.trainer.compare.report import write_report
 from siftclip.trainer.compare.tables import format_main_table
 from siftclip.trainer.evaluation import tasks_from
-from siftclip.trainer.lightning_setup import resolve_devices
+from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.stages import output_root, plain, selector_from
 from siftclip.trainer.training import budget_from, train_stage
@@ -54,7 +52,7 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
         InputError: an arm is not a valid configuration, the arms differ in budget, or there is
             nothing to evaluate on; all of this before the first run.
     """
-    _check_devices(config)
+    require_launcher("compare", config.trainer, os.environ)
     tasks_from(config)
     arms: dict[str, list[str]] = plain(config.compare.arms)
     seeds: list[int] = plain(config.compare.seeds)
@@ -108,16 +106,3 @@ def _compose(arm: str, overrides: list[str]) -> DictConfig:
         return hydra.compose(config_name="compare", overrides=overrides)
     except HydraException as error:
         raise InputError(f"compare.arms.{arm}: {error}") from error
-
-
-def _check_devices(config: DictConfig) -> None:
-    """Lightning's own launcher would start the whole comparison once a rank and arm."""
-    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
-    devices: Any = resolve_devices(config.trainer.devices)
-    if devices == "auto":
-        devices = torch.cuda.device_count() if config.trainer.accelerator != "cpu" else 1
-    if not launched and devices not in (0, 1, "1"):
-        raise InputError(
-            f"compare on {devices} devices must be started by torchrun: torchrun --nproc_per_node "
-            f"{devices} -m siftclip.trainer.cli compare ... Or use trainer.devices=1."
-        )

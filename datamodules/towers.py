@@ -1,0 +1,145 @@
+"""What can be switched on a built model: locked towers, and gradient checkpointing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from siftclip.selectors.errors import InputError, require_int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockConfig:
+    """Which weights keep their values in training: open_clip's `--lock-*` options."""
+
+    image: bool = False
+    image_unlocked_groups: int = 0  # so many of the last groups of layers are trained
+    image_freeze_bn_stats: bool = False  # running mean and variance of the locked part, too
+    text: bool = False
+    text_unlocked_layers: int = 0
+    text_freeze_layer_norm: bool = True  # False: Hugging Face's layer norms are trained
+
+    def __post_init__(self) -> None:
+        for name in ("image", "image_freeze_bn_stats", "text", "text_freeze_layer_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(
+                    f"model.lock.{name} must be true or false. Got {getattr(self, name)!r}."
+                )
+        for name in ("image_unlocked_groups", "text_unlocked_layers"):
+            require_int(f"model.lock.{name}", getattr(self, name), minimum=0)
+        if not self.image and (self.image_unlocked_groups or self.image_freeze_bn_stats):
+            raise InputError(
+                "model.lock.image_unlocked_groups and model.lock.image_freeze_bn_stats have no "
+                "effect without model.lock.image=true."
+            )
+        if not self.text and (self.text_unlocked_layers or not self.text_freeze_layer_norm):
+            raise InputError(
+                "model.lock.text_unlocked_layers and model.lock.text_freeze_layer_norm have no "
+                "effect without model.lock.text=true."
+            )
+
+
+def lock_towers(model: nn.Module, config: LockConfig) -> None:
+    """Take gradients from the weights of a tower, in place, as open_clip does it.
+
+    LiT (arXiv 2111.07991) locks a pretrained image tower and trains the text tower. What stays
+    trainable beside the towers: the logit scale and bias, and of a timm image tower the projection.
+    Both towers may be locked, which fits scale and bias alone to them. Call it when the weights are
+    loaded: frozen batch norms become buffers.
+
+    Raises:
+        InputError: open_clip cannot lock this model so, or the options would lock nothing.
+    """
+    if not config.image and not config.text:
+        return
+    if not hasattr(model, "lock_image_tower"):
+        raise InputError(
+            f"model.lock: open_clip cannot lock the towers of {type(model).__name__} models."
+        )
+    clip: Any = model
+    with warnings.catch_warnings():
+        # open_clip 3.3 imports timm's helpers from where they used to be.
+        warnings.filterwarnings("ignore", "Importing from timm", FutureWarning)
+        if config.image:
+            if config.image_freeze_bn_stats and not _has_batch_norm(clip.visual):
+                raise InputError(
+                    "model.lock.image_freeze_bn_stats has no effect: the image tower of this "
+                    "model has no batch norm."
+                )
+            _lock(
+                lambda: clip.lock_image_tower(
+                    unlocked_groups=config.image_unlocked_groups,
+                    freeze_bn_stats=config.image_freeze_bn_stats,
+                ),
+                "model.lock.image_unlocked_groups",
+                config.image_unlocked_groups,
+                list(clip.visual.parameters()),
+            )
+        if config.text:
+            _lock(
+                lambda: clip.lock_text_tower(
+                    unlocked_layers=config.text_unlocked_layers,
+                    freeze_layer_norm=config.text_freeze_layer_norm,
+                ),
+                "model.lock.text_unlocked_layers",
+                config.text_unlocked_layers,
+                list(text_parameters(clip)),
+            )
+
+
+def text_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the text tower, also where it has no module of its own."""
+    if hasattr(model, "text"):
+        yield from model.text.parameters()  # type: ignore[union-attr]
+        return
+    for name, parameter in model.named_parameters():
+        if not name.startswith(("visual.", "logit_")):
+            yield parameter
+
+
+def enable_grad_checkpointing(
+    model: nn.Module, *, option: str = "trainer.grad_checkpointing"
+) -> None:
+    """Recompute activations in the backward pass, in both towers: less memory, more time.
+
+    Raises:
+        InputError: a tower cannot. open_clip (3.3) silently leaves such a tower as it is.
+    """
+    clip: Any = model
+    cannot = f"{option}: the image tower of this model has no gradient checkpointing"
+    if isinstance(clip.visual, ModifiedResNet):
+        raise InputError(f"{cannot} (open_clip's ModifiedResNet). Set it to false.")
+    try:
+        if isinstance(clip.visual, TimmModel):  # open_clip would only warn
+            clip.visual.trunk.set_grad_checkpointing(True)
+        clip.set_grad_checkpointing(True)
+    except Exception as error:  # timm asserts, Hugging Face raises ValueError
+        raise InputError(
+            f"{option}: a tower of this model has no gradient checkpointing ({error}). "
+            "Set it to false."
+        ) from error
+
+
+def _lock(call: Any, option: str, unlocked: int, parameters: list[nn.Parameter]) -> None:
+    try:
+        call()
+    except Exception as error:  # open_clip asserts; a timm or Hugging Face tower raises more
+        raise InputError(
+            f"{option.rpartition('_unlocked')[0]}: open_clip cannot lock this tower so: {error}"
+        ) from error
+    if all(parameter.requires_grad for parameter in parameters):
+        raise InputError(
+            f"{option} must be less than the number of groups of layers, or nothing is locked. "
+            f"Got {unlocked}."
+        )
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())

@@ -1,0 +1,83 @@
+"""Sweeps through submitit, whose local jobs are the same processes that it would queue in Slurm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from siftclip.trainer.cli.application import application
+
+pytest.importorskip(
+    "hydra_plugins.hydra_submitit_launcher", reason="needs the extra: pip install siftclip[slurm]"
+)
+
+# Jobs get their function pickled by value, as that of a script; this file they cannot import.
+STAGE = """
+import os, signal, sys, types
+from pathlib import Path
+
+# The real one imports all of Lightning, which takes longer than everything else here.
+sys.modules["siftclip.trainer.run_dir"] = types.SimpleNamespace(is_rank_zero=lambda: True)
+
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.launch import TrainingStopped
+
+
+def stage(config):
+    task = os.environ["SUBMITIT_LOCAL_GLOBALID"]
+    record = Path(config.output_dir) / f"seed-{config.seed}-task-{task}"
+    again = record.exists()
+    with record.open("a") as file:
+        file.write(" ".join(sys.argv[1:3]) + "\\n")
+    if config.seed == 1:
+        raise InputError("pool.root is wrong.")
+    if config.seed == 2 and not again:
+        raise TrainingStopped(signal.SIGUSR2, step=3, total_steps=9)
+"""
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """`main(*overrides)`: a sweep of a small command, run to its end."""
+
+    def run(*overrides: str) -> None:
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        exec(STAGE, namespace)  # noqa: S102 - the text above
+        launcher = ["hydra/launcher=submitit_local", f"output_dir={tmp_path}"]
+        arguments = ["siftclip", "select", "--multirun", *launcher, *overrides]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.chdir(tmp_path)
+        GlobalHydra.instance().clear()
+        application("select")(namespace["stage"])()
+
+    return run
+
+
+def test_tasks_run_the_command_and_a_stopped_job_runs_again(
+    main: Callable[..., None], tmp_path: Path
+) -> None:
+    once = "select --multirun\n"
+    main("seed=0", "hydra.launcher.tasks_per_node=2")
+    main("seed=2")
+    found = {path.name: path.read_text() for path in tmp_path.glob("seed-*")}
+    assert found == {
+        "seed-0-task-0": once,
+        "seed-0-task-1": once,
+        "seed-2-task-0": once * 2,  # queued again by submitit's handler
+    }
+
+
+def test_a_fault_of_the_user_reaches_the_waiting_command_as_one_message(
+    main: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main("seed=1")
+    assert caught.value.code == 1  # Hydra's
+    errors = capfd.readouterr().err
+    assert "siftclip select: error: pool.root is wrong.\n" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,43 @@
+"""The captioning loss of CoCa (arXiv 2205.01917), as sums that can be put together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+PAD_TOKEN = 0
+
+
+def caption_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the cross entropies of all tokens that are not padding, a float32 scalar.
+
+    Divided by `caption_tokens` and multiplied by the number of ranks (DDP averages), sums of
+    micro-batches and ranks add up to what one process with the whole batch computes: the mean over
+    all its tokens. open_clip's CoCaLoss differs: it takes the mean of each rank and micro-batch by
+    itself, which gives the tokens of a rank with short captions more weight.
+
+    Args:
+        logits: float [m, L, V].
+        labels: int64 [m, L], 0 for padding.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(
+            exact.flatten(0, 1), labels.flatten(), ignore_index=PAD_TOKEN, reduction="sum"
+        )
+
+
+@torch.no_grad()
+def caption_tokens(labels: Tensor, *, world_size: int) -> Tensor:
+    """The number of tokens that are not padding on all ranks, an int64 scalar of at least 1.
+
+    Args:
+        labels: int64 [m, L], of all micro-batches of this rank.
+        world_size: number of ranks; all of them must call it.
+    """
+    tokens = (labels != PAD_TOKEN).sum()
+    if world_size > 1:
+        dist.all_reduce(tokens)
+    return tokens.clamp(min=1)  # a sum of nothing is 0, and 0 / 1 is no NaN

@@ -1,0 +1,61 @@
+"""SigLIP's sigmoid loss (arXiv 2303.15343), open_clip's code."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, get_args
+
+from open_clip.loss import SigLipLoss as OpenClipSigLipLoss
+from torch import Tensor
+
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.losses.inputs import LossInputs
+from siftclip.trainer.losses.objective import ContrastiveObjective
+
+DistImpl = Literal["bidir", "shift", "reduce", "gather"]
+
+
+class SigLipLoss(ContrastiveObjective):
+    """The sigmoid loss of all pairs, divided by the number of images.
+
+    Args:
+        dist_impl: how texts reach the other ranks. "bidir" passes them on to both neighbours,
+            "shift" to one, "reduce" sums each rank's into all, "gather" collects all at once (and
+            holds them all in memory).
+
+    Raises:
+        InputError: dist_impl is none of these.
+    """
+
+    def __init__(self, dist_impl: DistImpl = "bidir") -> None:
+        super().__init__()
+        if dist_impl not in get_args(DistImpl):
+            raise InputError(
+                f"SigLipLoss: dist_impl must be one of {', '.join(get_args(DistImpl))}. "
+                f"Got {dist_impl!r}."
+            )
+        # open_clip calls torch.distributed.nn, and torch 2.15 tells users to tell open_clip. For
+        # good rather than around each step: changed filters make Python repeat other warnings.
+        warnings.filterwarnings(
+            "ignore", r"torch\.distributed\.nn\.functional\.", FutureWarning, r"open_clip\.loss"
+        )
+        self.loss = OpenClipSigLipLoss(dist_impl=dist_impl)
+
+    def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """`contrastive_loss`."""
+        if inputs.weights is not None:
+            raise InputError(
+                "SigLipLoss: its pairs belong to two samples each, so that sample weights have no "
+                "agreed meaning in it. Train with SoftmaxLoss, or select samples instead of "
+                "weighting them."
+            )
+        if inputs.logit_bias is None:
+            raise InputError(
+                "SigLipLoss needs a model with a logit bias: set init_logit_bias (-10 in the "
+                "paper) in the architecture. Got a model without one."
+            )
+        self.loss.rank, self.loss.world_size = inputs.rank, inputs.world_size
+        loss = self.loss(
+            inputs.image_features, inputs.text_features, inputs.logit_scale, inputs.logit_bias
+        )
+        return {"contrastive_loss": loss}

@@ -1,0 +1,86 @@
+"""CLIP's softmax loss (arXiv 2103.00020, figure 3) on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from siftclip.trainer.losses.collectives import gather_features, log_sum_exp_to_owner
+from siftclip.trainer.losses.inputs import LossInputs
+from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
+from siftclip.trainer.losses.paired import paired_log_sum_exp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedTerms:
+    """What the losses of this rank's samples are made of.
+
+    A margin is the log-sum-exp of a sample's logits with all others, minus its own logit. The
+    softmax loss is log(1 + exp(margin)); taken so, it is exact to a relative 1e-5 also where it is
+    1e-4 and the logits are 100, which log-sum-exp minus own logit in float32 is not.
+    """
+
+    image: Tensor
+    """[b, d], times the logit scale."""
+    all_text: Tensor
+    """[B, d], of all ranks."""
+    own: Tensor
+    """[b], the logit of each image with its own text."""
+    margins: Tensor
+    """[2, b]: of each image with all other texts, and of each text with all other images."""
+
+    def cross_entropies(self) -> Tensor:
+        """[2, b], of both directions."""
+        return torch.logaddexp(self.margins, self.margins.new_zeros(()))
+
+
+def paired_terms(
+    image: Tensor, text: Tensor, scale: Tensor | float, *, rank: int, world_size: int
+) -> PairedTerms:
+    """Own logits and margins of this rank's samples against those of all ranks.
+
+    Only the texts are gathered: a rank sees all texts for its own images, and what it sees of a
+    column it shares with the owner of the text. Each rank so makes its [b, B] logits once, where
+    the usual loss gathers both sides and makes them twice.
+
+    Args:
+        image: float [b, d], of this rank.
+        text: float [b, d], of this rank.
+        scale: of the logits.
+        rank: of this process.
+        world_size: number of ranks.
+    """
+    scaled = image * scale
+    all_text = gather_features(text, rank=rank, world_size=world_size)
+    own = (scaled * text).sum(1)
+    by_image, partial = paired_log_sum_exp(scaled, all_text, skip_diagonal=rank * len(image))
+    by_text = log_sum_exp_to_owner(partial, rank=rank, world_size=world_size)
+    return PairedTerms(
+        image=scaled, all_text=all_text, own=own, margins=torch.stack([by_image, by_text]) - own
+    )
+
+
+class SoftmaxLoss(ContrastiveObjective):
+    """The cross entropy of each image among all texts and of each text among all images.
+
+    Equals open_clip's ClipLoss(local_loss=True, gather_with_grad=True), whose other combinations
+    give wrong gradients, without its matrices of logits. Sample weights make it a weighted mean;
+    a sample of weight 0 still is a negative of the others. A logit bias has no effect.
+    """
+
+    def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """`contrastive_loss`."""
+        rank, world_size = inputs.rank, inputs.world_size
+        pairs = paired_terms(
+            inputs.image_features,
+            inputs.text_features,
+            inputs.logit_scale,
+            rank=rank,
+            world_size=world_size,
+        )
+        loss = mean_over_ranks(
+            pairs.cross_entropies().mean(0), inputs.weights, world_size=world_size
+        )
+        return {"contrastive_loss": keep_bias(loss, inputs.logit_bias)}

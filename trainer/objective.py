@@ -1,0 +1,250 @@
+"""The objective of a configuration: the loss, its teacher or reference features, its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from siftclip.datamodules.batches import Batch
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.features import open_features
+from siftclip.datamodules.row_features import RowFeatures
+from siftclip.datamodules.scoring import file_stamp, read_column
+from siftclip.selectors.errors import InputError, require_finite
+from siftclip.trainer.losses import (
+    ContrastiveObjective,
+    DistillLoss,
+    ReferenceGuidedLoss,
+    SigLipLoss,
+    SoftmaxLoss,
+)
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.stages import SelectOutcome
+from siftclip.trainer.step import Objective, TeacherFeatures, no_teacher
+
+LOSSES = ("clip", "siglip", "coca", "distill", "drrho")
+_PROBE = ["a photo of a cat", "Two dogs, 3 birds & a very small car!"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossData:
+    """What the batches carry for the loss."""
+
+    references: RowFeatures | None  # features of a teacher
+    weights: np.ndarray | None  # float32 [n] by the pool's rows
+    identity: dict[str, Any]  # of the files that these come from
+
+
+def check_loss(config: DictConfig) -> None:
+    """Check what can be known without a file.
+
+    Raises:
+        InputError: an option of `loss` is wrong.
+    """
+    loss = config.loss
+    if loss.name not in LOSSES:
+        raise InputError(f"loss.name must be one of {list(LOSSES)}. Got {loss.name!r}.")
+    if loss.name == "coca":
+        for name in ("contrastive_weight", "caption_weight"):
+            if require_finite(f"loss.{name}", loss[name]) <= 0:
+                raise InputError(f"loss.{name} must be above 0. Got {loss[name]!r}.")
+    if loss.name == "distill":
+        named = [key for key in ("features", "model") if _teacher_name(loss, key) is not None]
+        if len(named) != 1:
+            raise InputError(
+                "loss=distill needs one teacher: loss.teacher.model.name (an open_clip model) or "
+                f"loss.teacher.features.name (cached features). Got {named or 'neither'}."
+            )
+    if loss.name == "drrho" and _teacher_name(loss, "features") is None:
+        raise InputError(
+            "loss=drrho needs the cached features of a reference model: loss.teacher.features.name "
+            "such as b32, whose arrays are b32_img and b32_txt."
+        )
+
+
+def _teacher_name(loss: DictConfig, key: str) -> str | None:
+    name: str | None = OmegaConf.select(loss, f"teacher.{key}.name")
+    return name
+
+
+def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
+    """Open the files that the loss needs and check them against the selection.
+
+    Raises:
+        InputError: a file is missing or damaged, or lacks a selected sample.
+    """
+    pool, rows = selected.pool, np.unique(selected.rows)
+    identity: dict[str, Any] = {}
+    references = weights = None
+    name = _teacher_name(config.loss, "features")
+    if name is not None:
+        root = config.loss.teacher.features.root
+        keys = (f"{name}_img", f"{name}_txt")
+        store = open_features(
+            pool,
+            folder=None if root is None else Path(root),
+            keys=keys,
+            max_bad_fraction=config.pool.max_bad_fraction,
+        )
+        references = RowFeatures.build(store, keys, len(pool))
+        lacking = int((references.part_of_row[rows] < 0).sum())
+        if lacking:
+            raise InputError(
+                f"loss.teacher.features: {lacking} of {len(rows)} selected samples have no "
+                f"features {name} in {store.folder}. Embed the pool, or select among samples that "
+                "have them."
+            )
+        identity["features"] = store.fingerprint
+    path = OmegaConf.select(config.loss, "weights.path")
+    if path is not None:
+        found = read_column(pool, Path(path), config.loss.weights.column, option="loss.weights")
+        weights = found.astype(np.float32)
+        bad = int((~(weights[rows] >= 0)).sum())  # NaN, too: a sample without a weight
+        if bad or not np.isfinite(weights[rows]).all():
+            raise InputError(
+                f"loss.weights.path={path!r} must give every selected sample a finite weight of at "
+                f"least 0. {bad} of {len(rows)} have none, or one below."
+            )
+        if not weights[rows].any():
+            raise InputError(f"loss.weights.path={path!r}: all weights are 0.")
+        identity["weights"] = file_stamp(Path(path))
+    return LossData(references=references, weights=weights, identity=identity)
+
+
+def objective_from(
+    config: DictConfig, clip: ClipModel, data: LossData, rows: np.ndarray
+) -> Objective:
+    """The objective that trains `clip`.
+
+    Args:
+        config: of the command.
+        clip: the model to be trained.
+        data: of the loss.
+        rows: int64 [n], the selection.
+
+    Raises:
+        InputError: loss, model and teacher do not go together.
+    """
+    loss = config.loss
+    _check_model(loss.name, clip.model)
+    fixed_scale = loss.get("logit_scale")
+    if fixed_scale is not None:
+        _fix_logit_scale(clip.model, fixed_scale)
+    teacher: TeacherFeatures = no_teacher
+    teacher_scale = OmegaConf.select(loss, "teacher.features.logit_scale")
+    if data.references is not None:
+        teacher = CachedTeacher(data.references.keys)
+    elif _teacher_name(loss, "model") is not None:
+        model = clip_model_from(loss.teacher.model, "loss.teacher.model", trained=True)
+        _check_same_inputs(clip, model)
+        teacher = ModelTeacher(model.model)
+        teacher_scale = float(model.model.logit_scale.exp())  # type: ignore[operator]
+    return Objective(
+        loss=_loss_from(loss, teacher_scale, np.unique(rows)),
+        teacher=teacher,
+        **(
+            {
+                "contrastive_weight": loss.contrastive_weight,
+                "caption_weight": loss.caption_weight,
+            }
+            if loss.name == "coca"
+            else {}
+        ),
+    )
+
+
+def _loss_from(loss: DictConfig, teacher_scale: float, rows: np.ndarray) -> ContrastiveObjective:
+    if loss.name == "siglip":
+        return SigLipLoss(loss.dist_impl)
+    if loss.name == "distill":
+        return DistillLoss(teacher_logit_scale=teacher_scale)
+    if loss.name == "drrho":
+        return ReferenceGuidedLoss(
+            selected_rows=rows, gamma=loss.gamma, epsilon=loss.epsilon, rho=loss.rho
+        )
+    return SoftmaxLoss()
+
+
+def _check_model(name: str, model: nn.Module) -> None:
+    has_captions = hasattr(model, "text_decoder")
+    if has_captions != (name == "coca"):
+        raise InputError(
+            f"loss={name} does not go with this model, which "
+            + (
+                "is a CoCa: use loss=coca."
+                if has_captions
+                else "has no text decoder: use loss=clip."
+            )
+        )
+    if name == "siglip" and getattr(model, "logit_bias", None) is None:
+        raise InputError(
+            "loss=siglip needs a model with a logit bias: model.options.init_logit_bias=-10 and "
+            "model.options.init_logit_scale=2.3026, which loss=siglip sets unless model.options is "
+            "overridden."
+        )
+
+
+def _fix_logit_scale(model: nn.Module, scale: float) -> None:
+    if not 1 <= require_finite("loss.logit_scale", scale) <= 100:
+        raise InputError(
+            "loss.logit_scale must be in the range [1, 100], to which the scale is kept in "
+            f"training, or null. Got {scale!r}."
+        )
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(scale))  # type: ignore[operator]
+    model.logit_scale.requires_grad_(False)
+
+
+def _check_same_inputs(student: ClipModel, teacher: ClipModel) -> None:
+    """The teacher sees the student's images and tokens, as in open_clip."""
+    # through JSON, because open_clip has lists where files are read and tuples elsewhere
+    ours, theirs = (
+        json.loads(json.dumps(clip.config["preprocess_cfg"])) for clip in (student, teacher)
+    )
+    different = {
+        key: (ours.get(key), theirs.get(key)) for key in ours if ours[key] != theirs.get(key)
+    }
+    if different:
+        raise InputError(
+            f"loss.teacher.model must take the images of the model. They differ in {different} "
+            "(model, teacher). Use cached features (loss.teacher.features) instead."
+        )
+    tokens = [clip.tokenizer(_PROBE) for clip in (student, teacher)]
+    if tokens[0].shape != tokens[1].shape or not torch.equal(*tokens):
+        raise InputError(
+            "loss.teacher.model must have the tokenizer and context length of the model. Use "
+            "cached features (loss.teacher.features) instead."
+        )
+
+
+class CachedTeacher:
+    """Takes the teacher's features from the batch."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.image_key, self.text_key = keys
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.references[self.image_key], batch.references[self.text_key]
+
+
+class ModelTeacher:
+    """A frozen model. It is no part of the trained module, so no checkpoint holds it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.model.to(batch.images.device)
+        return (
+            self.model.encode_image(batch.images, normalize=True),  # type: ignore[operator]
+            self.model.encode_text(batch.tokens, normalize=True),  # type: ignore[operator]
+        )
