@@ -38,3 +38,5 @@ def test_benchmarks_of_training() -> None:
     assert "| ours |" in step
     loss = run("loss_memory.py", "--batch", "64", "--rounds", "1", "--repeats", "1")
     assert "siftclip" in loss
+    options = ["--model", "ViT-S-32", "--batch", "2", "--micro-batch", "1"]
+    assert "scale" in run("large_batch.py", *options, "--way", "both")

@@ -49,7 +49,8 @@ def resolve_precision(precision: str) -> str:
         raise InputError(f"trainer.precision must be one of {list(PRECISIONS)}. Got {precision!r}.")
     if precision != "auto":
         return str(precision)
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # emulated, as on a V100, it would be slower than fp32
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
@@ -147,8 +148,8 @@ def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
         )
-    # Never with a static graph: gradients of the first step would not be exchanged, because
-    # backward passes run inside DDP's forward when optimisation is manual.
+    # Not with a static graph, as DataComp has it: that is for checkpointing which enters backward
+    # again, and open_clip's does not.
     if name == "ddp" or several:
         return DDPStrategy(gradient_as_bucket_view=True)
     return name

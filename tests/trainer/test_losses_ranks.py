@@ -13,4 +13,6 @@ def test_losses_on_ranks_equal_one_process(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.splitlines() == ["2 ranks: 17 equal", "4 ranks: 17 equal"]
+    # gloo prints too, in torch 2.9
+    found = [line for line in result.stdout.splitlines() if line.endswith(" equal")]
+    assert found == ["2 ranks: 17 equal", "4 ranks: 17 equal"]

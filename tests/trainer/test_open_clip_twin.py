@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = open_clip.create_model("siftclip_twin")
     torch.save(model.state_dict(), folder / "start.pt")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def kept_logging() -> Iterator[None]:
+    """open_clip's main turns on messages of all libraries, for good."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+        handler.close()
 
 
 def train_with_open_clip(
