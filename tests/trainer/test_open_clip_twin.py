@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,18 +97,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def kept_logging() -> Iterator[None]:
-    """open_clip's main turns on messages of all libraries, for good."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
-        handler.close()
-
-
 def train_with_open_clip(
     start: Path,
     batches: list[tuple[Tensor, Tensor]],
@@ -129,6 +116,7 @@ def train_with_open_clip(
 
     stream = SimpleNamespace(dataloader=OpenClipLoader(batches), set_epoch=lambda epoch: None)
     monkeypatch.setattr(reference, "create_loss", create_loss)
+    monkeypatch.setattr(reference, "setup_logging", lambda *args: None)  # of all libraries, for good
     monkeypatch.setattr(reference, "get_data", lambda *args, **kwargs: {"train": stream})
     reference.main(
         [
