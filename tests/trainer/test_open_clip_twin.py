@@ -116,7 +116,7 @@ def train_with_open_clip(
 
     stream = SimpleNamespace(dataloader=OpenClipLoader(batches), set_epoch=lambda epoch: None)
     monkeypatch.setattr(reference, "create_loss", create_loss)
-    monkeypatch.setattr(reference, "setup_logging", lambda *args: None)  # of all libraries, for good
+    monkeypatch.setattr(reference, "setup_logging", lambda *args: None)  # of all libraries
     monkeypatch.setattr(reference, "get_data", lambda *args, **kwargs: {"train": stream})
     reference.main(
         [
