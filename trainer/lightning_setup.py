@@ -73,6 +73,8 @@ def make_trainer(
         warnings.filterwarnings("ignore", message)
     settings = config.trainer
     precision = resolve_precision(settings.precision)
+    if settings.sync_batchnorm and _on_cpu(str(settings.accelerator)):
+        raise InputError("trainer.sync_batchnorm=true needs GPUs; torch has it for no CPU.")
     # Under autocast only the loss has float32 products left, and these are to be exact.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
@@ -122,10 +124,13 @@ def _lightning_precision(precision: str) -> Any:
     return "32-true" if precision == "tf32" else precision
 
 
+def _on_cpu(accelerator: str) -> bool:
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
 def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
     plugins: list[Any] = [*cluster_plugins(os.environ)]
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    if precision == "16-mixed" and on_cpu:
+    if precision == "16-mixed" and _on_cpu(accelerator):
         # Lightning would train in bf16 instead; torch has a scaler for CPUs.
         return {"plugins": [*plugins, MixedPrecision("16-mixed", device="cpu")]}
     return {"plugins": plugins, "precision": _lightning_precision(precision)}

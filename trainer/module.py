@@ -22,7 +22,12 @@ from siftclip.trainer.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
 from siftclip.trainer.schedules import lr_factor
 from siftclip.trainer.sharding import is_sharded, shard_model, unsynced_shards
-from siftclip.trainer.step import Objective, StepContext, compute_gradients
+from siftclip.trainer.step import (
+    Objective,
+    StepContext,
+    compute_gradients,
+    running_statistics,
+)
 from siftclip.trainer.update import clip_gradients, gradient_norm, step_if_finite
 
 log = logging.getLogger(__name__)
@@ -133,6 +138,8 @@ class ClipTraining(LightningModule):
         for group in bare.param_groups:
             group["lr"] = group["base_lr"] * factor
         bare.zero_grad(set_to_none=True)
+        statistics = running_statistics(self.model)
+        before = [buffer.clone() for buffer in statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
         generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
         terms = compute_gradients(
@@ -147,7 +154,11 @@ class ClipTraining(LightningModule):
                 seeds=generator.integers(2**63, size=len(batch.micro_batches)).tolist(),
             ),
         )
-        self._update(optimizer, bare, terms)
+        finite = self._update(optimizer, bare, terms)
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
+        if self.ema is not None:
+            self.ema.update(self.model, self.global_step)
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self._meter.stepped()
@@ -165,7 +176,8 @@ class ClipTraining(LightningModule):
 
     def _update(
         self, optimizer: Any, bare: torch.optim.Optimizer, terms: dict[str, Tensor]
-    ) -> None:
+    ) -> Tensor:
+        """Take the step if its gradients are finite; whether they are, as a scalar of bool."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(bare)
@@ -179,9 +191,8 @@ class ClipTraining(LightningModule):
         else:
             step_if_finite(bare, finite, optimizer.step, on_device=not is_sharded(self))
         clamp_logit_scale(self.model)
-        if self.ema is not None:
-            self.ema.update(self.model, self.global_step)
         self._meter.add(terms, norm, finite)
+        return finite
 
     def _unsynced(self) -> AbstractContextManager[Any]:
         """Backward passes inside leave their gradients on this rank."""

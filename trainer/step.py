@@ -244,15 +244,20 @@ def _seed(context: StepContext, index: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(context.seeds[index])
 
 
-@contextmanager
-def _kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms see the batch once more; their running statistics must not move twice."""
-    buffers = [
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers of the batch norms of a model, which a forward pass changes."""
+    return [
         buffer
         for module in model.modules()
         if isinstance(module, _BatchNorm)
         for buffer in module.buffers(recurse=False)
     ]
+
+
+@contextmanager
+def _kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms see the batch once more; their running statistics must not move twice."""
+    buffers = running_statistics(model)
     before = [buffer.clone() for buffer in buffers]
     yield
     for buffer, value in zip(buffers, before, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,37 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(
     assert final_checkpoint(run)["skipped_steps"] == 2
     state = final_checkpoint(run)["optimizer_states"][0]["state"]
     assert {int(moments["step"]) for moments in state.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["model=rn_tiny"], ["loss=drrho", "loss.teacher.features.name=noise", "loss.gamma=0.5"]],
+)
+def test_a_skipped_step_leaves_no_trace_in_the_buffers(
+    options: list[str],
+    base: list[str],
+    compose: Compose,
+    demo_data: DemoData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Statistics of batch norms and averages of samples survive features that are not finite."""
+    calls = iter(range(1, 10**6))
+
+    def broken(model: torch.nn.Module, objective: Any, batches: Any, context: Any) -> Any:
+        if next(calls) == 2:
+            batches = [replace(batch, images=batch.images * math.inf) for batch in batches]
+        return compute_gradients(model, objective, batches, context)
+
+    monkeypatch.setattr(module_of_training, "compute_gradients", broken)
+    if "loss=drrho" in options:
+        options = [*options, f"loss.teacher.features.root={demo_data.root / 'features'}"]
+    run = train_stage(compose("train", [*base, *options]))
+    found = {r["step"]: r["train/skipped_steps"] for r in records(run)}
+    assert found == {1: 0, 3: 1, 4: 1, 5: 1, 6: 1}  # step 2 has no loss to be logged
+    for name, value in final_checkpoint(run)["state_dict"].items():
+        unseen = value == -math.inf  # samples that have not been drawn yet
+        fine = value.isfinite() | unseen if name.startswith("loss.") else value.isfinite()
+        assert bool(fine.all()), name
 
 
 def test_too_many_skipped_steps_stop_the_run(

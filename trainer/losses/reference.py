@@ -138,8 +138,10 @@ class ReferenceGuidedLoss(ContrastiveObjective):
         all_positions = gather_features(positions, **ranks)
         new = gather_features(average.T, **ranks).to(old.dtype)
         for column, buffer in enumerate((self.log_mean_image, self.log_mean_text)):
-            # Of a row that is twice in one batch the larger stays, in whatever order they come.
-            buffer.scatter_reduce_(0, all_positions, new[:, column], "amax", include_self=False)
+            # The average of a step that is not finite, and therefore skipped, stays what it was. Of
+            # a row that is twice in one batch the larger stays, in whatever order they come.
+            values = new[:, column].where(new[:, column].isfinite(), buffer[all_positions])
+            buffer.scatter_reduce_(0, all_positions, values, "amax", include_self=False)
         return average
 
     def _positions(self, rows: Tensor) -> Tensor:
