@@ -353,6 +353,7 @@ def test_a_teacher_model_and_its_cached_features_teach_the_same(
         (["trainer.micro_batch_size=0"], "trainer.micro_batch_size must be"),
         (["trainer.precision=fp8"], "trainer.precision must be one of"),
         (["trainer.strategy=deepspeed"], "trainer.strategy must be one of"),
+        (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm=true needs GPUs"),
         (["trainer.max_skipped_fraction=2"], r"must be in the range \[0, 1\]"),
         (["model=rn_tiny", "trainer.grad_checkpointing=true"], "no gradient checkpointing"),
         (
