@@ -121,11 +121,12 @@ class StreamLoader(DataLoader[Any]):
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # A worker that dies while it hands over a batch leaves a broken connection.
+                if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
                     raise
                 raise InputError(
-                    f"The loader gives no more samples: {error}. Memory may be short "
+                    f"The loader gives no more samples: {error!r}. Memory may be short "
                     "(data.num_workers, data.prefetch_batches), or the storage does not answer "
                     f"within data.timeout_seconds={self.timeout:g}."
                 ) from error

@@ -75,6 +75,11 @@ def make_trainer(
     precision = resolve_precision(settings.precision)
     if settings.sync_batchnorm and _on_cpu(str(settings.accelerator)):
         raise InputError("trainer.sync_batchnorm=true needs GPUs; torch has it for no CPU.")
+    if precision == "16-mixed" and settings.strategy == "fsdp":
+        raise InputError(
+            "trainer.precision=16-mixed does not go with trainer.strategy=fsdp: scaling of sharded "
+            "gradients is not supported. Use bf16-mixed, or trainer.strategy=ddp."
+        )
     # Under autocast only the loss has float32 products left, and these are to be exact.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)

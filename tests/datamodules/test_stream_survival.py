@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from siftclip.datamodules.batches import Batch, SampleDataset
 from siftclip.datamodules.files import append_jsonl, read_jsonl
@@ -165,9 +166,14 @@ class Stuck(LocalStorage):
 
 
 @linux_only
-@pytest.mark.parametrize("what", ["stuck storage", "killed worker"])
+@pytest.mark.parametrize("what", ["stuck storage", "killed worker", "killed while it sends"])
 def test_stream_that_stops_is_an_error(
-    what: str, make_samples: Make, write_pool: Make, load_pool: Make, make_dataset: Make
+    what: str,
+    make_samples: Make,
+    write_pool: Make,
+    load_pool: Make,
+    make_dataset: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool: Pool = load_pool(write_pool(make_samples(20)))
     if what == "stuck storage":
@@ -179,6 +185,13 @@ def test_stream_that_stops_is_an_error(
         next(loader)
         for process in multiprocessing.active_children():
             process.kill()
+    if what == "killed while it sends":
+        next(loader)
+
+        def fail(self: Any) -> Any:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", fail)
     with pytest.raises(InputError, match=r"The loader gives no more samples: .*data.timeout_sec"):
         for _ in loader:
             pass

@@ -24,6 +24,7 @@ from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.errors import InputError
 from siftclip.trainer import module as module_of_training
 from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.sharding import shard_model
 from siftclip.trainer.step import compute_gradients
 from siftclip.trainer.training import train_stage
 
@@ -353,6 +354,7 @@ def test_a_teacher_model_and_its_cached_features_teach_the_same(
         (["trainer.micro_batch_size=0"], "trainer.micro_batch_size must be"),
         (["trainer.precision=fp8"], "trainer.precision must be one of"),
         (["trainer.strategy=deepspeed"], "trainer.strategy must be one of"),
+        (["trainer.strategy=fsdp", "trainer.precision=16-mixed"], "does not go with .*fsdp"),
         (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm=true needs GPUs"),
         (["trainer.max_skipped_fraction=2"], r"must be in the range \[0, 1\]"),
         (["model=rn_tiny", "trainer.grad_checkpointing=true"], "no gradient checkpointing"),
@@ -367,6 +369,12 @@ def test_wrong_options_say_what_to_do(
 ) -> None:
     with pytest.raises(InputError, match=message):
         train_stage(compose("train", [*base, *options]))
+
+
+def test_batch_norms_are_not_sharded() -> None:
+    mesh: Any = None  # it is not asked for anything
+    with pytest.raises(InputError, match=r"a model with batch norms needs trainer\.strategy=ddp"):
+        shard_model(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), mesh)
 
 
 def test_the_teacher_must_see_what_the_model_sees(
