@@ -94,6 +94,7 @@ class ClipTraining(LightningModule):
         self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
         self._skipped_before = 0.0  # in the processes before this one
         self._meter = WindowMeter(torch.device("cpu"))
+        self._statistics: list[Tensor] = []
         # In each step DDP would send these from rank 0 to the others, where they are equal anyway.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.startswith(("loss.", "ema."))
@@ -114,7 +115,9 @@ class ClipTraining(LightningModule):
             group["base_lr"] = group["lr"]
         return optimizer
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
+        # Not on_fit_start: sharded models are restored after it.
+        self._statistics = running_statistics(self.model)
         self._meter = WindowMeter(self.device)
         self._meter.skipped += self._skipped_before
         if self.global_step == 0 and self.global_rank == 0:
@@ -138,8 +141,7 @@ class ClipTraining(LightningModule):
         for group in bare.param_groups:
             group["lr"] = group["base_lr"] * factor
         bare.zero_grad(set_to_none=True)
-        statistics = running_statistics(self.model)
-        before = [buffer.clone() for buffer in statistics]
+        before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
         generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
         terms = compute_gradients(
@@ -155,7 +157,7 @@ class ClipTraining(LightningModule):
             ),
         )
         finite = self._update(optimizer, bare, terms)
-        for buffer, value in zip(statistics, before, strict=True):
+        for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, value))
         if self.ema is not None:
             self.ema.update(self.model, self.global_step)

@@ -23,10 +23,14 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 def compare_runs(one: RunDir, several: RunDir) -> None:
     """Equal losses at every step, and equal weights, to the accuracy of fp32 sums."""
     histories = [
-        [r["train/loss"] for r in read_jsonl(run.path / "metrics.jsonl") if "train/loss" in r]
+        {
+            r["step"]: r["train/loss"]
+            for r in read_jsonl(run.path / "metrics.jsonl")
+            if "train/loss" in r
+        }
         for run in (one, several)
     ]
-    assert len(histories[0]) == 6
+    assert sorted(histories[0]) == [1, 2, 3, 4, 5, 6]
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
     expected = load_clip_model(str(one.path)).model.state_dict()
     found = load_clip_model(str(several.path)).model.state_dict()
@@ -110,6 +114,53 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
     assert result.returncode == 0, result.stderr[-5000:]
     for name, run in expected.items():
         compare_runs(run, RunDir(path=tmp_path / name))
+
+
+# Ends after step 5, goes on in a copy; the checkpoint of step 3 is the last one then.
+INTERRUPTED = """
+import json, shutil, sys
+import hydra
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.training import train_stage
+
+log_window = ClipTraining._log_window
+
+def fail(self, step):
+    log_window(self, step)
+    if step == 5:
+        raise OSError("the disk is gone")
+
+with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+    config = hydra.compose("train", overrides=json.loads(sys.argv[1]))
+ClipTraining._log_window = fail
+try:
+    train_stage(config)
+except OSError:
+    pass
+ClipTraining._log_window = log_window
+if rank_zero_only.rank == 0:
+    shutil.copytree("sharded", "copy")
+train_stage(config)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_run_continues_on_two_ranks_and_on_one(
+    base: list[str], compose: Callable[..., DictConfig], launch: Cli, tmp_path: Path
+) -> None:
+    options = ["optim.eps=1e-3", "optim.ema_decay=0.9", "trainer.checkpoint_every_n_steps=3"]
+    options = [*base, *options]
+    whole = train_stage(compose("train", [*options, f"run_dir={tmp_path / 'whole'}"]))
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    sharded = [*options, f"run_dir={tmp_path / 'sharded'}", "trainer.strategy=fsdp"]
+    result = launch("interrupted.py", json.dumps(sharded), ranks=2)
+    assert result.returncode == 0, result.stderr[-5000:]
+    alone = train_stage(compose("train", [*options, f"run_dir={tmp_path / 'copy'}"]))
+    for run in (RunDir(path=tmp_path / "sharded"), alone):
+        steps = [r["step"] for r in read_jsonl(run.path / "metrics.jsonl") if "train/loss" in r]
+        assert steps == [1, 2, 3, 4, 5, 4, 5, 6]
+        compare_runs(whole, run)
 
 
 def test_embedding_on_two_ranks_covers_every_shard(
