@@ -159,14 +159,15 @@ class ClipTraining(LightningModule):
         finite = self._update(optimizer, bare, terms)
         for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, value))
+        step = self.global_step
         if self.ema is not None:
-            self.ema.update(self.model, self.global_step)
+            self.ema.update(self.model, step)
+        # Here, before the checkpoint of this step: a run that is killed after that would lack it.
+        if step % self.log_every_n_steps == 0 or step == self.total_steps:
+            self._log_window(step)
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self._meter.stepped()
-        step = self.global_step
-        if step % self.log_every_n_steps == 0 or step == self.total_steps:
-            self._log_window(step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = float(self._meter.skipped)

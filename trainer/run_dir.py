@@ -92,7 +92,7 @@ class RunDir:
             if "train/batch_time" in record
         }
         steps = sorted(windows)
-        lengths = [step - before for step, before in zip(steps, [0, *steps[:-1]], strict=True)]
+        lengths = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
         return float(sum(windows[step] * n for step, n in zip(steps, lengths, strict=True)))
 
     def start(self, config: DictConfig, selection: Selection) -> None:

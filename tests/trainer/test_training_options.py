@@ -23,6 +23,7 @@ from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.errors import InputError
 from siftclip.trainer import module as module_of_training
+from siftclip.trainer.checkpointing import StepCheckpoint
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.sharding import shard_model
 from siftclip.trainer.step import compute_gradients
@@ -233,6 +234,27 @@ def test_a_continued_run_equals_an_uninterrupted_one(
     assert steps == [1, 2, 3, 4, 5, 4, 5, 6]
     assert losses(parts)[-3:] == losses(whole)[-3:]
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=0)
+
+
+def test_a_run_killed_after_its_last_checkpoint_has_logged_its_last_step(
+    base: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = StepCheckpoint.on_train_batch_end
+
+    def save_and_fail(self: StepCheckpoint, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, trainer, *args, **kwargs)
+        if trainer.global_step == 6:
+            raise OSError("the machine is gone")
+
+    config = compose("train", [*base, "trainer.log_every_n_steps=6"])
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCheckpoint, "on_train_batch_end", save_and_fail)
+        with pytest.raises(OSError, match="the machine is gone"):
+            train_stage(config)
+    run = train_stage(config)
+    assert [record["step"] for record in records(run)] == [6]
+    assert run.summary is not None
+    assert run.summary["train_seconds"] > 0
 
 
 def test_locked_image_tower_keeps_its_weights(
