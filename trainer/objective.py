@@ -107,13 +107,14 @@ def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
     if path is not None:
         found = read_column(pool, Path(path), config.loss.weights.column, option="loss.weights")
         weights = found.astype(np.float32)
-        bad = int((~(weights[rows] >= 0)).sum())  # NaN, too: a sample without a weight
-        if bad or not np.isfinite(weights[rows]).all():
+        chosen = weights[rows]
+        bad = int((~(np.isfinite(chosen) & (chosen >= 0))).sum())  # NaN: a sample without a weight
+        if bad:
             raise InputError(
                 f"loss.weights.path={path!r} must give every selected sample a finite weight of at "
-                f"least 0. {bad} of {len(rows)} have none, or one below."
+                f"least 0. {bad} of {len(rows)} have none, or another one."
             )
-        if not weights[rows].any():
+        if not chosen.any():
             raise InputError(f"loss.weights.path={path!r}: all weights are 0.")
         identity["weights"] = file_stamp(Path(path))
     return LossData(references=references, weights=weights, identity=identity)
@@ -240,10 +241,13 @@ class ModelTeacher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.device = torch.device("cpu")  # where load_clip_model builds models
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        self.model.to(batch.images.device)
+        if self.device != batch.images.device:  # once: it walks over all weights
+            self.device = batch.images.device
+            self.model.to(self.device)
         return (
             self.model.encode_image(batch.images, normalize=True),  # type: ignore[operator]
             self.model.encode_text(batch.tokens, normalize=True),  # type: ignore[operator]

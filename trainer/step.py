@@ -98,11 +98,7 @@ def compute_gradients(
         )
         if caption_share is not None:
             terms["caption_loss"] = caption_share * _caption_sum(outputs)
-        total = (
-            torch.stack(list(terms.values())).sum()
-            if len(terms) > 1
-            else next(iter(terms.values()))
-        )
+        total = _total(terms)
         context.backward(total)
         return {**{name: value.detach() for name, value in terms.items()}, "loss": total.detach()}
     return _cached_gradients(model, objective, micro_batches, context, caption_share)
@@ -132,7 +128,7 @@ def _cached_gradients(
         objective,
         has_captions=caption_share is not None,
     )
-    total = sum(terms.values(), start=leaves["image"].new_zeros(()))
+    total = _total(terms)
     values = {name: value.detach() for name, value in terms.items()}
     wanted = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     gradients = dict(zip(leaves, wanted, strict=True))
@@ -157,7 +153,12 @@ def _cached_gradients(
                         surrogate = surrogate + _along(outputs[name], gradients[key])
             if surrogate.requires_grad:  # not with locked towers
                 context.backward(surrogate)
-    return {**values, "loss": torch.stack(list(values.values())).sum()}
+    return {**values, "loss": _total(values)}
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    first, *others = terms.values()
+    return sum(others, start=first)
 
 
 def _along(output: Tensor, gradient: Tensor) -> Tensor:
