@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_npy_header, read_npz
 from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
-from siftclip.selectors.base import Chunk
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,7 @@ class FeaturePart:
     """One npz of a feature set, joined with the pool."""
 
     path: Path
+    uids: int  # rows of the npz
     positions: np.ndarray  # int64 [m], rows of the npz whose sample is in the pool
     rows: np.ndarray  # int64 [m], their rows in the pool
 
@@ -43,46 +43,38 @@ class FeatureStore:
     metadata_coverage: Coverage  # samples of the feature set that the pool's shards hold
     fingerprint: str
 
-    def read(self, part: FeaturePart, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """The features of a part by key, float [m, d], aligned with `part.rows`.
+    def holds(self, keys: tuple[str, ...]) -> bool:
+        """Whether the first part has all of these arrays."""
+        return set(keys) <= set(_headers(self.parts[0].path))
+
+    def require(self, keys: tuple[str, ...]) -> FeatureStore:
+        """Check, from the headers alone, that every part has the arrays, a row for each uid.
 
         Raises:
-            InputError: a key is missing, or an array does not have as many rows as uids.
+            InputError: a part is damaged, an array is missing or of another kind, or rows differ.
         """
-        arrays = read_npz(part.path, list(keys))
-        return {
-            key: torch.from_numpy(array[part.positions])
-            for key, array in zip(keys, arrays, strict=True)
-        }
-
-    def chunks(
-        self, part: FeaturePart, pool: Pool, keys: tuple[str, ...], chunk_samples: int
-    ) -> Iterator[Chunk]:
-        """The samples of a part in chunks of at most `chunk_samples`."""
-        features = self.read(part, keys)
-        for start in range(0, len(part.rows), chunk_samples):
-            at = slice(start, start + chunk_samples)
-            rows = part.rows[at]
-            yield Chunk(
-                rows=rows,
-                uids=pool.uids[rows],
-                features={key: values[at] for key, values in features.items()},
-            )
+        for part in self.parts:
+            _check_arrays(part.path, keys, part.uids)
+        return self
 
 
 def open_features(
     pool: Pool, *, folder: Path | None, keys: tuple[str, ...], max_bad_fraction: float
 ) -> FeatureStore:
-    """Open a feature set and check that every part has the keys and as many rows as uids.
+    """Open a feature set of which the arrays `keys` will be read, see `join_features`."""
+    return join_features(pool, folder=folder, max_bad_fraction=max_bad_fraction).require(keys)
+
+
+def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -> FeatureStore:
+    """Find the samples of a pool in a feature set.
 
     Args:
         pool: whose samples are looked for.
         folder: of the parts; None means the pool's own metadata.
-        keys: the arrays that will be read.
         max_bad_fraction: how many rows may have a bad uid.
 
     Raises:
-        InputError: there are no features, a part is damaged, a key is missing, or rows differ.
+        InputError: there are no features, a part is damaged, or none belongs to the pool.
     """
     folder = pool.storage.metadata() if folder is None else folder
     paths = sorted(folder.glob("*.npz")) if folder.is_dir() else []
@@ -98,14 +90,15 @@ def open_features(
     named = 0
     for path in paths:
         uids, valid, part_faults = _read_uids(path)
-        _check_rows(path, keys, len(uids))
         faults.merge(part_faults)
         rows = pool.table.find(uids)
         rows[~valid] = -1
         positions = _first_positions(rows, covered)
         named += len(uids)
         covered[rows[positions]] = True
-        parts.append(FeaturePart(path=path, positions=positions, rows=rows[positions]))
+        parts.append(
+            FeaturePart(path=path, uids=len(uids), positions=positions, rows=rows[positions])
+        )
         for file in (path, path.with_suffix(".parquet")):
             if file.exists():
                 status = file.stat()
@@ -158,18 +151,14 @@ def _read_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
     return uids, np.ones(len(uids), dtype=bool), FaultLog()
 
 
-def _check_rows(path: Path, keys: tuple[str, ...], samples: int) -> None:
-    """Check the arrays' kind, and their rows against the uids, from the npy headers alone."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = sorted(file.files)
-            headers = {key: _header(file, key) for key in keys if key in file.files}
-    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors for damaged files
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> None:
+    """Check the arrays' kind, and their rows against the uids."""
+    headers = _headers(path)
     for key in keys:
         if key not in headers:
             raise InputError(
-                f"features.name asks for the array {key!r}, which {path} lacks. It holds {names}."
+                f"features.name asks for the array {key!r}, which {path} lacks. "
+                f"It holds {sorted(headers)}."
             )
         shape, dtype = headers[key]
         if dtype.kind != "f":
@@ -182,7 +171,16 @@ def _check_rows(path: Path, keys: tuple[str, ...], samples: int) -> None:
             )
 
 
-def _header(file: np.lib.npyio.NpzFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    with file.zip.open(f"{key}.npy") as member:  # type: ignore[union-attr]  # None when closed
-        shape, _, dtype = read_npy_header(member)
-        return shape, dtype
+def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each array of an npz, by its key."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            headers = {}
+            for name in archive.namelist():
+                if name.endswith(".npy"):
+                    with archive.open(name) as member:
+                        shape, _, dtype = read_npy_header(member)
+                    headers[name.removesuffix(".npy")] = (shape, dtype)
+            return headers
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is not a readable npz file: {error}.") from None

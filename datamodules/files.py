@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -115,3 +116,25 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if np.lib.format.read_magic(file) == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
+
+
+def read_npz_all(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz by key, see `read_npz`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = list(file.files)
+    except Exception as error:  # numpy raises zipfile, value and OS errors for a damaged file
+        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    return dict(zip(keys, read_npz(path, keys), strict=True))
+
+
+def file_stamp(path: Path) -> list[Any]:
+    """Changes when the file does: name, size in bytes, time of the last change."""
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for an identity."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

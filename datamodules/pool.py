@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 from tqdm import tqdm
@@ -36,7 +38,7 @@ from siftclip.datamodules.tar_index import (
     ShardIndex,
     load_shard_index,
 )
-from siftclip.datamodules.uids import UidTable, is_uid, parse_uids
+from siftclip.datamodules.uids import UidTable, parse_uid_bytes
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -327,14 +329,24 @@ def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
         InputError: the file is not parquet or has no column `uid`.
     """
     try:
-        column = pq.read_table(path, columns=["uid"])["uid"].to_pylist()
+        column = pq.read_table(path, columns=["uid"])["uid"].combine_chunks()
+        texts = column.cast(pa.large_binary())
     except Exception as error:  # pyarrow raises ArrowInvalid, KeyError and OSError for bad files
         raise InputError(f"{path} must be a parquet file with a column 'uid': {error}.") from None
+    whole = pc.equal(pc.binary_length(texts), 32).fill_null(False)
+    data = np.zeros((len(column), 32), dtype=np.uint8)
+    kept = texts.filter(whole)
+    starts = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset : kept.offset + 1]
+    if len(kept):
+        content = np.frombuffer(kept.buffers()[2], dtype=np.uint8)
+        data[whole.to_numpy(zero_copy_only=False)] = content[starts[0] :][: 32 * len(kept)].reshape(
+            -1, 32
+        )
+    uids, valid = parse_uid_bytes(data)
     faults = FaultLog()
-    valid = np.fromiter((is_uid(uid) for uid in column), dtype=bool, count=len(column))
     for i in np.flatnonzero(~valid):
         faults.add("with a uid that is not 32 hexadecimal digits", f"{path.name}, row {i}")
-    uids = parse_uids([uid if ok else "0" * 32 for uid, ok in zip(column, valid, strict=True)])
+    uids[~valid] = 0
     return uids, valid, faults
 
 
@@ -353,13 +365,19 @@ class Coverage:
         return f"{self.present} of {self.named} ({100 * self.fraction:.1f} %)"
 
 
+def metadata_tables(pool: Pool) -> list[Path]:
+    """The parquet files of the pool's metadata (DataComp's layout), by name; empty without.
+
+    Those that img2dataset writes beside the tars are not metadata: they have no uids.
+    """
+    folder = pool.storage.metadata((".parquet",))
+    return sorted(folder.glob("*.parquet")) if folder.name == "metadata" else []
+
+
 def metadata_coverage(pool: Pool) -> Coverage | None:
     """How many samples of the pool's metadata its shards hold; None if it has no metadata."""
-    folder = pool.storage.metadata((".parquet",))
-    if folder.name != "metadata":
-        return None
     named = present = 0
-    for path in sorted(folder.glob("*.parquet")):
+    for path in metadata_tables(pool):
         uids, valid, _ = read_metadata_uids(path)
         named += len(uids)
         present += int((pool.table.find(uids[valid]) >= 0).sum())

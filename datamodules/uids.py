@@ -12,6 +12,11 @@ HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 UID_DTYPE = np.dtype("<u8,<u8")
 
 
+_NIBBLES = np.full(256, 255, dtype=np.uint8)
+for _digit in HEX_DIGITS:
+    _NIBBLES[ord(_digit)] = int(_digit, 16)
+
+
 def is_uid(text: object) -> bool:
     """Whether `text` is a string of 32 hexadecimal digits."""
     return isinstance(text, str) and len(text) == 32 and HEX_DIGITS.issuperset(text)
@@ -21,6 +26,19 @@ def parse_uids(texts: Sequence[str]) -> np.ndarray:
     """Convert n valid uids to uint64 [n, 2] (high, low). Check them with `is_uid` first."""
     raw = bytes.fromhex("".join(texts))
     return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def parse_uid_bytes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert n texts of 32 bytes: uint64 [n, 2], and a bool [n] of which are uids.
+
+    Args:
+        data: uint8 [n, 32]. What is no hexadecimal digit counts as 0.
+    """
+    nibbles = _NIBBLES[data]
+    valid = (nibbles < 16).all(axis=1)
+    nibbles &= 15
+    raw = (nibbles[:, 0::2] << 4) | nibbles[:, 1::2]
+    return raw.view(">u8").astype(np.uint64), valid
 
 
 def format_uid(uid: np.ndarray) -> str:

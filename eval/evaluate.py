@@ -92,7 +92,7 @@ def evaluate_tasks(
     done = {} if results_path is None else _resume(results_path, model_hash)
     results = []
     bar = tqdm(tasks, desc="evaluate", unit="task", disable=not progress, leave=False)
-    with _ready(clip, torch.device(device)) as ready, repaired():
+    with evaluation_mode(clip, torch.device(device)) as ready, repaired():
         for task in bar:
             bar.set_postfix_str(task.name)
             result = done.get(task.name)
@@ -123,7 +123,7 @@ def _resume(path: Path, model_hash: str) -> dict[str, TaskResult]:
 
 
 @contextmanager
-def _ready(clip: ClipModel, device: torch.device) -> Iterator[ClipModel]:
+def evaluation_mode(clip: ClipModel, device: torch.device) -> Iterator[ClipModel]:
     """The model on `device` in fp32 and eval mode, without gradients and without autocast."""
     model = clip.model
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):

@@ -1,15 +1,15 @@
-"""What a selector is: the chunk it sees, what it asks for, and the two base classes.
+"""What a selector is, and the two base classes.
 
-A selector decides how often each sample of its input is kept. Its input comes as chunks: one pass
-over a pool, or a single super-batch. A `ScoreSelector` gives every sample one number (higher is
-better) and leaves the decision to a rule; any other set function derives from `Selector` itself.
+A selector decides how often each sample of a source is kept. A `ScoreSelector` gives every sample
+one number (higher is better) and leaves the decision to a rule; any other set function derives from
+`Selector` itself. What a selector reads is in `siftclip.selectors.source`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,89 +17,73 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.rules import Rule, Threshold, TopFraction
+from siftclip.selectors.source import (
+    Chunk,
+    ExternalColumn,
+    FeatureFile,
+    Memo,
+    Requirements,
+    Source,
+    Task,
+)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Some samples of a pool, as a selector sees them. Nothing in it may be modified."""
-
-    rows: np.ndarray  # int64 [n], global rows of the pool
-    uids: np.ndarray  # uint64 [n, 2], (high, low)
-    features: dict[str, Tensor] = field(default_factory=dict)  # key -> float [n, d]
-    captions: list[str] | None = None  # n, if asked for
-    column: np.ndarray | None = None  # float64 [n], if asked for; NaN where it has no value
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-# Gives the chunks anew at every call, so that a selector can pass over its input several times.
-ChunkSource = Callable[[], Iterable[Chunk]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExternalColumn:
-    """Numbers made elsewhere, keyed by uid.
-
-    `path` is a parquet file with the columns `uid` (32 hexadecimal digits) and `column`, or a
-    DataComp subset file (`.npy`), whose value is how often it lists a uid; `column` is then None.
-    """
-
-    path: str
-    column: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requirements:
-    """What the chunks of a selector must carry beside rows and uids."""
-
-    features: tuple[str, ...] = ()  # feature keys, such as "l14_img"
-    captions: bool = False
-    column: ExternalColumn | None = None
+__all__ = [
+    "Choice",
+    "Chunk",
+    "ExternalColumn",
+    "FeatureFile",
+    "Requirements",
+    "ScoreSelector",
+    "Selector",
+    "Source",
+    "Task",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The answer of a selector for n samples."""
+    """The answer of a selector: one entry a sample of the source, in the order of its rows."""
 
-    rows: np.ndarray  # int64 [n]
     multiplicities: np.ndarray  # int64 [n], how often each is kept; 0 drops it
     scores: np.ndarray | None = None  # float32 [n], where the selector has scores
 
 
 def check_choice(owner: str, choice: Choice, *, samples: int) -> Choice:
-    """Return the answer of a selector if it is one: distinct rows in range, whole multiplicities.
+    """Return the answer of a selector if it is one.
 
     Raises:
         TypeError, ValueError: `owner` broke its contract; a fault of its code.
     """
-    rows, kept = choice.rows, choice.multiplicities
-    if rows.dtype != np.int64 or kept.dtype != np.int64:
-        raise TypeError(f"{owner}.select must answer with int64. Got {rows.dtype}, {kept.dtype}.")
-    if rows.shape != kept.shape or rows.ndim != 1:
+    kept = choice.multiplicities
+    if kept.dtype != np.int64:
+        raise TypeError(f"{owner}.select must answer with int64. Got {kept.dtype}.")
+    if kept.shape != (samples,):
         raise ValueError(
-            f"{owner}.select must answer with one multiplicity a row. "
-            f"Got {rows.shape} and {kept.shape}."
+            f"{owner}.select must answer with one multiplicity for each of {samples} samples. "
+            f"Got {kept.shape}."
         )
-    if len(rows) and (rows.min() < 0 or rows.max() >= samples or len(np.unique(rows)) < len(rows)):
-        raise ValueError(f"{owner}.select must answer with distinct rows in [0, {samples}).")
     if len(kept) and kept.min() < 0:
         raise ValueError(f"{owner}.select must answer with multiplicities of at least 0.")
     return choice
 
 
 class Selector(ABC):
-    """A set function on samples: which are kept, and how often."""
+    """A set function on samples: which are kept, and how often.
+
+    The public attributes of an instance are its parameters, and stand for its answer: what it has
+    worked out is reused where they are equal. State belongs in attributes with an underscore.
+    """
 
     @property
     def requires(self) -> Requirements:
-        """What its chunks must carry. Rows and uids are always there."""
+        """What it reads itself. Rows and uids are always there."""
         return Requirements()
 
     @abstractmethod
-    def select(self, source: ChunkSource) -> Choice:
-        """Decide about all samples of `source`.
+    def select(self, source: Source) -> Choice:
+        """Decide about all samples of `source`; called on every rank, with the same answer.
 
         The answer must not depend on how the samples are cut into chunks, nor on their order.
         """
@@ -111,12 +95,15 @@ class ScoreSelector(Selector):
     A method implements `score`, and `fit` if it gathers statistics first; everything else is here.
     """
 
+    passes = 1  # the score of a sample is the mean of its values in so many passes
+
     def __init__(
         self,
         *,
         fraction: float | None = None,
         threshold: float | None = None,
         rule: Rule | None = None,
+        of: str = "pool",
     ) -> None:
         """Set the rule.
 
@@ -124,29 +111,40 @@ class ScoreSelector(Selector):
             fraction: keep the best int(n * fraction) of n samples, in (0, 1].
             threshold: keep the samples with a score of at least this.
             rule: any other rule. Exactly one of the three must be given.
+            of: what n counts: the samples of the whole "pool", or those that earlier stages have
+                "left".
         """
         self.rule = make_rule(
-            type(self).__name__, fraction=fraction, threshold=threshold, rule=rule
+            type(self).__name__, fraction=fraction, threshold=threshold, rule=rule, of=of
         )
 
-    def fit(self, source: ChunkSource) -> None:
+    def fit(self, source: Source) -> None:
         """Gather what scoring needs from one or more passes over the input. Default: nothing."""
 
-    @abstractmethod
     def score(self, chunk: Chunk) -> Tensor:
         """The scores of a chunk, float32 [n], higher is better; NaN means "cannot be judged".
 
-        Each number depends on its own sample and on what `fit` gathered, not on its chunk.
+        Each number depends on its own sample and on what `fit` gathered, not on its chunk. Samples
+        that are not `chunk.usable()` get NaN from the caller, whatever is answered for them.
         """
+        raise NotImplementedError
 
-    def checked_score(self, chunk: Chunk) -> np.ndarray:
-        """Call `score` without gradients and check its answer: float32 [n] as an array.
+    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+        """The work of a pass: each sample that can be scored is in one task."""
+        return source.tasks(self.requires)
+
+    def score_task(self, source: Source, task: Task) -> Tensor:
+        """The values of the samples of a task, float32 [m]: `score` of its chunks."""
+        values = [self.checked_score(chunk) for chunk in source.chunks(task.rows, self.requires)]
+        return torch.cat(values) if values else torch.empty(0)
+
+    def checked_score(self, chunk: Chunk) -> Tensor:
+        """Call `score` and check its answer, float32 [n]; NaN for samples that are not usable.
 
         Raises:
             TypeError, ValueError: the method broke its contract; a fault of its code.
         """
-        with torch.no_grad():
-            scores = self.score(chunk)
+        scores = self.score(chunk)
         if not isinstance(scores, Tensor) or scores.dtype != torch.float32:
             raise TypeError(f"{type(self).__name__}.score must return a float32 tensor")
         if scores.shape != (len(chunk),):
@@ -154,18 +152,67 @@ class ScoreSelector(Selector):
                 f"{type(self).__name__}.score must return [{len(chunk)}] scores for a chunk of "
                 f"{len(chunk)} samples. Got {list(scores.shape)}."
             )
-        return scores.cpu().numpy()
+        return scores.masked_fill(~chunk.usable().to(scores.device), torch.nan)
 
-    def select(self, source: ChunkSource) -> Choice:
-        """Fit, score and choose in memory. The pool's engine does the same with files between."""
-        self.fit(source)
-        chunks = [(chunk.rows, chunk.uids, self.checked_score(chunk)) for chunk in source()]
-        rows, uids, scores = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-        return Choice(rows=rows, multiplicities=self.rule(scores, uids), scores=scores)
+    @torch.no_grad()
+    def scores(self, source: Source) -> np.ndarray:
+        """Fit, and score all samples of `source`: float32 [n], NaN for what cannot be judged.
+
+        The tasks are shared among the ranks; what was kept of an earlier call is not done again.
+        """
+        memo = source.memo(self)
+        passes = [self.tasks(source, number) for number in range(self.passes)]
+        todo = [
+            task for tasks in passes for task in source.mine(tasks) if memo.get(task.name) is None
+        ]
+        # On every rank or on none, because fitting may wait for the other ranks.
+        if int(source.ranks.sum(torch.tensor(len(todo)))) > 0:
+            self.fit(source)
+        with source.bar(sum(len(task.rows) for task in todo), type(self).__name__) as bar:
+            for task in todo:
+                values = self.score_task(source, task)
+                memo.put(task.name, values=values.float().cpu().numpy())
+                bar.update(len(task.rows))
+        if self.passes == 1:
+            return _gather_values(source, memo, passes[0])
+        total = np.zeros(len(source), dtype=np.float64)
+        for tasks in passes:
+            np.add(total, _gather_values(source, memo, tasks), out=total)
+        return np.divide(total, self.passes).astype(np.float32)
+
+    def select(self, source: Source) -> Choice:
+        """Score the samples and apply the rule."""
+        scores = self.scores(source)
+        kept = self.rule(scores, source.uids, len(source.whole))
+        return Choice(multiplicities=kept, scores=scores)
+
+
+def _gather_values(source: Source, memo: Memo, tasks: Sequence[Task]) -> np.ndarray:
+    """The values of a pass for all samples, float32 [n], on every rank; NaN where there is none.
+
+    Ranks add arrays of which a single one is not zero in any place, so that the sum is exact.
+    """
+    values = np.zeros(len(source), dtype=np.float32)
+    for task in source.mine(tasks):
+        kept = memo.get(task.name)
+        if kept is None:
+            raise RuntimeError(f"the values of {task.name} were put, and are gone")
+        values[source.index_of(task.rows)] = kept["values"]
+    values = sum_arrays(source.ranks, values)
+    unseen = np.ones(len(source), dtype=bool)
+    for task in tasks:
+        unseen[source.index_of(task.rows)] = False
+    values[unseen] = np.nan
+    return values
 
 
 def make_rule(
-    owner: str, *, fraction: float | None, threshold: float | None, rule: Rule | None
+    owner: str,
+    *,
+    fraction: float | None,
+    threshold: float | None,
+    rule: Rule | None,
+    of: str = "pool",
 ) -> Rule:
     """The rule that a score selector was asked for; exactly one of the three must be given."""
     options = {"fraction": fraction, "threshold": threshold, "rule": rule}
@@ -176,7 +223,9 @@ def make_rule(
             f"selector.rule. Got {' and '.join(given) or 'none of them'}; set the others to null."
         )
     if fraction is not None:
-        return TopFraction(fraction)
+        return TopFraction(fraction, of=of)
+    if of != "pool":
+        raise InputError(f"{owner}: selector.of={of!r} belongs to selector.fraction.")
     if threshold is not None:
         return Threshold(threshold)
     return cast(Rule, rule)

@@ -11,20 +11,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from siftclip.selectors.base import (
-    Choice,
-    Chunk,
-    ChunkSource,
-    Requirements,
-    ScoreSelector,
-    Selector,
-)
+from siftclip.selectors.base import Choice, ScoreSelector, Selector
+from siftclip.selectors.source import Chunk, FeatureFile, MemorySource, Requirements, take
 
 SelectorFactory = Callable[[], Selector]
 SAMPLES = 257  # prime, so that no chunk size divides it
@@ -49,56 +42,42 @@ def synthetic_chunk(
         captions=[" ".join(generator.choice(words, size=4)) for _ in range(samples)]
         if requires.captions
         else None,
+        sizes=generator.integers(100, 900, size=(samples, 2)) if requires.sizes else None,
         column=generator.integers(0, 4, size=samples).astype(np.float64)
         if requires.column
         else None,
     )
 
 
-def take(chunk: Chunk, index: np.ndarray) -> Chunk:
-    """The samples of a chunk at `index`, int64 [m], in that order."""
-    return replace(
-        chunk,
-        rows=chunk.rows[index],
-        uids=chunk.uids[index],
-        features={key: value[torch.from_numpy(index)] for key, value in chunk.features.items()},
-        captions=None if chunk.captions is None else [chunk.captions[i] for i in index],
-        column=None if chunk.column is None else chunk.column[index],
-    )
-
-
-def in_pieces(chunk: Chunk, size: int) -> ChunkSource:
-    """A source that gives `chunk` in pieces of `size` samples."""
-
-    def source() -> Iterator[Chunk]:
-        for start in range(0, len(chunk), size):
-            yield take(chunk, np.arange(start, min(start + size, len(chunk))))
-
-    return source
+def synthetic_files(
+    requires: Requirements, *, samples: int = 61, dim: int = 16
+) -> dict[FeatureFile, torch.Tensor]:
+    """Random unit features for each feature file that is asked for."""
+    files = {}
+    for number, file in enumerate(requires.files):
+        values = np.random.default_rng([7, number]).standard_normal((samples, dim))
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        files[file] = torch.from_numpy(values.astype(np.float16))
+    return files
 
 
 def _select(make: SelectorFactory, chunk: Chunk, size: int = SAMPLES) -> Choice:
-    choice = make().select(in_pieces(chunk, size))
-    order = np.argsort(choice.rows)
-    return Choice(
-        rows=choice.rows[order],
-        multiplicities=choice.multiplicities[order],
-        scores=None if choice.scores is None else choice.scores[order],
-    )
+    selector = make()
+    files = synthetic_files(selector.requires)
+    return selector.select(MemorySource(chunk, files=files, chunk_samples=size))
 
 
 def check_answer(make: SelectorFactory) -> None:
     """Every sample gets one multiplicity of at least 0, int64, and something is kept."""
     chunk = synthetic_chunk(make().requires)
     choice = _select(make, chunk)
-    assert choice.rows.dtype == np.int64, "rows must be int64"
-    assert np.array_equal(choice.rows, chunk.rows), "each sample must be answered exactly once"
+    assert choice.multiplicities.shape == (len(chunk),), "each sample must be answered once"
     assert choice.multiplicities.dtype == np.int64, "multiplicities must be int64"
     assert (choice.multiplicities >= 0).all(), "multiplicities must be at least 0"
     assert choice.multiplicities.sum() > 0, "nothing was kept of a random chunk"
     if choice.scores is not None:
         assert choice.scores.dtype == np.float32, "scores must be float32"
-        assert choice.scores.shape == choice.rows.shape, "one score a sample"
+        assert choice.scores.shape == choice.multiplicities.shape, "one score a sample"
 
 
 def _numpy_state() -> bytes:
@@ -141,7 +120,7 @@ def check_input_untouched(make: SelectorFactory) -> None:
     """The chunk is not modified."""
     chunk = synthetic_chunk(make().requires)
     original = copy.deepcopy(chunk)
-    make().select(lambda: [chunk])
+    _select(make, chunk)
     assert np.array_equal(chunk.rows, original.rows)
     assert np.array_equal(chunk.uids, original.uids)
     for key, value in chunk.features.items():
@@ -158,8 +137,7 @@ def check_picklable(make: SelectorFactory) -> None:
         data = pickle.dumps(make())
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(f"the selector cannot be pickled: {error}") from error
-    copied = pickle.loads(data)  # noqa: S301 - our own bytes
-    choice = copied.select(lambda: [chunk])
+    choice = _select(lambda: pickle.loads(data), chunk)  # noqa: S301 - our own bytes
     assert np.array_equal(choice.multiplicities, _select(make, chunk).multiplicities)
 
 
@@ -171,15 +149,13 @@ def check_unjudged(make: SelectorFactory) -> None:
     chunk = synthetic_chunk(selector.requires)
     scores = np.full(len(chunk), np.nan, dtype=np.float32)
     scores[::2] = 1.0
-    kept = selector.rule(scores, chunk.uids)
+    kept = selector.rule(scores, chunk.uids, len(chunk))
     assert kept[1::2].sum() == 0, "samples whose score is NaN were kept"
 
 
 def check_single_sample(make: SelectorFactory) -> None:
     """A chunk of one sample is a legal input."""
-    selector = make()
-    chunk = synthetic_chunk(selector.requires, samples=1)
-    choice = selector.select(lambda: [chunk])
+    choice = _select(make, synthetic_chunk(make().requires, samples=1))
     assert choice.multiplicities.shape == (1,)
 
 

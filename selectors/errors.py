@@ -34,3 +34,10 @@ def require_finite(option: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(f"{option} must be a finite number. Got {value!r}.")
     return float(value)
+
+
+def require_choice(option: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `choices`; `option` is the name that the user wrote."""
+    if value not in choices:
+        raise InputError(f"{option} must be one of {', '.join(choices)}. Got {value!r}.")
+    return str(value)

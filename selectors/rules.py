@@ -6,13 +6,22 @@ from typing import Protocol
 
 import numpy as np
 
-from siftclip.selectors.errors import InputError, require_finite, require_fraction
+from siftclip.selectors.errors import (
+    InputError,
+    require_choice,
+    require_finite,
+    require_fraction,
+    require_int,
+)
 
 
 class Rule(Protocol):
-    """Scores float32 [n] and uids uint64 [n, 2] -> multiplicities int64 [n]."""
+    """Scores float32 [n] and uids uint64 [n, 2] -> multiplicities int64 [n].
 
-    def __call__(self, scores: np.ndarray, uids: np.ndarray) -> np.ndarray: ...
+    `pool_samples` is the size of the whole pool, of which earlier stages may have left n.
+    """
+
+    def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray: ...
 
 
 def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
@@ -23,9 +32,9 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
     that are not NaN, all of these are kept.
 
     Args:
-        scores: float32 [n].
+        scores: float [n].
         uids: uint64 [n, 2], (high, low).
-        count: how many, 0 <= count <= n.
+        count: how many, at least 0.
     """
     kept = np.zeros(len(scores), dtype=np.int64)
     judged = np.flatnonzero(~np.isnan(scores))
@@ -42,33 +51,70 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
 
 
 class TopFraction:
-    """Keep exactly int(n * fraction) of n samples, the best: the VAS and negCLIPLoss convention.
+    """Keep exactly int(n * fraction) samples, the best: the VAS and negCLIPLoss convention.
 
-    DataComp's `get_threshold` keeps one more, and all ties at the cut. n counts every sample of
-    the input, also those whose score is NaN.
+    n counts every sample of the pool, or every one that earlier stages have left, also those whose
+    score is NaN. DataComp's `get_threshold` keeps one more, and all ties at the cut.
     """
 
-    def __init__(self, fraction: float) -> None:
+    def __init__(self, fraction: float, of: str = "pool") -> None:
+        """Set the fraction, in (0, 1], `of` the "pool" or of what is "left"."""
         self.fraction = require_fraction("selector.fraction", fraction)
+        self.of = require_choice("selector.of", of, ("pool", "left"))
 
-    def __call__(self, scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
-        return keep_top(scores, uids, int(len(scores) * self.fraction))
+    def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
+        samples = pool_samples if self.of == "pool" else len(scores)
+        return keep_top(scores, uids, int(samples * self.fraction))
+
+
+class TopCount:
+    """Keep exactly `count` samples, the best; all that have a score where these are fewer."""
+
+    def __init__(self, count: int) -> None:
+        self.count = require_int("selector.rule.count", count, minimum=0)
+
+    def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
+        return keep_top(scores, uids, self.count)
+
+
+class DataCompFraction:
+    """Keep what DataComp's own filter keeps of a fraction (arXiv 2304.14108, `get_threshold`).
+
+    The threshold is the score at position int(n * fraction), counted from 0 in descending order,
+    and every score of at least that is kept: one sample more than `TopFraction`, and all ties at
+    the cut. n counts as in `TopFraction`. The released code fails where that position does not
+    exist, as for a fraction of 1; here all samples with a score are then kept.
+    """
+
+    def __init__(self, fraction: float, of: str = "pool") -> None:
+        """Set the fraction, in (0, 1], `of` the "pool" or of what is "left"."""
+        self.fraction = require_fraction("selector.rule.fraction", fraction)
+        self.of = require_choice("selector.rule.of", of, ("pool", "left"))
+
+    def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
+        samples = pool_samples if self.of == "pool" else len(scores)
+        judged = scores[~np.isnan(scores)]
+        position = int(samples * self.fraction)
+        if position >= len(judged):
+            return (~np.isnan(scores)).astype(np.int64)
+        threshold = np.partition(judged, len(judged) - 1 - position)[len(judged) - 1 - position]
+        return (scores >= threshold).astype(np.int64)
 
 
 class Threshold:
     """Keep the samples with score >= threshold, compared in float32."""
 
     def __init__(self, threshold: float) -> None:
-        self.threshold = np.float32(require_finite("selector.threshold", threshold))
+        self.threshold = require_finite("selector.threshold", threshold)
 
-    def __call__(self, scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
-        return (scores >= self.threshold).astype(np.int64)  # False for NaN
+    def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
+        return (scores >= np.float32(self.threshold)).astype(np.int64)  # False for NaN
 
 
 class AsGiven:
     """The scores are multiplicities already: whole numbers of at least 0; NaN means 0."""
 
-    def __call__(self, scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
+    def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         counts = np.where(np.isnan(scores), 0, scores)
         if (counts < 0).any() or not np.isfinite(counts).all() or (counts % 1 != 0).any():
             raise InputError("Multiplicities must be whole numbers of at least 0.")

@@ -14,10 +14,12 @@ import io
 import json
 import os
 import tarfile
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +28,15 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from torch import Tensor
 
 from siftclip.datamodules.pool import Pool, open_pool
 from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.tar_index import ShardIndex, build_shard_index
 from siftclip.datamodules.tar_walk import LocalTar, TarSample, walk_tar
+from siftclip.selectors.ranks import Ranks
+
+T = TypeVar("T")
 
 # Sums in another number of threads differ in their last bits; children inherit the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -220,3 +226,42 @@ def load_pool(tmp_path: Path) -> Callable[..., Pool]:
         )
 
     return load
+
+
+class ThreadRanks:
+    """One of several threads that run in lockstep."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
+        self.rank, self.size = rank, size
+        self._barrier, self._board = barrier, board
+
+    def sum(self, values: Tensor) -> Tensor:
+        self._board[self.rank] = values
+        self._barrier.wait()
+        total = torch.stack([part.clone() for part in self._board]).sum(0, dtype=values.dtype)
+        self._barrier.wait()  # nobody may write to the board before all have read it
+        return total
+
+    def barrier(self) -> None:
+        self._barrier.wait()
+
+
+def _run_on_ranks(size: int, function: Callable[[Ranks], T]) -> list[T]:
+    """Call `function(ranks)` on `size` ranks at once; the answers by rank."""
+    barrier, board = threading.Barrier(size, timeout=60), [None] * size
+
+    def run(rank: int) -> T:
+        try:
+            return function(ThreadRanks(rank, size, barrier, board))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as executor:
+        return list(executor.map(run, range(size)))
+
+
+@pytest.fixture(scope="session")
+def run_on_ranks() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
+    """`(size, function(ranks))` calls the function on ranks in lockstep: the answers by rank."""
+    return _run_on_ranks

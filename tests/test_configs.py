@@ -33,10 +33,11 @@ VALUES = {
     "compact.output": "copy",
     "export.source": "outputs/train/run",
     "export.path": "model.pt",
+    "target.root": "/data/tasks",
     "selector.path": "subset.npy",
     "selector.plugin": "clip_score",  # the package registers it as the example of the group
 }
-WITHOUT_POOL = ("eval", "demo", "export")  # these do without pool.root
+WITHOUT_POOL = ("eval", "demo", "export", "target")  # these do without pool.root
 
 # How many there were when this was written: a test that finds none would pass.
 AT_LEAST = {"experiment": 4, "model": 4, "scale": 3, "selector": 4}

@@ -90,7 +90,7 @@ def eval_stage(
     results = evaluate_tasks(
         clip,
         tasks,
-        device=_device(config),
+        device=evaluation_device(config),
         batch_size=config.eval.batch_size,
         num_workers=num_workers,
         results_path=results_path,
@@ -100,6 +100,7 @@ def eval_stage(
     return EvalReport(results=results, averages=aggregate(results, groups))
 
 
-def _device(config: DictConfig) -> str:
+def evaluation_device(config: DictConfig) -> str:
+    """The GPU where there is one, unless the configuration asks for the CPU."""
     wants_cpu = config.trainer.accelerator == "cpu"
     return "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"

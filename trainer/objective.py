@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.columns import read_column
 from siftclip.datamodules.features import open_features
+from siftclip.datamodules.files import file_stamp
 from siftclip.datamodules.row_features import RowFeatures
-from siftclip.datamodules.scoring import file_stamp, read_column
 from siftclip.selectors.errors import InputError, require_finite
 from siftclip.trainer.losses import (
     ContrastiveObjective,

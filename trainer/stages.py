@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.pool import (
     Coverage,
     Pool,
@@ -23,14 +25,8 @@ from siftclip.datamodules.pool import (
     metadata_coverage,
     open_pool,
 )
-from siftclip.datamodules.scoring import (
-    PoolChunks,
-    Scored,
-    identity_hash,
-    open_chunks,
-    run_scores,
-    run_selection,
-)
+from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.scoring import run_selection, score_pool, selection_identity
 from siftclip.datamodules.selection import (
     MANIFEST_NAME,
     Selection,
@@ -39,9 +35,10 @@ from siftclip.datamodules.selection import (
     write_selection,
 )
 from siftclip.datamodules.storage import default_cache
-from siftclip.selectors.base import Selector
+from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.cores import cores_of_rank
+from siftclip.trainer.selection_ranks import selection_ranks
 
 
 def plain(node: Any) -> Any:
@@ -121,16 +118,19 @@ def selector_from(config: DictConfig) -> tuple[Selector, str, dict[str, Any]]:
     return selector, name, parameters
 
 
-def chunks_from(config: DictConfig, pool: Pool, selector: Selector) -> PoolChunks:
-    """The chunks that a selector requires."""
-    return open_chunks(
+def source_from(config: DictConfig, pool: Pool, *, may_launch: bool) -> PoolSource:
+    """The pool as selectors see it, shared among the ranks, see `selection_ranks`."""
+    chunk_samples = require_int("features.chunk_samples", config.features.chunk_samples, minimum=1)
+    ranks, device = selection_ranks(config, may_launch=may_launch)
+    return PoolSource(
         pool,
-        selector.requires,
-        features_folder=features_folder(config),
-        chunk_samples=require_int(
-            "features.chunk_samples", config.features.chunk_samples, minimum=1
-        ),
+        features=[features_folder(config), *(f and Path(f) for f in config.features.more)],
+        scores_root=output_root(config) / "scores",
+        chunk_samples=chunk_samples,
         max_bad_fraction=config.pool.max_bad_fraction,
+        ranks=ranks,
+        device=device,
+        progress=config.progress,
     )
 
 
@@ -138,34 +138,27 @@ def chunks_from(config: DictConfig, pool: Pool, selector: Selector) -> PoolChunk
 class ScoreOutcome:
     """What the score stage made."""
 
-    pool: Pool
-    selector: Selector
-    name: str
-    parameters: dict[str, Any]
-    chunks: PoolChunks
-    scored: Scored
+    source: PoolSource
+    scores: np.ndarray  # float32 [n]
+    folder: Path  # where they are kept
 
 
 def score_stage(config: DictConfig) -> ScoreOutcome:
-    """Open the pool, find what the selector requires, and score."""
-    selector, name, parameters = selector_from(config)  # first: it fails without touching a file
-    pool = pool_from(config)
-    chunks = chunks_from(config, pool, selector)
-    scored = run_scores(
-        selector,
-        parameters,
-        chunks,
-        scores_root=output_root(config) / "scores",
-        progress=config.progress,
-    )
-    return ScoreOutcome(
-        pool=pool,
-        selector=selector,
-        name=name,
-        parameters=parameters,
-        chunks=chunks,
-        scored=scored,
-    )
+    """Open the pool, find what the selector requires, and score.
+
+    Raises:
+        InputError: the selector chooses sets and has no scores, or an option or file is wrong.
+    """
+    selector, name, _ = selector_from(config)  # first: it fails without touching a file
+    if not isinstance(selector, ScoreSelector):
+        raise InputError(
+            f"selector={name} chooses sets and has no scores of single samples. "
+            "Use siftclip select."
+        )
+    source = source_from(config, pool_from(config), may_launch=True)
+    scores = score_pool(selector, source)
+    folder = source.scores_root / identity_hash(source.identity(selector))
+    return ScoreOutcome(source=source, scores=scores, folder=folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,31 +166,42 @@ class SelectOutcome:
     """What the select stage made."""
 
     pool: Pool
+    source: PoolSource
     selection: Selection
     folder: Path
     rows: np.ndarray  # int64, the pool's rows, repetitions repeated
     coverage: Coverage  # of the selection in the pool
 
 
-def select_stage(config: DictConfig) -> SelectOutcome:
-    """Score, apply the rule, and write the selection with its manifest; reuse one that is there."""
-    outcome = score_stage(config)
-    identity = {"parameters": outcome.parameters, **outcome.scored.identity}
-    folder = output_root(config) / "selections" / f"{outcome.name}-{identity_hash(identity)}"
-    if (folder / MANIFEST_NAME).is_file():
+def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutcome:
+    """Select, and write the selection with its manifest; reuse one that is there."""
+    selector, name, parameters = selector_from(config)  # first: it fails without touching a file
+    pool = pool_from(config)
+    source = source_from(config, pool, may_launch=may_launch)
+    identity = selection_identity(selector, source)
+    folder = output_root(config) / "selections" / f"{name}-{identity_hash(identity)}"
+    is_first = source.ranks.rank == 0
+    # the first rank decides for all: a file may appear between the looks of two of them
+    there = torch.tensor(int(is_first and (folder / MANIFEST_NAME).is_file()))
+    if int(source.ranks.sum(there)):
         selection = read_selection(folder)
     else:
-        selection = run_selection(
-            outcome.selector, outcome.name, outcome.parameters, outcome.chunks, outcome.scored
-        )
-        available = metadata_coverage(outcome.pool)
+        selection = run_selection(selector, name, parameters, source)
+        available = metadata_coverage(pool)
         if available is not None:
             selection.manifest["pool"]["metadata_samples"] = available.named
             selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
-        write_selection(selection, folder)
-    rows, coverage = expand_rows(selection, outcome.pool)
+        if is_first:
+            write_selection(selection, folder)
+        source.ranks.barrier()
+    rows, coverage = expand_rows(selection, pool)
     return SelectOutcome(
-        pool=outcome.pool, selection=selection, folder=folder, rows=rows, coverage=coverage
+        pool=pool,
+        source=source,
+        selection=selection,
+        folder=folder,
+        rows=rows,
+        coverage=coverage,
     )
 
 

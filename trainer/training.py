@@ -14,10 +14,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, save_model_folder
-from siftclip.datamodules.files import write_text
+from siftclip.datamodules.files import identity_hash, write_text
 from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.order import rank_slice, require_window
-from siftclip.datamodules.scoring import identity_hash
 from siftclip.datamodules.streaming import StreamDataModule, count_micro_batches
 from siftclip.datamodules.towers import LockConfig, enable_grad_checkpointing
 from siftclip.selectors.errors import InputError, require_int

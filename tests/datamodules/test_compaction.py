@@ -23,7 +23,8 @@ from siftclip.datamodules.compaction import END_MARK, Compaction, compact_pool
 from siftclip.datamodules.files import read_json
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool, open_pool
-from siftclip.datamodules.scoring import open_chunks, run_scores, run_selection
+from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.scoring import run_selection
 from siftclip.datamodules.selection import (
     SUBSET_NAME,
     Selection,
@@ -262,12 +263,15 @@ def test_training_on_the_copy_sees_the_same_samples(
     compact(pool, selection, tmp_path / "copy")
     copy = load_pool(tmp_path / "copy", cache="of_copy")
     parameters = {"path": str(tmp_path / "copy" / SUBSET_NAME)}
-    selector = External(**parameters)
-    chunks = open_chunks(
-        copy, selector.requires, features_folder=None, chunk_samples=3, max_bad_fraction=0.0
+    source = PoolSource(
+        copy,
+        features=[None],
+        scores_root=tmp_path / "s",
+        chunk_samples=3,
+        max_bad_fraction=0.0,
+        progress=False,
     )
-    scored = run_scores(selector, parameters, chunks, scores_root=tmp_path / "s", progress=False)
-    again = run_selection(selector, "external", parameters, chunks, scored)
+    again = run_selection(External(**parameters), "external", parameters, source)
     assert again.digest == selection.digest
 
     def stream(source: Pool, chosen: Selection) -> tuple[list[str], torch.Tensor]:

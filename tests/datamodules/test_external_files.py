@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.scoring import open_chunks, run_scores, run_selection
+from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.scoring import run_selection
 from siftclip.datamodules.selection import Selection
 from siftclip.datamodules.uids import format_uid, to_structured
 from siftclip.selectors.errors import InputError
@@ -38,12 +39,15 @@ def write_table(path: Path, **columns: Any) -> str:
 
 
 def select(pool: Pool, tmp_path: Path, **parameters: Any) -> Selection:
-    selector = External(**parameters)
-    chunks = open_chunks(
-        pool, selector.requires, features_folder=None, chunk_samples=3, max_bad_fraction=0.0
+    source = PoolSource(
+        pool,
+        features=[None],
+        scores_root=tmp_path / "s",
+        chunk_samples=3,
+        max_bad_fraction=0.0,
+        progress=False,
     )
-    scored = run_scores(selector, parameters, chunks, scores_root=tmp_path / "s", progress=False)
-    return run_selection(selector, "external", parameters, chunks, scored)
+    return run_selection(External(**parameters), "external", parameters, source)
 
 
 def kept(selection: Selection) -> dict[str, int]:

@@ -25,6 +25,7 @@ from siftclip.datamodules.features import open_features
 from siftclip.datamodules.pool import Pool, metadata_coverage
 from siftclip.datamodules.reader import BadSampleError, SampleReader
 from siftclip.datamodules.remote_storage import RemoteStorage
+from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.shard_cache import ShardCache
 from siftclip.datamodules.storage import ShardFile, Span
 from siftclip.datamodules.uids import format_uid
@@ -460,10 +461,10 @@ def test_selection_reads_the_pools_own_metadata(
     assert (coverage.named, coverage.present) == (25, 20)
     store = open_features(pool, folder=None, keys=("l14_img",), max_bad_fraction=0)
     assert store.pool_coverage.present == 20
+    features = RowFeatures.build(store, ("l14_img",), len(pool))
     for part in store.parts:
-        for row, vector in zip(
-            part.rows, store.read(part, ("l14_img",))["l14_img"].numpy(), strict=True
-        ):
+        vectors = features.gather(part.rows)["l14_img"].numpy()
+        for row, vector in zip(part.rows, vectors, strict=True):
             np.testing.assert_array_equal(vector, truth["l14_img"][format_uid(pool.uids[row])])
 
 

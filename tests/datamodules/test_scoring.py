@@ -13,29 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.scoring import (
-    PoolChunks,
-    Scored,
-    identity_hash,
-    open_chunks,
-    run_scores,
     run_selection,
     score_pool,
-    scores_identity,
+    selection_identity,
     summarise,
 )
 from siftclip.datamodules.selection import Selection
 from siftclip.datamodules.uids import format_uid
-from siftclip.selectors.base import (
-    Choice,
-    Chunk,
-    ChunkSource,
-    Requirements,
-    ScoreSelector,
-    Selector,
-)
+from siftclip.selectors.base import Choice, Chunk, Requirements, ScoreSelector, Selector, Source
 from siftclip.selectors.clip_score import ClipScore
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.uniform import Uniform, uniform_score
 
 Make = Callable[..., Any]
@@ -52,41 +44,43 @@ def pool(
     return load_pool(root)
 
 
-def chunks_of(pool: Pool, selector: Selector, chunk_samples: int = 1000) -> PoolChunks:
-    return open_chunks(
-        pool,
-        selector.requires,
-        features_folder=None,
-        chunk_samples=chunk_samples,
-        max_bad_fraction=0.0,
-    )
+@pytest.fixture
+def source_of(tmp_path: Path) -> Callable[..., PoolSource]:
+    def make(pool: Pool, chunk_samples: int = 1000, scores: str = "scores") -> PoolSource:
+        return PoolSource(
+            pool,
+            features=[None],
+            scores_root=tmp_path / scores,
+            chunk_samples=chunk_samples,
+            max_bad_fraction=0.0,
+            progress=False,
+        )
+
+    return make
 
 
-def run(
-    selector: Selector, parameters: dict[str, Any], chunks: PoolChunks, root: Path
-) -> Selection:
-    scored = run_scores(selector, parameters, chunks, scores_root=root, progress=False)
-    return run_selection(selector, "test", parameters, chunks, scored)
+def run(selector: Selector, source: PoolSource) -> Selection:
+    return run_selection(selector, "test", {"features": "l14"}, source)
 
 
 class Counting(ClipScore):
     """Notes the rows that it is asked to score, and can be stopped after some chunks."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
-        super().__init__(features="l14", fraction=0.5)
-        self.scored: list[int] = []
-        self.chunks = 0
-        self.fits = 0
-        self.stop_after = stop_after
+    def __init__(self, stop_after: int | None = None, **rule: Any) -> None:
+        super().__init__(features="l14", **(rule or {"fraction": 0.5}))
+        self._scored: list[int] = []
+        self._chunks = 0
+        self._fits = 0
+        self._stop_after = stop_after
 
-    def fit(self, source: ChunkSource) -> None:
-        self.fits += 1
+    def fit(self, source: Source) -> None:
+        self._fits += 1
 
     def score(self, chunk: Chunk) -> Tensor:
-        if self.chunks == self.stop_after:
+        if self._chunks == self._stop_after:
             raise KeyboardInterrupt
-        self.chunks += 1
-        self.scored += chunk.rows.tolist()
+        self._chunks += 1
+        self._scored += chunk.rows.tolist()
         return super().score(chunk)
 
 
@@ -104,129 +98,180 @@ def true_scores(pool: Pool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk_samples", [1, 4, 1000])
-def test_scores_are_those_of_the_metadata(pool: Pool, tmp_path: Path, chunk_samples: int) -> None:
+def test_scores_are_those_of_the_metadata(pool: Pool, source_of: Make, chunk_samples: int) -> None:
     selector = Counting()
-    chunks = chunks_of(pool, selector, chunk_samples)
-    scores = score_pool(selector, chunks, folder=tmp_path / "scores", progress=False)
+    scores = score_pool(selector, source_of(pool, chunk_samples))
     expected = true_scores(pool)
     assert scores.dtype == np.float32
     assert np.isnan(scores[:2]).all()
     assert np.isnan(scores).sum() == 2
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
-    assert sorted(selector.scored) == list(range(2, 20))
+    assert sorted(selector._scored) == list(range(2, 20))
 
 
-def test_each_part_has_a_file_and_is_not_scored_twice(pool: Pool, tmp_path: Path) -> None:
-    folder = tmp_path / "scores"
-    first = Counting()
-    scores = score_pool(first, chunks_of(pool, first), folder=folder, progress=False)
-    parts = sorted(path.stem for path in (Path(pool.root) / "metadata").glob("*.npz"))
-    assert sorted(path.name for path in folder.iterdir()) == [f"{part}.npz" for part in parts]
+def files_of(source: PoolSource, selector: Selector) -> Path:
+    return source.scores_root / identity_hash(source.identity(selector))
+
+
+def test_each_task_has_a_file_and_is_not_scored_twice(pool: Pool, source_of: Make) -> None:
+    source, first = source_of(pool), Counting()
+    scores = score_pool(first, source)
+    folder = files_of(source, first)
+    parts = {path.stem: path for path in (Path(pool.root) / "metadata").glob("*.npz")}
+    names = {f"{part}-0.npz" for part in parts}
+    assert {path.name for path in folder.iterdir()} == {*names, "identity.json"}
 
     again = Counting()
-    reused = score_pool(again, chunks_of(pool, again), folder=folder, progress=False)
-    assert (again.chunks, again.fits) == (0, 0)
+    reused = score_pool(again, source_of(pool))
+    assert (again._chunks, again._fits) == (0, 0)
     assert np.array_equal(reused, scores, equal_nan=True)
 
-    (folder / f"{parts[1]}.npz").unlink()
+    part = sorted(parts)[1]
+    (folder / f"{part}-0.npz").unlink()
     third = Counting()
-    redone = score_pool(third, chunks_of(pool, third), folder=folder, progress=False)
-    assert (third.chunks, third.fits) == (1, 1)
-    with np.load(folder / f"{parts[1]}.npz") as part:
-        assert sorted(third.scored) == sorted(part["rows"].tolist())
+    redone = score_pool(third, source_of(pool))
+    assert (third._chunks, third._fits) == (1, 1)
+    uids = pq.read_table(parts[part].with_suffix(".parquet"))["uid"].to_pylist()
+    rows = {format_uid(uid): row for row, uid in enumerate(pool.uids)}
+    assert sorted(third._scored) == sorted(rows[uid] for uid in uids if uid in rows)
     assert np.array_equal(redone, scores, equal_nan=True)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 5])
-def test_killed_run_resumes_with_the_part_it_was_in(
-    pool: Pool, tmp_path: Path, stop_after: int
+def test_killed_run_resumes_with_the_task_it_was_in(
+    pool: Pool, source_of: Make, stop_after: int
 ) -> None:
-    killed = Counting(stop_after)
+    killed, source = Counting(stop_after), source_of(pool, 4)
     with pytest.raises(KeyboardInterrupt):
-        score_pool(killed, chunks_of(pool, killed, 4), folder=tmp_path / "s", progress=False)
-    done = len(list((tmp_path / "s").glob("*.npz"))) if (tmp_path / "s").exists() else 0
+        score_pool(killed, source)
+    done = len(list(files_of(source, killed).glob("*.npz")))
     assert done == stop_after // 2  # each part has 7 rows or fewer in the pool: two chunks of 4
     resumed = Counting()
-    chunks = chunks_of(pool, resumed, 4)
-    scores = score_pool(resumed, chunks, folder=tmp_path / "s", progress=False)
-    assert resumed.chunks == 6 - 2 * done
+    scores = score_pool(resumed, source_of(pool, 4))
+    assert resumed._chunks == 6 - 2 * done
     np.testing.assert_allclose(scores, true_scores(pool), rtol=0, atol=1e-6)
 
 
-def test_without_features_the_parts_are_the_shards(pool: Pool, tmp_path: Path) -> None:
-    selector = Uniform(seed=1, fraction=0.5)
-    chunks = chunks_of(pool, selector, 3)
-    assert chunks.store is None
-    scores = score_pool(selector, chunks, folder=tmp_path / "s", progress=False)
-    assert sorted(p.stem for p in (tmp_path / "s").iterdir()) == [f"0000000{i}" for i in range(4)]
+def test_long_parts_are_several_tasks(
+    pool: Pool, source_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("siftclip.selectors.source.TASK_SAMPLES", 4)
+    source = source_of(pool, 3)
+    scores = score_pool(Counting(), source)
+    np.testing.assert_allclose(scores, true_scores(pool), rtol=0, atol=1e-6)
+    assert len(list(files_of(source, Counting()).glob("*.npz"))) == 6
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_share_the_tasks_and_all_get_all_scores(
+    pool: Pool, source_of: Make, run_on_ranks: Make, size: int
+) -> None:
+    def score(ranks: Ranks) -> tuple[np.ndarray, list[int]]:
+        source, selector = source_of(pool, 4), Counting()
+        source.ranks = ranks
+        return score_pool(selector, source), selector._scored
+
+    answers = run_on_ranks(size, score)
+    assert sorted(row for _, scored in answers for row in scored) == list(range(2, 20))
+    for scores, _ in answers:
+        np.testing.assert_allclose(scores, true_scores(pool), rtol=0, atol=1e-6)
+
+
+def test_without_features_the_parts_are_the_shards(pool: Pool, source_of: Make) -> None:
+    selector, source = Uniform(seed=1, fraction=0.5), source_of(pool, 3)
+    scores = score_pool(selector, source)
+    names = sorted(path.stem for path in files_of(source, selector).glob("*.npz"))
+    assert names == [f"0000000{i}-0" for i in range(4)]
     assert np.array_equal(scores, uniform_score(pool.uids, 1))
 
 
 def test_samples_without_features_are_never_selected(
-    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pool: Pool, source_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    selector = ClipScore(features="l14", fraction=1.0)
-    selection = run(selector, {"fraction": 1.0}, chunks_of(pool, selector), tmp_path)
+    selection = run(ClipScore(features="l14", fraction=1.0), source_of(pool))
     kept = {format_uid(uid) for uid in selection.uids}
     assert kept == {format_uid(uid) for uid in pool.uids[2:]}
     assert "2 of 20 samples have no score and cannot be selected" in caplog.text
+    assert selection.manifest["unjudged_samples"] == 2
     assert selection.manifest["kept_samples"] == 18
     assert selection.manifest["kept_fraction"] == pytest.approx(0.9)
 
 
-def test_selection_keeps_the_best_and_says_where_it_comes_from(pool: Pool, tmp_path: Path) -> None:
-    selector = ClipScore(features="l14", fraction=0.25)
-    parameters = {"features": "l14", "fraction": 0.25}
-    selection = run(selector, parameters, chunks_of(pool, selector), tmp_path)
+def test_selection_keeps_the_best_and_says_where_it_comes_from(pool: Pool, source_of: Make) -> None:
+    selection = run(ClipScore(features="l14", fraction=0.25), source_of(pool))
     scores = true_scores(pool)
     best = np.argsort(-np.nan_to_num(scores, nan=-9))[:5]
     assert {format_uid(uid) for uid in selection.uids} == {format_uid(pool.uids[i]) for i in best}
     manifest = selection.manifest
     assert manifest["selector"] == "test"
-    assert manifest["parameters"] == parameters
+    assert manifest["parameters"] == {"features": "l14"}
     assert manifest["pool"] == {
         "root": str(pool.root),
         "fingerprint": pool.fingerprint,
         "samples": 20,
     }
     assert manifest["kept_distinct"] == 5
+    assert manifest["cost"]["ranks"] == 1
     assert manifest["score_quantiles_kept"]["q0"] == pytest.approx(scores[best].min(), abs=1e-6)
     assert manifest["score_quantiles_pool"]["q100"] == pytest.approx(np.nanmax(scores), abs=1e-6)
 
 
-def test_another_rule_reuses_the_scores(pool: Pool, tmp_path: Path) -> None:
-    def score(**parameters: Any) -> Scored:
-        selector = Counting()
-        scored = run_scores(
-            selector, parameters, chunks_of(pool, selector), scores_root=tmp_path, progress=False
-        )
-        calls.append(selector.chunks)
-        return scored
-
-    calls: list[int] = []
-    first = score(features="l14", fraction=0.5, threshold=None)
-    second = score(features="l14", fraction=None, threshold=0.1)
-    third = score(features="l14", alpha=2)
-    assert first.folder == second.folder != third.folder
-    assert calls == [3, 0, 3]
+def test_another_rule_reuses_the_scores(pool: Pool, source_of: Make) -> None:
+    selectors = [Counting(fraction=0.5), Counting(threshold=0.1), Counting(fraction=0.2)]
+    selectors[2].alpha = 2  # type: ignore[attr-defined]  # a parameter
+    for selector in selectors:
+        score_pool(selector, source_of(pool))
+    assert [selector._chunks for selector in selectors] == [3, 0, 3]
+    selections = {identity_hash(selection_identity(s, source_of(pool))) for s in selectors}
+    assert len(selections) == 3
 
 
 def test_identity_changes_with_everything_that_scores_depend_on(
-    pool: Pool, make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool], tmp_path: Path
+    pool: Pool, make_samples: Make, write_pool: Make, load_pool: Make, source_of: Make
 ) -> None:
-    def identity(pool: Pool, selector: Selector, **parameters: Any) -> str:
-        return identity_hash(scores_identity(parameters, chunks_of(pool, selector)))
+    def identity(pool: Pool, selector: Selector) -> str:
+        return identity_hash(source_of(pool).identity(selector))
 
     clip, uniform = ClipScore(features="l14", fraction=0.1), Uniform(seed=0, fraction=0.1)
-    first = identity(pool, clip, features="l14")
-    assert first == identity(pool, clip, features="l14", fraction=0.7, rule="x")
-    found = {first, identity(pool, clip, features="b32"), identity(pool, uniform, seed=0)}
+    first = identity(pool, clip)
+    assert first == identity(pool, ClipScore(features="l14", threshold=0.7))
+    found = {first, identity(pool, uniform)}
+    found.add(identity(pool, Uniform(seed=1, fraction=0.1)))
     path = next((Path(pool.root) / "metadata").glob("*.npz"))
     os.utime(path, ns=(0, 0))
-    found.add(identity(pool, clip, features="l14"))
+    found.add(identity(pool, clip))
     other = load_pool(write_pool(make_samples(19), folder="other"), cache="other")
-    found.add(identity(other, uniform, seed=0))
-    assert len(found) == 5
+    found.add(identity(other, uniform))
+    source = source_of(pool)
+    for rows in ([0, 1], [0, 2]):
+        found.add(identity_hash(source.identity((uniform, np.array(rows)))))
+    assert len(found) == 7
+
+
+def test_features_are_looked_for_in_several_folders(
+    pool: Pool, write_metadata: Make, tmp_path: Path
+) -> None:
+    truth = write_metadata(tmp_path / "more", [format_uid(u) for u in pool.uids], keys=("dfn_img",))
+
+    def source(*folders: Path | None) -> PoolSource:
+        return PoolSource(
+            pool,
+            features=folders,
+            scores_root=tmp_path / "s",
+            chunk_samples=7,
+            max_bad_fraction=0.0,
+            progress=False,
+        )
+
+    requires = Requirements(features=("dfn_img",))
+    rows = np.array([3, 0, 19])
+    taken = source(None, tmp_path / "more").take(rows, requires).features["dfn_img"].numpy()
+    for row, vector in zip(rows, taken, strict=True):
+        np.testing.assert_array_equal(vector, truth["dfn_img"][format_uid(pool.uids[row])])
+    with pytest.raises(InputError, match=r"asks for the array 'dfn_img'"):
+        source(None).take(rows, requires)
+    both = ("dfn_img", "l14_img")  # of a composition, whose members read one each
+    assert len(source(None, tmp_path / "more")._fingerprints([both])) == 2
 
 
 class EveryOther(Selector):
@@ -236,33 +281,27 @@ class EveryOther(Selector):
     def requires(self) -> Requirements:
         return Requirements(features=("l14_img",), captions=True)
 
-    def select(self, source: ChunkSource) -> Choice:
-        chunks = list(source())
-        rows = np.concatenate([chunk.rows for chunk in chunks])
-        uids = np.concatenate([chunk.uids for chunk in chunks])
-        self.captions = {
-            int(row): caption
-            for chunk in chunks
-            for row, caption in zip(chunk.rows, chunk.captions or [], strict=True)
-        }
-        multiplicities = np.zeros(len(rows), dtype=np.int64)
-        multiplicities[np.lexsort((uids[:, 1], uids[:, 0]))[::2]] = 2
-        return Choice(rows=rows, multiplicities=multiplicities)
+    def select(self, source: Source) -> Choice:
+        self._captions: dict[int, str] = {}
+        multiplicities = np.zeros(len(source), dtype=np.int64)
+        rows = np.concatenate([part.rows for part in source.parts(self.requires)])
+        for chunk in source.chunks(rows, self.requires):
+            self._captions.update(zip(chunk.rows.tolist(), chunk.captions or [], strict=True))
+        uids = source.uids[source.index_of(rows)]
+        multiplicities[rows[np.lexsort((uids[:, 1], uids[:, 0]))[::2]]] = 2
+        return Choice(multiplicities=multiplicities)
 
 
-def test_set_function_without_scores_is_run(pool: Pool, tmp_path: Path) -> None:
+def test_set_function_without_scores_is_run(pool: Pool, source_of: Make) -> None:
     selector = EveryOther()
-    chunks = chunks_of(pool, selector, 4)
-    scored = run_scores(selector, {}, chunks, scores_root=tmp_path, progress=False)
-    assert scored.scores is None
-    selection = run_selection(selector, "every_other", {}, chunks, scored)
+    selection = run(selector, source_of(pool, 4))
     ordered = sorted(tuple(uid.tolist()) for uid in pool.uids[2:])  # those with features
     assert [tuple(uid.tolist()) for uid in selection.uids] == ordered[::2]
     assert selection.multiplicities.tolist() == [2] * 9
     assert selection.manifest["kept_samples"] == 18
     assert selection.manifest["kept_distinct"] == 9
     assert selection.manifest["score_quantiles_pool"] == {}
-    assert selector.captions == {row: f"caption of sample {row}" for row in range(2, 20)}
+    assert selector._captions == {row: f"caption of sample {row}" for row in range(2, 20)}
 
 
 class CaptionLength(ScoreSelector):
@@ -281,7 +320,7 @@ def open_files() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")
 def test_captions_are_read_and_the_tars_closed(
-    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool], tmp_path: Path
+    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool], source_of: Make
 ) -> None:
     samples = make_samples(6)
     samples[4].caption = b""
@@ -289,10 +328,10 @@ def test_captions_are_read_and_the_tars_closed(
     pool = load_pool(write_pool(samples, shards=3))
     selector = CaptionLength(threshold=1.0)
     before = open_files()
-    selection = run(selector, {}, chunks_of(pool, selector, 1), tmp_path)
+    selection = run(selector, source_of(pool, 1))
     assert len(selection) == 4  # a caption that cannot be read is empty
     assert open_files() == before
-    half: Iterator[Chunk] = chunks_of(pool, selector, 1)()
+    half: Iterator[Chunk] = source_of(pool, 1).chunks(np.arange(6), selector.requires)
     next(half)
     half.close()  # type: ignore[attr-defined]  # a generator that is left half-way
     assert open_files() == before

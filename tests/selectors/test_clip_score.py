@@ -11,6 +11,7 @@ import torch
 from siftclip.selectors.base import Chunk
 from siftclip.selectors.clip_score import ClipScore, clip_score
 from siftclip.selectors.rules import Threshold, TopFraction
+from siftclip.selectors.source import MemorySource
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
 
@@ -45,8 +46,7 @@ def test_selector_uses_the_named_features() -> None:
     }
     uids = np.array([[0, 1], [0, 2]], dtype=np.uint64)
     chunk = Chunk(rows=np.array([4, 9]), uids=uids, features=features)
-    choice = selector.select(lambda: [chunk])
-    assert choice.rows.tolist() == [4, 9]
+    choice = selector.select(MemorySource(chunk))
     assert choice.multiplicities.tolist() == [0, 1]
     assert choice.scores is not None
     assert choice.scores.tolist() == [0.0, 1.0]
@@ -65,7 +65,7 @@ def test_clip_score_agrees_with_released_code() -> None:
 
     # The rules, on the very scores that the released code was given. At a cut inside a run of
     # equal fp16 scores any of them may be kept, so what is compared there is the scores.
-    kept = np.flatnonzero(TopFraction(0.3)(stored, uids))
+    kept = np.flatnonzero(TopFraction(0.3)(stored, uids, len(uids)))
     expected = answers["vas_rows_frac0.3"]
     assert len(kept) == len(expected) == 2400
     np.testing.assert_array_equal(np.sort(stored[kept]), np.sort(stored[expected]))
@@ -74,11 +74,11 @@ def test_clip_score_agrees_with_released_code() -> None:
     assert set(above) <= set(kept)
     assert set(above) <= set(expected)
 
-    kept = np.flatnonzero(Threshold(0.2)(stored, uids))
+    kept = np.flatnonzero(Threshold(0.2)(stored, uids, len(uids)))
     assert kept.tolist() == sorted(answers["rows_thr0.2"].tolist())
     assert kept.tolist() == sorted(answers["vas_rows_thr0.2"].tolist())
 
     # DataComp's own top fraction is a threshold: one more than int(n * f), and all ties
     for fraction in (0.2, 0.3):
-        kept = np.flatnonzero(Threshold(float(answers[f"thr_frac{fraction}"]))(stored, uids))
+        kept = np.flatnonzero(Threshold(float(answers[f"thr_frac{fraction}"]))(stored, uids, 0))
         assert kept.tolist() == sorted(answers[f"rows_frac{fraction}"].tolist())

@@ -10,6 +10,7 @@ import pytest
 from siftclip.selectors.base import Chunk, ExternalColumn
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.external import External
+from siftclip.selectors.source import MemorySource
 
 
 def make_chunk(values: list[float]) -> Chunk:
@@ -21,14 +22,14 @@ def make_chunk(values: list[float]) -> Chunk:
 def test_parquet_column_is_the_score() -> None:
     selector = External(path="a.parquet", column="dfn", fraction=0.5)
     assert selector.requires.column == ExternalColumn(path="a.parquet", column="dfn")
-    choice = selector.select(lambda: [make_chunk([0.1, 0.7, np.nan, 0.9])])
+    choice = selector.select(MemorySource(make_chunk([0.1, 0.7, np.nan, 0.9])))
     assert choice.multiplicities.tolist() == [0, 1, 0, 1]
 
 
 def test_subset_is_taken_as_it_is() -> None:
     selector = External(path="a.npy")
     assert selector.requires.column == ExternalColumn(path="a.npy", column=None)
-    choice = selector.select(lambda: [make_chunk([2.0, np.nan, 1.0])])
+    choice = selector.select(MemorySource(make_chunk([2.0, np.nan, 1.0])))
     assert choice.multiplicities.tolist() == [2, 0, 1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from siftclip.selectors.base import Choice, Chunk, ChunkSource, ScoreSelector, check_choice
+from siftclip.selectors.base import Choice, Chunk, ScoreSelector, Source, check_choice
 from siftclip.selectors.errors import InputError, require_finite, require_fraction, require_int
 from siftclip.selectors.rules import AsGiven, Threshold, TopFraction
+from siftclip.selectors.ranks import Ranks
+from siftclip.selectors.source import MemorySource, Requirements, Task
 
 
 class Answers(ScoreSelector):
@@ -28,11 +32,11 @@ class Answers(ScoreSelector):
 class AboveMean(ScoreSelector):
     """Centres by what a first pass has gathered."""
 
-    def fit(self, source: ChunkSource) -> None:
-        self.mean = float(np.concatenate([chunk.rows for chunk in source()]).mean())
+    def fit(self, source: Source) -> None:
+        self._mean = float(source.rows.mean())
 
     def score(self, chunk: Chunk) -> Tensor:
-        return torch.from_numpy(chunk.rows - self.mean).float()
+        return torch.from_numpy(chunk.rows - self._mean).float()
 
 
 def make_chunk(rows: list[int]) -> Chunk:
@@ -62,10 +66,65 @@ def test_rule_follows_from_the_option() -> None:
 
 
 def test_select_fits_then_scores_all_chunks() -> None:
-    chunks = [make_chunk([0, 1, 2]), make_chunk([3]), make_chunk([4, 9])]
-    choice = AboveMean(threshold=0.0).select(lambda: chunks)
-    assert choice.rows.tolist() == [0, 1, 2, 3, 4, 9]
+    source = MemorySource(make_chunk([9, 0, 1, 2, 3, 4]), chunk_samples=2)
+    choice = AboveMean(threshold=0.0).select(source)
+    assert source.rows.tolist() == [0, 1, 2, 3, 4, 9]
     assert choice.multiplicities.tolist() == [0, 0, 0, 0, 1, 1]  # the mean is 19 / 6
+
+
+def test_fraction_of_what_is_left_or_of_the_pool() -> None:
+    rows = list(range(10))
+    left = MemorySource(make_chunk(rows)).restrict(np.array([1, 3, 5, 9]))
+    assert AboveMean(fraction=0.3).select(left).multiplicities.tolist() == [0, 1, 1, 1]
+    assert AboveMean(fraction=0.5, of="left").select(left).multiplicities.tolist() == [0, 0, 1, 1]
+    with pytest.raises(InputError, match=r"selector.of must be one of pool, left. Got 'rest'"):
+        AboveMean(fraction=0.5, of="rest")
+    with pytest.raises(InputError, match=r"selector.of='left' belongs to selector.fraction"):
+        AboveMean(threshold=0.5, of="left")
+
+
+def test_samples_whose_features_say_nothing_are_not_judged() -> None:
+    """Zero vectors, NaN and infinity: no score, whatever the method answers, and never kept."""
+    features = torch.eye(6).half()
+    features[1], features[3, 2], features[4, 0] = 0, torch.nan, torch.inf
+    chunk = replace(make_chunk(list(range(6))), features={"a_img": features})
+
+    class Constant(Answers):
+        @property
+        def requires(self) -> Requirements:
+            return Requirements(features=("a_img",))
+
+    choice = Constant(torch.ones(6), fraction=1.0).select(MemorySource(chunk))
+    assert choice.multiplicities.tolist() == [1, 0, 1, 0, 0, 1]
+    assert choice.scores is not None
+    assert np.isnan(choice.scores).tolist() == [False, True, False, True, True, False]
+
+
+class TwoPasses(ScoreSelector):
+    """The value of a sample is its row in the first pass and zero in the second."""
+
+    passes = 2
+
+    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+        return source.tasks(self.requires, label=f"{pass_number}-")
+
+    def score_task(self, source: Source, task: Task) -> Tensor:
+        return torch.from_numpy(task.rows).float() * (task.name[0] == "0")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_scores_are_means_of_passes_and_the_same_on_all_ranks(
+    run_on_ranks: Callable[..., list[np.ndarray]], size: int
+) -> None:
+    chunk = make_chunk([5, 3, 8, 1, 9, 0, 7])
+
+    def run(ranks: Ranks) -> np.ndarray:
+        source = MemorySource(chunk, part_samples=2, ranks=ranks)
+        return TwoPasses(fraction=0.5).scores(source)
+
+    for scores in run_on_ranks(size, run):
+        assert scores.dtype == np.float32
+        assert scores.tolist() == [0, 0.5, 1.5, 2.5, 3.5, 4, 4.5]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +152,8 @@ def test_scores_carry_no_gradient() -> None:
             assert not torch.is_grad_enabled()
             return self.answer * 2
 
-    scores = Learned(torch.ones(2, requires_grad=True)).checked_score(make_chunk([0, 1]))
-    assert scores.tolist() == [2.0, 2.0]
+    selector = Learned(torch.ones(2, requires_grad=True))
+    assert selector.scores(MemorySource(make_chunk([0, 1]))).tolist() == [2.0, 2.0]
 
 
 def test_requirements_of_options_name_option_and_value() -> None:
@@ -110,26 +169,18 @@ def test_requirements_of_options_name_option_and_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "kept", "message"),
-    [
-        ([0, 0], [1, 1], "distinct rows"),
-        ([0, 5], [1, 1], r"in \[0, 5\)"),
-        ([-1, 2], [1, 1], "distinct rows"),
-        ([0, 1], [1, -1], "at least 0"),
-        ([0, 1], [1], "one multiplicity a row"),
-    ],
+    ("kept", "message"),
+    [([1, -1], "at least 0"), ([1], "one multiplicity for each of 2"), ([[1, 1]], "one multi")],
 )
-def test_wrong_answer_of_a_set_function_is_refused(
-    rows: list[int], kept: list[int], message: str
-) -> None:
-    choice = Choice(rows=np.array(rows), multiplicities=np.array(kept))
+def test_wrong_answer_of_a_set_function_is_refused(kept: list[Any], message: str) -> None:
+    choice = Choice(multiplicities=np.array(kept))
     with pytest.raises(ValueError, match=f"Mine.select must answer with .*{message}"):
-        check_choice("Mine", choice, samples=5)
+        check_choice("Mine", choice, samples=2)
 
 
 def test_answer_of_other_types_is_refused() -> None:
-    choice = Choice(rows=np.array([0, 1], dtype=np.int32), multiplicities=np.array([1, 1]))
+    choice = Choice(multiplicities=np.array([1, 1], dtype=np.int32))
     with pytest.raises(TypeError, match="int64"):
-        check_choice("Mine", choice, samples=5)
-    whole = Choice(rows=np.array([3, 1]), multiplicities=np.array([0, 2]))
-    assert check_choice("Mine", whole, samples=5) is whole
+        check_choice("Mine", choice, samples=2)
+    whole = Choice(multiplicities=np.array([0, 2]))
+    assert check_choice("Mine", whole, samples=2) is whole

@@ -83,7 +83,7 @@ def test_same_samples_are_kept_in_a_larger_pool() -> None:
     uids = consecutive_uids(1000)
     rule = Uniform(seed=0, threshold=0.9).rule
     scores = uniform_score(uids, 0)
-    assert np.array_equal(rule(scores, uids)[:300], rule(scores[:300], uids[:300]))
+    assert np.array_equal(rule(scores, uids, 0)[:300], rule(scores[:300], uids[:300], 0))
 
 
 @pytest.mark.parametrize("seed", [-1, 1.0, "1", True, None])

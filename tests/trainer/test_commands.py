@@ -111,7 +111,7 @@ def test_score_then_select_reuses_the_scores(
     base: list[str], compose: Compose, tmp_path: Path
 ) -> None:
     scored = score_stage(compose("score", base))
-    files = list(scored.scored.folder.glob("*.npz"))
+    files = list(scored.folder.glob("*.npz"))
     times = [path.stat().st_mtime_ns for path in files]
     for fraction in (0.2, 0.5):
         outcome = select_stage(compose("select", [*base, f"selector.fraction={fraction}"]))

@@ -19,6 +19,7 @@ from siftclip.datamodules.features import open_features
 from siftclip.datamodules.files import read_json, read_npz
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.reader import SampleReader
+from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.tar_index import ShardIndex
 from siftclip.selectors.errors import InputError
@@ -55,7 +56,8 @@ def test_features_equal_the_model(embed_options: list[str], compose: Compose) ->
     store = open_features(pool, folder=folder, keys=("mine_img", "mine_txt"), max_bad_fraction=0)
     assert store.pool_coverage.fraction == 1
     reader = SampleReader(pool=pool, max_image_pixels=10**6)
-    found = store.read(store.parts[0], ("mine_img", "mine_txt"))
+    keys = ("mine_img", "mine_txt")
+    found = RowFeatures.build(store, keys, len(pool)).gather(store.parts[0].rows)
     assert found["mine_img"].dtype == torch.float16
     for i in (0, 7, len(store.parts[0].rows) - 1):
         row = int(store.parts[0].rows[i])

@@ -14,6 +14,7 @@ import siftclip
 COMMANDS = {
     "index": "where a pool's samples are, looked up once",
     "embed": "features of a pool with an open_clip model",
+    "target": "features of tasks, which selectors select for",
     "score": "scores of a pool's samples, from features",
     "select": "a selection, from scores",
     "train": "a CLIP on a selection, streamed from the original tars",

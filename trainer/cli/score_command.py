@@ -5,7 +5,6 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from siftclip.datamodules.scoring import summarise
-from siftclip.selectors.errors import InputError
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.stages import score_stage
 
@@ -14,13 +13,10 @@ from siftclip.trainer.stages import score_stage
 def main(config: DictConfig) -> None:
     """Score the pool and print the quantiles."""
     outcome = score_stage(config)
-    scores = outcome.scored.scores
-    if scores is None:
-        raise InputError(
-            f"selector={outcome.name} chooses sets and has no scores of single samples. "
-            "Use siftclip select."
-        )
-    print(f"pool       {outcome.pool.root}: {len(outcome.pool)} samples")
-    quantiles = "  ".join(f"{name} {value:.4f}" for name, value in summarise(scores).items())
-    print(f"scores     {quantiles}")
-    print(f"written    {outcome.scored.folder}")
+    source = outcome.source
+    if source.ranks.rank != 0:
+        return
+    print(f"pool       {source.pool.root}: {len(source)} samples")
+    quantiles = summarise(outcome.scores).items()
+    print(f"scores     {'  '.join(f'{name} {value:.4f}' for name, value in quantiles)}")
+    print(f"written    {outcome.folder}")

@@ -11,4 +11,6 @@ from siftclip.trainer.stages import describe_selection, select_stage
 @application("select")
 def main(config: DictConfig) -> None:
     """Select and print what was kept."""
-    print(describe_selection(select_stage(config)))
+    outcome = select_stage(config, may_launch=True)
+    if outcome.source.ranks.rank == 0:
+        print(describe_selection(outcome))

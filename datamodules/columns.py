@@ -1,0 +1,99 @@
+"""Numbers made elsewhere, joined with a pool by uid."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from siftclip.datamodules.files import file_stamp
+from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
+from siftclip.datamodules.selection import read_subset
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.source import ExternalColumn
+
+log = logging.getLogger(__name__)
+
+
+def read_pool_column(pool: Pool, column: ExternalColumn) -> np.ndarray:
+    """The numbers of a column for each row of the pool, float64 [n], NaN where there is none.
+
+    Raises:
+        InputError: a file is missing or damaged, or none of its uids is in the pool.
+    """
+    paths = _paths(pool, column)
+    values = np.full(len(pool), np.nan)
+    for path in reversed(paths):  # of a uid that several files have, the first counts
+        found = read_column(
+            pool, path, column.column, option="selector", must_match=len(paths) == 1
+        )
+        values = np.where(np.isnan(found), values, found)
+    return values
+
+
+def column_stamp(pool: Pool, column: ExternalColumn) -> list[Any]:
+    """Changes with the files of a column."""
+    return [file_stamp(path) for path in _paths(pool, column) if path.is_file()]
+
+
+def _paths(pool: Pool, column: ExternalColumn) -> list[Path]:
+    if column.path is not None:
+        return [Path(column.path)]
+    paths = metadata_tables(pool)
+    if not paths:
+        raise InputError(
+            f"selector.path is null, which means the pool's metadata; {pool.root} has none. Name a "
+            "parquet file."
+        )
+    return paths
+
+
+def read_column(
+    pool: Pool, path: Path, name: str | None, *, option: str, must_match: bool = True
+) -> np.ndarray:
+    """The external numbers of each row of the pool, float64 [n], NaN where there is none.
+
+    Of a uid that the file has twice, the first number counts.
+
+    Args:
+        pool: whose rows are wanted.
+        path: a parquet file with `uid` and the column, or a DataComp subset.
+        name: the column; None for a subset, whose numbers are how often it has a uid.
+        option: the node of the configuration that has `path` and `column`, for messages.
+        must_match: whether a file without any uid of the pool is an error.
+
+    Raises:
+        InputError: the file is missing or damaged, or none of its uids is in the pool.
+    """
+    if not path.is_file():
+        raise InputError(f"{option}.path must be an existing file. Got {str(path)!r}.")
+    if name is None:
+        uids, counts = read_subset(path)
+        values = counts.astype(np.float64)
+    else:
+        uids, valid, faults = read_metadata_uids(path)
+        schema = pq.read_schema(path)
+        if name not in schema.names:
+            raise InputError(
+                f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
+            )
+        try:
+            values = pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{option}.column={name!r} of {path} must hold numbers: {error}."
+            ) from None
+        if faults.samples:
+            log.warning("%s: left out %s", path, faults.summary())
+            uids, values = uids[valid], values[valid]
+    rows = pool.table.find(uids)
+    present = rows >= 0
+    log.info("%s: %d of %d uids are in the pool", path, int(present.sum()), len(uids))
+    if must_match and not present.any():
+        raise InputError(f"None of the {len(uids)} uids in {path} is in the pool {pool.root}.")
+    column = np.full(len(pool), np.nan)
+    column[rows[present][::-1]] = values[present][::-1]  # numpy keeps the last of equal indices
+    return column

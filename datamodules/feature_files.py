@@ -1,0 +1,115 @@
+"""Features that are no pool's: of a target, of class names, a covariance. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.datamodules.row_features import find_npz_array, map_npz_array
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.source import FeatureFile
+
+SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
+
+
+def feature_paths(file: FeatureFile) -> list[Path]:
+    """The files that a feature file stands for, by name.
+
+    Raises:
+        InputError: there is none, or it is of another kind.
+    """
+    path = Path(file.path)
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+    else:
+        paths = [path] if path.is_file() else []
+    if not paths or any(p.suffix not in SUFFIXES for p in paths):
+        raise InputError(
+            f"The feature file {file.path!r} must be a file ({', '.join(SUFFIXES)}) or a folder "
+            "with such files."
+        )
+    return paths
+
+
+def feature_file_stamp(file: FeatureFile) -> str:
+    """Changes with names, sizes and times of the files."""
+    digest = hashlib.sha256(str(file.key).encode())
+    for path in feature_paths(file):
+        status = path.stat()
+        digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]:
+    """The rows of a feature file in tensors float [<= chunk_samples, d].
+
+    Raises:
+        InputError: a file is missing or damaged, lacks the key, or holds no matrix of floats.
+    """
+    for path in feature_paths(file):
+        values = _open(path, file.key)
+        if values.ndim != 2 or not values.is_floating_point():
+            raise InputError(
+                f"{path}{'' if file.key is None else f', {file.key!r},'} must hold floats [n, d]. "
+                f"It holds {values.dtype} {list(values.shape)}."
+            )
+        for start in range(0, len(values), chunk_samples):
+            # a copy, because a map of the file is read-only
+            yield values[start : start + chunk_samples].clone()
+
+
+def _open(path: Path, key: str | None) -> Tensor:
+    if path.suffix == ".npz":
+        return _from_numpy(path, map_npz_array(path, _only_key(path, key)))
+    try:
+        if path.suffix == ".npy":
+            return _from_numpy(path, np.load(path, mmap_mode="r", allow_pickle=False))
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+        raise InputError(f"{path} is not a readable {path.suffix} file: {error}.") from None
+    if isinstance(found, Tensor):
+        return found
+    names = sorted(found) if isinstance(found, dict) else []
+    chosen = key if key is not None else (names[0] if len(names) == 1 else None)
+    if chosen not in names or not isinstance(found[chosen], Tensor):
+        raise InputError(f"{path}: name one of its tensors {names}. Got {key!r}.")
+    return found[chosen]
+
+
+def _only_key(path: Path, key: str | None) -> str:
+    if key is not None:
+        find_npz_array(path, key)  # for its message
+        return key
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = sorted(file.files)
+    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors
+        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    if len(names) != 1:
+        raise InputError(f"{path}: name one of its arrays {names}.")
+    return names[0]
+
+
+def _from_numpy(path: Path, values: np.ndarray) -> Tensor:
+    if values.dtype.kind != "f":
+        raise InputError(f"{path} must hold floats. Its dtype is {values.dtype}.")
+    if not values.flags.writeable:
+        # torch warns of read-only memory; nothing here writes to it
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(values)
+    return torch.from_numpy(values)

@@ -1,0 +1,247 @@
+"""A pool as selectors see it: features, captions and columns from files, answers kept in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import siftclip
+from siftclip.datamodules.columns import column_stamp, read_pool_column
+from siftclip.datamodules.feature_files import feature_file_stamp, read_feature_file
+from siftclip.datamodules.features import FeatureStore, join_features
+from siftclip.datamodules.files import identity_hash, read_npz_all, write_json, write_npz
+from siftclip.datamodules.image_sizes import read_image_sizes
+from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.reader import BadSampleError, SampleReader, decode_caption
+from siftclip.datamodules.row_features import RowFeatures
+from siftclip.selectors.base import ScoreSelector, Selector
+from siftclip.selectors.ranks import OneRank, Ranks
+from siftclip.selectors.source import (
+    Bar,
+    Chunk,
+    ExternalColumn,
+    FeatureFile,
+    Memo,
+    Part,
+    Requirements,
+    Source,
+    describe,
+    nested,
+)
+
+IDENTITY_NAME = "identity.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderMemo:
+    """Keeps each answer in an npz of its own, written atomically."""
+
+    folder: Path
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        path = self.folder / f"{name}.npz"
+        return read_npz_all(path) if path.is_file() else None
+
+    def put(self, name: str, **arrays: np.ndarray) -> None:
+        write_npz(self.folder / f"{name}.npz", **arrays)
+
+
+class PoolSource(Source):
+    """The samples of a pool."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        features: Sequence[Path | None],
+        scores_root: Path,
+        chunk_samples: int,
+        max_bad_fraction: float,
+        ranks: Ranks | None = None,
+        device: torch.device | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            pool: whose samples are selected.
+            features: folders of feature sets; None is the pool's own metadata. A selector reads the
+                first that has all arrays it requires.
+            scores_root: folder below which answers are kept.
+            chunk_samples: how many samples' features may be in memory at a time.
+            max_bad_fraction: how many rows of a feature set may have a bad uid.
+            ranks: that share the work; alone by default.
+            device: of the features; the CPU by default.
+            progress: show bars.
+        """
+        self.pool = pool
+        self.rows = np.arange(len(pool), dtype=np.int64)
+        self.uids = pool.uids
+        self.ranks = ranks or OneRank()
+        self.device = device or torch.device("cpu")
+        self.chunk_samples = chunk_samples
+        self.scores_root = scores_root
+        self._folders = tuple(dict.fromkeys(features))
+        self._max_bad_fraction = max_bad_fraction
+        self._progress = progress
+        self._stores: dict[Path | None, FeatureStore] = {}
+        self._features: dict[Path, RowFeatures] = {}
+        self._columns: dict[ExternalColumn, np.ndarray] = {}
+        self._sizes: np.ndarray | None = None
+
+    def store(self, keys: tuple[str, ...]) -> FeatureStore:
+        """The feature set that a selector with these keys reads.
+
+        Raises:
+            InputError: there are no features, or none with all of the keys.
+        """
+        found = self._find_store(keys)
+        return (found or self._stores[self._folders[-1]]).require(keys)
+
+    def _find_store(self, keys: tuple[str, ...]) -> FeatureStore | None:
+        for folder in self._folders:
+            if folder not in self._stores:
+                self._stores[folder] = join_features(
+                    self.pool, folder=folder, max_bad_fraction=self._max_bad_fraction
+                )
+            if self._stores[folder].holds(keys):
+                return self._stores[folder]
+        return None
+
+    def parts(self, requires: Requirements) -> list[Part]:
+        if requires.features:
+            store = self.store(requires.features)
+            return [Part(name=part.path.stem, rows=part.rows) for part in store.parts]
+        return [
+            Part(name=shard.stem, rows=self.pool.shard_rows(number))
+            for number, shard in enumerate(self.pool.shards)
+        ]
+
+    def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
+        column = None
+        if requires.column is not None:
+            column = self._column(requires.column)[rows]
+        sizes = None
+        if requires.sizes:
+            if self._sizes is None:
+                self._sizes = read_image_sizes(self.pool, progress=self._shows_bars())
+            sizes = self._sizes[rows]
+        return Chunk(
+            rows=rows,
+            uids=self.uids[rows],
+            features=self._gather(rows, requires.features) if requires.features else {},
+            captions=self._captions(rows) if requires.captions else None,
+            sizes=sizes,
+            column=column,
+        )
+
+    def chunks(self, rows: np.ndarray, requires: Requirements) -> Iterator[Chunk]:
+        """As the base class; the next chunk is read while the caller works on one."""
+        starts = range(0, len(rows), self.chunk_samples)
+        with ThreadPoolExecutor(1) as executor:
+            ahead = None
+            for start in starts:
+                current = ahead or executor.submit(
+                    self.take, rows[start : start + self.chunk_samples], requires
+                )
+                following = start + self.chunk_samples
+                ahead = None
+                if following < len(rows):
+                    ahead = executor.submit(
+                        self.take, rows[following : following + self.chunk_samples], requires
+                    )
+                yield current.result()
+
+    def file(self, file: FeatureFile) -> Iterator[Tensor]:
+        for values in read_feature_file(file, self.chunk_samples):
+            yield values.to(self.device)
+
+    def memo(self, selector: object) -> Memo:
+        identity = self.identity(selector)
+        folder = self.scores_root / identity_hash(identity)
+        if self.ranks.rank == 0 and not (folder / IDENTITY_NAME).is_file():
+            write_json(folder / IDENTITY_NAME, identity)
+        return FolderMemo(folder)
+
+    def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
+        return tqdm(
+            total=total,
+            desc=label,
+            unit=" samples",
+            unit_scale=True,
+            disable=not self._shows_bars() or total == 0,
+            leave=False,
+        )
+
+    def identity(self, selector: object) -> dict[str, Any]:
+        """What an answer depends on: the selector's parameters, the pool, the files, the code."""
+        rows = None
+        if isinstance(selector, tuple):
+            selector, rows = selector
+        if not isinstance(selector, Selector):
+            raise TypeError(f"a memo belongs to a Selector. Got {type(selector).__name__}.")
+        parameters = describe(selector)
+        if isinstance(selector, ScoreSelector):
+            parameters.pop("rule")  # scores do not depend on it
+        needs = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
+        columns = dict.fromkeys(need.column for need in needs if need.column is not None)
+        files = dict.fromkeys(file for need in needs for file in need.files)
+        return {
+            "selector": parameters,
+            "pool": self.pool.fingerprint,
+            "features": self._fingerprints([need.features for need in needs]),
+            "columns": [column_stamp(self.pool, column) for column in columns],
+            "files": [feature_file_stamp(file) for file in files],
+            "samples": None if rows is None else describe(rows),
+            "siftclip": siftclip.__version__,
+        }
+
+    def _fingerprints(self, keys_of_members: list[tuple[str, ...]]) -> list[str]:
+        """Of the feature sets that the members of a selector read."""
+        found: set[str] = set()
+        for keys in filter(None, keys_of_members):
+            store = self._find_store(keys)
+            # a composition names the arrays of all its members, which may be in several sets
+            stores = [store] if store else [self.store((key,)) for key in keys]
+            found.update(store.fingerprint for store in stores)
+        return sorted(found)
+
+    def _shows_bars(self) -> bool:
+        return self._progress and self.ranks.rank == 0
+
+    def _gather(self, rows: np.ndarray, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        store = self.store(keys)
+        if store.folder not in self._features:
+            self._features[store.folder] = RowFeatures.build(
+                store, (), len(self.pool), held_parts=1
+            )
+        features = self._features[store.folder].gather(rows, keys)
+        return {key: values.to(self.device) for key, values in features.items()}
+
+    def _column(self, column: ExternalColumn) -> np.ndarray:
+        if column not in self._columns:
+            self._columns[column] = read_pool_column(self.pool, column)
+        return self._columns[column]
+
+    def _captions(self, rows: np.ndarray) -> list[str]:
+        reader = SampleReader(pool=self.pool, max_image_pixels=1)
+        try:
+            return [_caption_or_empty(data) for data in reader.read_captions(rows)]
+        finally:
+            reader.close()
+
+
+def _caption_or_empty(data: bytes | BadSampleError) -> str:
+    try:
+        return "" if isinstance(data, BadSampleError) else decode_caption(data)
+    except BadSampleError:
+        return ""  # a selector may judge it; training counts it as bad

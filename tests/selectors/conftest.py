@@ -1,0 +1,83 @@
+"""The authors' outputs, and the record of how well ours agree with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from siftclip.selectors.source import Chunk, MemorySource
+
+REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
+RECORD = "SIFTCLIP_CONFORMANCE_RECORD"  # a file that gets one JSON line a case
+
+Conformance = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], Mapping[str, np.ndarray]]:
+    """The arrays of a reference file by its name without ending; skips where there are none."""
+    if not REFERENCE.is_dir():
+        pytest.skip(f"{REFERENCE} is not on this machine")
+    return lambda name: dict(np.load(REFERENCE / f"{name}.npz", allow_pickle=False))
+
+
+@pytest.fixture(scope="session")
+def conformance() -> Conformance:
+    """Check scores and kept rows of a case against the authors', and record the difference."""
+
+    def check(
+        case: str,
+        *,
+        scores: np.ndarray | None = None,
+        expected_scores: np.ndarray | None = None,
+        limit: float = 1e-5,
+        kept: np.ndarray | None = None,  # rows
+        expected_kept: np.ndarray | None = None,  # rows
+        differing: int = 0,  # rows in one of the two sets alone that the note explains
+        note: str = "",
+    ) -> None:
+        record: dict[str, object] = {"case": case, "note": note}
+        if scores is not None and expected_scores is not None:
+            difference = np.abs(scores.astype(np.float64) - expected_scores.astype(np.float64))
+            record["largest_difference"] = float(difference.max())
+            record["limit"] = limit
+            assert difference.max() <= limit, f"{case}: {difference.max()}"
+        if kept is not None and expected_kept is not None:
+            common, union = np.intersect1d(kept, expected_kept), np.union1d(kept, expected_kept)
+            record["jaccard"] = len(common) / max(1, len(union))
+            record["kept"] = len(np.unique(kept))
+            assert len(union) - len(common) == differing, f"{case}: {len(union) - len(common)}"
+        if RECORD in os.environ:
+            with open(os.environ[RECORD], "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    return check
+
+
+def _reference_source(
+    inputs: Mapping[str, np.ndarray], name: str, *, part_samples: int | None = None
+) -> MemorySource:
+    """The pool of a reference input, with the feature keys `{name}_img` and `{name}_txt`."""
+    samples = len(inputs["img"])
+    chunk = Chunk(
+        rows=np.arange(samples, dtype=np.int64),
+        uids=np.stack([inputs["uid_hi"], inputs["uid_lo"]], axis=1),
+        features={
+            f"{name}_img": torch.from_numpy(inputs["img"]),
+            f"{name}_txt": torch.from_numpy(inputs["txt"]),
+        },
+        column=inputs["css_f16"].astype(np.float64),
+    )
+    return MemorySource(chunk, part_samples=part_samples)
+
+
+@pytest.fixture(scope="session")
+def reference_source() -> Callable[..., MemorySource]:
+    """Makes the pool of a reference input: `(inputs, "l14", part_samples=None)`."""
+    return _reference_source

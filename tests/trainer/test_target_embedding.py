@@ -1,0 +1,84 @@
+"""Features of tasks are those that evaluation works with, and selectors can read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from siftclip.datamodules.demo_pool import DemoData
+from siftclip.datamodules.feature_files import read_feature_file
+from siftclip.eval.task_dataset import TaskDataset
+from siftclip.eval.tasks import find_tasks
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.source import FeatureFile
+from siftclip.trainer.evaluation import eval_stage
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.target_embedding import target_stage
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def options(base: list[str], demo_data: DemoData, model_folder: Path) -> list[str]:
+    return [
+        *base[1:],
+        "target.split=test",
+        f"target.root={demo_data.tasks}",
+        "features.name=mine",
+        f"features.model.name={model_folder}",
+        "features.batch_size=7",
+    ]
+
+
+def test_class_features_classify_as_evaluation_does(
+    options: list[str], compose: Compose, demo_data: DemoData
+) -> None:
+    config = compose("target", options)
+    folder, paths = target_stage(config)
+    tasks = find_tasks(demo_data.tasks)
+    assert [path.name for path in paths] == [f"{task.name}-test.npz" for task in tasks]
+    assert folder.name == "mine"
+    clip = clip_model_from(config.features.model, "features.model")
+    evaluation = compose("eval", [f"eval.root={demo_data.tasks}", "progress=false"])
+    report = eval_stage(evaluation, clip, results_path=None)
+    for task, path, result in zip(tasks, paths, report.results, strict=True):
+        arrays = dict(np.load(path))
+        image = arrays["img"].astype(np.float32)
+        assert arrays["img"].dtype == np.float16
+        np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=2e-3)
+        dataset = TaskDataset(task, clip.eval_transform)
+        assert len(image) == len(dataset)
+        if task.kind == "retrieval":
+            with torch.no_grad():
+                tokens = clip.tokenizer([dataset[3][1][0]])
+                text = clip.model.encode_text(tokens, normalize=True)[0]  # type: ignore[operator]
+            np.testing.assert_allclose(arrays["txt"][3], text, atol=1e-3)
+            assert "class_txt" not in arrays
+            continue
+        guesses = (image @ arrays["class_txt"].astype(np.float32).T).argmax(axis=1)
+        accuracy = np.mean(guesses == np.asarray(dataset.labels))
+        assert accuracy == pytest.approx(result.metrics["acc1"], abs=1.5 / len(image))
+
+
+def test_finished_tasks_are_kept_and_a_selector_can_read_them(
+    options: list[str], compose: Compose, demo_data: DemoData
+) -> None:
+    task = next(task for task in find_tasks(demo_data.tasks) if task.kind == "classification")
+    config = compose("target", [*options, f"target.tasks={task.name}"])
+    folder, (path,) = target_stage(config)
+    written = path.stat().st_mtime_ns
+    assert target_stage(config) == (folder, [path])
+    assert path.stat().st_mtime_ns == written
+    rows = torch.cat(list(read_feature_file(FeatureFile(path=str(folder), key="img"), 5)))
+    assert np.array_equal(rows.numpy(), np.load(path)["img"])
+
+
+def test_target_needs_a_model(options: list[str], compose: Compose) -> None:
+    config = compose("target", ["features=metadata", *options[:-2]])
+    with pytest.raises(InputError, match=r"target needs the model whose features the pool has"):
+        target_stage(config)

@@ -1,0 +1,34 @@
+"""Which processes share the work of selecting, and on which device each of them works."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from omegaconf import DictConfig
+
+from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.trainer.launch import device_count, find_launch, resolve_devices
+
+
+def selection_ranks(config: DictConfig, *, may_launch: bool) -> tuple[Ranks, torch.device]:
+    """The ranks that select together, and the device of this one.
+
+    They are what torchrun or srun has started. Without a launcher there is one, unless
+    `may_launch`: then Fabric starts one for each of several `trainer.devices`. A command that
+    trains must leave that to its Trainer, which starts the whole command anew on the others, where
+    they find what the first has written.
+    """
+    settings = config.trainer
+    devices, nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
+    wanted = (device_count(devices) or max(1, gpus)) * nodes
+    if find_launch(os.environ) is None and (wanted == 1 or not may_launch):
+        return OneRank(), torch.device("cuda" if gpus else "cpu")
+    from siftclip.trainer.lightning_setup import make_fabric  # seconds, which one process saves
+
+    fabric = make_fabric(config)
+    fabric.launch()
+    if fabric.world_size == 1:
+        return OneRank(), fabric.device
+    return ProcessGroup(fabric.device), fabric.device

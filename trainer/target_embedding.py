@@ -1,0 +1,51 @@
+"""The target stage: an open_clip model over tasks in clip_benchmark's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from siftclip.eval.target_features import embed_tasks
+from siftclip.eval.tasks import find_tasks
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.cores import share_cores, worker_count
+from siftclip.trainer.evaluation import evaluation_device
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.stages import output_root, plain
+
+
+def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
+    """Embed the configured tasks; returns the folder and its files.
+
+    Raises:
+        InputError: an option is wrong or a task is damaged.
+    """
+    if config.features.model is None:
+        raise InputError(
+            "target needs the model whose features the pool has: features=open_clip "
+            "features.name=NAME features.model.name=MODEL."
+        )
+    names = plain(config.target.tasks)
+    tasks = find_tasks(
+        Path(config.target.root),
+        [names] if isinstance(names, str) else names,
+        split=str(config.target.split),
+    )
+    batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
+    clip = clip_model_from(config.features.model, "features.model", trained=True)
+    folder = config.target.folder
+    if folder is None:
+        folder = output_root(config) / "targets" / str(config.features.name)
+    num_workers = worker_count(config.data.num_workers)
+    share_cores(num_workers)
+    paths = embed_tasks(
+        clip,
+        tasks,
+        Path(folder),
+        device=evaluation_device(config),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=config.progress,
+    )
+    return Path(folder), paths
