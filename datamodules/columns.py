@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from siftclip.datamodules.files import file_stamp
 from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
 from siftclip.datamodules.selection import read_subset
+from siftclip.datamodules.uids import from_structured
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import ExternalColumn
 
@@ -60,7 +61,7 @@ def read_column(
 
     Args:
         pool: whose rows are wanted.
-        path: a parquet file with `uid` and the column, or a DataComp subset.
+        path: see `ExternalColumn`.
         name: the column; None for a subset, whose numbers are how often it has a uid.
         option: the node of the configuration that has `path` and `column`, for messages.
         must_match: whether a file without any uid of the pool is an error.
@@ -73,22 +74,10 @@ def read_column(
     if name is None:
         uids, counts = read_subset(path)
         values = counts.astype(np.float64)
+    elif path.suffix == ".npy":
+        uids, values = _read_structured(path, name, option)
     else:
-        uids, valid, faults = read_metadata_uids(path)
-        schema = pq.read_schema(path)
-        if name not in schema.names:
-            raise InputError(
-                f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
-            )
-        try:
-            values = pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{option}.column={name!r} of {path} must hold numbers: {error}."
-            ) from None
-        if faults.samples:
-            log.warning("%s: left out %s", path, faults.summary())
-            uids, values = uids[valid], values[valid]
+        uids, values = _read_parquet(path, name, option)
     rows = pool.table.find(uids)
     present = rows >= 0
     log.info("%s: %d of %d uids are in the pool", path, int(present.sum()), len(uids))
@@ -97,3 +86,44 @@ def read_column(
     column = np.full(len(pool), np.nan)
     column[rows[present][::-1]] = values[present][::-1]  # numpy keeps the last of equal indices
     return column
+
+
+def _read_parquet(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+    uids, valid, faults = read_metadata_uids(path)
+    schema = pq.read_schema(path)
+    if name not in schema.names:
+        raise InputError(
+            f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
+        )
+    try:
+        values = pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{option}.column={name!r} of {path} must hold numbers: {error}."
+        ) from None
+    if faults.samples:
+        log.warning("%s: left out %s", path, faults.summary())
+        uids, values = uids[valid], values[valid]
+    return uids, values
+
+
+def _read_structured(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable npy file: {error}.") from None
+    fields = array.dtype.fields or {}
+    if array.ndim != 1 or not {"f0", "f1", name} <= set(fields):
+        raise InputError(
+            f"{option}.column={name!r}: {path} must be a one-dimensional structured array with the "
+            f"fields f0, f1 (the uid, u8) and {name}. It has {array.dtype} {array.shape}."
+        )
+    if (
+        any(fields[half][0] != np.uint64 for half in ("f0", "f1"))
+        or fields[name][0].kind not in "fiu"
+    ):
+        raise InputError(
+            f"{option}.column={name!r} of {path} must hold numbers, and f0 and f1 u8. "
+            f"It has {array.dtype}."
+        )
+    return from_structured(array), array[name].astype(np.float64)

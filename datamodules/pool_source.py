@@ -23,7 +23,8 @@ from siftclip.datamodules.image_sizes import read_image_sizes
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import BadSampleError, SampleReader, decode_caption
 from siftclip.datamodules.row_features import RowFeatures
-from siftclip.selectors.base import ScoreSelector, Selector
+from siftclip.selectors.base import Choice, ScoreSelector, Selector
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, Ranks
 from siftclip.selectors.source import (
     Bar,
@@ -39,6 +40,16 @@ from siftclip.selectors.source import (
 )
 
 IDENTITY_NAME = "identity.json"
+QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def summarise(scores: np.ndarray) -> dict[str, float]:
+    """Quantiles of the scores that are not NaN, by name (`q50` is the median)."""
+    judged = scores[~np.isnan(scores)]
+    if len(judged) == 0:
+        return {}
+    values = np.quantile(judged.astype(np.float64), QUANTILES)
+    return {f"q{100 * q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,14 @@ class PoolSource(Source):
         self._features: dict[Path, RowFeatures] = {}
         self._columns: dict[ExternalColumn, np.ndarray] = {}
         self._sizes: np.ndarray | None = None
+        self.reports: list[dict[str, Any]] = []
+
+    def has_features(self, keys: tuple[str, ...]) -> bool:
+        """Whether one of the feature sets has all of these arrays."""
+        try:
+            return self._find_store(keys) is not None
+        except InputError:  # there are no features at all
+            return False
 
     def store(self, keys: tuple[str, ...]) -> FeatureStore:
         """The feature set that a selector with these keys reads.
@@ -171,6 +190,22 @@ class PoolSource(Source):
         if self.ranks.rank == 0 and not (folder / IDENTITY_NAME).is_file():
             write_json(folder / IDENTITY_NAME, identity)
         return FolderMemo(folder)
+
+    def report(self, selector: object, choice: Choice, samples: int, seconds: float) -> None:
+        """See `Source`: a line in `reports`, which selections carry in their manifest."""
+        kept = choice.multiplicities > 0
+        record: dict[str, Any] = {
+            "selector": type(selector).__name__,
+            "samples": samples,
+            "kept_samples": int(choice.multiplicities.sum()),
+            "kept_distinct": int(kept.sum()),
+            "seconds": seconds,
+        }
+        if choice.scores is not None:
+            record["unjudged_samples"] = int(np.isnan(choice.scores).sum())
+            record["score_quantiles"] = summarise(choice.scores)
+            record["score_quantiles_kept"] = summarise(choice.scores[kept])
+        self.reports.append(record)
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
         return tqdm(

@@ -7,6 +7,7 @@ one number (higher is better) and leaves the decision to a rule; any other set f
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ __all__ = [
     "Selector",
     "Source",
     "Task",
+    "run",
 ]
 
 
@@ -66,6 +68,18 @@ def check_choice(owner: str, choice: Choice, *, samples: int) -> Choice:
         )
     if len(kept) and kept.min() < 0:
         raise ValueError(f"{owner}.select must answer with multiplicities of at least 0.")
+    return choice
+
+
+def run(selector: Selector, source: Source) -> Choice:
+    """Let a selector decide, check its answer, and report it to the source.
+
+    Raises:
+        TypeError, ValueError: the selector broke its contract; a fault of its code.
+    """
+    start = time.perf_counter()
+    choice = check_choice(type(selector).__name__, selector.select(source), samples=len(source))
+    source.report(selector, choice, len(source), time.perf_counter() - start)
     return choice
 
 

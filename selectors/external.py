@@ -8,42 +8,51 @@ from torch import Tensor
 
 from siftclip.selectors.base import Chunk, ExternalColumn, Requirements, ScoreSelector
 from siftclip.selectors.errors import InputError
-from siftclip.selectors.rules import AsGiven
+from siftclip.selectors.rules import AsGiven, Rule
 
 
 class External(ScoreSelector):
-    """Select by a column of a parquet file keyed by uid, or take a DataComp subset as it is."""
+    """Select by a column of a file keyed by uid, or take a DataComp subset as it is."""
 
     def __init__(
         self,
         *,
-        path: str,
+        path: str | None,
         column: str | None = None,
         fraction: float | None = None,
         threshold: float | None = None,
+        rule: Rule | None = None,
+        of: str = "pool",
     ) -> None:
         """Name the file.
 
         Args:
-            path: a `.parquet` file with `uid` and `column`, or a DataComp subset `.npy`, in which
-                repeated uids mean repeated samples.
-            column: the score to select by, higher is better; only with parquet.
-            fraction: see `ScoreSelector`; only with parquet.
-            threshold: see `ScoreSelector`; only with parquet.
+            path: a `.parquet` file with `uid` and `column`; a structured `.npy` with the fields
+                `f0` and `f1` (the uid, u8) and `column`; or a DataComp subset `.npy`, in which
+                repeated uids mean repeated samples. None means the parquet files of the pool's own
+                metadata, such as for the column `clip_l14_similarity_score`.
+            column: the score to select by, higher is better; None for a subset.
+            fraction: see `ScoreSelector`; only with a column.
+            threshold: see `ScoreSelector`; only with a column.
+            rule: see `ScoreSelector`; only with a column.
+            of: see `ScoreSelector`.
         """
-        is_subset = path.endswith(".npy")
-        if not is_subset and not path.endswith(".parquet"):
+        if path is not None and not path.endswith((".npy", ".parquet")):
             raise InputError(f"selector.path must end in .parquet or .npy. Got {path!r}.")
-        if is_subset and (column, fraction, threshold) != (None, None, None):
+        is_subset = path is not None and path.endswith(".npy") and column is None
+        if is_subset and (fraction, threshold, rule) != (None, None, None):
             raise InputError(
-                f"selector.path={path!r} is a finished subset, so selector.column, "
-                f"selector.fraction and selector.threshold must be null. Got column={column!r}, "
-                f"fraction={fraction!r}, threshold={threshold!r}."
+                f"selector.path={path!r} without a column is a finished subset, so "
+                "selector.fraction, selector.threshold and selector.rule must be null. Got "
+                f"fraction={fraction!r}, threshold={threshold!r}, rule={rule!r}."
             )
         if not is_subset and column is None:
-            raise InputError(f"selector.column must name a column of {path!r}. Got null.")
-        rule = AsGiven() if is_subset else None
-        super().__init__(fraction=fraction, threshold=threshold, rule=rule)
+            raise InputError(
+                f"selector.column must name a column of {path or 'the metadata'}. Got null."
+            )
+        if is_subset:
+            rule = AsGiven()
+        super().__init__(fraction=fraction, threshold=threshold, rule=rule, of=of)
         self.column = ExternalColumn(path=path, column=column)
 
     @property

@@ -53,9 +53,10 @@ class Chunk:
 class ExternalColumn:
     """Numbers made elsewhere, keyed by uid.
 
-    `path` is a parquet file with the columns `uid` (32 hexadecimal digits) and `column`, or a
-    DataComp subset file (`.npy`), whose value is how often it lists a uid; `column` is then None.
-    Without a path it is a column of the parquet files of the pool's own metadata.
+    `path` is a parquet file with the columns `uid` (32 hexadecimal digits) and `column`, a
+    structured `.npy` with the fields f0, f1 (the uid) and `column`, or a DataComp subset file
+    (`.npy`), whose value is how often it lists a uid; `column` is then None. Without a path it is a
+    column of the parquet files of the pool's own metadata.
     """
 
     path: str | None
@@ -203,7 +204,11 @@ class Source(ABC):
 
     def restrict(self, rows: np.ndarray) -> Source:
         """The same source with some of its samples only: int64, ascending, distinct."""
-        return RestrictedSource(self, rows)
+        return self if len(rows) == len(self) else RestrictedSource(self, rows)
+
+    def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
+        """Take note of what a selector has made of `samples` samples. Default: nothing."""
+        return None
 
 
 class RestrictedSource(Source):
@@ -237,6 +242,9 @@ class RestrictedSource(Source):
 
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
         return self.source.file(file)
+
+    def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
+        self.whole.report(selector, choice, samples, seconds)
 
     def memo(self, selector: object) -> Memo:
         return self.whole.memo((selector, self.rows))

@@ -6,7 +6,6 @@ part of it, checks it, and calls the part of siftclip that does the work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,24 +202,3 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
         rows=rows,
         coverage=coverage,
     )
-
-
-def describe_selection(outcome: SelectOutcome) -> str:
-    """A few lines about a selection, for the terminal."""
-    manifest = outcome.selection.manifest
-    lines = [
-        f"selector   {manifest['selector']}",
-        f"pool       {outcome.pool.root}: {len(outcome.pool)} samples",
-        f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "
-        f"({100 * manifest['kept_fraction']:.1f} %)",
-        f"written    {outcome.folder}",
-    ]
-    if "metadata_present_fraction" in manifest["pool"]:
-        share = 100 * manifest["pool"]["metadata_present_fraction"]
-        lines.insert(2, f"coverage   {share:.1f} % of the pool's metadata is in its shards")
-    for which in ("pool", "kept"):
-        quantiles: Mapping[str, float] = manifest[f"score_quantiles_{which}"]
-        if quantiles:
-            text = "  ".join(f"{name} {value:.4f}" for name, value in quantiles.items())
-            lines.append(f"{which + ' scores':<13}{text}")
-    return "\n".join(lines)

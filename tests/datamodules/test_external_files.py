@@ -159,3 +159,36 @@ def test_column_that_judges_nothing(pool: Pool, uids: list[str], tmp_path: Path)
     path = write_table(tmp_path / "a.parquet", uid=uids[:2], score=[None, float("nan")])
     with pytest.raises(InputError, match=r"keeps none of 8 samples"):
         select(pool, tmp_path, path=path, column="score", fraction=0.5)
+
+
+def test_structured_array_has_a_column(pool: Pool, tmp_path: Path) -> None:
+    """Uids as in a DataComp subset with a score beside them, in any order."""
+    kind = np.dtype([("f0", "<u8"), ("f1", "<u8"), ("flyt", "<f4")])
+    array = np.zeros(3, dtype=kind)
+    for place, (row, score) in enumerate([(6, 0.5), (1, 2.0), (3, -1.0)]):
+        array[place] = (*pool.uids[row].tolist(), score)
+    path = str(tmp_path / "a.npy")
+    np.save(path, array)
+    expected = {format_uid(pool.uids[row]): 1 for row in (1, 6)}
+    assert kept(select(pool, tmp_path, path=path, column="flyt", threshold=0.0)) == expected
+    with pytest.raises(InputError, match=r"column='x': .*a.npy must be .* f0, f1 .* and x"):
+        select(pool, tmp_path, path=path, column="x", threshold=0.0)
+    np.save(path, array.astype([("f0", "<i8"), ("f1", "<u8"), ("flyt", "<f4")]))
+    with pytest.raises(InputError, match=r"must hold numbers, and f0 and f1 u8"):
+        select(pool, tmp_path, path=path, column="flyt", threshold=0.0)
+    Path(path).write_bytes(b"no")
+    with pytest.raises(InputError, match=r"a.npy is not a readable npy file"):
+        select(pool, tmp_path, path=path, column="flyt", threshold=0.0)
+
+
+def test_column_of_the_pools_own_metadata(pool: Pool, uids: list[str], tmp_path: Path) -> None:
+    """From all parquet files; the first counts for a uid that several have."""
+    with pytest.raises(InputError, match=r"the pool's metadata; .* has none"):
+        select(pool, tmp_path, path=None, column="score", fraction=0.5)
+    folder = Path(pool.root) / "metadata"
+    folder.mkdir()
+    write_table(folder / "a.parquet", uid=uids[8:], score=[9.0] * 4)  # of another pool
+    write_table(folder / "b.parquet", uid=[uids[5], uids[2]], score=[0.1, 0.9])
+    write_table(folder / "c.parquet", uid=[uids[5], uids[7]], score=[0.9, 0.8])
+    selection = select(pool, tmp_path, path=None, column="score", threshold=0.5)
+    assert kept(selection) == {uids[2]: 1, uids[7]: 1}

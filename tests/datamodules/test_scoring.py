@@ -15,12 +15,11 @@ from torch import Tensor
 
 from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.pool_source import PoolSource, summarise
 from siftclip.datamodules.scoring import (
     run_selection,
     score_pool,
     selection_identity,
-    summarise,
 )
 from siftclip.datamodules.selection import Selection
 from siftclip.datamodules.uids import format_uid

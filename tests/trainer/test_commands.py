@@ -16,7 +16,8 @@ from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.files import read_jsonl
 from siftclip.datamodules.selection import read_selection, read_subset
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.stages import describe_selection, score_stage, select_stage
+from siftclip.trainer.selection_summary import clip_score_overlap, describe_selection
+from siftclip.trainer.stages import score_stage, select_stage
 from siftclip.trainer.training import train_stage
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -121,11 +122,26 @@ def test_score_then_select_reuses_the_scores(
 
 
 def test_selection_is_described(base: list[str], compose: Compose) -> None:
-    text = describe_selection(select_stage(compose("select", base)))
+    config = compose("select", [*base, "selector.fraction=0.3"])
+    outcome = select_stage(config)
+    text = describe_selection(outcome, clip_score_overlap(config, outcome))
+    assert "overlap    100.0 % of them CLIP score would keep, too" in text
+    assert "cost       " in text
     assert "kept       72 samples, 72 distinct (30.0 %)" in text
     assert "coverage   100.0 % of the pool's metadata is in its shards" in text
     assert "pool scores  q0 " in text
     assert "kept scores  q0 " in text
+
+
+def test_overlap_with_clip_score(base: list[str], compose: Compose) -> None:
+    config = compose("select", [*base, "selector=random", "selector.fraction=0.25"])
+    outcome = select_stage(config)
+    clip = select_stage(compose("select", [*base, "selector.fraction=0.25"]))
+    expected = len(np.intersect1d(outcome.rows, clip.rows)) / len(outcome.rows)
+    assert clip_score_overlap(config, outcome) == expected
+    assert 0 < expected < 1
+    other = compose("select", [*base, "selector=random", "features.name=none"])
+    assert clip_score_overlap(other, select_stage(other)) is None
 
 
 def test_selection_is_a_datacomp_subset_that_can_be_read_back(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from siftclip.datamodules.scoring import summarise
+from siftclip.datamodules.pool_source import summarise
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.stages import score_stage
 

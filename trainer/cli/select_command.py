@@ -5,12 +5,14 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.stages import describe_selection, select_stage
+from siftclip.trainer.selection_summary import clip_score_overlap, describe_selection
+from siftclip.trainer.stages import select_stage
 
 
 @application("select")
 def main(config: DictConfig) -> None:
     """Select and print what was kept."""
     outcome = select_stage(config, may_launch=True)
+    overlap = clip_score_overlap(config, outcome) if config.overlap else None
     if outcome.source.ranks.rank == 0:
-        print(describe_selection(outcome))
+        print(describe_selection(outcome, overlap))
