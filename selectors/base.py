@@ -175,22 +175,23 @@ class ScoreSelector(Selector):
         The tasks are shared among the ranks; what was kept of an earlier call is not done again.
         """
         memo = source.memo(self)
-        passes = [self.tasks(source, number) for number in range(self.passes)]
-        todo = [
-            task for tasks in passes for task in source.mine(tasks) if memo.get(task.name) is None
-        ]
-        # On every rank or on none, because fitting may wait for the other ranks.
-        if int(source.ranks.sum(torch.tensor(len(todo)))) > 0:
-            self.fit(source)
-        with source.bar(sum(len(task.rows) for task in todo), type(self).__name__) as bar:
-            for task in todo:
-                values = self.score_task(source, task)
-                memo.put(task.name, values=values.float().cpu().numpy())
-                bar.update(len(task.rows))
-        if self.passes == 1:
-            return _gather_values(source, memo, passes[0])
-        total = np.zeros(len(source), dtype=np.float64)
-        for tasks in passes:
+        fitted = False
+        total = np.zeros(len(source), dtype=np.float64 if self.passes > 1 else np.float32)
+        for number in range(self.passes):
+            tasks = self.tasks(source, number)  # of one pass at a time: they hold all its rows
+            todo = [task for task in source.mine(tasks) if memo.get(task.name) is None]
+            # On every rank or on none, because fitting may wait for the other ranks.
+            if not fitted and int(source.ranks.sum(torch.tensor(len(todo)))) > 0:
+                self.fit(source)
+                fitted = True
+            label = type(self).__name__ + (
+                f" {number + 1}/{self.passes}" if self.passes > 1 else ""
+            )
+            with source.bar(sum(len(task.rows) for task in todo), label) as bar:
+                for task in todo:
+                    values = self.score_task(source, task)
+                    memo.put(task.name, values=values.float().cpu().numpy())
+                    bar.update(len(task.rows))
             np.add(total, _gather_values(source, memo, tasks), out=total)
         return np.divide(total, self.passes).astype(np.float32)
 

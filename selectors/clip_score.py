@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, Requirements, ScoreSelector
+from siftclip.selectors.blocks import row_blocks
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -17,7 +19,11 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
             are not normalised again, and the product is taken in float32.
         text_features: float [n, d] of unit norm.
     """
-    return (image_features.float() * text_features.float()).sum(dim=1)
+    scores = image_features.new_empty(len(image_features), dtype=torch.float32)
+    pairs = row_blocks(image_features, text_features, scores)
+    for image, text, block in pairs:
+        torch.sum(image.float() * text.float(), dim=1, out=block)
+    return scores
 
 
 class ClipScore(ScoreSelector):

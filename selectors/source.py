@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.selectors.blocks import row_blocks
 from siftclip.selectors.ranks import OneRank, Ranks
 
 T = TypeVar("T")
@@ -43,10 +44,19 @@ class Chunk:
 
         A vector that is zero, or has a component that is not finite, says nothing about its sample.
         """
-        masks = [
-            values.isfinite().all(1) & (values != 0).any(1) for values in self.features.values()
-        ]
+        masks = []
+        for values in self.features.values():
+            blocks = [_is_usable(block) for (block,) in row_blocks(values)]
+            masks += [torch.cat(blocks)] if blocks else []
         return torch.stack(masks).all(0) if masks else torch.ones(len(self), dtype=torch.bool)
+
+
+def _is_usable(values: Tensor) -> Tensor:
+    if values.dtype == torch.float16:  # its bits without the sign are in the order of its size
+        bits = values.view(torch.int16).bitwise_and(0x7FFF).amax(1)
+        return (bits > 0) & (bits < 0x7C00)  # those of infinity; NaN is above
+    largest = values.abs().amax(1)  # NaN where there is one
+    return largest.isfinite() & (largest > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,9 +97,10 @@ def selector_from(config: DictConfig) -> tuple[Selector, str, dict[str, Any]]:
     Raises:
         InputError: the class is unknown, or does not take these parameters.
     """
-    for key in config.selector:
-        if OmegaConf.is_missing(config.selector, key):
-            raise InputError(f"selector={config.selector.name} needs selector.{key}=...")
+    missing = sorted(key for key in OmegaConf.missing_keys(config) if key.startswith("selector."))
+    if missing:
+        needs = " ".join(f"{key}=..." for key in missing)
+        raise InputError(f"The selector needs {needs}; see configs/selector for what they are.")
     parameters: dict[str, Any] = plain(config.selector)
     name = str(parameters.pop("name"))
     try:

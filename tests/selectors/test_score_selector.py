@@ -13,8 +13,8 @@ from torch import Tensor
 
 from siftclip.selectors.base import Choice, Chunk, ScoreSelector, Source, check_choice
 from siftclip.selectors.errors import InputError, require_finite, require_fraction, require_int
-from siftclip.selectors.rules import AsGiven, Threshold, TopFraction
 from siftclip.selectors.ranks import Ranks
+from siftclip.selectors.rules import AsGiven, Threshold, TopFraction
 from siftclip.selectors.source import MemorySource, Requirements, Task
 
 

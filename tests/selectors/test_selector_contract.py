@@ -5,35 +5,152 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 import siftclip.selectors
-from siftclip.selectors.base import Selector
+from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.checks import CHECKS, SelectorFactory, check_selector
 from siftclip.selectors.clip_score import ClipScore
+from siftclip.selectors.clipcov import ClipCov
+from siftclip.selectors.clusters import ClusterId, GivenCentroids, KMeans
+from siftclip.selectors.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.datacomp_filters import BasicFilter, CaptionFilter, HasEntity, IsLanguage
+from siftclip.selectors.density import DensityPruning
 from siftclip.selectors.external import External
+from siftclip.selectors.image_based import ImageBased
+from siftclip.selectors.metaclip import MetaClip
+from siftclip.selectors.nearest import NearestRank, NearestUnion
+from siftclip.selectors.negcliploss import NegCLIPLoss
+from siftclip.selectors.normsim import NormSim
+from siftclip.selectors.optimal_design import AOptimal, VOptimal
+from siftclip.selectors.quota import QuotaPerCluster
+from siftclip.selectors.rules import DataCompFraction
+from siftclip.selectors.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
+from siftclip.selectors.semdedup import SemDeDup
+from siftclip.selectors.source import FeatureFile
 from siftclip.selectors.uniform import Uniform
+from siftclip.selectors.vas import Vas
+from siftclip.selectors.vas_d import NormSimD, VasD
+
+TARGET = FeatureFile(path="target.npz", key="l14_img")
+CENTROIDS = GivenCentroids(file=FeatureFile(path="centroids.npy"))
+NAMES = FeatureFile(path="names.npz")
+
+
+class FirstLetter:
+    """Takes captions with some first letters for English."""
+
+    def __call__(self, captions: Sequence[str]) -> list[str | None]:
+        return ["en" if caption[:1] in "rsb" else "de" for caption in captions]
+
+
+class Length:
+    """Knows words by their length."""
+
+    def __call__(self, word: str) -> int | None:
+        return len(word)
+
+
+def clip(**rule: Any) -> ScoreSelector:
+    return ClipScore(features="l14", **rule)
+
 
 BUILT_IN: dict[str, SelectorFactory] = {
     "uniform": lambda: Uniform(seed=5, fraction=0.3),
     "uniform, threshold": lambda: Uniform(seed=5, threshold=0.5),
-    "clip_score": lambda: ClipScore(features="l14", fraction=0.3),
+    "clip_score": lambda: clip(fraction=0.3),
     "clip_score, threshold": lambda: ClipScore(features="b32", threshold=0.0),
     "external parquet": lambda: External(path="a.parquet", column="dfn", fraction=0.3),
     "external subset": lambda: External(path="a.npy"),
+    "negcliploss": lambda: NegCLIPLoss(features="l14", batch_size=64, passes=2, fraction=0.3),
+    "negcliploss, float32": lambda: NegCLIPLoss(
+        features="l14", batch_size=64, passes=2, precision="float32", fraction=0.3
+    ),
+    "negcliploss, global, threshold": lambda: NegCLIPLoss(
+        features="l14", batch_size=64, passes=2, partition="global", threshold=-0.3
+    ),
+    "vas": lambda: Vas(features="l14", target=TARGET, fraction=0.3),
+    "vas, cross, pool": lambda: Vas(features="l14", modality="cross", target="pool", fraction=0.3),
+    "normsim2": lambda: NormSim(features="l14", target=TARGET, p=2, fraction=0.3),
+    "normsim3": lambda: NormSim(features="l14", target=TARGET, p=3, fraction=0.3),
+    "normsim_inf": lambda: NormSim(features="l14", target=TARGET, p=float("inf"), fraction=0.3),
+    "vas_d": lambda: VasD(features="l14", fraction=0.3, steps=5),
+    "normsim_d": lambda: NormSimD(features="l14", fraction=0.3, steps=5, seed=1),
+    "a_optimal": lambda: AOptimal(features="l14", fraction=0.3, steps=5),
+    "v_optimal": lambda: VOptimal(features="l14", target=TARGET, fraction=0.3, steps=5),
+    "clipcov": lambda: ClipCov(features="b32", fraction=0.3, labels=NAMES),
+    "clipcov, fresh": lambda: ClipCov(
+        features="b32", fraction=0.3, labels=NAMES, interval=1, charge="once"
+    ),
+    "clipcov, clusters": lambda: ClipCov(
+        features="b32",
+        fraction=0.3,
+        clustering=KMeans(clusters=6, seed=0, iterations=2),
+        label_weight=0.0,
+    ),
+    "cluster_id": lambda: ClusterId(
+        key="l14_img", clustering=KMeans(clusters=8, seed=0, iterations=3), threshold=3.0
+    ),
+    "image_based": lambda: ImageBased(features="l14", target=TARGET, clustering=CENTROIDS),
+    "semdedup": lambda: SemDeDup(
+        key="l14_img", clustering=KMeans(clusters=8, seed=0, iterations=3), eps=0.4
+    ),
+    "semdedup, fraction": lambda: SemDeDup(
+        key="l14_img", clustering=CENTROIDS, fraction=0.3, keep="random", seed=3
+    ),
+    "density": lambda: DensityPruning(key="l14_img", clustering=CENTROIDS, fraction=0.3),
+    "nearest_rank": lambda: NearestRank(key="l14_img", target=TARGET, neighbours=5, fraction=0.3),
+    "nearest_union": lambda: NearestUnion(key="l14_img", target=TARGET, fraction=0.3),
+    "then": lambda: Then(stages=[clip(fraction=0.5), Uniform(seed=3, fraction=0.3)]),
+    "and": lambda: And(selectors=[Uniform(seed=1, fraction=0.6), Uniform(seed=2, fraction=0.6)]),
+    "or": lambda: Or(selectors=[Uniform(seed=1, fraction=0.2), External(path="a.npy")]),
+    "minus": lambda: Minus(keep=clip(fraction=0.5), remove=Uniform(seed=2, fraction=0.2)),
+    "rank_sum": lambda: RankSum(
+        selectors=[clip(fraction=1), Uniform(seed=3, fraction=1)], rule=DataCompFraction(0.2)
+    ),
+    "mix": lambda: Mix(
+        selectors=[clip(fraction=1), Uniform(seed=3, fraction=1)], weights=[0.7, 0.3], fraction=0.2
+    ),
+    "quota": lambda: QuotaPerCluster(
+        selector=clip(fraction=1),
+        clusters=External(path=None, column="cluster", fraction=1),
+        fraction=0.3,
+    ),
+    "basic": BasicFilter,
+    "caption": CaptionFilter,
+    "language": lambda: IsLanguage(identifier=FirstLetter()),
+    "soft_cap": lambda: clip(rule=SoftCapSampling(fraction=1.0, batch_samples=16, seed=1)),
+    "softmax": lambda: clip(rule=SoftmaxSampling(fraction=0.3, seed=1)),
+    "hard_cap": lambda: clip(rule=HardCapSampling(fraction=1.0, seed=1)),
 }
+OF_FILES = ("entity", "metaclip")  # which are opened when they are built
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.fixture(scope="session")
+def factories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SelectorFactory]:
+    """All factories, with those whose selectors are built from a file."""
+    folder = tmp_path_factory.mktemp("lists")
+    (folder / "synsets.txt").write_text("n00000004\n")
+    (folder / "entries.json").write_text('["red", "seven", "blue ground", "a"]')
+    return {
+        **BUILT_IN,
+        "entity": lambda: HasEntity(lexicon=Length(), entities=str(folder / "synsets.txt")),
+        "metaclip": lambda: MetaClip(entries=str(folder / "entries.json"), t=20, seed=1),
+    }
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, *OF_FILES])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_built_in_selector_passes(check: Callable[[SelectorFactory], None], name: str) -> None:
-    check(BUILT_IN[name])
+def test_built_in_selector_passes(
+    check: Callable[[SelectorFactory], None], name: str, factories: dict[str, SelectorFactory]
+) -> None:
+    check(factories[name])
 
 
-def test_every_selector_class_is_checked() -> None:
+def test_every_selector_class_is_checked(factories: dict[str, SelectorFactory]) -> None:
     def concrete(base: Any) -> set[type[Selector]]:
         found = set() if inspect.isabstract(base) else {base}
         return found.union(*(concrete(child) for child in base.__subclasses__()))
@@ -41,8 +158,9 @@ def test_every_selector_class_is_checked() -> None:
     modules = [module.name for module in pkgutil.iter_modules(siftclip.selectors.__path__)]
     for module in modules:
         importlib.import_module(f"siftclip.selectors.{module}")
-    ours = {cls for cls in concrete(Selector) if cls.__module__.startswith("siftclip.selectors.")}
-    assert ours == {type(make()) for make in BUILT_IN.values()}
+    bases = concrete(Selector) - {ScoreSelector}
+    ours = {cls for cls in bases if cls.__module__.startswith("siftclip.selectors.")}
+    assert ours == {type(make()) for make in factories.values()}
 
 
 def test_check_selector_runs_all_checks() -> None:

@@ -180,7 +180,7 @@ def test_repetitions_of_a_subset_are_multiplicities(
         (["selector.fraction=a"], "Got 'a'"),
         (["selector.threshold=0.2"], "exactly one of selector.fraction, selector.threshold"),
         (["selector.fraction=null", "selector.threshold=9"], "keeps none of 240 samples"),
-        (["selector=external"], "selector=external needs selector.path"),
+        (["selector=external"], "The selector needs selector.path="),
         (["selector=plugin", "selector.plugin=nope"], "selector.plugin must be one of"),
         (["features.name=l14"], "asks for the array 'l14_img'"),
         (["features.root=nowhere"], "No features (*.npz) in nowhere"),

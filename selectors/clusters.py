@@ -1,0 +1,154 @@
+"""Clusters of samples, for the selectors that work within them or with quotas of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.kmeans import assign, fit_kmeans
+from siftclip.selectors.ranks import sum_arrays
+
+
+class Clustering(Protocol):
+    """Where centroids come from."""
+
+    def files(self) -> tuple[FeatureFile, ...]:
+        """The feature files that it reads."""
+
+    def centroids(self, source: Source, key: str) -> Tensor:
+        """The centroids of the features `key`, float32 [k, d]."""
+
+
+class KMeans:
+    """Centroids of the samples that are selected from."""
+
+    def __init__(
+        self,
+        *,
+        clusters: int,
+        seed: int,
+        iterations: int = 20,
+        sample: int | None = None,
+        spherical: bool = True,
+    ) -> None:
+        """See `fit_kmeans`."""
+        self.clusters = require_int("clustering.clusters", clusters, minimum=1)
+        self.seed = require_int("clustering.seed", seed, minimum=0)
+        self.iterations = require_int("clustering.iterations", iterations, minimum=0)
+        self.spherical = spherical
+        self.sample = (
+            None if sample is None else require_int("clustering.sample", sample, minimum=clusters)
+        )
+
+    def files(self) -> tuple[FeatureFile, ...]:
+        return ()
+
+    def centroids(self, source: Source, key: str) -> Tensor:
+        return fit_kmeans(
+            source,
+            key,
+            clusters=self.clusters,
+            seed=self.seed,
+            iterations=self.iterations,
+            sample=self.sample,
+            spherical=self.spherical,
+        )
+
+
+class GivenCentroids:
+    """Centroids from a file, such as those that DataComp publishes for its scales."""
+
+    def __init__(self, *, file: FeatureFile) -> None:
+        """Set the file, float [k, d]."""
+        self.file = file
+
+    def files(self) -> tuple[FeatureFile, ...]:
+        return (self.file,)
+
+    def centroids(self, source: Source, key: str) -> Tensor:
+        centroids = torch.cat([piece.float() for piece in source.file(self.file)])
+        if not bool(centroids.isfinite().all()):
+            raise InputError(f"The centroids in {self.file.path} must be finite numbers.")
+        return centroids
+
+
+class _Assignment:
+    """What the clusters of samples depend on."""
+
+    def __init__(self, key: str, clustering: Clustering) -> None:
+        self.key, self.clustering = key, clustering
+
+
+@torch.no_grad()
+def assign_all(
+    source: Source, key: str, clustering: Clustering
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """The centroids, and the cluster of every sample of a source, on every rank.
+
+    Returns:
+        centroids float32 [k, d]; clusters int32 [n], -1 for samples that are not usable; inner
+        products with the own centroid float32 [n], 0 where there is none.
+    """
+    requires = Requirements(features=(key,), files=clustering.files())
+    memo, tasks = source.memo(_Assignment(key, clustering)), source.tasks(requires)
+    centroids = clustering.centroids(source, key)
+    clusters = np.zeros(len(source), dtype=np.int32)  # plus one, so that ranks can add them
+    products = np.zeros(len(source), dtype=np.float32)
+    mine = source.mine(tasks)
+    with source.bar(sum(len(task.rows) for task in mine), "clusters") as bar:
+        for task in mine:
+            kept = memo.get(task.name)
+            if kept is None:
+                pieces = [_assign_chunk(c, centroids) for c in source.chunks(task.rows, requires)]
+                kept = {
+                    "clusters": np.concatenate([piece[0] for piece in pieces]),
+                    "products": np.concatenate([piece[1] for piece in pieces]),
+                }
+                memo.put(task.name, **kept)
+            at = source.index_of(task.rows)
+            clusters[at], products[at] = kept["clusters"] + 1, kept["products"]
+            bar.update(len(task.rows))
+    clusters, products = sum_arrays(source.ranks, clusters), sum_arrays(source.ranks, products)
+    return centroids, clusters - 1, products
+
+
+def _assign_chunk(chunk: Chunk, centroids: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters int32 [n] and inner products float32 [n] of a chunk; -1 and 0 if not usable."""
+    (features,) = chunk.features.values()
+    usable = chunk.usable()
+    clusters = torch.full((len(chunk),), -1, dtype=torch.int32, device=features.device)
+    products = torch.zeros(len(chunk), device=features.device)
+    index, products[usable] = assign(features[usable], centroids)
+    clusters[usable] = index.to(torch.int32)
+    return clusters.cpu().numpy(), products.cpu().numpy()
+
+
+class ClusterId(ScoreSelector):
+    """The number of each sample's cluster as its score, for rules that keep a quota of each."""
+
+    def __init__(self, *, key: str, clustering: Clustering, **rule: Any) -> None:
+        """Choose the features and the clusters.
+
+        Args:
+            key: of the features, such as `l14_img`.
+            clustering: `KMeans` or `GivenCentroids`, of at most 2**24 clusters, up to which float32
+                holds all whole numbers.
+            **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
+        """
+        super().__init__(**rule)
+        self.key, self.clustering = key, clustering
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=(self.key,), files=self.clustering.files())
+
+    def fit(self, source: Source) -> None:
+        self._centroids = self.clustering.centroids(source, self.key)
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return assign(chunk.features[self.key], self._centroids)[0].float()

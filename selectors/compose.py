@@ -1,0 +1,250 @@
+"""Selectors made of selectors: one after another, sets, rank sums and linear mixes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from siftclip.selectors.base import Choice, Requirements, ScoreSelector, Selector, Source, run
+from siftclip.selectors.errors import InputError, require_finite
+
+S = TypeVar("S", bound=Selector)
+
+# In their order; names serve to address them, as in selector.stages.normsim.fraction=0.2, and are
+# no parameters of the selection.
+Selectors = Iterable[Any] | Mapping[str, Any]
+
+
+def union(selectors: Iterable[Selector]) -> Requirements:
+    """What several selectors read together.
+
+    Each of them asks its source for what it reads itself, so this only tells which inputs must be
+    there. `Requirements` has room for one column: of several different ones none is named.
+    """
+    needs = [selector.requires for selector in selectors]
+    columns = {need.column for need in needs if need.column is not None}
+    return Requirements(
+        features=tuple(dict.fromkeys(key for need in needs for key in need.features)),
+        captions=any(need.captions for need in needs),
+        sizes=any(need.sizes for need in needs),
+        column=columns.pop() if len(columns) == 1 else None,
+        files=tuple(dict.fromkeys(file for need in needs for file in need.files)),
+    )
+
+
+def require_selectors(option: str, selectors: Selectors, kind: type[S]) -> tuple[S, ...]:
+    """Return `selectors` as a tuple if there is at least one, and each of them is a `kind`."""
+    named = selectors if isinstance(selectors, Mapping) else dict(enumerate(selectors))
+    if not named:
+        raise InputError(f"{option} must name at least one selector. Got none.")
+    for name, selector in named.items():
+        if not isinstance(selector, kind):
+            raise InputError(
+                f"{option}.{name} must be a {kind.__name__}. Got {type(selector).__name__}; "
+                f"in a configuration it needs a _target_ that names such a class."
+            )
+    return tuple(named.values())
+
+
+def ordinal_ranks(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
+    """The place of each sample from the worst, 0, to the best, n - 1: int64 [n].
+
+    Of equal scores the smaller uid is the better one, as in `rules.keep_top`.
+
+    Args:
+        scores: float [n], no NaN.
+        uids: uint64 [n, 2].
+    """
+    ranks = np.empty(len(scores), dtype=np.int64)
+    ranks[np.lexsort((~uids[:, 1], ~uids[:, 0], scores))] = np.arange(len(scores))
+    return ranks
+
+
+def rank_sum(
+    scores: Sequence[np.ndarray], uids: np.ndarray, weights: Sequence[float]
+) -> np.ndarray:
+    """The weighted sum of the ranks that samples have by several scores: float64 [n].
+
+    The released code of negCLIPLoss and NormSim (arXiv 2405.19547) writes such a set with equal
+    weights as `sum_rank`; there, equal scores get their ranks by the order of the files.
+
+    Args:
+        scores: k arrays float [n]; a sample with a NaN gets NaN, and has no rank in the others.
+        uids: uint64 [n, 2], which decide between equal scores.
+        weights: k finite numbers.
+    """
+    judged = np.flatnonzero(~np.isnan(np.stack(scores)).any(0))
+    total = np.full(len(uids), np.nan)
+    total[judged] = 0.0
+    for values, weight in zip(scores, weights, strict=True):
+        total[judged] += weight * ordinal_ranks(values[judged], uids[judged])
+    return total
+
+
+def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """The weighted sum of standardised scores: float64 [n].
+
+    Every score is brought to mean 0 and standard deviation 1 (a constant one to 0) over the
+    samples that all scores judge. This is the form of M-FLYT (arXiv 2503.08805), whose weights are
+    learned. A score that is not finite says nothing here, and gives NaN.
+
+    Args:
+        scores: k arrays float [n].
+        weights: k finite numbers.
+    """
+    judged = np.isfinite(np.stack(scores)).all(0)
+    total = np.full(len(judged), np.nan)
+    total[judged] = 0.0
+    if not judged.any():
+        return total
+    for values, weight in zip(scores, weights, strict=True):
+        # Sums over sorted values do not depend on the order of the samples, not even by rounding.
+        ordered = np.sort(values[judged]).astype(np.float64)
+        mean = ordered.mean()
+        spread = np.sqrt(np.square(ordered - mean).mean()) if ordered[0] < ordered[-1] else np.inf
+        total[judged] += weight * ((values[judged] - mean) / spread)
+    return total
+
+
+class Then(Selector):
+    """Stages, each of which sees only what those before it have kept; multiplicities multiply."""
+
+    def __init__(self, *, stages: Selectors) -> None:
+        """Give the stages, in order. Their fractions are `of` the pool, or of what is left."""
+        self.stages = require_selectors("selector.stages", stages, Selector)  # type: ignore[type-abstract]
+
+    @property
+    def requires(self) -> Requirements:
+        return union(self.stages)
+
+    def select(self, source: Source) -> Choice:
+        """The scores are those of the last stage, NaN for what it has not seen."""
+        kept = np.ones(len(source), dtype=np.int64)
+        scores = None
+        for stage in self.stages:
+            index = np.flatnonzero(kept)
+            if not len(index):
+                break
+            choice = run(stage, source.restrict(source.rows[index]))
+            kept[index] *= choice.multiplicities
+            scores = None
+            if choice.scores is not None:
+                scores = np.full(len(source), np.nan, dtype=np.float32)
+                scores[index] = choice.scores
+        return Choice(multiplicities=kept, scores=scores)
+
+
+class And(Selector):
+    """What every selector keeps, as often as the one that keeps it least."""
+
+    def __init__(self, *, selectors: Selectors) -> None:
+        self.selectors = require_selectors("selector.selectors", selectors, Selector)  # type: ignore[type-abstract]
+
+    @property
+    def requires(self) -> Requirements:
+        return union(self.selectors)
+
+    def select(self, source: Source) -> Choice:
+        kept = [run(selector, source).multiplicities for selector in self.selectors]
+        return Choice(multiplicities=np.minimum.reduce(kept))
+
+
+class Or(Selector):
+    """What any selector keeps, as often as the one that keeps it most."""
+
+    def __init__(self, *, selectors: Selectors) -> None:
+        self.selectors = require_selectors("selector.selectors", selectors, Selector)  # type: ignore[type-abstract]
+
+    @property
+    def requires(self) -> Requirements:
+        return union(self.selectors)
+
+    def select(self, source: Source) -> Choice:
+        kept = [run(selector, source).multiplicities for selector in self.selectors]
+        return Choice(multiplicities=np.maximum.reduce(kept))
+
+
+class Minus(Selector):
+    """What one selector keeps, without every sample that another one keeps at all."""
+
+    def __init__(self, *, keep: Selector, remove: Selector) -> None:
+        self.keep, self.remove = require_selectors(
+            "selector",
+            {"keep": keep, "remove": remove},
+            Selector,  # type: ignore[type-abstract]
+        )
+
+    @property
+    def requires(self) -> Requirements:
+        return union((self.keep, self.remove))
+
+    def select(self, source: Source) -> Choice:
+        kept = run(self.keep, source)
+        removed = run(self.remove, source).multiplicities > 0
+        return Choice(multiplicities=np.where(removed, 0, kept.multiplicities), scores=kept.scores)
+
+
+class Combined(ScoreSelector):
+    """A score that is made of the scores of other selectors. The rules of these do not count."""
+
+    def __init__(
+        self,
+        *,
+        selectors: Selectors,
+        weights: Iterable[float] | None = None,
+        **rule: Any,
+    ) -> None:
+        """Name the selectors.
+
+        Args:
+            selectors: score selectors, each with any rule (`fraction: 1` does).
+            weights: one finite number for each; None: 1 for each.
+            **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
+        """
+        super().__init__(**rule)
+        self.selectors = require_selectors("selector.selectors", selectors, ScoreSelector)
+        given = [1.0] * len(self.selectors) if weights is None else list(weights)
+        if len(given) != len(self.selectors):
+            raise InputError(
+                f"selector.weights must be one number for each of {len(self.selectors)} "
+                f"selectors. Got {len(given)}."
+            )
+        self.weights = tuple(require_finite("selector.weights", weight) for weight in given)
+
+    @property
+    def requires(self) -> Requirements:
+        return union(self.selectors)
+
+    @abstractmethod
+    def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
+        """Scores float32 [n] of each selector -> float64 [n], NaN where one is NaN."""
+
+    def combined(self, source: Source) -> np.ndarray:
+        """The score of every sample before it is rounded to float32: float64 [n]."""
+        return self.combine([child.scores(source) for child in self.selectors], source.uids)
+
+    def scores(self, source: Source) -> np.ndarray:
+        return self.combined(source).astype(np.float32)
+
+    def select(self, source: Source) -> Choice:
+        """Apply the rule before rounding: float32 would join ranks above 2^24."""
+        combined = self.combined(source)
+        kept = self.rule(combined, source.uids, len(source.whole))
+        return Choice(multiplicities=kept, scores=combined.astype(np.float32))
+
+
+class RankSum(Combined):
+    """Select by the weighted sum of ranks, which takes no notice of the scales of the scores."""
+
+    def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
+        return rank_sum(scores, uids, self.weights)
+
+
+class Mix(Combined):
+    """Select by a weighted sum of standardised scores, such as M-FLYT (arXiv 2503.08805)."""
+
+    def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
+        return mix_scores(scores, self.weights)

@@ -1,0 +1,50 @@
+"""One process and the ranks of a real gloo group keep the same samples with every selector."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from siftclip.selectors.ranks import OneRank
+
+SCRIPT = Path(__file__).with_name("selectors_on_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("selectors_on_ranks", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def alone(script: ModuleType) -> dict[str, list[int]]:
+    answers: dict[str, list[int]] = script.decide(OneRank())
+    assert len(answers) > 30
+    return answers
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_keep_what_one_process_keeps(
+    alone: dict[str, list[int]], tmp_path: Path, size: int
+) -> None:
+    answers = tmp_path / "answers"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(SCRIPT), str(answers)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in range(size):
+        found = json.loads(Path(f"{answers}.{rank}").read_text())
+        for name, kept in alone.items():
+            assert found[name] == kept, f"{name} on rank {rank} of {size}"
