@@ -28,24 +28,26 @@ def make_part(
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Uids uint64 [n, 2], image and text features float16 [n, d] of unit norm.
 
-    Images scatter around centres of clusters of very different sizes. A text is its image turned
-    towards noise by an amount that differs from pair to pair, and moved off by a common direction,
-    as CLIP's two modalities lie apart.
+    Images scatter around centres of clusters of very different sizes, with a spectrum that falls as
+    that of CLIP's features does, and share a direction. A text is its image turned towards noise by
+    an amount that differs from pair to pair, and moved off, as CLIP's two modalities lie apart.
     """
-    centres = torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(1))
-    centres += 2 * centres[:1]  # all images of a model share a direction
-    gap = torch.randn(dim, generator=torch.Generator().manual_seed(2))
+    fixed = torch.Generator().manual_seed(1)
+    spectrum = torch.arange(1, dim + 1).float().pow(-0.5)
+    spectrum /= spectrum.norm()
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=fixed))[0]
+    shared, gap = normalize(torch.randn(2, dim, generator=fixed), dim=1)
+    centres = torch.randn(CLUSTERS, dim, generator=fixed) * spectrum
     generator = torch.Generator().manual_seed(seed)
     weights = 1.0 / torch.arange(1, CLUSTERS + 1)
     cluster = torch.multinomial(weights, samples, replacement=True, generator=generator)
-    image = torch.randn(samples, dim, generator=generator).mul_(1.3).add_(centres[cluster])
-    image = normalize(image, dim=1)
+    image = torch.randn(samples, dim, generator=generator).mul_(spectrum).mul_(0.6)
+    image = normalize((image + centres[cluster]) @ rotation + shared, dim=1)
     text = image[:0]
     if texts:
-        share = torch.rand(samples, 1, generator=generator) * 0.5  # of the image in its text
-        text = torch.randn(samples, dim, generator=generator).div_(dim**0.5).mul_(1 - share)
-        text.add_(share * image).add_(0.3 * gap / dim**0.5)
-        text = normalize(text, dim=1)
+        share = 0.1 + 0.3 * torch.rand(samples, 1, generator=generator)  # of the image in its text
+        text = torch.randn(samples, dim, generator=generator).mul_(spectrum) @ rotation
+        text = normalize(share * (image - 0.7 * shared) + 0.5 * text + 0.1 * shared + gap, dim=1)
     uids = np.random.default_rng([3, seed]).integers(0, 2**64, (samples, 2), dtype=np.uint64)
     return uids, image.half(), text.half()
 

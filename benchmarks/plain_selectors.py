@@ -9,6 +9,8 @@ Features are float16 tensors, as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -61,33 +63,33 @@ def dynamic(
     start: np.ndarray,
     final: int,
     steps: int,
-    samples: list[np.ndarray] | None = None,
+    sample: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """VAS-D from the rows `start` down to `final` of them; NormSim-D with `samples` of each step.
+    """VAS-D from the rows `start` down to `final` of them; NormSim-D with a `sample` of each step.
 
     Args:
         image: float16 [N, d].
         start: int64, rows that are left after the quality cut.
         final: how many to keep.
         steps: T.
-        samples: for each covariance the rows that it is of, the first of the whole pool.
+        sample: (step, rows) -> those of them that the covariance is of.
     """
 
-    def covariance(rows: Tensor) -> Tensor:
+    def covariance(step: int, rows: Tensor) -> Tensor:
+        if sample is not None:
+            rows = torch.from_numpy(sample(step, np.sort(rows.numpy())))
         chosen = image[rows].float()
         return chosen.T @ chosen / len(chosen)
 
     left = torch.from_numpy(start)
     chunk = -(-(len(left) - final) // steps)
-    sigma = covariance(
-        torch.arange(len(image)) if samples is None else torch.from_numpy(samples[0])
-    )
+    sigma = covariance(0, torch.arange(len(image)))
     for step in range(steps):
         features = image[left].float()
         score = ((features @ sigma) * features).sum(1)
         keep = max(final, len(left) - chunk) if step < steps - 1 else final
         left = left[score.topk(keep).indices]
-        sigma = covariance(left if samples is None else torch.from_numpy(samples[step + 1]))
+        sigma = covariance(step + 1, left)
     return np.sort(left.numpy())
 
 
