@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +30,25 @@ def reference() -> Callable[[str], Mapping[str, np.ndarray]]:
     return lambda name: dict(np.load(REFERENCE / f"{name}.npz", allow_pickle=False))
 
 
+def _load_table() -> ModuleType:
+    path = Path(__file__).with_name("conformance_table.py")
+    spec = importlib.util.spec_from_file_location("conformance_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def conformance() -> Conformance:
-    """Check scores and kept rows of a case against the authors', and record the difference."""
+    """Check scores and kept rows of a case against the authors', and docs/conformance.md with it.
+
+    Where the environment names a file in SIFTCLIP_CONFORMANCE_RECORD, what was found is added to
+    it instead, for `conformance_table.py`.
+    """
+    conformance_row = _load_table().conformance_row
+    documented = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text().splitlines()
 
     def check(
         case: str,
@@ -42,7 +61,7 @@ def conformance() -> Conformance:
         differing: int = 0,  # rows in one of the two sets alone that the note explains
         note: str = "",
     ) -> None:
-        record: dict[str, object] = {"case": case, "note": note}
+        record: dict[str, Any] = {"case": case, "note": note}
         if scores is not None and expected_scores is not None:
             difference = np.abs(scores.astype(np.float64) - expected_scores.astype(np.float64))
             record["largest_difference"] = float(difference.max())
@@ -56,6 +75,10 @@ def conformance() -> Conformance:
         if RECORD in os.environ:
             with open(os.environ[RECORD], "a") as file:
                 file.write(json.dumps(record) + "\n")
+        else:
+            assert conformance_row(record) in documented, (
+                f"docs/conformance.md does not say this of {case}; see conformance_table.py"
+            )
 
     return check
 
