@@ -95,7 +95,7 @@ def read_all(folder: Path, keys: tuple[str, ...]) -> float:
     return size_bytes / (time.perf_counter() - start)
 
 
-def select(folder: Path, target: Path, name: str, chunk_samples: int) -> None:
+def select(folder: Path, target: Path, name: str, chunk_samples: int, measure_disk: bool) -> None:
     """Run one selector and print a row of the table."""
     torch.set_num_threads(2)
     start = time.perf_counter()
@@ -112,7 +112,7 @@ def select(folder: Path, target: Path, name: str, chunk_samples: int) -> None:
     )
     selector = selectors(target)[name]()
     keys = selector.requires.features
-    disk = read_all(folder, keys)
+    disk = read_all(folder, keys) if measure_disk else 0.0
     start, cpu_start = time.perf_counter(), time.process_time()
     kept = int(selector.select(source).multiplicities.sum())
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("selectors", nargs="+")
     parser.add_argument("--chunk-samples", type=int, default=65536)
+    parser.add_argument("--disk", action="store_true", help="read all features once before")
     arguments = parser.parse_args()
     print(describe_machine())
     print(
@@ -149,7 +150,8 @@ def main() -> None:
         np.save(target, values.reshape(-1, dim))
         for name in arguments.selectors:
             child = multiprocessing.get_context("spawn").Process(
-                target=select, args=(arguments.folder, target, name, arguments.chunk_samples)
+                target=select,
+                args=(arguments.folder, target, name, arguments.chunk_samples, arguments.disk),
             )
             child.start()
             child.join()

@@ -201,8 +201,10 @@ class PoolSource(Source):
             "kept_distinct": int(kept.sum()),
             "seconds": seconds,
         }
-        if choice.scores is not None:
+        if isinstance(selector, ScoreSelector) and choice.scores is not None:
+            # of a composition, NaN also stands for what an earlier stage has dropped
             record["unjudged_samples"] = int(np.isnan(choice.scores).sum())
+        if choice.scores is not None:
             record["score_quantiles"] = summarise(choice.scores)
             record["score_quantiles_kept"] = summarise(choice.scores[kept])
         self.reports.append(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,17 @@ def selection_identity(selector: Selector, source: PoolSource) -> dict[str, Any]
     return {**source.identity(selector), "selector": describe(selector)}
 
 
+def _finite(value: Any) -> Any:
+    """Plain values with numbers that JSON does not have, such as p=inf, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
 def run_selection(
     selector: Selector, name: str, parameters: Mapping[str, Any], source: PoolSource
 ) -> Selection:
@@ -41,15 +53,17 @@ def run_selection(
     cpu_start = time.process_time()
     choice = run(selector, source)
     *members, whole = source.reports
-    if whole.get("unjudged_samples") and source.ranks.rank == 0:
-        log.warning(
-            "%d of %d samples have no score and cannot be selected",
-            whole["unjudged_samples"],
-            len(pool),
-        )
+    for record in source.reports if source.ranks.rank == 0 else ():
+        if record.get("unjudged_samples"):
+            log.warning(
+                "%s: %d of %d samples have no score and cannot be selected",
+                record["selector"],
+                record["unjudged_samples"],
+                record["samples"],
+            )
     manifest = {
         "selector": name,
-        "parameters": dict(parameters),
+        "parameters": _finite(parameters),
         "pool": {"root": str(pool.root), "fingerprint": pool.fingerprint, "samples": len(pool)},
         "identity": source.identity(selector),
         "kept_samples": whole["kept_samples"],

@@ -1,4 +1,4 @@
-"""Every command of the README is run, on a small pool."""
+"""Commands of the README are run on a small pool; those of the guide to the selectors compose."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
+from siftclip.selectors.base import Selector
 from siftclip.selectors.checks import check_selector
+from siftclip.trainer.stages import selector_from
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SELECTORS = (ROOT / "docs" / "selectors.md").read_text(encoding="utf-8")
 ARCHITECTURE = {
     "embed_dim": 16,
     "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
@@ -31,9 +35,9 @@ SMALL_RUN = (
 )
 
 
-def commands() -> list[str]:
-    """The lines of the README's bash blocks that are commands."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+def commands(text: str = README) -> list[str]:
+    """The lines of a text's bash blocks that are commands."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -58,7 +62,7 @@ def test_readme_has_the_commands_that_are_tested_here() -> None:
     found = commands()
     assert found[:2] == ["make demo", "make test"]
     words = [line.split()[1] for line in found[2:]]
-    assert words == ["embed", "select", "train", "eval", "compare"]
+    assert words == ["embed", "select", "train", "eval", "compare", "target", "select"]
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
@@ -86,6 +90,8 @@ def test_commands_for_ones_own_pool_run(data: DemoData, model_folder: Path, tmp_
         small = shlex.split(SMALL_RUN)
         if command == "eval":
             small.remove("model=vit_tiny")
+        if command == "target":
+            small.append("target.split=test")  # all that the demo's tasks have
         result = subprocess.run(
             [sys.executable, "-m", "siftclip.trainer.cli", command, *options, *small],
             cwd=tmp_path,
@@ -95,14 +101,57 @@ def test_commands_for_ones_own_pool_run(data: DemoData, model_folder: Path, tmp_
         )
         assert result.returncode == 0, (line, result.stderr[-2000:])
     assert (tmp_path / "outputs/compare/random_clip_score/report.html").is_file()
-    assert len(np.load(next(tmp_path.glob("outputs/selections/*/selection.npy")))) == 36
+    assert len(np.load(next(tmp_path.glob("outputs/selections/clip_score-*/selection.npy")))) == 36
 
 
-def test_selector_of_the_readme_keeps_the_contract(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _selected(line: str, configs: Path) -> list[str]:
+    """Compose a command, build its selector if it has one, and say which that is."""
+    program, *words = shlex.split(line)
+    if program == "torchrun":
+        words = words[words.index("siftclip.trainer.cli") + 1 :]
+    elif program != "siftclip":
+        return []
+    command, *options = words
+    if "--config-dir=/data/my_configs" in options:
+        options.remove("--config-dir=/data/my_configs")
+        options.append(f"hydra.searchpath=[file://{configs}]")
+    config = compose(command, overrides=options)
+    if command != "select":
+        return []
+    selector, name, _ = selector_from(config)
+    assert isinstance(selector, Selector), line
+    return [name]
+
+
+def test_commands_of_the_guide_compose_and_their_selectors_build(tmp_path: Path) -> None:
+    (own,) = re.findall(r"```yaml\n(.*?)```", SELECTORS, flags=re.DOTALL)
+    (tmp_path / "selector").mkdir()
+    (tmp_path / "selector" / "mine.yaml").write_text(own)
+    with initialize_config_module("siftclip.configs", version_base="1.3"):
+        seen = [name for line in commands(SELECTORS) for name in _selected(line, tmp_path)]
+    assert {"mine", "clip_score", "vas_clip", "soft_cap", "external"} <= set(seen)
+
+
+def test_guide_names_every_selector() -> None:
+    names = {path.stem for path in (ROOT / "configs" / "selector").glob("*.yaml")}
+    named = set(re.findall(r"\w+", SELECTORS.replace("`_30pct`", "`clip_score_b32_30pct`")))
+    assert names - {"plugin"} <= named
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        (README, "CaptionLength", {"fraction": 0.3}),
+        (SELECTORS, "Unusual", {"fraction": 0.3}),
+        (SELECTORS, "EverySecond", {}),
+    ],
+)
+def test_selectors_of_the_texts_keep_the_contract(
+    text: str, name: str, options: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "my_package_of_the_readme.py").write_text(code)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = (block for block in blocks if f"class {name}(" in block)
+    (tmp_path / f"package_of_{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module("my_package_of_the_readme")
-    check_selector(lambda: module.CaptionLength(fraction=0.3))
+    module = importlib.import_module(f"package_of_{name}")
+    check_selector(lambda: getattr(module, name)(**options))

@@ -43,6 +43,11 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
         lines.append(
             f"member     {member['selector']}: {member['kept_distinct']} of {member['samples']}, "
             f"{member['seconds']:.1f} s"
+            + (
+                f", {unjudged} without a score"
+                if (unjudged := member.get("unjudged_samples"))
+                else ""
+            )
         )
     lines.append(
         f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "

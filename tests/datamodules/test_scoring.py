@@ -21,10 +21,11 @@ from siftclip.datamodules.scoring import (
     score_pool,
     selection_identity,
 )
-from siftclip.datamodules.selection import Selection
+from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.base import Choice, Chunk, Requirements, ScoreSelector, Selector, Source
 from siftclip.selectors.clip_score import ClipScore
+from siftclip.selectors.compose import Then
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.uniform import Uniform, uniform_score
@@ -271,6 +272,24 @@ def test_features_are_looked_for_in_several_folders(
         source(None).take(rows, requires)
     both = ("dfn_img", "l14_img")  # of a composition, whose members read one each
     assert len(source(None, tmp_path / "more")._fingerprints([both])) == 2
+
+
+def test_samples_that_a_stage_has_dropped_are_not_unjudged(
+    pool: Pool, source_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = [Uniform(seed=1, fraction=0.5), ClipScore(features="l14", fraction=0.2)]
+    source = source_of(pool)
+    selection = run_selection(Then(stages=stages), "then", {"p": float("inf")}, source)
+    members = selection.manifest["members"]
+    assert [member["samples"] for member in members] == [20, 10]
+    assert [member["kept_distinct"] for member in members] == [10, 4]
+    left = Uniform(seed=1, fraction=0.5).select(source).multiplicities > 0
+    unjudged = int(left[:2].sum())  # those without features
+    assert members[1]["unjudged_samples"] == unjudged
+    assert selection.manifest["unjudged_samples"] == 0
+    assert f"ClipScore: {unjudged} of 10 samples have no score" in caplog.text or not unjudged
+    assert selection.manifest["parameters"] == {"p": "inf"}  # JSON has no such number
+    write_selection(selection, Path(pool.root) / "selection")
 
 
 class EveryOther(Selector):
