@@ -248,7 +248,7 @@ class PoolSource(Source):
         for keys in filter(None, keys_of_members):
             store = self._find_store(keys)
             # a composition names the arrays of all its members, which may be in several sets
-            stores = [store] if store else [self.store((key,)) for key in keys]
+            stores = [self.store((key,)) for key in keys] + ([store] if store else [])
             found.update(store.fingerprint for store in stores)
         return sorted(found)
 

@@ -159,6 +159,16 @@ def check_single_sample(make: SelectorFactory) -> None:
     assert choice.multiplicities.shape == (1,)
 
 
+def check_few_left(make: SelectorFactory) -> None:
+    """Earlier stages may have left two samples, one, or none."""
+    selector = make()
+    chunk = synthetic_chunk(selector.requires)
+    source = MemorySource(chunk, files=synthetic_files(selector.requires))
+    for samples in (2, 1, 0):
+        kept = make().select(source.restrict(chunk.rows[:samples])).multiplicities
+        assert kept.shape == (samples,), f"{samples} of a source of {len(chunk)} samples"
+
+
 CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
     check_answer,
     check_deterministic,
@@ -168,6 +178,7 @@ CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
     check_picklable,
     check_unjudged,
     check_single_sample,
+    check_few_left,
 )
 
 

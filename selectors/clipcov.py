@@ -11,7 +11,6 @@ from torch import Tensor
 from siftclip.selectors.base import Choice, FeatureFile, Requirements, Selector, Source
 from siftclip.selectors.clipcov_greedy import ClassState, Schedule, advance, choose, merge_classes
 from siftclip.selectors.clipcov_terms import (
-    SCALE,
     Centres,
     ClassSimilarities,
     Members,
@@ -21,7 +20,7 @@ from siftclip.selectors.clusters import Clustering
 from siftclip.selectors.errors import InputError, require_choice, require_finite, require_int
 from siftclip.selectors.latent_classes import LatentClasses, find_classes, read_labels
 from siftclip.selectors.most_similar import most_similar
-from siftclip.selectors.ranks import sum_arrays
+from siftclip.selectors.ranks import SCALE, sum_arrays
 from siftclip.selectors.rules import TopFraction
 from siftclip.selectors.source import Memo
 
@@ -134,8 +133,7 @@ class ClipCov(Selector):
             terms = self._score(source, memo, members, classes, names)
             initial = self._weigh(terms)
             scores[members.index] = initial
-            samples = len(source.whole) if self.rule.of == "pool" else len(source)
-            budget = min(int(samples * self.rule.fraction), len(members.rows))
+            budget = min(self.rule.count(len(source), len(source.whole)), len(members.rows))
             kept[members.index[self._pick(source, memo, members, terms, initial, budget)]] = 1
         return Choice(multiplicities=kept, scores=scores)
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from siftclip.selectors.latent_classes import LatentClasses
 from siftclip.selectors.low_similarities import low_similarities
+from siftclip.selectors.ranks import SCALE
 from siftclip.selectors.source import Requirements, Source
 
 HELD_SAMPLES = 1 << 15  # features held at once: of one class, or of several small ones
-
-SCALE = 2.0**32  # sums over ranks are whole multiples of 1 / SCALE, hence exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

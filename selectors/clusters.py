@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.blocks import joined
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.kmeans import assign, fit_kmeans
 from siftclip.selectors.ranks import sum_arrays
+from siftclip.selectors.source import Memo
 
 
 class Clustering(Protocol):
@@ -37,13 +39,13 @@ class KMeans:
         spherical: bool = True,
     ) -> None:
         """See `fit_kmeans`."""
-        self.clusters = require_int("clustering.clusters", clusters, minimum=1)
-        self.seed = require_int("clustering.seed", seed, minimum=0)
-        self.iterations = require_int("clustering.iterations", iterations, minimum=0)
+        self.clusters = require_int("selector.clustering.clusters", clusters, minimum=1)
+        self.seed = require_int("selector.clustering.seed", seed, minimum=0)
+        self.iterations = require_int("selector.clustering.iterations", iterations, minimum=0)
         self.spherical = spherical
-        self.sample = (
-            None if sample is None else require_int("clustering.sample", sample, minimum=clusters)
-        )
+        self.sample = None
+        if sample is not None:
+            self.sample = require_int("selector.clustering.sample", sample, minimum=clusters)
 
     def files(self) -> tuple[FeatureFile, ...]:
         return ()
@@ -57,6 +59,7 @@ class KMeans:
             iterations=self.iterations,
             sample=self.sample,
             spherical=self.spherical,
+            memo=_memo(source, key, self),
         )
 
 
@@ -71,17 +74,13 @@ class GivenCentroids:
         return (self.file,)
 
     def centroids(self, source: Source, key: str) -> Tensor:
-        centroids = torch.cat([piece.float() for piece in source.file(self.file)])
-        if not bool(centroids.isfinite().all()):
-            raise InputError(f"The centroids in {self.file.path} must be finite numbers.")
+        centroids = joined(piece.float() for piece in source.file(self.file))
+        if not len(centroids) or not bool(centroids.isfinite().all()):
+            raise InputError(
+                f"The centroids in {self.file.path} must be finite numbers, in one row or more. "
+                f"Got {len(centroids)} rows."
+            )
         return centroids
-
-
-class _Assignment:
-    """What the clusters of samples depend on."""
-
-    def __init__(self, key: str, clustering: Clustering) -> None:
-        self.key, self.clustering = key, clustering
 
 
 @torch.no_grad()
@@ -95,7 +94,7 @@ def assign_all(
         products with the own centroid float32 [n], 0 where there is none.
     """
     requires = Requirements(features=(key,), files=clustering.files())
-    memo, tasks = source.memo(_Assignment(key, clustering)), source.tasks(requires)
+    memo, tasks = _memo(source, key, clustering), source.tasks(requires, label="assigned-")
     centroids = clustering.centroids(source, key)
     clusters = np.zeros(len(source), dtype=np.int32)  # plus one, so that ranks can add them
     products = np.zeros(len(source), dtype=np.float32)
@@ -152,3 +151,8 @@ class ClusterId(ScoreSelector):
 
     def score(self, chunk: Chunk) -> Tensor:
         return assign(chunk.features[self.key], self._centroids)[0].float()
+
+
+def _memo(source: Source, key: str, clustering: Clustering) -> Memo:
+    """What is known of these clusters, whichever selector needs them."""
+    return source.memo(ClusterId(key=key, clustering=clustering, fraction=1))

@@ -19,12 +19,16 @@ Selectors = Iterable[Any] | Mapping[str, Any]
 
 
 def union(selectors: Iterable[Selector]) -> Requirements:
-    """What several selectors read together.
+    """What several selectors read together."""
+    return merge([selector.requires for selector in selectors])
+
+
+def merge(needs: Sequence[Requirements]) -> Requirements:
+    """What several selectors, which need this, read together.
 
     Each of them asks its source for what it reads itself, so this only tells which inputs must be
     there. `Requirements` has room for one column: of several different ones none is named.
     """
-    needs = [selector.requires for selector in selectors]
     columns = {need.column for need in needs if need.column is not None}
     return Requirements(
         features=tuple(dict.fromkeys(key for need in needs for key in need.features)),
@@ -137,34 +141,37 @@ class Then(Selector):
         return Choice(multiplicities=kept, scores=scores)
 
 
-class And(Selector):
+class _Together(Selector):
+    """Selectors that see the same samples."""
+
+    def __init__(self, *, selectors: Selectors) -> None:
+        self.selectors = require_selectors("selector.selectors", selectors, Selector)  # type: ignore[type-abstract]
+
+    @property
+    def requires(self) -> Requirements:
+        return union(self.selectors)
+
+    @abstractmethod
+    def join(self, kept: Sequence[np.ndarray]) -> np.ndarray:
+        """Multiplicities int64 [n] of each selector -> int64 [n]."""
+
+    def select(self, source: Source) -> Choice:
+        kept = [run(selector, source).multiplicities for selector in self.selectors]
+        return Choice(multiplicities=self.join(kept))
+
+
+class And(_Together):
     """What every selector keeps, as often as the one that keeps it least."""
 
-    def __init__(self, *, selectors: Selectors) -> None:
-        self.selectors = require_selectors("selector.selectors", selectors, Selector)  # type: ignore[type-abstract]
-
-    @property
-    def requires(self) -> Requirements:
-        return union(self.selectors)
-
-    def select(self, source: Source) -> Choice:
-        kept = [run(selector, source).multiplicities for selector in self.selectors]
-        return Choice(multiplicities=np.minimum.reduce(kept))
+    def join(self, kept: Sequence[np.ndarray]) -> np.ndarray:
+        return np.minimum.reduce(kept)
 
 
-class Or(Selector):
+class Or(_Together):
     """What any selector keeps, as often as the one that keeps it most."""
 
-    def __init__(self, *, selectors: Selectors) -> None:
-        self.selectors = require_selectors("selector.selectors", selectors, Selector)  # type: ignore[type-abstract]
-
-    @property
-    def requires(self) -> Requirements:
-        return union(self.selectors)
-
-    def select(self, source: Source) -> Choice:
-        kept = [run(selector, source).multiplicities for selector in self.selectors]
-        return Choice(multiplicities=np.maximum.reduce(kept))
+    def join(self, kept: Sequence[np.ndarray]) -> np.ndarray:
+        return np.maximum.reduce(kept)
 
 
 class Minus(Selector):

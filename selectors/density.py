@@ -16,10 +16,11 @@ from siftclip.selectors.clusters import Clustering, assign_all
 from siftclip.selectors.errors import (
     InputError,
     require_choice,
-    require_finite,
-    require_fraction,
     require_int,
+    require_positive,
 )
+from siftclip.selectors.ranks import SCALE
+from siftclip.selectors.rules import TopFraction
 from siftclip.selectors.uniform import uniform_score
 
 
@@ -57,9 +58,9 @@ def mean_distances(clusters: np.ndarray, cosines: np.ndarray, count: int) -> np.
     """
     member = clusters >= 0
     sums = np.zeros(count, dtype=np.int64)
-    distances = np.rint((1.0 - cosines[member].astype(np.float64)) * 2.0**32).astype(np.int64)
+    distances = np.rint((1.0 - cosines[member].astype(np.float64)) * SCALE).astype(np.int64)
     np.add.at(sums, clusters[member], distances)
-    return sums * 2.0**-32 / np.maximum(np.bincount(clusters[member], minlength=count), 1)
+    return sums / SCALE / np.maximum(np.bincount(clusters[member], minlength=count), 1)
 
 
 def cluster_shares(complexity: np.ndarray, temperature: float) -> np.ndarray:
@@ -164,15 +165,12 @@ class DensityPruning(Selector):
             of: what n counts: the "pool", or what earlier stages have "left".
         """
         self.key, self.clustering = key, clustering
-        self.fraction = require_fraction("selector.fraction", fraction)
-        self.temperature = require_finite("selector.temperature", temperature)
-        if self.temperature <= 0:
-            raise InputError(f"selector.temperature must be above 0. Got {temperature!r}.")
+        self.rule = TopFraction(fraction, of=of)
+        self.temperature = require_positive("selector.temperature", temperature)
         self.keep = require_choice("selector.keep", keep, ("hard", "easy", "random"))
         self.minimum = require_int("selector.minimum", minimum, minimum=0)
         self.neighbours = require_int("selector.neighbours", neighbours, minimum=1)
         self.seed = require_int("selector.seed", seed, minimum=0)
-        self.of = require_choice("selector.of", of, ("pool", "left"))
 
     @property
     def requires(self) -> Requirements:
@@ -188,11 +186,10 @@ class DensityPruning(Selector):
             clusters, cosines, len(centroids)
         )
         sizes = np.bincount(clusters[member], minlength=len(centroids))
-        samples = len(source.whole) if self.of == "pool" else len(source)
         quotas = allocate(
             cluster_shares(complexity, self.temperature),
             sizes,
-            min(int(samples * self.fraction), int(sizes.sum())),
+            min(self.rule.count(len(source), len(source.whole)), int(sizes.sum())),
             minimum=self.minimum,
         )
         orders = {"hard": cosines, "easy": -cosines}

@@ -36,6 +36,14 @@ def require_finite(option: str, value: object) -> float:
     return float(value)
 
 
+def require_positive(option: str, value: object) -> float:
+    """Return `value` as a finite float above 0; `option` is the name that the user wrote."""
+    number = require_finite(option, value)
+    if number <= 0:
+        raise InputError(f"{option} must be above 0. Got {value!r}.")
+    return number
+
+
 def require_choice(option: str, value: object, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`; `option` is the name that the user wrote."""
     if value not in choices:

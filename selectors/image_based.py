@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.blocks import usable_rows
 from siftclip.selectors.clusters import Clustering
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.kmeans import assign
 
 
@@ -54,13 +56,19 @@ class ImageBased(ScoreSelector):
 
     def fit(self, source: Source) -> None:
         centroids = self.clustering.centroids(source, f"{self.features}_img")
+        usable_targets = 0
         occupied = torch.zeros(len(centroids), dtype=torch.bool, device=source.device)
         for number, piece in enumerate(source.file(self.target)):
             if number % source.ranks.size == source.ranks.rank:
-                usable = piece[piece.isfinite().all(1) & (piece != 0).any(1)]
+                usable = piece[usable_rows(piece)]
+                usable_targets += len(usable)
                 clusters, _ = assign(usable, centroids)
                 occupied |= occupied_clusters(clusters, count=len(centroids))
         self._centroids = centroids
+        if not int(source.ranks.sum(torch.tensor(usable_targets))):
+            raise InputError(
+                f"ImageBased: {self.target.path} has no rows that are finite and not 0."
+            )
         self._occupied = source.ranks.sum(occupied.to(torch.int32)) > 0
 
     def score(self, chunk: Chunk) -> Tensor:

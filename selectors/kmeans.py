@@ -7,17 +7,18 @@ numbers, so that the centroids are the same bits for every number of ranks and e
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, Requirements, Source
+from siftclip.selectors.blocks import joined, require_same_width
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.most_similar import most_similar
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.rules import keep_top
+from siftclip.selectors.source import DictMemo, Memo
 from siftclip.selectors.uniform import uniform_score
 
 UNIT = 2.0**-24  # of the sums; float16 numbers are multiples of it, so that their sums are exact
@@ -38,20 +39,12 @@ def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         indices int64 [n], of equal products the smaller, and products float32 [n]; -1 and -inf for
         vectors with a component that is not finite.
+
+    Raises:
+        InputError: the two have different numbers of components.
     """
+    require_same_width("the features", features, "the centroids", centroids)
     return most_similar(features, centroids)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fit:
-    """What the centroids depend on beside the samples."""
-
-    key: str
-    clusters: int
-    seed: int
-    iterations: int
-    sample: int | None
-    spherical: bool
 
 
 def fit_kmeans(
@@ -63,13 +56,14 @@ def fit_kmeans(
     iterations: int = 20,
     sample: int | None = None,
     spherical: bool = True,
+    memo: Memo | None = None,
 ) -> Tensor:
     """Cluster the samples by Lloyd's algorithm; the centroids, float32 [k, d].
 
     The first centroids are samples chosen by a hash of (seed, uid), as faiss draws them at random.
     A cluster that gets no sample takes over half of the largest one: both are its centroid,
     slightly moved apart, as in faiss. The iterations end early once no centroid changes. Memory:
-    16 k d bytes beside a chunk. A killed run continues at its last finished iteration.
+    16 k d bytes beside a chunk.
 
     Args:
         source: the samples.
@@ -81,16 +75,9 @@ def fit_kmeans(
             cluster, DataComp all at its scale small.
         spherical: centroids are the means scaled to unit norm, and a vector belongs to the one with
             the largest inner product; else they are plain means and the nearest one is meant.
+        memo: keeps the last iteration for these very arguments, at which a killed run continues.
     """
-    fit = _Fit(
-        key=key,
-        clusters=clusters,
-        seed=seed,
-        iterations=iterations,
-        sample=sample,
-        spherical=spherical,
-    )
-    memo, requires = source.memo(fit), Requirements(features=(key,))
+    memo, requires = memo or DictMemo(), Requirements(features=(key,))
     # One rank looks and tells the others, so that all begin at the same iteration.
     kept = memo.get("centroids") if source.ranks.rank == 0 else None
     shape = (0, 0, 0) if kept is None else (int(kept["iterations"]), *kept["centroids"].shape)
@@ -99,8 +86,10 @@ def fit_kmeans(
         found = np.zeros((rows, dim), np.float32) if kept is None else kept["centroids"]
         centroids = torch.from_numpy(sum_arrays(source.ranks, found)).to(source.device)
     else:
-        centroids = _first_centroids(source, fit, requires)
-    samples = source if sample is None else source.restrict(_hashed_rows(source, fit, sample))
+        centroids = _first_centroids(source, requires, clusters, seed, spherical=spherical)
+    samples = source
+    if sample is not None:
+        samples = source.restrict(_hashed_rows(source, requires, seed, sample))
     tasks = samples.mine(samples.tasks(requires))
     left = range(begin, iterations) if len(centroids) else range(0)
     with source.bar(len(left) * sum(len(task.rows) for task in tasks), "k-means") as bar:
@@ -139,14 +128,24 @@ def add_to_clusters(
     """
     (features,) = chunk.features.values()
     values = features[chunk.usable()].float()
-    if len(values) and float(values.abs().max()) > LARGEST:
-        raise InputError(
-            f"k-means needs features whose components are at most {LARGEST:g} in absolute value. "
-            f"Got {float(values.abs().max()):g}; scale them to unit norm."
-        )
     index, _ = most_similar(values, centroids, bias=bias)
-    sums.index_add_(0, index, (values.double() / UNIT).round().to(torch.int64))
+    sums.index_add_(0, index, whole_numbers(values))
     counts += torch.bincount(index, minlength=len(counts))
+
+
+def whole_numbers(features: Tensor) -> Tensor:
+    """Features in units of `UNIT`, to be added exactly: float [n, d] -> int64 [n, d].
+
+    Raises:
+        InputError: a component is too large for a sum over any pool.
+    """
+    if len(features) and float(features.abs().max()) > LARGEST:
+        raise InputError(
+            f"Sums of features need components of at most {LARGEST:g} in absolute value. "
+            f"Got {float(features.abs().max()):g}; scale them to unit norm."
+        )
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return (wide * (1 / UNIT)).round_().to(torch.int64)  # a power of two: nothing is lost before
 
 
 def move_centroids(old: Tensor, sums: Tensor, counts: Tensor, *, spherical: bool) -> Tensor:
@@ -186,28 +185,29 @@ def move_centroids(old: Tensor, sums: Tensor, counts: Tensor, *, spherical: bool
     return means.float()
 
 
-def _hashed_rows(source: Source, fit: _Fit, count: int) -> np.ndarray:
+def _hashed_rows(source: Source, requires: Requirements, seed: int, count: int) -> np.ndarray:
     """The `count` samples with features whose hash is smallest: int64, ascending."""
-    parts = source.parts(Requirements(features=(fit.key,)))
+    parts = source.parts(requires)
     rows = np.sort(np.concatenate([part.rows for part in parts] or [np.empty(0, np.int64)]))
     uids = source.uids[source.index_of(rows)]
-    return rows[keep_top(-uniform_score(uids, fit.seed ^ _PURPOSE), uids, count) > 0]
+    return rows[keep_top(-uniform_score(uids, seed ^ _PURPOSE), uids, count) > 0]
 
 
-def _first_centroids(source: Source, fit: _Fit, requires: Requirements) -> Tensor:
+def _first_centroids(
+    source: Source, requires: Requirements, clusters: int, seed: int, *, spherical: bool
+) -> Tensor:
     """The usable samples with the smallest hashes, in the order of their uids: float32 [k, d]."""
-    count = fit.clusters
+    (key,), count = requires.features, clusters
     while True:
-        rows = _hashed_rows(source, fit, count)
+        rows = _hashed_rows(source, requires, seed, count)
         uids = source.uids[source.index_of(rows)]
-        rows = rows[np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, fit.seed ^ _PURPOSE)))]
+        rows = rows[np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, seed ^ _PURPOSE)))]
         found = [
-            chunk.features[fit.key][chunk.usable()].float()
-            for chunk in source.chunks(rows, requires)
+            chunk.features[key][chunk.usable()].float() for chunk in source.chunks(rows, requires)
         ]
-        usable = torch.cat(found) if found else torch.empty(0, 0, device=source.device)
-        if len(usable) >= fit.clusters or len(rows) < count:
+        usable = joined(found).to(source.device)
+        if len(usable) >= clusters or len(rows) < count:
             break
         count *= 2
-    usable = usable[: fit.clusters]
-    return usable / usable.norm(dim=1, keepdim=True) if fit.spherical else usable
+    usable = usable[:clusters]
+    return usable / usable.norm(dim=1, keepdim=True) if spherical else usable

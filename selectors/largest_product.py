@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from siftclip.selectors.hardware import int8_is_fast as int8_is_fast
+
 GROUP = 32  # targets that are skipped or multiplied together
 _TILE = 512  # targets and samples of a product, so that its answer stays in a core's cache
 _BLOCK = 1 << 15  # targets between two looks at what was found, which bounds the memory
@@ -46,11 +48,6 @@ def multiply(features: Tensor, targets: Tensor) -> Tensor:
         # products of halves are exact in float32, in which they are added
         return torch.mm(features, targets.T, out_dtype=torch.float32)
     return features.float() @ targets.float().T
-
-
-def int8_is_fast() -> bool:
-    """Whether this CPU has int8 products, which are exact only then."""
-    return bool(torch.cpu._is_vnni_supported())
 
 
 class Int8Targets:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.selectors.blocks import joined, usable_rows
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.kmeans import UNIT, whole_numbers
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.source import FeatureFile, Memo, Requirements, Source, Task
 
-_SCALE = 2.0**32  # sums over ranks are whole multiples of 1 / _SCALE, hence exact
 _BLOCK_SAMPLES = 1024  # keeps the float64 copy of features small
 
 
@@ -48,8 +49,8 @@ def read_labels(owner: str, source: Source, file: FeatureFile) -> Tensor:
     Raises:
         InputError: there is none, or one is zero or not finite.
     """
-    labels = torch.cat([rows.float() for rows in source.file(file)] or [torch.empty(0, 0)])
-    faulty = ~(labels.isfinite().all(1) & (labels != 0).any(1))
+    labels = joined(rows.float() for rows in source.file(file))
+    faulty = ~usable_rows(labels)
     if len(labels) == 0 or bool(faulty.any()):
         what = f"row {int(faulty.nonzero()[0])} is zero or not finite" if len(labels) else "no rows"
         raise InputError(
@@ -78,7 +79,9 @@ def find_classes(
     """
     tasks = source.tasks(requires, "classes-")
     means = memo.get("means")
-    sums: Tensor | None = None  # float64 [2, c, d]; exact for float16 features of unit norm
+    if int(source.ranks.sum(torch.tensor(int(means is not None)))) < source.ranks.size:
+        means = None  # all ranks must take the same way
+    sums: Tensor | None = None  # int64 [2, c, d], in units of UNIT
     for task in source.mine(tasks):
         kept = memo.get(task.name)
         if kept is not None and means is not None:
@@ -99,11 +102,11 @@ def find_classes(
             start += len(chunk)
             if sums is None:
                 shape = (2, classes, image.shape[1])
-                sums = torch.zeros(shape, dtype=torch.float64, device=image.device)
+                sums = torch.zeros(shape, dtype=torch.int64, device=image.device)
             at = (index >= 0).nonzero()[:, 0]
             for block in at.split(_BLOCK_SAMPLES):
                 for side, values in zip(sums, (image, text), strict=True):
-                    side.index_add_(0, index[block], values[block].double())
+                    side.index_add_(0, index[block], whole_numbers(values[block]))
         if kept is None:
             memo.put(task.name, classes=torch.cat(found).numpy().astype(np.int32))
     of = _gather_classes(source, memo, tasks)
@@ -128,12 +131,12 @@ def _gather_classes(source: Source, memo: Memo, tasks: list[Task]) -> np.ndarray
 
 
 def _mean_over_ranks(source: Source, sums: Tensor | None, sizes: np.ndarray) -> np.ndarray:
-    """Sums of this rank's samples float64 [2, c, d] -> means of all samples float32 [2, c, d]."""
+    """Sums of this rank's samples int64 [2, c, d] -> means of all samples float32 [2, c, d]."""
     dims = torch.zeros(source.ranks.size, dtype=torch.int64)
     dims[source.ranks.rank] = 0 if sums is None else sums.shape[2]
     dim = int(source.ranks.sum(dims).max())  # a rank without a task has not seen the features
     if sums is None:
-        sums = torch.zeros((2, len(sizes), dim), dtype=torch.float64)
-    whole = source.ranks.sum((sums.cpu() * _SCALE).round().to(torch.int64))
+        sums = torch.zeros((2, len(sizes), dim), dtype=torch.int64)
+    whole = source.ranks.sum(sums.cpu())
     counts = torch.from_numpy(np.maximum(sizes, 1)).double()
-    return (whole.double() / _SCALE / counts[None, :, None]).float().numpy()
+    return (whole.double() * UNIT / counts[None, :, None]).float().numpy()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from siftclip.selectors.hardware import has_fast_bfloat16
+
 TILE = (1024, 4096)  # images and texts of a piece of the matrix: 8 MB in bfloat16
 # Rounding both factors to bfloat16 changes an inner product by at most 2 u |v||t|, with u = 2^-8;
 # rounding the result adds u |v||t|. The rest is for the sum in float32 and terms of order u^2.
@@ -80,14 +82,3 @@ def low_similarities(
     return LowSimilarities(
         image_sums=image_sums, text_sums=text_sums, image_low=image_low, text_low=text_low
     )
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    # These say what the CPU has; torch names them as internal, so that they may go.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)

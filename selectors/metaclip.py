@@ -13,8 +13,8 @@ from siftclip.selectors.base import Choice, Requirements, Selector, Source, Task
 from siftclip.selectors.datacomp_filters import captions_of
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.languages import read_list
+from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.ranks import sum_arrays
-from siftclip.selectors.sampling import noise, noise_state
 from siftclip.selectors.source import Memo
 from siftclip.selectors.uniform import mix64
 
@@ -58,8 +58,11 @@ class Matcher:
 
 
 def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The entries of each caption: their numbers int32 [m], one caption after the other, and how
-    many each caption has, int32 [n]."""
+    """The entries that match each caption.
+
+    Returns:
+        their numbers int32 [m], one caption after the other, and how many each has, int32 [n].
+    """
     found = [matcher(caption) for caption in captions]
     numbers = np.fromiter((number for entries in found for number in entries), dtype=np.int32)
     return numbers, np.array([len(entries) for entries in found], dtype=np.int32)
@@ -151,7 +154,7 @@ class MetaClip(Selector):
         return Requirements(captions=True)
 
     def select(self, source: Source) -> Choice:
-        """Match, count over all ranks, and draw.."""
+        """Match, count over all ranks, and draw."""
         text, digest = read_list("selector.entries", self.entries)
         entries = parse_entries(self.entries, text)
         memo = source.memo(self)

@@ -8,7 +8,6 @@ largest similarity to any target is another method (NormSim_inf).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,20 +24,13 @@ from siftclip.selectors.base import (
     Source,
     Task,
 )
-from siftclip.selectors.errors import InputError, require_choice, require_fraction, require_int
+from siftclip.selectors.blocks import require_same_width, usable_rows
+from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.neighbour_lists import NOTHING, best_ranks, update_lists
+from siftclip.selectors.rules import TopFraction
 
 _UNLISTED = NOTHING + 1  # the best entry of a usable sample that is in no list
 _ENTRIES = 1 << 24  # of the lists that exist at one time, 8 bytes each
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Lists:
-    """What the lists depend on beside the samples."""
-
-    key: str
-    target: FeatureFile
-    neighbours: int
 
 
 def target_ranks(
@@ -63,18 +55,17 @@ def target_ranks(
     order = np.lexsort((source.uids[:, 1], source.uids[:, 0]))
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    memo = source.memo(_Lists(key=key, target=target, neighbours=neighbours))
+    owner = NearestRank(key=key, target=target, neighbours=neighbours, fraction=1)
+    memo = source.memo(owner)  # whichever selector needs the ranks
     requires = Requirements(features=(key,))
     tasks = source.mine(source.tasks(requires))
     samples = sum(len(task.rows) for task in tasks)
     done, best = _kept(source, memo.get("best") if source.ranks.rank == 0 else None)
     size = max(1, min(_ENTRIES // neighbours, 8 * source.chunk_samples))
-    for number, targets in enumerate(_target_blocks(source, target, size)):
-        if number < done:
-            continue
+    for targets in _target_blocks(source, target, size, done):
         lists = torch.full((len(targets), neighbours), NOTHING, device=source.device)
         usable = torch.zeros(len(source), dtype=torch.int64, device=source.device)
-        with source.bar(samples, f"neighbours of target block {number + 1}") as bar:
+        with source.bar(samples, f"neighbours of target {done + 1} and on") as bar:
             for task in tasks:
                 for chunk in source.chunks(task.rows, requires):
                     places = torch.from_numpy(place[source.index_of(chunk.rows)])
@@ -82,12 +73,12 @@ def target_ranks(
                     usable[places] = 1
                     lists = _add_chunk(lists, targets, chunk, places)
                     bar.update(len(chunk))
-        if number == 0:
+        if done == 0:
             best[source.ranks.sum(usable) > 0] = _UNLISTED
         best = best_ranks(best, _merge(source, lists))
+        done += len(targets)
         if source.ranks.rank == 0:
-            memo.put("best", best=best.cpu().numpy(), blocks=np.array(number + 1))
-        done = number + 1
+            memo.put("best", best=best.cpu().numpy(), targets=np.array(done))
     if not done:
         raise InputError(f"The target {target.path} has no row that is finite and not zero.")
     found = best.cpu().numpy()[place]
@@ -96,8 +87,8 @@ def target_ranks(
 
 
 def _kept(source: Source, kept: dict[str, np.ndarray] | None) -> tuple[int, Tensor]:
-    """Finished blocks and best entries by place, of what one rank has found in its memo."""
-    done = int(source.ranks.sum(torch.tensor(0 if kept is None else int(kept["blocks"]))))
+    """Finished targets and best entries by place, of what one rank has found in its memo."""
+    done = int(source.ranks.sum(torch.tensor(0 if kept is None else int(kept["targets"]))))
     if not done:
         return 0, torch.full((len(source),), NOTHING, device=source.device)
     best = torch.zeros(len(source), dtype=torch.int64)
@@ -106,11 +97,13 @@ def _kept(source: Source, kept: dict[str, np.ndarray] | None) -> tuple[int, Tens
     return done, source.ranks.sum(best).to(source.device, copy=True)
 
 
-def _target_blocks(source: Source, target: FeatureFile, size: int) -> Iterator[Tensor]:
-    """The usable rows of a target, `size` at a time."""
+def _target_blocks(source: Source, target: FeatureFile, size: int, done: int) -> Iterator[Tensor]:
+    """The usable rows of a target after the first `done`, `size` at a time."""
     waiting: list[Tensor] = []
     for piece in source.file(target):
-        waiting.append(piece[piece.isfinite().all(1) & (piece != 0).any(1)])
+        piece = piece[usable_rows(piece)]
+        waiting.append(piece[done:])
+        done = max(0, done - len(piece))
         if sum(map(len, waiting)) >= size:
             *blocks, rest = torch.cat(waiting).split(size)
             waiting = [rest]
@@ -125,6 +118,7 @@ def _add_chunk(lists: Tensor, targets: Tensor, chunk: Chunk, places: Tensor) -> 
     values = features[chunk.usable()]
     if not len(values):
         return lists
+    require_same_width("the features", values, "the target", targets)
     pieces = [
         update_lists(part, goals, values, places)
         for part, goals in zip(lists.split(1024), targets.split(1024), strict=True)
@@ -199,16 +193,14 @@ class NearestUnion(Selector):
             of: what n counts: the "pool", or what earlier stages have "left".
         """
         self.key, self.target = key, target
-        self.fraction = require_fraction("selector.fraction", fraction)
-        self.of = require_choice("selector.of", of, ("pool", "left"))
+        self.rule = TopFraction(fraction, of=of)
 
     @property
     def requires(self) -> Requirements:
         return Requirements(features=(self.key,), files=(self.target,))
 
     def select(self, source: Source) -> Choice:
-        samples = len(source.whole) if self.of == "pool" else len(source)
-        budget = int(samples * self.fraction)
+        budget = self.rule.count(len(source), len(source.whole))
         targets = sum(len(piece) for piece in source.file(self.target))
         # Lists overlap: four times the entries mostly suffice. Where not, longer ones are made.
         neighbours = max(1, min(len(source), -(-4 * budget // max(1, targets))))

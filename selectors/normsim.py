@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.blocks import joined, require_same_width, usable_rows
 from siftclip.selectors.covariance import (
     UNIT,
     file_moment,
     kept_moment,
     quadratic_form,
-    usable_rows,
 )
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hardware import int8_is_fast
 from siftclip.selectors.largest_product import (
     Int8Targets,
-    int8_is_fast,
     largest_product,
     multiply,
 )
@@ -110,8 +110,8 @@ class NormSim(ScoreSelector):
             )
             self._targets, self._search = (sums.double() * UNIT**2).float(), None
         else:
-            blocks = [block[usable_rows(block)] for block in source.file(self.target)]
-            self._targets = torch.cat(blocks) if blocks else torch.empty(0, 0)
+            blocks = (block[usable_rows(block)] for block in source.file(self.target))
+            self._targets = joined(blocks)
             count, self._search = len(self._targets), None
             fast = source.device.type == "cpu" and count >= _WORTH_INT8 and int8_is_fast()
             if self.p == math.inf and fast:
@@ -121,11 +121,9 @@ class NormSim(ScoreSelector):
 
     def score(self, chunk: Chunk) -> Tensor:
         features = chunk.features[self.requires.features[0]]
-        if features.shape[1] != self._targets.shape[1]:
-            raise InputError(
-                f"NormSim: the features of the pool have {features.shape[1]} components, and those "
-                f"of {self.target.path} {self._targets.shape[1]}: they belong to another model."
-            )
+        require_same_width(
+            "NormSim: the features of the pool", features, self.target.path, self._targets
+        )
         if self.p == 2:
             return normsim_2(features, self._targets)
         if self._search is not None:

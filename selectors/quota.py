@@ -7,6 +7,7 @@ import numpy as np
 from siftclip.selectors.base import Choice, Requirements, ScoreSelector, Selector, Source
 from siftclip.selectors.compose import require_selectors, union
 from siftclip.selectors.errors import InputError, require_choice, require_fraction, require_int
+from siftclip.selectors.rules import counted
 
 
 def proportional_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
@@ -95,18 +96,21 @@ class QuotaPerCluster(Selector):
         count: int | None = None,
         per_cluster: int | None = None,
         quotas: str = "proportional",
+        of: str = "pool",
     ) -> None:
         """Set scores, clusters and how many to keep. The rules of both selectors do not count.
 
         Args:
             selector: its scores rank the samples of a cluster.
             clusters: its scores name the clusters: equal numbers, one cluster.
-            fraction: keep int(n * fraction) in all, n the samples of the whole pool.
+            fraction: keep int(n * fraction) in all.
             count: keep so many in all.
             per_cluster: keep so many of each cluster, or all of a smaller one. Exactly one of the
                 three must be given.
             quotas: how a total is shared: `proportional` to the samples of the clusters, or
                 `equal` parts, where small clusters hand on what they cannot use.
+            of: what n counts: the samples of the whole "pool", or those that earlier stages have
+                "left".
         """
         self.selector, self.clusters = require_selectors(
             "selector", {"selector": selector, "clusters": clusters}, ScoreSelector
@@ -128,6 +132,7 @@ class QuotaPerCluster(Selector):
             else require_int("selector.per_cluster", per_cluster, minimum=1)
         )
         self.quotas = require_choice("selector.quotas", quotas, ("proportional", "equal"))
+        self.of = require_choice("selector.of", of, ("pool", "left"))
 
     @property
     def requires(self) -> Requirements:
@@ -143,16 +148,16 @@ class QuotaPerCluster(Selector):
             scores[judged],
             source.uids[judged],
             clusters,
-            self._quotas(sizes.astype(np.int64), len(source.whole)),
+            self._quotas(sizes.astype(np.int64), counted(self.of, len(source), len(source.whole))),
         )
         return Choice(multiplicities=kept, scores=scores)
 
-    def _quotas(self, sizes: np.ndarray, pool_samples: int) -> np.ndarray:
+    def _quotas(self, sizes: np.ndarray, samples: int) -> np.ndarray:
         if self.per_cluster is not None:
             return np.minimum(sizes, self.per_cluster)
         if self.count is not None:
             total = self.count
         else:
-            total = int(pool_samples * (self.fraction or 0.0))
+            total = int(samples * (self.fraction or 0.0))
         share = proportional_quotas if self.quotas == "proportional" else equal_quotas
         return share(sizes, total)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SCALE = 2.0**32  # numbers of about 1 are added as whole multiples of 1 / SCALE, hence exactly
+
 
 class Ranks(Protocol):
     """Processes that all run the same selector on the same samples, in lockstep."""

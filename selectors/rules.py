@@ -50,6 +50,11 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
     return kept
 
 
+def counted(of: str, left_samples: int, pool_samples: int) -> int:
+    """How many samples a fraction is `of`: the whole "pool", or those "left"."""
+    return pool_samples if of == "pool" else left_samples
+
+
 class TopFraction:
     """Keep exactly int(n * fraction) samples, the best: the VAS and negCLIPLoss convention.
 
@@ -62,9 +67,12 @@ class TopFraction:
         self.fraction = require_fraction("selector.fraction", fraction)
         self.of = require_choice("selector.of", of, ("pool", "left"))
 
+    def count(self, left_samples: int, pool_samples: int) -> int:
+        """How many samples that is, of so many that are left of a pool."""
+        return int(counted(self.of, left_samples, pool_samples) * self.fraction)
+
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
-        samples = pool_samples if self.of == "pool" else len(scores)
-        return keep_top(scores, uids, int(samples * self.fraction))
+        return keep_top(scores, uids, self.count(len(scores), pool_samples))
 
 
 class TopCount:
@@ -92,9 +100,8 @@ class DataCompFraction:
         self.of = require_choice("selector.rule.of", of, ("pool", "left"))
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
-        samples = pool_samples if self.of == "pool" else len(scores)
         judged = scores[~np.isnan(scores)]
-        position = int(samples * self.fraction)
+        position = int(counted(self.of, len(scores), pool_samples) * self.fraction)
         if position >= len(judged):
             return (~np.isnan(scores)).astype(np.int64)
         threshold = np.partition(judged, len(judged) - 1 - position)[len(judged) - 1 - position]

@@ -12,36 +12,16 @@ import numpy as np
 
 from siftclip.selectors.errors import (
     InputError,
+    require_choice,
     require_finite,
     require_fraction,
     require_int,
+    require_positive,
 )
-from siftclip.selectors.rules import keep_top
-from siftclip.selectors.uniform import mix64
+from siftclip.selectors.noise import gumbel, hashes, noise, noise_state
+from siftclip.selectors.rules import counted, keep_top
 
-_PURPOSE = 0x5AFE_C0DE_D1CE_0001  # other numbers than those of uniform_score with the same seed
 _BLOCK = 1 << 15  # samples at a time: their numbers stay in the processor's cache
-
-
-def noise_state(uids: np.ndarray, seed: int) -> np.ndarray:
-    """What the noise of a sample begins with, uint64 [n], from uids uint64 [n, 2]."""
-    start = mix64(np.asarray([(seed ^ _PURPOSE) % 2**64], dtype=np.uint64))
-    return mix64(mix64(uids[:, 0] ^ start) ^ uids[:, 1])
-
-
-def hashes(state: np.ndarray, draw: int) -> np.ndarray:
-    """Independent random bits for a draw: uint64 [n]."""
-    return mix64(state ^ mix64(np.asarray([draw], dtype=np.uint64)))
-
-
-def noise(state: np.ndarray, draw: int) -> np.ndarray:
-    """Independent uniform numbers in the open interval (0, 1) for a draw: float64 [n]."""
-    return ((hashes(state, draw) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-
-
-def gumbel(state: np.ndarray, draw: int) -> np.ndarray:
-    """Independent standard Gumbel numbers for a draw: float64 [n]."""
-    return -np.log(-np.log(noise(state, draw)))
 
 
 def draw_without_replacement(
@@ -162,12 +142,12 @@ def hard_cap(
         return drawn
     rates, able_uids = logits[able].astype(np.float64), uids[able]
     state = noise_state(able_uids, seed)
-    until = _expected_end(rates, total, cap)
+    until, step = _expected_end(rates, total, cap), 0.25
     while True:
         owners, times = _arrivals(rates, state, cap, until)
         if len(times) >= total:
             break
-        until += 0.25
+        until, step = until + step, 2 * step  # far, where few scores are far from all others
     first = keep_top(-times, able_uids[owners], total) > 0
     np.add.at(drawn, able[owners[first]], 1)
     return drawn
@@ -214,14 +194,17 @@ class _Draws:
         fraction: float | None = None,
         count: int | None = None,
         temperature: float = 1.0,
+        of: str = "pool",
     ) -> None:
         """Set what is drawn.
 
         Args:
             seed: any integer of at least 0.
-            fraction: draw int(n * fraction), n the samples of the whole pool.
+            fraction: draw int(n * fraction).
             count: draw so many. Exactly one of the two must be given.
             temperature: the logits are scores / temperature.
+            of: what n counts: the samples of the whole "pool", or those that earlier stages have
+                "left".
         """
         if (fraction is None) == (count is None):
             raise InputError(
@@ -231,17 +214,18 @@ class _Draws:
         self.seed = require_int("selector.rule.seed", seed, minimum=0)
         self.fraction = None if fraction is None else self.checked_fraction(fraction)
         self.count = None if count is None else require_int("selector.rule.count", count, minimum=0)
-        self.temperature = _require_positive("selector.rule.temperature", temperature)
+        self.temperature = require_positive("selector.rule.temperature", temperature)
+        self.of = require_choice("selector.rule.of", of, ("pool", "left"))
 
     def checked_fraction(self, fraction: object) -> float:
         """Multiplicities may sum to more than the pool."""
-        return _require_positive("selector.rule.fraction", fraction)
+        return require_positive("selector.rule.fraction", fraction)
 
-    def total(self, pool_samples: int) -> int:
-        """How many are drawn."""
+    def total(self, left_samples: int, pool_samples: int) -> int:
+        """How many are drawn, of so many that are left of a pool."""
         if self.count is not None:
             return self.count
-        return int(pool_samples * (self.fraction or 0.0))
+        return int(counted(self.of, left_samples, pool_samples) * (self.fraction or 0.0))
 
     def logits(self, scores: np.ndarray) -> np.ndarray:
         return scores.astype(np.float64) / self.temperature
@@ -255,7 +239,7 @@ class SoftmaxSampling(_Draws):
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         return draw_without_replacement(
-            self.logits(scores), uids, self.total(pool_samples), seed=self.seed
+            self.logits(scores), uids, self.total(len(scores), pool_samples), seed=self.seed
         )
 
 
@@ -271,7 +255,7 @@ class SoftCapSampling(_Draws):
             penalty: what a draw takes from a logit; the larger, the fewer repetitions. At least 0.
             batch_samples: distinct samples that are drawn at once. Published: 100,000 of
                 128,000,000 draws; keep that ratio on a smaller pool.
-            **draws: `seed`, `fraction` or `count`, and `temperature`.
+            **draws: `seed`, `fraction` or `count`, `temperature` and `of`.
         """
         super().__init__(**draws)
         self.penalty = require_finite("selector.rule.penalty", penalty)
@@ -283,7 +267,7 @@ class SoftCapSampling(_Draws):
         return soft_cap(
             self.logits(scores),
             uids,
-            self.total(pool_samples),
+            self.total(len(scores), pool_samples),
             penalty=self.penalty,
             batch_samples=self.batch_samples,
             seed=self.seed,
@@ -294,19 +278,15 @@ class HardCapSampling(_Draws):
     """Draw with replacement by the softmax of scores, each sample at most `cap` times."""
 
     def __init__(self, *, cap: int = 15, **draws: Any) -> None:
-        """Set the cap; `draws` are `seed`, `fraction` or `count`, and `temperature`."""
+        """Set the cap; `draws` are `seed`, `fraction` or `count`, `temperature` and `of`."""
         super().__init__(**draws)
         self.cap = require_int("selector.rule.cap", cap, minimum=1)
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         return hard_cap(
-            self.logits(scores), uids, self.total(pool_samples), cap=self.cap, seed=self.seed
+            self.logits(scores),
+            uids,
+            self.total(len(scores), pool_samples),
+            cap=self.cap,
+            seed=self.seed,
         )
-
-
-def _require_positive(option: str, value: object) -> float:
-    """Return `value` as a finite float above 0; `option` is the name that the user wrote."""
-    number = require_finite(option, value)
-    if number <= 0:
-        raise InputError(f"{option} must be greater than 0. Got {value!r}.")
-    return number

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siftclip.selectors.base import Requirements, ScoreSelector, Source, Task
 from siftclip.selectors.clusters import Clustering, assign_all
+from siftclip.selectors.compose import merge
 from siftclip.selectors.errors import InputError, require_choice, require_finite, require_int
 from siftclip.selectors.most_similar import most_similar
 from siftclip.selectors.rules import Threshold
@@ -87,6 +88,7 @@ class SemDeDup(ScoreSelector):
             raise InputError(f"selector.eps must be a number in the range (0, 1]. Got {eps!r}.")
         super().__init__(fraction=fraction, rule=None if eps is None else Threshold(eps - 1), of=of)
         self.key, self.clustering, self.eps = key, clustering, eps
+        self._own = Requirements(features=(key,))
         self.keep = require_choice("selector.keep", keep, ("hard", "easy", "random", "best"))
         self.seed, self.prefer = require_int("selector.seed", seed, minimum=0), prefer
         if (prefer is None) == (keep == "best"):
@@ -97,7 +99,8 @@ class SemDeDup(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(self.key,), files=self.clustering.files())
+        own = Requirements(features=(self.key,), files=self.clustering.files())
+        return own if self.prefer is None else merge([own, self.prefer.requires])
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
         """Whole clusters in the order of `keep`, several a task where they are small."""
@@ -133,7 +136,7 @@ class SemDeDup(ScoreSelector):
             if len(rows) > source.chunk_samples:
                 largest.append(self._large_cluster(source, rows))
                 continue
-            features = source.take(rows, self.requires).features[self.key]
+            features = source.take(rows, self._own).features[self.key]
             starts = np.flatnonzero(np.diff(own, prepend=-1))
             largest += [
                 largest_earlier_similarity(features[first:last])
@@ -146,9 +149,9 @@ class SemDeDup(ScoreSelector):
         block = source.chunk_samples
         answer = []
         for start in range(0, len(rows), block):
-            features = source.take(rows[start : start + block], self.requires).features[self.key]
+            features = source.take(rows[start : start + block], self._own).features[self.key]
             largest = _compare(features, features, 0)
-            for chunk in source.chunks(rows[:start], self.requires):
+            for chunk in source.chunks(rows[:start], self._own):
                 earlier = most_similar(features, chunk.features[self.key])[1]
                 largest = torch.maximum(largest, earlier)
             answer.append(largest)

@@ -7,17 +7,20 @@ on the ranks nor on the size of chunks.
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.selectors.blocks import row_blocks
+from siftclip.selectors.blocks import usable_rows
 from siftclip.selectors.ranks import OneRank, Ranks
 
 T = TypeVar("T")
@@ -44,19 +47,8 @@ class Chunk:
 
         A vector that is zero, or has a component that is not finite, says nothing about its sample.
         """
-        masks = []
-        for values in self.features.values():
-            blocks = [_is_usable(block) for (block,) in row_blocks(values)]
-            masks += [torch.cat(blocks)] if blocks else []
+        masks = [usable_rows(values) for values in self.features.values()]
         return torch.stack(masks).all(0) if masks else torch.ones(len(self), dtype=torch.bool)
-
-
-def _is_usable(values: Tensor) -> Tensor:
-    if values.dtype == torch.float16:  # its bits without the sign are in the order of its size
-        bits = values.view(torch.int16).bitwise_and(0x7FFF).amax(1)
-        return (bits > 0) & (bits < 0x7C00)  # those of infinity; NaN is above
-    largest = values.abs().amax(1)  # NaN where there is one
-    return largest.isfinite() & (largest > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,9 +326,19 @@ def describe(value: Any) -> Any:
 
     The public attributes of an object are its parameters. What begins with an underscore is state
     that follows from them.
+
+    Raises:
+        TypeError: nothing tells the value from others: it has no attributes, or no name, such as a
+            lambda.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, (np.generic, os.PathLike)):
+        return describe(value.item() if isinstance(value, np.generic) else os.fspath(value))
+    if isinstance(value, (type, FunctionType)) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, np.ndarray):
         import hashlib
 
@@ -346,7 +348,9 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
-    names = getattr(value, "__slots__", None) or vars(value)
+    names = getattr(value, "__slots__", None) or getattr(value, "__dict__", None)
+    if names is None or isinstance(value, (type, FunctionType)):
+        raise TypeError(f"a {type(value).__name__} cannot be a parameter of a selector: {value!r}")
     return {
         "class": f"{type(value).__module__}.{type(value).__qualname__}",
         **{name: describe(getattr(value, name)) for name in names if not name.startswith("_")},

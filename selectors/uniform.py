@@ -23,6 +23,16 @@ def mix64(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def seed_state(seed: int) -> np.ndarray:
+    """What a hash begins with: uint64 [1], from any integer."""
+    return mix64(np.asarray([seed % 2**64], dtype=np.uint64))
+
+
+def uid_hashes(uids: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """A hash of each uid, uint64 [n, 2] -> uint64 [n], that `state`, uint64 [1], decides about."""
+    return mix64(mix64(uids[:, 0] ^ state) ^ uids[:, 1])
+
+
 def uniform_score(uids: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each sample, float32 [n], a pure function of (seed, uid).
 
@@ -30,8 +40,7 @@ def uniform_score(uids: np.ndarray, seed: int) -> np.ndarray:
         uids: uint64 [n, 2].
         seed: any integer of at least 0.
     """
-    state = mix64(np.asarray([seed % 2**64], dtype=np.uint64))
-    bits = mix64(mix64(uids[:, 0] ^ state) ^ uids[:, 1])
+    bits = uid_hashes(uids, seed_state(seed))
     return ((bits >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
 
 

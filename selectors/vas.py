@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.blocks import joined
 from siftclip.selectors.covariance import (
     bilinear_form,
     file_moment,
@@ -104,7 +104,9 @@ class Vas(ScoreSelector):
     def fit(self, source: Source) -> None:
         if self.covariance is not None:
             # the rows of a matrix are stored as the rows of any other array
-            self._matrix = torch.cat(list(source.file(self._files[0]))).float()
+            self._matrix = joined(piece.float() for piece in source.file(self.covariance))
+            if not bool(self._matrix.isfinite().all()):
+                raise InputError(f"Vas: the covariance in {self.covariance.path} must be finite.")
             return
 
         def moment() -> tuple[Tensor, int]:
@@ -113,8 +115,11 @@ class Vas(ScoreSelector):
             pool = source.whole
             return pool_moment("Vas", pool, rows_of(pool, self.requires), self.requires)
 
-        sums = kept_moment(source, source.memo(self), "covariance", moment)
-        self._matrix = mean_moment(*sums).float()
+        sums, count = kept_moment(source, source.memo(self), "covariance", moment)
+        if count == 0 and self._files:
+            names = " and ".join(file.path for file in self._files)
+            raise InputError(f"Vas: {names} has no rows that are finite and not 0.")
+        self._matrix = mean_moment(sums, count).float()
 
     def score(self, chunk: Chunk) -> Tensor:
         features = [chunk.features[key] for key in self.requires.features]

@@ -11,6 +11,7 @@ import torch
 from siftclip.selectors.base import FeatureFile
 from siftclip.selectors.checks import synthetic_chunk
 from siftclip.selectors.clusters import GivenCentroids, KMeans
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.image_based import ImageBased, occupied_clusters
 from siftclip.selectors.kmeans import assign
 from siftclip.selectors.source import MemorySource, Requirements
@@ -68,6 +69,22 @@ def test_a_pool_without_usable_samples() -> None:
     clustering = KMeans(clusters=2, seed=0)
     choice = ImageBased(features="l14", target=TARGET, clustering=clustering).select(source)
     assert choice.multiplicities.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "centroids", "message"),
+    [
+        (torch.zeros(3, 16), torch.ones(2, 16), r"ImageBased: target\.npy has no rows that are"),
+        (torch.ones(3, 8), torch.ones(2, 16), "features have 8 components, and those of the cent"),
+        (torch.ones(3, 16), torch.ones(0, 16), r"centroids\.npy must be finite numbers, in one"),
+        (torch.ones(3, 16), torch.full((2, 16), torch.nan), r"centroids\.npy must be finite"),
+    ],
+)
+def test_faults_of_files(target: torch.Tensor, centroids: torch.Tensor, message: str) -> None:
+    source = MemorySource(synthetic_chunk(REQUIRES), files={TARGET: target, CENTROIDS: centroids})
+    clustering = GivenCentroids(file=CENTROIDS)
+    with pytest.raises(InputError, match=message):
+        ImageBased(features="l14", target=TARGET, clustering=clustering).select(source)
 
 
 @pytest.mark.testbed

@@ -290,12 +290,14 @@ def test_a_killed_run_continues() -> None:
     expected = fit_kmeans(MemorySource(chunk), KEY, **options)
     memos: dict[str, DictMemo] = {}
     with pytest.raises(Killed):
-        fit_kmeans(KeptSource(memos, 4, chunk), KEY, **options)  # the first centroids, 3 iterations
+        KMeans(**options).centroids(
+            KeptSource(memos, 4, chunk), KEY
+        )  # the first centroids, 3 iterations
     again = KeptSource(memos, 99, chunk)
-    assert torch.equal(fit_kmeans(again, KEY, **options), expected)
+    assert torch.equal(KMeans(**options).centroids(again, KEY), expected)
     assert again.taken == 3
     finished = KeptSource(memos, 0, chunk)
-    assert torch.equal(fit_kmeans(finished, KEY, **options), expected)
+    assert torch.equal(KMeans(**options).centroids(finished, KEY), expected)
 
 
 def test_clusters_of_all_samples_on_all_ranks(run_on_ranks: Any) -> None:

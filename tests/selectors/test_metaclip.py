@@ -25,7 +25,7 @@ from siftclip.selectors.metaclip import (
     match_all,
     parse_entries,
 )
-from siftclip.selectors.sampling import noise, noise_state
+from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.source import Chunk, DictMemo, MemorySource
 from siftclip.selectors.uniform import mix64
 

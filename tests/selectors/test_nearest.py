@@ -223,3 +223,32 @@ def test_a_target_without_usable_rows() -> None:
     source = MemorySource(pool(), files={TARGET: torch.zeros(3, 5)})
     with pytest.raises(InputError, match=r"target target\.npy has no row that is finite"):
         target_ranks(source, KEY, TARGET, neighbours=3)
+
+
+def test_a_killed_run_continues_with_other_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of targets depend on the size of chunks; what was done does not."""
+    memo, chunk = DictMemo(), pool()
+    monkeypatch.setattr(MemorySource, "memo", lambda self, selector: memo)
+    files = {TARGET: targets().repeat(3, 1)}
+    sources = [MemorySource(chunk, files=files, chunk_samples=size) for size in (1, 2)]
+    real = module.best_ranks
+
+    def dying(*arguments: Any) -> Any:
+        if memo.get("best") is not None:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "best_ranks", dying)
+    with pytest.raises(KeyboardInterrupt):
+        target_ranks(sources[0], KEY, TARGET, neighbours=3)
+    monkeypatch.setattr(module, "best_ranks", real)
+    ranks, _ = target_ranks(sources[1], KEY, TARGET, neighbours=3)
+    memo = DictMemo()
+    expected, _ = target_ranks(sources[1], KEY, TARGET, neighbours=3)
+    assert np.array_equal(ranks, expected)
+
+
+def test_a_target_of_another_model() -> None:
+    source = MemorySource(pool(), files={TARGET: torch.ones(3, 9)})
+    with pytest.raises(InputError, match="those of the target 9: they belong to another model"):
+        target_ranks(source, KEY, TARGET, neighbours=3)

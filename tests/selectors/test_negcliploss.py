@@ -14,12 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from siftclip.selectors import negcliploss as module
+from siftclip.selectors import negcliploss_screening as screening
 from siftclip.selectors.checks import check_selector
 from siftclip.selectors.errors import InputError
-from siftclip.selectors.negcliploss import NegCLIPLoss, block_order, negcliploss, undecided
+from siftclip.selectors.hardware import int8_is_fast
+from siftclip.selectors.negcliploss import NegCLIPLoss, block_order, negcliploss
+from siftclip.selectors.negcliploss_screening import undecided
 from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.rules import TopFraction
 from siftclip.selectors.source import Chunk, DictMemo, MemorySource
+
+needs_int8 = pytest.mark.skipif(not int8_is_fast(), reason="this CPU has no int8 products")
 
 
 def slow_score(image: Tensor, text: Tensor, temperature: float) -> np.ndarray:
@@ -149,7 +154,11 @@ def test_screening_keeps_what_float32_keeps(
         np.testing.assert_allclose(screened.scores, exact.scores, rtol=0, atol=0.03)
 
 
-def test_only_undecided_samples_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_int8
+def test_only_undecided_samples_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     source = pool(600, dim=64, agreement=0.2)
     selector = make(batch_size=200, passes=3)
     asked: list[int] = []
@@ -158,17 +167,20 @@ def test_only_undecided_samples_are_computed_again(monkeypatch: pytest.MonkeyPat
         asked.append(len(own))
         return pair_log_sums(own, other, temperature)
 
-    pair_log_sums = module.pair_log_sums
-    monkeypatch.setattr(module, "pair_log_sums", count)
+    pair_log_sums = screening.pair_log_sums
+    monkeypatch.setattr(screening, "pair_log_sums", count)
     kept = selector.select(source).multiplicities
     # 6 steps of 3 blocks, with fewer samples each
     assert 0 < selector.recomputed_samples < 200
+    line = f"NegCLIPLoss: {selector.recomputed_samples} of 600 samples were computed again"
+    assert [record.message for record in caplog.records] == [f"{line} in float32"]
     assert sum(asked) < 0.8 * 6 * selector.recomputed_samples
     monkeypatch.undo()
     assert np.array_equal(make(precision="float32", batch_size=200, passes=3).select(source)
                           .multiplicities, kept)  # fmt: skip
 
 
+@needs_int8
 def test_wrong_integers_are_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
     # answers as wrong as their bounds allow still give the same selection
     def wrong(image: Tensor, text: Tensor, temperature: float) -> Any:
@@ -184,7 +196,7 @@ def test_wrong_integers_are_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
     source = pool(300)
     expected = make(precision="float32").select(source).multiplicities
-    monkeypatch.setattr(module, "screened_log_sums", wrong)
+    monkeypatch.setattr(screening, "screened_log_sums", wrong)
     assert np.array_equal(make().select(source).multiplicities, expected)
 
 
@@ -250,6 +262,7 @@ class KeptSource(MemorySource):
         return self.kept
 
 
+@needs_int8
 def test_a_killed_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TASK_SAMPLES", 64)
     source = KeptSource(pool(301)._chunk)
@@ -262,8 +275,8 @@ def test_a_killed_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(module, "pair_log_sums", none)
-    monkeypatch.setattr(module, "screened_log_sums", none)
+    monkeypatch.setattr(screening, "pair_log_sums", none)
+    monkeypatch.setattr(screening, "screened_log_sums", none)
     again = make().select(source)
     assert again.scores is not None
     assert np.array_equal(again.scores, expected.scores)  # type: ignore[arg-type]
@@ -411,3 +424,20 @@ def test_selector_agrees_with_released_code(
         kept=np.flatnonzero(choice.multiplicities),
         expected_kept=answers["rows_top30"],
     )
+
+
+@needs_int8
+def test_another_rule_computes_its_own_samples_again() -> None:
+    """What was kept for one rule is about other samples than those that the next leaves open."""
+    source = KeptSource(pool(301)._chunk)
+    source.kept = DictMemo()
+    for rule in ({"fraction": 0.3}, {"fraction": 0.5}, {"threshold": -0.15}, {"fraction": 0.3}):
+        kept, alone = make(**rule).select(source), make(**rule).select(pool(301))
+        assert np.array_equal(kept.multiplicities, alone.multiplicities)
+        assert np.array_equal(kept.scores, alone.scores)  # type: ignore[arg-type]
+
+
+def test_without_int8_instructions_scores_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "int8_is_fast", lambda: False)
+    source, selector = pool(70), make()
+    assert np.array_equal(selector.select(source).scores, selector.scores(source))  # type: ignore[arg-type]

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from siftclip.selectors.base import FeatureFile, Requirements
 from siftclip.selectors.checks import check_selector, synthetic_chunk
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hardware import int8_is_fast
 from siftclip.selectors.largest_product import (
     GROUP,
     Int8Targets,
-    int8_is_fast,
     largest_product,
 )
 from siftclip.selectors.normsim import NormSim, normsim

@@ -142,6 +142,15 @@ def test_selector_shares_the_total(parameters: dict[str, Any], kept: list[int]) 
     np.testing.assert_array_equal(choice.scores, np.array(SCORES, dtype=np.float32))
 
 
+def test_fractions_of_the_pool_or_of_what_is_left() -> None:
+    left = make_source(20).restrict(np.arange(10))
+    for of, kept in (("pool", 8), ("left", 4)):
+        selector = QuotaPerCluster(
+            selector=Given(SCORES), clusters=Given(CLUSTERS), fraction=0.4, of=of
+        )
+        assert selector.select(left).multiplicities.sum() == kept
+
+
 def test_nothing_judged_keeps_nothing() -> None:
     nothing = Given([np.nan] * 3)
     for quotas in ("equal", "proportional"):

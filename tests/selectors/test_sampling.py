@@ -18,15 +18,13 @@ from siftclip.selectors.base import ScoreSelector
 from siftclip.selectors.checks import check_selector
 from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.noise import gumbel, noise, noise_state
 from siftclip.selectors.sampling import (
     HardCapSampling,
     SoftCapSampling,
     SoftmaxSampling,
     draw_without_replacement,
-    gumbel,
     hard_cap,
-    noise,
-    noise_state,
     soft_cap,
 )
 from siftclip.selectors.uniform import uniform_score
@@ -243,12 +241,12 @@ def test_fractions_count_the_pool() -> None:
     [
         (lambda: SoftmaxSampling(seed=0), "exactly one of selector.rule.fraction"),
         (lambda: SoftmaxSampling(seed=0, fraction=1.5), "selector.rule.fraction must be a number"),
-        (lambda: SoftCapSampling(seed=0, fraction=0.0), "selector.rule.fraction must be greater"),
+        (lambda: SoftCapSampling(seed=0, fraction=0.0), "selector.rule.fraction must be above 0"),
         (lambda: SoftCapSampling(seed=0, count=1, penalty=-1), "penalty must be at least 0"),
         (lambda: SoftCapSampling(seed=0, count=1, batch_samples=0), "batch_samples must be an"),
         (lambda: HardCapSampling(seed=0, count=1, cap=0), "selector.rule.cap must be an integer"),
         (lambda: HardCapSampling(seed=-1, count=1), "selector.rule.seed must be an integer"),
-        (lambda: HardCapSampling(seed=0, count=1, temperature=0), "temperature must be greater"),
+        (lambda: HardCapSampling(seed=0, count=1, temperature=0), "temperature must be above 0"),
         (lambda: HardCapSampling(seed=0, count=1.5), "selector.rule.count must be an integer"),
     ],
 )
@@ -270,3 +268,18 @@ def test_contract(make_rule: Callable[[], Any]) -> None:
         return ClipScore(features="l14", rule=make_rule())
 
     check_selector(make)
+
+
+@pytest.mark.parametrize("rule_class", [SoftmaxSampling, SoftCapSampling, HardCapSampling])
+def test_fractions_of_the_pool_or_of_what_is_left(rule_class: Any) -> None:
+    scores, uids = np.zeros(40, dtype=np.float32), make_uids(40)
+    for of, drawn in (("pool", 20), ("left", 8)):
+        assert rule_class(fraction=0.2, seed=0, of=of)(scores, uids, 100).sum() == drawn
+
+
+def test_hard_cap_finds_scores_that_are_far_from_all_others() -> None:
+    """Most scores are in one bin of the histogram that guesses the time of the last draw."""
+    logits = np.concatenate([[1e6], np.zeros(500)])
+    drawn = hard_cap(logits, make_uids(501), 300, cap=2, seed=0)
+    assert drawn.sum() == 300
+    assert drawn[0] == 2

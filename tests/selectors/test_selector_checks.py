@@ -178,6 +178,11 @@ class NeedsTwo(Sound):
         return choice
 
 
+class AnswersForThePool(Sound):
+    def select(self, source: Source) -> Choice:
+        return super().select(source.whole)
+
+
 BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] = [
     (LeavesOneOut, checks.check_answer, "answered once"),
     (BoolMask, checks.check_answer, "multiplicities must be int64"),
@@ -197,6 +202,7 @@ BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] 
     (ForgetsSettings, checks.check_picklable, None),
     (KeepsUnjudged, checks.check_unjudged, "NaN were kept"),
     (NeedsTwo, checks.check_single_sample, None),
+    (AnswersForThePool, checks.check_few_left, "2 of a source of 257 samples"),
 ]
 
 

@@ -101,6 +101,9 @@ BUILT_IN: dict[str, SelectorFactory] = {
     "semdedup, fraction": lambda: SemDeDup(
         key="l14_img", clustering=CENTROIDS, fraction=0.3, keep="random", seed=3
     ),
+    "semdedup, best": lambda: SemDeDup(
+        key="b32_img", clustering=CENTROIDS, eps=0.4, keep="best", prefer=clip(fraction=1)
+    ),
     "density": lambda: DensityPruning(key="l14_img", clustering=CENTROIDS, fraction=0.3),
     "nearest_rank": lambda: NearestRank(key="l14_img", target=TARGET, neighbours=5, fraction=0.3),
     "nearest_union": lambda: NearestUnion(key="l14_img", target=TARGET, fraction=0.3),

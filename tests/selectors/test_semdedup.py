@@ -158,3 +158,14 @@ def test_finds_the_planted_duplicates(reference: Any, reference_source: Any) -> 
     assert removed.sum() == 343  # recall 0.997
     cosines[:, removed] = -1
     assert (cosines[removed].amax(1) > 0.95).all()  # one of each group stays
+
+
+def test_requires_what_its_preference_requires() -> None:
+    selector = SemDeDup(
+        key="dino_img",
+        clustering=KMeans(clusters=2, seed=0),
+        eps=0.1,
+        keep="best",
+        prefer=ClipScore(features="l14", fraction=1),
+    )
+    assert selector.requires.features == ("dino_img", "l14_img", "l14_txt")

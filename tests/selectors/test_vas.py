@@ -120,6 +120,21 @@ def test_covariance_file() -> None:
         )
 
 
+@pytest.mark.parametrize("rows", [torch.zeros(3, 16), torch.full((3, 16), torch.inf)])
+def test_a_target_without_usable_rows(rows: torch.Tensor) -> None:
+    chunk = synthetic_chunk(Requirements(features=("a_img",)))
+    source = MemorySource(chunk, files={FILE: rows})
+    with pytest.raises(InputError, match=r"Vas: t\.npz has no rows that are finite and not 0"):
+        Vas(features="a", target=FILE, fraction=0.3).select(source)
+
+
+def test_a_covariance_that_is_not_finite() -> None:
+    chunk = synthetic_chunk(Requirements(features=("a_img",)))
+    source = MemorySource(chunk, files={FILE: torch.full((16, 16), torch.nan)})
+    with pytest.raises(InputError, match=r"Vas: the covariance in t\.npz must be finite"):
+        Vas(features="a", covariance=FILE, fraction=0.3).select(source)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
