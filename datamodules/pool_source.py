@@ -217,6 +217,7 @@ class PoolSource(Source):
             unit_scale=True,
             disable=not self._shows_bars() or total == 0,
             leave=False,
+            delay=1.0,  # seconds; many pieces of work are shorter
         )
 
     def identity(self, selector: object) -> dict[str, Any]:

@@ -144,6 +144,9 @@ def find_npz_array(path: Path, key: str) -> ArrayPlace | None:
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if key not in names:
+                raise InputError(f"{path} must hold the array {key!r}. It holds {sorted(names)}.")
             member = archive.getinfo(f"{key}.npy")
             if member.compress_type != zipfile.ZIP_STORED:
                 return None
@@ -157,8 +160,8 @@ def find_npz_array(path: Path, key: str) -> ArrayPlace | None:
             if dtype.hasobject:
                 raise ValueError("object arrays would be unpickled")
             return ArrayPlace(file.tell(), shape, fortran, dtype)
-    except KeyError:
-        raise InputError(f"{path} must hold the array {key!r}.") from None
+    except InputError:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a readable npz file: {error}.") from None
 

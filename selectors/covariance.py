@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.selectors.blocks import usable_rows
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hardware import int8_is_fast
 from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.source import FeatureFile, Memo, Requirements, Source
 
 UNIT = 2.0**-18  # fp16 values of at least 2^-8 are multiples of it; smaller ones move by <= 2^-19
 LARGEST_SUM = 2.0**62  # of whole numbers in int64, with room for the sum over ranks
 _PIECE_SAMPLES = 4096  # float64 holds the sum of so many products exactly, for norms of up to 5
+_CACHED_SAMPLES = 256  # a core's cache holds what is worked out for so many
+_LARGEST_DIGITS = 3.9  # a component whose digits are int8, sums of two digits included
 
 
 def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
@@ -33,34 +37,81 @@ def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
         right: float [n, e], the y.
     """
     usable = usable_rows(left) if right is None else usable_rows(left) & usable_rows(right)
+    if not usable.all():
+        left, right = left[usable], None if right is None else right[usable]
+    sizes = _largest_components(left)
     columns = left.shape[1] if right is None else right.shape[1]
     total = torch.zeros(left.shape[1], columns, dtype=torch.int64, device=left.device)
+    digits = right is None and left.device.type == "cpu" and int8_is_fast()
     for start in range(0, len(left), _PIECE_SAMPLES):
-        piece = slice(start, start + _PIECE_SAMPLES)
-        keep = usable[piece]
-        x = _whole_numbers(left[piece][keep])
-        if right is None:
-            _add_symmetric(total, x)
+        x = left[start : start + _PIECE_SAMPLES]
+        if right is not None:
+            y = _whole_numbers(right[start : start + _PIECE_SAMPLES])
+            total += (_whole_numbers(x).T @ y).to(torch.int64)
+        elif digits and float(sizes[start : start + len(x)].amax()) <= _LARGEST_DIGITS:
+            _add_square(total, _digits(x), _product_of_digits)
         else:
-            total += (x.T @ _whole_numbers(right[piece][keep])).to(torch.int64)
+            _add_square(total, (_whole_numbers(x),), lambda x, y: x.T @ y)
     return total
 
 
-def usable_rows(features: Tensor) -> Tensor:
-    """Which vectors are finite and not zero: float [n, d] -> bool [n]."""
-    return features.isfinite().all(1) & (features != 0).any(1)
+def _largest_components(features: Tensor) -> Tensor:
+    """The largest |x| of each vector, or NaN where there is one: float [n]."""
+    wide = torch.promote_types(features.dtype, torch.float32)  # half is slow on a CPU
+    sizes = [x.to(wide).abs().amax(1) for x in features.split(_CACHED_SAMPLES)]
+    return torch.cat(sizes) if sizes else features.new_zeros(0)
 
 
 def _whole_numbers(features: Tensor) -> Tensor:
     return features.double().mul_(1.0 / UNIT).round_()
 
 
-def _add_symmetric(total: Tensor, x: Tensor, width: int = 128) -> None:
-    """Add x^T x, of which only the blocks below and on the diagonal are multiplied."""
-    for start in range(0, x.shape[1], width):
-        rows = slice(start, start + width)
-        block = (x[:, rows].T @ x[:, : start + width]).to(torch.int64)
-        total[rows, : start + width] += block
+def _digits(features: Tensor) -> tuple[Tensor, ...]:
+    """Whole numbers 2^14 a + 2^7 b + c of components of at most _LARGEST_DIGITS, in digits.
+
+    Returns:
+        a, b, c, all in [-64, 64], and a + b, a + c, b + c: int8 [n, d] each. No sum is 128: a is
+        at most 62, and c is not above 0 where b is 64.
+    """
+    a, b, c = (torch.empty(features.shape, dtype=torch.int8) for _ in range(3))
+    for start in range(0, len(features), _CACHED_SAMPLES):
+        piece = slice(start, start + _CACHED_SAMPLES)
+        left = features[piece].to(torch.promote_types(features.dtype, torch.float32))
+        left = (left * (1.0 / UNIT)).round_().float()  # below 2^20, so exact in float32
+        for digits, unit in ((a, 2.0**14), (b, 2.0**7)):
+            high = (left * (1.0 / unit)).round_()
+            digits[piece] = high
+            left.sub_(high, alpha=unit)
+        c[piece] = left
+    return a, b, c, a + b, a + c, b + c
+
+
+def _product_of_digits(*pairs: Tensor) -> Tensor:
+    """x^T y: int8 [n, d] six times as in `_digits`, then [n, e] six times -> float64 [d, e].
+
+    The mixed products a^T b + b^T a are (a + b)^T (a + b) - a^T a - b^T b, for which six int8
+    products do. On a CPU they are faster than a single one in float64.
+    """
+    half = len(pairs) // 2
+    aa, bb, cc, ab, ac, bc = map(torch._int_mm, (x.T for x in pairs[:half]), pairs[half:])
+    total = aa.double()  # exact, as sums of _PIECE_SAMPLES whole numbers below 2^20 squared are
+    for digits in (ab - aa - bb, ac - aa - cc + bb, bc - bb - cc, cc):
+        total.mul_(2.0**7).add_(digits.double())
+    return total
+
+
+def _add_square(
+    total: Tensor, x: tuple[Tensor, ...], product: Callable[..., Tensor], width: int = 128
+) -> None:
+    """Add x^T x, of which only the blocks below and on the diagonal are multiplied.
+
+    `product` takes columns of all tensors in x, and then other columns of them, and multiplies.
+    """
+    for start in range(0, len(total), width):
+        rows, columns = slice(start, start + width), slice(start + width)
+        pairs = (*(part[:, rows] for part in x), *(part[:, columns] for part in x))
+        block = product(*pairs).to(torch.int64)
+        total[rows, columns] += block
         total[:start, rows] += block[:, :start].T
 
 
@@ -84,12 +135,13 @@ def quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
     on_cpu = features.device.type == "cpu"
     # pieces whose products stay in the cache of a core; a GPU wants few large products
     width, samples = (64, 512) if on_cpu else (max(256, dim // 4), 1 << 16)
-    folded = torch.triu(matrix + matrix.T, 1) + torch.diag(matrix.diagonal())
-    # blocks on the diagonal are multiplied whole: what is below their diagonal is zero
-    blocks = [
-        (start, folded[: start + width, start : start + width].contiguous())
-        for start in range(0, dim, width)
-    ]
+    blocks = []
+    for start in range(0, dim, width):
+        stop = start + width
+        block = matrix[:stop, start:stop] + matrix[start:stop, :stop].T
+        # on the diagonal it is multiplied whole: what is below the diagonal is zero
+        block[start:].triu_().diagonal().mul_(0.5)
+        blocks.append((start, block))
     scores = torch.empty(len(features), dtype=torch.float32, device=features.device)
     for first in range(0, len(features), samples):
         x = features[first : first + samples].float()
@@ -100,6 +152,19 @@ def quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
     return scores
 
 
+def low_rank_form(features: Tensor, basis: Tensor, values: Tensor) -> Tensor:
+    """The sum over k of v_k <x, b_k>^2: float32 [n].
+
+    Args:
+        features: float [n, d].
+        basis: float32 [d, r], the b_k.
+        values: float32 [r].
+    """
+    samples = 512 if features.device.type == "cpu" else 1 << 16
+    pieces = [(x.float() @ basis).square_() @ values for x in features.split(samples)]
+    return torch.cat(pieces) if pieces else features.new_zeros(0)
+
+
 def bilinear_form(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     """x^T S y of each sample: float32 [n], for float [n, d], float [n, e] and S float [d, e]."""
     matrix = matrix.float()
@@ -108,17 +173,32 @@ def bilinear_form(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vecdot(x.float() @ matrix, y.float()) for x, y in pieces])
 
 
-def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
-    """Bounds of all eigenvalues of a symmetric matrix, float [d, d]: (lowest, highest).
+def large_part(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A sum of v_k b_k b_k^T that is near a symmetric matrix: the larger part of its eigenvectors.
 
-    They are computed in float32 and widened by more than the rounding.
+    Args:
+        matrix: float64 [d, d].
+        start: float32 [d, r], guessed vectors, linearly independent; the last basis does well.
+
+    Returns:
+        The orthonormal b_k, float32 [d, r], the v_k, float32 [r], and a bound of the absolute
+        eigenvalues of what is left of the matrix. The bound is valid however good the basis is.
+
+    For the rest R it is the fourth root of the sum of the fourth powers of all eigenvalues, the
+    Frobenius norm of R^2: for noise under three times the largest, at a third of the cost.
     """
     scale = float(torch.linalg.matrix_norm(matrix))
     if scale == 0.0:
-        return 0.0, 0.0
-    values = torch.linalg.eigvalsh((matrix / scale).float())
-    slack = 1e-4  # of the Frobenius norm; the rounding of LAPACK is about d * 6e-8 at most
-    return (float(values[0]) - slack) * scale, (float(values[-1]) + slack) * scale
+        return start, start.new_zeros(start.shape[1]), 0.0
+    scaled = (matrix / scale).float()
+    basis = torch.linalg.qr(scaled @ (scaled @ start))[0]
+    values, turn = torch.linalg.eigh(basis.T @ scaled @ basis)
+    basis = basis @ turn
+    rest = scaled - (basis * values) @ basis.T
+    # float32 may be off by d * 2^-24 of a Frobenius norm, and by 1e-5 in the rest itself
+    fourth = float(torch.linalg.matrix_norm(rest @ rest))
+    fourth += len(matrix) * 2.0**-24 * float(torch.linalg.matrix_norm(rest)) ** 2
+    return basis, values * scale, (fourth**0.5 + 1e-5) * scale
 
 
 def check_sums(owner: str, sums: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from siftclip.selectors.covariance import (
     check_sums,
-    eigenvalue_range,
+    large_part,
+    low_rank_form,
     quadratic_form,
     rows_of,
     second_moment,
@@ -25,6 +26,9 @@ from siftclip.selectors.source import Requirements, Source
 
 MEMORY_BYTES = 8 << 30  # of features that a rank keeps; a larger share is read whenever needed
 _FLOAT32_ERROR = 2.0**-24
+_DIRECTIONS = 16  # of a change of the matrix
+_GROWTH = 2.0  # of the rest of a change, which makes it worth to score all samples
+_MANY_UNDECIDED = 2  # times the dimension: more samples are worth a split of the change
 
 
 def remaining_samples(samples: int, target: int, steps: int) -> list[int]:
@@ -90,10 +94,9 @@ class Samples:
             values[at] = function(features).double().cpu().numpy()
         return sum_arrays(self._source.ranks, values)
 
-    def of_first_rank(self, numbers: list[float]) -> list[float]:
-        """The numbers of rank 0, on every rank."""
-        mine = np.asarray(numbers, dtype=np.float64) * (self._source.ranks.rank == 0)
-        return [float(number) for number in sum_arrays(self._source.ranks, mine)]
+    def of_first_rank(self, values: Tensor) -> Tensor:
+        """The values of rank 0, on every rank: all must go on with the very same bounds."""
+        return self._source.ranks.sum(values * (self._source.ranks.rank == 0))
 
     def _dim(self) -> int:
         if self._kept is not None:
@@ -109,7 +112,7 @@ class Samples:
             at = slice(first, min(first + size, stop))
             if self._kept is not None:
                 index = torch.from_numpy(positions[at] - self._first)
-                yield at, self._kept[index.to(self._kept.device)]
+                yield at, self._kept.index_select(0, index.to(self._kept.device))
             else:
                 chunk = self._source.take(self.rows[positions[at]], self._requires)
                 yield at, chunk.features[self._requires.features[0]]
@@ -126,34 +129,54 @@ def exact_quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
     return torch.linalg.vecdot(x @ matrix, x).float()
 
 
+def _upwards(bound: float) -> float:
+    """A float32 that is not below, and so equal to itself when it is kept in float32."""
+    return float(np.nextafter(np.float32(bound), np.float32(np.inf)))
+
+
 class LazyForms:
     """x^T S x of samples for a matrix S that changes: only what decides is computed.
 
-    A score of step s moves until step t by x^T (S_t - S_s) x. With the eigenvalues of S_t - S_s in
-    [m - h, m + h], that is m |x|^2, up to h |x|^2. Both add up over the steps.
+    A score is known within an error at the step at which it was last looked at. From step to step
+    it moves by x^T (S_t - S_s) x: with the eigenvalues of the change in [m - h, m + h] that is
+    m |x|^2, up to h |x|^2, and both add up. Where that leaves many samples undecided, the change
+    since a matrix R is split into a few directions b_k, which are computed, and a small rest:
+
+        x^T S x = x^T R x + sum of v_k <x, b_k>^2, up to rest |x|^2,
+
+    with x^T R x kept. What is undecided still is computed anew.
     """
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
-        self.scores = np.zeros(len(samples.rows), dtype=np.float32)  # when last computed
-        self.steps = np.full(len(samples.rows), -1, dtype=np.int32)  # and when that was; -1: never
+        count = len(samples.rows)
+        self.scores = np.zeros(count, dtype=np.float32)  # when last looked at
+        self.errors = np.zeros(count, dtype=np.float32)  # their bounds, for a sample of unit norm
+        self.steps = np.full(count, -1, dtype=np.int32)  # and when that was; -1: never
         self.centres = np.zeros(0)  # m of all steps so far, summed up, one entry a step
         self.reaches = np.zeros(0)  # the same of h
         self.scored = 0  # how often a sample was scored
         self.matrix: Tensor | None = None
         self._rounding = 0.0  # of a score of now, in float32, for a sample of unit norm
+        self._basis: Tensor | None = None  # of the last large part, of changes and since R
+        self._reference: Tensor | None = None  # the R
+        self._references = np.zeros(count, dtype=np.float32)  # x^T R x
+        self._reference_error = 0.0
+        self._rests = (0.0, 0.0)  # of the last step's change, and of that since R
+        self._since = 0  # how many samples were scored since R was chosen
 
     def move(self, matrix: Tensor) -> None:
         """Go to the next step, with the matrix S, float64 [d, d]."""
         change = torch.zeros_like(matrix) if self.matrix is None else matrix - self.matrix
-        norm = float(torch.linalg.matrix_norm(matrix))
-        # all ranks must go on with the very same bounds
-        low, high, norm = self._samples.of_first_rank([*eigenvalue_range(change), norm])
+        _, values, rest = self._large_part(change)
+        self._rests = rest, self._rests[1]
+        low, high = min(0.0, float(values.min())) - rest, max(0.0, float(values.max())) + rest
         centre, reach = (low + high) / 2, (high - low) / 2
         if len(self.centres):
             centre, reach = centre + self.centres[-1], reach + self.reaches[-1]
         # two sums of d products each, and the float32 matrix; see Higham, Accuracy, section 3.1
-        self._rounding = 3 * (len(matrix) + 2) * _FLOAT32_ERROR * norm
+        norm = float(self._samples.of_first_rank(torch.linalg.matrix_norm(matrix)))
+        self._rounding = _upwards(3 * (len(matrix) + 2) * _FLOAT32_ERROR * norm)
         self.matrix = matrix
         self.centres = np.append(self.centres, centre)
         self.reaches = np.append(self.reaches, reach)
@@ -165,15 +188,12 @@ class LazyForms:
         """
         if count == 0:
             return np.zeros(len(positions), dtype=bool)
-        never = self.steps[positions] < 0
-        self._score(positions[never])
-        # First those that are probably lowest, which brings the cut down to about its place.
-        middle, reach = self._bounds(positions)
-        probable = np.argpartition(middle, count - 1)[:count]
-        self._score(positions[np.sort(probable)])
-        middle, reach = self._bounds(positions)
-        cut = np.partition(middle + reach, count - 1)[count - 1]  # `count` samples are not above
-        self._score(positions[middle - reach <= cut])
+        self._refer(positions)
+        undecided = self._undecided(positions, count)
+        if len(undecided) > _MANY_UNDECIDED * len(self._current()):
+            self._estimate(undecided)
+            undecided = self._undecided(positions, count)
+        self._score(undecided)
         middle, reach = self._bounds(positions)
         low, high = middle - reach, middle + reach
         cut = np.partition(high, count - 1)[count - 1]
@@ -195,18 +215,73 @@ class LazyForms:
             raise RuntimeError("move must be called before lowest")
         return self.matrix
 
+    def _large_part(self, change: Tensor) -> tuple[Tensor, Tensor, float]:
+        """`large_part`, the same on all ranks."""
+        if self._basis is None:
+            dim = len(change)
+            generator = torch.Generator().manual_seed(0)
+            self._basis = torch.randn(dim, min(dim, _DIRECTIONS), generator=generator)
+        basis, values, rest = large_part(change, self._basis.to(change.device))
+        self._basis = basis
+        rest = float(self._samples.of_first_rank(change.new_tensor(rest)))
+        return self._samples.of_first_rank(basis), self._samples.of_first_rank(values), rest
+
+    def _refer(self, positions: np.ndarray) -> None:
+        """Choose the current matrix as R, and score all samples, if there is none, or if it pays.
+
+        It does if less would be left of the changes since, and it costs no more than was spent. If
+        matrices are of a few samples each, they differ by noise that is the same since any step.
+        """
+        grown = self._rests[1] > _GROWTH * self._rests[0]
+        if self._reference is None or (grown and self._since >= len(positions)):
+            self._score(positions)
+            self._reference = self._current()
+            self._references[positions] = self.scores[positions]
+            self._reference_error = self._rounding
+            self._since = 0
+
     def _score(self, positions: np.ndarray) -> None:
-        """Compute the scores of those samples that have none of this step."""
+        """Compute the scores that are not known as well as float32 allows."""
         now = len(self.centres) - 1
-        positions = positions[self.steps[positions] != now]
+        known = (self.steps[positions] == now) & (self.errors[positions] <= self._rounding)
+        positions = positions[~known]
         matrix = self._current().float()
-        self.scores[positions] = self._samples.map(positions, lambda x: quadratic_form(x, matrix))
-        self.steps[positions] = now
+        scores = self._samples.map(positions, lambda x: quadratic_form(x, matrix))
+        self._note(positions, scores, self._rounding)
         self.scored += len(positions)
+        self._since += len(positions)
+
+    def _estimate(self, positions: np.ndarray) -> None:
+        """Compute scores from those by the reference."""
+        if self._reference is None:
+            raise RuntimeError("a reference must be chosen before estimates")
+        basis, values, rest = self._large_part(self._current() - self._reference)
+        self._rests = self._rests[0], rest
+        moved = self._samples.map(positions, lambda x: low_rank_form(x, basis, values))
+        size = float(values.abs().sum())
+        error = rest + self._reference_error + 3 * (len(basis) + 2) * _FLOAT32_ERROR * size
+        self._note(positions, self._references[positions] + moved, _upwards(error))
+
+    def _note(self, positions: np.ndarray, scores: np.ndarray, error: float) -> None:
+        self.scores[positions] = scores  # which are rounded by far less than the error
+        self.errors[positions] = error
+        self.steps[positions] = len(self.centres) - 1
+
+    def _undecided(self, positions: np.ndarray, count: int) -> np.ndarray:
+        """Those of the samples that may be among the `count` lowest.
+
+        First those that probably are get scored, which brings the cut down to about its place.
+        """
+        middle, _ = self._bounds(positions)
+        self._score(positions[np.sort(np.argpartition(middle, count - 1)[:count])])
+        middle, reach = self._bounds(positions)
+        cut = np.partition(middle + reach, count - 1)[count - 1]  # `count` samples are not above
+        return positions[middle - reach <= cut]
 
     def _bounds(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the scores of this step lie: float64 [m], and how far they may be off there."""
         squared_norms = self._samples.squared_norms[positions].astype(np.float64)
         steps = self.steps[positions]
         middle = self.scores[positions] + (self.centres[-1] - self.centres[steps]) * squared_norms
-        return middle, (self.reaches[-1] - self.reaches[steps] + self._rounding) * squared_norms
+        reach = self.reaches[-1] - self.reaches[steps] + self.errors[positions]
+        return middle, reach * squared_norms

@@ -14,8 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from siftclip.selectors.hardware import int8_is_fast as int8_is_fast
-
 GROUP = 32  # targets that are skipped or multiplied together
 _TILE = 512  # targets and samples of a product, so that its answer stays in a core's cache
 _BLOCK = 1 << 15  # targets between two looks at what was found, which bounds the memory

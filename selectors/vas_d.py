@@ -34,10 +34,17 @@ class OwnCovariance:
     """Scores x^T S x, with the covariance S of the samples that are left, or of some of them."""
 
     def __init__(
-        self, samples: Samples, first: Callable[[], Tensor] | None, draw: Draw | None
+        self, samples: Samples, pool: Callable[[], tuple[Tensor, int]] | None, draw: Draw | None
     ) -> None:
-        """`first` gives the covariance of the first step, float64 [d, d]; None: of what is left."""
-        self._samples, self._first, self._draw = samples, first, draw
+        """Start with the covariance of the pool, or without `pool` of what is left.
+
+        Args:
+            samples: those to score.
+            pool: gives the exact sum, and the number of samples that it is of, that makes up the
+                first covariance: with a `draw` alone, else together with what is left.
+            draw: which samples a covariance is of; None: of all.
+        """
+        self._samples, self._pool, self._draw = samples, pool, draw
         self._sums: Tensor | None = None  # exact, of what was left at the last step
         self.forms = LazyForms(samples)
 
@@ -46,9 +53,10 @@ class OwnCovariance:
         return self.forms.lowest(left, count)
 
     def _covariance(self, step: int, left: np.ndarray, removed: np.ndarray) -> Tensor:
-        if step == 0 and self._first is not None:
-            return self._first()
+        pool = self._pool if step == 0 else None
         if self._draw is not None:
+            if pool is not None:
+                return mean_moment(*pool())
             rows, uids = self._samples.rows[left], self._samples.uids[left]
             drawn = left[self._draw(rows, uids, step)]
             return mean_moment(self._samples.moment(drawn), len(drawn))
@@ -56,6 +64,10 @@ class OwnCovariance:
             self._sums = self._samples.moment(left)
         else:
             self._sums = self._sums - self._samples.moment(removed)
+        if pool is not None:
+            sums, others = pool()
+            if others:
+                return mean_moment(self._sums + sums, len(left) + others)
         return mean_moment(self._sums, len(left))
 
 
@@ -81,14 +93,18 @@ class VasD(StepwiseRemoval):
         return self._criterion(source, samples, draw=None)
 
     def _criterion(self, source: Source, samples: Samples, draw: Draw | None) -> OwnCovariance:
-        def pool_covariance() -> Tensor:
+        def pool_sums() -> tuple[Tensor, int]:
             pool = source.whole
             rows = rows_of(pool, self.requires)
-            if draw is not None:
+            if draw is None:  # the others than `samples`
+                others = np.ones(len(pool), dtype=bool)
+                others[pool.index_of(samples.rows)] = False
+                rows = rows[others[pool.index_of(rows)]]
+            else:
                 rows = rows[draw(rows, pool.uids[pool.index_of(rows)], 0)]
-            return mean_moment(*pool_moment(type(self).__name__, pool, rows, self.requires))
+            return pool_moment(type(self).__name__, pool, rows, self.requires)
 
-        return OwnCovariance(samples, pool_covariance if self.initial == "pool" else None, draw)
+        return OwnCovariance(samples, pool_sums if self.initial == "pool" else None, draw)
 
 
 class NormSimD(VasD):

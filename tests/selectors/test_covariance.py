@@ -12,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import siftclip.selectors.covariance as covariance
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements
 from siftclip.selectors.covariance import (
     UNIT,
     bilinear_form,
-    eigenvalue_range,
     file_moment,
     kept_moment,
+    large_part,
+    low_rank_form,
     mean_moment,
     pool_moment,
     quadratic_form,
@@ -26,10 +28,13 @@ from siftclip.selectors.covariance import (
     second_moment,
 )
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hardware import int8_is_fast
 from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.source import DictMemo, MemorySource
 
 IMAGE = Requirements(features=("a_img",))
+
+needs_int8 = pytest.mark.skipif(not int8_is_fast(), reason="this CPU has no int8 products")
 
 
 def unit(samples: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -104,17 +109,87 @@ def test_quadratic_form_of_no_samples() -> None:
     assert quadratic_form(torch.empty(0, 4), torch.eye(4)).shape == (0,)
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6))
-@settings(max_examples=20, deadline=None)
-def test_eigenvalues_are_within_their_range(seed: int, scale: float) -> None:
-    values = np.random.default_rng(seed).standard_normal((6, 6)) * scale
-    matrix = torch.from_numpy(values + values.T)
-    low, high = eigenvalue_range(matrix)
-    exact = torch.linalg.eigvalsh(matrix)
-    assert low <= exact[0]
-    assert exact[-1] <= high
-    assert high - low <= 1.01 * float(exact[-1] - exact[0])
-    assert eigenvalue_range(matrix * 0) == (0.0, 0.0)
+@needs_int8
+@pytest.mark.parametrize("dim", [1, 5, 130, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 3.0, 20.0])
+def test_digits_give_the_same_sums_as_float64(
+    monkeypatch: pytest.MonkeyPatch, dim: int, dtype: torch.dtype, scale: float
+) -> None:
+    x = unit(200, dim).to(dtype) * scale
+    x[3], x[4, 0] = 0, torch.nan
+    whole = (x[5:].double() / UNIT).round()
+    whole = torch.cat([(x[:3].double() / UNIT).round(), whole])
+    monkeypatch.setattr(covariance, "int8_is_fast", lambda: False)
+    plain = second_moment(x)
+    monkeypatch.setattr(covariance, "int8_is_fast", lambda: True)
+    assert torch.equal(second_moment(x), plain)
+    assert torch.equal(plain, (whole.T @ whole).long())
+
+
+def test_digits_and_their_sums_are_right_for_all_whole_numbers() -> None:
+    largest = int(3.9 / UNIT)
+    whole = torch.arange(-largest, largest + 1)
+    a, b, c, *sums = covariance._digits((whole * UNIT)[:, None].float())
+    assert torch.equal((a.int() * 2**14 + b.int() * 2**7 + c.int())[:, 0], whole.int())
+    for (left, right), total in zip([(a, b), (a, c), (b, c)], sums, strict=True):
+        assert torch.equal(left.int() + right.int(), total.int())
+
+
+@needs_int8
+@pytest.mark.parametrize("value", [3.9, -3.9, 1.0, 2.0**-5, 2.0**-18 * 63, 2.0**-18 * 64])
+def test_digits_of_a_full_piece_do_not_overflow(value: float) -> None:
+    x = torch.full((4096, 3), value, dtype=torch.float64)
+    x[:, 1] *= -1
+    whole = round(value / UNIT)
+    expected = 4096 * whole * whole
+    assert second_moment(x).tolist() == [
+        [expected, -expected, expected],
+        [-expected, expected, -expected],
+        [expected, -expected, expected],
+    ]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.floats(1e-6, 1e6),
+    dim=st.integers(2, 60),
+    decay=st.floats(0, 1),
+    guesses=st.integers(1, 8),
+)
+@settings(max_examples=40, deadline=None)
+def test_rest_of_a_large_part_is_within_its_bound(
+    seed: int, scale: float, dim: int, decay: float, guesses: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    turn = np.linalg.qr(generator.standard_normal((dim, dim)))[0]
+    eigenvalues = generator.standard_normal(dim) * scale * np.arange(1, dim + 1.0) ** (-3 * decay)
+    matrix = torch.from_numpy((turn * eigenvalues) @ turn.T)
+    start = torch.from_numpy(generator.standard_normal((dim, min(dim, guesses)))).float()
+    basis, values, bound = large_part(matrix, start)
+    rest = matrix - (basis.double() * values.double()) @ basis.double().T
+    assert torch.linalg.matrix_norm(rest, 2) <= bound
+    assert bound <= dim**0.25 * torch.linalg.matrix_norm(rest, 2) + 1e-4 * scale * dim
+    torch.testing.assert_close(basis.T @ basis, torch.eye(len(values)), rtol=0, atol=1e-5)
+
+
+def test_large_part_of_few_directions_is_all() -> None:
+    basis = torch.linalg.qr(unit(40, 3).double())[0]
+    matrix = (basis * torch.tensor([2.0, -1.0, 0.5])) @ basis.T
+    found, values, bound = large_part(matrix, unit(40, 5, seed=1).float())
+    assert bound < 1e-4
+    torch.testing.assert_close(
+        values.sort().values, torch.tensor([-1.0, 0, 0, 0.5, 2.0]), rtol=0, atol=1e-5
+    )
+    _, values, bound = large_part(matrix * 0, found)
+    assert (bound, values.abs().sum()) == (0.0, 0.0)
+
+
+def test_low_rank_form_is_that_of_float64() -> None:
+    x, basis, values = unit(700, 30), unit(30, 4).float(), torch.tensor([2.0, -1.0, 0.0, 3.0])
+    expected = ((x.double() @ basis.double()) ** 2 * values.double()).sum(1)
+    torch.testing.assert_close(low_rank_form(x, basis, values), expected.float(), rtol=0, atol=1e-5)
+    assert low_rank_form(x[:0], basis, values).shape == (0,)
 
 
 def test_moments_are_equal_on_any_number_of_ranks(

@@ -75,9 +75,27 @@ def test_contract(method: str, initial: str) -> None:
     samples=st.integers(50, 300),
     fraction=st.floats(0.01, 1),
     steps=st.integers(1, 30),
+    many=st.sampled_from([0.0, elimination._MANY_UNDECIDED]),
+    growth=st.sampled_from([0.0, elimination._GROWTH]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_equals_eager_loop(
+    method: str,
+    initial: str,
+    seed: int,
+    samples: int,
+    fraction: float,
+    steps: int,
+    many: float,
+    growth: float,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elimination, "_MANY_UNDECIDED", many)  # 0: always estimate
+        patch.setattr(elimination, "_GROWTH", growth)  # 0: renew the reference often
+        check_against_eager_loop(method, initial, seed, samples, fraction, steps)
+
+
+def check_against_eager_loop(
     method: str, initial: str, seed: int, samples: int, fraction: float, steps: int
 ) -> None:
     chunk = clustered(samples, seed=seed)
@@ -127,19 +145,40 @@ def test_few_samples_are_scored(monkeypatch: pytest.MonkeyPatch, kept_bytes: int
     assert forms.scored < 0.25 * 100 * 2500
 
 
-def test_scores_within_their_bounds() -> None:
-    chunk = clustered(200)
+@pytest.mark.parametrize("estimates", [False, True])
+def test_scores_within_their_bounds(estimates: bool) -> None:
+    chunk = clustered(400, dim=40)
     x = chunk.features["a_img"].double()
     samples = Samples("Test", MemorySource(chunk), make("vas_d", fraction=1, steps=1).requires)
-    forms = LazyForms(samples)
-    for count in (200, 150, 90, 40):
+    forms, everything = LazyForms(samples), np.arange(400)
+    for count in (400, 380, 350, 300, 100):
         covariance = x[:count].T @ x[:count] / count
         forms.move(covariance)
-        if count == 200:
-            forms.lowest(np.arange(200), 1)
-        middle, reach = forms._bounds(np.arange(200))
+        if count == 400:
+            forms.lowest(everything, 1)
+        if estimates:
+            forms._estimate(everything[:300])
+        middle, reach = forms._bounds(everything)
         exact = torch.einsum("ni,ij,nj->n", x, covariance, x).numpy()
         assert (np.abs(exact - middle) <= reach).all()
+        if estimates and count < 380:
+            assert reach[:300].max() < 0.5 * reach[300:].min()
+
+
+def test_estimates_spare_scores_where_matrices_are_noisy() -> None:
+    chunk = clustered(4000, dim=40)
+    x, generator = chunk.features["a_img"].double(), np.random.default_rng(0)
+    samples = Samples("Test", MemorySource(chunk), make("vas_d", fraction=1, steps=1).requires)
+    forms, left = LazyForms(samples), np.arange(4000)
+    for _ in range(20):
+        drawn = x[generator.choice(left, 800, replace=False)]
+        forms.move(drawn.T @ drawn / 800)
+        scores = torch.einsum("ni,ij,nj->n", x[left], forms._current(), x[left]).float().numpy()
+        lowest = forms.lowest(left, 20)
+        expected = keep_top(scores, chunk.uids[left], len(left) - 20) == 0
+        np.testing.assert_array_equal(lowest, expected)
+        left = left[~lowest]
+    assert forms.scored < 0.3 * 20 * 3800
 
 
 def test_exact_scores_are_those_of_float64_rounded() -> None:
@@ -149,20 +188,28 @@ def test_exact_scores_are_those_of_float64_rounded() -> None:
     np.testing.assert_array_equal(elimination.exact_quadratic_form(x, matrix).numpy(), expected)
 
 
-def test_rounding_of_float32_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [0, 100])
+def test_rounding_of_float32_does_not_decide(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
     # as much noise as float32 may have, on samples of which many are nearly equal
     generator = np.random.default_rng(0)
     chunk = clustered(200)
     features = chunk.features["a_img"]
     features[:] = features[:5].repeat(40, 1)
     features[:, 0] += torch.from_numpy(generator.integers(-1, 2, 200) * 2.0**-14).half()
-    exact = elimination.quadratic_form
+    exact, low_rank = elimination.quadratic_form, elimination.low_rank_form
 
     def noisy(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         reach = 2 * len(matrix) * 2.0**-24 * float(torch.linalg.matrix_norm(matrix))
         return exact(x, matrix) + reach * torch.from_numpy(generator.uniform(-1, 1, len(x))).float()
 
+    def noisy_estimate(x: torch.Tensor, basis: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        reach = 2 * len(basis) * 2.0**-24 * float(values.abs().sum())
+        noise = torch.from_numpy(generator.uniform(-1, 1, len(x))).float()
+        return low_rank(x, basis, values) + reach * noise
+
     monkeypatch.setattr(elimination, "quadratic_form", noisy)
+    monkeypatch.setattr(elimination, "low_rank_form", noisy_estimate)
+    monkeypatch.setattr(elimination, "_MANY_UNDECIDED", many)
     selector = make("vas_d", fraction=0.1, steps=20)
     choice = selector.select(MemorySource(chunk))
     assert choice.scores is not None
@@ -176,6 +223,8 @@ def test_ranks_chunks_and_memory_do_not_matter(
     method: str,
 ) -> None:
     chunk = clustered()
+
+    monkeypatch.setattr(elimination, "_MANY_UNDECIDED", 0)
 
     def select(ranks: Ranks) -> Any:
         source = MemorySource(chunk, ranks=ranks, chunk_samples=17, part_samples=40)
