@@ -146,7 +146,8 @@ def main() -> None:
         place = find_npz_array(first, "l14_img")
         dim = place.shape[1] if place else 0
         target = Path(folder) / "target.npy"
-        values = np.fromfile(first, np.float16, TARGETS * dim, offset=place.offset_bytes)  # type: ignore[union-attr]
+        count = min(TARGETS, place.shape[0] if place else 0)
+        values = np.fromfile(first, np.float16, count * dim, offset=place.offset_bytes)  # type: ignore[union-attr]
         np.save(target, values.reshape(-1, dim))
         for name in arguments.selectors:
             child = multiprocessing.get_context("spawn").Process(

@@ -67,13 +67,15 @@ class Data:
         return np.flatnonzero(keep_top(scores.numpy(), self.uids, count))
 
 
-def make_data(samples: int, dim: int) -> Data:
+def make_data(
+    samples: int, dim: int, *, targets: int = TARGETS, centroids: int = CENTROIDS
+) -> Data:
     """Features of a pool, of a target's images, of class names, and centroids."""
     uids, image, text = make_part(samples, dim, seed=0)
-    _, target, names = make_part(TARGETS, dim, seed=1)
-    _, centroids, _ = make_part(CENTROIDS, dim, seed=2, texts=False)
+    _, target, names = make_part(targets, dim, seed=1)
+    _, centres, _ = make_part(centroids, dim, seed=2, texts=False)
     return Data(
-        uids=uids, image=image, text=text, target=target, labels=names[:LABELS], centroids=centroids
+        uids=uids, image=image, text=text, target=target, labels=names[:LABELS], centroids=centres
     )
 
 
@@ -223,6 +225,26 @@ METHODS = {
 }
 
 
+@torch.no_grad()
+def kept_rows(method: str, side: str, data: Data) -> np.ndarray:
+    """What one side of a method keeps."""
+    if side == "plain":
+        return METHODS[method].plain(data)
+    chunk = Chunk(
+        rows=np.arange(len(data.uids)),
+        uids=data.uids,
+        features={"l14_img": data.image, "l14_txt": data.text},
+    )
+    files = {
+        IMAGES: data.target,
+        NAMES: data.labels,
+        CENTRES: data.centroids,
+        FeatureFile(path="few"): data.centroids[:LABELS],
+    }
+    selector = METHODS[method].ours()
+    return np.flatnonzero(selector.select(MemorySource(chunk, files=files)).multiplicities)
+
+
 def measure(method: str, side: str, samples: int, dim: int, threads: int, connection: Any) -> None:
     """Run one side and send what it took and what it kept."""
     torch.set_num_threads(threads)
@@ -233,26 +255,10 @@ def measure(method: str, side: str, samples: int, dim: int, threads: int, connec
         start = time.process_time()
         left @ right.T
         peak = max(peak, 2 * 2048**2 * dim / (time.process_time() - start))
-    chunk = Chunk(
-        rows=np.arange(samples),
-        uids=data.uids,
-        features={"l14_img": data.image, "l14_txt": data.text},
-    )
-    files = {
-        IMAGES: data.target,
-        NAMES: data.labels,
-        CENTRES: data.centroids,
-        FeatureFile(path="few"): data.centroids[:LABELS],
-    }
-    source = MemorySource(chunk, files=files)
     before = memory_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     start, cpu_start = time.perf_counter(), time.process_time()
-    with torch.no_grad():
-        if side == "ours":
-            kept = np.flatnonzero(METHODS[method].ours().select(source).multiplicities)
-        else:
-            kept = METHODS[method].plain(data)
+    kept = kept_rows(method, side, data)
     connection.send(
         {
             "seconds": time.perf_counter() - start,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -40,3 +45,51 @@ def test_benchmarks_of_training() -> None:
     assert "siftclip" in loss
     options = ["--model", "ViT-S-32", "--batch", "2", "--micro-batch", "1"]
     assert "scale" in run("large_batch.py", *options, "--way", "both")
+
+
+@pytest.fixture(scope="module")
+def selector_speed() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))  # where the script finds its neighbours
+    try:
+        spec = importlib.util.spec_from_file_location(
+            "selector_speed", BENCHMARKS / "selector_speed.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["selector_speed"] = module  # where its dataclasses look for it
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        sys.modules.pop("selector_speed", None)
+
+
+METHODS = (
+    "clip_score",
+    "negcliploss",
+    "vas",
+    "normsim_2",
+    "normsim_inf",
+    "vas_d",
+    "normsim_d",
+    "clipcov",
+    "image_based",
+    "semdedup",
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ours_keeps_what_the_plain_formula_keeps(selector_speed: Any, method: str) -> None:
+    """What the benchmark compares is the same thing, and it is what the formula says."""
+    assert set(selector_speed.METHODS) == set(METHODS)
+    data = selector_speed.make_data(2000, 32, targets=400, centroids=1000)
+    ours, plain = (selector_speed.kept_rows(method, side, data) for side in ("ours", "plain"))
+    assert len(np.setxor1d(ours, plain)) <= 2, "more than a tie at the cut"
+
+
+def test_selectors_out_of_core(tmp_path: Path) -> None:
+    folder = str(tmp_path / "features")
+    run("make_features.py", folder, "--samples", "3000", "--dim", "32")
+    table = run("out_of_core.py", folder, "vas", "--chunk-samples", "500")
+    assert "| vas | 3,000 x 32 | 900 |" in table
