@@ -47,7 +47,7 @@ def make_part(
     if texts:
         share = 0.1 + 0.3 * torch.rand(samples, 1, generator=generator)  # of the image in its text
         text = torch.randn(samples, dim, generator=generator).mul_(spectrum) @ rotation
-        text = normalize(share * (image - 0.7 * shared) + 0.5 * text + 0.1 * shared + gap, dim=1)
+        text = normalize(share * (image - 0.7 * shared) + 0.5 * text + 0.25 * shared + gap, dim=1)
     uids = np.random.default_rng([3, seed]).integers(0, 2**64, (samples, 2), dtype=np.uint64)
     return uids, image.half(), text.half()
 
