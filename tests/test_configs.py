@@ -66,17 +66,19 @@ GROUPS = groups()
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
 
 
-def combinations(*, selectors: int | None = None) -> Iterator[list[str]]:
+def combinations(*, selectors: int | None = None, alone: bool = True) -> Iterator[list[str]]:
     """Overrides that name every option once: alone where it sets other groups, else together.
 
-    With `selectors` only the first so many of that group, which is longer than all others.
+    With `selectors` only the first so many of that group, which is longer than all others; without
+    `alone` not the options that set other groups.
     """
-    alone = ("experiment", "scale")
-    yield from ([f"{group}={option}"] for group, option in OPTIONS if group in alone)
+    setting_others = ("experiment", "scale")
+    if alone:
+        yield from ([f"{group}={name}"] for group, name in OPTIONS if group in setting_others)
     together = [
         [f"{group}={option}" for option in options[: selectors if group == "selector" else None]]
         for group, options in GROUPS.items()
-        if group not in alone
+        if group not in setting_others
     ]
     for row in itertools.zip_longest(*together):
         yield [override for override in row if override is not None]
@@ -186,8 +188,9 @@ def test_nothing_was_overlooked() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose_with_every_option(command: str) -> None:
     assert resolved(composed(command))["seed"] == 0
-    # the commands that select share their node for it
-    for overrides in combinations(selectors=None if command == "select" else 6):
+    # the commands that select or train share their nodes for it
+    selectors = None if command == "select" else 6
+    for overrides in combinations(selectors=selectors, alone=command in ("train", "compare")):
         assert resolved(composed(command, *overrides)), overrides
 
 
