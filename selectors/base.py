@@ -141,7 +141,7 @@ class ScoreSelector(Selector):
         Each number depends on its own sample and on what `fit` gathered, not on its chunk. Samples
         that are not `chunk.usable()` get NaN from the caller, whatever is answered for them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement score or score_task")
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
         """The work of a pass: each sample that can be scored is in one task."""
