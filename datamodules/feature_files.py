@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.row_features import find_npz_array, map_npz_array
+from siftclip.datamodules.files import file_stamp, identity_hash
+from siftclip.datamodules.row_features import map_npz_array
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
 
@@ -38,11 +38,7 @@ def feature_paths(file: FeatureFile) -> list[Path]:
 
 def feature_file_stamp(file: FeatureFile) -> str:
     """Changes with names, sizes and times of the files."""
-    digest = hashlib.sha256(str(file.key).encode())
-    for path in feature_paths(file):
-        status = path.stat()
-        digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+    return identity_hash({"key": file.key, "files": [*map(file_stamp, feature_paths(file))]})
 
 
 def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]:
@@ -90,7 +86,6 @@ def _open(path: Path, key: str | None) -> Tensor:
 
 def _only_key(path: Path, key: str | None) -> str:
     if key is not None:
-        find_npz_array(path, key)  # for its message
         return key
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -105,6 +105,7 @@ class PoolSource(Source):
         self._max_bad_fraction = max_bad_fraction
         self._progress = progress
         self._stores: dict[Path | None, FeatureStore] = {}
+        self._checked: dict[tuple[str, ...], FeatureStore] = {}
         self._features: dict[Path, RowFeatures] = {}
         self._columns: dict[ExternalColumn, np.ndarray] = {}
         self._sizes: np.ndarray | None = None
@@ -123,8 +124,10 @@ class PoolSource(Source):
         Raises:
             InputError: there are no features, or none with all of the keys.
         """
-        found = self._find_store(keys)
-        return (found or self._stores[self._folders[-1]]).require(keys)
+        if keys not in self._checked:  # once, for it opens every file
+            found = self._find_store(keys) or self._stores[self._folders[-1]]
+            self._checked[keys] = found.require(keys)
+        return self._checked[keys]
 
     def _find_store(self, keys: tuple[str, ...]) -> FeatureStore | None:
         for folder in self._folders:

@@ -24,7 +24,6 @@ from siftclip.selectors.source import (
     Chunk,
     ExternalColumn,
     FeatureFile,
-    Memo,
     Requirements,
     Source,
     Task,
@@ -179,7 +178,14 @@ class ScoreSelector(Selector):
         total = np.zeros(len(source), dtype=np.float64 if self.passes > 1 else np.float32)
         for number in range(self.passes):
             tasks = self.tasks(source, number)  # of one pass at a time: they hold all its rows
-            todo = [task for task in source.mine(tasks) if memo.get(task.name) is None]
+            values = np.zeros(len(source), dtype=np.float32)
+            todo = []
+            for task in source.mine(tasks):
+                kept = memo.get(task.name)
+                if kept is None:
+                    todo.append(task)
+                else:
+                    values[source.index_of(task.rows)] = kept["values"]
             # On every rank or on none, because fitting may wait for the other ranks.
             if not fitted and int(source.ranks.sum(torch.tensor(len(todo)))) > 0:
                 self.fit(source)
@@ -189,10 +195,11 @@ class ScoreSelector(Selector):
             )
             with source.bar(sum(len(task.rows) for task in todo), label) as bar:
                 for task in todo:
-                    values = self.score_task(source, task)
-                    memo.put(task.name, values=values.float().cpu().numpy())
+                    found = self.score_task(source, task).float().cpu().numpy()
+                    memo.put(task.name, values=found)
+                    values[source.index_of(task.rows)] = found
                     bar.update(len(task.rows))
-            np.add(total, _gather_values(source, memo, tasks), out=total)
+            np.add(total, _of_all_ranks(source, tasks, values), out=total)
         return np.divide(total, self.passes).astype(np.float32)
 
     def select(self, source: Source) -> Choice:
@@ -202,17 +209,11 @@ class ScoreSelector(Selector):
         return Choice(multiplicities=kept, scores=scores)
 
 
-def _gather_values(source: Source, memo: Memo, tasks: Sequence[Task]) -> np.ndarray:
-    """The values of a pass for all samples, float32 [n], on every rank; NaN where there is none.
+def _of_all_ranks(source: Source, tasks: Sequence[Task], values: np.ndarray) -> np.ndarray:
+    """The values of a pass on every rank, float32 [n], from those of this one; NaN without any.
 
     Ranks add arrays of which a single one is not zero in any place, so that the sum is exact.
     """
-    values = np.zeros(len(source), dtype=np.float32)
-    for task in source.mine(tasks):
-        kept = memo.get(task.name)
-        if kept is None:
-            raise RuntimeError(f"the values of {task.name} were put, and are gone")
-        values[source.index_of(task.rows)] = kept["values"]
     values = sum_arrays(source.ranks, values)
     unseen = np.ones(len(source), dtype=bool)
     for task in tasks:

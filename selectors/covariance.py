@@ -39,7 +39,6 @@ def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
     usable = usable_rows(left) if right is None else usable_rows(left) & usable_rows(right)
     if not usable.all():
         left, right = left[usable], None if right is None else right[usable]
-    sizes = _largest_components(left)
     columns = left.shape[1] if right is None else right.shape[1]
     total = torch.zeros(left.shape[1], columns, dtype=torch.int64, device=left.device)
     digits = right is None and left.device.type == "cpu" and int8_is_fast()
@@ -48,18 +47,17 @@ def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
         if right is not None:
             y = _whole_numbers(right[start : start + _PIECE_SAMPLES])
             total += (_whole_numbers(x).T @ y).to(torch.int64)
-        elif digits and float(sizes[start : start + len(x)].amax()) <= _LARGEST_DIGITS:
+        elif digits and _largest_component(x) <= _LARGEST_DIGITS:
             _add_square(total, _digits(x), _product_of_digits)
         else:
             _add_square(total, (_whole_numbers(x),), lambda x, y: x.T @ y)
     return total
 
 
-def _largest_components(features: Tensor) -> Tensor:
-    """The largest |x| of each vector, or NaN where there is one: float [n]."""
+def _largest_component(features: Tensor) -> float:
+    """The largest |x| of all vectors, float [n, d] with n at least 1."""
     wide = torch.promote_types(features.dtype, torch.float32)  # half is slow on a CPU
-    sizes = [x.to(wide).abs().amax(1) for x in features.split(_CACHED_SAMPLES)]
-    return torch.cat(sizes) if sizes else features.new_zeros(0)
+    return max(float(x.to(wide).abs().amax()) for x in features.split(_CACHED_SAMPLES))
 
 
 def _whole_numbers(features: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,6 @@ def reference() -> Callable[[str], Mapping[str, np.ndarray]]:
     return lambda name: dict(np.load(REFERENCE / f"{name}.npz", allow_pickle=False))
 
 
-def _load_table() -> ModuleType:
-    path = Path(__file__).with_name("conformance_table.py")
-    spec = importlib.util.spec_from_file_location("conformance_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def conformance() -> Conformance:
     """Check scores and kept rows of a case against the authors', and docs/conformance.md with it.
@@ -47,7 +36,8 @@ def conformance() -> Conformance:
     Where the environment names a file in SIFTCLIP_CONFORMANCE_RECORD, what was found is added to
     it instead, for `conformance_table.py`.
     """
-    conformance_row = _load_table().conformance_row
+    table = runpy.run_path(str(Path(__file__).with_name("conformance_table.py")))
+    conformance_row = table["conformance_row"]
     documented = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text().splitlines()
 
     def check(

@@ -6,8 +6,8 @@ adds its number and writes the multiplicities of each selector as JSON.
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,12 +22,7 @@ from siftclip.selectors.source import MemorySource
 def built_in() -> dict[str, SelectorFactory]:
     """The factories of the contract's test."""
     path = Path(__file__).with_name("test_selector_contract.py")
-    spec = importlib.util.spec_from_file_location("contract", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, SelectorFactory] = module.BUILT_IN
+    found: dict[str, SelectorFactory] = runpy.run_path(str(path))["BUILT_IN"]
     return found
 
 

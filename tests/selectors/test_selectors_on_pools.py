@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ KEYS = ("l14_img", "l14_txt", "b32_img", "b32_txt")
 def _built_in() -> dict[str, SelectorFactory]:
     """The factories of the contract's test."""
     path = Path(__file__).with_name("test_selector_contract.py")
-    spec = importlib.util.spec_from_file_location("contract", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, SelectorFactory] = module.BUILT_IN
+    found: dict[str, SelectorFactory] = runpy.run_path(str(path))["BUILT_IN"]
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -18,18 +17,8 @@ SCRIPT = Path(__file__).with_name("selectors_on_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("selectors_on_ranks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def alone(script: ModuleType) -> dict[str, list[int]]:
-    answers: dict[str, list[int]] = script.decide(OneRank())
+def alone() -> dict[str, list[int]]:
+    answers: dict[str, list[int]] = runpy.run_path(str(SCRIPT))["decide"](OneRank())
     assert len(answers) > 30
     return answers
 
