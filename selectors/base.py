@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from siftclip.selectors.source import (
     Source,
     Task,
 )
+from siftclip.selectors.sub_batch import SubBatch, check_draw, draw_by_score
 
 __all__ = [
     "Choice",
@@ -38,7 +39,9 @@ __all__ = [
     "ScoreSelector",
     "Selector",
     "Source",
+    "SubBatch",
     "Task",
+    "draw",
     "run",
 ]
 
@@ -49,6 +52,7 @@ class Choice:
 
     multiplicities: np.ndarray  # int64 [n], how often each is kept; 0 drops it
     scores: np.ndarray | None = None  # float32 [n], where the selector has scores
+    weights: np.ndarray | None = None  # float32 [n], what kept samples count in the loss; None: 1
 
 
 def check_choice(owner: str, choice: Choice, *, samples: int) -> Choice:
@@ -82,6 +86,19 @@ def run(selector: Selector, source: Source) -> Choice:
     return choice
 
 
+def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:
+    """Let a selector choose a sub-batch, and check its answer.
+
+    Raises:
+        InputError: it cannot, or has not chosen exactly that many.
+        TypeError, ValueError: the selector broke its contract; a fault of its code.
+    """
+    owner = type(selector).__name__
+    choice = check_choice(owner, selector.draw(source, sub_batch), samples=len(source))
+    check_draw(owner, choice.multiplicities, sub_batch)
+    return choice
+
+
 class Selector(ABC):
     """A set function on samples: which are kept, and how often.
 
@@ -100,6 +117,27 @@ class Selector(ABC):
 
         The answer must not depend on how the samples are cut into chunks, nor on their order.
         """
+
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        """Choose exactly a sub-batch of a super-batch; called on every rank, with the same answer.
+
+        What the selector says about fractions and rules does not apply: `sub_batch` does.
+
+        Raises:
+            InputError: the selector decides by itself how many samples it keeps.
+        """
+        raise InputError(
+            f"{type(self).__name__} decides by itself how many samples it keeps, and cannot be "
+            "used at every step. Use a selector with scores, or jest; or another online.cadence."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned in training so far: tensors and plain values. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        return None
 
 
 class ScoreSelector(Selector):
@@ -206,6 +244,12 @@ class ScoreSelector(Selector):
         """Score the samples and apply the rule."""
         scores = self.scores(source)
         kept = self.rule(scores, source.uids, len(source.whole))
+        return Choice(multiplicities=kept, scores=scores)
+
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        """Score the samples, and take the best of each group or draw by score."""
+        scores = self.scores(source)
+        kept = draw_by_score(scores, source.uids, sub_batch)
         return Choice(multiplicities=kept, scores=scores)
 
 

@@ -19,9 +19,9 @@ from siftclip.selectors.errors import (
     require_int,
     require_positive,
 )
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.ranks import SCALE
 from siftclip.selectors.rules import TopFraction
-from siftclip.selectors.uniform import uniform_score
 
 
 def centroid_distances(centroids: Tensor, *, neighbours: int = 20) -> np.ndarray:

@@ -15,11 +15,11 @@ from torch import Tensor
 from siftclip.selectors.base import Chunk, Requirements, Source
 from siftclip.selectors.blocks import joined, require_same_width
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.most_similar import most_similar
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.rules import keep_top
 from siftclip.selectors.source import DictMemo, Memo
-from siftclip.selectors.uniform import uniform_score
 
 UNIT = 2.0**-24  # of the sums; float16 numbers are multiples of it, so that their sums are exact
 LARGEST = 1024.0  # component of a vector; 2**29 samples cannot overflow the sums

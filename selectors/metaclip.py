@@ -12,11 +12,11 @@ import numpy as np
 from siftclip.selectors.base import Choice, Requirements, Selector, Source, Task
 from siftclip.selectors.datacomp_filters import captions_of
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.hashing import mix64
 from siftclip.selectors.languages import read_list
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.source import Memo
-from siftclip.selectors.uniform import mix64
 
 _SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"} | dict.fromkeys("\t\n\r", " "))
 

@@ -18,11 +18,11 @@ from siftclip.selectors.base import Choice, Requirements, ScoreSelector, Source,
 from siftclip.selectors.clip_score import clip_score
 from siftclip.selectors.errors import require_choice, require_int, require_positive
 from siftclip.selectors.hardware import int8_is_fast
+from siftclip.selectors.hashing import mix64, seed_state, uid_hashes
 from siftclip.selectors.negcliploss_screening import Screening, usable_blocks
 from siftclip.selectors.pair_log_sums import pair_log_sums
 from siftclip.selectors.rules import Threshold, TopFraction
 from siftclip.selectors.source import TASK_SAMPLES
-from siftclip.selectors.uniform import mix64, seed_state, uid_hashes
 
 log = logging.getLogger(__name__)
 

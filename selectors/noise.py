@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from siftclip.selectors.uniform import mix64, seed_state, uid_hashes
+from siftclip.selectors.hashing import mix64, seed_state, uid_hashes
 
 _PURPOSE = 0x5AFE_C0DE_D1CE_0001  # other numbers than those of uniform_score with the same seed
 

@@ -13,10 +13,10 @@ from siftclip.selectors.base import Requirements, ScoreSelector, Source, Task
 from siftclip.selectors.clusters import Clustering, assign_all
 from siftclip.selectors.compose import merge
 from siftclip.selectors.errors import InputError, require_choice, require_finite, require_int
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.most_similar import most_similar
 from siftclip.selectors.rules import Threshold
 from siftclip.selectors.source import TASK_SAMPLES
-from siftclip.selectors.uniform import uniform_score
 
 
 def largest_earlier_similarity(features: Tensor, *, block: int = 8192) -> Tensor:

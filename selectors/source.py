@@ -14,18 +14,41 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FunctionType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from siftclip.selectors.blocks import usable_rows
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, Ranks
 
 T = TypeVar("T")
 
 TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and the share of a rank
+
+
+class ListColumn(NamedTuple):
+    """A list of whole numbers for each sample, such as the concepts that it shows."""
+
+    values: np.ndarray  # int64 [m], all lists one after the other
+    offsets: np.ndarray  # int64 [n + 1]; list i is values[offsets[i] : offsets[i + 1]]
+
+    def take(self, index: np.ndarray) -> ListColumn:
+        """The lists at `index`, int64 [k], in that order."""
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts = np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        return ListColumn(self.values[starts + np.arange(offsets[-1])], offsets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logits:
+    """How a CLIP model turns a cosine into a logit: scale * cosine + bias."""
+
+    scale: float
+    bias: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +61,7 @@ class Chunk:
     captions: list[str] | None = None  # n, if asked for
     sizes: np.ndarray | None = None  # int64 [n, 2], original width and height; -1 where unknown
     column: np.ndarray | None = None  # float64 [n], if asked for; NaN where it has no value
+    lists: ListColumn | None = None  # of n lists, if asked for; empty where there is none
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,11 +82,15 @@ class ExternalColumn:
     `path` is a parquet file with the columns `uid` (32 hexadecimal digits) and `column`, a
     structured `.npy` with the fields f0, f1 (the uid) and `column`, or a DataComp subset file
     (`.npy`), whose value is how often it lists a uid; `column` is then None. Without a path it is a
-    column of the parquet files of the pool's own metadata.
+    column of the parquet files of the pool's own metadata, or `TRAINING_LOSS`.
     """
 
     path: str | None
     column: str | None
+
+
+# The contrastive loss of each sample when it was trained on last; NaN before. In training only.
+TRAINING_LOSS = ExternalColumn(path=None, column="training_loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +113,7 @@ class Requirements:
     captions: bool = False
     sizes: bool = False
     column: ExternalColumn | None = None
+    lists: ExternalColumn | None = None  # a column whose values are lists of whole numbers
     files: tuple[FeatureFile, ...] = ()  # for `Source.file`
 
 
@@ -173,6 +202,17 @@ class Source(ABC):
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
         """The rows of a feature file, in tensors float [<= chunk_samples, d] on the device."""
 
+    def logits(self, features: str) -> Logits:
+        """Scale and bias of the model whose features are called so, such as "learner".
+
+        Raises:
+            InputError: they are not known.
+        """
+        raise InputError(
+            f"The logit scale of the model of the features {features!r} is not known here: set the "
+            "selector's logit_scale for them."
+        )
+
     @abstractmethod
     def memo(self, selector: object) -> Memo:
         """What this selector has worked out for this source."""
@@ -245,6 +285,9 @@ class RestrictedSource(Source):
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
         return self.source.file(file)
 
+    def logits(self, features: str) -> Logits:
+        return self.source.logits(features)
+
     def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
         self.whole.report(selector, choice, samples, seconds)
 
@@ -263,6 +306,7 @@ class MemorySource(Source):
         chunk: Chunk,
         *,
         files: Mapping[FeatureFile, Tensor] | None = None,
+        logits: Mapping[str, Logits] | None = None,
         part_samples: int | None = None,
         chunk_samples: int = 8192,
         ranks: Ranks | None = None,
@@ -272,12 +316,14 @@ class MemorySource(Source):
         Args:
             chunk: all samples, in any order. It has all that selectors will require.
             files: what `file` gives.
+            logits: what `logits` gives.
             part_samples: cut into parts of so many, in the order of the chunk; None: one part.
             chunk_samples: how many samples a method should hold at a time.
             ranks: that share the work.
         """
         order = np.argsort(chunk.rows)
         self._chunk, self._order, self._files = chunk, order, dict(files or {})
+        self._logits = dict(logits or {})
         self._part_samples = part_samples or max(1, len(chunk))
         self.rows, self.uids = chunk.rows[order], chunk.uids[order]
         self.ranks, self.chunk_samples = ranks or OneRank(), chunk_samples
@@ -297,6 +343,9 @@ class MemorySource(Source):
         else:
             taken = take(self._chunk, self._order[np.searchsorted(self.rows, rows)])
         return replace(taken, features={key: taken.features[key] for key in requires.features})
+
+    def logits(self, features: str) -> Logits:
+        return self._logits[features] if features in self._logits else super().logits(features)
 
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
         yield from self._files[file].split(self.chunk_samples)
@@ -318,6 +367,7 @@ def take(chunk: Chunk, index: np.ndarray) -> Chunk:
         captions=None if chunk.captions is None else [chunk.captions[i] for i in index],
         sizes=None if chunk.sizes is None else chunk.sizes[index],
         column=None if chunk.column is None else chunk.column[index],
+        lists=None if chunk.lists is None else chunk.lists.take(index),
     )
 
 

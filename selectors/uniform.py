@@ -4,44 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, ScoreSelector
 from siftclip.selectors.errors import require_int
-
-_INCREMENT = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
-def mix64(values: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) of each value: uint64 [n] -> uint64 [n]."""
-    values = values + np.uint64(_INCREMENT)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
-    return values ^ (values >> np.uint64(31))
-
-
-def seed_state(seed: int) -> np.ndarray:
-    """What a hash begins with: uint64 [1], from any integer."""
-    return mix64(np.asarray([seed % 2**64], dtype=np.uint64))
-
-
-def uid_hashes(uids: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """A hash of each uid, uint64 [n, 2] -> uint64 [n], that `state`, uint64 [1], decides about."""
-    return mix64(mix64(uids[:, 0] ^ state) ^ uids[:, 1])
-
-
-def uniform_score(uids: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each sample, float32 [n], a pure function of (seed, uid).
-
-    Args:
-        uids: uint64 [n, 2].
-        seed: any integer of at least 0.
-    """
-    bits = uid_hashes(uids, seed_state(seed))
-    return ((bits >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+from siftclip.selectors.hashing import uniform_score
 
 
 class Uniform(ScoreSelector):

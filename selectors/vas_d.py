@@ -19,9 +19,9 @@ from siftclip.selectors.base import Source
 from siftclip.selectors.covariance import mean_moment, pool_moment, rows_of
 from siftclip.selectors.elimination import LazyForms, Samples
 from siftclip.selectors.errors import require_choice, require_fraction, require_int
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.rules import keep_top
 from siftclip.selectors.stepwise import Criterion, StepwiseRemoval
-from siftclip.selectors.uniform import uniform_score
 
 _DRAW = 0x5D << 40  # sets the draws of this module apart from others with the same seed
 

@@ -27,8 +27,9 @@ from siftclip.selectors.base import Choice, Chunk, Requirements, ScoreSelector, 
 from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.compose import Then
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.ranks import Ranks
-from siftclip.selectors.uniform import Uniform, uniform_score
+from siftclip.selectors.uniform import Uniform
 
 Make = Callable[..., Any]
 

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 from siftclip.selectors.base import Selector
 from siftclip.selectors.checks import check_selector
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import mix64
 from siftclip.selectors.metaclip import (
     Matcher,
     MetaClip,
@@ -27,7 +28,6 @@ from siftclip.selectors.metaclip import (
 )
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.source import Chunk, DictMemo, MemorySource
-from siftclip.selectors.uniform import mix64
 
 PIECES = st.sampled_from(
     ["a", "b", "ab", "A", "é", " ", "  ", ",", ".", "`", "-", "\n", "\t", "\v", "\0", "\u00a0"]

@@ -18,6 +18,7 @@ from siftclip.selectors.base import ScoreSelector
 from siftclip.selectors.checks import check_selector
 from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.noise import gumbel, noise, noise_state
 from siftclip.selectors.sampling import (
     HardCapSampling,
@@ -27,7 +28,6 @@ from siftclip.selectors.sampling import (
     hard_cap,
     soft_cap,
 )
-from siftclip.selectors.uniform import uniform_score
 
 LOGITS = st.lists(
     st.sampled_from([0.0, 1.0, -2.0, 5.0, 0.25, math.nan, math.inf, -math.inf]),

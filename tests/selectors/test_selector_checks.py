@@ -22,8 +22,8 @@ from siftclip.selectors.base import (
     Source,
 )
 from siftclip.selectors.checks import SelectorFactory
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.rules import TopFraction
-from siftclip.selectors.uniform import uniform_score
 
 
 class Sound(ScoreSelector):

@@ -12,9 +12,9 @@ from siftclip.selectors import semdedup as module
 from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.clusters import KMeans, assign_all
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.semdedup import SemDeDup, largest_earlier_similarity
 from siftclip.selectors.source import Chunk, MemorySource, take
-from siftclip.selectors.uniform import uniform_score
 
 KEY = "l14_img"
 CLUSTERING = KMeans(clusters=5, seed=0, iterations=2)

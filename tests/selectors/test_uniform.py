@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from siftclip.selectors.base import Chunk
 from siftclip.selectors.errors import InputError
-from siftclip.selectors.uniform import Uniform, mix64, uniform_score
+from siftclip.selectors.hashing import mix64, uniform_score
+from siftclip.selectors.uniform import Uniform
 
 MASK = 2**64 - 1
 

@@ -1,0 +1,83 @@
+"""Drawing a sub-batch from a super-batch: exactly so many samples, equally many of each group.
+
+Every rank must train on equally many samples, and no image should travel. So a super-batch is cut
+into groups of consecutive samples, each of which a single rank holds, and every group gets the same
+quota. Scores may look at all groups. An answer depends on the number of groups, not on how many
+ranks share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.noise import gumbel, noise_state
+from siftclip.selectors.rules import keep_top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubBatch:
+    """What is asked of a selector that is used at every step."""
+
+    samples: int  # of each group
+    groups: int = 1  # of consecutive samples, all equally long, in the order of the source's rows
+    temperature: float | None = None  # of random draws; None: the method's own, 0: the best
+    seed: int = 0  # of the draws; uids of a super-batch differ from step to step
+
+    def group_slices(self, candidates: int) -> list[slice]:
+        """Where the samples of each group stand, of so many candidates.
+
+        Raises:
+            ValueError: they cannot be cut into equal groups, or a group is too small.
+        """
+        size, rest = divmod(candidates, self.groups)
+        if rest or size < self.samples:
+            raise ValueError(
+                f"{candidates} candidates cannot be cut into {self.groups} equal groups of at "
+                f"least {self.samples}"
+            )
+        return [slice(start, start + size) for start in range(0, candidates, size)]
+
+
+def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+    """Of each group the best scores, or random ones: int64 [n] of 0 and 1.
+
+    Without a temperature, or with 0, the largest scores. With one, samples are drawn without
+    replacement from softmax(scores / temperature), as the largest scores / temperature plus Gumbel
+    noise (arXiv 1903.06059). A sample whose score is NaN comes after all others, -inf before these.
+
+    Args:
+        scores: float [n].
+        uids: uint64 [n, 2], which decide between equal scores and about the noise.
+        sub_batch: how many of how many groups.
+    """
+    keys = scores.astype(np.float64)
+    if sub_batch.temperature:
+        keys = keys / sub_batch.temperature + gumbel(noise_state(uids, sub_batch.seed), 0)
+    kept = np.zeros(len(keys), dtype=np.int64)
+    for group in sub_batch.group_slices(len(keys)):
+        own = keys[group]
+        found = keep_top(own, uids[group], sub_batch.samples)
+        missing = sub_batch.samples - int(found.sum())
+        if missing:  # too few can be judged
+            blank = np.where(np.isnan(own), 0.0, np.nan)
+            found += keep_top(blank, uids[group], missing)
+        kept[group] = found
+    return kept
+
+
+def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+    """Return multiplicities, int64 [n], if they are a sub-batch.
+
+    Raises:
+        InputError: a group has another number of samples than asked for, or a sample twice.
+    """
+    counts = kept.reshape(sub_batch.groups, -1).sum(1)
+    if (counts != sub_batch.samples).any() or kept.max(initial=0) > 1 or kept.min(initial=0) < 0:
+        raise InputError(
+            f"{owner} must choose {sub_batch.samples} different samples of each of the "
+            f"{sub_batch.groups} groups of a super-batch. Got {counts.tolist()}."
+        )
+    return kept
