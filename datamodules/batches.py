@@ -107,7 +107,7 @@ class SampleDataset(Dataset[Batch]):
     tokenizer: Tokenizer
     seed: int
     substitutes: np.ndarray | None
-    references: RowFeatures | None = None
+    references: Sequence[RowFeatures] = ()
     weights: np.ndarray | None = None
     resize: ResizeBackend = "pillow"
     _images: ImageTransform = field(init=False, repr=False)
@@ -169,7 +169,11 @@ class SampleDataset(Dataset[Batch]):
             tokens=self.tokenizer(captions),
             rows=torch.from_numpy(rows),
             valid=valid,
-            references={} if self.references is None else self.references.gather(rows),
+            references={
+                key: values
+                for features in self.references
+                for key, values in features.gather(rows).items()
+            },
             weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
             faults=tuple(fault for found in faults for fault in found),
         )
@@ -201,6 +205,31 @@ def _empty_batch(count: int, shape: torch.Size) -> Tensor:
     # as torch's own collation does; `share_memory_` would copy what is not yet written
     storage = torch.UntypedStorage._new_shared(4 * elements)
     return torch.empty(0).set_(storage).view(count, *shape)
+
+
+def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
+    """Some samples of several batches as one: int64 [m] into the samples of all, ascending."""
+    bounds = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0)
+    cuts = torch.searchsorted(index, bounds).tolist()
+    chosen = [
+        (part, (index[cuts[number] : cuts[number + 1]] - bounds[number]).to(part.rows.device))
+        for number, part in enumerate(parts)
+    ]
+
+    def joined(get: Callable[[Batch], Tensor]) -> Tensor:
+        return torch.cat([get(part)[at] for part, at in chosen if len(at)])
+
+    return Batch(
+        images=joined(lambda part: part.images),
+        tokens=joined(lambda part: part.tokens),
+        rows=joined(lambda part: part.rows),
+        valid=joined(lambda part: part.valid),
+        references={
+            key: joined(lambda part, key=key: part.references[key])  # type: ignore[misc]  # mypy 12557
+            for key in parts[0].references
+        },
+        weights=None if parts[0].weights is None else joined(lambda part: part.weights),  # type: ignore[arg-type,return-value]  # all have them
+    )
 
 
 @contextmanager

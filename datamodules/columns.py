@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from siftclip.datamodules.files import file_stamp
@@ -14,7 +16,7 @@ from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
 from siftclip.datamodules.selection import read_subset
 from siftclip.datamodules.uids import from_structured
 from siftclip.selectors.errors import InputError
-from siftclip.selectors.source import ExternalColumn
+from siftclip.selectors.source import ExternalColumn, ListColumn
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,41 @@ def read_pool_column(pool: Pool, column: ExternalColumn) -> np.ndarray:
         )
         values = np.where(np.isnan(found), values, found)
     return values
+
+
+def read_pool_lists(pool: Pool, column: ExternalColumn) -> ListColumn:
+    """The lists of a column for each row of the pool; empty where there is none.
+
+    The column holds lists of whole numbers of at least 0, or such a number, which is a list of one.
+    Nulls are left out, also in lists. Of a uid that occurs several times, the first list that is
+    not empty counts.
+
+    Args:
+        pool: whose rows are wanted.
+        column: see `ExternalColumn`; of parquet files only.
+
+    Raises:
+        InputError: a file is missing or damaged, has no such column, or holds something else, or
+            none of its uids is in the pool.
+    """
+    paths = _paths(pool, column)
+    values, sizes, rows = [], [], []
+    for path in paths:
+        uids, lists = _read_lists(path, column.column)
+        found = pool.table.find(uids)
+        log.info("%s: %d of %d uids are in the pool", path, int((found >= 0).sum()), len(uids))
+        if len(paths) == 1 and not (found >= 0).any():
+            raise InputError(f"None of the {len(uids)} uids in {path} is in the pool {pool.root}.")
+        used = np.flatnonzero((found >= 0) & (np.diff(lists.offsets) > 0))
+        lists = lists.take(used)
+        values.append(lists.values)
+        sizes.append(np.diff(lists.offsets))
+        rows.append(found[used])
+    # an empty list at the end, for the rows without one
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([*sizes, [0]]))])
+    joined, owners = np.concatenate(rows), np.full(len(pool), len(offsets) - 2)
+    owners[joined[::-1]] = np.arange(len(joined))[::-1]  # numpy keeps the last of equal indices
+    return ListColumn(np.concatenate(values), offsets).take(owners)
 
 
 def column_stamp(pool: Pool, column: ExternalColumn) -> list[Any]:
@@ -90,11 +127,7 @@ def read_column(
 
 def _read_parquet(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:
     uids, valid, faults = read_metadata_uids(path)
-    schema = pq.read_schema(path)
-    if name not in schema.names:
-        raise InputError(
-            f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
-        )
+    _require_column(path, name, option)
     try:
         values = pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
     except (TypeError, ValueError) as error:
@@ -105,6 +138,54 @@ def _read_parquet(path: Path, name: str, option: str) -> tuple[np.ndarray, np.nd
         log.warning("%s: left out %s", path, faults.summary())
         uids, values = uids[valid], values[valid]
     return uids, values
+
+
+def _read_lists(path: Path, name: str | None) -> tuple[np.ndarray, ListColumn]:
+    """The uids of a parquet file that are valid, uint64 [m, 2], and a list for each."""
+    if path.suffix != ".parquet" or not path.is_file():
+        raise InputError(
+            f"selector.path must be an existing .parquet file, for lists. Got {str(path)!r}."
+        )
+    uids, valid, faults = read_metadata_uids(path)
+    _require_column(path, name, "selector")
+    column = pq.read_table(path, columns=[name])[name].combine_chunks()
+    lists = _lists_of(column, f"selector.column={name!r} of {path}")
+    if faults.samples:
+        log.warning("%s: left out %s", path, faults.summary())
+        uids, lists = uids[valid], lists.take(np.flatnonzero(valid))
+    return uids, lists
+
+
+def _lists_of(column: pa.Array, owner: str) -> ListColumn:
+    """The lists of an arrow array of lists or of whole numbers, without nulls."""
+    kind, items, sizes = column.type, column, np.ones(len(column), dtype=np.int64)
+    of_lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(is_kind(kind) for is_kind in of_lists):
+        lengths = pc.list_value_length(column).fill_null(0)
+        kind, items, sizes = kind.value_type, column.flatten(), lengths.to_numpy()
+    if not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise InputError(
+            f"{owner} must hold lists of whole numbers, or one whole number each. Got {kind}; give "
+            "what it names numbers from 0."
+        )
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    kept = np.concatenate([[0], np.cumsum(items.is_valid().to_numpy(zero_copy_only=False))])
+    try:
+        values = items.drop_null().cast(pa.int64()).to_numpy()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{owner} must hold whole numbers below 2^63: {error}.") from None
+    if values.min(initial=0) < 0:
+        raise InputError(f"{owner} must hold numbers of at least 0. It has {values.min()}.")
+    return ListColumn(values, kept[ends])
+
+
+def _require_column(path: Path, name: str | None, option: str) -> None:
+    """Check that a parquet file has a column."""
+    schema = pq.read_schema(path)
+    if name not in schema.names:
+        raise InputError(
+            f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
+        )
 
 
 def _read_structured(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:

@@ -87,6 +87,7 @@ class SampleOrder:
     seed: int
     global_batch: int  # samples that a step draws
     selection_version: int = 0  # selections of one run that follow each other have other numbers
+    first_position: int = 0  # in the sequence of all samples of the run, where these rows begin
     shard_of_row: np.ndarray | None = None  # int32, for all rows of the pool
     window_shards: int | None = None  # see `shuffle`
     _pass: int = field(default=-1, repr=False)  # the pass whose order is kept
@@ -108,10 +109,13 @@ class SampleOrder:
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the sequence and rows of global batch `step`, both int64 [global_batch]."""
-        start = step * self.global_batch
-        positions = np.arange(start, start + self.global_batch, dtype=np.int64)
-        numbers, offsets = np.divmod(positions, len(self.rows))
-        rows = np.empty(self.global_batch, dtype=np.int64)
+        return self.span(step * self.global_batch, self.global_batch)
+
+    def span(self, start: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and rows of so many samples of the sequence, both int64 [samples]."""
+        positions = np.arange(start, start + samples, dtype=np.int64)
+        numbers, offsets = np.divmod(positions - self.first_position, len(self.rows))
+        rows = np.empty(samples, dtype=np.int64)
         for number in range(numbers[0], numbers[-1] + 1):
             here = numbers == number
             rows[here] = self._rows_of_pass(number)[offsets[here]]
@@ -125,12 +129,8 @@ class FirstStage(Protocol):
     cached features and scores, and draw random numbers from (seed, step) alone.
     """
 
-    @property
-    def super_batch_samples(self) -> int:
-        """How many samples a step draws from the order."""
-
-    def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
-        """Indices into `rows`, int64 [global_batch], of the chosen samples, in their order."""
+    def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
+        """Indices into `rows`, int64 [wanted], of the chosen samples, in their order."""
 
 
 def check_chosen(chosen: np.ndarray, *, drawn: int, wanted: int, owner: str) -> np.ndarray:

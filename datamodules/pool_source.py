@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import siftclip
-from siftclip.datamodules.columns import column_stamp, read_pool_column
+from siftclip.datamodules.columns import column_stamp, read_pool_column, read_pool_lists
 from siftclip.datamodules.feature_files import feature_file_stamp, read_feature_file
 from siftclip.datamodules.features import FeatureStore, join_features
 from siftclip.datamodules.files import identity_hash, read_npz_all, write_json, write_npz
@@ -31,6 +31,7 @@ from siftclip.selectors.source import (
     Chunk,
     ExternalColumn,
     FeatureFile,
+    ListColumn,
     Memo,
     Part,
     Requirements,
@@ -101,13 +102,14 @@ class PoolSource(Source):
         self.device = device or torch.device("cpu")
         self.chunk_samples = chunk_samples
         self.scores_root = scores_root
-        self._folders = tuple(dict.fromkeys(features))
-        self._max_bad_fraction = max_bad_fraction
-        self._progress = progress
+        self.folders = tuple(dict.fromkeys(features))
+        self.max_bad_fraction = max_bad_fraction
+        self.progress = progress
         self._stores: dict[Path | None, FeatureStore] = {}
         self._checked: dict[tuple[str, ...], FeatureStore] = {}
         self._features: dict[Path, RowFeatures] = {}
         self._columns: dict[ExternalColumn, np.ndarray] = {}
+        self._lists: dict[ExternalColumn, ListColumn] = {}
         self._sizes: np.ndarray | None = None
         self.reports: list[dict[str, Any]] = []
 
@@ -125,15 +127,15 @@ class PoolSource(Source):
             InputError: there are no features, or none with all of the keys.
         """
         if keys not in self._checked:  # once, for it opens every file
-            found = self._find_store(keys) or self._stores[self._folders[-1]]
+            found = self._find_store(keys) or self._stores[self.folders[-1]]
             self._checked[keys] = found.require(keys)
         return self._checked[keys]
 
     def _find_store(self, keys: tuple[str, ...]) -> FeatureStore | None:
-        for folder in self._folders:
+        for folder in self.folders:
             if folder not in self._stores:
                 self._stores[folder] = join_features(
-                    self.pool, folder=folder, max_bad_fraction=self._max_bad_fraction
+                    self.pool, folder=folder, max_bad_fraction=self.max_bad_fraction
                 )
             if self._stores[folder].holds(keys):
                 return self._stores[folder]
@@ -152,6 +154,9 @@ class PoolSource(Source):
         column = None
         if requires.column is not None:
             column = self._column(requires.column)[rows]
+        lists = None
+        if requires.lists is not None:
+            lists = self._all_lists(requires.lists).take(rows)
         sizes = None
         if requires.sizes:
             if self._sizes is None:
@@ -164,6 +169,7 @@ class PoolSource(Source):
             captions=self._captions(rows) if requires.captions else None,
             sizes=sizes,
             column=column,
+            lists=lists,
         )
 
     def chunks(self, rows: np.ndarray, requires: Requirements) -> Iterator[Chunk]:
@@ -234,7 +240,8 @@ class PoolSource(Source):
         if isinstance(selector, ScoreSelector):
             parameters.pop("rule")  # scores do not depend on it
         needs = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
-        columns = dict.fromkeys(need.column for need in needs if need.column is not None)
+        named = [column for need in needs for column in (need.column, need.lists)]
+        columns = dict.fromkeys(column for column in named if column is not None)
         files = dict.fromkeys(file for need in needs for file in need.files)
         return {
             "selector": parameters,
@@ -257,7 +264,7 @@ class PoolSource(Source):
         return sorted(found)
 
     def _shows_bars(self) -> bool:
-        return self._progress and self.ranks.rank == 0
+        return self.progress and self.ranks.rank == 0
 
     def _gather(self, rows: np.ndarray, keys: tuple[str, ...]) -> dict[str, Tensor]:
         store = self.store(keys)
@@ -268,10 +275,19 @@ class PoolSource(Source):
         features = self._features[store.folder].gather(rows, keys)
         return {key: values.to(self.device) for key, values in features.items()}
 
+    def take_features(self, rows: np.ndarray, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """Features of rows, int64 [m], by key, each from the first feature set that has it."""
+        return {key: self._gather(rows, (key,))[key] for key in keys}
+
     def _column(self, column: ExternalColumn) -> np.ndarray:
         if column not in self._columns:
             self._columns[column] = read_pool_column(self.pool, column)
         return self._columns[column]
+
+    def _all_lists(self, column: ExternalColumn) -> ListColumn:
+        if column not in self._lists:
+            self._lists[column] = read_pool_lists(self.pool, column)
+        return self._lists[column]
 
     def _captions(self, rows: np.ndarray) -> list[str]:
         reader = SampleReader(pool=self.pool, max_image_pixels=1)

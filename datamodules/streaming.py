@@ -6,8 +6,8 @@ import hashlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from siftclip.datamodules.order import (
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.row_features import RowFeatures
+from siftclip.datamodules.step_plan import StepPlan, part_sizes
 from siftclip.selectors.errors import InputError, require_int
 
 log = logging.getLogger(__name__)
@@ -50,48 +51,58 @@ class OrderSampler(Sampler[list[Request]]):
     """The requests of one rank from step `start_step` to `total_steps`.
 
     With `micro_batch` the requests of a step come in parts of that size, so that loader processes
-    share the work of a step. Its length is that of the whole run, also when it starts in the
-    middle: Lightning counts the batches of an interrupted run as fetched.
+    share the work of a step; those of a super-batch in parts of at most what the rank trains on.
     """
 
     order: SampleOrder
-    global_batch: int
+    global_batch: int  # samples that a step trains on
     start_step: int
     total_steps: int
     rank: int
     world_size: int
-    first_stage: FirstStage | None = None
+    plan: StepPlan | None = None  # of steps that draw more than they train on
+    first_stage: FirstStage | None = None  # of such a plan
     micro_batch: int | None = None
-    mine: slice = field(init=False)
 
     def __post_init__(self) -> None:
-        self.mine = rank_slice(self.global_batch, rank=self.rank, world_size=self.world_size)
+        mine = rank_slice(self.global_batch, rank=self.rank, world_size=self.world_size)
+        count_micro_batches(mine.stop - mine.start, self.micro_batch)
 
-    @property
-    def micro_batches(self) -> int:
-        """Parts of a step."""
-        return count_micro_batches(self.mine.stop - self.mine.start, self.micro_batch)
+    def parts(self, step: int) -> list[int]:
+        """How many samples of this rank each part of a step has."""
+        read = self.global_batch if self.plan is None else int(self.plan.read[step])
+        return part_sizes(
+            read // self.world_size, self.micro_batch or self.global_batch // self.world_size
+        )
 
     def __len__(self) -> int:
-        return self.total_steps * self.micro_batches
+        return sum(len(self.parts(step)) for step in range(self.start_step, self.total_steps))
 
     def __iter__(self) -> Iterator[list[Request]]:
         for step in range(self.start_step, self.total_steps):
-            positions, rows = self.order.batch(step)
-            if self.first_stage is not None:
-                chosen = check_chosen(
-                    self.first_stage(step, rows),
-                    drawn=len(rows),
-                    wanted=self.global_batch,
-                    owner=f"The first stage {type(self.first_stage).__name__}",
-                )
-                positions, rows = positions[chosen], rows[chosen]
-            requests = list(
-                zip(positions[self.mine].tolist(), rows[self.mine].tolist(), strict=True)
-            )
-            size = len(requests) // self.micro_batches
-            for start in range(0, len(requests), size):
+            positions, rows = self._read_at(step)
+            mine = rank_slice(len(rows), rank=self.rank, world_size=self.world_size)
+            requests = list(zip(positions[mine].tolist(), rows[mine].tolist(), strict=True))
+            start = 0
+            for size in self.parts(step):
                 yield requests[start : start + size]
+                start += size
+
+    def _read_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and rows of the samples that all ranks together read at a step."""
+        if self.plan is None:
+            return self.order.batch(step)
+        wanted = int(self.plan.read[step])
+        positions, rows = self.order.span(int(self.plan.starts[step]), int(self.plan.drawn[step]))
+        if self.first_stage is None or wanted == len(rows):
+            return positions, rows
+        chosen = check_chosen(
+            self.first_stage(step, rows, wanted),
+            drawn=len(rows),
+            wanted=wanted,
+            owner=f"The first stage {type(self.first_stage).__name__}",
+        )
+        return positions[chosen], rows[chosen]
 
 
 def count_micro_batches(rank_batch: int, micro_batch: int | None) -> int:
@@ -135,20 +146,54 @@ class StreamLoader(DataLoader[Any]):
             yield batch
 
 
-class StepLoader:
-    """The batches of a `StreamLoader`, so many micro-batches of it a step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionVersion:
+    """A selection of a run, and the steps that are trained on it."""
 
-    def __init__(self, loader: StreamLoader, micro_batches: int) -> None:
-        self.loader = loader
-        self.micro_batches = micro_batches
+    number: int  # 0 is what was selected before training
+    rows: np.ndarray  # int64 [n], repetitions repeated, sorted
+    start_step: int
+    stop_step: int  # where the next version begins, or the run ends
+    weights: np.ndarray | None = None  # float32 by the pool's rows, of the samples in the loss
+
+
+# The version that a step belongs to. It is asked in order, between two steps, on every rank.
+FindVersion = Callable[[int], SelectionVersion]
+
+
+class StepLoader:
+    """The step batches of a run from `start_step` on, over all versions of its selection.
+
+    Loader processes work ahead, so they are started anew for each version. Its length is that of
+    the whole run, also when it starts in the middle: Lightning counts the batches of an interrupted
+    run as fetched, and asks for no batch ahead of its step from a loader that has a length.
+    """
+
+    def __init__(
+        self,
+        open_loader: Callable[[SelectionVersion, int], tuple[StreamLoader, OrderSampler]],
+        find_version: FindVersion,
+        *,
+        start_step: int,
+        total_steps: int,
+    ) -> None:
+        self.open_loader, self.find_version = open_loader, find_version
+        self.start_step, self.total_steps = start_step, total_steps
 
     def __len__(self) -> int:
-        return len(self.loader) // self.micro_batches
+        return self.total_steps
 
     def __iter__(self) -> Iterator[StepBatch]:
-        batches = iter(self.loader)
-        while step := list(islice(batches, self.micro_batches)):
-            yield StepBatch(step)
+        step = self.start_step
+        while step < self.total_steps:
+            loader, sampler = self.open_loader(self.find_version(step), step)
+            batches = iter(loader)
+            while step < sampler.total_steps:
+                parts = list(islice(batches, len(sampler.parts(step))))
+                if not parts:
+                    return
+                yield StepBatch(parts)
+                step += 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,8 +290,9 @@ class StreamDataModule(LightningDataModule):
         max_image_pixels: int,
         max_bad_fraction: float,
         window_shards: int | None = None,
+        plan: StepPlan | None = None,
         first_stage: FirstStage | None = None,
-        references: RowFeatures | None = None,
+        references: Sequence[RowFeatures] = (),
         weights: np.ndarray | None = None,
         micro_batch_size: int | None = None,
         resize: ResizeBackend = "pillow",
@@ -265,7 +311,8 @@ class StreamDataModule(LightningDataModule):
             max_image_pixels: larger images are bad samples; checked before decoding.
             max_bad_fraction: how many of the loaded samples may be bad.
             window_shards: see `siftclip.datamodules.order.shuffle`; None shuffles over all tars.
-            first_stage: chooses each global batch from a larger one before anything is read.
+            plan: of steps that draw more than they train on.
+            first_stage: chooses what such a step reads of what it draws.
             references: cached features that the batches carry along.
             weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
             micro_batch_size: samples that a device takes at a time; None: all of a step.
@@ -286,7 +333,7 @@ class StreamDataModule(LightningDataModule):
         self.order = SampleOrder(
             rows=rows,
             seed=seed,
-            global_batch=first_stage.super_batch_samples if first_stage else global_batch_size,
+            global_batch=global_batch_size,
             shard_of_row=pool.shard_of_row,
             window_shards=require_window(window_shards),
         )
@@ -294,7 +341,11 @@ class StreamDataModule(LightningDataModule):
         self.global_batch_size = global_batch_size
         self.total_steps = total_steps
         self.loader = loader
+        self.plan = plan
         self.first_stage = first_stage
+        self.find_version: FindVersion = lambda step: SelectionVersion(
+            number=0, rows=rows, start_step=0, stop_step=total_steps, weights=weights
+        )
         self.micro_batch_size = micro_batch_size
         self.max_bad_fraction = max_bad_fraction
         self.faults = FaultLog()
@@ -305,23 +356,43 @@ class StreamDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the datamodule needs a trainer, which knows rank and step")
-        sampler = OrderSampler(
-            order=self.order,
-            global_batch=self.global_batch_size,
+        rank_slice(self.global_batch_size, rank=0, world_size=trainer.world_size)  # before a step
+        pin_memory = trainer.strategy.root_device.type == "cuda"
+
+        def open_loader(version: SelectionVersion, step: int) -> tuple[StreamLoader, OrderSampler]:
+            sampler = OrderSampler(
+                order=self._order_of(version),
+                global_batch=self.global_batch_size,
+                start_step=step,
+                total_steps=min(version.stop_step, self.total_steps),
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                plan=self.plan,
+                first_stage=self.first_stage,
+                micro_batch=self.micro_batch_size,
+            )
+            dataset = replace(self.dataset, substitutes=version.rows, weights=version.weights)
+            return make_loader(dataset, sampler, self.loader, pin_memory=pin_memory), sampler
+
+        return StepLoader(
+            open_loader,
+            self.find_version,
             start_step=trainer.global_step,
             total_steps=self.total_steps,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            first_stage=self.first_stage,
-            micro_batch=self.micro_batch_size,
         )
-        loader = make_loader(
-            self.dataset,
-            sampler,
-            self.loader,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
+
+    def _order_of(self, version: SelectionVersion) -> SampleOrder:
+        if version.number == 0:
+            return self.order
+        first = version.start_step
+        return replace(
+            self.order,
+            rows=version.rows,
+            selection_version=version.number,
+            first_position=first * self.global_batch_size
+            if self.plan is None
+            else int(self.plan.starts[first]),
         )
-        return StepLoader(loader, sampler.micro_batches)
 
     def transfer_batch_to_device(
         self, batch: StepBatch, device: torch.device, dataloader_idx: int
@@ -364,7 +435,9 @@ class StreamDataModule(LightningDataModule):
             "selection_version": self.order.selection_version,
             "window_shards": self.order.window_shards,
             "global_batch": self.global_batch_size,
-            "super_batch": self.order.global_batch,
+            "drawn": None
+            if self.plan is None
+            else hashlib.sha256(self.plan.starts.tobytes()).hexdigest()[:16],
         }
 
     def account(self, batch: Batch) -> None:

@@ -12,12 +12,20 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from siftclip.selectors.base import Choice, ScoreSelector, Selector
-from siftclip.selectors.source import Chunk, FeatureFile, MemorySource, Requirements, take
+from siftclip.selectors.source import (
+    Chunk,
+    FeatureFile,
+    ListColumn,
+    MemorySource,
+    Requirements,
+    take,
+)
 
 SelectorFactory = Callable[[], Selector]
 SAMPLES = 257  # prime, so that no chunk size divides it
@@ -35,7 +43,7 @@ def synthetic_chunk(
         values /= np.linalg.norm(values, axis=1, keepdims=True)
         features[key] = torch.from_numpy(values.astype(np.float16))
     words = np.array(["red", "seven", "on", "a", "blue", "ground"])
-    return Chunk(
+    chunk = Chunk(
         rows=np.arange(samples, dtype=np.int64),
         uids=generator.integers(0, 2**63, size=(samples, 2)).astype(np.uint64),
         features=features,
@@ -47,6 +55,12 @@ def synthetic_chunk(
         if requires.column
         else None,
     )
+    if not requires.lists:
+        return chunk
+    sizes = generator.integers(0, 4, samples)
+    values = generator.integers(0, 9, sizes.sum())
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return replace(chunk, lists=ListColumn(values, offsets))
 
 
 def synthetic_files(

@@ -27,14 +27,17 @@ def merge(needs: Sequence[Requirements]) -> Requirements:
     """What several selectors, which need this, read together.
 
     Each of them asks its source for what it reads itself, so this only tells which inputs must be
-    there. `Requirements` has room for one column: of several different ones none is named.
+    there. `Requirements` has room for one column of each kind: of several different ones none is
+    named.
     """
     columns = {need.column for need in needs if need.column is not None}
+    lists = {need.lists for need in needs if need.lists is not None}
     return Requirements(
         features=tuple(dict.fromkeys(key for need in needs for key in need.features)),
         captions=any(need.captions for need in needs),
         sizes=any(need.sizes for need in needs),
         column=columns.pop() if len(columns) == 1 else None,
+        lists=lists.pop() if len(lists) == 1 else None,
         files=tuple(dict.fromkeys(file for need in needs for file in need.files)),
     )
 

@@ -49,6 +49,7 @@ class Logits:
 
     scale: float
     bias: float = 0.0
+    has_bias: bool = True  # False: the model was trained without one, and not for a sigmoid loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

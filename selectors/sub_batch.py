@@ -8,13 +8,16 @@ ranks share them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.noise import gumbel, noise_state
 from siftclip.selectors.rules import keep_top
+
+_PURPOSE_UNIFORM = 0x756E69666F726D  # keeps these numbers apart from other uses of the seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,22 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
             found += keep_top(blank, uids[group], missing)
         kept[group] = found
     return kept
+
+
+def add_uniform(
+    kept: np.ndarray, uids: np.ndarray, sub_batch: SubBatch, uniform_samples: int
+) -> np.ndarray:
+    """A sub-batch with so many uniformly random samples of each group among those not kept yet.
+
+    Args:
+        kept: int64 [n] of 0 and 1.
+        uids: uint64 [n, 2].
+        sub_batch: whose groups and seed are used.
+        uniform_samples: of each group.
+    """
+    scores = np.where(kept > 0, np.nan, uniform_score(uids, sub_batch.seed ^ _PURPOSE_UNIFORM))
+    quota = replace(sub_batch, samples=uniform_samples, temperature=None)
+    return kept + draw_by_score(scores, uids, quota)
 
 
 def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:

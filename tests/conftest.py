@@ -13,9 +13,12 @@ import hashlib
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,11 @@ settings.load_profile("siftclip")
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 FEATURE_KEYS = ("l14_img", "l14_txt")
+TINY_ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 
 
 @dataclass(kw_only=True)
@@ -152,21 +160,16 @@ def list_tar() -> Callable[[Path], list[TarSample]]:
     return samples
 
 
-@pytest.fixture
-def write_pool(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., Path]:
-    """`write_pool(samples, shards=2, folder="pool", layout="shards")`: the root of a pool.
+@pytest.fixture(scope="session")
+def write_pool_at(write_tar: Callable[..., Path]) -> Callable[..., Path]:
+    """`write_pool_at(root, samples, shards=2, layout="shards")`: the root of a pool.
 
     The samples are cut into shards of equal size; layout "flat" puts the tars into the root.
     """
 
     def write(
-        samples: Sequence[PoolSample],
-        *,
-        shards: int = 2,
-        folder: str = "pool",
-        layout: str = "shards",
+        root: Path, samples: Sequence[PoolSample], *, shards: int = 2, layout: str = "shards"
     ) -> Path:
-        root = tmp_path / folder
         place = root / "shards" if layout == "shards" else root
         for number, part in enumerate(np.array_split(np.arange(len(samples)), shards)):
             members = [member for i in part for member in samples[i].members()]
@@ -177,6 +180,16 @@ def write_pool(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., 
 
 
 @pytest.fixture
+def write_pool(tmp_path: Path, write_pool_at: Callable[..., Path]) -> Callable[..., Path]:
+    """`write_pool(samples, shards=2, folder="pool", layout="shards")`: a pool of the test's own."""
+
+    def write(samples: Sequence[PoolSample], *, folder: str = "pool", **options: Any) -> Path:
+        return write_pool_at(tmp_path / folder, samples, **options)
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def write_metadata() -> Callable[..., dict[str, dict[str, np.ndarray]]]:
     """`write_metadata(folder, uids, parts=2, keys=..., dim=8)`: DataComp's parquet and npz.
 
@@ -228,6 +241,19 @@ def load_pool(tmp_path: Path) -> Callable[..., Pool]:
     return load
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with random weights, as a model folder."""
+    # here, since importing open_clip takes seconds that many tests do without
+    from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        save_model_folder(load_clip_model("tiny", architecture=TINY_ARCHITECTURE), folder)
+    return folder
+
+
 class ThreadRanks:
     """One of several threads that run in lockstep."""
 
@@ -265,3 +291,76 @@ def _run_on_ranks(size: int, function: Callable[[Ranks], T]) -> list[T]:
 def run_on_ranks() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
     """`(size, function(ranks))` calls the function on ranks in lockstep: the answers by rank."""
     return _run_on_ranks
+
+
+class PythonServer:
+    """Starts Python processes that have imported the large packages: see python_server.py."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(
+        self, *words: str, cwd: Path, folder: Path, env: dict[str, str], ranks: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python *words` in `cwd` to its end, on `ranks` if given; output goes to `folder`."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("python_server.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        files = {name: folder / name for name in ("stdout", "stderr")}
+        request = {"words": words, "cwd": str(cwd), "environment": env, "ranks": ranks}
+        request |= {name: str(path) for name, path in files.items()}
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            status = int(self._process.stdout.readline())
+        except BaseException:  # such as a timeout: the answer may come later, and would mislead
+            self.stop()
+            raise
+        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return subprocess.CompletedProcess(words, status, **texts)
+
+    def stop(self) -> None:
+        """End the server and whatever it runs."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def python_server() -> Iterator[PythonServer]:
+    server = PythonServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def child_environment() -> dict[str, str]:
+    """The environment of a child: one thread, and no launcher's variables."""
+    drop = ("RANK", "WORLD_SIZE", "TORCHELASTIC", "WANDB")
+    kept = {k: v for k, v in os.environ.items() if not any(word in k for word in drop)}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+@pytest.fixture
+def run_python(
+    python_server: PythonServer,
+    child_environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_python(*words, cwd=..., ranks=None)`: `python *words`, which starts at once.
+
+    What it prints is kept outside of the test's own folder.
+    """
+    folder = tmp_path_factory.mktemp("printed")
+
+    def run(*words: str, cwd: Path, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+        return python_server.run(*words, cwd=cwd, folder=folder, env=child_environment, ranks=ranks)
+
+    return run

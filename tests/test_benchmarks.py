@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,19 +15,19 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> str:
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+@pytest.fixture
+def run(run_python: Any, tmp_path: Path) -> Callable[..., str]:
+    """`run(script, *arguments)`: what a benchmark prints."""
+
+    def start(script: str, *arguments: str) -> str:
+        result = run_python(str(BENCHMARKS / script), *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return str(result.stdout)
+
+    return start
 
 
-@pytest.mark.slow
-def test_benchmark_pool_and_its_measurements(tmp_path: Path) -> None:
+def test_benchmark_pool_and_its_measurements(run: Callable[..., str], tmp_path: Path) -> None:
     pool = str(tmp_path / "pool")
     options = ["--samples", "600", "--shard-samples", "200", "--workers", "1"]
     run("make_pool.py", pool, *options)
@@ -37,14 +36,24 @@ def test_benchmark_pool_and_its_measurements(tmp_path: Path) -> None:
     assert "| all | 0.3" in run("shuffling.py", pool, "--fractions", "1.0")
 
 
-@pytest.mark.slow
-def test_benchmarks_of_training() -> None:
-    step = run("training_step.py", "--batch", "4", "--steps", "2", "--rounds", "1")
+def test_benchmarks_of_training(run: Callable[..., str], model_folder: Path) -> None:
+    alone = ["--threads", "1"]  # the cores are shared with other tests
+    step = run("training_step.py", *alone, "--batch", "4", "--steps", "2", "--rounds", "1")
     assert "| ours |" in step
-    loss = run("loss_memory.py", "--batch", "64", "--rounds", "1", "--repeats", "1")
-    assert "siftclip" in loss
-    options = ["--model", "ViT-S-32", "--batch", "2", "--micro-batch", "1"]
-    assert "scale" in run("large_batch.py", *options, "--way", "both")
+    batch = ["--batch", "2", "--micro-batch", "1"]
+    options = ["--model", str(model_folder), *batch, "--way", "both"]
+    assert "scale" in run("large_batch.py", *alone, *options)
+
+
+def test_benchmark_of_the_losses_memory(run: Callable[..., str]) -> None:
+    options = ["--threads", "1", "--batch", "64", "--repeats", "1"]
+    assert '"bytes"' in run("loss_memory.py", *options, "--side", "open_clip")
+    # a limit between what the two sides need; a side runs in a new Python, which takes seconds
+    table = run("loss_memory.py", *options, "--rounds", "1", "--limit-gib", "0.001")
+    ours, theirs = table.splitlines()[-2:]
+    assert ours.startswith("| siftclip | ")
+    assert "not run" not in ours
+    assert theirs == "| open_clip | 1 by arithmetic, not run | | |"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +97,7 @@ def test_ours_keeps_what_the_plain_formula_keeps(selector_speed: Any, method: st
     assert len(np.setxor1d(ours, plain)) <= 2, "more than a tie at the cut"
 
 
-def test_selectors_out_of_core(tmp_path: Path) -> None:
+def test_selectors_out_of_core(run: Callable[..., str], tmp_path: Path) -> None:
     folder = str(tmp_path / "features")
     run("make_features.py", folder, "--samples", "3000", "--dim", "32")
     table = run("out_of_core.py", folder, "vas", "--chunk-samples", "500")

@@ -188,9 +188,8 @@ def test_nothing_was_overlooked() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose_with_every_option(command: str) -> None:
     assert resolved(composed(command))["seed"] == 0
-    # the commands that select or train share their nodes for it
-    selectors = None if command == "select" else 6
-    for overrides in combinations(selectors=selectors, alone=command in ("train", "compare")):
+    # the commands that select or train share their nodes for it; test_selectors_build has them all
+    for overrides in combinations(selectors=6, alone=command in ("train", "compare")):
         assert resolved(composed(command, *overrides)), overrides
 
 
@@ -225,6 +224,7 @@ def test_selectors_build(option: str) -> None:
     # a plug-in's own parameters come with a plus; those of this one:
     own = ["+selector.features=l14"] if option == "plugin" else []
     config = composed("select", f"selector={option}", *own)
+    assert resolved(config)
     selector, name, parameters = selector_from(config)
     assert isinstance(selector, Selector)
     assert name == (VALUES["selector.plugin"] if option == "plugin" else option)

@@ -6,15 +6,13 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 
-from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.selectors.base import Selector
 from siftclip.selectors.checks import check_selector
@@ -23,11 +21,6 @@ from siftclip.trainer.stages import selector_from
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SELECTORS = (ROOT / "docs" / "selectors.md").read_text(encoding="utf-8")
-ARCHITECTURE = {
-    "embed_dim": 16,
-    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 # What is too large or not there on a test machine, and what stands in for it.
 SMALL_RUN = (
     "model=vit_tiny scale=tiny scale.samples_seen=64 scale.global_batch_size=16 logger=csv "
@@ -49,15 +42,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
     return write_demo_data(root, pool_samples=120, teacher_samples=20, progress=False, **sizes)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_model_folder(load_clip_model("tiny", architecture=ARCHITECTURE), folder)
-    return folder
-
-
 def test_readme_has_the_commands_that_are_tested_here() -> None:
     found = commands()
     assert found[:2] == ["make demo", "make test"]
@@ -75,8 +59,9 @@ def test_make_knows_the_targets(target: str) -> None:
     assert expected in result.stdout
 
 
-@pytest.mark.slow
-def test_commands_for_ones_own_pool_run(data: DemoData, model_folder: Path, tmp_path: Path) -> None:
+def test_commands_for_ones_own_pool_run(
+    data: DemoData, model_folder: Path, run_python: Any, tmp_path: Path
+) -> None:
     for line in commands()[2:]:
         line = line.replace("/data/pool", str(data.pool)).replace("/data/tasks", str(data.tasks))
         line = line.replace("features.model.pretrained=openai", "")
@@ -92,13 +77,8 @@ def test_commands_for_ones_own_pool_run(data: DemoData, model_folder: Path, tmp_
             small.remove("model=vit_tiny")
         if command == "target":
             small.append("target.split=test")  # all that the demo's tasks have
-        result = subprocess.run(
-            [sys.executable, "-m", "siftclip.trainer.cli", command, *options, *small],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        words = ["-m", "siftclip.trainer.cli", command, *options, *small]
+        result = run_python(*words, cwd=tmp_path)
         assert result.returncode == 0, (line, result.stderr[-2000:])
     assert (tmp_path / "outputs/compare/random_clip_score/report.html").is_file()
     assert len(np.load(next(tmp_path.glob("outputs/selections/clip_score-*/selection.npy")))) == 36

@@ -36,6 +36,8 @@ from siftclip.datamodules.streaming import (
     make_loader,
 )
 from siftclip.selectors.errors import require_int
+from siftclip.trainer.assembly import data_module_from, training_module
+from siftclip.trainer.budget import Budget, budget_from
 from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_trainer
@@ -44,7 +46,6 @@ from siftclip.trainer.module import ClipTraining
 from siftclip.trainer.objective import open_loss_data
 from siftclip.trainer.progress import TrainingBar
 from siftclip.trainer.stages import SelectOutcome, output_root, select_stage
-from siftclip.trainer.training import Budget, budget_from, data_module_from, training_module
 
 WARM_UP_STEPS = 2
 LOADER_BATCH_SAMPLES = 256  # at most, so that the loader's turns are many and short

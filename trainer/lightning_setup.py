@@ -146,6 +146,16 @@ def _ranks(devices: Devices, num_nodes: int) -> int:
     return found * num_nodes
 
 
+def expected_world_size(config: DictConfig) -> int:
+    """The number of ranks that `make_trainer` will count."""
+    settings = config.trainer
+    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    count = device_count(devices)
+    if count is None:
+        count = 1 if _on_cpu(str(settings.accelerator)) else max(1, torch.cuda.device_count())
+    return count * num_nodes
+
+
 def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
     if name not in STRATEGIES:
         raise InputError(f"trainer.strategy must be one of {list(STRATEGIES)}. Got {name!r}.")

@@ -24,16 +24,27 @@ class WindowMeter:
         self.skipped = torch.zeros((), device=device)  # of the whole run
         self.norm = torch.zeros((), device=device)  # of the gradients of the last step taken
         self._clear()
-        self.data_seconds = 0.0
         self.window_start = self.step_end = time.perf_counter()
 
     def _clear(self) -> None:
         self._sums = torch.zeros(len(self.names) + 1, device=self.device)
         self._steps = 0
+        self.data_seconds = 0.0
+        self.scoring_seconds = 0.0
+        self.selection_seconds = 0.0
 
-    def waited(self) -> None:
-        """The batch has come: what passed since the last step was waiting for data."""
-        self.data_seconds += time.perf_counter() - self.step_end
+    def waited(self, selecting_seconds: float = 0.0) -> None:
+        """The batch has come: what passed since the last step was waiting for data.
+
+        Apart from the seconds in which the pool was selected from anew.
+        """
+        self.data_seconds += time.perf_counter() - self.step_end - selecting_seconds
+        self.selection_seconds += selecting_seconds
+
+    def chose(self, scoring_seconds: float, selection_seconds: float) -> None:
+        """A sub-batch was chosen from a super-batch, in so many seconds."""
+        self.scoring_seconds += scoring_seconds
+        self.selection_seconds += selection_seconds
 
     def add(self, terms: Mapping[str, Tensor], norm: Tensor, finite: Tensor) -> None:
         """Take a step's terms (scalars), the norm of its gradients, and whether it was taken."""
@@ -72,11 +83,12 @@ class WindowMeter:
             "grad_norm": norm,
             "skipped_steps": skipped,
             "data_time": self.data_seconds / self._steps,
+            "scoring_time": self.scoring_seconds / self._steps,
+            "selection_time": self.selection_seconds / self._steps,
             "batch_time": seconds / self._steps,
             "data_wait_fraction": min(1.0, self.data_seconds / seconds),
         }
         self._clear()
-        self.data_seconds = 0.0
         self.window_start = self.step_end = now
         return found
 

@@ -19,6 +19,8 @@ from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.selectors.errors import InputError, require_finite, require_int
 from siftclip.trainer.ema import ModelEma
 from siftclip.trainer.meter import WindowMeter, peak_memory_gb
+from siftclip.trainer.online.in_loop import Chosen
+from siftclip.trainer.online.online import Online
 from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
 from siftclip.trainer.schedules import lr_factor
 from siftclip.trainer.sharding import is_sharded, shard_model, unsynced_shards
@@ -58,6 +60,7 @@ class ClipTraining(LightningModule):
         seed: int,
         log_every_n_steps: int,
         max_skipped_fraction: float = 0.01,
+        online: Online | None = None,
     ) -> None:
         """Set what is trained.
 
@@ -70,6 +73,7 @@ class ClipTraining(LightningModule):
             seed: of dropout.
             log_every_n_steps: steps between two records.
             max_skipped_fraction: of the steps may have gradients that are not finite.
+            online: selection while training.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -91,9 +95,10 @@ class ClipTraining(LightningModule):
                 f"Got {max_skipped_fraction!r}."
             )
         self.max_skipped_fraction = max_skipped_fraction
+        self.online = online
         self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
         self._skipped_before = 0.0  # in the processes before this one
-        self._meter = WindowMeter(torch.device("cpu"))
+        self.meter = WindowMeter(torch.device("cpu"))
         self._statistics: list[Tensor] = []
         # In each step DDP would send these from rank 0 to the others, where they are equal anyway.
         self._ddp_params_and_buffers_to_ignore = [
@@ -118,8 +123,11 @@ class ClipTraining(LightningModule):
     def on_train_start(self) -> None:
         # Not on_fit_start: sharded models are restored after it.
         self._statistics = running_statistics(self.model)
-        self._meter = WindowMeter(self.device)
-        self._meter.skipped += self._skipped_before
+        self.meter = WindowMeter(self.device)
+        self.meter.skipped += self._skipped_before
+        if self.online is not None:
+            averaged = None if self.ema is None else self.ema.averaged
+            self.online.begin(self.device, model=self.model, averaged=averaged)
         if self.global_step == 0 and self.global_rank == 0:
             log.info(
                 "chance level of the contrastive loss: ln(%d) = %.3f",
@@ -128,7 +136,8 @@ class ClipTraining(LightningModule):
             )
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
-        self._meter.waited()
+        selecting = 0.0 if self.online is None else self.online.take_reselection_seconds()
+        self.meter.waited(selecting)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         data = self._data
@@ -141,21 +150,32 @@ class ClipTraining(LightningModule):
         for group in bare.param_groups:
             group["lr"] = group["base_lr"] * factor
         bare.zero_grad(set_to_none=True)
+        chosen = self._choose(batch)
         before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
         generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
         terms = compute_gradients(
             self.model,
             self.objective,
-            batch.micro_batches,
+            chosen.batches,
             StepContext(
                 rank=self.global_rank,
-                world_size=self.trainer.world_size,
+                world_size=self._world_size,
                 backward=self.manual_backward,
                 unsynced=self._unsynced,
-                seeds=generator.integers(2**63, size=len(batch.micro_batches)).tolist(),
+                seeds=generator.integers(2**63, size=len(chosen.batches)).tolist(),
             ),
+            features=chosen.learner_features,
         )
+        if self.online is not None:
+            self.online.trained(
+                chosen.batches,
+                step=self.global_step,
+                sample_losses=self.loss.sample_losses,
+                lr_factor=factor,
+                rank=self.global_rank,
+                world_size=self._world_size,
+            )
         finite = self._update(optimizer, bare, terms)
         for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, value))
@@ -167,15 +187,36 @@ class ClipTraining(LightningModule):
             self._log_window(step)
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
-        self._meter.stepped()
+        self.meter.stepped()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skipped_steps"] = float(self._meter.skipped)
+        checkpoint["skipped_steps"] = float(self.meter.skipped)
+        if self.online is not None:
+            checkpoint["online"] = self.online.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._skipped_before = checkpoint["skipped_steps"]
+        if self.online is not None:
+            self.online.load_state_dict(checkpoint["online"])
 
     # ---- the step ------------------------------------------------------------------------------
+
+    def _choose(self, batch: StepBatch) -> Chosen:
+        """What this rank trains on, of what it has read."""
+        if self.online is None:
+            return Chosen(batches=batch.micro_batches)
+        chosen = self.online.choose(
+            batch.micro_batches,
+            step=self.global_step,
+            rank=self.global_rank,
+            world_size=self._world_size,
+        )
+        self.meter.chose(chosen.scoring_seconds, chosen.selection_seconds)
+        return chosen
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size
 
     def _update(
         self, optimizer: Any, bare: torch.optim.Optimizer, terms: dict[str, Tensor]
@@ -194,7 +235,7 @@ class ClipTraining(LightningModule):
         else:
             step_if_finite(bare, finite, optimizer.step, on_device=not is_sharded(self))
         clamp_logit_scale(self.model)
-        self._meter.add(terms, norm, finite)
+        self.meter.add(terms, norm, finite)
         return finite
 
     def _unsynced(self) -> AbstractContextManager[Any]:
@@ -213,7 +254,7 @@ class ClipTraining(LightningModule):
 
     def _log_window(self, step: int) -> None:
         # Every rank takes part in the reduction; only rank 0's loggers write.
-        found = self._meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
+        found = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
         rate = self.global_batch_size / found["batch_time"]
         scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
         bias = getattr(self.model, "logit_bias", None)
@@ -232,6 +273,8 @@ class ClipTraining(LightningModule):
         if data is not None:
             self.latest["data/bad_samples"] = float(data.faults.samples)
             self.latest["data/retries"] = float(data.retries)
+        if self.online is not None:
+            self.latest.update(self.online.metrics(step))
         for logger in self.trainer.loggers:
             logger.log_metrics(self.latest, step=step)
         self._check_skipped(step, int(found["skipped_steps"]))

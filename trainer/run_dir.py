@@ -7,6 +7,7 @@ metrics.jsonl    a record every N steps; metrics.csv the same
 checkpoints/     to continue from
 model/           the trained model, as open_clip's `local-dir:` loads it
 eval_results.jsonl  a line a task
+budget.json      how long the run is
 summary.json     written last: the run is finished
 """
 
@@ -25,8 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
 from siftclip.datamodules.files import read_json, read_jsonl, write_json, write_text
 from siftclip.datamodules.selection import Selection, write_selection
+from siftclip.trainer.budget import Budget
 
 METRICS_NAME = "metrics.jsonl"
+_SHARE = "online/share_"
 PACKAGES = (
     "siftclip",
     "torch",
@@ -80,20 +83,63 @@ class RunDir:
         found = list(self.checkpoints.glob("step-*.ckpt"))
         return max(found, key=lambda path: int(path.stem.split("-")[1]), default=None)
 
-    def train_seconds(self) -> float:
-        """Seconds of training steps, data waits included, over all processes that worked on it.
+    def budget(self) -> Budget | None:
+        """How long the run is, once that is known."""
+        path = self.path / "budget.json"
+        return Budget(**read_json(path)) if path.is_file() else None
 
-        Steps that were repeated after a restart count once: the time that the run would have
-        taken without the restart.
+    def keep_budget(self, budget: Budget) -> None:
+        """Write down how long the run is: what was measured for it need not come out again."""
+        write_json(
+            self.path / "budget.json",
+            {"samples_seen": budget.samples_seen, "global_batch_size": budget.global_batch_size},
+        )
+
+    def costs(self) -> dict[str, float]:
+        """Samples and FLOPs of the whole run, by name, as the last record of the log has them."""
+        found: dict[str, float] = {}
+        for record in read_jsonl(self.path / METRICS_NAME):
+            found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
+        return found
+
+    def shares_chosen(self) -> dict[str, float]:
+        """The share of each kind among what was chosen in the loop, mean over the log's steps."""
+        found: dict[str, dict[int, float]] = {}
+        for record in read_jsonl(self.path / METRICS_NAME):
+            for name, value in record.items():
+                if name.startswith(_SHARE) and not name.endswith("_offered"):
+                    found.setdefault(name.removeprefix(_SHARE), {})[record["step"]] = value
+        return {kind: sum(values.values()) / len(values) for kind, values in found.items()}
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training by what they went into, over all processes that worked on the run.
+
+        `train_seconds` is all of it; `data_wait_seconds`, `scoring_seconds` and
+        `selection_seconds` are parts of it, and what is left of them the training steps
+        themselves. Steps that were repeated after a restart count once: the time that the run would
+        have taken without the restart.
         """
         windows = {
-            record["step"]: record["train/batch_time"]
+            record["step"]: record
             for record in read_jsonl(self.path / METRICS_NAME)
             if "train/batch_time" in record
         }
         steps = sorted(windows)
         lengths = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
-        return float(sum(windows[step] * n for step, n in zip(steps, lengths, strict=True)))
+
+        def total(name: str) -> float:
+            return float(
+                sum(
+                    windows[step].get(name, 0.0) * n for step, n in zip(steps, lengths, strict=True)
+                )
+            )
+
+        return {
+            "train_seconds": total("train/batch_time"),
+            "data_wait_seconds": total("train/data_time"),
+            "scoring_seconds": total("train/scoring_time"),
+            "selection_seconds": total("train/selection_time"),
+        }
 
     def start(self, config: DictConfig, selection: Selection) -> None:
         """Write down what the run is, before its first step."""

@@ -91,17 +91,23 @@ def features_folder(config: DictConfig) -> Path | None:
     return pool_cache(config) / "features" / str(config.features.name)
 
 
-def selector_from(config: DictConfig) -> tuple[Selector, str, dict[str, Any]]:
+def selector_from(
+    config: DictConfig, node: str = "selector"
+) -> tuple[Selector, str, dict[str, Any]]:
     """The selector, its name, and the parameters that identify it.
+
+    Args:
+        config: of the command.
+        node: the part of it that describes the selector.
 
     Raises:
         InputError: the class is unknown, or does not take these parameters.
     """
-    missing = sorted(key for key in OmegaConf.missing_keys(config) if key.startswith("selector."))
+    missing = sorted(key for key in OmegaConf.missing_keys(config) if key.startswith(f"{node}."))
     if missing:
         needs = " ".join(f"{key}=..." for key in missing)
         raise InputError(f"The selector needs {needs}; see configs/selector for what they are.")
-    parameters: dict[str, Any] = plain(config.selector)
+    parameters: dict[str, Any] = plain(OmegaConf.select(config, node))
     name = str(parameters.pop("name"))
     try:
         selector = instantiate(parameters)
@@ -109,10 +115,10 @@ def selector_from(config: DictConfig) -> tuple[Selector, str, dict[str, Any]]:
         cause = error.__cause__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(f"selector={name}: {cause or error}") from error
+        raise InputError(f"{node}={name}: {cause or error}") from error
     if not isinstance(selector, Selector):
         raise InputError(
-            f"selector={name}: {parameters.get('_target_')} must be a subclass of "
+            f"{node}={name}: {parameters.get('_target_')} must be a subclass of "
             "siftclip.selectors.base.Selector."
         )
     return selector, name, parameters

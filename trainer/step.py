@@ -56,6 +56,8 @@ def compute_gradients(
     objective: Objective,
     micro_batches: Sequence[Batch],
     context: StepContext,
+    *,
+    features: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradients of this rank's batch to the model's parameters.
 
@@ -71,6 +73,8 @@ def compute_gradients(
         objective: the losses.
         micro_batches: of equal size, on the model's device.
         context: of this process.
+        features: image and text features of all micro-batches that the model gives now, [b, d]
+            each, where they are known; several micro-batches then need one forward instead of two.
 
     Returns:
         The value of each term, detached; their sum is `loss`. The mean over ranks is the value of
@@ -101,7 +105,7 @@ def compute_gradients(
         total = _total(terms)
         context.backward(total)
         return {**{name: value.detach() for name, value in terms.items()}, "loss": total.detach()}
-    return _cached_gradients(model, objective, micro_batches, context, caption_share)
+    return _cached_gradients(model, objective, micro_batches, context, caption_share, features)
 
 
 def _cached_gradients(
@@ -110,14 +114,15 @@ def _cached_gradients(
     micro_batches: Sequence[Batch],
     context: StepContext,
     caption_share: Tensor | None,
+    features: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
-    images, texts, teachers = [], [], []
-    with torch.no_grad(), _kept_statistics(model):
-        for index, batch in enumerate(micro_batches):
+    images, texts = ([], []) if features is None else ([features[0]], [features[1]])
+    with torch.no_grad(), kept_statistics(model):
+        for index, batch in enumerate(micro_batches if features is None else ()):
             _seed(context, index, batch.images.device)
             images.append(model.encode_image(_cast(model, batch.images), normalize=True))  # type: ignore[operator]
             texts.append(model.encode_text(batch.tokens, normalize=True))  # type: ignore[operator]
-            teachers.append(objective.teacher(batch))
+        teachers = [objective.teacher(batch) for batch in micro_batches]
         scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", None)  # type: ignore[operator]
     leaves = {"image": torch.cat(images), "text": torch.cat(texts), "scale": scale}
     if bias is not None:
@@ -256,7 +261,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def _kept_statistics(model: nn.Module) -> Iterator[None]:
+def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms see the batch once more; their running statistics must not move twice."""
     buffers = running_statistics(model)
     before = [buffer.clone() for buffer in buffers]

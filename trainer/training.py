@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from siftclip.datamodules.clip_models import ClipModel, save_model_folder
+from siftclip.datamodules.clip_models import save_model_folder
 from siftclip.datamodules.files import identity_hash, write_text
 from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.order import rank_slice, require_window
-from siftclip.datamodules.streaming import StreamDataModule, count_micro_batches
-from siftclip.datamodules.towers import LockConfig, enable_grad_checkpointing
+from siftclip.datamodules.streaming import count_micro_batches
+from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.assembly import data_module_from, new_model, training_module
+from siftclip.trainer.budget import Budget, budget_from, limit_from
 from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
-from siftclip.trainer.compilation import compile_towers
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.evaluation import eval_stage, tasks_from
 from siftclip.trainer.launch import check_world_size
-from siftclip.trainer.lightning_setup import loader_options, make_trainer, resolve_precision
+from siftclip.trainer.lightning_setup import (
+    expected_world_size,
+    loader_options,
+    make_trainer,
+    resolve_precision,
+)
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
-from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.module import ClipTraining
-from siftclip.trainer.objective import LossData, check_loss, objective_from, open_loss_data
+from siftclip.trainer.objective import LossData, check_loss, open_loss_data
+from siftclip.trainer.online.options import check_online
+from siftclip.trainer.online.planner import Forecast
+from siftclip.trainer.online.setup import RunParts, build_online
 from siftclip.trainer.optim import OptimConfig
+from siftclip.trainer.planning import forecast, steps_within
 from siftclip.trainer.progress import TrainingBar
 from siftclip.trainer.run_dir import RunDir, is_rank_zero
 from siftclip.trainer.schedules import check_schedule
@@ -38,36 +43,6 @@ from siftclip.trainer.sharding import whole_state
 from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
 
 log = logging.getLogger(__name__)
-
-CADENCES = ("once",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """How long a run is. The unit is trained samples; the last batch is full."""
-
-    samples_seen: int
-    global_batch_size: int
-
-    @property
-    def total_steps(self) -> int:
-        """Steps until at least `samples_seen` samples are trained."""
-        return math.ceil(self.samples_seen / self.global_batch_size)
-
-    @property
-    def trained_samples(self) -> int:
-        """What the run really trains: `samples_seen` rounded up to full batches."""
-        return self.total_steps * self.global_batch_size
-
-
-def budget_from(config: DictConfig) -> Budget:
-    """The budget of the configuration, checked."""
-    return Budget(
-        samples_seen=require_int("scale.samples_seen", config.scale.samples_seen, minimum=1),
-        global_batch_size=require_int(
-            "scale.global_batch_size", config.scale.global_batch_size, minimum=2
-        ),
-    )
 
 
 def run_identity(
@@ -82,6 +57,7 @@ def run_identity(
         "loss": plain(config.loss),
         "loss_data": loss_data.identity,
         "scale": plain(config.scale),
+        "budget": plain(config.budget),
         "online": plain(config.online),
         "shuffle_window_shards": config.data.shuffle_window_shards,
         "resize": config.data.resize,
@@ -122,7 +98,7 @@ def train_stage(config: DictConfig) -> RunDir:
     Raises:
         InputError: an option or a file is wrong; found before the first step where possible.
     """
-    budget = _check_options(config)
+    _check_options(config)
     selected = select_stage(config)
     loss_data = open_loss_data(config, selected)
     digest = identity_hash(run_identity(config, selected, loss_data))
@@ -146,17 +122,29 @@ def train_stage(config: DictConfig) -> RunDir:
     if not run.has_model:
         _fit(config, run, selected, loss_data, loggers)
     if is_rank_zero():
-        _conclude(config, run, selected, budget, loggers)
+        _conclude(config, run, selected, loggers)
     finish(loggers)
     return run
 
 
-def _check_options(config: DictConfig) -> Budget:
+def plan_stage(config: DictConfig) -> Forecast:
+    """What a run of this configuration will cost, from a few measured steps. Nothing is kept.
+
+    Raises:
+        InputError: an option or a file is wrong.
+    """
+    _check_options(config)
+    selected = select_stage(config)
+    loss_data = open_loss_data(config, selected)
+    share_cores(loader_options(config).num_workers)
+    parts = _run_parts(config, selected, loss_data, output_root(config))
+    return forecast(config, parts, _resolved_budget(config, parts))
+
+
+def _check_options(config: DictConfig) -> None:
     """All that can be known to be wrong before any file is read."""
-    if config.online.cadence not in CADENCES:
-        raise InputError(
-            f"online.cadence must be one of {list(CADENCES)}. Got {config.online.cadence!r}."
-        )
+    check_online(config)
+    limit = limit_from(config)
     loader_options(config)
     require_window(config.data.shuffle_window_shards)
     require_int("seed", config.seed, minimum=0)
@@ -164,12 +152,40 @@ def _check_options(config: DictConfig) -> Budget:
     LockConfig(**(plain(config.model.get("lock")) or {}))
     check_options(plain(config.model.get("options")) or {})
     budget = budget_from(config)
-    check_schedule(OptimConfig(**plain(config.optim)), budget.total_steps)
+    if limit is None:
+        check_schedule(OptimConfig(**plain(config.optim)), budget.total_steps)
     require_int("trainer.log_every_n_steps", config.trainer.log_every_n_steps, minimum=1)
     resolve_precision(config.trainer.precision)
     if config.eval.root is not None:
         tasks_from(config)
-    return budget
+
+
+def _run_parts(
+    config: DictConfig, selected: SelectOutcome, loss_data: LossData, folder: Path
+) -> RunParts:
+    return RunParts(
+        config=config,
+        clip=new_model(config),
+        selected=selected,
+        loss_data=loss_data,
+        folder=folder,
+        global_batch_size=budget_from(config).global_batch_size,
+        world_size=expected_world_size(config),
+    )
+
+
+def _resolved_budget(config: DictConfig, parts: RunParts) -> Budget:
+    """The budget in trained samples, also where something else limits the run."""
+    budget, limit = budget_from(config), limit_from(config)
+    if limit is None:
+        return budget
+    steps = steps_within(limit, parts, config, budget)
+    resolved = Budget(
+        samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
+    )
+    check_schedule(OptimConfig(**plain(config.optim)), resolved.total_steps)
+    log.info("budget.%s=%g lasts for %d steps", *limit, resolved.total_steps)
+    return resolved
 
 
 def _fit(
@@ -180,11 +196,15 @@ def _fit(
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
-    budget = budget_from(config)
     share_cores(loader_options(config).num_workers)
-    lightning.seed_everything(config.seed, verbose=False)  # the initial weights
-    clip = clip_model_from(config.model, "model")
-    module = training_module(config, clip, selected, loss_data, budget)
+    parts = _run_parts(config, selected, loss_data, run.path)
+    budget = run.budget() or _resolved_budget(config, parts)
+    if is_rank_zero():
+        run.keep_budget(budget)
+    if limit_from(config) is not None:
+        parts = _run_parts(config, selected, loss_data, run.path)  # measuring has trained the model
+    clip, online = parts.clip, build_online(parts, budget.total_steps)
+    module = training_module(config, clip, selected, loss_data, budget, online)
     stop = StopOnSignal()
     trainer = make_trainer(
         config,
@@ -204,9 +224,11 @@ def _fit(
         max_epochs=-1,
     )
     check_world_size(trainer.world_size, os.environ)
+    if trainer.world_size != parts.world_size:
+        raise RuntimeError(f"{trainer.world_size} ranks train, not {parts.world_size}")
     share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
     count_micro_batches(share.stop, config.trainer.micro_batch_size)
-    data = data_module_from(config, clip, selected, loss_data, budget)
+    data = data_module_from(config, clip, selected, loss_data, budget, online)
     resume = run.latest_checkpoint()
     if resume is not None:
         log.info("continuing from %s", resume)
@@ -226,72 +248,21 @@ def _fit(
         save_model_folder(clip, run.model, state)
 
 
-def training_module(
-    config: DictConfig,
-    clip: ClipModel,
-    selected: SelectOutcome,
-    loss_data: LossData,
-    budget: Budget,
-) -> ClipTraining:
-    """What a run of this budget trains."""
-    if config.trainer.grad_checkpointing:
-        enable_grad_checkpointing(clip.model)
-    if config.trainer.compile:
-        compile_towers(clip.model, micro_batches=config.trainer.micro_batch_size is not None)
-    return ClipTraining(
-        clip.model,
-        objective=objective_from(config, clip, loss_data, selected.rows),
-        optim=OptimConfig(**plain(config.optim)),
-        total_steps=budget.total_steps,
-        global_batch_size=budget.global_batch_size,
-        seed=config.seed,
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        max_skipped_fraction=config.trainer.max_skipped_fraction,
-    )
-
-
-def data_module_from(
-    config: DictConfig,
-    clip: ClipModel,
-    selected: SelectOutcome,
-    loss_data: LossData,
-    budget: Budget,
-) -> StreamDataModule:
-    """The stream of a selection into a run of this budget."""
-    return StreamDataModule(
-        pool=selected.pool,
-        rows=selected.rows,
-        transform=clip.train_transform,
-        tokenizer=clip.tokenizer,
-        seed=config.seed,
-        global_batch_size=budget.global_batch_size,
-        total_steps=budget.total_steps,
-        loader=loader_options(config),
-        max_image_pixels=config.data.max_image_pixels,
-        max_bad_fraction=config.pool.max_bad_fraction,
-        window_shards=config.data.shuffle_window_shards,
-        resize=config.data.resize,
-        references=loss_data.references,
-        weights=loss_data.weights,
-        micro_batch_size=config.trainer.micro_batch_size,
-    )
-
-
 def _conclude(
     config: DictConfig,
     run: RunDir,
     selected: SelectOutcome,
-    budget: Budget,
     loggers: list[Logger],
 ) -> None:
     """Evaluate, log selection statistics and tables, and mark the run as finished."""
     manifest = selected.selection.manifest
+    budget = run.budget() or budget_from(config)
     statistics = {
         "selection/samples": len(selected.selection),
         "selection/distinct": len(selected.selection.uids),
         "selection/fraction": manifest["kept_fraction"],
         "selection/coverage": selected.coverage.fraction,
-        "train/passes": budget.trained_samples / len(selected.rows),
+        "train/passes": run.costs()["drawn_samples"] / len(selected.rows),
     }
     for name, value in manifest["score_quantiles_kept"].items():
         statistics[f"selection/score_{name}"] = value
@@ -311,9 +282,19 @@ def _conclude(
             "steps": budget.total_steps,
             "trained_samples": budget.trained_samples,
             "requested_samples": budget.samples_seen,
-            "passes": budget.trained_samples / len(selected.rows),
+            "online": online_name(config),
+            **run.costs(),
+            "passes": run.costs()["drawn_samples"] / len(selected.rows),
             "selected_samples": len(selected.selection),
             "coverage": selected.coverage.fraction,
-            "train_seconds": round(run.train_seconds(), 3),
+            "offline_selection_seconds": round(manifest["cost"]["seconds"], 3),
+            **{name: round(value, 3) for name, value in run.seconds().items()},
         }
     )
+
+
+def online_name(config: DictConfig) -> str:
+    """What selects in the loop, in a few words."""
+    if config.online.cadence == "once":
+        return "once"
+    return f"{config.online.cadence} {config.online.selector.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from siftclip.datamodules.columns import read_pool_lists
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.scoring import run_selection
 from siftclip.datamodules.selection import Selection
 from siftclip.datamodules.uids import format_uid, to_structured
+from siftclip.selectors.concepts import ConceptBalance
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.external import External
+from siftclip.selectors.source import ExternalColumn, Requirements
 
 Make = Callable[..., Any]
 
@@ -38,8 +42,8 @@ def write_table(path: Path, **columns: Any) -> str:
     return str(path)
 
 
-def select(pool: Pool, tmp_path: Path, **parameters: Any) -> Selection:
-    source = PoolSource(
+def make_source(pool: Pool, tmp_path: Path) -> PoolSource:
+    return PoolSource(
         pool,
         features=[None],
         scores_root=tmp_path / "s",
@@ -47,6 +51,10 @@ def select(pool: Pool, tmp_path: Path, **parameters: Any) -> Selection:
         max_bad_fraction=0.0,
         progress=False,
     )
+
+
+def select(pool: Pool, tmp_path: Path, **parameters: Any) -> Selection:
+    source = make_source(pool, tmp_path)
     return run_selection(External(**parameters), "external", parameters, source)
 
 
@@ -192,3 +200,140 @@ def test_column_of_the_pools_own_metadata(pool: Pool, uids: list[str], tmp_path:
     write_table(folder / "c.parquet", uid=[uids[5], uids[7]], score=[0.9, 0.8])
     selection = select(pool, tmp_path, path=None, column="score", threshold=0.5)
     assert kept(selection) == {uids[2]: 1, uids[7]: 1}
+
+
+# ---- lists --------------------------------------------------------------------------------------
+def lists_of(pool: Pool, path: str | None, name: str | None = "concepts") -> list[list[int]]:
+    """The list of each row, in the order of the samples that the pool was made of."""
+    found = read_pool_lists(pool, ExternalColumn(path=path, column=name))
+    assert found.values.dtype == found.offsets.dtype == np.int64
+    assert found.offsets[0] == 0
+    assert found.offsets[-1] == len(found.values)
+    return [found.values[a:b].tolist() for a, b in itertools.pairwise(found.offsets)]
+
+
+LISTS: list[list[int] | None] = [[5, 1, 5], None, [], [2**62], [9], [7, 8]]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+@pytest.mark.parametrize("row_group", [2, 100])
+def test_lists_are_joined_by_uid(
+    pool: Pool, uids: list[str], tmp_path: Path, kind: Callable[..., Any], row_group: int
+) -> None:
+    order = [11, 3, 0, 7, 9, 1]  # shuffled, some of another pool
+    column = pa.array(LISTS, type=kind(pa.int64()))
+    path = tmp_path / "a.parquet"
+    table = pa.table({"uid": [uids[i].upper() for i in order], "concepts": column})
+    pq.write_table(table, path, row_group_size=row_group)
+    expected: list[list[int]] = [[] for _ in uids]
+    for i, members in zip(order, LISTS, strict=True):
+        expected[i] = members or []
+    assert lists_of(pool, str(path)) == expected[:8]
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint64(), pa.int64()])
+def test_whole_numbers_are_lists_of_one(
+    pool: Pool, uids: list[str], tmp_path: Path, kind: pa.DataType
+) -> None:
+    column = pa.array([4, None, 0], type=kind)
+    path = write_table(tmp_path / "a.parquet", uid=uids[:3], concepts=column)
+    assert lists_of(pool, path) == [[4], [], [0], [], [], [], [], []]
+
+
+def test_lists_of_other_kinds(pool: Pool, uids: list[str], tmp_path: Path) -> None:
+    """Nulls in lists, lists of equal length, a slice of an array, and lists that are all empty."""
+    columns: list[tuple[Any, list[list[int]]]] = [
+        (pa.array([[1, None], [None], [2]], type=pa.list_(pa.int16())), [[1], [], [2]]),
+        (pa.array([[1, 2], None, [3, 4]], type=pa.list_(pa.int32(), 2)), [[1, 2], [], [3, 4]]),
+        (pa.array([[9, 9], [1], None, [2, 3]]).slice(1), [[1], [], [2, 3]]),
+        (pa.array([[], None, []], type=pa.list_(pa.null())), [[], [], []]),
+        (pa.nulls(3), [[], [], []]),
+    ]
+    for number, (column, expected) in enumerate(columns):
+        path = write_table(tmp_path / f"{number}.parquet", uid=uids[:3], concepts=column)
+        assert lists_of(pool, path)[:3] == expected, column.type
+
+
+def test_first_list_of_repeated_uids_counts(pool: Pool, uids: list[str], tmp_path: Path) -> None:
+    names = [uids[0], uids[1], uids[0], uids[1], uids[1]]
+    column: list[list[int] | None] = [[1], None, [2], [3], [4]]
+    path = write_table(tmp_path / "a.parquet", uid=names, concepts=column)
+    assert lists_of(pool, path)[:2] == [[1], [3]]
+
+
+def test_lists_with_bad_uids_are_left_out(
+    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool], tmp_path: Path
+) -> None:
+    samples = make_samples(2)
+    samples[0].record = b'{"uid": "%s"}' % (b"0" * 32)  # which no bad uid may stand for
+    pool = load_pool(write_pool(samples))
+    path = write_table(
+        tmp_path / "a.parquet", uid=["bad", None, samples[1].uid], concepts=[[1], [2], [3, 4]]
+    )
+    assert lists_of(pool, path) == [[], [3, 4]]
+
+
+def test_lists_of_the_pools_own_metadata(pool: Pool, uids: list[str], tmp_path: Path) -> None:
+    folder = Path(pool.root) / "metadata"
+    folder.mkdir()
+    write_table(folder / "a.parquet", uid=uids[8:], concepts=[[9]] * 4)  # of another pool
+    write_table(folder / "b.parquet", uid=[uids[5], uids[2]], concepts=[[], [2, 3]])
+    write_table(folder / "c.parquet", uid=[uids[5], uids[2]], concepts=[[6], [9]])
+    assert lists_of(pool, None) == [[], [], [2, 3], [], [], [6], [], []]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([[1.5]]), r"column='concepts' of .*a.parquet must hold lists .* Got double"),
+        (pa.array([0.0]), r"must hold lists of whole numbers, or one .* Got double; give what"),
+        (pa.array([["dog"]]), r"must hold lists .* Got string; give what it names numbers"),
+        (pa.array([[[1]]]), r"must hold lists of whole numbers"),
+        (pa.array([[3, -1]]), r"must hold numbers of at least 0. It has -1"),
+        (pa.array([2**63], type=pa.uint64()), r"must hold whole numbers below 2\^63"),
+    ],
+)
+def test_wrong_lists(
+    pool: Pool, uids: list[str], tmp_path: Path, column: pa.Array, message: str
+) -> None:
+    path = write_table(tmp_path / "a.parquet", uid=uids[:1], concepts=column)
+    with pytest.raises(InputError, match=message):
+        lists_of(pool, path)
+
+
+def test_wrong_files_of_lists(pool: Pool, uids: list[str], tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", uid=uids[8:], concepts=[[1]] * 4)
+    with pytest.raises(InputError, match=r"None of the 4 uids in .*a.parquet is in the pool"):
+        lists_of(pool, path)
+    with pytest.raises(InputError, match=r"column='tags' is not a column of .*\['uid', 'concepts'"):
+        lists_of(pool, path, "tags")
+    with pytest.raises(InputError, match=r"must be an existing .parquet file, for lists. Got '.*b"):
+        lists_of(pool, str(tmp_path / "b.parquet"))
+    (tmp_path / "c.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=r"must be an existing .parquet file, for lists"):
+        lists_of(pool, str(tmp_path / "c.npy"))
+    path = write_table(tmp_path / "d.parquet", key=uids[:1], concepts=[[1]])
+    with pytest.raises(InputError, match=r"d.parquet must be a parquet file with a column 'uid'"):
+        lists_of(pool, path)
+
+
+def test_source_takes_lists_and_stamps_their_file(
+    pool: Pool, uids: list[str], tmp_path: Path
+) -> None:
+    concepts: list[list[int]] = [[i] * (i % 3) for i in range(8)]
+    column = pa.array(concepts, type=pa.list_(pa.int32()))
+    path = write_table(tmp_path / "a.parquet", uid=uids[:8], concepts=column)
+    selector = ConceptBalance(path=path, column="concepts", fraction=0.5)
+    source = make_source(pool, tmp_path)
+    lists = source.take(np.array([5, 0, 4]), selector.requires).lists
+    assert lists is not None
+    assert lists.values.tolist() == [5, 5, 4]
+    assert lists.offsets.tolist() == [0, 2, 2, 3]
+    assert source.take(np.array([5]), Requirements()).lists is None
+    assert selector.select(source).multiplicities.sum() == 4
+    before = source.identity(selector)
+    assert source.identity(ConceptBalance(path=path, column="concepts", fraction=0.5)) == before
+    write_table(tmp_path / "a.parquet", uid=uids[:7], concepts=column[:7])
+    changed = source.identity(selector)
+    assert changed.pop("columns") != before.pop("columns")
+    assert changed == before

@@ -284,13 +284,13 @@ def test_forked_workers_of_a_parent_that_has_read_give_the_same_batches(
     assert remote.storage.retries == 0
 
 
-@pytest.mark.slow
-def test_spawned_workers_give_the_same_batches(
+def test_workers_of_a_forkserver_give_the_same_batches(
     root: Path, place: Make, load_pool: Make, open_remote: Make, stream: Make
 ) -> None:
+    """It and the pool reach them pickled, as they reach spawned ones."""
     expected = stream(load_pool(root), ROWS)
     remote = open_remote(**place("s3", root))
-    assert_equal(stream(remote, ROWS, num_workers=1, start_method="spawn"), expected)
+    assert_equal(stream(remote, ROWS, num_workers=1, start_method="forkserver"), expected)
 
 
 def test_pickled_pool_opens_its_own_connection(

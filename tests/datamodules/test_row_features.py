@@ -95,7 +95,7 @@ def test_batches_carry_the_features_of_the_rows_they_hold(
     pool = load_pool(write_pool(samples))
     truth = write_metadata(Path(pool.root) / "metadata", [sample.uid for sample in samples])
     dataset = make_dataset(pool)
-    dataset.references = build(pool)
+    dataset.references = [build(pool)]
     batch = dataset.__getitems__([(0, 3), (1, 4), (2, 5)])
     rows = batch.rows.tolist()
     assert rows[1] != 4  # replaced, and the features are the substitute's

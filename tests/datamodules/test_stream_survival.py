@@ -201,21 +201,3 @@ def test_stream_that_stops_is_an_error(
         for _ in loader:
             pass
     assert time.monotonic() - start < 30
-
-
-@pytest.mark.slow
-def test_forkserver_gives_the_same(
-    make_samples: Make, write_pool: Make, load_pool: Make, make_dataset: Make
-) -> None:
-    pool: Pool = load_pool(write_pool(make_samples(20)))
-    order = SampleOrder(rows=np.arange(20), seed=0, global_batch=BATCH)
-    alone, forked = (
-        list(batches(make_dataset(pool), order, options, total_steps=4))
-        for options in (
-            LoaderOptions(num_workers=0),
-            LoaderOptions(num_workers=1, start_method="forkserver"),
-        )
-    )
-    for ours, theirs in zip(forked, alone, strict=True):
-        assert torch.equal(ours.images, theirs.images)
-        assert torch.equal(ours.rows, theirs.rows)

@@ -24,6 +24,7 @@ from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
+from siftclip.datamodules.step_plan import StepPlan
 from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.streaming import (
     LoaderOptions,
@@ -377,12 +378,10 @@ def test_batches_go_to_a_gpu_without_blocking(
 class Cheapest:
     """A first stage on cached scores: of twice the samples, those with the lowest score."""
 
-    super_batch_samples = 2 * BATCH
-
     def __init__(self, scores: np.ndarray) -> None:
         self.scores = scores
 
-    def __call__(self, step: int, rows: np.ndarray) -> np.ndarray:
+    def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
         return np.argsort(self.scores[rows], kind="stable")[:BATCH]
 
 
@@ -405,6 +404,7 @@ def test_first_stage_decides_what_is_read(
 
     monkeypatch.setattr(SampleReader, "read", spy)
     order = SampleOrder(rows=rows, seed=7, global_batch=2 * BATCH)
+    twice = StepPlan(trained=BATCH, drawn=np.full(2, 2 * BATCH), read=np.full(2, BATCH))
     expected = []
     for step in range(2):
         drawn = order.batch(step)[1]
@@ -412,7 +412,13 @@ def test_first_stage_decides_what_is_read(
     parts = []
     for rank in range(world_size):
         module = make_module(
-            pool, rows, transform, tokenizer, first_stage=Cheapest(scores), total_steps=2
+            pool,
+            rows,
+            transform,
+            tokenizer,
+            first_stage=Cheapest(scores),
+            total_steps=2,
+            plan=twice,
         )
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
         module.trainer = SimpleNamespace(  # type: ignore[assignment]  # what the module asks of it

@@ -17,10 +17,15 @@ from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.clipcov import ClipCov
 from siftclip.selectors.clusters import ClusterId, GivenCentroids, KMeans
 from siftclip.selectors.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.concepts import ConceptBalance
 from siftclip.selectors.datacomp_filters import BasicFilter, CaptionFilter, HasEntity, IsLanguage
 from siftclip.selectors.density import DensityPruning
+from siftclip.selectors.dynamics import DynamicClusterSampling
 from siftclip.selectors.external import External
 from siftclip.selectors.image_based import ImageBased
+from siftclip.selectors.infobatch import InfoBatch
+from siftclip.selectors.jest import JEST
+from siftclip.selectors.learnability import Learnability, ModelFeatures
 from siftclip.selectors.metaclip import MetaClip
 from siftclip.selectors.nearest import NearestRank, NearestUnion
 from siftclip.selectors.negcliploss import NegCLIPLoss
@@ -28,6 +33,7 @@ from siftclip.selectors.normsim import NormSim
 from siftclip.selectors.optimal_design import AOptimal, VOptimal
 from siftclip.selectors.quota import QuotaPerCluster
 from siftclip.selectors.rules import DataCompFraction
+from siftclip.selectors.running_covariance import RunningVas
 from siftclip.selectors.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
 from siftclip.selectors.semdedup import SemDeDup
 from siftclip.selectors.source import FeatureFile
@@ -128,7 +134,25 @@ BUILT_IN: dict[str, SelectorFactory] = {
     "soft_cap": lambda: clip(rule=SoftCapSampling(fraction=1.0, batch_samples=16, seed=1)),
     "softmax": lambda: clip(rule=SoftmaxSampling(fraction=0.3, seed=1)),
     "hard_cap": lambda: clip(rule=HardCapSampling(fraction=1.0, seed=1)),
+    "jest": lambda: JEST(learner=L14, reference=B32, loss="sigmoid", fraction=0.3),
+    "jest, softmax": lambda: JEST(learner=L14, reference=B32, loss="softmax", fraction=0.3),
+    "learnability": lambda: Learnability(learner=L14, reference=B32, fraction=0.3),
+    "learnability, sigmoid": lambda: Learnability(
+        learner=L14, reference=B32, loss="sigmoid", fraction=0.3
+    ),
+    "hard": lambda: Learnability(learner=L14, reference=None, fraction=0.3),
+    "easy_reference": lambda: Learnability(learner=None, reference=B32, loss="pair", fraction=0.3),
+    "dynamics": lambda: DynamicClusterSampling(path=None, column="cluster", seed=1, fraction=0.3),
+    "running_vas": lambda: RunningVas(key="l14_img", fraction=0.3),
+    "cabs": lambda: ConceptBalance(path=None, column="concepts", fraction=0.3),
+    "cabs, frequency": lambda: ConceptBalance(
+        path=None, column="concepts", fraction=0.3, mode="frequency"
+    ),
 }
+# Biases at which the sums over negatives are about 1, so that float32 rounding stays below 1e-5.
+L14 = ModelFeatures(name="l14", logit_scale=10.0, logit_bias=-6.0)
+B32 = ModelFeatures(name="b32", logit_scale=7.0, logit_bias=-5.0)
+IN_TRAINING = ("infobatch",)  # what it reads, no pool has before
 OF_FILES = ("entity", "metaclip")  # which are opened when they are built
 
 
@@ -142,10 +166,11 @@ def factories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SelectorFac
         **BUILT_IN,
         "entity": lambda: HasEntity(lexicon=Length(), entities=str(folder / "synsets.txt")),
         "metaclip": lambda: MetaClip(entries=str(folder / "entries.json"), t=20, seed=1),
+        "infobatch": lambda: InfoBatch(seed=1),
     }
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, *OF_FILES])
+@pytest.mark.parametrize("name", [*BUILT_IN, *OF_FILES, *IN_TRAINING])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_built_in_selector_passes(
     check: Callable[[SelectorFactory], None], name: str, factories: dict[str, SelectorFactory]

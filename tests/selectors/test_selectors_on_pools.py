@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.pool import Pool, open_pool
 from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.uids import format_uid
 from siftclip.selectors.base import Requirements, ScoreSelector
 from siftclip.selectors.checks import SelectorFactory, synthetic_files
@@ -35,44 +37,61 @@ def _built_in() -> dict[str, SelectorFactory]:
 BUILT_IN = _built_in()
 
 
-@pytest.fixture
-def pool(
+@pytest.fixture(scope="module")
+def folder(
     make_samples: Callable[..., Any],
-    write_pool: Callable[..., Path],
+    write_pool_at: Callable[..., Path],
     write_metadata: Callable[..., Any],
-    load_pool: Callable[..., Pool],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Pool:
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A pool whose last three samples have no features, beside all files of the factories."""
-    root = write_pool(make_samples(SAMPLES), shards=4)
-    known = load_pool(root)
+    folder = tmp_path_factory.mktemp("pools")
+    known = open_folder(folder, write_pool_at(folder / "pool", make_samples(SAMPLES), shards=4))
     uids = [format_uid(uid) for uid in known.uids]
-    write_metadata(root / "metadata", uids[:-3], parts=3, keys=KEYS, dim=16)
-    for path in (root / "metadata").glob("*.parquet"):
+    metadata = folder / "pool" / "metadata"
+    write_metadata(metadata, uids[:-3], parts=3, keys=KEYS, dim=16)
+    for path in metadata.glob("*.parquet"):
         table = pq.read_table(path)
         columns = {
             "cluster": np.arange(len(table)) % 2.0,
+            "concepts": [list(range(number % 4)) for number in range(len(table))],
             "original_width": np.full(len(table), 300),
             "original_height": np.arange(len(table)) + 190,
         }
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values))
         pq.write_table(table, path)
-    monkeypatch.chdir(tmp_path)
     target, centroids, names = (
         FeatureFile(path="target.npz", key="l14_img"),
         FeatureFile(path="centroids.npy"),
         FeatureFile(path="names.npz"),
     )
     files = synthetic_files(Requirements(files=(target, centroids, names)), samples=9)
-    np.savez("target.npz", l14_img=files[target].numpy())
-    np.save("centroids.npy", files[centroids].numpy())
-    np.savez("names.npz", files[names].numpy())
-    pq.write_table(pa.table({"uid": uids, "dfn": np.arange(SAMPLES) / SAMPLES}), "a.parquet")
+    np.savez(folder / "target.npz", l14_img=files[target].numpy())
+    np.save(folder / "centroids.npy", files[centroids].numpy())
+    np.savez(folder / "names.npz", files[names].numpy())
+    table = pa.table({"uid": uids, "dfn": np.arange(SAMPLES) / SAMPLES})
+    pq.write_table(table, folder / "a.parquet")
     subset = np.sort(np.array([tuple(uid) for uid in known.uids[::2]], dtype="u8,u8"))
-    np.save("a.npy", subset)
-    return known
+    np.save(folder / "a.npy", subset)
+    return folder
+
+
+def open_folder(folder: Path, root: Path) -> Pool:
+    """The pool at `root`, with its index beside it."""
+    return open_pool(
+        LocalStorage(str(root)), cache_dir=folder / "cache", max_bad_fraction=0, progress=False
+    )
+
+
+@pytest.fixture
+def pool(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """The pool, which all tests share; the working folder holds files of the test's own."""
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copy2(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return open_folder(folder, folder / "pool")
 
 
 def source_of(pool: Pool, scores: str, chunk_samples: int = 16, ranks: Ranks | None = None) -> Any:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,13 +23,10 @@ def alone() -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_keep_what_one_process_keeps(
-    alone: dict[str, list[int]], tmp_path: Path, size: int
+    alone: dict[str, list[int]], run_python: Any, tmp_path: Path, size: int
 ) -> None:
     answers = tmp_path / "answers"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(SCRIPT), str(answers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    result = run_python(str(SCRIPT), str(answers), cwd=tmp_path, ranks=size)
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in range(size):
         found = json.loads(Path(f"{answers}.{rank}").read_text())

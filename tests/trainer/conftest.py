@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,15 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Sampler
 
-from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.datamodules.files import write_npz
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.storage import LocalStorage
 from siftclip.datamodules.streaming import leave_process_group
 
+Completed = Callable[..., subprocess.CompletedProcess[str]]
+
 POOL_SAMPLES = 240
-TINY_ARCHITECTURE = {
-    "embed_dim": 16,
-    "vision_cfg": {
-        "layers": 1,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 8,
-        "image_size": 32,
-    },
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 # Small and without batch norm, so that ranks and batches do not change what is computed.
 TINY_RUN = [
     "model=vit_tiny",
@@ -79,35 +69,47 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
     return data
 
 
+@pytest.fixture(scope="session")
+def base_of(demo_data: DemoData) -> Callable[[Path], list[str]]:
+    """`base_of(folder)`: overrides of a tiny run that writes into a folder alone."""
+
+    def overrides(folder: Path) -> list[str]:
+        return [
+            *TINY_RUN,
+            f"pool.root={demo_data.pool}",
+            f"pool.cache_dir={demo_data.root / 'cache'}",
+            f"features.root={demo_data.root / 'features'}",
+            "features.name=noise",
+            f"output_dir={folder / 'outputs'}",
+        ]
+
+    return overrides
+
+
 @pytest.fixture
-def base(demo_data: DemoData, tmp_path: Path) -> list[str]:
+def base(base_of: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
     """Overrides of a tiny run that writes into `tmp_path` alone."""
-    return [
-        *TINY_RUN,
-        f"pool.root={demo_data.pool}",
-        f"pool.cache_dir={demo_data.root / 'cache'}",
-        f"features.root={demo_data.root / 'features'}",
-        "features.name=noise",
-        f"output_dir={tmp_path / 'outputs'}",
-    ]
+    return base_of(tmp_path)
 
 
-@pytest.fixture
-def compose() -> Iterator[Callable[..., DictConfig]]:
-    """Compose the configuration of a command, as the console script does."""
+@contextmanager
+def hydra_tree() -> Iterator[Callable[..., DictConfig]]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
         yield lambda command, overrides: hydra.compose(command, overrides=list(overrides))
 
 
+@pytest.fixture
+def compose() -> Iterator[Callable[..., DictConfig]]:
+    """Compose the configuration of a command, as the console script does."""
+    with hydra_tree() as function:
+        yield function
+
+
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP with random weights, as a model folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        save_model_folder(load_clip_model("tiny", architecture=TINY_ARCHITECTURE), folder)
-    return folder
+def composing() -> Callable[[], AbstractContextManager[Callable[..., DictConfig]]]:
+    """`with composing() as compose`: the same for a fixture that several tests share."""
+    return hydra_tree
 
 
 @pytest.fixture
@@ -116,64 +118,57 @@ def copy_pool(demo_data: DemoData, tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo_data.pool, tmp_path / "pool"))
 
 
-def environment() -> dict[str, str]:
-    """The environment of a child: one thread, and no launcher's variables."""
-    drop = ("RANK", "WORLD_SIZE", "TORCHELASTIC", "WANDB")
-    kept = {k: v for k, v in os.environ.items() if not any(word in k for word in drop)}
-    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-
-
-def python_command(*arguments: str, ranks: int | None = None) -> list[str]:
-    """The command line of a Python script or module, under torchrun if `ranks` is given."""
+def siftclip_command(*arguments: str, ranks: int | None = None) -> list[str]:
+    """The command line of a siftclip command, under torchrun if `ranks` is given."""
     launcher = [sys.executable]
     if ranks is not None:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return [*launcher, *arguments]
-
-
-def siftclip_command(*arguments: str, ranks: int | None = None) -> list[str]:
-    """The command line of a siftclip command, under torchrun if `ranks` is given."""
-    return python_command("-m", "siftclip.trainer.cli", *arguments, ranks=ranks)
-
-
-def run_to_end(
-    command: list[str], *, cwd: Path, timeout: float = 240
-) -> subprocess.CompletedProcess[str]:
-    """Run a command line in a clean environment."""
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return [*launcher, "-m", "siftclip.trainer.cli", *arguments]
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `siftclip ...` in a process of its own, started in `tmp_path`."""
+def cli(run_python: Completed, tmp_path: Path) -> Completed:
+    """Run `siftclip ...` in `tmp_path`, in a process forked from one that has imported the rest."""
 
     def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-        return run_to_end(siftclip_command(*arguments, ranks=ranks), cwd=tmp_path)
+        return run_python("-m", "siftclip.trainer.cli", *arguments, cwd=tmp_path, ranks=ranks)
 
     return run
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a Python script on several ranks, started in `tmp_path` by torchrun."""
+def new_cli(child_environment: dict[str, str], tmp_path: Path) -> Completed:
+    """The same as a person starts it: a new Python, or torchrun, which takes seconds more."""
+
+    def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            siftclip_command(*arguments, ranks=ranks),
+            cwd=tmp_path,
+            env=child_environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def launch(run_python: Completed, tmp_path: Path) -> Completed:
+    """Run a Python script in `tmp_path` on several ranks."""
 
     def run(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
-        return run_to_end(python_command(*arguments, ranks=ranks), cwd=tmp_path)
+        return run_python(*arguments, cwd=tmp_path, ranks=ranks)
 
     return run
 
 
 @pytest.fixture
-def start_cli(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+def start_cli(
+    child_environment: dict[str, str], tmp_path: Path
+) -> Callable[..., subprocess.Popen[bytes]]:
     """Start `siftclip ...` in a process to be stopped; its errors go to `tmp_path`.stderr."""
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -181,7 +176,7 @@ def start_cli(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
             return subprocess.Popen(
                 siftclip_command(*arguments),
                 cwd=tmp_path,
-                env=environment(),
+                env=child_environment,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,8 +25,8 @@ from siftclip.trainer.run_dir import RunDir
 Compose = Callable[..., DictConfig]
 
 
-@pytest.fixture
-def options(base: list[str], demo_data: DemoData) -> list[str]:
+def options_of(base: list[str], demo_data: DemoData) -> list[str]:
+    """A comparison of three arms and two seeds."""
     return [
         *base,
         f"eval.root={demo_data.tasks}",
@@ -40,11 +43,32 @@ def run_compare(compose: Compose, options: list[str]) -> CompareOutcome:
     return compare_stage(compose("compare", options), options)
 
 
-def test_comparison_of_three_arms_and_two_seeds(
-    options: list[str], compose: Compose, tmp_path: Path
-) -> None:
-    outcome = run_compare(compose, options)
-    assert outcome.folder == tmp_path / "outputs" / "compare" / "small"
+@pytest.fixture
+def options(base: list[str], demo_data: DemoData) -> list[str]:
+    return options_of(base, demo_data)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison that several tests look at: its files stay as they are."""
+
+    outputs: Path
+    outcome: CompareOutcome
+
+
+@pytest.fixture(scope="module")
+def compared(
+    base_of: Any, composing: Any, demo_data: DemoData, tmp_path_factory: pytest.TempPathFactory
+) -> Compared:
+    folder = tmp_path_factory.mktemp("compared")
+    with composing() as compose:
+        outcome = run_compare(compose, options_of(base_of(folder), demo_data))
+    return Compared(folder / "outputs", outcome)
+
+
+def test_comparison_of_three_arms_and_two_seeds(compared: Compared) -> None:
+    outcome = compared.outcome
+    assert outcome.folder == compared.outputs / "compare" / "small"
     results = pd.read_csv(outcome.folder / "results.csv")
     assert set(results["arm"]) == {"random", "clip_score", "oracle"}
     assert set(results["seed"]) == {0, 1}
@@ -65,11 +89,8 @@ def test_comparison_of_three_arms_and_two_seeds(
     assert "96 samples in 6 steps of batch 16" in report
 
 
-def test_budgets_are_equal_and_random_draws_differ_by_seed(
-    options: list[str], compose: Compose, tmp_path: Path
-) -> None:
-    run_compare(compose, options)
-    runs = [RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir()]
+def test_budgets_are_equal_and_random_draws_differ_by_seed(compared: Compared) -> None:
+    runs = [RunDir(path=path) for path in (compared.outputs / "train").iterdir()]
     assert {run.summary["trained_samples"] for run in runs if run.summary} == {96}
     digests = {
         selector: {
@@ -82,11 +103,8 @@ def test_budgets_are_equal_and_random_draws_differ_by_seed(
     assert [len(found) for found in digests.values()] == [2, 1, 1]
 
 
-def test_truth_is_counted_among_the_selected(
-    options: list[str], compose: Compose, demo_data: DemoData
-) -> None:
-    outcome = run_compare(compose, [*options, "compare.seeds=[0]"])
-    report = (outcome.folder / "report.md").read_text()
+def test_truth_is_counted_among_the_selected(compared: Compared, demo_data: DemoData) -> None:
+    report = (compared.outcome.folder / "report.md").read_text()
     line = next(x for x in report.splitlines() if x.startswith("| selector | overlap"))
     kinds = pd.read_parquet(demo_data.truth)["kind"].unique()
     assert all(kind in line for kind in kinds)
@@ -95,15 +113,15 @@ def test_truth_is_counted_among_the_selected(
 
 
 def test_finished_runs_are_reused_and_broken_ones_repeated(
-    options: list[str], compose: Compose, tmp_path: Path
+    compared: Compared, options: list[str], compose: Compose, tmp_path: Path
 ) -> None:
-    first = run_compare(compose, options)
+    shutil.copytree(compared.outputs, tmp_path / "outputs")
     summaries = sorted((tmp_path / "outputs" / "train").glob("*/summary.json"))
     assert len(summaries) == 6
     times = {path: path.stat().st_mtime_ns for path in summaries}
     summaries[0].unlink()  # as if it had been killed before its end
     again = run_compare(compose, options)
-    assert again.table == first.table
+    assert again.table == compared.outcome.table
     changed = [path for path in summaries if path.stat().st_mtime_ns != times[path]]
     assert changed == [summaries[0]]
 

@@ -506,14 +506,14 @@ def test_trained_run_is_exported(
 
 
 # ---- the command --------------------------------------------------------------------------------
-def test_command_starts_without_lightning_and_explains_itself(cli: Any) -> None:
+def test_command_starts_without_lightning_and_explains_itself(new_cli: Any) -> None:
     code = (
         "import sys, siftclip.trainer.cli.export_command\n"
         "print(sorted({'lightning', 'open_clip', 'torch', 'wandb'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-    shown = cli("export", "--help")
+    shown = new_cli("export", "--help")
     assert shown.returncode == 0
     assert shown.stdout.startswith("siftclip export: ")
 

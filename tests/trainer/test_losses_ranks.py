@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 SCRIPT = Path(__file__).with_name("losses_on_ranks.py")
 
 
-def test_losses_on_ranks_equal_one_process(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+def test_losses_on_ranks_equal_one_process(run_python: Any, tmp_path: Path) -> None:
+    result = run_python(str(SCRIPT), str(tmp_path), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]
     # gloo prints too, in torch 2.9
     found = [line for line in result.stdout.splitlines() if line.endswith(" equal")]

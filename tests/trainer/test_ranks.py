@@ -1,4 +1,4 @@
-"""Several ranks under the real launchers train what one process trains."""
+"""Several ranks train what one trains: started by the real launchers, or forked by torchrun's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.datamodules.demo_pool import DemoData
@@ -40,15 +40,19 @@ def compare_runs(one: RunDir, several: RunDir) -> None:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
 def test_two_ranks_train_what_one_trains(
-    launcher: str, base: list[str], compose: Callable[..., DictConfig], cli: Cli, tmp_path: Path
+    launcher: str,
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    new_cli: Cli,
+    tmp_path: Path,
 ) -> None:
     # eps well above rounding: Adam's first steps would blow differences of 1e-9 up to the rate
     options = [*base, "optim.eps=1e-3"]
     one = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'one'}"]))
     if launcher == "torchrun":
-        result = cli("train", *options, ranks=2)
+        result = new_cli("train", *options, ranks=2)
     else:
-        result = cli("train", *options, "trainer.devices=2")
+        result = new_cli("train", *options, "trainer.devices=2")
     assert result.returncode == 0, result.stderr[-3000:]
     (run,) = (RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir())
     assert result.stdout.count("run        ") == 1
@@ -80,12 +84,11 @@ RUNS: dict[str, tuple[int, str]] = {
 }
 TRAIN_MANY = """
 import json, sys
-import hydra
+from omegaconf import OmegaConf
 from siftclip.trainer.training import train_stage
 
-with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
-    for overrides in json.loads(sys.argv[1]):
-        train_stage(hydra.compose("train", overrides=overrides))
+for config in json.loads(sys.argv[1]):
+    train_stage(OmegaConf.create(config))
 """
 
 
@@ -107,7 +110,8 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
         shared, own = (part.replace("LOSS_ROOT", root).split() for part in text.split("|"))
         options = [*base, "optim.eps=1e-3", *shared]
         folder = tmp_path / name
-        launched.append([*options, *own, f"run_dir='{folder}'"])
+        config = compose("train", [*options, *own, f"run_dir='{folder}'"])
+        launched.append(OmegaConf.to_container(config))
         expected[name] = train_stage(compose("train", [*options, f"run_dir='{folder} alone'"]))
     (tmp_path / "train_many.py").write_text(TRAIN_MANY)
     result = launch("train_many.py", json.dumps(launched), ranks=ranks)

@@ -46,6 +46,13 @@ def comparison() -> Comparison:
             "train_seconds": 12.0,
             "trained_samples": 3000,
             "steps": 30,
+            "online": "once",
+            **{f"{name}_samples": 3000.0 for name in ("drawn", "loaded", "scored")},
+            **{f"{name}_flops": 1e12 for name in ("training", "scoring")},
+            **{
+                f"{name}_seconds": 2.0
+                for name in ("offline_selection", "data_wait", "scoring", "selection")
+            },
         }
         for arm in values
         for seed in (0, 1)
@@ -59,7 +66,11 @@ def comparison() -> Comparison:
         runs=pd.DataFrame(runs),
         overlap=pd.DataFrame([[1.0, 0.2], [0.2, 1.0]], index=list(values), columns=list(values)),
         truth=None,
-        settings={"scale": {"global_batch_size": 100}, "note": "</pre><script>alert(2)</script>"},
+        settings={
+            "scale": {"global_batch_size": 100},
+            "budget": {"flops": None},
+            "note": "</pre><script>alert(2)</script>",
+        },
         versions={"python": "3.11", "git": None},
     )
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,19 +40,27 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
     raise AssertionError(f"step {step} was not reached")
 
 
+@pytest.fixture(scope="module")
+def whole(base_of: Any, composing: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The long run, unbroken."""
+    with composing() as compose:
+        options = [*base_of(tmp_path_factory.mktemp("whole")), *LONG_RUN]
+        return train_stage(compose("train", options))
+
+
 @pytest.mark.parametrize(
     ("stop", "step"), [(signal.SIGKILL, 12), (signal.SIGKILL, 40), (signal.SIGINT, 25)]
 )
 def test_stopped_run_continues_to_the_bit(
     stop: signal.Signals,
     step: int,
+    whole: RunDir,
     base: list[str],
     compose: Callable[..., DictConfig],
     start_cli: Callable[..., subprocess.Popen[bytes]],
     tmp_path: Path,
 ) -> None:
     options = [*base, *LONG_RUN]
-    whole = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'whole'}"]))
     process = start_cli("train", *options)
     wait_for_step(tmp_path / "outputs", step, process)
     process.send_signal(stop)

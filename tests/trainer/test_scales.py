@@ -10,10 +10,10 @@ import open_clip
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from siftclip.trainer.budget import budget_from
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.schedules import check_schedule
 from siftclip.trainer.stages import plain
-from siftclip.trainer.training import budget_from
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))

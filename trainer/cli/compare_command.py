@@ -6,13 +6,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.compare.arms import compare_stage
-from siftclip.trainer.run_dir import is_rank_zero
 
 
 @application("compare")
 def main(config: DictConfig) -> None:
     """Run all arms, print the table and say where the report is."""
+    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    from siftclip.trainer.compare.arms import compare_stage
+    from siftclip.trainer.run_dir import is_rank_zero
+
     outcome = compare_stage(config, list(HydraConfig.get().overrides.task))
     if not is_rank_zero():
         return

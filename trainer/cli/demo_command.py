@@ -6,12 +6,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.demo import demo_stage
 
 
 @application("demo")
 def main(config: DictConfig) -> None:
     """Run the demo and say what to look at."""
+    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    from siftclip.trainer.demo import demo_stage
+
     outcome = demo_stage(config, list(HydraConfig.get().overrides.task))
     folder = outcome.comparison.folder
     print(f"\n{outcome.comparison.table}\n")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.embedding import embed_stage
 
 
 @application("embed")
 def main(config: DictConfig) -> None:
     """Embed the pool and say where the features are."""
+    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    from siftclip.trainer.embedding import embed_stage
+
     folder = embed_stage(config)
     print(f"features   {folder}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from siftclip.datamodules.pool_source import summarise
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.stages import score_stage
 
 
 @application("score")
 def main(config: DictConfig) -> None:
     """Score the pool and print the quantiles."""
+    # Here, since importing torch takes seconds, which `--help` need not cost.
+    from siftclip.datamodules.pool_source import summarise
+    from siftclip.trainer.stages import score_stage
+
     outcome = score_stage(config)
     source = outcome.source
     if source.ranks.rank != 0:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.target_embedding import target_stage
 
 
 @application("target")
 def main(config: DictConfig) -> None:
     """Embed the tasks and say where the features are."""
+    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    from siftclip.trainer.target_embedding import target_stage
+
     folder, paths = target_stage(config)
     for path in paths:
         print(f"features   {path}")

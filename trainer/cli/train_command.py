@@ -10,15 +10,24 @@ from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.launch import require_launcher
-from siftclip.trainer.run_dir import is_rank_zero
-from siftclip.trainer.training import train_stage
 
 
 @application("train")
 def main(config: DictConfig) -> None:
     """Train and say where the run is."""
+    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    from siftclip.trainer.planning import check_plan
+    from siftclip.trainer.run_dir import is_rank_zero
+    from siftclip.trainer.training import plan_stage, train_stage
+
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         require_launcher("train --multirun", config.trainer, os.environ)
+    check_plan(config)
+    if config.plan:
+        table = plan_stage(config).table()
+        if is_rank_zero():
+            print(table)
+        return
     run = train_stage(config)
     if is_rank_zero():
         print(f"run        {run.path}")

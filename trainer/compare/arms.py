@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.budget import budget_from, limit_from
 from siftclip.trainer.compare.collect import ArmRun, collect
 from siftclip.trainer.compare.report import write_report
 from siftclip.trainer.compare.tables import format_main_table
@@ -26,7 +27,7 @@ from siftclip.trainer.evaluation import tasks_from
 from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.stages import output_root, plain, selector_from
-from siftclip.trainer.training import budget_from, train_stage
+from siftclip.trainer.training import train_stage
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +86,17 @@ def _plan(
     if len(set(seeds)) < len(seeds):
         raise InputError(f"compare.seeds must be distinct. Got {list(seeds)}.")
     plan = []
-    budget = budget_from(config)
+    budget = (limit_from(config) or budget_from(config), config.scale.global_batch_size)
     for seed in seeds:
         for arm, own in arms.items():
             if not ARM_NAME.fullmatch(arm):
                 raise InputError(f"compare.arms: {arm!r} must consist of letters, digits, _ . -")
             arm_config = _compose(arm, [*overrides, *own, f"seed={seed}"])
-            if budget_from(arm_config) != budget:
+            own_budget = limit_from(arm_config) or budget_from(arm_config)
+            if (own_budget, arm_config.scale.global_batch_size) != budget:
                 raise InputError(
-                    f"compare.arms.{arm} has the budget {budget_from(arm_config)}, the others have "
-                    f"{budget}. All arms must be trained on equally many samples."
+                    f"compare.arms.{arm} has the budget {own_budget}, the others have {budget[0]}. "
+                    "All arms must have the same, in the same unit and with one batch size."
                 )
             selector_from(arm_config)
             plan.append((arm, seed, arm_config))

@@ -71,9 +71,10 @@ def collect(config: DictConfig, runs: Sequence[ArmRun]) -> Comparison:
         results=results,
         runs=pd.DataFrame([_run_record(run) for run in runs]),
         overlap=_overlap({run.arm: selections[run.arm, run.seed] for run in first}),
-        truth=None if truth_path is None else _truth(Path(truth_path), selections),
+        truth=None if truth_path is None else _truth(Path(truth_path), selections, runs),
         settings={
-            key: plain(config[key]) for key in ("pool", "features", "model", "optim", "scale")
+            key: plain(config[key])
+            for key in ("pool", "features", "model", "optim", "scale", "budget")
         },
         versions=read_json(runs[0].run.path / "versions.json"),
     )
@@ -143,8 +144,14 @@ def _overlap(selections: dict[str, Selection]) -> pd.DataFrame:
     return table
 
 
-def _truth(path: Path, selections: dict[tuple[str, int], Selection]) -> pd.DataFrame:
-    """The share of each kind of sample among the selected ones, by arm, mean over seeds."""
+def _truth(
+    path: Path, selections: dict[tuple[str, int], Selection], runs: Sequence[ArmRun]
+) -> pd.DataFrame:
+    """The share of each kind of sample among the selected ones, by arm, mean over seeds.
+
+    Of a run that selects at every step, among those that it was trained on at the steps that its
+    log describes.
+    """
     uids, valid, _ = read_metadata_uids(path)
     names = pq.read_schema(path).names
     if "kind" not in names:
@@ -157,6 +164,10 @@ def _truth(path: Path, selections: dict[tuple[str, int], Selection]) -> pd.DataF
         kept = kinds.iloc[found[found >= 0]]
         weights = pd.Series(selection.multiplicities[found >= 0], index=kept.index)
         rows[arm, seed] = weights.groupby(kept).sum() / len(selection)
+    for run in runs:
+        chosen = run.run.shares_chosen()
+        if chosen:
+            rows[run.arm, run.seed] = pd.Series(chosen)
     shares = pd.DataFrame(rows).T.fillna(0.0)
     shares.index.names = ["arm", "seed"]
     order = list(dict.fromkeys(arm for arm, _ in selections))

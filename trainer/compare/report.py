@@ -13,6 +13,7 @@ from siftclip.datamodules.files import atomic_path, write_text
 from siftclip.trainer.compare.collect import Comparison
 from siftclip.trainer.compare.tables import (
     as_markdown,
+    cost_rows,
     main_rows,
     percent,
     selection_rows,
@@ -20,6 +21,12 @@ from siftclip.trainer.compare.tables import (
     title,
 )
 
+COST_NOTE = (
+    "Means over seeds. Drawn: taken from the selection's order; loaded: read and decoded; scored: "
+    "by a forward pass; FLOPs of the towers, a multiplication and an addition being two. Seconds "
+    "of training contain those of waiting for data, scoring and selecting; offline seconds went "
+    "into the selection before, without the embedding of the pool."
+)
 TEMPLATE_NAME = "report.html.j2"
 
 
@@ -51,11 +58,15 @@ def budget_sentence(comparison: Comparison) -> str:
     trained = int(runs["trained_samples"].iloc[0])
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
     word = "seed" if len(comparison.seeds) == 1 else "seeds"
-    return (
-        f"{len(comparison.arms)} selectors, {word} {seeds}; every run trained on {trained:,} "
-        f"samples in {int(runs['steps'].iloc[0]):,} steps of batch "
-        f"{comparison.settings['scale']['global_batch_size']}."
-    )
+    batch = comparison.settings["scale"]["global_batch_size"]
+    limits = {k: v for k, v in comparison.settings["budget"].items() if v is not None}
+    if limits:
+        ((unit, amount),) = limits.items()
+        budget = f"had {amount:,g} {unit.replace('_', ' ')}, in steps of batch {batch}"
+    else:
+        steps = int(runs["steps"].iloc[0])
+        budget = f"trained on {trained:,} samples in {steps:,} steps of batch {batch}"
+    return f"{len(comparison.arms)} selectors, {word} {seeds}; every run {budget}."
 
 
 def markdown(comparison: Comparison) -> str:
@@ -80,6 +91,9 @@ def markdown(comparison: Comparison) -> str:
         resolution_note(comparison),
         "## All tasks",
         as_markdown(main_rows(comparison, _tasks(comparison))),
+        "## What it cost",
+        as_markdown(cost_rows(comparison)),
+        COST_NOTE,
         "## What was selected",
         as_markdown(selection_rows(comparison)),
         "Overlap is the Jaccard index of the distinct samples, for the first seed.",
@@ -107,6 +121,8 @@ def html(comparison: Comparison) -> str:
         note=resolution_note(comparison),
         main=main_rows(comparison, comparison.columns),
         tasks=main_rows(comparison, _tasks(comparison)),
+        cost=cost_rows(comparison),
+        cost_note=COST_NOTE,
         selected=selection_rows(comparison),
         plots=[plot(comparison, task) for task in comparison.columns],
         runs=comparison.runs.to_dict("records"),

@@ -65,6 +65,37 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def cost_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and one row an arm, means over seeds: samples, FLOPs and seconds by their use.
+
+    Published comparisons count by one of them, and which one decides who wins.
+    """
+    rows = [
+        [
+            *("selector", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
+            *("training TFLOP", "scoring TFLOP"),
+            *("offline s", "train s", "waiting s", "scoring s", "selecting s"),
+        ]
+    ]
+    runs = comparison.runs.groupby("arm")
+    for arm in comparison.arms:
+        own = runs.get_group(arm)
+        samples = [own[f"{name}_samples"].mean() for name in ("drawn", "loaded", "scored")]
+        flops = [own[f"{name}_flops"].mean() / 1e12 for name in ("training", "scoring")]
+        names = ("offline_selection", "train", "data_wait", "scoring", "selection")
+        rows.append(
+            [
+                arm,
+                str(own["online"].iloc[0]),
+                f"{own['steps'].mean():,.0f}",
+                *(f"{count:,.0f}" for count in [*samples, own["trained_samples"].mean()]),
+                *(f"{count:.3g}" for count in flops),
+                *(f"{own[f'{name}_seconds'].mean():,.0f}" for name in names),
+            ]
+        )
+    return rows
+
+
 def selection_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row an arm: Jaccard overlap with the others, kinds where truth is known."""
     rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]

@@ -62,9 +62,9 @@ class DistillLoss(ContrastiveObjective):
             rank=rank,
             world_size=world_size,
         )
-        contrastive = mean_over_ranks(
-            student.cross_entropies().mean(0), inputs.weights, world_size=world_size
-        )
+        losses = student.cross_entropies().mean(0)
+        self.sample_losses = losses.detach()
+        contrastive = mean_over_ranks(losses, inputs.weights, world_size=world_size)
         distilled = mean_over_ranks(distill, inputs.weights, world_size=world_size)
         return {
             "contrastive_loss": keep_bias(self.contrastive_weight * contrastive, inputs.logit_bias),

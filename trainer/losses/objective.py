@@ -18,7 +18,12 @@ class ContrastiveObjective(nn.Module, ABC):
     DDP averages gradients over ranks. On every rank a term is a value whose mean over ranks is the
     loss of the whole batch, and whose averaged gradients are those of one process with the whole
     batch, those of logit scale and bias included.
+
+    `sample_losses` is what the last call charged to each sample of this rank, float [b] without
+    gradient; None for losses whose terms belong to pairs of samples.
     """
+
+    sample_losses: Tensor | None = None
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """The terms, scalars under open_clip's names, whose sum is to be minimised.

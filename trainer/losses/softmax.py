@@ -80,7 +80,7 @@ class SoftmaxLoss(ContrastiveObjective):
             rank=rank,
             world_size=world_size,
         )
-        loss = mean_over_ranks(
-            pairs.cross_entropies().mean(0), inputs.weights, world_size=world_size
-        )
+        losses = pairs.cross_entropies().mean(0)
+        self.sample_losses = losses.detach()
+        loss = mean_over_ranks(losses, inputs.weights, world_size=world_size)
         return {"contrastive_loss": keep_bias(loss, inputs.logit_bias)}

@@ -1,0 +1,61 @@
+"""How long a run is: by samples that are trained or loaded, by FLOPs, or by seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from omegaconf import DictConfig
+
+from siftclip.selectors.errors import InputError, require_int, require_positive
+from siftclip.trainer.stages import plain
+
+
+class Limit(NamedTuple):
+    """A budget that is not counted in trained samples."""
+
+    unit: Literal["loaded_samples", "flops", "seconds"]
+    amount: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How long a run is. The unit is trained samples; the last batch is full."""
+
+    samples_seen: int
+    global_batch_size: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until at least `samples_seen` samples are trained."""
+        return math.ceil(self.samples_seen / self.global_batch_size)
+
+    @property
+    def trained_samples(self) -> int:
+        """What the run really trains: `samples_seen` rounded up to full batches."""
+        return self.total_steps * self.global_batch_size
+
+
+def budget_from(config: DictConfig) -> Budget:
+    """The budget of the configuration, checked. A limit, see `limit_from`, takes its place."""
+    return Budget(
+        samples_seen=require_int("scale.samples_seen", config.scale.samples_seen, minimum=1),
+        global_batch_size=require_int(
+            "scale.global_batch_size", config.scale.global_batch_size, minimum=2
+        ),
+    )
+
+
+def limit_from(config: DictConfig) -> Limit | None:
+    """What `budget` of the configuration says; None where it leaves it to scale.samples_seen.
+
+    Raises:
+        InputError: it says several things, or a number is not above 0.
+    """
+    given = {unit: amount for unit, amount in plain(config.budget).items() if amount is not None}
+    if len(given) > 1:
+        raise InputError(f"Only one of budget.* can limit a run. Got {given}.")
+    for unit, amount in given.items():
+        return Limit(unit, require_positive(f"budget.{unit}", amount))
+    return None

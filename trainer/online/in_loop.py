@@ -1,0 +1,175 @@
+"""Selection at every step: score a super-batch, choose the sub-batch that is trained on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.datamodules.batches import Batch, pick
+from siftclip.datamodules.order import derive_seeds, rank_slice
+from siftclip.datamodules.step_plan import StepPlan, part_sizes
+from siftclip.selectors.base import Choice, Selector, SubBatch, draw
+from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.selectors.source import Logits, Source
+from siftclip.selectors.sub_batch import add_uniform
+from siftclip.trainer.losses.collectives import gather_features
+from siftclip.trainer.online.live import LiveFeatures, Pair
+from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
+
+_PURPOSE_SCORING = 6
+
+
+# Scores float32 [n] or None, kept int64 [n], rows of the pool int64 [n]: of a super-batch.
+Described = tuple[np.ndarray | None, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What a step trains on, on this rank."""
+
+    batches: Sequence[Batch]  # micro-batches
+    learner_features: Pair | None = None  # of these samples, if the scoring forward gives them
+    scoring_seconds: float = 0.0
+    selection_seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class StepDraw:
+    """Chooses sub-batches as a schedule says: the same for what is read and for what is trained."""
+
+    selector: Selector
+    schedule: Schedule
+    total_steps: int
+    groups: int
+    seed: int
+
+    def __call__(self, source: Source, step: int, samples: int) -> Choice:
+        """Choose `samples` of a source, equally many of each group. Every rank calls it."""
+        settings = self.schedule.at(step, self.total_steps)
+        quota = samples // self.groups
+        uniform = round(settings.uniform_fraction * quota)
+        asked = SubBatch(
+            samples=quota - uniform,
+            groups=self.groups,
+            temperature=settings.temperature,
+            seed=self.seed,
+        )
+        choice = draw(self.selector, source, asked)
+        if not uniform:
+            return choice
+        kept = add_uniform(choice.multiplicities, source.uids, asked, uniform)
+        return Choice(multiplicities=kept, scores=choice.scores)
+
+
+@dataclass(slots=True, kw_only=True)
+class InLoopSelection:
+    """What the training step asks for its batch."""
+
+    draw: StepDraw
+    plan: StepPlan
+    live: Sequence[LiveFeatures]
+    carried: tuple[str, ...]  # keys of cached features that batches bring for the selector
+    data: PoolData
+    reuses_forward: bool  # the scoring forward gives the features of the training forward
+    micro_batch: int | None = None
+    latest: Described | None = field(default=None, init=False)  # the last choice
+
+    @torch.no_grad()
+    def choose(self, parts: Sequence[Batch], *, step: int, rank: int, world_size: int) -> Chosen:
+        """The micro-batches that this rank trains on at a step, out of what it has read.
+
+        Features of all ranks are gathered, so that each judges with all negatives; every rank then
+        makes the same choice, in which each group of the super-batch has the same share.
+        """
+        device = parts[0].images.device
+        start = _now(device)
+        seeds = self._seeds(parts, step, rank)
+        own = {
+            f"{live.name}_{kind}": values
+            for live in self.live
+            for kind, values in zip(("img", "txt"), live.features(parts, seeds), strict=True)
+        }
+        learner = (own["learner_img"], own["learner_txt"]) if "learner_img" in own else None
+        for key in self.carried:
+            own[key] = torch.cat([part.references[key] for part in parts])
+
+        def gathered(values: Tensor) -> Tensor:
+            return gather_features(values, rank=rank, world_size=world_size)
+
+        features = {key: gathered(values) for key, values in own.items()}
+        rows = gathered(torch.cat([part.rows for part in parts])).cpu().numpy()
+        scored = _now(device)
+        ranks: Ranks = OneRank() if world_size == 1 else ProcessGroup(device)
+        source = SuperBatchSource(
+            rows,
+            step=step,
+            features=features,
+            data=self.data,
+            logits={live.name: live.logits() for live in self.live},
+            groups=self.draw.groups,
+            ranks=ranks,
+        )
+        with torch.autocast(device.type, enabled=False):  # scores are exact, as the losses are
+            choice = self.draw(source, step, self.plan.trained)
+        kept = choice.multiplicities
+        mine = torch.from_numpy(
+            np.flatnonzero(kept[rank_slice(len(rows), rank=rank, world_size=world_size)])
+        )
+        sizes = part_sizes(len(mine), self.micro_batch or len(mine))
+        batches = [pick(parts, index) for index in mine.split(sizes)]
+        self.latest = (choice.scores, kept, rows)
+        selected = _now(device)
+        reused = None
+        if self.reuses_forward and learner is not None:
+            at = mine.to(device)
+            reused = (learner[0][at], learner[1][at])
+        return Chosen(
+            batches=batches,
+            learner_features=reused,
+            scoring_seconds=scored - start,
+            selection_seconds=selected - scored,
+        )
+
+    def _seeds(self, parts: Sequence[Batch], step: int, rank: int) -> list[int]:
+        """Of dropout, by the place of a part in the super-batch, which the ranks do not change."""
+        sizes = [len(part.rows) for part in parts]
+        places = rank * sum(sizes) + np.cumsum([0, *sizes[:-1]])
+        seeds = derive_seeds(places, self.draw.seed, step, _PURPOSE_SCORING)
+        found: list[int] = (seeds >> np.uint64(1)).astype(np.int64).tolist()
+        return found
+
+
+@dataclass(slots=True, kw_only=True)
+class CachedFirstStage:
+    """A first stage: chooses by cached features and numbers, before anything is read."""
+
+    draw: StepDraw
+    data: PoolData
+    keys: Mapping[str, str]  # what the selector calls an array -> what the pool calls it
+    logits: Mapping[str, Logits]
+
+    def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
+        found = self.data.source.take_features(rows, tuple(self.keys.values()))
+        source = SuperBatchSource(
+            rows,
+            step=step,
+            features={name: found[key] for name, key in self.keys.items()},
+            data=self.data,
+            logits=self.logits,
+            groups=self.draw.groups,
+        )
+        chosen = np.flatnonzero(self.draw(source, step, wanted).multiplicities)
+        return chosen
+
+
+def _now(device: torch.device) -> float:
+    """A clock that is read when the device has done what it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()

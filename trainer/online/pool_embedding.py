@@ -1,0 +1,131 @@
+"""Features of samples of the pool by the model as it is now, for selecting again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+
+from siftclip.datamodules.batches import Request, SampleDataset
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.faults import FaultLog
+from siftclip.datamodules.files import write_npz
+from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.reader import SampleReader
+from siftclip.datamodules.streaming import LoaderOptions, make_loader
+from siftclip.eval.evaluate import evaluation_mode
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.ranks import Ranks
+from siftclip.trainer.embedding import embed_batch
+
+LEARNER = "learner"  # the arrays are learner_img and learner_txt
+
+
+@dataclass(slots=True, kw_only=True)
+class RowSampler(Sampler[list[Request]]):
+    """Batches of given rows, shard by shard: no batch has samples of two."""
+
+    parts: list[np.ndarray]  # int64 rows of a shard, ascending
+    batch_size: int
+
+    def __len__(self) -> int:
+        return sum(-(-len(part) // self.batch_size) for part in self.parts)
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        for part in self.parts:
+            for start in range(0, len(part), self.batch_size):
+                yield [(0, row) for row in part[start : start + self.batch_size].tolist()]
+
+
+@dataclass(slots=True, kw_only=True)
+class PoolEmbedder:
+    """Embeds samples with the learner, or the average of its weights."""
+
+    clip: ClipModel  # its transforms and tokenizer
+    model: Callable[[], nn.Module]
+    pool: Pool
+    loader: LoaderOptions
+    batch_size: int
+    max_image_pixels: int
+    max_bad_fraction: float
+    progress: bool
+
+    def __call__(self, rows: np.ndarray, folder: Path, ranks: Ranks, device: torch.device) -> None:
+        """Write `<shard>.npz` for the samples `rows`, int64 ascending, into `folder`.
+
+        Every rank embeds every so-manieth shard, and returns when all files are there.
+
+        Raises:
+            InputError: too many samples are bad.
+        """
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in between
+            folder.mkdir(parents=True)
+        ranks.barrier()
+        cuts = np.flatnonzero(np.diff(self.pool.shard_of_row[rows])) + 1
+        parts = np.split(rows, cuts)[ranks.rank :: ranks.size]
+        model = self.model()
+        faults = FaultLog()
+        dataset = SampleDataset(
+            reader=SampleReader(pool=self.pool, max_image_pixels=self.max_image_pixels),
+            transform=self.clip.eval_transform,
+            tokenizer=self.clip.tokenizer,
+            seed=0,  # the eval transform draws nothing
+            substitutes=None,
+        )
+        loader = make_loader(
+            dataset,
+            RowSampler(parts=parts, batch_size=self.batch_size),
+            self.loader,
+            pin_memory=device.type == "cuda",
+        )
+        shows = self.progress and ranks.rank == 0
+        bar = tqdm(
+            total=sum(map(len, parts)),
+            desc="embed",
+            unit=" samples",
+            leave=False,
+            disable=not shows,
+        )
+        with evaluation_mode(replace(self.clip, model=model), device) as ready, bar:
+            batches = iter(loader)
+            for part in parts:
+                found = []
+                for _ in range(-(-len(part) // self.batch_size)):
+                    batch = next(batches)
+                    found.append(embed_batch(ready.model, batch.to(device, non_blocking=True)))
+                    for cause, place in batch.faults:
+                        faults.add(cause, place)
+                    bar.update(len(batch.rows))
+                image, text = (torch.cat(values).numpy() for values in zip(*found, strict=True))
+                write_npz(
+                    folder / f"{self.pool.shards[self.pool.shard_of_row[part[0]]].stem}.npz",
+                    uids=self.pool.uids[part],
+                    **{f"{LEARNER}_img": image, f"{LEARNER}_txt": text},
+                )
+        faults.check(
+            owner=f"pool {self.pool.root}",
+            total=sum(map(len, parts)),
+            max_bad_fraction=self.max_bad_fraction,
+        )
+        ranks.barrier()
+
+
+def require_whole_weights(strategy: str) -> None:
+    """Embedding shard by shard is not done in lockstep, as sharded weights would need.
+
+    Raises:
+        InputError: the weights are sharded.
+    """
+    if strategy == "fsdp":
+        raise InputError(
+            "trainer.strategy=fsdp does not go with selecting again from the learner's features. "
+            "Use trainer.strategy=ddp, or online.cadence=every_step."
+        )

@@ -1,0 +1,342 @@
+"""Selecting again while training: versions of the selection, each from a step on.
+
+A version is made between two steps, by the selector that the configuration names, from features of
+the model as it is then. It is written into the run directory before its first step:
+
+    selections/v0001/selection.npy      in DataComp's format, with selection.json
+    selections/v0001/weights.npz        where the selector weights samples
+    selections/v0001/features/          of the learner, while they are needed
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from siftclip.datamodules.files import read_npz, write_npz
+from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.selection import (
+    MANIFEST_NAME,
+    expand_rows,
+    make_selection,
+    read_selection,
+    write_selection,
+)
+from siftclip.datamodules.step_plan import StepPlan
+from siftclip.datamodules.streaming import SelectionVersion
+from siftclip.selectors.base import Choice, Selector, run
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import mix64, seed_state, uniform_score
+from siftclip.selectors.ranks import OneRank, Ranks
+from siftclip.selectors.rules import keep_top
+from siftclip.selectors.source import (
+    TRAINING_LOSS,
+    Chunk,
+    DictMemo,
+    Logits,
+    Memo,
+    Part,
+    Requirements,
+    Source,
+)
+
+log = logging.getLogger(__name__)
+
+_PURPOSE_SAMPLE, _PURPOSE_VERSION = 0x73616D706C65, 0x76657273
+
+
+class Embed(Protocol):
+    """Writes features of rows into a folder, see `PoolEmbedder`."""
+
+    def __call__(
+        self, rows: np.ndarray, folder: Path, ranks: Ranks, device: torch.device
+    ) -> None: ...
+
+
+class TrainingSource(PoolSource):
+    """A pool in the middle of training: with the learner's features and the losses seen.
+
+    Its uids are renamed for every version, so that random draws differ; they name nothing outside.
+    """
+
+    def __init__(
+        self,
+        source: PoolSource,
+        *,
+        version: int,
+        live_folder: Path | None,
+        live_keys: tuple[str, ...],
+        aliases: Mapping[str, str],
+        logits: Mapping[str, Logits],
+        losses: np.ndarray | None,
+        ranks: Ranks,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            source: the pool.
+            version: number of the selection that is to be made.
+            live_folder: of the learner's features; None if there are none.
+            live_keys: what these are called.
+            aliases: what selectors call an array -> what the pool calls it.
+            logits: of the models.
+            losses: float32 by the pool's rows, see TRAINING_LOSS.
+            ranks: that select together.
+        """
+        super().__init__(
+            source.pool,
+            features=[*source.folders],
+            scores_root=source.scores_root,
+            chunk_samples=source.chunk_samples,
+            max_bad_fraction=source.max_bad_fraction,
+            ranks=ranks,
+            device=source.device,
+            progress=source.progress,
+        )
+        state = seed_state(version ^ _PURPOSE_VERSION)
+        self.uids = mix64(source.uids ^ state)
+        self._live = (
+            None
+            if live_folder is None
+            else PoolSource(
+                source.pool,
+                features=[live_folder],
+                scores_root=source.scores_root,
+                chunk_samples=source.chunk_samples,
+                max_bad_fraction=source.max_bad_fraction,
+                device=source.device,
+            )
+        )
+        self._live_keys, self._aliases = live_keys, aliases
+        self._logits, self._losses = logits, losses
+
+    def parts(self, requires: Requirements) -> list[Part]:
+        live, cached = self._split(requires.features)
+        if not live or self._live is None:
+            return super().parts(_with_features(requires, cached))
+        parts = self._live.parts(_with_features(requires, live))
+        if not cached:
+            return parts
+        present = np.zeros(len(self), dtype=bool)
+        for part in super().parts(_with_features(requires, cached)):
+            present[part.rows] = True
+        both = [Part(name=part.name, rows=part.rows[present[part.rows]]) for part in parts]
+        return [part for part in both if len(part.rows)]
+
+    def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
+        wants_loss = requires.column == TRAINING_LOSS
+        live, cached = self._split(requires.features)
+        chunk = super().take(
+            rows, _with_features(requires, (), column=None if wants_loss else requires.column)
+        )
+        features = {**chunk.features}
+        if live and self._live is not None:
+            features |= self._live.take_features(rows, live)
+        if cached:
+            found = self.take_features(rows, cached)
+            features |= {
+                key: found[self._aliases.get(key, key)]
+                for key in requires.features
+                if key not in live
+            }
+        column = chunk.column
+        if wants_loss and self._losses is not None:
+            column = self._losses[rows].astype(np.float64)
+        return Chunk(
+            rows=chunk.rows,
+            uids=chunk.uids,
+            features={key: features[key] for key in requires.features},
+            captions=chunk.captions,
+            sizes=chunk.sizes,
+            column=column,
+            lists=chunk.lists,
+        )
+
+    def logits(self, features: str) -> Logits:
+        return self._logits[features] if features in self._logits else super().logits(features)
+
+    def memo(self, selector: object) -> Memo:
+        return DictMemo()  # the learner's features change
+
+    def _split(self, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The learner's arrays among `keys`, and what the pool calls the others."""
+        live = tuple(key for key in keys if key in self._live_keys)
+        return live, tuple(self._aliases.get(key, key) for key in keys if key not in live)
+
+
+def _with_features(requires: Requirements, keys: tuple[str, ...], **changes: Any) -> Requirements:
+    return replace(requires, features=keys, **changes)
+
+
+@dataclass(slots=True, kw_only=True)
+class Reselection:
+    """Makes and keeps the versions of a run's selection."""
+
+    selector: Selector
+    source: PoolSource
+    rows: np.ndarray  # int64, version 0: what was selected before training, repetitions repeated
+    folder: Path  # of the versions
+    every_n_steps: int | None  # None: when all samples of a version have been drawn
+    plan: StepPlan
+    window: tuple[int, int]  # steps between which the selector decides; outside, version 0's rows
+    pool_fraction: float  # of version 0's samples, that are embedded and selected from
+    live_keys: tuple[str, ...]  # arrays of the learner that the selector reads
+    aliases: Mapping[str, str]
+    embed: Embed | None
+    logits: Callable[[], Mapping[str, Logits]]
+    losses: np.ndarray | None
+    weights: np.ndarray | None  # float32 by the pool's rows, that the configuration gives
+    seed: int
+    ranks: Ranks = field(default_factory=OneRank)  # others are known when training begins
+    seconds: float = 0.0  # spent on versions, in this process
+    versions: list[SelectionVersion] = field(default_factory=list)
+
+    def find(self, step: int) -> SelectionVersion:
+        """The version that a step belongs to, made now if there is none; see `FindVersion`."""
+        if not self.versions:
+            self.versions.append(
+                SelectionVersion(
+                    number=0,
+                    rows=self.rows,
+                    start_step=0,
+                    stop_step=self._stop(self.rows, 0),
+                    weights=self.weights,
+                )
+            )
+        while self.versions[-1].stop_step <= step:
+            last = self.versions[-1]
+            number, start = last.number + 1, last.stop_step
+            if not self.window[0] <= start < self.window[1]:
+                version = replace(
+                    self.versions[0],
+                    number=number,
+                    start_step=start,
+                    stop_step=self._stop(self.rows, start),
+                )
+            elif start < step:  # a continued run: the version was made before its checkpoint
+                version = self._read(number, start)
+            else:
+                version = self._make(number, start)
+            self.versions.append(version)
+        return self.versions[-1]
+
+    def embedded_samples(self, step: int) -> int:
+        """How many samples were embedded for the versions up to a step."""
+        if not self.live_keys:
+            return 0
+        made = [v for v in self.versions if v.number and v.start_step <= step and self._decides(v)]
+        return len(made) * self._candidates(1).size
+
+    def _decides(self, version: SelectionVersion) -> bool:
+        return self.window[0] <= version.start_step < self.window[1]
+
+    def _stop(self, rows: np.ndarray, start: int) -> int:
+        if self.every_n_steps is not None:
+            return min(start + self.every_n_steps, self.plan.steps)
+        return max(start + 1, self.plan.steps_for(len(rows), first=start))
+
+    def _candidates(self, version: int) -> np.ndarray:
+        """The distinct samples of version 0, or a random part of them: int64, ascending."""
+        rows = np.unique(self.rows)
+        if self.pool_fraction == 1:
+            return rows
+        uids = self.source.uids[rows]
+        draws = uniform_score(uids, self.seed ^ _PURPOSE_SAMPLE ^ (version << 32))
+        return rows[keep_top(draws, uids, max(1, int(len(rows) * self.pool_fraction))) > 0]
+
+    def _make(self, number: int, start: int) -> SelectionVersion:
+        begin = time.perf_counter()
+        folder = self.folder / f"v{number:04d}"
+        candidates = self._candidates(number)
+        features = folder / "features" if self.live_keys and self.embed is not None else None
+        if features is not None and self.embed is not None:
+            self.embed(candidates, features, self.ranks, self.source.device)
+        source = TrainingSource(
+            self.source,
+            version=number,
+            live_folder=features,
+            live_keys=self.live_keys,
+            aliases=self.aliases,
+            logits=self.logits(),
+            losses=self.losses,
+            ranks=self.ranks,
+        )
+        restricted: Source = source.restrict(candidates)
+        choice = run(self.selector, restricted)
+        multiplicities = np.zeros(len(source), dtype=np.int64)
+        multiplicities[candidates] = choice.multiplicities
+        report = source.reports[-1]
+        selection = make_selection(
+            self.source.pool.uids,
+            multiplicities,
+            {
+                "version": number,
+                "start_step": start,
+                "candidates": len(candidates),
+                "embedded_samples": len(candidates) if features is not None else 0,
+                **report,
+            },
+        )
+        rows, _ = expand_rows(selection, self.source.pool)
+        weights = self._weights(choice, candidates)
+        if self.ranks.rank == 0:
+            if weights is not None:
+                write_npz(folder / "weights.npz", weights=weights[np.unique(rows)])
+            write_selection(selection, folder)
+            if features is not None:
+                shutil.rmtree(features)
+        self.ranks.barrier()
+        self.seconds += time.perf_counter() - begin
+        log.info(
+            "selection %d from step %d: %d of %d samples (%d distinct), %.1f s",
+            number,
+            start,
+            len(rows),
+            len(candidates),
+            len(selection.uids),
+            time.perf_counter() - begin,
+        )
+        return SelectionVersion(
+            number=number,
+            rows=rows,
+            start_step=start,
+            stop_step=self._stop(rows, start),
+            weights=weights,
+        )
+
+    def _weights(self, choice: Choice, candidates: np.ndarray) -> np.ndarray | None:
+        """What samples count in the loss: the configuration's weights times the selector's."""
+        if choice.weights is None:
+            return self.weights
+        own = np.ones(len(self.source), dtype=np.float32)
+        own[candidates] = choice.weights
+        return own if self.weights is None else own * self.weights
+
+    def _read(self, number: int, start: int) -> SelectionVersion:
+        folder = self.folder / f"v{number:04d}"
+        if not (folder / MANIFEST_NAME).is_file():
+            raise InputError(
+                f"{folder} is missing: the run was trained on this selection from step {start} on, "
+                "and cannot be continued without it. Put it back, or start a new run."
+            )
+        selection = read_selection(folder)
+        rows, _ = expand_rows(selection, self.source.pool)
+        weights = self.weights
+        if (folder / "weights.npz").is_file():
+            weights = np.ones(len(self.source), dtype=np.float32)
+            (weights[np.unique(rows)],) = read_npz(folder / "weights.npz", ["weights"])
+        return SelectionVersion(
+            number=number,
+            rows=rows,
+            start_step=start,
+            stop_step=self._stop(rows, start),
+            weights=weights,
+        )

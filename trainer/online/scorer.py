@@ -1,0 +1,102 @@
+"""A small model that is trained beside the learner, on the same samples, and scores in its place.
+
+The idea of ActiveCLIP (arXiv 2312.05328): scoring with a model the size of a small reference costs
+a fraction of scoring with the learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from siftclip.datamodules.batches import Batch
+from siftclip.trainer.losses import SoftmaxLoss
+from siftclip.trainer.online.scoring import resized_images
+from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
+from siftclip.trainer.step import Objective, StepContext, compute_gradients
+from siftclip.trainer.update import gradient_norm, step_if_finite
+
+
+class OnlineScorer:
+    """An open_clip model with its optimiser. It is no part of the trained module.
+
+    Every rank holds an equal copy: gradients are averaged over ranks here.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, *, image_size: int) -> None:
+        """Set what is trained.
+
+        Args:
+            model: an open_clip model, with the tokenizer of the learner.
+            optim: its optimiser; the schedule of the rate is the learner's.
+            image_size: of its images, to which those of the learner are resized.
+        """
+        model.output_dict = True  # type: ignore[assignment]  # open_clip's switch of what forward returns
+        self.model = model
+        self.image_size = image_size
+        self._objective = Objective(loss=SoftmaxLoss())
+        self._optim = replace(optim, image_layer_decay=None, text_layer_decay=None, ema_decay=None)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def on_device(self, device: torch.device) -> nn.Module:
+        """The model, on the device of the images."""
+        if self._optimizer is None:
+            self.model.to(device)
+            self._optimizer = make_optimizer(self.model, self._optim, fused=True)
+            for group in self._optimizer.param_groups:
+                group["base_lr"] = group["lr"]
+            if self._restored is not None:
+                self.model.load_state_dict(self._restored["model"])
+                self._optimizer.load_state_dict(self._restored["optimizer"])
+        return self.model
+
+    def step(
+        self, batches: Sequence[Batch], *, lr_factor: float, rank: int, world_size: int
+    ) -> Tensor:
+        """Train on what the learner trains on; the loss, a scalar.
+
+        Args:
+            batches: micro-batches of this rank.
+            lr_factor: of the learning rate at this step.
+            rank: of this process.
+            world_size: number of ranks.
+        """
+        model = self.on_device(batches[0].images.device).train()
+        optimizer = self._optimizer
+        if optimizer is None:
+            raise RuntimeError("the scorer has no optimiser yet")
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        optimizer.zero_grad(set_to_none=True)
+        resized = [replace(b, images=resized_images(b.images, self.image_size)) for b in batches]
+        with torch.enable_grad():
+            terms = compute_gradients(
+                model, self._objective, resized, StepContext(rank=rank, world_size=world_size)
+            )
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if world_size > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= world_size
+            pieces = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, piece in zip(gradients, pieces, strict=True):
+                gradient.copy_(piece.view_as(gradient))
+        finite = torch.isfinite(gradient_norm(model.parameters()))
+        step_if_finite(optimizer, finite, optimizer.step, on_device=True)
+        clamp_logit_scale(model)
+        return terms["loss"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        optimizer = {} if self._optimizer is None else self._optimizer.state_dict()
+        return {"model": self.model.state_dict(), "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; the weights move to the device at the next step."""
+        self._restored = state

@@ -1,0 +1,436 @@
+"""From the configuration to what selects while a run trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.columns import read_column
+from siftclip.datamodules.pool_source import PoolSource
+from siftclip.datamodules.row_features import RowFeatures
+from siftclip.datamodules.step_plan import StepPlan
+from siftclip.selectors.base import ScoreSelector
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.source import Logits
+from siftclip.selectors.uniform import Uniform
+from siftclip.trainer.lightning_setup import loader_options
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.objective import LossData
+from siftclip.trainer.online.cost import CostModel, SampleFlops
+from siftclip.trainer.online.diagnostics import Diagnostics, read_kinds
+from siftclip.trainer.online.flops import forward_flops, training_flops
+from siftclip.trainer.online.in_loop import CachedFirstStage, InLoopSelection, StepDraw
+from siftclip.trainer.online.live import CachedModel, LiveFeatures, ScoredModel, model_logits
+from siftclip.trainer.online.losses_seen import LossesSeen
+from siftclip.trainer.online.online import Learner, Online
+from siftclip.trainer.online.options import (
+    LEARNER,
+    REFERENCE,
+    SCORER,
+    Needs,
+    online_selector,
+    reference_logits,
+    schedule_from,
+)
+from siftclip.trainer.online.pool_embedding import PoolEmbedder
+from siftclip.trainer.online.record import RECORD_NAME, ChosenRows
+from siftclip.trainer.online.reselection import Reselection
+from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.online.scorer import OnlineScorer
+from siftclip.trainer.online.scoring import ScoringConfig, check_scoring, scoring_is_forward
+from siftclip.trainer.online.super_batch import PoolData, read_files
+from siftclip.trainer.optim import OptimConfig
+from siftclip.trainer.stages import SelectOutcome, plain, selector_from
+
+VERSIONS_FOLDER = "selections"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunParts:
+    """What a run is made of."""
+
+    config: DictConfig
+    clip: ClipModel
+    selected: SelectOutcome
+    loss_data: LossData
+    folder: Path  # of the run
+    global_batch_size: int
+    world_size: int
+
+    @property
+    def source(self) -> PoolSource:
+        return self.selected.source
+
+
+def build_online(parts: RunParts, total_steps: int) -> Online:
+    """What selects while a run of so many steps trains.
+
+    Raises:
+        InputError: an option is wrong for this model, pool or number of devices.
+    """
+    cadence = parts.config.online.cadence
+    if cadence == "every_step":
+        return _every_step(parts, total_steps)
+    plan = StepPlan.plain(parts.global_batch_size, total_steps)
+    learner = Learner(weights="learner" if cadence == "once" else parts.config.online.weights)
+    flops = _training_flops(parts)
+    if cadence == "once":
+        cost = CostModel(plan=plan, flops=flops, scores_after_reading=False)
+        return Online(plan=plan, cost=cost, source=parts.source, learner=learner)
+    reselection, losses = _reselection(parts, plan, learner)
+    cost = CostModel(
+        plan=plan,
+        flops=replace(flops, embedding=forward_flops(parts.clip.model)),
+        scores_after_reading=False,
+        embedded=reselection.embedded_samples,
+    )
+    return Online(
+        plan=plan,
+        cost=cost,
+        source=parts.source,
+        learner=learner,
+        reselection=reselection,
+        losses=losses,
+    )
+
+
+def _training_flops(parts: RunParts) -> SampleFlops:
+    """Of the learner; with micro-batches their first forward comes on top."""
+    micro_batch = parts.config.trainer.micro_batch_size
+    several = micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
+    return SampleFlops(
+        training=training_flops(parts.clip.model),
+        repeated=forward_flops(parts.clip.model) if several else 0,
+    )
+
+
+# ---- every step ----------------------------------------------------------------------------------
+
+
+def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
+    """How many samples the steps of a run draw, read and train on. Reads no file."""
+    config = parts.config
+    if config.online.cadence != "every_step":
+        return StepPlan.plain(parts.global_batch_size, total_steps)
+    groups = _groups(parts)
+    sizes = schedule_from(config).super_batch_samples(total_steps, parts.global_batch_size, groups)
+    trained = np.full_like(sizes, parts.global_batch_size)
+    if _chooses_before_reading(config):
+        return StepPlan(trained=parts.global_batch_size, drawn=sizes, read=trained)
+    drawn = sizes
+    if config.online.first_stage.selector is not None:
+        keep = 1 - float(config.online.first_stage.filter_ratio)
+        drawn = np.where(sizes > trained, np.round(sizes / keep / groups) * groups, sizes)
+    return StepPlan(
+        trained=parts.global_batch_size, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes
+    )
+
+
+def _chooses_before_reading(config: DictConfig) -> bool:
+    """Whether the selector needs nothing that only the step itself knows."""
+    selector, _ = online_selector(config)
+    needs = Needs.of(selector)
+    live = [LEARNER, SCORER]
+    if config.online.reference.model.name is not None:
+        live.append(REFERENCE)
+    # A state would run ahead of the step with the loader, and what was learned would be lost.
+    return not (any(map(needs.of_model, live)) or needs.training_loss or selector.state_dict())
+
+
+def _groups(parts: RunParts) -> int:
+    wanted = parts.config.online.groups
+    groups = parts.world_size if wanted == "auto" else int(wanted)
+    if groups % parts.world_size or parts.global_batch_size % groups:
+        raise InputError(
+            "online.groups must be a multiple of the devices and divide scale.global_batch_size, "
+            f"so that all get equally many samples. Got {groups}, with {parts.world_size} devices "
+            f"and {parts.global_batch_size} samples a step."
+        )
+    return groups
+
+
+def _every_step(parts: RunParts, total_steps: int) -> Online:
+    config, source, model = parts.config, parts.source, parts.clip.model
+    online = config.online
+    schedule, groups, plan = (
+        schedule_from(config),
+        _groups(parts),
+        step_plan(parts, total_steps),
+    )
+    selector, _ = online_selector(config)
+    needs = Needs.of(selector)
+    losses = LossesSeen(len(parts.selected.pool)) if needs.training_loss else None
+
+    def step_draw(chosen: Any, schedule: Schedule) -> StepDraw:
+        return StepDraw(
+            selector=chosen,
+            schedule=schedule,
+            total_steps=total_steps,
+            groups=groups,
+            seed=config.seed,
+        )
+
+    def pool_data(of: Needs) -> PoolData:
+        return PoolData(
+            source=source,
+            files=read_files(source, of.files),
+            losses=None if losses is None else losses.values,
+        )
+
+    aliases = reference_aliases(config)
+    told = {REFERENCE: reference_logits(config)}
+
+    def first_stage(chosen: Any, of: Needs, schedule: Schedule) -> CachedFirstStage:
+        keys = {key: aliases.get(key, key) for key in sorted(of.features)}
+        _check_cached(source, tuple(keys.values()))
+        return CachedFirstStage(
+            draw=step_draw(chosen, schedule), data=pool_data(of), keys=keys, logits=told
+        )
+
+    learner = Learner(weights=online.weights)
+    flops = _training_flops(parts)
+    diagnostics, record = _diagnostics(parts), None
+    if online.diagnostics.record_chosen:
+        record = ChosenRows(
+            parts.folder / RECORD_NAME, steps=total_steps, samples=parts.global_batch_size
+        )
+    if _chooses_before_reading(config):
+        return Online(
+            plan=plan,
+            cost=CostModel(plan=plan, flops=flops, scores_after_reading=False),
+            source=source,
+            learner=learner,
+            first_stage=first_stage(selector, needs, schedule),
+            diagnostics=diagnostics,
+            record=record,
+        )
+    scoring = ScoringConfig(**plain(online.scoring))
+    check_scoring(model, scoring)
+    live: list[LiveFeatures] = []
+    scorer: OnlineScorer | None = None
+    training, scoring_flops = flops.training, 0
+    carried = needs.features
+    if needs.of_model(LEARNER):
+        live.append(ScoredModel(name=LEARNER, model=learner, config=scoring))
+        scoring_flops += forward_flops(model, scoring=scoring)
+    if needs.of_model(REFERENCE):
+        reference, forward = _reference(parts, scoring, told[REFERENCE])
+        live.append(reference)
+        scoring_flops += forward
+    if needs.of_model(SCORER):
+        scorer, small, forward = _scorer(parts)
+        live.append(small)
+        scoring_flops += forward
+        training += training_flops(scorer.model)
+    carried = carried - {f"{m.name}_{kind}" for m in live for kind in ("img", "txt")}
+    cached = {key for m in live if isinstance(m, CachedModel) for key in m.keys} | carried
+    first = None
+    if online.first_stage.selector is not None:
+        early, _ = online_selector(config, "online.first_stage.selector")
+        course = Schedule(filter_ratio=0.0)
+        first = first_stage(early, Needs.of(early), course)
+    reuses_forward = (
+        online.weights == "learner"
+        and config.trainer.micro_batch_size is not None
+        and scoring_is_forward(model, scoring)
+    )
+    in_loop = InLoopSelection(
+        draw=step_draw(selector, schedule),
+        plan=plan,
+        live=live,
+        carried=tuple(sorted(carried)),
+        data=pool_data(needs),
+        reuses_forward=reuses_forward,
+        micro_batch=config.trainer.micro_batch_size,
+    )
+    return Online(
+        plan=plan,
+        cost=CostModel(
+            plan=plan,
+            flops=replace(flops, training=training, scoring=scoring_flops),
+            scores_after_reading=True,
+            reuses_forward=reuses_forward and needs.of_model(LEARNER) != (),
+        ),
+        source=source,
+        learner=learner,
+        references=_carried_features(parts, cached),
+        in_loop=in_loop,
+        first_stage=first,
+        losses=losses,
+        diagnostics=diagnostics,
+        record=record,
+        scorer=scorer,
+    )
+
+
+def reference_aliases(config: DictConfig) -> dict[str, str]:
+    """What selectors call the reference's arrays -> what the pool calls its cached ones."""
+    if OmegaConf.select(config, "online.reference.model.name") is not None:
+        return {}
+    name = config.online.reference.features.name
+    return {f"{REFERENCE}_{kind}": f"{name}_{kind}" for kind in ("img", "txt")}
+
+
+def _check_cached(source: PoolSource, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        source.store((key,))
+
+
+def _reference(parts: RunParts, scoring: ScoringConfig, told: Logits) -> tuple[LiveFeatures, int]:
+    """The reference, and FLOPs of its forward of a sample."""
+    node = parts.config.online.reference
+    if node.model.name is None:
+        aliases = reference_aliases(parts.config)
+        keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
+        _check_cached(parts.source, keys)
+        return CachedModel(name=REFERENCE, keys=keys, told=told), 0
+    clip = clip_model_from(node.model, "online.reference.model", trained=True)
+    _check_inputs(parts.clip, clip, "online.reference.model")
+    frozen = clip.model.eval().requires_grad_(False)
+    plain_scoring = ScoringConfig(precision=scoring.precision)
+    return (
+        ScoredModel(
+            name=REFERENCE,
+            model=lambda: frozen.to(parts.source.device),
+            config=plain_scoring,
+            image_size=_image_size(clip),
+        ),
+        forward_flops(frozen),
+    )
+
+
+def _scorer(parts: RunParts) -> tuple[OnlineScorer, LiveFeatures, int]:
+    """The small scorer, its features, and FLOPs of its forward of a sample."""
+    config = parts.config
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        clip = clip_model_from(config.online.scorer, "online.scorer")
+    _check_inputs(parts.clip, clip, "online.scorer")
+    size = _image_size(clip)
+    scorer = OnlineScorer(clip.model, OptimConfig(**plain(config.optim)), image_size=size)
+    features = ScoredModel(
+        name=SCORER,
+        model=lambda: scorer.on_device(parts.source.device),
+        config=ScoringConfig(),
+        image_size=size,
+    )
+    return scorer, features, forward_flops(clip.model)
+
+
+def _image_size(clip: ClipModel) -> int:
+    size = clip.config["preprocess_cfg"]["size"]
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _check_inputs(learner: ClipModel, other: ClipModel, option: str) -> None:
+    """Another model sees the learner's images, resized, and its tokens.
+
+    Raises:
+        InputError: its images are normalised otherwise, or it has another tokenizer.
+    """
+    for key in ("mean", "std"):
+        ours, theirs = (tuple(clip.config["preprocess_cfg"][key]) for clip in (learner, other))
+        if ours != theirs:
+            raise InputError(
+                f"{option} must take images with the model's {key}, {ours}. It wants {theirs}. Use "
+                "cached features instead."
+            )
+    probe = ["a photo of a cat", "Two dogs, 3 birds & a very small car!"]
+    tokens = [clip.tokenizer(probe) for clip in (learner, other)]
+    if tokens[0].shape != tokens[1].shape or not torch.equal(*tokens):
+        raise InputError(
+            f"{option} must have the tokenizer and context length of the model. Use cached "
+            "features instead."
+        )
+
+
+def _carried_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
+    """Cached features that batches bring for the selector, beside those of the loss."""
+    of_loss = parts.loss_data.references
+    by_store: dict[str, tuple[Any, list[str]]] = {}
+    for key in sorted(keys):
+        store = parts.source.store((key,))
+        if of_loss is not None and key in of_loss.keys:
+            if parts.loss_data.identity.get("features") != store.fingerprint:
+                raise InputError(
+                    f"loss.teacher.features and online read different arrays {key!r}. Give one of "
+                    "the feature sets another name."
+                )
+            continue
+        by_store.setdefault(store.fingerprint, (store, []))[1].append(key)
+    samples = len(parts.selected.pool)
+    return [RowFeatures.build(store, tuple(names), samples) for store, names in by_store.values()]
+
+
+def _diagnostics(parts: RunParts) -> Diagnostics:
+    node, pool = parts.config.online.diagnostics, parts.selected.pool
+    offline = clusters = kinds = None
+    names: tuple[str, ...] = ()
+    if node.offline is not None:
+        option = "online.diagnostics.offline"
+        offline = read_column(pool, Path(node.offline), "score", option=option).astype(np.float32)
+    else:
+        selector, _, _ = selector_from(parts.config)
+        if isinstance(selector, ScoreSelector) and not isinstance(selector, Uniform):
+            offline = selector.scores(parts.source)  # kept by the select stage
+    if node.clusters is not None:
+        option = "online.diagnostics.clusters"
+        found = read_column(pool, Path(node.clusters), "cluster", option=option)
+        clusters = np.where(np.isnan(found), -1, found).astype(np.int64)
+    if node.truth is not None:
+        kinds, names = read_kinds(pool, Path(node.truth))
+    return Diagnostics(len(pool), offline=offline, clusters=clusters, kinds=kinds, kind_names=names)
+
+
+# ---- every so many steps -------------------------------------------------------------------------
+
+
+def _reselection(
+    parts: RunParts, plan: StepPlan, learner: Learner
+) -> tuple[Reselection, LossesSeen | None]:
+    config, source = parts.config, parts.source
+    online = config.online
+    selector, _ = online_selector(config)
+    needs = Needs.of(selector)
+    losses = LossesSeen(len(parts.selected.pool)) if needs.training_loss else None
+    live_keys = needs.of_model(LEARNER)
+    aliases = reference_aliases(config)
+    _check_cached(source, tuple(aliases.get(key, key) for key in needs.features - {*live_keys}))
+    embedder = PoolEmbedder(
+        clip=parts.clip,
+        model=learner,
+        pool=parts.selected.pool,
+        loader=loader_options(config),
+        batch_size=online.batch_size,
+        max_image_pixels=config.data.max_image_pixels,
+        max_bad_fraction=config.pool.max_bad_fraction,
+        progress=config.progress,
+    )
+    reselection = Reselection(
+        selector=selector,
+        source=source,
+        rows=parts.selected.rows,
+        folder=parts.folder / VERSIONS_FOLDER,
+        every_n_steps=online.every_n_steps,
+        plan=plan,
+        window=(round(online.start * plan.steps), round(online.stop * plan.steps)),
+        pool_fraction=float(online.pool_fraction),
+        live_keys=live_keys,
+        aliases=aliases,
+        embed=embedder if live_keys else None,
+        logits=lambda: {REFERENCE: reference_logits(config), **_learner_logits(learner, live_keys)},
+        losses=None if losses is None else losses.values,
+        weights=parts.loss_data.weights,
+        seed=config.seed,
+    )
+    return reselection, losses
+
+
+def _learner_logits(learner: Learner, keys: tuple[str, ...]) -> dict[str, Logits]:
+    return {LEARNER: model_logits(learner())} if keys else {}

@@ -1,0 +1,110 @@
+"""A super-batch as selectors see it: features of this step, everything else from the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.datamodules.pool_source import PoolSource
+from siftclip.selectors.hashing import mix64, seed_state
+from siftclip.selectors.ranks import Ranks
+from siftclip.selectors.source import (
+    TRAINING_LOSS,
+    Chunk,
+    FeatureFile,
+    Logits,
+    MemorySource,
+    Requirements,
+)
+
+_PURPOSE = 0x7375706572
+
+
+def step_uids(uids: np.ndarray, step: int) -> np.ndarray:
+    """Names of the samples of a super-batch that differ from step to step, uint64 [n, 2].
+
+    Selectors draw random numbers from (seed, uid). With the uids of the pool they would draw the
+    same ones at every step; and a sample may be in a super-batch twice, where two passes over a
+    selection meet.
+
+    Args:
+        uids: uint64 [n, 2], of the samples in the order of the super-batch.
+        step: of the run.
+    """
+    place = mix64(np.arange(len(uids), dtype=np.uint64) ^ seed_state(step ^ _PURPOSE))
+    return np.stack([mix64(uids[:, 0] ^ place), mix64(uids[:, 1] + place)], axis=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolData:
+    """What super-batches of a run take from the pool."""
+
+    source: PoolSource
+    files: Mapping[FeatureFile, Tensor]  # features of targets, on the device
+    losses: np.ndarray | None = None  # float32 by the pool's rows, see TRAINING_LOSS
+
+
+class SuperBatchSource(MemorySource):
+    """The samples of a super-batch. Its rows are places in it, not rows of the pool."""
+
+    def __init__(
+        self,
+        pool_rows: np.ndarray,
+        *,
+        step: int,
+        features: Mapping[str, Tensor],
+        data: PoolData,
+        logits: Mapping[str, Logits],
+        groups: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Hold a super-batch.
+
+        Args:
+            pool_rows: int64 [n], rows of the pool; one may stand twice.
+            step: of the run.
+            features: key -> float [n, d], of all ranks, in the order of `pool_rows`.
+            data: of the pool.
+            logits: of the models whose features these are.
+            groups: of the sub-batch; the ranks share the work by groups.
+            ranks: that hold the same super-batch.
+        """
+        count = len(pool_rows)
+        chunk = Chunk(
+            rows=np.arange(count),
+            uids=step_uids(data.source.uids[pool_rows], step),
+            features=dict(features),
+        )
+        super().__init__(
+            chunk, files=data.files, logits=logits, part_samples=count // groups, ranks=ranks
+        )
+        self.pool_rows, self.data = pool_rows, data
+        if not features:
+            self.device = data.source.device
+
+    def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
+        taken = super().take(rows, requires)
+        wants_loss = requires.column == TRAINING_LOSS
+        asked = replace(requires, features=(), column=None if wants_loss else requires.column)
+        if asked != Requirements():
+            found = self.data.source.take(self.pool_rows[rows], asked)
+            taken = replace(
+                taken,
+                captions=found.captions,
+                sizes=found.sizes,
+                column=found.column,
+                lists=found.lists,
+            )
+        if wants_loss and self.data.losses is not None:
+            losses = self.data.losses[self.pool_rows[rows]].astype(np.float64)
+            taken = replace(taken, column=losses)
+        return taken
+
+
+def read_files(source: PoolSource, files: tuple[FeatureFile, ...]) -> dict[FeatureFile, Tensor]:
+    """Features of targets, once for all steps: float [n, d] on the source's device."""
+    return {file: torch.cat(list(source.file(file))) for file in dict.fromkeys(files)}

@@ -1,0 +1,234 @@
+"""What a run will cost, and for how many steps a budget lasts: both from a few measured steps."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.ranks import OneRank
+from siftclip.trainer.assembly import data_module_from, new_model, training_module
+from siftclip.trainer.budget import Budget, Limit
+from siftclip.trainer.launch import require_launcher
+from siftclip.trainer.lightning_setup import make_trainer
+from siftclip.trainer.objective import LossData
+from siftclip.trainer.online.cost import largest_within
+from siftclip.trainer.online.planner import (
+    Forecast,
+    Profile,
+    StepClock,
+    StepSeconds,
+    mean_profile,
+)
+from siftclip.trainer.online.setup import RunParts, build_online, step_plan
+from siftclip.trainer.stages import SelectOutcome, output_root
+
+WARM_UP_STEPS = 4
+STEPS = 16
+ROUNDS = 2
+EMBEDDED_SAMPLES = 2048  # of the pool, from which the time of a whole version is estimated
+
+
+def forecast(config: DictConfig, parts: RunParts, budget: Budget) -> Forecast:
+    """What a run will cost, from measured steps."""
+    profile = profile_run(config, parts.selected, parts.loss_data, budget, parts.world_size)
+    online = build_online(parts, budget.total_steps)
+    return Forecast(
+        profile=profile,
+        plan=online.plan,
+        cost=online.cost.at(online.plan.steps),
+        versions=_versions(config, parts.selected, online.plan.steps, budget.global_batch_size),
+        samples_seen=budget.samples_seen,
+    )
+
+
+def steps_within(limit: Limit, parts: RunParts, config: DictConfig, budget: Budget) -> int:
+    """For how many steps a limit lasts, at least 1.
+
+    Seconds are those of training, as measured on a few steps before the run; the run itself may
+    take more or less, and reports what it took.
+
+    Args:
+        limit: of the run.
+        parts: of the run.
+        config: of the command.
+        budget: whose batch size holds.
+    """
+    if limit.unit == "seconds":
+        profile = profile_run(config, parts.selected, parts.loss_data, budget, parts.world_size)
+
+        def seconds(steps: int) -> float:
+            versions = _versions(config, parts.selected, steps, budget.global_batch_size)
+            return profile.run_seconds(step_plan(parts, steps), versions)
+
+        return largest_within(limit.amount, seconds)
+    example = build_online(parts, total_steps=1).cost
+
+    def cost(steps: int) -> float:
+        plan = step_plan(parts, steps)
+        versions = _versions(config, parts.selected, steps, budget.global_batch_size)
+        embedded = versions * _candidates(config, parts.selected)
+        of_plan = replace(example, plan=plan, embedded=lambda step: embedded).at(steps)
+        return of_plan[limit.unit]
+
+    return largest_within(limit.amount, cost)
+
+
+def profile_run(
+    config: DictConfig,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    budget: Budget,
+    world_size: int,
+) -> Profile:
+    """Measure plain steps and selecting ones, in alternation, in a folder that is then deleted.
+
+    Raises:
+        InputError: several devices without a launcher, which would start the command again.
+    """
+    require_launcher("train with plan=true or budget.seconds", config.trainer, os.environ)
+    steps = WARM_UP_STEPS + STEPS + 1
+    short = Budget(
+        samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
+    )
+
+    def measured(changed: DictConfig, folder: Path) -> StepSeconds:
+        clip = new_model(changed)
+        online = build_online(
+            RunParts(
+                config=changed,
+                clip=clip,
+                selected=selected,
+                loss_data=loss_data,
+                folder=folder,
+                global_batch_size=budget.global_batch_size,
+                world_size=world_size,
+            ),
+            steps,
+        )
+        clock = StepClock(WARM_UP_STEPS)
+        trainer = make_trainer(
+            changed,
+            folder=folder,
+            callbacks=[clock],
+            loggers=[],
+            max_steps=steps,
+            max_epochs=-1,
+            enable_checkpointing=False,
+        )
+        trainer.fit(
+            training_module(changed, clip, selected, loss_data, short, online),
+            datamodule=data_module_from(changed, clip, selected, loss_data, short, online),
+        )
+        slowest: StepSeconds = trainer.strategy.broadcast(clock.result())  # ranks must agree
+        return slowest
+
+    quiet = {"progress": False, "trainer": {"log_every_n_steps": 10**9}}
+    once = _changed(config, {**quiet, "online": None}, online={"cadence": "once"})
+    root = output_root(config)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=root) as name:
+        folder = Path(name)
+        plain = mean_profile(lambda: measured(once, folder), ROUNDS)
+        selecting, extra, version_seconds = None, 0, 0.0
+        if config.online.cadence == "every_step":
+            always = _always_selecting(config, quiet)
+            selecting = mean_profile(lambda: measured(always, folder), ROUNDS)
+            parts = RunParts(
+                config=always,
+                clip=new_model(always),
+                selected=selected,
+                loss_data=loss_data,
+                folder=folder,
+                global_batch_size=budget.global_batch_size,
+                world_size=world_size,
+            )
+            plan = step_plan(parts, steps)
+            extra = int(plan.drawn[-1] - plan.trained)
+        elif config.online.cadence != "once":
+            version_seconds = _version_seconds(config, selected, loss_data, budget, folder)
+    return Profile(
+        plain=plain, selecting=selecting, profiled_extra=extra, version_seconds=version_seconds
+    )
+
+
+def _changed(config: DictConfig, changes: dict[str, Any], **nodes: Any) -> DictConfig:
+    merged = OmegaConf.merge(config, {k: v for k, v in changes.items() if v is not None})
+    for name, value in nodes.items():
+        merged[name] = value
+    if not isinstance(merged, DictConfig):
+        raise TypeError("a configuration is a mapping")
+    return merged
+
+
+def _always_selecting(config: DictConfig, quiet: dict[str, Any]) -> DictConfig:
+    """The configuration with the largest super-batch of its schedule at every step."""
+    ratio = config.online.schedule.filter_ratio
+    if OmegaConf.is_list(ratio):
+        ratio = max(knot[1] for knot in ratio)
+    schedule = {"filter_ratio": ratio, "start": 0.0, "stop": 1.0, "warmup_steps": 0}
+    always = OmegaConf.merge(config, quiet)
+    always.online.schedule = {**always.online.schedule, **schedule}
+    always.online.diagnostics.record_chosen = False
+    if not isinstance(always, DictConfig):
+        raise TypeError("a configuration is a mapping")
+    return always
+
+
+def _versions(config: DictConfig, selected: SelectOutcome, steps: int, batch: int) -> int:
+    """How many selections a run of so many steps makes on the way."""
+    online = config.online
+    if online.cadence in ("once", "every_step"):
+        return 0
+    every = online.every_n_steps or max(1, -(-len(selected.rows) // batch))
+    starts = np.arange(every, steps, every)
+    first, stop = round(online.start * steps), round(online.stop * steps)
+    return int(((starts >= first) & (starts < stop)).sum())
+
+
+def _candidates(config: DictConfig, selected: SelectOutcome) -> int:
+    if config.online.cadence in ("once", "every_step"):
+        return 0
+    return int(len(np.unique(selected.rows)) * config.online.pool_fraction)
+
+
+def _version_seconds(
+    config: DictConfig, selected: SelectOutcome, loss_data: LossData, budget: Budget, folder: Path
+) -> float:
+    """Of embedding the candidates of a version, from a part of them; choosing is not counted."""
+    clip = new_model(config)
+    parts = RunParts(
+        config=config,
+        clip=clip,
+        selected=selected,
+        loss_data=loss_data,
+        folder=folder,
+        global_batch_size=budget.global_batch_size,
+        world_size=1,
+    )
+    online = build_online(parts, STEPS)
+    if online.reselection is None or online.reselection.embed is None:
+        return 0.0
+    device = selected.source.device
+    online.learner.model = clip.model.to(device)
+    rows = np.unique(selected.rows)[:EMBEDDED_SAMPLES]
+    start = time.perf_counter()
+    online.reselection.embed(rows, folder / "embedded", OneRank(), device)
+    return (time.perf_counter() - start) * _candidates(config, selected) / len(rows)
+
+
+def check_plan(config: DictConfig) -> None:
+    """Whether `plan` is a truth value.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(config.plan, bool):
+        raise InputError(f"plan must be true or false. Got {config.plan!r}.")
