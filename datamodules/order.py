@@ -90,8 +90,10 @@ class SampleOrder:
     first_position: int = 0  # in the sequence of all samples of the run, where these rows begin
     shard_of_row: np.ndarray | None = None  # int32, for all rows of the pool
     window_shards: int | None = None  # see `shuffle`
-    _pass: int = field(default=-1, repr=False)  # the pass whose order is kept
-    _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    _pass: int = field(default=-1, init=False, repr=False)  # the pass whose order is kept
+    _order: np.ndarray = field(
+        default_factory=lambda: np.empty(0, np.int64), init=False, repr=False
+    )
 
     def _rows_of_pass(self, number: int) -> np.ndarray:
         if number != self._pass:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +20,7 @@ from siftclip.datamodules.batches import Batch, Request, SampleDataset, StepBatc
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.image_transform import ResizeBackend
+from siftclip.datamodules.loader_process import first_item, leave_process_group
 from siftclip.datamodules.order import (
     FirstStage,
     SampleOrder,
@@ -39,11 +39,6 @@ log = logging.getLogger(__name__)
 FIRST_SAMPLES = 1000  # judged together: few samples say little of a rate
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
-
-
-def first_item(batches: list[Batch]) -> Batch:
-    """Collate nothing: `__getitems__` has built the batch already."""
-    return batches  # type: ignore[return-value]  # the loader hands over what __getitems__ gave
 
 
 @dataclass(slots=True, kw_only=True)
@@ -217,15 +212,6 @@ class LoaderOptions:
             raise InputError(
                 f"data.start_method must be null or one of {methods}. Got {self.start_method!r}."
             )
-
-
-def leave_process_group(worker: int) -> None:
-    """Keep the group's signals from a loader process; the training process ends it.
-
-    Ctrl-C and torchrun signal the whole group. Loader processes that die of that take the step,
-    and the checkpoint that it was to end with, along.
-    """
-    os.setpgid(0, 0)
 
 
 def make_loader(

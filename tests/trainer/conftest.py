@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.datamodules.files import write_npz
+from siftclip.datamodules.loader_process import leave_process_group
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.streaming import leave_process_group
 
 Completed = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -1,0 +1,340 @@
+"""Versions of a selection, other methods of the loop, budgets, and what a plan foretells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from siftclip.datamodules.demo_pool import DemoData
+from siftclip.datamodules.files import read_json, read_jsonl
+from siftclip.datamodules.selection import expand_rows, read_selection
+from siftclip.datamodules.uids import format_uid
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.infobatch import InfoBatch
+from siftclip.trainer.online.losses_seen import LossesSeen
+from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.stages import pool_from
+from siftclip.trainer.training import plan_stage, train_stage
+
+Compose = Callable[..., DictConfig]
+ALL = ["selector=random", "selector.fraction=1"]
+EVERY_STEP = [*ALL, "online=every_step", "online.selector.fraction=0.5"]
+AGAIN = [
+    "selector=random",
+    "selector.fraction=0.9",
+    "online=every_n_steps",
+    "online.every_n_steps=2",
+    "online.pool_fraction=0.5",
+    "online.selector.fraction=0.2",
+]
+
+
+def records(run: RunDir) -> dict[int, dict[str, float]]:
+    found = read_jsonl(run.path / "metrics.jsonl")
+    return {r["step"]: r for r in found if "train/loss" in r}
+
+
+def losses(run: RunDir) -> list[float]:
+    return [record["train/loss"] for record in records(run).values()]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[float] | None]]:
+    """Rows and weights of every micro-batch that is trained on."""
+    import siftclip.trainer.module as module
+
+    found: list[tuple[list[int], list[float] | None]] = []
+    compute = module.compute_gradients
+
+    def spy(model: Any, objective: Any, batches: Any, *args: Any, **named: Any) -> Any:
+        for batch in batches:
+            own = None if batch.weights is None else batch.weights.tolist()
+            found.append((batch.rows.tolist(), own))
+        return compute(model, objective, batches, *args, **named)
+
+    monkeypatch.setattr(module, "compute_gradients", spy)
+    return found
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """Let runs fail when they log a step."""
+    from siftclip.trainer.loggers import FileLogger
+
+    original = FileLogger.log_metrics
+
+    def arm(at: int) -> None:
+        def fail(self: FileLogger, metrics: Any, step: int | None = None) -> None:
+            if step == at:
+                raise RuntimeError("stop here")
+            original(self, metrics, step)
+
+        monkeypatch.setattr(FileLogger, "log_metrics", fail)
+
+    return arm
+
+
+def test_versions_follow_the_learner_and_continue(
+    base: list[str],
+    compose: Compose,
+    stop_at: Callable[[int], Any],
+    trained: list[tuple[list[int], Any]],
+    tmp_path: Path,
+) -> None:
+    """Stopped in version 2, whose checkpoint is older than the version."""
+    shared = [*base, *AGAIN, "trainer.checkpoint_every_n_steps=3"]
+    whole = train_stage(compose("train", [*shared, f"run_dir={tmp_path / 'whole'}"]))
+    versions = sorted((whole.path / "selections").iterdir())
+    assert [path.name for path in versions] == ["v0001", "v0002"]
+    assert [read_json(path / "selection.json")["start_step"] for path in versions] == [2, 4]
+    sizes = [len(read_selection(path)) for path in versions]
+    assert sizes == [48, 48]  # 0.2 of 240
+    assert not any((path / "features").exists() for path in versions)
+    pool = pool_from(compose("train", base))
+    for number, path in enumerate(versions):
+        rows = set(expand_rows(read_selection(path), pool)[0].tolist())
+        for step in (2 + 2 * number, 3 + 2 * number):
+            assert set(trained[step][0]) <= rows
+    digests = {read_selection(path).digest for path in versions}
+    assert len(digests) == 2
+    last = records(whole)[6]
+    assert last["online/selection_version"] == 2
+    # the 96 samples of six steps, and twice half of the 216 candidates to embed
+    assert last["cost/loaded_samples"] == 96 + 2 * 108
+    assert last["cost/scored_samples"] == 2 * 108
+    assert last["cost/scoring_flops"] > 0
+    stop_at(5)
+    with pytest.raises(RuntimeError, match="stop here"):
+        train_stage(compose("train", [*shared, f"run_dir={tmp_path / 'cut'}"]))
+    stop_at(10**9)
+    continued = train_stage(compose("train", [*shared, f"run_dir={tmp_path / 'cut'}"]))
+    assert losses(continued) == losses(whole)
+    for path in versions:
+        same = continued.path / "selections" / path.name
+        assert read_selection(same).digest == read_selection(path).digest
+
+
+def test_lost_version_is_named(
+    base: list[str], compose: Compose, stop_at: Callable[[int], Any], tmp_path: Path
+) -> None:
+    shared = [*base, *AGAIN, "trainer.checkpoint_every_n_steps=3", f"run_dir={tmp_path / 'cut'}"]
+    stop_at(4)
+    with pytest.raises(RuntimeError, match="stop here"):
+        train_stage(compose("train", shared))
+    (tmp_path / "cut" / "selections" / "v0001" / "selection.json").unlink()
+    stop_at(10**9)
+    with pytest.raises(InputError, match=r"v0001 is missing: the run was trained on this"):
+        train_stage(compose("train", shared))
+
+
+def test_infobatch_reads_the_losses_seen_and_weights_what_it_keeps(
+    base: list[str],
+    compose: Compose,
+    trained: list[tuple[list[int], list[float] | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[int, float] = {}
+    columns: list[np.ndarray] = []
+    update, select = LossesSeen.update, InfoBatch.select
+
+    def spy_update(self: LossesSeen, rows: np.ndarray, values: np.ndarray) -> None:
+        seen.update(zip(rows.tolist(), values.tolist(), strict=True))
+        update(self, rows, values)
+
+    def spy_select(self: InfoBatch, source: Any) -> Any:
+        chunk = source.take(source.rows, self.requires)
+        expected = np.array([seen.get(row, np.nan) for row in source.rows.tolist()])
+        np.testing.assert_array_equal(chunk.column, expected)
+        columns.append(chunk.column)
+        return select(self, source)
+
+    monkeypatch.setattr(LossesSeen, "update", spy_update)
+    monkeypatch.setattr(InfoBatch, "select", spy_select)
+    options = ["selector=random", "selector.fraction=0.2", "scale.samples_seen=160"]
+    run = train_stage(compose("train", [*base, *options, "online=every_epoch", "online.stop=0.8"]))
+    assert len(columns) >= 1
+    assert np.isfinite(columns[0]).all()  # 48 samples are drawn in three steps
+    folder = run.path / "selections" / "v0001"
+    kept = read_selection(folder)
+    assert 24 <= len(kept) < 48
+    assert all(own is None for _, own in trained[:3])
+    rows = set(expand_rows(kept, pool_from(compose("train", base)))[0].tolist())
+    assert {row for own, _ in trained[3:5] for row in own} <= rows
+    weights = {w for _, own in trained[3:5] if own is not None for w in own}
+    assert weights == {1.0, 2.0}
+    above = columns[0] >= np.nanmean(columns[0])
+    assert len(kept) >= int(above.sum())
+    # after the window the whole selection again, unweighted
+    assert trained[-1][1] is None
+    assert records(run)[10]["online/selection_samples"] == 48
+
+
+def test_dynamics_draws_anew_for_every_epoch(
+    base: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    config = compose("train", base)
+    pool = pool_from(config)
+    clusters = np.where(np.arange(len(pool)) < 180, 0, 1)
+    table = pa.table({"uid": [format_uid(uid) for uid in pool.uids], "cluster": clusters})
+    pq.write_table(table, tmp_path / "clusters.parquet")
+    options = [
+        "selector=random",
+        "selector.fraction=0.2",
+        "scale.samples_seen=160",
+        "online=every_epoch",
+        "selector@online.selector=dynamics",
+        f"online.selector.path={tmp_path / 'clusters.parquet'}",
+        "online.selector.fraction=0.2",
+    ]
+    run = train_stage(compose("train", [*base, *options]))
+    found = [read_selection(path) for path in sorted((run.path / "selections").iterdir())]
+    assert len(found) >= 2
+    assert {len(selection) for selection in found} == {48}
+    assert found[0].digest != found[1].digest
+
+
+def test_concepts_choose_before_reading(base: list[str], compose: Compose, tmp_path: Path) -> None:
+    pool = pool_from(compose("train", base))
+    lists = [[row % 3, 3 + row % 2] for row in range(len(pool))]
+    table = pa.table({"uid": [format_uid(uid) for uid in pool.uids], "concepts": lists})
+    pq.write_table(table, tmp_path / "concepts.parquet")
+    options = [
+        *EVERY_STEP,
+        "selector@online.selector=cabs",
+        f"online.selector.path={tmp_path / 'concepts.parquet'}",
+        "online.diagnostics.record_chosen=true",
+    ]
+    run = train_stage(compose("train", [*base, *options]))
+    for rows in np.load(run.path / "chosen.npy"):
+        counts = np.bincount(np.concatenate([lists[row] for row in rows]), minlength=5)
+        assert counts[:3].max() - counts[:3].min() <= 2
+    assert records(run)[6]["cost/loaded_samples"] == 96
+
+
+def test_live_reference_and_distillation_on_the_chosen(
+    base: list[str], compose: Compose, model_folder: Path, demo_data: DemoData
+) -> None:
+    live = [f"online.reference.model.name={model_folder}", "model.architecture.embed_dim=16"]
+    last = records(train_stage(compose("train", [*base, *EVERY_STEP, *live])))[6]
+    cached = records(train_stage(compose("train", [*base, *EVERY_STEP])))[6]
+    assert last["cost/scoring_flops"] > cached["cost/scoring_flops"]
+    aced = [
+        "experiment=aced",
+        f"loss.teacher.features.root={demo_data.root / 'features'}",
+        "online.selector.fraction=0.5",
+    ]
+    found = records(train_stage(compose("train", [*base, *aced])))[6]
+    assert found["train/distill_loss"] > 0
+    assert found["cost/drawn_samples"] == 192
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["experiment=jest", "online.reference.features.logit_bias=-10", "online.selector.chunks=4"],
+        ["experiment=active_clip", "online.scorer.name=tiny",
+         "+online.scorer.architecture=${model.architecture}"],
+    ],
+)  # fmt: skip
+def test_published_recipes_run(options: list[str], base: list[str], compose: Compose) -> None:
+    found = records(train_stage(compose("train", [*base, *options])))[6]
+    assert found["cost/scored_samples"] in (2 * 96, 5 * 96)
+    assert np.isfinite(found["online/score_chosen_q50"])
+
+
+def test_sigmoid_choice_needs_a_bias(base: list[str], compose: Compose) -> None:
+    with pytest.raises(InputError, match=r"needs the logit bias of the model.*'learner'"):
+        train_stage(compose("train", [*base, *EVERY_STEP, "online.selector.loss=sigmoid"]))
+
+
+@pytest.mark.parametrize("unit", ["flops", "loaded_samples"])
+def test_budgets_end_before_they_are_exceeded(
+    unit: str, base: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    one = train_stage(compose("train", [*base, *EVERY_STEP, f"run_dir={tmp_path / 'one'}"]))
+    cost = records(one)[6][f"cost/{unit}"]
+    options = [f"budget.{unit}={cost * 0.7}", f"run_dir={tmp_path / 'limited'}"]
+    limited = train_stage(compose("train", [*base, *EVERY_STEP, *options]))
+    summary = limited.summary
+    assert summary is not None
+    assert summary["steps"] == 4  # of six at full cost
+    assert summary[unit] <= cost * 0.7 < summary[unit] * 5 / 4
+    plain = train_stage(compose("train", [*base, *ALL, options[0], f"run_dir={tmp_path / 'p'}"]))
+    assert plain.summary is not None
+    assert plain.summary["steps"] > 4
+
+
+def test_budget_in_seconds_is_measured_once(
+    base: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A continued run keeps the steps that its first process has found."""
+    import siftclip.trainer.planning as planning
+
+    monkeypatch.setattr(planning, "STEPS", 3)
+    monkeypatch.setattr(planning, "ROUNDS", 1)
+    run = train_stage(compose("train", [*base, *EVERY_STEP, "budget.seconds=0.5"]))
+    assert run.summary is not None
+    steps = run.summary["steps"]
+    assert steps >= 1
+    assert read_json(run.path / "budget.json")["samples_seen"] == 16 * steps
+    assert not list((tmp_path / "outputs").glob(".plan-*"))
+
+
+@pytest.mark.parametrize("options", [ALL, EVERY_STEP, AGAIN])
+def test_plan_foretells_the_costs_of_the_run(
+    options: list[str], base: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import siftclip.trainer.planning as planning
+
+    monkeypatch.setattr(planning, "STEPS", 4)
+    monkeypatch.setattr(planning, "ROUNDS", 1)
+    plan = plan_stage(compose("train", [*base, *options]))
+    record = plan.record()
+    run = train_stage(compose("train", [*base, *options]))
+    assert run.summary is not None
+    if options is not AGAIN:
+        for name in ("drawn_samples", "loaded_samples", "scored_samples", "flops"):
+            assert record[name] == run.summary[name]
+    assert record["steps"] == 6
+    assert record["step_seconds"]["plain"]["total"] > 0
+    assert record["plain_seconds"] > 0
+    text = plan.table()
+    assert "6 steps: " in text
+    assert f"{record['trained_samples']:,.0f} trained" in text
+    if options is EVERY_STEP:
+        assert set(record["step_seconds"]) == {"plain", "selecting"}
+        assert record["train_seconds"] > 0
+    if options is AGAIN:
+        assert record["versions"] == 2
+        assert record["version_seconds"] > 0
+
+
+def test_dropout_of_scores_follows_the_place_in_the_super_batch() -> None:
+    from siftclip.datamodules.batches import Batch
+    from siftclip.trainer.online.in_loop import InLoopSelection, StepDraw
+    from siftclip.trainer.online.schedule import Schedule
+
+    draw = StepDraw(
+        selector=InfoBatch(seed=0),
+        schedule=Schedule(filter_ratio=0.5),
+        total_steps=4,
+        groups=4,
+        seed=3,
+    )
+    loop = InLoopSelection.__new__(InLoopSelection)
+    loop.draw = draw
+    blank = torch.zeros(4, 1)
+    part = Batch(images=blank, tokens=blank, rows=torch.arange(4), valid=torch.ones(4).bool())
+    alone = loop._seeds([part] * 4, step=2, rank=0)
+    two = [loop._seeds([part] * 2, step=2, rank=rank) for rank in (0, 1)]
+    assert [seed for seeds in two for seed in seeds] == alone
+    assert len(set(alone)) == 4
+    assert loop._seeds([part] * 4, step=3, rank=0) != alone
