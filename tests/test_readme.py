@@ -16,11 +16,14 @@ from hydra import compose, initialize_config_module
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.selectors.base import Selector
 from siftclip.selectors.checks import check_selector
+from siftclip.trainer.budget import limit_from
+from siftclip.trainer.online.options import check_online
 from siftclip.trainer.stages import selector_from
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SELECTORS = (ROOT / "docs" / "selectors.md").read_text(encoding="utf-8")
+ONLINE = (ROOT / "docs" / "online.md").read_text(encoding="utf-8")
 # What is too large or not there on a test machine, and what stands in for it.
 SMALL_RUN = (
     "model=vit_tiny scale=tiny scale.samples_seen=64 scale.global_batch_size=16 logger=csv "
@@ -46,7 +49,17 @@ def test_readme_has_the_commands_that_are_tested_here() -> None:
     found = commands()
     assert found[:2] == ["make demo", "make test"]
     words = [line.split()[1] for line in found[2:]]
-    assert words == ["embed", "select", "train", "eval", "compare", "target", "select"]
+    assert words == [
+        "embed",
+        "select",
+        "train",
+        "eval",
+        "compare",
+        "target",
+        "select",
+        "train",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
@@ -110,6 +123,18 @@ def test_commands_of_the_guide_compose_and_their_selectors_build(tmp_path: Path)
     with initialize_config_module("siftclip.configs", version_base="1.3"):
         seen = [name for line in commands(SELECTORS) for name in _selected(line, tmp_path)]
     assert {"mine", "clip_score", "vas_clip", "soft_cap", "external"} <= set(seen)
+
+
+def test_commands_of_the_guide_to_the_loop_are_valid() -> None:
+    lines = commands(ONLINE)
+    assert len(lines) >= 7
+    with initialize_config_module("siftclip.configs", version_base="1.3"):
+        for line in lines:
+            program, command, *options = shlex.split(line)
+            assert (program, command) == ("siftclip", "train")
+            config = compose(command, overrides=options)
+            check_online(config)
+            limit_from(config)
 
 
 def test_guide_names_every_selector() -> None:

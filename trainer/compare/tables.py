@@ -129,5 +129,8 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_main_table(comparison: Comparison) -> str:
-    """The table that the command prints."""
-    return as_text(main_rows(comparison, comparison.columns))
+    """What the command prints: results, and costs where arms differ by what the loop selects."""
+    main = as_text(main_rows(comparison, comparison.columns))
+    if (comparison.runs["online"] == "once").all():
+        return main
+    return f"{main}\n\n{as_text(cost_rows(comparison))}"
