@@ -189,6 +189,7 @@ class StepLoader:
                     return
                 yield StepBatch(parts)
                 step += 1
+            del batches, loader  # ends its processes before a version may start others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

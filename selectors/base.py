@@ -128,7 +128,8 @@ class Selector(ABC):
         """
         raise InputError(
             f"{type(self).__name__} decides by itself how many samples it keeps, and cannot be "
-            "used at every step. Use a selector with scores, or jest; or another online.cadence."
+            "used at every step. Use a selector with scores, or jest; or this one with "
+            "online=every_epoch or online=every_n_steps."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.errors import InputError, require_int, require_positive
 from siftclip.trainer.stages import plain
@@ -53,6 +53,11 @@ def limit_from(config: DictConfig) -> Limit | None:
     Raises:
         InputError: it says several things, or a number is not above 0.
     """
+    if not OmegaConf.is_dict(config.budget):
+        raise InputError(
+            "budget needs a unit: budget.seconds=N, budget.flops=N or budget.loaded_samples=N. "
+            f"Got {config.budget!r}."
+        )
     given = {unit: amount for unit, amount in plain(config.budget).items() if amount is not None}
     if len(given) > 1:
         raise InputError(f"Only one of budget.* can limit a run. Got {given}.")

@@ -33,13 +33,14 @@ class WindowMeter:
         self.scoring_seconds = 0.0
         self.selection_seconds = 0.0
 
-    def waited(self, selecting_seconds: float = 0.0) -> None:
+    def waited(self, *, scoring_seconds: float = 0.0, selection_seconds: float = 0.0) -> None:
         """The batch has come: what passed since the last step was waiting for data.
 
-        Apart from the seconds in which the pool was selected from anew.
+        Apart from the seconds in which the pool was embedded and selected from anew.
         """
-        self.data_seconds += time.perf_counter() - self.step_end - selecting_seconds
-        self.selection_seconds += selecting_seconds
+        spent = scoring_seconds + selection_seconds
+        self.data_seconds += time.perf_counter() - self.step_end - spent
+        self.chose(scoring_seconds, selection_seconds)
 
     def chose(self, scoring_seconds: float, selection_seconds: float) -> None:
         """A sub-batch was chosen from a super-batch, in so many seconds."""

@@ -136,8 +136,11 @@ class ClipTraining(LightningModule):
             )
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
-        selecting = 0.0 if self.online is None else self.online.take_reselection_seconds()
-        self.meter.waited(selecting)
+        if self.online is None:
+            self.meter.waited()
+            return
+        scoring, selection = self.online.take_reselection_seconds()
+        self.meter.waited(scoring_seconds=scoring, selection_seconds=selection)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         data = self._data

@@ -7,9 +7,9 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.errors import InputError
@@ -45,7 +45,6 @@ def forecast(config: DictConfig, parts: RunParts, budget: Budget) -> Forecast:
         plan=online.plan,
         cost=online.cost.at(online.plan.steps),
         versions=_versions(config, parts.selected, online.plan.steps, budget.global_batch_size),
-        samples_seen=budget.samples_seen,
     )
 
 
@@ -70,11 +69,12 @@ def steps_within(limit: Limit, parts: RunParts, config: DictConfig, budget: Budg
 
         return largest_within(limit.amount, seconds)
     example = build_online(parts, total_steps=1).cost
+    candidates = _candidates(config, parts.selected)
 
     def cost(steps: int) -> float:
         plan = step_plan(parts, steps)
         versions = _versions(config, parts.selected, steps, budget.global_batch_size)
-        embedded = versions * _candidates(config, parts.selected)
+        embedded = versions * candidates
         of_plan = replace(example, plan=plan, embedded=lambda step: embedded).at(steps)
         return of_plan[limit.unit]
 
@@ -127,11 +127,11 @@ def profile_run(
             training_module(changed, clip, selected, loss_data, short, online),
             datamodule=data_module_from(changed, clip, selected, loss_data, short, online),
         )
-        slowest: StepSeconds = trainer.strategy.broadcast(clock.result())  # ranks must agree
-        return slowest
+        return clock.result()
 
-    quiet = {"progress": False, "trainer": {"log_every_n_steps": 10**9}}
-    once = _changed(config, {**quiet, "online": None}, online={"cadence": "once"})
+    quiet = OmegaConf.create({"progress": False, "trainer": {"log_every_n_steps": 10**9}})
+    once = _merged(config, quiet)
+    once.online = {"cadence": "once"}
     root = output_root(config)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=root) as name:
@@ -139,7 +139,7 @@ def profile_run(
         plain = mean_profile(lambda: measured(once, folder), ROUNDS)
         selecting, extra, version_seconds = None, 0, 0.0
         if config.online.cadence == "every_step":
-            always = _always_selecting(config, quiet)
+            always = _always_selecting(_merged(config, quiet))
             selecting = mean_profile(lambda: measured(always, folder), ROUNDS)
             parts = RunParts(
                 config=always,
@@ -153,54 +153,78 @@ def profile_run(
             plan = step_plan(parts, steps)
             extra = int(plan.drawn[-1] - plan.trained)
         elif config.online.cadence != "once":
-            version_seconds = _version_seconds(config, selected, loss_data, budget, folder)
-    return Profile(
-        plain=plain, selecting=selecting, profiled_extra=extra, version_seconds=version_seconds
+            version_seconds = _version_seconds(
+                config, selected, loss_data, budget, folder, world_size
+            )
+    return agreed(
+        Profile(
+            plain=plain, selecting=selecting, profiled_extra=extra, version_seconds=version_seconds
+        )
     )
 
 
-def _changed(config: DictConfig, changes: dict[str, Any], **nodes: Any) -> DictConfig:
-    merged = OmegaConf.merge(config, {k: v for k, v in changes.items() if v is not None})
-    for name, value in nodes.items():
-        merged[name] = value
+def agreed(profile: Profile) -> Profile:
+    """What rank 0 has measured, on every rank: clocks differ, and the lengths of runs must not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return profile
+    shared = [profile]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _merged(config: DictConfig, changes: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(config, changes)
     if not isinstance(merged, DictConfig):
         raise TypeError("a configuration is a mapping")
     return merged
 
 
-def _always_selecting(config: DictConfig, quiet: dict[str, Any]) -> DictConfig:
+def _always_selecting(config: DictConfig) -> DictConfig:
     """The configuration with the largest super-batch of its schedule at every step."""
     ratio = config.online.schedule.filter_ratio
     if OmegaConf.is_list(ratio):
         ratio = max(knot[1] for knot in ratio)
-    schedule = {"filter_ratio": ratio, "start": 0.0, "stop": 1.0, "warmup_steps": 0}
-    always = OmegaConf.merge(config, quiet)
-    always.online.schedule = {**always.online.schedule, **schedule}
-    always.online.diagnostics.record_chosen = False
-    if not isinstance(always, DictConfig):
-        raise TypeError("a configuration is a mapping")
-    return always
+    always = {"filter_ratio": ratio, "start": 0.0, "stop": 1.0, "warmup_steps": 0}
+    config.online.schedule = {**config.online.schedule, **always}
+    config.online.diagnostics.record_chosen = False
+    return config
 
 
 def _versions(config: DictConfig, selected: SelectOutcome, steps: int, batch: int) -> int:
-    """How many selections a run of so many steps makes on the way."""
+    """How many selections a run of so many steps makes on the way.
+
+    An epoch of a version is taken to be as long as the selector's fraction says; what keeps another
+    number of samples, as InfoBatch does, as long as the first epoch.
+    """
     online = config.online
     if online.cadence in ("once", "every_step"):
         return 0
-    every = online.every_n_steps or max(1, -(-len(selected.rows) // batch))
-    starts = np.arange(every, steps, every)
-    first, stop = round(online.start * steps), round(online.stop * steps)
-    return int(((starts >= first) & (starts < stop)).sum())
+    first = later = online.every_n_steps
+    if first is None:
+        kept = OmegaConf.select(config, "online.selector.fraction") or 1.0
+        samples = len(selected.rows)
+        first = -(-samples // batch)
+        later = -(-max(1, int(samples * online.pool_fraction * kept)) // batch)
+    start, stop = (round(share * steps) for share in (online.start, online.stop))
+    at = first * max(1, -(-start // first))
+    return max(0, -(-(min(stop, steps) - at) // later))
 
 
 def _candidates(config: DictConfig, selected: SelectOutcome) -> int:
+    """How many samples a version is selected from."""
     if config.online.cadence in ("once", "every_step"):
         return 0
-    return int(len(np.unique(selected.rows)) * config.online.pool_fraction)
+    distinct = int((np.diff(selected.rows, prepend=-1) > 0).sum())
+    return max(1, int(distinct * config.online.pool_fraction))
 
 
 def _version_seconds(
-    config: DictConfig, selected: SelectOutcome, loss_data: LossData, budget: Budget, folder: Path
+    config: DictConfig,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    budget: Budget,
+    folder: Path,
+    world_size: int,
 ) -> float:
     """Of embedding the candidates of a version, from a part of them; choosing is not counted."""
     clip = new_model(config)
@@ -221,7 +245,8 @@ def _version_seconds(
     rows = np.unique(selected.rows)[:EMBEDDED_SAMPLES]
     start = time.perf_counter()
     online.reselection.embed(rows, folder / "embedded", OneRank(), device)
-    return (time.perf_counter() - start) * _candidates(config, selected) / len(rows)
+    seconds = (time.perf_counter() - start) * _candidates(config, selected) / len(rows)
+    return seconds / world_size
 
 
 def check_plan(config: DictConfig) -> None:

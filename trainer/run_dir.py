@@ -102,6 +102,16 @@ class RunDir:
             found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
         return found
 
+    def cost_line(self) -> str:
+        """What a finished run has cost, in a line."""
+        found = self.summary or {}
+        return (
+            f"{found['trained_samples']:,.0f} samples trained, {found['loaded_samples']:,.0f} "
+            f"loaded; {found['flops']:.3g} FLOPs; {found['train_seconds']:.1f} s, of these waiting "
+            f"{found['data_wait_seconds']:.1f}, scoring {found['scoring_seconds']:.1f}, selecting "
+            f"{found['selection_seconds']:.1f}"
+        )
+
     def shares_chosen(self) -> dict[str, float]:
         """The share of each kind among what was chosen in the loop, mean over the log's steps."""
         found: dict[str, dict[int, float]] = {}

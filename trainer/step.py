@@ -203,7 +203,8 @@ def _loss_inputs(
 
 def _unit(parts: Sequence[Tensor]) -> Tensor | None:
     # cached features may be stored as half precision, or not normalised
-    return F.normalize(_exact(torch.cat(list(parts))), dim=-1) if parts else None
+    # autocast to bfloat16 refuses to join half precision
+    return F.normalize(torch.cat([_exact(part) for part in parts]), dim=-1) if parts else None
 
 
 def _weighted(

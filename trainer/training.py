@@ -31,9 +31,9 @@ from siftclip.trainer.lightning_setup import (
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
-from siftclip.trainer.online.options import check_online
+from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.online.planner import Forecast
-from siftclip.trainer.online.setup import RunParts, build_online
+from siftclip.trainer.online.setup import RunParts, build_online, online_identity
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.planning import forecast, steps_within
 from siftclip.trainer.progress import TrainingBar
@@ -58,7 +58,7 @@ def run_identity(
         "loss_data": loss_data.identity,
         "scale": plain(config.scale),
         "budget": plain(config.budget),
-        "online": plain(config.online),
+        "online": online_identity(config, selected.source),
         "shuffle_window_shards": config.data.shuffle_window_shards,
         "resize": config.data.resize,
         "precision": resolve_precision(config.trainer.precision),
@@ -78,6 +78,8 @@ def run_dir_for(config: DictConfig, selected: SelectOutcome, digest: str) -> Run
         InputError: `run_dir` holds another run.
     """
     name = selected.selection.manifest["selector"]
+    if config.online.cadence != "once":
+        name += f"+{config.online.selector.name}"
     if config.run_dir is None:
         return RunDir(path=output_root(config) / "train" / f"{name}-s{config.seed}-{digest[:8]}")
     run = RunDir(path=Path(config.run_dir))
@@ -203,6 +205,8 @@ def _fit(
         run.keep_budget(budget)
     if limit_from(config) is not None:
         parts = _run_parts(config, selected, loss_data, run.path)  # measuring has trained the model
+    if config.online.cadence == "every_step":
+        schedule_from(config).check_length(budget.total_steps)
     clip, online = parts.clip, build_online(parts, budget.total_steps)
     module = training_module(config, clip, selected, loss_data, budget, online)
     stop = StopOnSignal()
@@ -257,12 +261,13 @@ def _conclude(
     """Evaluate, log selection statistics and tables, and mark the run as finished."""
     manifest = selected.selection.manifest
     budget = run.budget() or budget_from(config)
+    drawn = run.costs().get("drawn_samples", budget.trained_samples)
     statistics = {
         "selection/samples": len(selected.selection),
         "selection/distinct": len(selected.selection.uids),
         "selection/fraction": manifest["kept_fraction"],
         "selection/coverage": selected.coverage.fraction,
-        "train/passes": run.costs()["drawn_samples"] / len(selected.rows),
+        "train/passes": drawn / len(selected.rows),
     }
     for name, value in manifest["score_quantiles_kept"].items():
         statistics[f"selection/score_{name}"] = value
@@ -284,7 +289,7 @@ def _conclude(
             "requested_samples": budget.samples_seen,
             "online": online_name(config),
             **run.costs(),
-            "passes": run.costs()["drawn_samples"] / len(selected.rows),
+            "passes": drawn / len(selected.rows),
             "selected_samples": len(selected.selection),
             "coverage": selected.coverage.fraction,
             "offline_selection_seconds": round(manifest["cost"]["seconds"], 3),

@@ -96,7 +96,7 @@ def test_versions_follow_the_learner_and_continue(
     assert [path.name for path in versions] == ["v0001", "v0002"]
     assert [read_json(path / "selection.json")["start_step"] for path in versions] == [2, 4]
     sizes = [len(read_selection(path)) for path in versions]
-    assert sizes == [48, 48]  # 0.2 of 240
+    assert sizes == [21, 21]  # 0.2 of 108 candidates
     assert not any((path / "features").exists() for path in versions)
     pool = pool_from(compose("train", base))
     for number, path in enumerate(versions):
@@ -192,7 +192,6 @@ def test_dynamics_draws_anew_for_every_epoch(
         "online=every_epoch",
         "selector@online.selector=dynamics",
         f"online.selector.path={tmp_path / 'clusters.parquet'}",
-        "online.selector.fraction=0.2",
     ]
     run = train_stage(compose("train", [*base, *options]))
     found = [read_selection(path) for path in sorted((run.path / "selections").iterdir())]
@@ -250,9 +249,35 @@ def test_published_recipes_run(options: list[str], base: list[str], compose: Com
     assert np.isfinite(found["online/score_chosen_q50"])
 
 
-def test_sigmoid_choice_needs_a_bias(base: list[str], compose: Compose) -> None:
-    with pytest.raises(InputError, match=r"needs the logit bias of the model.*'learner'"):
-        train_stage(compose("train", [*base, *EVERY_STEP, "online.selector.loss=sigmoid"]))
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ([], r"needs the logit bias of the reference: set online\.reference\.features\.logit_bias"),
+        (["online.reference.features.logit_bias=-9"], r"needs the logit bias of the model.*'learner'"),
+    ],
+)  # fmt: skip
+def test_sigmoid_choice_needs_biases(
+    told: list[str], message: str, base: list[str], compose: Compose
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_stage(compose("train", [*base, *EVERY_STEP, "online.selector.loss=sigmoid", *told]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["online.selector=learnability"], r"write selector@online\.selector=NAME"),
+        (["online.selector.fraction=20"], r"online\.selector\.fraction must be"),
+        (["budget=5"], r"budget needs a unit"),
+        (["online.cadence=every_n_steps"], r"write online=every_n_steps"),
+        (["online.reference.features.name=other"], r"online\.reference\.features\.name asks for"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_newcomers_are_named(
+    options: list[str], message: str, base: list[str], compose: Compose
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_stage(compose("train", [*base, *ALL, "online=every_step", *options]))
 
 
 @pytest.mark.parametrize("unit", ["flops", "loaded_samples"])
@@ -338,3 +363,136 @@ def test_dropout_of_scores_follows_the_place_in_the_super_batch() -> None:
     assert [seed for seeds in two for seed in seeds] == alone
     assert len(set(alone)) == 4
     assert loop._seeds([part] * 4, step=3, rank=0) != alone
+
+
+def test_windows_of_reselection_are_kept(
+    base: list[str], compose: Compose, trained: list[tuple[list[int], Any]]
+) -> None:
+    """Before the window the stream is that of `selector`; versions end with it."""
+    plain = ["selector=random", "selector.fraction=0.9", "scale.samples_seen=320"]
+    train_stage(compose("train", [*base, *plain]))
+    expected = [rows for rows, _ in trained]
+    trained.clear()
+    window = ["online.every_n_steps=3", "online.start=0.5", "online.stop=0.7"]
+    run = train_stage(compose("train", [*base, *AGAIN, *plain[2:], *window]))
+    assert [rows for rows, _ in trained[:12]] == expected[:12]  # the first multiple of 3 in it
+    starts = [
+        read_json(path / "selection.json")["start_step"]
+        for path in sorted((run.path / "selections").iterdir())
+    ]
+    assert starts == [12]
+    versions = {step: r["online/selection_version"] for step, r in records(run).items()}
+    assert [versions[step] for step in (12, 13, 14, 15, 20)] == [0, 1, 1, 2, 2]
+    assert records(run)[20]["online/selection_samples"] == 216
+
+
+def test_repetitions_of_the_selection_stay(
+    base: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    pool = pool_from(compose("train", base))
+    uids = np.repeat(pool.uids[:90], np.arange(90) % 3 + 1, axis=0)
+    subset = np.sort(np.array([tuple(uid) for uid in uids], dtype="u8,u8"))
+    np.save(tmp_path / "subset.npy", subset)
+    options = ["selector=external", f"selector.path={tmp_path / 'subset.npy'}"]
+    options.append("scale.samples_seen=320")
+    run = train_stage(compose("train", [*base, *options, "online=every_epoch"]))
+    first = read_selection(run.path)
+    counts = {tuple(u): m for u, m in zip(first.uids.tolist(), first.multiplicities, strict=True)}
+    (version, *_) = sorted((run.path / "selections").iterdir())
+    kept = read_selection(version)
+    assert kept.multiplicities.max() > 1
+    for uid, multiplicity in zip(kept.uids.tolist(), kept.multiplicities, strict=True):
+        assert multiplicity == counts[tuple(uid)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["online=every_epoch", "loss=drrho", "loss.teacher.features.name=noise"],
+         r"needs the loss of each sample"),
+        (["online=every_step", "selector@online.selector=softmax"], r"rule has no place"),
+        (["online=every_step", "selector@online.selector=easy_reference",
+          "selector@online.first_stage.selector=easy_reference"], r"has no effect"),
+        (["online=every_step", "selector@online.first_stage.selector=dynamics",
+          "online.first_stage.selector.path=x.npy"], r"decides by itself how many"),
+        (["online=every_step", "online.selector.fraction=0.98"], r"is so small that"),
+        (["online=every_step", "online.schedule.warmup_steps=6"], r"leaves none of the 6 steps"),
+        (["online=every_step", "online.schedule.start=0.9", "online.schedule.stop=0.2"],
+         r"online\.schedule\.start must be below"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused(
+    options: list[str], message: str, base: list[str], compose: Compose
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_stage(compose("train", [*base, *options]))
+
+
+def test_schedule_may_say_the_fraction_and_metrics_end_with_the_window(
+    base: list[str], compose: Compose
+) -> None:
+    schedule = ["online.selector.fraction=null", "online.schedule.filter_ratio=0.5"]
+    options = [*ALL, "online=every_step", *schedule, "online.schedule.stop=0.5"]
+    found = records(train_stage(compose("train", [*base, *options])))
+    assert found[6]["cost/drawn_samples"] == 3 * 32 + 3 * 16
+    assert "online/score_chosen_q50" in found[3]
+    assert "online/score_chosen_q50" not in found[6]
+
+
+def test_limits_go_with_windows_and_records(
+    base: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    limits = ["budget.loaded_samples=170", "online.schedule.start=0.5"]
+    record = ["online.diagnostics.record_chosen=true"]
+    run = train_stage(compose("train", [*base, *EVERY_STEP, *limits, *record]))
+    assert run.summary is not None
+    assert run.summary["steps"] == 7  # 3 or 4 of 16 and 4 or 3 of 32
+    assert run.summary["loaded_samples"] <= 170
+    assert np.load(run.path / "chosen.npy").shape == (7, 16)
+    assert not (tmp_path / "outputs" / "chosen.npy").exists()
+
+
+def test_half_precision_features_go_with_bfloat16(base: list[str], compose: Compose) -> None:
+    options = [*EVERY_STEP, "trainer.precision=bf16-mixed", "trainer.micro_batch_size=8"]
+    assert np.isfinite(losses(train_stage(compose("train", [*base, *options])))).all()
+    taught = [
+        "loss=distill",
+        "loss.teacher.features.name=noise",
+        "loss.teacher.features.root=${features.root}",
+    ]
+    assert np.isfinite(losses(train_stage(compose("train", [*base, *options, *taught])))).all()
+
+
+def test_a_state_is_never_ahead_of_the_step(
+    base: list[str], compose: Compose, stop_at: Callable[[int], Any], tmp_path: Path
+) -> None:
+    """What learns from cached features is judged after reading, where checkpoints see it."""
+    options = [
+        *EVERY_STEP,
+        "selector@online.selector=running_vas",
+        "online.selector.key=noise_img",
+        "online.selector.decay=0.5",
+        "trainer.checkpoint_every_n_steps=3",
+    ]
+    whole = train_stage(compose("train", [*base, *options, f"run_dir={tmp_path / 'whole'}"]))
+    stop_at(5)
+    with pytest.raises(RuntimeError, match="stop here"):
+        train_stage(compose("train", [*base, *options, f"run_dir={tmp_path / 'cut'}"]))
+    stop_at(10**9)
+    continued = train_stage(compose("train", [*base, *options, f"run_dir={tmp_path / 'cut'}"]))
+    assert losses(continued) == losses(whole)
+
+
+def test_runs_are_known_by_what_the_loop_reads(
+    base: list[str], compose: Compose, demo_data: DemoData, tmp_path: Path
+) -> None:
+    first = train_stage(compose("train", [*base, *EVERY_STEP]))
+    described = ["online.diagnostics.record_chosen=true"]
+    assert train_stage(compose("train", [*base, *EVERY_STEP, *described])).path == first.path
+    for path in (demo_data.root / "features").iterdir():
+        with np.load(path) as arrays:
+            turned = {k: a if k == "uids" else a[::-1].copy() for k, a in arrays.items()}
+        (tmp_path / "turned").mkdir(exist_ok=True)
+        np.savez(tmp_path / "turned" / path.name, **turned)  # type: ignore[arg-type]
+    other = [f"features.root={tmp_path / 'turned'}"]
+    assert train_stage(compose("train", [*base, *EVERY_STEP, *other])).path != first.path

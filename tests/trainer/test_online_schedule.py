@@ -148,7 +148,7 @@ def test_the_limits_are_allowed() -> None:
 def test_a_run_without_selection_is_refused() -> None:
     schedule = Schedule(filter_ratio=0.8, stop=0.5, warmup_steps=5)
     with pytest.raises(InputError, match=r"online.schedule.warmup_steps=5 .* none of the 10 steps"):
-        schedule.super_batch_samples(10, 8, 8)
+        schedule.check_length(10)
     assert schedule.super_batch_samples(12, 8, 8)[5] == 40
 
 

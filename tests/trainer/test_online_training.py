@@ -274,36 +274,55 @@ ON_RANKS = {
 }
 
 
+SHARED = ["optim.eps=1e-3", "trainer.micro_batch_size=4"]
+
+
+def options_on_ranks(name: str) -> list[str]:
+    """With equally many groups; micro-batches, so that every forward has the same shape."""
+    own = ON_RANKS[name]
+    groups = ["online.groups=4"] if "online=every_step" in own else []
+    return [*SHARED, *own, *groups]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    base_of: Any, composing: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, RunDir]:
+    """What one rank makes of each method."""
+    root = tmp_path_factory.mktemp("alone")
+    with composing() as compose:
+        return {
+            name: train_stage(compose("train", [*base_of(root / name), *options_on_ranks(name)]))
+            for name in ON_RANKS
+        }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_choices_do_not_depend_on_the_ranks(
     ranks: int,
+    alone: dict[str, RunDir],
     base: list[str],
     compose: Compose,
     launch: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
-    """With equally many groups; micro-batches, so that every forward has the same shape."""
-    shared = [*base, "optim.eps=1e-3", "trainer.micro_batch_size=4"]
-    launched, expected = [], {}
-    for name, own in ON_RANKS.items():
-        options = [*shared, *own]
-        if "online=every_step" in own:
-            options.append("online.groups=4")
-        folder = tmp_path / name
-        config = compose("train", [*options, f"run_dir='{folder}'"])
-        launched.append(OmegaConf.to_container(config))
-        expected[name] = train_stage(compose("train", [*options, f"run_dir='{folder} alone'"]))
+    launched = [
+        OmegaConf.to_container(
+            compose("train", [*base, *options_on_ranks(name), f"run_dir='{tmp_path / name}'"])
+        )
+        for name in ON_RANKS
+    ]
     (tmp_path / "train_many.py").write_text(TRAIN_MANY)
     result = launch("train_many.py", json.dumps(launched), ranks=ranks)
     assert result.returncode == 0, result.stderr[-5000:]
-    for name, alone in expected.items():
+    for name, expected in alone.items():
         run = RunDir(path=tmp_path / name)
-        assert losses(run) == pytest.approx(losses(alone), rel=1e-4), name
-        if (alone.path / "chosen.npy").is_file():
-            assert np.array_equal(np.sort(chosen(run)), np.sort(chosen(alone))), name
-        for manifest in alone.path.glob("selections/*/selection.json"):
-            same = run.path / manifest.relative_to(alone.path)
+        assert losses(run) == pytest.approx(losses(expected), rel=1e-4), name
+        if (expected.path / "chosen.npy").is_file():
+            assert np.array_equal(np.sort(chosen(run)), np.sort(chosen(expected))), name
+        for manifest in expected.path.glob("selections/*/selection.json"):
+            same = run.path / manifest.relative_to(expected.path)
             assert read_json(same)["digest"] == read_json(manifest)["digest"], name
 
 

@@ -31,4 +31,5 @@ def main(config: DictConfig) -> None:
     run = train_stage(config)
     if is_rank_zero():
         print(f"run        {run.path}")
+        print(f"cost       {run.cost_line()}")
         print(f"model      {run.model} (open_clip: local-dir:{run.model})")

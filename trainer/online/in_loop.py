@@ -12,13 +12,14 @@ from torch import Tensor
 
 from siftclip.datamodules.batches import Batch, pick
 from siftclip.datamodules.order import derive_seeds, rank_slice
+from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan, part_sizes
 from siftclip.selectors.base import Choice, Selector, SubBatch, draw
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.source import Logits, Source
 from siftclip.selectors.sub_batch import add_uniform
 from siftclip.trainer.losses.collectives import gather_features
-from siftclip.trainer.online.live import LiveFeatures, Pair
+from siftclip.trainer.online.live import LiveFeatures, Pair, carried
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
 
@@ -97,7 +98,7 @@ class InLoopSelection:
         }
         learner = (own["learner_img"], own["learner_txt"]) if "learner_img" in own else None
         for key in self.carried:
-            own[key] = torch.cat([part.references[key] for part in parts])
+            own[key] = carried(parts, key)
 
         def gathered(values: Tensor) -> Tensor:
             return gather_features(values, rank=rank, world_size=world_size)
@@ -117,12 +118,12 @@ class InLoopSelection:
         )
         with torch.autocast(device.type, enabled=False):  # scores are exact, as the losses are
             choice = self.draw(source, step, self.plan.trained)
-        kept = choice.multiplicities
-        mine = torch.from_numpy(
-            np.flatnonzero(kept[rank_slice(len(rows), rank=rank, world_size=world_size)])
-        )
-        sizes = part_sizes(len(mine), self.micro_batch or len(mine))
-        batches = [pick(parts, index) for index in mine.split(sizes)]
+            kept = choice.multiplicities
+            mine = torch.from_numpy(
+                np.flatnonzero(kept[rank_slice(len(rows), rank=rank, world_size=world_size)])
+            )
+            sizes = part_sizes(len(mine), self.micro_batch or len(mine))
+            batches = [pick(parts, index) for index in mine.split(sizes)]
         self.latest = (choice.scores, kept, rows)
         selected = _now(device)
         reused = None
@@ -152,10 +153,15 @@ class CachedFirstStage:
     draw: StepDraw
     data: PoolData
     keys: Mapping[str, str]  # what the selector calls an array -> what the pool calls it
+    features: Sequence[RowFeatures]  # that hold these arrays
     logits: Mapping[str, Logits]
 
     def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
-        found = self.data.source.take_features(rows, tuple(self.keys.values()))
+        found = {
+            key: values.to(self.data.source.device)
+            for features in self.features
+            for key, values in features.gather(rows).items()
+        }
         source = SuperBatchSource(
             rows,
             step=step,
@@ -164,8 +170,7 @@ class CachedFirstStage:
             logits=self.logits,
             groups=self.draw.groups,
         )
-        chosen = np.flatnonzero(self.draw(source, step, wanted).multiplicities)
-        return chosen
+        return np.flatnonzero(self.draw(source, step, wanted).multiplicities)
 
 
 def _now(device: torch.device) -> float:

@@ -21,6 +21,12 @@ from siftclip.trainer.online.scoring import (
 Pair = tuple[Tensor, Tensor]  # image and text features
 
 
+def carried(parts: Sequence[Batch], key: str) -> Tensor:
+    """Cached features of all parts, as stored: autocast to bfloat16 would refuse half precision."""
+    with torch.autocast(parts[0].images.device.type, enabled=False):
+        return torch.cat([part.references[key] for part in parts])
+
+
 class LiveFeatures(Protocol):
     """Gives features under the keys `<name>_img` and `<name>_txt`."""
 
@@ -86,7 +92,7 @@ class CachedModel:
     told: Logits
 
     def features(self, parts: Sequence[Batch], seeds: Sequence[int]) -> Pair:
-        image, text = (torch.cat([part.references[key] for part in parts]) for key in self.keys)
+        image, text = (carried(parts, key) for key in self.keys)
         return image, text
 
     def logits(self) -> Logits:

@@ -14,6 +14,7 @@ from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, ProcessGroup
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.online.cost import CostModel
@@ -54,7 +55,7 @@ class Online:
     diagnostics: Diagnostics | None = None
     record: ChosenRows | None = None
     scorer: OnlineScorer | None = None
-    _seconds_told: float = field(default=0.0, init=False)
+    _seconds_told: tuple[float, float] = field(default=(0.0, 0.0), init=False)
     _scorer_loss: Tensor | None = field(default=None, init=False)
     _trained_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), init=False)
 
@@ -68,7 +69,10 @@ class Online:
 
     def choose(self, parts: Sequence[Batch], *, step: int, rank: int, world_size: int) -> Chosen:
         """What this rank trains on at a step, of what it has read."""
-        if self.in_loop is None or self.plan.read[step] == self.plan.trained:
+        if self.in_loop is None:
+            return Chosen(batches=parts)
+        if not self.plan.selects(step):
+            self.in_loop.latest = None
             return Chosen(batches=parts)
         return self.in_loop.choose(parts, step=step, rank=rank, world_size=world_size)
 
@@ -91,30 +95,40 @@ class Online:
                 self.diagnostics.saw(rows)
             if self.record is not None and rank == 0:
                 self.record.write(step, rows)
-            if self.losses is not None and sample_losses is not None:
+            if self.losses is not None:
+                if sample_losses is None:
+                    raise InputError(
+                        "online.selector reads the loss of each sample, and the loss of this run "
+                        "charges none. Use loss=clip or loss=distill."
+                    )
                 found = gather_features(sample_losses, rank=rank, world_size=world_size)
                 self.losses.update(rows, found.float().cpu().numpy())
         if self.scorer is not None:
             self._scorer_loss = self.scorer.step(
-                batches, lr_factor=lr_factor, rank=rank, world_size=world_size
+                batches,
+                lr_factor=lr_factor,
+                seeds=[step * len(batches) + number for number in range(len(batches))],
+                rank=rank,
+                world_size=world_size,
             )
 
-    def take_reselection_seconds(self) -> float:
-        """Seconds of selecting from the pool since this was asked last."""
+    def take_reselection_seconds(self) -> tuple[float, float]:
+        """Seconds of embedding the pool and of choosing from it since this was asked last."""
         if self.reselection is None:
-            return 0.0
-        seconds = self.reselection.seconds - self._seconds_told
-        self._seconds_told = self.reselection.seconds
-        return seconds
+            return 0.0, 0.0
+        found = self.reselection
+        now = (found.embedding_seconds, found.seconds - found.embedding_seconds)
+        before, self._seconds_told = self._seconds_told, now
+        return now[0] - before[0], now[1] - before[1]
 
     def metrics(self, step: int) -> dict[str, float]:
         """For the loggers, after `step` steps."""
         found = {f"cost/{name}": value for name, value in self.cost.at(step).items()}
         if self.diagnostics is not None:
             found.update(self._described(self.diagnostics))
-        if self.reselection is not None and self.reselection.versions:
-            found["online/selection_version"] = float(self.reselection.versions[-1].number)
-            found["online/selection_samples"] = float(len(self.reselection.versions[-1].rows))
+        if self.reselection is not None and self.reselection.current is not None:
+            found["online/selection_version"] = float(self.reselection.current.number)
+            found["online/selection_samples"] = float(len(self.reselection.current.rows))
         if self._scorer_loss is not None:
             found["online/scorer_loss"] = float(self._scorer_loss)
         return found
@@ -126,7 +140,8 @@ class Online:
             return diagnostics.describe(*latest)
         rows = self._trained_rows
         found = diagnostics.describe(None, np.ones(len(rows), dtype=np.int64), rows)
-        return {name: value for name, value in found.items() if not name.endswith("_offered")}
+        seen_alone = ("_offered", "offline_overlap")  # of what was not chosen nothing is known here
+        return {name: value for name, value in found.items() if not name.endswith(seen_alone)}
 
     def _stateful(self) -> dict[str, Any]:
         parts = {
@@ -139,12 +154,7 @@ class Online:
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs beside the step; the same on every rank."""
-        state = {name: part.state_dict() for name, part in self._stateful().items()}
-        if self.reselection is not None:
-            state["versions"] = [
-                (version.number, version.start_step) for version in self.reselection.versions
-            ]
-        return state
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

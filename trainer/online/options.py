@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -33,15 +34,19 @@ class Needs:
     features: frozenset[str]
     files: tuple[FeatureFile, ...]
     columns: frozenset[ExternalColumn]
+    learns: bool  # it, or a member, has a state that training changes
 
     @classmethod
     def of(cls, selector: Selector) -> Needs:
         """Of a selector."""
-        requires = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
+        members = list(nested(selector, Selector))  # type: ignore[type-abstract]  # mypy 4717
+        requires = [member.requires for member in members]
+        columns = [column for need in requires for column in (need.column, need.lists)]
         return cls(
             features=frozenset(key for need in requires for key in need.features),
             files=tuple(file for need in requires for file in need.files),
-            columns=frozenset(need.column for need in requires if need.column is not None),
+            columns=frozenset(column for column in columns if column is not None),
+            learns=any(_learns(member) for member in members),
         )
 
     def of_model(self, name: str) -> tuple[str, ...]:
@@ -53,15 +58,42 @@ class Needs:
         return TRAINING_LOSS in self.columns
 
 
+def _learns(selector: Selector) -> bool:
+    return type(selector).state_dict is not Selector.state_dict
+
+
 def online_selector(config: DictConfig, node: str = "online.selector") -> tuple[Selector, str]:
     """A selector of the loop, in which `features.name` stands for `online.features`.
 
     Raises:
         InputError: it cannot be built.
     """
+    if not OmegaConf.is_dict(OmegaConf.select(config, node)):
+        raise InputError(
+            f"{node} is a group of options: write selector@{node}=NAME, such as "
+            f"selector@{node}=learnability. Got {OmegaConf.select(config, node)!r}."
+        )
     scoped = copy.deepcopy(config)
     scoped.features.name = config.online.features
-    selector, name, _ = selector_from(scoped, node)
+    own = OmegaConf.select(scoped, node)
+    if config.online.cadence == "every_step":
+        for name in ("rule", "threshold"):
+            if own.get(name) is not None:
+                raise InputError(
+                    f"{node}.{name} has no place at every step, where a fraction of the "
+                    f"super-batch is chosen. Set {node}.fraction, and online.schedule.temperature "
+                    "to draw at random. Got " + repr(plain(own[name])) + "."
+                )
+        if (
+            "fraction" in own
+            and own.fraction is None
+            and config.online.schedule.filter_ratio is not None
+        ):
+            own.fraction = 1.0  # the schedule says it
+    try:
+        selector, name, _ = selector_from(scoped, node)
+    except InputError as error:  # selectors call their options selector.*
+        raise InputError(re.sub(r"(?<![.\w])selector\.", f"{node}.", str(error))) from None
     return selector, name
 
 
@@ -110,16 +142,36 @@ def check_online(config: DictConfig) -> None:
     require_choice("online.cadence", online.cadence, CADENCES)
     if online.cadence == "once":
         return
+    own = {"every_step": "schedule"}.get(online.cadence, "every_n_steps")
+    if own not in online:
+        raise InputError(
+            f"online.cadence={online.cadence} comes with options of its own: write "
+            f"online={online.cadence}."
+        )
     selector, name = online_selector(config)
     needs = Needs.of(selector)
-    reference_logits(config)
+    logits = reference_logits(config)
+    if getattr(selector, "loss", None) == "sigmoid" and needs.of_model(REFERENCE):
+        live = OmegaConf.select(config, "online.reference.model.name")
+        told = getattr(getattr(selector, "reference", None), "logit_bias", None)
+        if live is None and told is None and not logits.has_bias:
+            raise InputError(
+                "online.selector.loss=sigmoid needs the logit bias of the reference: set "
+                "online.reference.features.logit_bias and .logit_scale to those of the model that "
+                "made the features, or use online.selector.loss=softmax."
+            )
     require_choice("online.weights", online.weights, ("learner", "ema"))
     if online.weights == "ema" and config.optim.ema_decay is None:
         raise InputError("online.weights=ema needs an average of the weights: set optim.ema_decay.")
-    if needs.training_loss and config.loss.name == "siglip":
+    if needs.training_loss and config.loss.name in ("siglip", "drrho"):
         raise InputError(
-            f"online.selector={name} needs the loss of each sample, which loss=siglip does not "
-            "have: its terms belong to pairs of samples. Use loss=clip."
+            f"online.selector={name} needs the loss of each sample, which "
+            f"loss={config.loss.name} does not tell. Use loss=clip."
+        )
+    if needs.learns and not _learns(selector):
+        raise InputError(
+            f"online.selector={name}: a member of this composition learns while the model trains, "
+            "and a composition does not let it. Use that member by itself."
         )
     if online.cadence == "every_step":
         _check_every_step(config, selector, needs)
@@ -143,6 +195,7 @@ def check_online(config: DictConfig) -> None:
 
 def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> None:
     online = config.online
+    require_draw(selector)
     schedule_from(config)
     scoring = ScoringConfig(**plain(online.scoring))
     if scoring.image_size is not None and config.trainer.strategy == "fsdp":
@@ -152,8 +205,6 @@ def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> N
         )
     if online.groups != "auto":
         require_int("online.groups", online.groups, minimum=1)
-    if type(selector).draw is Selector.draw:
-        selector.draw(None, None)  # type: ignore[arg-type]  # it says that it cannot
     if needs.of_model(SCORER) and online.scorer.name is None:
         raise InputError(
             "online.selector reads the features of a scorer: name a small model with "
@@ -166,11 +217,37 @@ def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> N
                 f"online.first_stage.filter_ratio must be in the range [0, 1). Got {ratio!r}."
             )
         first, name = online_selector(config, "online.first_stage.selector")
+        require_draw(first)
         found = Needs.of(first)
-        live = [key for model in (LEARNER, SCORER) for key in found.of_model(model)]
-        if live or found.training_loss:
+        if chooses_before_reading(config, selector):
             raise InputError(
-                f"online.first_stage.selector={name} needs {live or 'the losses of training'}, "
-                "which nobody has before the samples are read. Use cached features, as with "
-                "online.features=NAME."
+                f"online.first_stage.selector={name} has no effect: online.selector itself chooses "
+                "before anything is read. Set it to null."
             )
+        live = [key for model in (LEARNER, SCORER) for key in found.of_model(model)]
+        if live or found.training_loss or found.learns:
+            what = live or "what training has shown"
+            raise InputError(
+                f"online.first_stage.selector={name} needs {what}, which nobody has before the "
+                "samples are read. Use cached features, as with online.features=NAME."
+            )
+
+
+def require_draw(selector: Selector) -> None:
+    """Check that a selector can choose a sub-batch.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if type(selector).draw is Selector.draw:
+        selector.draw(None, None)  # type: ignore[arg-type]  # it says so
+
+
+def chooses_before_reading(config: DictConfig, selector: Selector) -> bool:
+    """Whether the selector of every step needs nothing that only the step itself knows."""
+    needs = Needs.of(selector)
+    live = [LEARNER, SCORER]
+    if config.online.reference.model.name is not None:
+        live.append(REFERENCE)
+    # A state would run ahead of the step with the loader, and be lost with it.
+    return not (any(map(needs.of_model, live)) or needs.training_loss or needs.learns)

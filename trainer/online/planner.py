@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,8 +101,6 @@ class Forecast:
     plan: StepPlan
     cost: dict[str, float]
     versions: int
-    samples_seen: int
-    settings: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As plain values, for `plan.json`."""
@@ -154,9 +152,10 @@ class Forecast:
             f"{record['scoring_flops']:.3g} scoring",
         ]
         if saving > 0:
+            enough = max(1, round(record["steps"] * (1 - saving)))
             lines.append(
-                f"breaks even if what is selected saves {saving:.0%} of the steps: the quality of "
-                f"{record['steps']:,} plain steps must be there after {(1 - saving):.0%} of them"
+                f"to pay off in time, {enough:,} selecting steps must reach the quality of "
+                f"{record['steps']:,} plain ones ({saving:.0%} fewer)"
             )
         return "\n".join(lines)
 

@@ -110,11 +110,14 @@ class PoolEmbedder:
                     uids=self.pool.uids[part],
                     **{f"{LEARNER}_img": image, f"{LEARNER}_txt": text},
                 )
-        faults.check(
-            owner=f"pool {self.pool.root}",
-            total=sum(map(len, parts)),
-            max_bad_fraction=self.max_bad_fraction,
-        )
+        # Together, so that no rank waits for one that has stopped.
+        bad = int(ranks.sum(torch.tensor(faults.samples)))
+        if bad > self.max_bad_fraction * len(rows):
+            raise InputError(
+                f"pool {self.pool.root}: {bad} of the {len(rows)} samples that were embedded are "
+                f"bad, more than pool.max_bad_fraction={self.max_bad_fraction} allows. "
+                f"{faults.summary() if faults.samples else ''}"
+            )
         ranks.barrier()
 
 
@@ -127,5 +130,5 @@ def require_whole_weights(strategy: str) -> None:
     if strategy == "fsdp":
         raise InputError(
             "trainer.strategy=fsdp does not go with selecting again from the learner's features. "
-            "Use trainer.strategy=ddp, or online.cadence=every_step."
+            "Use trainer.strategy=ddp, or online=every_step."
         )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from siftclip.datamodules.files import atomic_path
+
 RECORD_NAME = "chosen.npy"
 
 
@@ -13,17 +15,24 @@ class ChosenRows:
     """Writes the pool's rows of each step's batch: int64 [steps, samples], -1 where none is known.
 
     A step that is repeated after a restart is written over. `numpy.load` reads the file at any
-    time; rows are numbers of the pool's index.
+    time; rows are numbers of the pool's index. The file is made by the first write.
     """
 
     def __init__(self, path: Path, *, steps: int, samples: int) -> None:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            blank = np.lib.format.open_memmap(path, "w+", np.int64, (steps, samples))
-            blank[:] = -1
-            blank.flush()
-        self._rows = np.lib.format.open_memmap(path, "r+")
+        self.path, self.shape = path, (steps, samples)
+        self._rows: np.ndarray | None = None
 
     def write(self, step: int, rows: np.ndarray) -> None:
-        """Note the rows of a step, int64 [samples]."""
+        """Note the rows of a step, int64 [samples]. One process alone may call it."""
+        if self._rows is None:
+            self._rows = self._open()
         self._rows[step] = rows
+
+    def _open(self) -> np.ndarray:
+        if not self.path.is_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.path) as temporary:
+                blank = np.lib.format.open_memmap(temporary, "w+", np.int64, self.shape)
+                blank[:] = -1
+                blank.flush()
+        return np.lib.format.open_memmap(self.path, "r+")

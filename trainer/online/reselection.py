@@ -45,6 +45,7 @@ from siftclip.selectors.source import (
     Memo,
     Part,
     Requirements,
+    RestrictedSource,
     Source,
 )
 
@@ -115,6 +116,9 @@ class TrainingSource(PoolSource):
                 device=source.device,
             )
         )
+        # What was read for one version serves the next ones.
+        self._stores, self._checked = source._stores, source._checked
+        self._columns, self._lists = source._columns, source._lists
         self._live_keys, self._aliases = live_keys, aliases
         self._logits, self._losses = logits, losses
 
@@ -176,17 +180,31 @@ def _with_features(requires: Requirements, keys: tuple[str, ...], **changes: Any
     return replace(requires, features=keys, **changes)
 
 
+class Candidates(RestrictedSource):
+    """What a version is selected from: fractions count these samples, and not the whole pool."""
+
+    @property
+    def whole(self) -> Source:
+        return self
+
+    def memo(self, selector: object) -> Memo:
+        return self.source.memo(selector)
+
+    def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
+        self.source.report(selector, choice, samples, seconds)
+
+
 @dataclass(slots=True, kw_only=True)
 class Reselection:
-    """Makes and keeps the versions of a run's selection."""
+    """Makes the versions of a run's selection. Version 0 is what was selected before training."""
 
     selector: Selector
     source: PoolSource
-    rows: np.ndarray  # int64, version 0: what was selected before training, repetitions repeated
+    rows: np.ndarray  # int64, of version 0, sorted, repetitions repeated
     folder: Path  # of the versions
     every_n_steps: int | None  # None: when all samples of a version have been drawn
     plan: StepPlan
-    window: tuple[int, int]  # steps between which the selector decides; outside, version 0's rows
+    window: tuple[int, int]  # steps between which versions begin; outside, version 0's rows
     pool_fraction: float  # of version 0's samples, that are embedded and selected from
     live_keys: tuple[str, ...]  # arrays of the learner that the selector reads
     aliases: Mapping[str, str]
@@ -197,68 +215,86 @@ class Reselection:
     seed: int
     ranks: Ranks = field(default_factory=OneRank)  # others are known when training begins
     seconds: float = 0.0  # spent on versions, in this process
-    versions: list[SelectionVersion] = field(default_factory=list)
+    embedding_seconds: float = 0.0  # of these
+    current: SelectionVersion | None = None
+    _distinct: np.ndarray = field(init=False)  # int64, the samples of version 0
+    _counts: np.ndarray = field(init=False)  # int64, how often it has each of them
+    _starts: list[int] = field(default_factory=list, init=False)  # of versions inside the window
+
+    def __post_init__(self) -> None:
+        first = np.flatnonzero(np.diff(self.rows, prepend=-1))
+        self._distinct = self.rows[first]
+        self._counts = np.diff(first, append=len(self.rows))
 
     def find(self, step: int) -> SelectionVersion:
         """The version that a step belongs to, made now if there is none; see `FindVersion`."""
-        if not self.versions:
-            self.versions.append(
-                SelectionVersion(
-                    number=0,
-                    rows=self.rows,
-                    start_step=0,
-                    stop_step=self._stop(self.rows, 0),
-                    weights=self.weights,
-                )
-            )
-        while self.versions[-1].stop_step <= step:
-            last = self.versions[-1]
-            number, start = last.number + 1, last.stop_step
-            if not self.window[0] <= start < self.window[1]:
-                version = replace(
-                    self.versions[0],
-                    number=number,
-                    start_step=start,
-                    stop_step=self._stop(self.rows, start),
-                )
-            elif start < step:  # a continued run: the version was made before its checkpoint
-                version = self._read(number, start)
-            else:
-                version = self._make(number, start)
-            self.versions.append(version)
-        return self.versions[-1]
+        if self.current is None:
+            self.current = self._plain(number=0, start=0)
+        while self.current.stop_step <= step:
+            number, start = self.current.number + 1, self.current.stop_step
+            if start >= self.window[1]:
+                self.current = self._plain(number=number, start=start)
+                continue
+            self._starts.append(start)
+            # A continued run: the version was made before its checkpoint.
+            self.current = (self._read if start < step else self._make)(number, start)
+        return self.current
+
+    def find_first(self) -> int:
+        """The step at which the first version begins; the end of the run if there is none."""
+        return self._plain(number=0, start=0).stop_step
+
+    @property
+    def candidates(self) -> int:
+        """How many samples a version is selected from."""
+        return max(1, int(len(self._distinct) * self.pool_fraction))
 
     def embedded_samples(self, step: int) -> int:
         """How many samples were embedded for the versions up to a step."""
         if not self.live_keys:
             return 0
-        made = [v for v in self.versions if v.number and v.start_step <= step and self._decides(v)]
-        return len(made) * self._candidates(1).size
+        return sum(start <= step for start in self._starts) * self.candidates
 
-    def _decides(self, version: SelectionVersion) -> bool:
-        return self.window[0] <= version.start_step < self.window[1]
+    def _plain(self, *, number: int, start: int) -> SelectionVersion:
+        """Version 0's samples: up to the first version of the window, or to the end of the run."""
+        stop = self.plan.steps
+        if start == 0:
+            stop = self._next(self.rows, 0)
+            while stop < min(self.window[0], self.plan.steps):
+                stop = self._next(self.rows, stop)
+            if stop >= self.window[1]:
+                stop = self.plan.steps
+        return SelectionVersion(
+            number=number, rows=self.rows, start_step=start, stop_step=stop, weights=self.weights
+        )
 
-    def _stop(self, rows: np.ndarray, start: int) -> int:
+    def _next(self, rows: np.ndarray, start: int) -> int:
+        """Where a version that begins at a step would end, if there were no window."""
         if self.every_n_steps is not None:
             return min(start + self.every_n_steps, self.plan.steps)
         return max(start + 1, self.plan.steps_for(len(rows), first=start))
 
-    def _candidates(self, version: int) -> np.ndarray:
+    def _stop(self, rows: np.ndarray, start: int) -> int:
+        """Where a version of the window ends: with the window at the latest."""
+        return min(self._next(rows, start), max(start + 1, self.window[1]))
+
+    def _candidate_rows(self, version: int) -> np.ndarray:
         """The distinct samples of version 0, or a random part of them: int64, ascending."""
-        rows = np.unique(self.rows)
+        rows = self._distinct
         if self.pool_fraction == 1:
             return rows
         uids = self.source.uids[rows]
         draws = uniform_score(uids, self.seed ^ _PURPOSE_SAMPLE ^ (version << 32))
-        return rows[keep_top(draws, uids, max(1, int(len(rows) * self.pool_fraction))) > 0]
+        return rows[keep_top(draws, uids, self.candidates) > 0]
 
     def _make(self, number: int, start: int) -> SelectionVersion:
         begin = time.perf_counter()
         folder = self.folder / f"v{number:04d}"
-        candidates = self._candidates(number)
+        candidates = self._candidate_rows(number)
         features = folder / "features" if self.live_keys and self.embed is not None else None
         if features is not None and self.embed is not None:
             self.embed(candidates, features, self.ranks, self.source.device)
+            self.embedding_seconds += time.perf_counter() - begin
         source = TrainingSource(
             self.source,
             version=number,
@@ -269,10 +305,11 @@ class Reselection:
             losses=self.losses,
             ranks=self.ranks,
         )
-        restricted: Source = source.restrict(candidates)
-        choice = run(self.selector, restricted)
+        choice = run(self.selector, Candidates(source, candidates))
+        # What version 0 has several times, a version has so many times as often as it keeps it.
+        counts = self._counts[np.searchsorted(self._distinct, candidates)]
         multiplicities = np.zeros(len(source), dtype=np.int64)
-        multiplicities[candidates] = choice.multiplicities
+        multiplicities[candidates] = choice.multiplicities * counts
         report = source.reports[-1]
         selection = make_selection(
             self.source.pool.uids,

@@ -83,21 +83,27 @@ class Schedule:
                 the loader gives at once. The sub-batch is a multiple of it, too.
 
         Raises:
-            InputError: selection is off at every step.
             ValueError: the sub-batch is no such multiple.
         """
         if sub_batch % multiple_of:
             raise ValueError(f"sub_batch={sub_batch} is not a multiple of {multiple_of}")
         steps = np.arange(total_steps)
-        if not self._is_on(steps, total_steps).any():
+        wanted = sub_batch / (1.0 - self._filter_ratios(steps, total_steps))
+        parts = np.floor(wanted / multiple_of + 0.5).astype(np.int64)
+        return parts * multiple_of
+
+    def check_length(self, total_steps: int) -> None:
+        """Check that a run of so many steps selects at one of them.
+
+        Raises:
+            InputError: selection is off at every step.
+        """
+        if not self._is_on(np.arange(total_steps), total_steps).any():
             raise InputError(
                 f"online.schedule.warmup_steps={self.warmup_steps} with the window from "
                 f"start={self.start!r} to stop={self.stop!r} leaves none of the {total_steps} "
                 "steps of the run to select at. Lower warmup_steps, or widen the window."
             )
-        wanted = sub_batch / (1.0 - self._filter_ratios(steps, total_steps))
-        parts = np.floor(wanted / multiple_of + 0.5).astype(np.int64)
-        return parts * multiple_of
 
     def _filter_ratios(self, steps: np.ndarray, total_steps: int) -> np.ndarray:
         values = course_values(self.filter_ratio, steps / total_steps)

@@ -7,6 +7,7 @@ a fraction of scoring with the learner.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -57,13 +58,20 @@ class OnlineScorer:
         return self.model
 
     def step(
-        self, batches: Sequence[Batch], *, lr_factor: float, rank: int, world_size: int
+        self,
+        batches: Sequence[Batch],
+        *,
+        lr_factor: float,
+        seeds: Sequence[int],
+        rank: int,
+        world_size: int,
     ) -> Tensor:
         """Train on what the learner trains on; the loss, a scalar.
 
         Args:
             batches: micro-batches of this rank.
             lr_factor: of the learning rate at this step.
+            seeds: of dropout, one a micro-batch.
             rank: of this process.
             world_size: number of ranks.
         """
@@ -75,10 +83,12 @@ class OnlineScorer:
             group["lr"] = group["base_lr"] * lr_factor
         optimizer.zero_grad(set_to_none=True)
         resized = [replace(b, images=resized_images(b.images, self.image_size)) for b in batches]
-        with torch.enable_grad():
-            terms = compute_gradients(
-                model, self._objective, resized, StepContext(rank=rank, world_size=world_size)
-            )
+        # Float16 would need a gradient scaler of its own.
+        half = torch.get_autocast_dtype(resized[0].images.device.type) == torch.float16
+        exact = torch.autocast(resized[0].images.device.type, enabled=False)
+        with torch.enable_grad(), exact if half else nullcontext():
+            context = StepContext(rank=rank, world_size=world_size, seeds=seeds)
+            terms = compute_gradients(model, self._objective, resized, context)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if world_size > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.columns import read_column
+from siftclip.datamodules.columns import column_stamp, read_column
+from siftclip.datamodules.feature_files import feature_file_stamp
+from siftclip.datamodules.files import file_stamp
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan
 from siftclip.selectors.base import ScoreSelector
 from siftclip.selectors.errors import InputError
-from siftclip.selectors.source import Logits
+from siftclip.selectors.source import TRAINING_LOSS, Logits
 from siftclip.selectors.uniform import Uniform
-from siftclip.trainer.lightning_setup import loader_options
+from siftclip.trainer.lightning_setup import expected_world_size, loader_options
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.objective import LossData
 from siftclip.trainer.online.cost import CostModel, SampleFlops
@@ -34,6 +38,7 @@ from siftclip.trainer.online.options import (
     REFERENCE,
     SCORER,
     Needs,
+    chooses_before_reading,
     online_selector,
     reference_logits,
     schedule_from,
@@ -47,6 +52,8 @@ from siftclip.trainer.online.scoring import ScoringConfig, check_scoring, scorin
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.stages import SelectOutcome, plain, selector_from
+
+log = logging.getLogger(__name__)
 
 VERSIONS_FOLDER = "selections"
 
@@ -84,6 +91,12 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
         cost = CostModel(plan=plan, flops=flops, scores_after_reading=False)
         return Online(plan=plan, cost=cost, source=parts.source, learner=learner)
     reselection, losses = _reselection(parts, plan, learner)
+    if reselection.find_first() >= plan.steps and plan.steps > 1:
+        log.warning(
+            "online=%s: the run ends with step %d, before anything is selected again",
+            cadence,
+            plan.steps,
+        )
     cost = CostModel(
         plan=plan,
         flops=replace(flops, embedding=forward_flops(parts.clip.model)),
@@ -100,12 +113,51 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
     )
 
 
+def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
+    """All of `online` that trained weights depend on, with the files that it reads."""
+    identity: dict[str, Any] = plain(config.online)
+    if config.online.cadence == "once":
+        return identity
+    for name in ("diagnostics", "batch_size"):  # decide about no weight
+        identity.pop(name, None)
+    if identity.get("groups") == "auto":
+        identity["groups"] = expected_world_size(config)
+    aliases = reference_aliases(config)
+    models = [identity.get("scorer") or {}, identity["reference"].get("model") or {}]
+    places = [Path(str(model[key])) for model in models for key in ("name", "pretrained") if model]
+    stamps: list[Any] = [file_stamp(path) for place in places for path in _files_of(place)]
+    for node in ("online.selector", "online.first_stage.selector"):
+        if OmegaConf.select(config, node) is None:
+            continue
+        needs = Needs.of(online_selector(config, node)[0])
+        live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
+        if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
+            live |= set(needs.of_model(REFERENCE))
+        keys = sorted(aliases.get(key, key) for key in needs.features - live)
+        stamps += [source.store((key,)).fingerprint for key in keys]
+        stamps += [feature_file_stamp(file) for file in needs.files]
+        for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
+            stamps += column_stamp(source.pool, column)
+    return {**identity, "files": stamps}
+
+
+def _files_of(place: Path) -> list[Path]:
+    """A file, or the files of a folder: of a model that is not a name of open_clip's."""
+    if place.is_dir():
+        return sorted(path for path in place.rglob("*") if path.is_file())
+    return [place] if place.is_file() else []
+
+
 def _training_flops(parts: RunParts) -> SampleFlops:
-    """Of the learner; with micro-batches their first forward comes on top."""
+    """Of the learner and a live teacher; the first forward of micro-batches comes on top."""
+    teacher = OmegaConf.select(parts.config, "loss.teacher.model")
+    taught = 0
+    if teacher is not None and teacher.name is not None:
+        taught = forward_flops(clip_model_from(teacher, "loss.teacher.model", trained=True).model)
     micro_batch = parts.config.trainer.micro_batch_size
     several = micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
     return SampleFlops(
-        training=training_flops(parts.clip.model),
+        training=training_flops(parts.clip.model) + taught,
         repeated=forward_flops(parts.clip.model) if several else 0,
     )
 
@@ -121,7 +173,7 @@ def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
     groups = _groups(parts)
     sizes = schedule_from(config).super_batch_samples(total_steps, parts.global_batch_size, groups)
     trained = np.full_like(sizes, parts.global_batch_size)
-    if _chooses_before_reading(config):
+    if chooses_before_reading(config, online_selector(config)[0]):
         return StepPlan(trained=parts.global_batch_size, drawn=sizes, read=trained)
     drawn = sizes
     if config.online.first_stage.selector is not None:
@@ -130,17 +182,6 @@ def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
     return StepPlan(
         trained=parts.global_batch_size, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes
     )
-
-
-def _chooses_before_reading(config: DictConfig) -> bool:
-    """Whether the selector needs nothing that only the step itself knows."""
-    selector, _ = online_selector(config)
-    needs = Needs.of(selector)
-    live = [LEARNER, SCORER]
-    if config.online.reference.model.name is not None:
-        live.append(REFERENCE)
-    # A state would run ahead of the step with the loader, and what was learned would be lost.
-    return not (any(map(needs.of_model, live)) or needs.training_loss or selector.state_dict())
 
 
 def _groups(parts: RunParts) -> int:
@@ -166,6 +207,12 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
     selector, _ = online_selector(config)
     needs = Needs.of(selector)
     losses = LossesSeen(len(parts.selected.pool)) if needs.training_loss else None
+    ratio = schedule.filter_ratio
+    if ratio != 0 and (plan.drawn == plan.trained).all() and total_steps > 1:
+        raise InputError(
+            f"online.schedule.filter_ratio={ratio} is so small that a super-batch has no more than "
+            f"the {plan.trained} samples of scale.global_batch_size. Raise it, or set it to 0."
+        )
 
     def step_draw(chosen: Any, schedule: Schedule) -> StepDraw:
         return StepDraw(
@@ -188,9 +235,13 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
 
     def first_stage(chosen: Any, of: Needs, schedule: Schedule) -> CachedFirstStage:
         keys = {key: aliases.get(key, key) for key in sorted(of.features)}
-        _check_cached(source, tuple(keys.values()))
+        _check_cached(source, keys)
         return CachedFirstStage(
-            draw=step_draw(chosen, schedule), data=pool_data(of), keys=keys, logits=told
+            draw=step_draw(chosen, schedule),
+            data=pool_data(of),
+            keys=keys,
+            features=_row_features(parts, set(keys.values())),
+            logits=told,
         )
 
     learner = Learner(weights=online.weights)
@@ -200,7 +251,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         record = ChosenRows(
             parts.folder / RECORD_NAME, steps=total_steps, samples=parts.global_batch_size
         )
-    if _chooses_before_reading(config):
+    if chooses_before_reading(config, selector):
         return Online(
             plan=plan,
             cost=CostModel(plan=plan, flops=flops, scores_after_reading=False),
@@ -277,9 +328,16 @@ def reference_aliases(config: DictConfig) -> dict[str, str]:
     return {f"{REFERENCE}_{kind}": f"{name}_{kind}" for kind in ("img", "txt")}
 
 
-def _check_cached(source: PoolSource, keys: tuple[str, ...]) -> None:
-    for key in keys:
-        source.store((key,))
+def _check_cached(source: PoolSource, keys: Mapping[str, str]) -> None:
+    """Check that a feature set has each array; `keys` as `CachedFirstStage.keys`."""
+    for name, key in keys.items():
+        try:
+            source.store((key,))
+        except InputError as error:
+            if name == key:
+                raise
+            option = "online.reference.features.name"
+            raise InputError(str(error).replace("features.name", option)) from None
 
 
 def _reference(parts: RunParts, scoring: ScoringConfig, told: Logits) -> tuple[LiveFeatures, int]:
@@ -288,7 +346,7 @@ def _reference(parts: RunParts, scoring: ScoringConfig, told: Logits) -> tuple[L
     if node.model.name is None:
         aliases = reference_aliases(parts.config)
         keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
-        _check_cached(parts.source, keys)
+        _check_cached(parts.source, aliases)
         return CachedModel(name=REFERENCE, keys=keys, told=told), 0
     clip = clip_model_from(node.model, "online.reference.model", trained=True)
     _check_inputs(parts.clip, clip, "online.reference.model")
@@ -345,24 +403,32 @@ def _check_inputs(learner: ClipModel, other: ClipModel, option: str) -> None:
     tokens = [clip.tokenizer(probe) for clip in (learner, other)]
     if tokens[0].shape != tokens[1].shape or not torch.equal(*tokens):
         raise InputError(
-            f"{option} must have the tokenizer and context length of the model. Use cached "
-            "features instead."
+            f"{option} must have the tokenizer and context length of the model: for a small model "
+            "of your own set its architecture."
         )
 
 
 def _carried_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
     """Cached features that batches bring for the selector, beside those of the loss."""
     of_loss = parts.loss_data.references
-    by_store: dict[str, tuple[Any, list[str]]] = {}
+    wanted = set(keys)
     for key in sorted(keys):
         store = parts.source.store((key,))
         if of_loss is not None and key in of_loss.keys:
+            wanted.remove(key)
             if parts.loss_data.identity.get("features") != store.fingerprint:
                 raise InputError(
                     f"loss.teacher.features and online read different arrays {key!r}. Give one of "
                     "the feature sets another name."
                 )
-            continue
+    return _row_features(parts, wanted)
+
+
+def _row_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
+    """Arrays of the pool by row, whichever feature set they are in."""
+    by_store: dict[str, tuple[Any, list[str]]] = {}
+    for key in sorted(keys):
+        store = parts.source.store((key,))
         by_store.setdefault(store.fingerprint, (store, []))[1].append(key)
     samples = len(parts.selected.pool)
     return [RowFeatures.build(store, tuple(names), samples) for store, names in by_store.values()]
@@ -401,7 +467,7 @@ def _reselection(
     losses = LossesSeen(len(parts.selected.pool)) if needs.training_loss else None
     live_keys = needs.of_model(LEARNER)
     aliases = reference_aliases(config)
-    _check_cached(source, tuple(aliases.get(key, key) for key in needs.features - {*live_keys}))
+    _check_cached(source, {key: aliases.get(key, key) for key in needs.features - {*live_keys}})
     embedder = PoolEmbedder(
         clip=parts.clip,
         model=learner,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,6 +85,10 @@ class SuperBatchSource(MemorySource):
         self.pool_rows, self.data = pool_rows, data
         if not features:
             self.device = data.source.device
+
+    def file(self, file: FeatureFile) -> Iterator[Tensor]:
+        for values in super().file(file):
+            yield values.to(self.device)  # which was not known when the file was read
 
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
         taken = super().take(rows, requires)
