@@ -102,3 +102,9 @@ def test_selectors_out_of_core(run: Callable[..., str], tmp_path: Path) -> None:
     run("make_features.py", folder, "--samples", "3000", "--dim", "32")
     table = run("out_of_core.py", folder, "vas", "--chunk-samples", "500")
     assert "| vas | 3,000 x 32 | 900 |" in table
+
+
+def test_joint_sampling_alone(run: Callable[..., str]) -> None:
+    table = run("joint_sampling.py", "--super-batch", "640", "--rounds", "1")
+    assert "sigmoid" in table
+    assert "softmax" in table

@@ -20,6 +20,7 @@ from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.lightning_setup import make_trainer
 from siftclip.trainer.objective import LossData
 from siftclip.trainer.online.cost import largest_within
+from siftclip.trainer.online.online import Online
 from siftclip.trainer.online.planner import (
     Forecast,
     Profile,
@@ -40,11 +41,14 @@ def forecast(config: DictConfig, parts: RunParts, budget: Budget) -> Forecast:
     """What a run will cost, from measured steps."""
     profile = profile_run(config, parts.selected, parts.loss_data, budget, parts.world_size)
     online = build_online(parts, budget.total_steps)
+    steps = online.plan.steps
+    versions = _versions(config, parts.selected, steps, budget.global_batch_size)
+    embedded = versions * _embedded_samples(online)
     return Forecast(
         profile=profile,
         plan=online.plan,
-        cost=online.cost.at(online.plan.steps),
-        versions=_versions(config, parts.selected, online.plan.steps, budget.global_batch_size),
+        cost=replace(online.cost, embedded=lambda step: embedded).at(steps),
+        versions=versions,
     )
 
 
@@ -68,14 +72,14 @@ def steps_within(limit: Limit, parts: RunParts, config: DictConfig, budget: Budg
             return profile.run_seconds(step_plan(parts, steps), versions)
 
         return largest_within(limit.amount, seconds)
-    example = build_online(parts, total_steps=1).cost
-    candidates = _candidates(config, parts.selected)
+    online = build_online(parts, total_steps=1)
+    of_version = _embedded_samples(online)
 
     def cost(steps: int) -> float:
         plan = step_plan(parts, steps)
         versions = _versions(config, parts.selected, steps, budget.global_batch_size)
-        embedded = versions * candidates
-        of_plan = replace(example, plan=plan, embedded=lambda step: embedded).at(steps)
+        embedded = versions * of_version
+        of_plan = replace(online.cost, plan=plan, embedded=lambda step: embedded).at(steps)
         return of_plan[limit.unit]
 
     return largest_within(limit.amount, cost)
@@ -210,12 +214,10 @@ def _versions(config: DictConfig, selected: SelectOutcome, steps: int, batch: in
     return max(0, -(-(min(stop, steps) - at) // later))
 
 
-def _candidates(config: DictConfig, selected: SelectOutcome) -> int:
-    """How many samples a version is selected from."""
-    if config.online.cadence in ("once", "every_step"):
-        return 0
-    distinct = int((np.diff(selected.rows, prepend=-1) > 0).sum())
-    return max(1, int(distinct * config.online.pool_fraction))
+def _embedded_samples(online: Online) -> int:
+    """How many samples a version embeds."""
+    again = online.reselection
+    return again.candidates if again is not None and again.live_keys else 0
 
 
 def _version_seconds(
@@ -245,7 +247,7 @@ def _version_seconds(
     rows = np.unique(selected.rows)[:EMBEDDED_SAMPLES]
     start = time.perf_counter()
     online.reselection.embed(rows, folder / "embedded", OneRank(), device)
-    seconds = (time.perf_counter() - start) * _candidates(config, selected) / len(rows)
+    seconds = (time.perf_counter() - start) * _embedded_samples(online) / len(rows)
     return seconds / world_size
 
 

@@ -253,7 +253,8 @@ def test_published_recipes_run(options: list[str], base: list[str], compose: Com
     ("told", "message"),
     [
         ([], r"needs the logit bias of the reference: set online\.reference\.features\.logit_bias"),
-        (["online.reference.features.logit_bias=-9"], r"needs the logit bias of the model.*'learner'"),
+        (["online.reference.features.logit_bias=-9"],
+         r"needs the logit bias of the model.*'learner'"),
     ],
 )  # fmt: skip
 def test_sigmoid_choice_needs_biases(
@@ -325,9 +326,8 @@ def test_plan_foretells_the_costs_of_the_run(
     record = plan.record()
     run = train_stage(compose("train", [*base, *options]))
     assert run.summary is not None
-    if options is not AGAIN:
-        for name in ("drawn_samples", "loaded_samples", "scored_samples", "flops"):
-            assert record[name] == run.summary[name]
+    for name in ("drawn_samples", "loaded_samples", "scored_samples", "flops"):
+        assert record[name] == run.summary[name]
     assert record["steps"] == 6
     assert record["step_seconds"]["plain"]["total"] > 0
     assert record["plain_seconds"] > 0
