@@ -343,7 +343,9 @@ class StreamDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the datamodule needs a trainer, which knows rank and step")
-        rank_slice(self.global_batch_size, rank=0, world_size=trainer.world_size)  # before a step
+        # before the first step: what the sampler of a version checks, too
+        share = rank_slice(self.global_batch_size, rank=0, world_size=trainer.world_size)
+        count_micro_batches(share.stop, self.micro_batch_size)
         pin_memory = trainer.strategy.root_device.type == "cuda"
 
         def open_loader(version: SelectionVersion, step: int) -> tuple[StreamLoader, OrderSampler]:

@@ -117,7 +117,7 @@ class Learnability(ScoreSelector):
             reference: whose small losses are wanted; None: do not care.
             loss: "softmax", the mean of both directions' cross entropies; "sigmoid", l_ii +
                 (sum_j l_ij + sum_j l_ji) / 2, a half of each negative pair; or "pair", minus the
-                pair's logit, without negatives (ActiveCLIP, arXiv 2312.05328).
+                pair's logit without its bias, which all have (ActiveCLIP, arXiv 2312.05328).
             **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
         """
         super().__init__(**rule)

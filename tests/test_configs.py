@@ -261,7 +261,7 @@ def test_examples_compose(command: str) -> None:
 def test_help_names_only_options_that_exist(command: str) -> None:
     text = template(command)
     config = compose(config_name=config_name(command))
-    named = re.findall(r"(?<![\w./=-])([a-z][a-z_.]*)=", text.partition("Examples:")[0])
+    named = re.findall(r"(?<![\w./=@-])([a-z][a-z_.]*)=", text.partition("Examples:")[0])
     assert len(named) >= 3
     for key in named:
         node: Any = config

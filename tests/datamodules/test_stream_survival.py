@@ -171,6 +171,10 @@ class Stuck(LocalStorage):
     "ignore:Exception ignored in.*_MultiProcessingDataLoaderIter.__del__"
     ":pytest.PytestUnraisableExceptionWarning"
 )
+# and torch's signal handler raises wherever the main thread is, even in a callback of the collector
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("what", ["stuck storage", "killed worker", "killed while it sends"])
 def test_stream_that_stops_is_an_error(
     what: str,

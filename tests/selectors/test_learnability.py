@@ -48,7 +48,7 @@ def slow_loss(chunk: Chunk, name: str, loss: str, able: list[int], i: int) -> fl
         return scale * (image[a] @ text[b]) + bias
 
     if loss == "pair":
-        return -float(logit(i, i))
+        return -float(logit(i, i) - bias)
     if loss == "softmax":
         rows = torch.stack([logit(i, j) for j in able]).logsumexp(0)
         columns = torch.stack([logit(j, i) for j in able]).logsumexp(0)

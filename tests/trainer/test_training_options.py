@@ -106,8 +106,8 @@ def bad_gradients(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]
     def make(steps: set[int]) -> None:
         calls = iter(range(1, 10**6))
 
-        def broken(model: torch.nn.Module, *args: Any) -> Any:
-            terms = compute_gradients(model, *args)
+        def broken(model: torch.nn.Module, *args: Any, **named: Any) -> Any:
+            terms = compute_gradients(model, *args, **named)
             if next(calls) in steps:
                 gradient = next(p.grad for p in model.parameters() if p.grad is not None)
                 gradient.view(-1)[0] = math.inf
@@ -150,10 +150,12 @@ def test_a_skipped_step_leaves_no_trace_in_the_buffers(
     """Statistics of batch norms and averages of samples survive features that are not finite."""
     calls = iter(range(1, 10**6))
 
-    def broken(model: torch.nn.Module, objective: Any, batches: Any, context: Any) -> Any:
+    def broken(
+        model: torch.nn.Module, objective: Any, batches: Any, context: Any, **named: Any
+    ) -> Any:
         if next(calls) == 2:
             batches = [replace(batch, images=batch.images * math.inf) for batch in batches]
-        return compute_gradients(model, objective, batches, context)
+        return compute_gradients(model, objective, batches, context, **named)
 
     monkeypatch.setattr(module_of_training, "compute_gradients", broken)
     if "loss=drrho" in options:
@@ -269,11 +271,11 @@ def test_locked_image_tower_keeps_its_weights(
 def test_compiled_towers_train_the_same_under_the_same_names(
     base: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from siftclip.trainer import training
+    from siftclip.trainer import assembly
 
-    compile_towers = training.compile_towers
+    compile_towers = assembly.compile_towers
     monkeypatch.setattr(
-        training,
+        assembly,
         "compile_towers",
         # traced and differentiated as inductor would have it, without its minute of C++
         lambda model, **options: compile_towers(model, backend="aot_eager", **options),

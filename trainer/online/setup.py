@@ -133,8 +133,9 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
         live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
         if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
             live |= set(needs.of_model(REFERENCE))
-        keys = sorted(aliases.get(key, key) for key in needs.features - live)
-        stamps += [source.store((key,)).fingerprint for key in keys]
+        keys = {key: aliases.get(key, key) for key in sorted(needs.features - live)}
+        _check_cached(source, keys)
+        stamps += [source.store((key,)).fingerprint for key in keys.values()]
         stamps += [feature_file_stamp(file) for file in needs.files]
         for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
             stamps += column_stamp(source.pool, column)
