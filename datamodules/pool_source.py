@@ -153,7 +153,7 @@ class PoolSource(Source):
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
         column = None
         if requires.column is not None:
-            column = self._column(requires.column)[rows]
+            column = self._column(requires.column)[rows].astype(np.float64, copy=False)
         lists = None
         if requires.lists is not None:
             lists = self._all_lists(requires.lists).take(rows)
@@ -278,6 +278,10 @@ class PoolSource(Source):
     def take_features(self, rows: np.ndarray, keys: tuple[str, ...]) -> dict[str, Tensor]:
         """Features of rows, int64 [m], by key, each from the first feature set that has it."""
         return {key: self._gather(rows, (key,))[key] for key in keys}
+
+    def provide(self, column: ExternalColumn, values: np.ndarray) -> None:
+        """Take the numbers of a column from an array, float [n] by row, which may change later."""
+        self._columns[column] = values
 
     def _column(self, column: ExternalColumn) -> np.ndarray:
         if column not in self._columns:

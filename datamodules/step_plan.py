@@ -19,10 +19,12 @@ class StepPlan:
     drawn: np.ndarray  # int64 [steps], taken from the order
     read: np.ndarray  # int64 [steps], read and decoded
     starts: np.ndarray = field(init=False)  # int64 [steps + 1], positions where steps begin
+    selects: np.ndarray = field(init=False)  # bool [steps], more is read than is trained on
 
     def __post_init__(self) -> None:
         starts = np.concatenate([[0], np.cumsum(self.drawn, dtype=np.int64)])
         object.__setattr__(self, "starts", starts)
+        object.__setattr__(self, "selects", self.read > self.trained)
         if (self.read < self.trained).any() or (self.drawn < self.read).any():
             raise ValueError("a step draws at least what it reads, and reads what it trains on")
 
@@ -35,10 +37,6 @@ class StepPlan:
     @property
     def steps(self) -> int:
         return len(self.drawn)
-
-    def selects(self, step: int) -> bool:
-        """Whether the samples of a step are chosen among more that were read."""
-        return bool(self.read[step] > self.trained)
 
     def steps_for(self, samples: int, *, first: int) -> int:
         """The step by which `samples` samples are drawn, counted from step `first` on."""

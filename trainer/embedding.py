@@ -135,6 +135,17 @@ def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     )
 
 
+def embedding_dataset(clip: ClipModel, pool: Pool, *, max_image_pixels: int) -> SampleDataset:
+    """A pool's samples as they are evaluated; bad ones stay in their places, marked invalid."""
+    return SampleDataset(
+        reader=SampleReader(pool=pool, max_image_pixels=max_image_pixels),
+        transform=clip.eval_transform,
+        tokenizer=clip.tokenizer,
+        seed=0,  # the eval transform draws nothing
+        substitutes=None,
+    )
+
+
 def _write_shard(
     folder: Path, pool: Pool, rows: np.ndarray, name: str, parts: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -153,15 +164,8 @@ def _loader(
     batch_size: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    dataset = SampleDataset(
-        reader=SampleReader(pool=pool, max_image_pixels=config.data.max_image_pixels),
-        transform=clip.eval_transform,
-        tokenizer=clip.tokenizer,
-        seed=0,  # the eval transform draws nothing
-        substitutes=None,
-    )
     return make_loader(
-        dataset,
+        embedding_dataset(clip, pool, max_image_pixels=config.data.max_image_pixels),
         ShardSampler(pool=pool, shards=shards, batch_size=batch_size),
         loader_options(config),
         pin_memory=pin_memory,

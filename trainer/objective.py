@@ -219,12 +219,17 @@ def _check_same_inputs(student: ClipModel, teacher: ClipModel) -> None:
             f"loss.teacher.model must take the images of the model. They differ in {different} "
             "(model, teacher). Use cached features (loss.teacher.features) instead."
         )
-    tokens = [clip.tokenizer(_PROBE) for clip in (student, teacher)]
-    if tokens[0].shape != tokens[1].shape or not torch.equal(*tokens):
+    if not same_tokens(student, teacher):
         raise InputError(
             "loss.teacher.model must have the tokenizer and context length of the model. Use "
             "cached features (loss.teacher.features) instead."
         )
+
+
+def same_tokens(first: ClipModel, second: ClipModel) -> bool:
+    """Whether two models make the same tokens of a text, equally many."""
+    tokens = [clip.tokenizer(_PROBE) for clip in (first, second)]
+    return tokens[0].shape == tokens[1].shape and torch.equal(*tokens)
 
 
 class CachedTeacher:

@@ -18,7 +18,6 @@ from siftclip.trainer.assembly import data_module_from, new_model, training_modu
 from siftclip.trainer.budget import Budget, Limit
 from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.lightning_setup import make_trainer
-from siftclip.trainer.objective import LossData
 from siftclip.trainer.online.cost import largest_within
 from siftclip.trainer.online.online import Online
 from siftclip.trainer.online.planner import (
@@ -29,7 +28,7 @@ from siftclip.trainer.online.planner import (
     mean_profile,
 )
 from siftclip.trainer.online.setup import RunParts, build_online, step_plan
-from siftclip.trainer.stages import SelectOutcome, output_root
+from siftclip.trainer.stages import output_root
 
 WARM_UP_STEPS = 4
 STEPS = 16
@@ -37,12 +36,12 @@ ROUNDS = 2
 EMBEDDED_SAMPLES = 2048  # of the pool, from which the time of a whole version is estimated
 
 
-def forecast(config: DictConfig, parts: RunParts, budget: Budget) -> Forecast:
+def forecast(parts: RunParts, budget: Budget) -> Forecast:
     """What a run will cost, from measured steps."""
-    profile = profile_run(config, parts.selected, parts.loss_data, budget, parts.world_size)
+    profile = profile_run(parts)
     online = build_online(parts, budget.total_steps)
     steps = online.plan.steps
-    versions = _versions(config, parts.selected, steps, budget.global_batch_size)
+    versions = _versions(parts, steps)
     embedded = versions * _embedded_samples(online)
     return Forecast(
         profile=profile,
@@ -52,7 +51,7 @@ def forecast(config: DictConfig, parts: RunParts, budget: Budget) -> Forecast:
     )
 
 
-def steps_within(limit: Limit, parts: RunParts, config: DictConfig, budget: Budget) -> int:
+def steps_within(limit: Limit, parts: RunParts) -> int:
     """For how many steps a limit lasts, at least 1.
 
     Seconds are those of training, as measured on a few steps before the run; the run itself may
@@ -61,15 +60,12 @@ def steps_within(limit: Limit, parts: RunParts, config: DictConfig, budget: Budg
     Args:
         limit: of the run.
         parts: of the run.
-        config: of the command.
-        budget: whose batch size holds.
     """
     if limit.unit == "seconds":
-        profile = profile_run(config, parts.selected, parts.loss_data, budget, parts.world_size)
+        profile = profile_run(parts)
 
         def seconds(steps: int) -> float:
-            versions = _versions(config, parts.selected, steps, budget.global_batch_size)
-            return profile.run_seconds(step_plan(parts, steps), versions)
+            return profile.run_seconds(step_plan(parts, steps), _versions(parts, steps))
 
         return largest_within(limit.amount, seconds)
     online = build_online(parts, total_steps=1)
@@ -77,46 +73,28 @@ def steps_within(limit: Limit, parts: RunParts, config: DictConfig, budget: Budg
 
     def cost(steps: int) -> float:
         plan = step_plan(parts, steps)
-        versions = _versions(config, parts.selected, steps, budget.global_batch_size)
-        embedded = versions * of_version
+        embedded = _versions(parts, steps) * of_version
         of_plan = replace(online.cost, plan=plan, embedded=lambda step: embedded).at(steps)
         return of_plan[limit.unit]
 
     return largest_within(limit.amount, cost)
 
 
-def profile_run(
-    config: DictConfig,
-    selected: SelectOutcome,
-    loss_data: LossData,
-    budget: Budget,
-    world_size: int,
-) -> Profile:
+def profile_run(parts: RunParts) -> Profile:
     """Measure plain steps and selecting ones, in alternation, in a folder that is then deleted.
 
     Raises:
         InputError: several devices without a launcher, which would start the command again.
     """
+    config = parts.config
     require_launcher("train with plan=true or budget.seconds", config.trainer, os.environ)
+    batch = parts.global_batch_size
     steps = WARM_UP_STEPS + STEPS + 1
-    short = Budget(
-        samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
-    )
+    short = Budget(samples_seen=steps * batch, global_batch_size=batch)
 
     def measured(changed: DictConfig, folder: Path) -> StepSeconds:
-        clip = new_model(changed)
-        online = build_online(
-            RunParts(
-                config=changed,
-                clip=clip,
-                selected=selected,
-                loss_data=loss_data,
-                folder=folder,
-                global_batch_size=budget.global_batch_size,
-                world_size=world_size,
-            ),
-            steps,
-        )
+        own = replace(parts, config=changed, clip=new_model(changed), folder=folder)
+        online = build_online(own, steps)
         clock = StepClock(WARM_UP_STEPS)
         trainer = make_trainer(
             changed,
@@ -127,10 +105,8 @@ def profile_run(
             max_epochs=-1,
             enable_checkpointing=False,
         )
-        trainer.fit(
-            training_module(changed, clip, selected, loss_data, short, online),
-            datamodule=data_module_from(changed, clip, selected, loss_data, short, online),
-        )
+        run = (changed, own.clip, own.selected, own.loss_data, short, online)
+        trainer.fit(training_module(*run), datamodule=data_module_from(*run))
         return clock.result()
 
     quiet = OmegaConf.create({"progress": False, "trainer": {"log_every_n_steps": 10**9}})
@@ -145,21 +121,10 @@ def profile_run(
         if config.online.cadence == "every_step":
             always = _always_selecting(_merged(config, quiet))
             selecting = mean_profile(lambda: measured(always, folder), ROUNDS)
-            parts = RunParts(
-                config=always,
-                clip=new_model(always),
-                selected=selected,
-                loss_data=loss_data,
-                folder=folder,
-                global_batch_size=budget.global_batch_size,
-                world_size=world_size,
-            )
-            plan = step_plan(parts, steps)
+            plan = step_plan(replace(parts, config=always), steps)
             extra = int(plan.drawn[-1] - plan.trained)
         elif config.online.cadence != "once":
-            version_seconds = _version_seconds(
-                config, selected, loss_data, budget, folder, world_size
-            )
+            version_seconds = _version_seconds(replace(parts, clip=new_model(config)), folder)
     return agreed(
         Profile(
             plain=plain, selecting=selecting, profiled_extra=extra, version_seconds=version_seconds
@@ -194,19 +159,19 @@ def _always_selecting(config: DictConfig) -> DictConfig:
     return config
 
 
-def _versions(config: DictConfig, selected: SelectOutcome, steps: int, batch: int) -> int:
+def _versions(parts: RunParts, steps: int) -> int:
     """How many selections a run of so many steps makes on the way.
 
     An epoch of a version is taken to be as long as the selector's fraction says; what keeps another
     number of samples, as InfoBatch does, as long as the first epoch.
     """
-    online = config.online
+    online, batch = parts.config.online, parts.global_batch_size
     if online.cadence in ("once", "every_step"):
         return 0
     first = later = online.every_n_steps
     if first is None:
-        kept = OmegaConf.select(config, "online.selector.fraction") or 1.0
-        samples = len(selected.rows)
+        kept = OmegaConf.select(online, "selector.fraction") or 1.0
+        samples = len(parts.selected.rows)
         first = -(-samples // batch)
         later = -(-max(1, int(samples * online.pool_fraction * kept)) // batch)
     start, stop = (round(share * steps) for share in (online.start, online.stop))
@@ -220,35 +185,18 @@ def _embedded_samples(online: Online) -> int:
     return again.candidates if again is not None and again.live_keys else 0
 
 
-def _version_seconds(
-    config: DictConfig,
-    selected: SelectOutcome,
-    loss_data: LossData,
-    budget: Budget,
-    folder: Path,
-    world_size: int,
-) -> float:
+def _version_seconds(parts: RunParts, folder: Path) -> float:
     """Of embedding the candidates of a version, from a part of them; choosing is not counted."""
-    clip = new_model(config)
-    parts = RunParts(
-        config=config,
-        clip=clip,
-        selected=selected,
-        loss_data=loss_data,
-        folder=folder,
-        global_batch_size=budget.global_batch_size,
-        world_size=1,
-    )
     online = build_online(parts, STEPS)
     if online.reselection is None or online.reselection.embed is None:
         return 0.0
-    device = selected.source.device
-    online.learner.model = clip.model.to(device)
-    rows = np.unique(selected.rows)[:EMBEDDED_SAMPLES]
+    device = parts.source.device
+    online.learner.model = parts.clip.model.to(device)
+    rows = np.unique(parts.selected.rows)[:EMBEDDED_SAMPLES]
     start = time.perf_counter()
     online.reselection.embed(rows, folder / "embedded", OneRank(), device)
     seconds = (time.perf_counter() - start) * _embedded_samples(online) / len(rows)
-    return seconds / world_size
+    return seconds / parts.world_size
 
 
 def check_plan(config: DictConfig) -> None:

@@ -140,7 +140,7 @@ def plan_stage(config: DictConfig) -> Forecast:
     loss_data = open_loss_data(config, selected)
     share_cores(loader_options(config).num_workers)
     parts = _run_parts(config, selected, loss_data, output_root(config))
-    return forecast(config, parts, _resolved_budget(config, parts))
+    return forecast(parts, _resolved_budget(parts))
 
 
 def _check_options(config: DictConfig) -> None:
@@ -176,12 +176,13 @@ def _run_parts(
     )
 
 
-def _resolved_budget(config: DictConfig, parts: RunParts) -> Budget:
+def _resolved_budget(parts: RunParts) -> Budget:
     """The budget in trained samples, also where something else limits the run."""
+    config = parts.config
     budget, limit = budget_from(config), limit_from(config)
     if limit is None:
         return budget
-    steps = steps_within(limit, parts, config, budget)
+    steps = steps_within(limit, parts)
     resolved = Budget(
         samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
     )
@@ -200,11 +201,9 @@ def _fit(
     """Train, and write the model folder."""
     share_cores(loader_options(config).num_workers)
     parts = _run_parts(config, selected, loss_data, run.path)
-    budget = run.budget() or _resolved_budget(config, parts)
+    budget = run.budget() or _resolved_budget(parts)  # measuring trains models of its own
     if is_rank_zero():
         run.keep_budget(budget)
-    if limit_from(config) is not None:
-        parts = _run_parts(config, selected, loss_data, run.path)  # measuring has trained the model
     if config.online.cadence == "every_step":
         schedule_from(config).check_length(budget.total_steps)
     clip, online = parts.clip, build_online(parts, budget.total_steps)

@@ -40,7 +40,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        selects = (plan.read > plan.trained) & self.scores_after_reading  # see StepPlan.selects
+        selects = plan.selects & self.scores_after_reading
         repeats = plan.trained * ~(selects & self.reuses_forward)
         scored = np.where(selects, plan.read, 0)
         for name, counts in (("_loaded", plan.read), ("_scored", scored), ("_repeated", repeats)):

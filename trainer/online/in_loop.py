@@ -96,7 +96,6 @@ class InLoopSelection:
             for live in self.live
             for kind, values in zip(("img", "txt"), live.features(parts, seeds), strict=True)
         }
-        learner = (own["learner_img"], own["learner_txt"]) if "learner_img" in own else None
         for key in self.carried:
             own[key] = carried(parts, key)
 
@@ -127,9 +126,9 @@ class InLoopSelection:
         self.latest = (choice.scores, kept, rows)
         selected = _now(device)
         reused = None
-        if self.reuses_forward and learner is not None:
+        if self.reuses_forward:
             at = mine.to(device)
-            reused = (learner[0][at], learner[1][at])
+            reused = (own["learner_img"][at], own["learner_txt"][at])
         return Chosen(
             batches=batches,
             learner_features=reused,

@@ -71,7 +71,7 @@ class Online:
         """What this rank trains on at a step, of what it has read."""
         if self.in_loop is None:
             return Chosen(batches=parts)
-        if not self.plan.selects(step):
+        if not self.plan.selects[step]:
             self.in_loop.latest = None
             return Chosen(batches=parts)
         return self.in_loop.choose(parts, step=step, rank=rank, world_size=world_size)

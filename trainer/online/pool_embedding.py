@@ -13,17 +13,16 @@ from torch import nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from siftclip.datamodules.batches import Request, SampleDataset
+from siftclip.datamodules.batches import Request
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import write_npz
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import LoaderOptions, make_loader
 from siftclip.eval.evaluate import evaluation_mode
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks
-from siftclip.trainer.embedding import embed_batch
+from siftclip.trainer.embedding import embed_batch, embedding_dataset
 
 LEARNER = "learner"  # the arrays are learner_img and learner_txt
 
@@ -73,15 +72,8 @@ class PoolEmbedder:
         parts = np.split(rows, cuts)[ranks.rank :: ranks.size]
         model = self.model()
         faults = FaultLog()
-        dataset = SampleDataset(
-            reader=SampleReader(pool=self.pool, max_image_pixels=self.max_image_pixels),
-            transform=self.clip.eval_transform,
-            tokenizer=self.clip.tokenizer,
-            seed=0,  # the eval transform draws nothing
-            substitutes=None,
-        )
         loader = make_loader(
-            dataset,
+            embedding_dataset(self.clip, self.pool, max_image_pixels=self.max_image_pixels),
             RowSampler(parts=parts, batch_size=self.batch_size),
             self.loader,
             pin_memory=device.type == "cuda",

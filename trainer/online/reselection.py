@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from siftclip.datamodules.files import read_npz, write_npz
 from siftclip.datamodules.pool_source import PoolSource
@@ -38,7 +39,6 @@ from siftclip.selectors.hashing import mix64, seed_state, uniform_score
 from siftclip.selectors.ranks import OneRank, Ranks
 from siftclip.selectors.rules import keep_top
 from siftclip.selectors.source import (
-    TRAINING_LOSS,
     Chunk,
     DictMemo,
     Logits,
@@ -63,7 +63,7 @@ class Embed(Protocol):
 
 
 class TrainingSource(PoolSource):
-    """A pool in the middle of training: with the learner's features and the losses seen.
+    """A pool in the middle of training: with the learner's features.
 
     Its uids are renamed for every version, so that random draws differ; they name nothing outside.
     """
@@ -77,7 +77,6 @@ class TrainingSource(PoolSource):
         live_keys: tuple[str, ...],
         aliases: Mapping[str, str],
         logits: Mapping[str, Logits],
-        losses: np.ndarray | None,
         ranks: Ranks,
     ) -> None:
         """Open nothing yet.
@@ -89,7 +88,6 @@ class TrainingSource(PoolSource):
             live_keys: what these are called.
             aliases: what selectors call an array -> what the pool calls it.
             logits: of the models.
-            losses: float32 by the pool's rows, see TRAINING_LOSS.
             ranks: that select together.
         """
         super().__init__(
@@ -120,28 +118,24 @@ class TrainingSource(PoolSource):
         self._stores, self._checked = source._stores, source._checked
         self._columns, self._lists = source._columns, source._lists
         self._live_keys, self._aliases = live_keys, aliases
-        self._logits, self._losses = logits, losses
+        self._logits = logits
 
     def parts(self, requires: Requirements) -> list[Part]:
         live, cached = self._split(requires.features)
         if not live or self._live is None:
-            return super().parts(_with_features(requires, cached))
-        parts = self._live.parts(_with_features(requires, live))
+            return super().parts(replace(requires, features=cached))
+        parts = self._live.parts(replace(requires, features=live))
         if not cached:
             return parts
         present = np.zeros(len(self), dtype=bool)
-        for part in super().parts(_with_features(requires, cached)):
+        for part in super().parts(replace(requires, features=cached)):
             present[part.rows] = True
         both = [Part(name=part.name, rows=part.rows[present[part.rows]]) for part in parts]
         return [part for part in both if len(part.rows)]
 
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
-        wants_loss = requires.column == TRAINING_LOSS
         live, cached = self._split(requires.features)
-        chunk = super().take(
-            rows, _with_features(requires, (), column=None if wants_loss else requires.column)
-        )
-        features = {**chunk.features}
+        features: dict[str, Tensor] = {}
         if live and self._live is not None:
             features |= self._live.take_features(rows, live)
         if cached:
@@ -151,17 +145,9 @@ class TrainingSource(PoolSource):
                 for key in requires.features
                 if key not in live
             }
-        column = chunk.column
-        if wants_loss and self._losses is not None:
-            column = self._losses[rows].astype(np.float64)
-        return Chunk(
-            rows=chunk.rows,
-            uids=chunk.uids,
+        return replace(
+            super().take(rows, replace(requires, features=())),
             features={key: features[key] for key in requires.features},
-            captions=chunk.captions,
-            sizes=chunk.sizes,
-            column=column,
-            lists=chunk.lists,
         )
 
     def logits(self, features: str) -> Logits:
@@ -174,10 +160,6 @@ class TrainingSource(PoolSource):
         """The learner's arrays among `keys`, and what the pool calls the others."""
         live = tuple(key for key in keys if key in self._live_keys)
         return live, tuple(self._aliases.get(key, key) for key in keys if key not in live)
-
-
-def _with_features(requires: Requirements, keys: tuple[str, ...], **changes: Any) -> Requirements:
-    return replace(requires, features=keys, **changes)
 
 
 class Candidates(RestrictedSource):
@@ -210,7 +192,6 @@ class Reselection:
     aliases: Mapping[str, str]
     embed: Embed | None
     logits: Callable[[], Mapping[str, Logits]]
-    losses: np.ndarray | None
     weights: np.ndarray | None  # float32 by the pool's rows, that the configuration gives
     seed: int
     ranks: Ranks = field(default_factory=OneRank)  # others are known when training begins
@@ -302,7 +283,6 @@ class Reselection:
             live_keys=self.live_keys,
             aliases=self.aliases,
             logits=self.logits(),
-            losses=self.losses,
             ranks=self.ranks,
         )
         choice = run(self.selector, Candidates(source, candidates))

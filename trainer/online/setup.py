@@ -25,7 +25,7 @@ from siftclip.selectors.source import TRAINING_LOSS, Logits
 from siftclip.selectors.uniform import Uniform
 from siftclip.trainer.lightning_setup import expected_world_size, loader_options
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.objective import LossData
+from siftclip.trainer.objective import LossData, same_tokens
 from siftclip.trainer.online.cost import CostModel, SampleFlops
 from siftclip.trainer.online.diagnostics import Diagnostics, read_kinds
 from siftclip.trainer.online.flops import forward_flops, training_flops
@@ -207,7 +207,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
     )
     selector, _ = online_selector(config)
     needs = Needs.of(selector)
-    losses = LossesSeen(len(parts.selected.pool)) if needs.training_loss else None
+    losses = _losses_seen(source, needs)
     ratio = schedule.filter_ratio
     if ratio != 0 and (plan.drawn == plan.trained).all() and total_steps > 1:
         raise InputError(
@@ -225,11 +225,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         )
 
     def pool_data(of: Needs) -> PoolData:
-        return PoolData(
-            source=source,
-            files=read_files(source, of.files),
-            losses=None if losses is None else losses.values,
-        )
+        return PoolData(source=source, files=read_files(source, of.files))
 
     aliases = reference_aliases(config)
     told = {REFERENCE: reference_logits(config)}
@@ -288,7 +284,8 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         course = Schedule(filter_ratio=0.0)
         first = first_stage(early, Needs.of(early), course)
     reuses_forward = (
-        online.weights == "learner"
+        needs.of_model(LEARNER) != ()
+        and online.weights == "learner"
         and config.trainer.micro_batch_size is not None
         and scoring_is_forward(model, scoring)
     )
@@ -307,7 +304,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
             plan=plan,
             flops=replace(flops, training=training, scoring=scoring_flops),
             scores_after_reading=True,
-            reuses_forward=reuses_forward and needs.of_model(LEARNER) != (),
+            reuses_forward=reuses_forward,
         ),
         source=source,
         learner=learner,
@@ -319,6 +316,15 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         record=record,
         scorer=scorer,
     )
+
+
+def _losses_seen(source: PoolSource, needs: Needs) -> LossesSeen | None:
+    """The losses of training, where a selector reads them: a column of the pool that changes."""
+    if not needs.training_loss:
+        return None
+    losses = LossesSeen(len(source))
+    source.provide(TRAINING_LOSS, losses.values)
+    return losses
 
 
 def reference_aliases(config: DictConfig) -> dict[str, str]:
@@ -400,9 +406,7 @@ def _check_inputs(learner: ClipModel, other: ClipModel, option: str) -> None:
                 f"{option} must take images with the model's {key}, {ours}. It wants {theirs}. Use "
                 "cached features instead."
             )
-    probe = ["a photo of a cat", "Two dogs, 3 birds & a very small car!"]
-    tokens = [clip.tokenizer(probe) for clip in (learner, other)]
-    if tokens[0].shape != tokens[1].shape or not torch.equal(*tokens):
+    if not same_tokens(learner, other):
         raise InputError(
             f"{option} must have the tokenizer and context length of the model: for a small model "
             "of your own set its architecture."
@@ -465,7 +469,7 @@ def _reselection(
     online = config.online
     selector, _ = online_selector(config)
     needs = Needs.of(selector)
-    losses = LossesSeen(len(parts.selected.pool)) if needs.training_loss else None
+    losses = _losses_seen(source, needs)
     live_keys = needs.of_model(LEARNER)
     aliases = reference_aliases(config)
     _check_cached(source, {key: aliases.get(key, key) for key in needs.features - {*live_keys}})
@@ -492,7 +496,6 @@ def _reselection(
         aliases=aliases,
         embed=embedder if live_keys else None,
         logits=lambda: {REFERENCE: reference_logits(config), **_learner_logits(learner, live_keys)},
-        losses=None if losses is None else losses.values,
         weights=parts.loss_data.weights,
         seed=config.seed,
     )

@@ -13,7 +13,6 @@ from siftclip.datamodules.pool_source import PoolSource
 from siftclip.selectors.hashing import mix64, seed_state
 from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.source import (
-    TRAINING_LOSS,
     Chunk,
     FeatureFile,
     Logits,
@@ -45,7 +44,6 @@ class PoolData:
 
     source: PoolSource
     files: Mapping[FeatureFile, Tensor]  # features of targets, on the device
-    losses: np.ndarray | None = None  # float32 by the pool's rows, see TRAINING_LOSS
 
 
 class SuperBatchSource(MemorySource):
@@ -92,21 +90,11 @@ class SuperBatchSource(MemorySource):
 
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
         taken = super().take(rows, requires)
-        wants_loss = requires.column == TRAINING_LOSS
-        asked = replace(requires, features=(), column=None if wants_loss else requires.column)
-        if asked != Requirements():
-            found = self.data.source.take(self.pool_rows[rows], asked)
-            taken = replace(
-                taken,
-                captions=found.captions,
-                sizes=found.sizes,
-                column=found.column,
-                lists=found.lists,
-            )
-        if wants_loss and self.data.losses is not None:
-            losses = self.data.losses[self.pool_rows[rows]].astype(np.float64)
-            taken = replace(taken, column=losses)
-        return taken
+        asked = replace(requires, features=())
+        if asked == Requirements():
+            return taken
+        found = self.data.source.take(self.pool_rows[rows], asked)
+        return replace(found, rows=taken.rows, uids=taken.uids, features=taken.features)
 
 
 def read_files(source: PoolSource, files: tuple[FeatureFile, ...]) -> dict[FeatureFile, Tensor]:
