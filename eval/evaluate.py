@@ -1,113 +1,180 @@
-"""Run zero-shot tasks on a model in memory, with clip_benchmark's metrics, in fp32."""
+"""Run tasks on a model in memory: every image and every text once, and each task by itself.
+
+Tasks that share images are a group. A group's images are encoded, by all ranks; then its tasks are
+scored one after the other, and their results written. A task that fails leaves the others alone.
+"""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import logging
+import math
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor
 
 from siftclip.datamodules.clip_models import ClipModel
-from siftclip.eval.clip_benchmark_fixes import none_for_nan, repaired
-from siftclip.eval.metrics import EVALUATORS
+from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
+from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
+from siftclip.eval.feature_cache import SharedCache
+from siftclip.eval.identities import model_identity, task_identity, unit_ids
+from siftclip.eval.images import ImageTable, content_id, image_ids
+from siftclip.eval.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
+from siftclip.eval.probe_scores import ProbeSettings, score_probe
+from siftclip.eval.resampling import replicates, task_interval
 from siftclip.eval.results import (
     MAIN_METRIC,
     TaskResult,
     append_result,
     read_results,
-    wilson_interval,
     write_lines,
 )
-from siftclip.eval.task_dataset import TaskDataset, collate_captions
+from siftclip.eval.task_samples import TaskSamples
+from siftclip.eval.task_scores import TaskScores, TaskTexts, score_task
 from siftclip.eval.tasks import Task
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.ranks import OneRank, Ranks, sum_arrays
 
-SAMPLE_SHARES = ("acc1",)  # metrics that are a share of independent samples
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 log = logging.getLogger(__name__)
 
 
-def fingerprint(clip: ClipModel) -> str:
-    """SHA-256 over what decides a model's answers: its configuration and its weights.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """How tasks are evaluated. Batches, workers and ranks do not move the metrics."""
 
-    The configuration counts because two models with equal weights differ by activation function
-    (`quick_gelu`) or by preprocessing.
-    """
-    digest = hashlib.sha256(json.dumps(clip.config, sort_keys=True, default=str).encode())
-    for name, tensor in clip.model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    batch_size: int = 256  # images, and texts, that a tower takes at once
+    num_workers: int = 0  # processes that decode images
+    precision: str = "fp32"  # of the towers; similarities always have full precision
+    max_image_pixels: int = 178_956_970  # larger pictures are errors; Pillow's own limit
+    resamples: int = 1000  # for intervals; 0: none
+    seed: int = 0  # of the resamples
+    cache: Path | None = None  # a folder where features are kept for later runs
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        require_int("eval.batch_size", self.batch_size, minimum=1)
+        require_int("eval.num_workers", self.num_workers, minimum=0)
+        require_int("eval.resamples", self.resamples, minimum=0)
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"eval.precision must be one of {[*PRECISIONS]}. Got {self.precision!r}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Results of one model, and what failed; equal on all ranks but for intervals and outcomes."""
+
+    results: tuple[TaskResult, ...]  # in the order of the tasks
+    failures: tuple[TaskFailure, ...]
+    scored: Mapping[str, ScoredTask] = field(repr=False)  # of the tasks that were run now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTask:
+    """A task with the details of its scores, for error analysis."""
+
+    samples: TaskSamples
+    scores: TaskScores
 
 
 def evaluate_tasks(
     clip: ClipModel,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | PreparedTasks,
     *,
     device: str | torch.device = "cpu",
-    batch_size: int = 256,
-    num_workers: int = 0,
+    options: EvalOptions | None = None,
+    ranks: Ranks | None = None,
     results_path: Path | None = None,
-    progress: bool = True,
-) -> list[TaskResult]:
-    """Evaluate a model on tasks, in eval mode and fp32 also where autocast is on.
+    again: Collection[str] = (),
+) -> Evaluation:
+    """Evaluate a model on tasks, in eval mode, whatever mode and autocast it is in.
 
     The model's modes and device are restored afterwards, and the global random state is left
     alone, so that this can be called in the middle of a training.
 
     Args:
         clip: the model with its transform and tokenizer.
-        tasks: each name at most once.
+        tasks: each name at most once; prepared ones are not indexed again.
         device: where to run.
-        batch_size: images in a batch; for retrieval all captions of these images are one batch.
-        num_workers: processes that decode images.
+        options: how; None means the defaults.
+        ranks: with whom. All ranks make this call, with equal arguments but for the device.
         results_path: a JSONL file to which each result is added at once. Tasks whose result for
-            this very model is there already are not run again; results of another model are
-            removed from it.
-        progress: whether to show a bar over the tasks.
-
-    Returns:
-        The results in the order of `tasks`.
+            this very model is there already are not run again, unless their samples, texts or
+            metrics have changed since; results of another model are removed from it.
+        again: names of tasks that are run although there is a result.
 
     Raises:
-        InputError: an option is wrong, a task is damaged, or `results_path` was not written by us.
+        InputError: an option is wrong, `results_path` was not written by us, or the ranks see
+            another model or other tasks. What is wrong with a task or its images is a failure in
+            what is returned.
     """
-    require_int("eval.batch_size", batch_size, minimum=1)
-    require_int("eval.num_workers", num_workers, minimum=0)
-    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
-    if twice:
-        raise InputError(f"eval.tasks must name each task once. Got {twice} more than once.")
-    model_hash = fingerprint(clip)
-    done = {} if results_path is None else _resume(results_path, model_hash)
-    results = []
-    bar = tqdm(tasks, desc="evaluate", unit="task", disable=not progress, leave=False)
-    with evaluation_mode(clip, torch.device(device)) as ready, repaired():
-        for task in bar:
-            bar.set_postfix_str(task.name)
-            result = done.get(task.name)
-            if result is None:
-                result = _evaluate_task(task, ready, batch_size, num_workers, model_hash)
-                if results_path is not None:
-                    append_result(results_path, result)
-            results.append(result)
-    return results
+    options = options or EvalOptions()
+    ranks = ranks or OneRank()
+    if not isinstance(tasks, PreparedTasks):
+        tasks = prepare_tasks(tasks, train_split=options.probe.train_split)
+    identities = {one.task.name: task_identity(one, options.probe) for one in tasks.data}
+    with buffers_of_first_rank(clip.model, ranks):
+        identity = model_identity(clip, options.precision)
+        done: dict[str, TaskResult] = {}
+        if results_path is not None:
+            done = _resume(results_path, identity, identities, ranks, again)
+        wanted = tasks.without(set(done))
+        _require_agreement(ranks, [identity, *(identities[one.task.name] for one in wanted.data)])
+        evaluator = _Evaluator(
+            clip, options, ranks, torch.device(device), identity, identities, results_path
+        )
+        found = evaluator.run(wanted) if wanted.data else {}
+    names = [one.task.name for one in tasks.data]
+    results = {**done, **found}
+    failures = (*tasks.failures, *evaluator.failures)
+    for failure in failures:
+        if ranks.rank == 0:
+            log.warning("%s failed: %s", failure.key, failure.message)
+    return Evaluation(
+        results=tuple(results[name] for name in names if name in results),
+        failures=failures,
+        scored=evaluator.scored,
+    )
 
 
-def _resume(path: Path, model_hash: str) -> dict[str, TaskResult]:
-    """The results in a file that are this model's, after the others have been removed from it."""
-    if not path.exists():
-        return {}
+def _require_agreement(ranks: Ranks, identities: Sequence[str]) -> None:
+    """Raise InputError on all ranks unless all want the same; they would wait for ever."""
+    board = np.zeros(ranks.size, dtype=np.int64)
+    board[ranks.rank] = content_id("\n".join(identities).encode()) >> 1  # not negative
+    board = sum_arrays(ranks, board)
+    other = np.flatnonzero(board != board[0]).tolist()
+    if other:
+        raise InputError(
+            f"All ranks must evaluate the same model on the same tasks and see the same results "
+            f"so far. The ranks {other} differ from the first: are eval.root and the file of the "
+            "results on a disk that all machines share?"
+        )
+
+
+def _resume(
+    path: Path, model: str, tasks: Mapping[str, str], ranks: Ranks, again: Collection[str]
+) -> dict[str, TaskResult]:
+    """The results in a file that are still valid, after the others have been removed from it.
+
+    Args:
+        path: of the file.
+        model: `model_identity`.
+        tasks: `task_identity` by name, of those that are asked for.
+        ranks: who asks.
+        again: names of tasks whose results shall go.
+    """
     results = read_results(path)
     foreign = [result.key for result in results if result.model is None]
     if foreign:
@@ -115,68 +182,177 @@ def _resume(path: Path, model_hash: str) -> dict[str, TaskResult]:
             f"{path} holds a result for {foreign[0]!r} that does not say which model it is of, so "
             "Siftclip has not written it. Name another file for the results."
         )
-    kept = [result for result in results if result.model == model_hash]
-    if len(kept) < len(results):
-        log.warning("%s: %d results of another model are removed", path, len(results) - len(kept))
-    write_lines(path, kept)  # also when all are kept: without a last line that was cut off
+    ranks.barrier()  # all have read what the first is about to replace
+    own = [result for result in results if result.model == model]
+    valid = [result for result in own if tasks.get(result.key, result.task) == result.task]
+    kept = [result for result in valid if result.key not in again]
+    if ranks.rank == 0 and path.exists():
+        if len(own) < len(results):
+            gone = len(results) - len(own)
+            log.warning("%s: %d results of another model are removed", path, gone)
+        if len(valid) < len(own):
+            changed = ", ".join(sorted({r.key for r in own} - {r.key for r in valid}))
+            log.warning("%s: results of tasks that have changed are removed: %s", path, changed)
+        write_lines(path, kept)  # also when all are kept: without a last line that was cut off
     return {result.key: result for result in kept}
 
 
-@contextmanager
-def evaluation_mode(clip: ClipModel, device: torch.device) -> Iterator[ClipModel]:
-    """The model on `device` in fp32 and eval mode, without gradients and without autocast."""
-    model = clip.model
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
-        model = copy.deepcopy(model).float()  # there and back in place would round master weights
-    home = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}  # parts may be frozen
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            # clip_benchmark can be told only "cuda", which is the current device
-            stack.enter_context(torch.cuda.device(device))
-        try:
-            yield replace(clip, model=model.to(device).eval())
-        finally:
-            model.to(home)
-            for module, training in modes.items():
-                module.training = training
+class _Evaluator:
+    """One run over tasks."""
 
-
-def _evaluate_task(
-    task: Task, clip: ClipModel, batch_size: int, num_workers: int, model_hash: str
-) -> TaskResult:
-    start = time.perf_counter()
-    dataset = TaskDataset(task, clip.eval_transform)
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate_captions if task.kind == "retrieval" else None,
-        generator=torch.Generator(),  # without one it takes a number from the global generator
-    )
-    device_type = next(clip.model.parameters()).device.type
-    raw_metrics, correct = EVALUATORS[task.kind](clip.model, clip.tokenizer, loader, device_type)
-    metrics = none_for_nan(raw_metrics)
-    if task.main_metric not in metrics:
-        raise InputError(
-            f"The main metric of {task.name} must be one of {sorted(metrics)}. "
-            f"Got {task.main_metric!r}."
+    def __init__(
+        self,
+        clip: ClipModel,
+        options: EvalOptions,
+        ranks: Ranks,
+        device: torch.device,
+        identity: str,
+        identities: Mapping[str, str],
+        results_path: Path | None,
+    ) -> None:
+        self.clip = clip
+        self.options = options
+        self.ranks = ranks
+        self.device = device
+        self.identity = identity
+        self.identities = identities
+        self.results_path = results_path
+        self.failures: list[TaskFailure] = []
+        self.scored: dict[str, ScoredTask] = {}
+        self.images, self.classes = (
+            None if options.cache is None else SharedCache(options.cache, identity, kind, ranks)
+            for kind in ("images", "classes")
         )
-    main = metrics[task.main_metric]
-    return TaskResult(
-        key=task.name,
-        dataset=task.title,
-        metrics={**metrics, MAIN_METRIC: main},
-        main_metric_name=task.main_metric,
-        samples=len(dataset),
-        interval=(
-            wilson_interval(main, len(dataset))
-            if main is not None and task.main_metric in SAMPLE_SHARES
-            else None
-        ),
-        seconds=time.perf_counter() - start,
-        model=model_hash,
-        correct=correct,
-    )
+
+    def run(self, tasks: PreparedTasks) -> dict[str, TaskResult]:
+        """The results by name; failures are gathered."""
+        table = tasks.table
+        if table is None:
+            raise RuntimeError("tasks come with their images")
+        groups = tasks.groups()
+        results: dict[str, TaskResult] = {}
+        with evaluation_mode(self.clip, self.device) as ready:
+            encoder = Encoder(ready, self._encode_options(), self.ranks)
+            texts = TaskTexts(encoder.texts, self.classes, self.device)
+            sets = [np.unique(np.concatenate([one.rows() for one in group])) for group in groups]
+            features_of_sets = self._features(encoder, table, sets)
+            for group, rows, features in zip(groups, sets, features_of_sets, strict=True):
+                for one in group:
+                    try:
+                        result = self._evaluate(one, rows, features, texts)
+                    except InputError as error:
+                        self.failures.append(TaskFailure(key=one.task.name, message=str(error)))
+                        continue
+                    if self.results_path is not None and self.ranks.rank == 0:
+                        append_result(self.results_path, result)
+                    results[one.task.name] = result
+        return results
+
+    def _encode_options(self) -> EncodeOptions:
+        options = self.options
+        return EncodeOptions(
+            device=self.device,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            max_image_pixels=options.max_image_pixels,
+            autocast=PRECISIONS[options.precision],
+            progress=options.progress,
+        )
+
+    def _features(
+        self, encoder: Encoder, table: ImageTable, sets: list[np.ndarray]
+    ) -> Iterator[ImageFeatures]:
+        cache = self.images
+        if cache is None:
+            yield from encoder.image_sets(table, sets)
+            return
+        ids = self._image_ids(table)
+        known = cache.known(ids)
+        fresh = encoder.image_sets(table, [rows[~known[rows]] for rows in sets])
+        for rows, new in zip(sets, fresh, strict=True):
+            sound = np.asarray([row not in new.faults for row in range(len(new.ids))], bool)
+            cache.add(new.ids[sound], new.features[sound])
+            yield _merged(ids[rows], known[rows], cache.features(ids[rows[known[rows]]]), new)
+
+    def _image_ids(self, table: ImageTable) -> np.ndarray:
+        """The ids of all images, uint64 [U], on all ranks, which share the reading."""
+        ids = np.zeros(len(table), dtype=np.int64)
+        mine = np.array_split(np.arange(len(table)), self.ranks.size)[self.ranks.rank]
+        ids[mine] = image_ids(table.take(mine)).view(np.int64)
+        return sum_arrays(self.ranks, ids).view(np.uint64)
+
+    def _evaluate(
+        self, one: TaskData, rows: np.ndarray, features: ImageFeatures, texts: TaskTexts
+    ) -> TaskResult:
+        start = time.perf_counter()
+        task = one.task
+        at = np.searchsorted(rows, one.rows())
+        for place in at.tolist():
+            if place in features.faults:
+                raise InputError(features.faults[place])
+        images = self._take(features, rows, one.images)
+        if task.protocol == "zero_shot":
+            scores = score_task(one.samples, images, texts)
+        else:
+            if one.train is None or one.train_images is None:
+                raise RuntimeError("probes are fitted on a train split")
+            train = self._take(features, rows, one.train_images)
+            scores = score_probe(one.samples, images, one.train, train, self.options.probe)
+        ids = features.ids[np.searchsorted(rows, one.images)]
+        result = self._result(task, scores, unit_ids(one.samples, ids), start)
+        self.scored[task.name] = ScoredTask(samples=one.samples, scores=scores)
+        return result
+
+    def _take(self, features: ImageFeatures, rows: np.ndarray, wanted: np.ndarray) -> Tensor:
+        chosen = features.features[np.searchsorted(rows, wanted)]
+        return torch.from_numpy(chosen).to(self.device)
+
+    def _result(
+        self, task: Task, scores: TaskScores, units: np.ndarray, start: float
+    ) -> TaskResult:
+        metrics = {
+            name: None if math.isnan(value) else float(value)
+            for name, value in scores.metrics.items()
+        }
+        if task.main_metric is not None and task.main_metric not in metrics:
+            raise InputError(
+                f"The main metric of {task.name} must be one of {sorted(metrics)}. "
+                f"Got {task.main_metric!r}."
+            )
+        main = None if task.main_metric is None else metrics[task.main_metric]
+        outcomes = None if main is None else scores.outcomes.get(str(task.main_metric))
+        interval = None
+        if outcomes is not None and self.options.resamples and self.ranks.rank == 0:
+            drawn = replicates(
+                outcomes, units, resamples=self.options.resamples, seed=self.options.seed
+            )
+            interval = task_interval(outcomes, units, drawn)
+        return TaskResult(
+            key=task.name,
+            dataset=task.title,
+            metrics={**metrics, MAIN_METRIC: main},
+            main_metric_name=task.main_metric,
+            samples=len(units),
+            interval=interval,
+            seconds=time.perf_counter() - start,
+            model=self.identity,
+            task=self.identities[task.name],
+            family=task.family,
+            outcomes=outcomes,
+            units=units,
+        )
+
+
+def _merged(
+    ids: np.ndarray, known: np.ndarray, kept: np.ndarray, new: ImageFeatures
+) -> ImageFeatures:
+    """The features of a set of images from those that were known and those that are new."""
+    width = max(new.features.shape[1], kept.shape[1])
+    features = np.empty((len(ids), width), dtype=np.float32)
+    places = np.flatnonzero(~known)
+    if len(kept):
+        features[known] = kept
+    if len(places):
+        features[places] = new.features
+    faults = {int(places[row]): message for row, message in new.faults.items()}
+    return ImageFeatures(features=features, ids=ids, faults=faults)

@@ -1,25 +1,27 @@
-"""Results of tasks: what one holds, the files they are kept in, averages over groups, a table.
+"""Results of tasks: what one holds, and the files they are kept in.
 
 `eval_results.jsonl` has DataComp's shape, a line a task with `key`, `dataset` and `metrics`, plus
-fields of ours. Per-sample correctness lies beside it: `eval_results_correct/<key>.npz`.
+fields of ours. What the main metric is made of lies beside it: `eval_results_outcomes/<key>.npz`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from siftclip.datamodules.files import append_jsonl, read_jsonl, read_npz, write_npz, write_text
+from siftclip.datamodules.files import append_jsonl, read_jsonl, read_npz_all, write_npz, write_text
+from siftclip.eval.known_tasks import KNOWN_TASKS
+from siftclip.eval.outcomes import Outcomes
+from siftclip.eval.tasks import OWN_FAMILY
 from siftclip.selectors.errors import InputError
 
-Z_95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 MAIN_METRIC = "main_metric"
+_ARRAY = "array_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,17 @@ class TaskResult:
     key: str  # the name of the task
     dataset: str  # the name to show
     metrics: dict[str, float | None]  # None = not defined here; `main_metric` is always there
-    main_metric_name: str
+    main_metric_name: str | None  # None: the task has none
     samples: int
-    interval: tuple[float, float] | None  # 95 %, where the main metric is a share of the samples
-    seconds: float
-    model: str | None  # evaluate.fingerprint of the model; None in files of other tools
-    # bool [samples]: whether the best class, or for retrieval the best caption, is right. None
-    # for multilabel tasks, and where the file is gone.
-    correct: np.ndarray | None = field(default=None, compare=False, repr=False)
+    interval: tuple[float, float] | None  # 95 %, of the main metric
+    seconds: float  # that the task took beyond the features that it shares with others
+    model: str | None  # identities.model_identity of the model; None in files of other tools
+    task: str | None = None  # identities.task_identity of the task and how it was scored
+    family: str = OWN_FAMILY
+    # What the main metric is made of, and which image or instance each unit is, uint64 [n]. None
+    # where there is no main metric, and where the file is gone.
+    outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
+    units: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def main_metric(self) -> float | None:
@@ -44,26 +49,18 @@ class TaskResult:
         return self.metrics[MAIN_METRIC]
 
 
-def wilson_interval(share: float, samples: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion.
-
-    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927. Unlike
-    the normal approximation it stays inside [0, 1] and is not empty at 0 and 1.
-
-    Args:
-        share: successes / samples, in [0, 1].
-        samples: at least 1.
-    """
-    shrink = 1 / (1 + Z_95**2 / samples)
-    centre = shrink * (share + Z_95**2 / (2 * samples))
-    radius = shrink * Z_95 * math.sqrt(share * (1 - share) / samples + (Z_95 / (2 * samples)) ** 2)
-    return max(0.0, centre - radius), min(1.0, centre + radius)
-
-
 def append_result(path: Path, result: TaskResult) -> None:
     """Add a result to a results file. A killed run leaves all of it, or no line."""
-    if result.correct is not None:
-        write_npz(_correct_path(path, result.key), correct=result.correct)
+    if result.outcomes is None or result.units is None:
+        outcomes_path(path, result.key).unlink(missing_ok=True)  # those of an earlier result
+    else:
+        arrays = {f"{_ARRAY}{name}": array for name, array in result.outcomes.arrays.items()}
+        write_npz(
+            outcomes_path(path, result.key),
+            statistic=np.asarray(result.outcomes.statistic),
+            units=result.units,
+            **arrays,
+        )
     append_jsonl(path, _to_record(result))  # last: the line says that the arrays are there
 
 
@@ -84,9 +81,10 @@ def read_results(path: Path) -> list[TaskResult]:
     ]
 
 
-def _correct_path(path: Path, key: str) -> Path:
+def outcomes_path(path: Path, key: str) -> Path:
+    """Where the outcomes of a task are kept."""
     # DataComp's keys have slashes; replaced, no key leads out of the folder either
-    return path.with_name(f"{path.stem}_correct") / f"{key.replace('/', '-')}.npz"
+    return path.with_name(f"{path.stem}_outcomes") / f"{key.replace('/', '-')}.npz"
 
 
 def _to_record(result: TaskResult) -> dict[str, Any]:
@@ -97,8 +95,10 @@ def _to_record(result: TaskResult) -> dict[str, Any]:
         "main_metric_name": result.main_metric_name,
         "samples": result.samples,
         "interval": None if result.interval is None else list(result.interval),
+        "family": result.family,
         "seconds": round(result.seconds, 3),
         "model": result.model,
+        "task": result.task,
     }
 
 
@@ -106,7 +106,8 @@ def _from_record(path: Path, number: int, record: Any) -> TaskResult:
     try:
         key, metrics, interval = record["key"], dict(record["metrics"]), record.get("interval")
         metrics.setdefault(MAIN_METRIC, None)  # DataComp's tasks outside its average have none
-        correct_path = _correct_path(path, key)
+        outcomes, units = _read_outcomes(outcomes_path(path, key))
+        known = KNOWN_TASKS.get(key)  # files of DataComp's do not say
         return TaskResult(
             key=key,
             dataset=record["dataset"],
@@ -116,7 +117,10 @@ def _from_record(path: Path, number: int, record: Any) -> TaskResult:
             interval=None if interval is None else (interval[0], interval[1]),
             seconds=record.get("seconds", 0.0),
             model=record.get("model"),
-            correct=read_npz(correct_path, ["correct"])[0] if correct_path.exists() else None,
+            task=record.get("task"),
+            family=record.get("family") or (known.family if known else OWN_FAMILY),
+            outcomes=outcomes,
+            units=units,
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -126,62 +130,16 @@ def _from_record(path: Path, number: int, record: Any) -> TaskResult:
         ) from None
 
 
-def aggregate(
-    results: Sequence[TaskResult], groups: Mapping[str, Sequence[str]]
-) -> dict[str, float | None]:
-    """The mean over each group of tasks; None where a task of the group has no result.
-
-    Args:
-        results: of one model, each task at most once.
-        groups: names of tasks by name of the group; `name:metric` takes that metric instead of
-            the main metric.
-
-    Raises:
-        InputError: a group is empty, or a task does not have the metric.
-    """
-    by_key = {result.key: result for result in results}
-    means: dict[str, float | None] = {}
-    for group, members in groups.items():
-        if not members:
-            raise InputError(f"eval.groups.{group} must name at least one task. It is empty.")
-        values = [_group_value(group, member, by_key) for member in members]
-        known = [value for value in values if value is not None]
-        # A mean over fewer tasks would look like the whole, and could not be compared.
-        means[group] = sum(known) / len(known) if len(known) == len(values) else None
-    return means
-
-
-def _group_value(group: str, member: str, by_key: Mapping[str, TaskResult]) -> float | None:
-    name, _, metric = member.partition(":")
-    if name not in by_key:
-        return None
-    metrics = by_key[name].metrics
-    if metric and metric not in metrics:
-        raise InputError(
-            f"eval.groups.{group}: {member!r} asks for a metric that {name} does not have. "
-            f"It has {sorted(metrics)}."
-        )
-    return metrics[metric or MAIN_METRIC]
-
-
-def format_table(results: Sequence[TaskResult]) -> str:
-    """The results as text, a line a task: name, samples, main metric with its 95 % interval."""
-    rows = [("task", "n", "metric", "value", "95 % interval")]
-    for result in results:
-        value, interval = result.main_metric, result.interval
-        rows.append(
-            (
-                result.dataset,
-                str(result.samples),
-                result.main_metric_name,
-                "-" if value is None else f"{value:.4f}",
-                "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = ("<", ">", "<", ">", "<")
-    lines = [
-        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, aligns, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+def _read_outcomes(path: Path) -> tuple[Outcomes | None, np.ndarray | None]:
+    if not path.exists():
+        return None, None
+    arrays = read_npz_all(path)
+    if not {"statistic", "units"} <= arrays.keys():
+        raise InputError(f"{path} must hold the arrays 'statistic' and 'units'. Delete it.")
+    values = {
+        name.removeprefix(_ARRAY): array
+        for name, array in arrays.items()
+        if name.startswith(_ARRAY)
+    }
+    statistic: Any = str(arrays["statistic"])
+    return Outcomes(statistic=statistic, arrays=values), arrays["units"]

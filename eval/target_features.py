@@ -6,28 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import read_npz_all, write_npz
-from siftclip.eval.clip_benchmark_fixes import repaired
-from siftclip.eval.evaluate import evaluation_mode, fingerprint
-from siftclip.eval.task_dataset import TaskDataset, collate_captions
+from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
+from siftclip.eval.evaluation_mode import evaluation_mode
+from siftclip.eval.identities import fingerprint
+from siftclip.eval.preparation import TaskData, prepare_tasks
+from siftclip.eval.task_scores import TaskTexts
 from siftclip.eval.tasks import Task
+from siftclip.selectors.errors import InputError
 
 
 def embed_tasks(
-    clip: ClipModel,
-    tasks: Sequence[Task],
-    folder: Path,
-    *,
-    device: str | torch.device = "cpu",
-    batch_size: int = 256,
-    num_workers: int = 0,
-    progress: bool = True,
+    clip: ClipModel, tasks: Sequence[Task], folder: Path, options: EncodeOptions
 ) -> list[Path]:
     """Write the features of tasks, one `TASK-SPLIT.npz` each; those that are there are kept.
 
@@ -38,57 +30,56 @@ def embed_tasks(
 
     Args:
         clip: the model with its transform and tokenizer.
-        tasks: of any split.
+        tasks: of any split; classification, multilabel or retrieval.
         folder: to write to.
-        device: where to run.
-        batch_size: images in a batch.
-        num_workers: processes that decode images.
-        progress: whether to show a bar over the batches.
+        options: how features are computed.
 
     Raises:
-        InputError: a task is damaged.
+        InputError: a task is damaged, or of another kind.
     """
+    for task in tasks:
+        if not task.has_classes and task.kind != "retrieval":
+            raise InputError(
+                f"target.tasks: {task.name} is a task of the kind {task.kind}. Targets are images "
+                "with class names or captions."
+            )
     model_hash = fingerprint(clip)
-    paths = [folder / f"{task.name}-{task.split}.npz" for task in tasks]
-    with evaluation_mode(clip, torch.device(device)) as ready, repaired():
-        for task, path in zip(tasks, paths, strict=True):
-            if path.is_file() and str(read_npz_all(path).get("model")) == model_hash:
-                continue
-            arrays = _embed_task(ready, task, batch_size, num_workers, progress)
-            write_npz(path, model=np.asarray(model_hash), **arrays)
-    return paths
+    paths = {task.name: folder / _file_name(task) for task in tasks}
+    missing = [task for task in tasks if not _is_there(paths[task.name], model_hash)]
+    prepared = prepare_tasks(missing)
+    for failure in prepared.failures:
+        raise InputError(failure.message)
+    if prepared.table is not None:
+        with evaluation_mode(clip, options.device) as ready:
+            encoder = Encoder(ready, options)
+            texts = TaskTexts(encoder.texts)
+            sets = [one.rows() for one in prepared.data]
+            features_of_sets = encoder.image_sets(prepared.table, sets)
+            for one, rows, found in zip(prepared.data, sets, features_of_sets, strict=True):
+                arrays = _arrays(one, rows, found, texts)
+                write_npz(paths[one.task.name], model=np.asarray(model_hash), **arrays)
+    return [*paths.values()]
 
 
-def _embed_task(
-    clip: ClipModel, task: Task, batch_size: int, num_workers: int, progress: bool
+def _file_name(task: Task) -> str:
+    return f"{task.name.replace('/', '-')}-{task.split}.npz"  # DataComp's keys have slashes
+
+
+def _is_there(path: Path, model_hash: str) -> bool:
+    return path.is_file() and str(read_npz_all(path).get("model")) == model_hash
+
+
+def _arrays(
+    one: TaskData, rows: np.ndarray, found: ImageFeatures, texts: TaskTexts
 ) -> dict[str, np.ndarray]:
-    loader = DataLoader(
-        TaskDataset(task, clip.eval_transform),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate_captions if task.kind == "retrieval" else None,
-        generator=torch.Generator(),  # without one it takes a number from the global generator
-    )
-    device = next(clip.model.parameters()).device
-    found: dict[str, list[np.ndarray]] = {"img": [], "txt": []}
-    for images, labels in tqdm(
-        loader, desc=task.name, unit="batch", disable=not progress, leave=False
-    ):
-        image = clip.model.encode_image(images.to(device), normalize=True)  # type: ignore[operator]
-        found["img"].append(image.half().cpu().numpy())
-        if task.kind == "retrieval":
-            tokens = clip.tokenizer([captions[0] for captions in labels]).to(device)
-            text = clip.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-            found["txt"].append(text.half().cpu().numpy())
-    arrays = {key: np.concatenate(parts) for key, parts in found.items() if parts}
-    if task.kind != "retrieval":
-        classes = zero_shot_classifier(
-            clip.model,
-            clip.tokenizer,
-            list(task.classnames),
-            list(task.templates),
-            device.type,
-            amp=False,
-        )
-        arrays["class_txt"] = classes.T.half().cpu().numpy()
+    for message in found.faults.values():
+        raise InputError(message)
+    task = one.task
+    arrays = {"img": found.features[np.searchsorted(rows, one.images)].astype(np.float16)}
+    if task.has_classes:
+        classes = texts.classifier(task.classnames, task.templates).T
+        arrays["class_txt"] = classes.half().cpu().numpy()
+    else:
+        features, places = texts.distinct([captions[0] for captions in one.samples.captions])
+        arrays["txt"] = features[places].half().cpu().numpy()
     return arrays

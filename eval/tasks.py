@@ -1,29 +1,46 @@
-"""Zero-shot tasks on disk, in clip_benchmark's webdataset layout.
+"""Tasks on disk, in clip_benchmark's webdataset layout.
 
 ```
 ROOT/<split>/nshards.txt   ROOT/classnames.txt                         one a line, index = label
 ROOT/<split>/0.tar ...     ROOT/zeroshot_classification_templates.txt  one a line, contains {c}
-ROOT/dataset_type.txt      absent or classification | multilabel | retrieval
-members of the tars: key.{webp,png,jpg,jpeg} with key.cls (a number), key.npy (multi-hot) or
-key.txt (one caption a line)
+ROOT/dataset_type.txt      absent or classification | multilabel | retrieval |
+                           image_caption_selection | association
+members of the tars: key.{webp,png,jpg,jpeg} with
+  classification           key.cls (a number); WILDS and fairness tasks also key.npy (metadata)
+  multilabel               key.npy (multi-hot)
+  retrieval                key.txt (one caption a line)
+  image_caption_selection  key.txt: the first line is right, or, with images key.0.png, key.1.png,
+                           ..., line i is that of image i
+  association              images key.0.jpg, key.1.jpg, ...; key.json {"cue", "associations"}
 ```
+
+Image-caption selection with one image (SugarCrepe) is stored as retrieval by clip_benchmark, so
+`dataset_type.txt` has to say it; association is our form of WinoGAViL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from siftclip.eval.known_tasks import known_task
 from siftclip.selectors.errors import InputError
 
-TaskKind = Literal["classification", "multilabel", "retrieval"]
+TaskKind = Literal[
+    "classification", "multilabel", "retrieval", "image_caption_selection", "association"
+]
+Protocol = Literal["zero_shot", "linear_probe", "few_shot"]
 MAIN_METRICS: dict[TaskKind, str] = {
     "classification": "acc1",
     "multilabel": "mean_average_precision",
     "retrieval": "mean_recall@1",
+    "image_caption_selection": "text_acc",
+    "association": "jaccard_score_10-12",
 }
+OWN_FAMILY = "own"  # of tasks that are not DataComp's
 
 FOLDER_PREFIX = "wds_"
 TYPE_FILE = "dataset_type.txt"
@@ -39,68 +56,125 @@ class Task:
     A task with another title or main metric is made with `dataclasses.replace`.
     """
 
-    name: str  # the name of the folder without `wds_`
+    name: str  # DataComp's key, or the name of the folder without `wds_`
     title: str  # the name to show
     root: Path
     split: str
     kind: TaskKind
-    main_metric: str
+    main_metric: str | None  # None: the task has none and is in no average
     shards: tuple[Path, ...]
-    classnames: tuple[str, ...]  # the index is the label; empty for retrieval
-    templates: tuple[str, ...]  # each with {c}; empty for retrieval
+    classnames: tuple[str, ...]  # the index is the label; empty where there are no classes
+    templates: tuple[str, ...]  # each with {c}; empty where there are no classes
+    special: str | None = None  # which metrics of DataComp's own it has, see `known_tasks`
+    family: str = OWN_FAMILY
+    protocol: Protocol = "zero_shot"
+    shots: int | None = None  # of few_shot
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it names classes, which prompts are made of."""
+        return self.kind in ("classification", "multilabel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundTasks:
+    """What there is of the tasks that were asked for."""
+
+    tasks: tuple[Task, ...]
+    missing: tuple[str, ...]  # names without a folder
+    damaged: Mapping[str, str]  # why a task's folder cannot be read, by its name
+
+    def complete(self) -> list[Task]:
+        """The tasks, where each one that was asked for must be there.
+
+        Raises:
+            InputError: one is missing or damaged.
+        """
+        if self.missing:
+            raise InputError(f"These tasks are missing: {list(self.missing)}.")
+        for message in self.damaged.values():
+            raise InputError(message)
+        return list(self.tasks)
 
 
 def find_tasks(
-    root: Path, names: Sequence[str] | None = None, *, split: str = "test"
-) -> list[Task]:
-    """The tasks in a folder of task folders, or the one task whose folder this is.
+    root: Path,
+    names: Sequence[str] | None = None,
+    *,
+    split: str = "test",
+    may_miss: bool = False,
+) -> FoundTasks:
+    """The tasks below a folder, or the one task whose folder this is.
+
+    Folders inside folders are looked through, so tasks may be grouped. A folder that DataComp's
+    table knows (`wds_vtab-dtd_test`) gets its key (`vtab/dtd`), title and main metric.
 
     Args:
         root: the folder.
         names: which tasks, in this order; None means all, sorted by name.
         split: the folder inside a task that holds the tars.
+        may_miss: whether a name may have no folder, as with a suite that is there in part.
 
     Raises:
-        InputError: there is no task, a name is unknown, or a file of a chosen task is missing or
-            not as it must be. Tasks that were not chosen are not looked at.
+        InputError: there is no task at all, a name is unknown or given twice. Tasks that were not
+            chosen are not looked at.
     """
     if not root.is_dir():
         raise InputError(
             f"eval.root must be a folder of tasks, or one task. {root} is not a folder."
         )
-    if _is_task_folder(root, split):
-        folders = [root]
-    else:
-        folders = [
-            folder
-            for folder in sorted(root.iterdir())
-            if folder.is_dir()
-            and (folder.name.startswith(FOLDER_PREFIX) or _is_task_folder(folder, split))
-        ]
+    twice = [name for name, count in Counter(names or ()).items() if count > 1]
+    if twice:
+        raise InputError(f"eval.tasks must name each task once. Got {twice} more than once.")
+    folders = [root] if _is_task_folder(root, split) else _walk(root, split)
     if not folders:
         raise InputError(
             f"eval.root must hold task folders named {FOLDER_PREFIX}<task>, or, if it is one task, "
             f"{split}/{NSHARDS_FILE}. There is neither in {root}."
         )
-    by_name = {_task_name(folder): folder for folder in folders}
-    if len(by_name) < len(folders):
-        raise InputError(
-            f"Tasks must differ in more than the prefix {FOLDER_PREFIX}. Got the folders "
-            f"{[folder.name for folder in folders]} in {root}."
-        )
-    for name in names or ():
-        if name not in by_name:
+    by_name: dict[str, Path] = {}
+    for folder in folders:
+        other = by_name.setdefault(_task_name(folder), folder)
+        if other is not folder:
             raise InputError(
-                f"eval.tasks must name tasks in {root}: {sorted(by_name)}. Got {name!r}."
+                f"Tasks must differ in more than the prefix {FOLDER_PREFIX} and the ending _test. "
+                f"{other} and {folder} are both {_task_name(folder)!r}."
             )
-    return [
-        read_task(by_name[name], split=split)
-        for name in (sorted(by_name) if names is None else names)
-    ]
+    wanted = sorted(by_name) if names is None else list(names)
+    missing = [name for name in wanted if name not in by_name]
+    if missing and not may_miss:
+        raise InputError(
+            f"eval.tasks must name tasks in {root}: {sorted(by_name)}. Got {missing[0]!r}."
+        )
+    tasks, damaged = list[Task](), dict[str, str]()
+    for name in wanted:
+        if name in by_name:
+            try:
+                tasks.append(read_task(by_name[name], split=split))
+            except InputError as error:
+                damaged[name] = str(error)
+    return FoundTasks(tasks=tuple(tasks), missing=tuple(missing), damaged=damaged)
+
+
+def _walk(folder: Path, split: str) -> list[Path]:
+    """The task folders below a folder; nothing inside of one is looked at."""
+    found = []
+    try:
+        folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise InputError(f"eval.root: {folder} cannot be read: {error.strerror}.") from None
+    for inner in folders:
+        if inner.name.startswith((FOLDER_PREFIX, ".")) or _is_task_folder(inner, split):
+            found += [] if inner.name.startswith(".") else [inner]
+        elif not inner.is_symlink():  # which may lead back up
+            found += _walk(inner, split)
+    return found
 
 
 def _task_name(folder: Path) -> str:
-    return folder.absolute().name.removeprefix(FOLDER_PREFIX)
+    name = folder.absolute().name
+    known = known_task(name)
+    return name.removeprefix(FOLDER_PREFIX) if known is None else known.key
 
 
 def _is_task_folder(folder: Path, split: str) -> bool:
@@ -114,31 +188,63 @@ def read_task(root: Path, *, split: str = "test") -> Task:
     Raises:
         InputError: a file is missing or not as it must be.
     """
-    kind = _read_kind(root / TYPE_FILE)
+    name, known = _task_name(root), known_task(root.absolute().name)
+    kind = _read_kind(root / TYPE_FILE, "classification" if known is None else known.kind)
+    if known is not None and known.kind != kind:
+        known = None  # of the same name only
+    has_classes = kind in ("classification", "multilabel")
     return Task(
-        name=_task_name(root),
-        title=_task_name(root),
+        name=name,
+        title=name if known is None else known.title,
         root=root,
         split=split,
         kind=kind,
-        main_metric=MAIN_METRICS[kind],
+        main_metric=MAIN_METRICS[kind] if known is None else known.main_metric,
         shards=_find_shards(root / split),
-        classnames=() if kind == "retrieval" else _read_lines(root / CLASSNAMES_FILE),
-        templates=() if kind == "retrieval" else _read_templates(root / TEMPLATES_FILE),
+        classnames=_read_lines(root / CLASSNAMES_FILE) if has_classes else (),
+        templates=read_templates(root / TEMPLATES_FILE) if has_classes else (),
+        special=None if known is None else known.special,
+        family=OWN_FAMILY if known is None else known.family,
     )
+
+
+def with_texts(
+    task: Task, *, classnames: Path | None = None, templates: Path | None = None
+) -> Task:
+    """The task with other class names or templates, read from files like its own.
+
+    Raises:
+        InputError: the task has no classes, or there are more or fewer names than it has.
+    """
+    if not task.has_classes:
+        raise InputError(
+            f"eval.classnames and eval.templates are for tasks with classes. {task.name} is a "
+            f"{task.kind} task."
+        )
+    if classnames is not None:
+        names = _read_lines(classnames)
+        if len(names) != len(task.classnames):
+            raise InputError(
+                f"{classnames} must have a line for each of the {len(task.classnames)} classes of "
+                f"{task.name}. It has {len(names)}."
+            )
+        task = replace(task, classnames=names)
+    return task if templates is None else replace(task, templates=read_templates(templates))
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a mark at its start is not part of a name
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a task of this kind needs it.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} must be UTF-8 text: {error}.") from None
 
 
-def _read_kind(path: Path) -> TaskKind:
-    kind = _read_text(path).strip().lower() if path.exists() else "classification"
+def _read_kind(path: Path, default: str) -> TaskKind:
+    kind = _read_text(path).strip().lower() if path.exists() else default
     for known in get_args(TaskKind):
         if kind == known:
             return known
@@ -169,10 +275,14 @@ def _read_lines(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def _read_templates(path: Path) -> tuple[str, ...]:
-    """The templates, which clip_benchmark will give to `str.format`.
+def read_templates(path: Path) -> tuple[str, ...]:
+    """The templates of a file, each with {c} and without other braces.
 
-    They are someone else's text: a field such as `{c.__class__}` would read attributes.
+    They are someone else's text, and tools give them to `str.format`, where a field such as
+    `{c.__class__}` would read attributes.
+
+    Raises:
+        InputError: a line is not a template.
     """
     templates = _read_lines(path)
     for number, template in enumerate(templates, start=1):

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.base import Selector
+from siftclip.trainer.cli.application import _named
 from siftclip.trainer.cli.main import COMMANDS
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.stages import selector_from
@@ -32,6 +33,10 @@ VALUES = {
     "features.model.name": "ViT-B-32",
     "model.name": "ViT-B-32",
     "compact.output": "copy",
+    "watch.run": "outputs/train/run",
+    "diff.a": "outputs/train/run",
+    "diff.b": "outputs/train/other",
+    "download.folder": "/data/evalsets",
     "export.source": "outputs/train/run",
     "export.path": "model.pt",
     "target.root": "/data/tasks",
@@ -46,7 +51,16 @@ VALUES_OF_MEMBERS = {
     "entities": str(LISTS / "synsets.txt"),
     "entries": str(LISTS / "entries.txt"),
 }
-WITHOUT_POOL = ("eval", "demo", "export", "target")  # these do without pool.root
+# What words without = stand for
+POSITIONAL = {
+    "eval": ["model.name", "model.pretrained"],
+    "eval watch": ["watch.run"],
+    "eval diff": ["diff.a", "diff.b"],
+    "eval download": ["download.folder"],
+}
+WITHOUT_POOL = (
+    *("eval", "eval watch", "eval diff", "eval download", "demo", "export", "target"),
+)  # these do without pool.root
 
 # How many there were when this was written: a test that finds none would pass.
 AT_LEAST = {"experiment": 4, "model": 4, "scale": 3, "selector": 4}
@@ -249,7 +263,8 @@ def test_examples_compose(command: str) -> None:
     for words in found:
         arguments = arguments_of(words, command)
         assert {word for word in arguments if word.startswith("-")} <= {"--multirun", "-m"}
-        overrides = [word for word in arguments if not word.startswith("-")]
+        named = _named(command, arguments, POSITIONAL.get(command, []))
+        overrides = [word for word in named if not word.startswith("-")]
         for job in jobs(overrides):
             config = compose(config_name=config_name(command), overrides=job)
             missing = fill(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SELECTORS = (ROOT / "docs" / "selectors.md").read_text(encoding="utf-8")
 ONLINE = (ROOT / "docs" / "online.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 # What is too large or not there on a test machine, and what stands in for it.
+MSCOCO = "retrieval-mscoco_2014_5k_test_image_text_retrieval"
 SMALL_RUN = (
     "model=vit_tiny scale=tiny scale.samples_seen=64 scale.global_batch_size=16 logger=csv "
     "progress=false data.num_workers=0"
@@ -59,6 +62,7 @@ def test_readme_has_the_commands_that_are_tested_here() -> None:
         "select",
         "train",
         "train",
+        *["eval"] * 4,
     ]
 
 
@@ -75,19 +79,28 @@ def test_make_knows_the_targets(target: str) -> None:
 def test_commands_for_ones_own_pool_run(
     data: DemoData, model_folder: Path, run_python: Any, tmp_path: Path
 ) -> None:
+    evalsets = tmp_path / "evalsets"
+    for name, known in (("digit", "mnist"), ("retrieval", MSCOCO)):
+        shutil.copytree(data.tasks / f"wds_{name}", evalsets / f"wds_{known}_test")
     for line in commands()[2:]:
+        if line.startswith("siftclip eval download"):
+            continue  # tests/eval/test_download.py has a hub
         line = line.replace("/data/pool", str(data.pool)).replace("/data/tasks", str(data.tasks))
+        line = line.replace("/data/evalsets", str(evalsets))
+        line = line.replace("eval ViT-B-32 openai", f"eval {model_folder}")
         line = line.replace("features.model.pretrained=openai", "")
         line = line.replace("features.model.name=ViT-B-32", f"features.model.name={model_folder}")
         line = re.sub(r"\b(model=vit_b_32|scale=datacomp_small)\b", "", line)
-        if "outputs/train/RUN" in line:
-            (run,) = (tmp_path / "outputs" / "train").iterdir()
-            line = line.replace("outputs/train/RUN", str(run))
+        runs = sorted(tmp_path.glob("outputs/train/*"), key=lambda run: run.stat().st_ctime)
+        for word, run in zip(("RUN", "OTHER"), runs, strict=False):
+            line = line.replace(f"outputs/train/{word}", str(run))
         program, command, *options = shlex.split(line)
         assert program == "siftclip"
         small = shlex.split(SMALL_RUN)
         if command == "eval":
             small.remove("model=vit_tiny")
+        if options[0] == "diff":
+            small.append("diff.resamples=100")
         if command == "target":
             small.append("target.split=test")  # all that the demo's tasks have
         words = ["-m", "siftclip.trainer.cli", command, *options, *small]
@@ -135,6 +148,17 @@ def test_commands_of_the_guide_to_the_loop_are_valid() -> None:
             config = compose(command, overrides=options)
             check_online(config)
             limit_from(config)
+
+
+def test_commands_of_the_guide_to_evaluation_compose() -> None:
+    lines = [line for line in commands(EVALUATION) if " ... " not in line]
+    assert len(lines) >= 5
+    with initialize_config_module("siftclip.configs", version_base="1.3"):
+        for line in lines:
+            program, *words = shlex.split(line)
+            assert program == "siftclip"
+            name = "_".join(words[:2]) if words[1] in ("watch", "diff", "download") else words[0]
+            compose(name, overrides=[word for word in words if "=" in word])
 
 
 def test_guide_names_every_selector() -> None:

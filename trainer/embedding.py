@@ -26,7 +26,7 @@ from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
-from siftclip.eval.evaluate import fingerprint
+from siftclip.eval.identities import fingerprint
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric

@@ -1,106 +1,247 @@
-"""The eval stage: a model, a run directory or a checkpoint on the tasks of a folder."""
+"""The eval stage: a model, a run directory or a checkpoint on tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
-from siftclip.eval.evaluate import evaluate_tasks
-from siftclip.eval.results import TaskResult, aggregate, format_table
-from siftclip.eval.tasks import Task, find_tasks
-from siftclip.selectors.errors import InputError
+from siftclip.eval.error_analysis import (
+    details_path,
+    may_have,
+    write_details,
+    write_predictions,
+)
+from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
+from siftclip.eval.linear_probe import ProbeOptions
+from siftclip.eval.preparation import TaskFailure
+from siftclip.eval.probe_scores import ProbeSettings
+from siftclip.eval.report import Summary, summarise, write_csv
+from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, with_texts
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.cores import share_cores, worker_count
+from siftclip.trainer.selection_ranks import selection_ranks
 from siftclip.trainer.stages import plain
+
+log = logging.getLogger(__name__)
+
+
+def tasks_from(config: DictConfig, names: Sequence[str] | None = None) -> FoundTasks:
+    """The tasks that the configuration names, under all of its protocols.
+
+    Args:
+        config: of the command.
+        names: which tasks, in place of `eval.tasks`.
+
+    Raises:
+        InputError: an option is wrong, or there is no task at all.
+    """
+    settings = config.eval
+    if settings.root is None:
+        raise InputError(
+            "eval.root must name a folder of tasks in clip_benchmark's webdataset layout, "
+            "for example eval.root=/data/tasks. siftclip eval download gets DataComp's."
+        )
+    wanted = names if names is not None else plain(settings.tasks)
+    found = find_tasks(
+        Path(settings.root),
+        [wanted] if isinstance(wanted, str) else wanted,
+        may_miss=settings.suite is not None,
+    )
+    if not found.tasks and not found.damaged:
+        raise InputError(
+            f"eval.root={settings.root!r} has none of the {len(found.missing)} tasks of "
+            f"eval={settings.suite}. siftclip eval download gets them."
+        )
+    texts = {"classnames": plain(settings.classnames), "templates": plain(settings.templates)}
+    known = {task.name for task in found.tasks}
+    for option, files in texts.items():
+        for name in files:
+            if name not in known:
+                raise InputError(
+                    f"eval.{option} must name tasks that are evaluated: {sorted(known)}. "
+                    f"Got {name!r}."
+                )
+    tasks = []
+    for task in found.tasks:
+        files = {option: Path(by[task.name]) for option, by in texts.items() if task.name in by}
+        tasks.append(with_texts(task, **files) if files else task)
+    return replace(found, tasks=tuple(_under_protocols(config, tasks)))
+
+
+def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
+    """The tasks as they are, and those that a probe can be fitted on once more for each probe."""
+    chosen = plain(config.eval.protocols)
+    unknown = [name for name in chosen if name not in get_args(Protocol)]
+    if unknown or not chosen:
+        raise InputError(
+            f"eval.protocols must be some of {list(get_args(Protocol))}. Got {chosen!r}."
+        )
+    split = str(config.eval.probe.train_split)
+    probed = [
+        task
+        for task in tasks
+        if task.kind == "classification"
+        and task.special != "faces"
+        and (task.root / split).is_dir()
+    ]
+    if not probed and set(chosen) != {"zero_shot"}:
+        raise InputError(
+            f"eval.protocols={chosen} fits classifiers, but no classification task in "
+            f"{config.eval.root} has the split {split!r} (eval.probe.train_split)."
+        )
+    found = list(tasks) if "zero_shot" in chosen else []
+    if "linear_probe" in chosen:
+        found += [_probe(task, "linear_probe", "linear probe") for task in probed]
+    if "few_shot" in chosen:
+        for shots in plain(config.eval.probe.shots):
+            require_int("eval.probe.shots", shots, minimum=1)
+            found += [
+                replace(_probe(task, f"few_shot_{shots}", f"{shots}-shot"), shots=shots)
+                for task in probed
+            ]
+    return found
+
+
+def _probe(task: Task, prefix: str, words: str) -> Task:
+    protocol: Protocol = "linear_probe" if prefix == "linear_probe" else "few_shot"
+    main = task.main_metric if task.special is None else "acc1"
+    return replace(
+        task,
+        name=f"{prefix}/{task.name}",
+        title=f"{task.title} ({words})",
+        protocol=protocol,
+        main_metric=main,
+        special=None,
+        family=protocol,
+    )
+
+
+def eval_options(config: DictConfig) -> EvalOptions:
+    """How the configuration wants tasks to be evaluated.
+
+    Raises:
+        InputError: an option is wrong.
+    """
+    settings = config.eval
+    return EvalOptions(
+        batch_size=settings.batch_size,
+        num_workers=worker_count(config.data.num_workers),
+        precision=str(settings.precision),
+        max_image_pixels=config.data.max_image_pixels,
+        resamples=settings.resamples,
+        cache=None if settings.cache_dir is None else Path(settings.cache_dir),
+        probe=ProbeSettings(
+            train_split=str(settings.probe.train_split),
+            few_shot_seeds=tuple(plain(settings.probe.seeds)),
+            options=ProbeOptions(l2=settings.probe.l2),
+        ),
+        progress=config.progress,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """Results of one model with the averages that the configuration asks for."""
+class EvalShare:
+    """The part of this process in an evaluation."""
 
-    results: Sequence[TaskResult]
-    averages: Mapping[str, float | None]
-
-    def metrics(self) -> dict[str, float]:
-        """All metrics that are defined, by the name they are logged under."""
-        found = {
-            f"eval/{result.key}/{name}": value
-            for result in self.results
-            for name, value in result.metrics.items()
-        }
-        found.update({f"eval/average/{name}": value for name, value in self.averages.items()})
-        return {name: value for name, value in found.items() if value is not None}
-
-    def records(self) -> list[dict[str, Any]]:
-        """One record a task, for tables."""
-        return [
-            {
-                "task": result.key,
-                "metric": result.main_metric_name,
-                "value": result.main_metric,
-                "low": None if result.interval is None else result.interval[0],
-                "high": None if result.interval is None else result.interval[1],
-                "samples": result.samples,
-            }
-            for result in self.results
-        ]
-
-    def table(self) -> str:
-        """The results as text, with the averages below."""
-        lines = [format_table(self.results)]
-        if self.averages:
-            width = max(len(name) for name in self.averages)
-            lines.append("")
-            for name, value in self.averages.items():
-                text = "- (a task is missing)" if value is None else f"{value:.4f}"
-                lines.append(f"{name:<{width}}  {text}")
-        return "\n".join(lines)
+    ranks: Ranks
+    device: torch.device
 
 
-def tasks_from(config: DictConfig) -> list[Task]:
-    """The tasks that the configuration names."""
-    if config.eval.root is None:
-        raise InputError(
-            "eval.root must name a folder of tasks in clip_benchmark's webdataset layout, "
-            "for example eval.root=/data/tasks."
-        )
-    names = plain(config.eval.tasks)
-    return find_tasks(Path(config.eval.root), [names] if isinstance(names, str) else names)
+def eval_share(config: DictConfig, *, may_launch: bool) -> EvalShare:
+    """Who evaluates: the ranks that train, or those that the configuration asks for.
+
+    Args:
+        config: of the command.
+        may_launch: whether ranks may be started here, see `selection_ranks`.
+    """
+    if dist.is_available() and dist.is_initialized():
+        on_gpu = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+        return EvalShare(ranks=ProcessGroup(torch.device(device)), device=torch.device(device))
+    ranks, device = selection_ranks(config, may_launch=may_launch)
+    return EvalShare(ranks=ranks, device=device)
 
 
 def eval_stage(
-    config: DictConfig, model: Path | ClipModel, *, results_path: Path | None
-) -> EvalReport:
+    config: DictConfig,
+    model: Path | ClipModel,
+    *,
+    results_path: Path | None,
+    share: EvalShare | None = None,
+) -> Summary:
     """Evaluate a model on the configured tasks; tasks with a result are not run again.
 
     Args:
         config: the configuration.
         model: a model, or a run directory or model folder to load it from.
-        results_path: the JSONL file of the results; None keeps them in memory.
+        results_path: the JSONL file of the results, beside which a table as CSV and what else is
+            asked for is written; None keeps them in memory.
+        share: of this process; None means that it is alone. All ranks make this call.
+
+    Returns:
+        The results, with intervals on the first rank only. Tasks that failed are listed.
     """
-    tasks = tasks_from(config)
+    share = share or EvalShare(ranks=OneRank(), device=torch.device(evaluation_device(config)))
+    found = tasks_from(config)
+    options = eval_options(config)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
-    num_workers = worker_count(config.data.num_workers)
-    share_cores(num_workers)
-    results = evaluate_tasks(
+    share_cores(options.num_workers)
+    details = None if results_path is None else results_path.with_name("eval_details")
+    evaluation = evaluate_tasks(
         clip,
-        tasks,
-        device=evaluation_device(config),
-        batch_size=config.eval.batch_size,
-        num_workers=num_workers,
+        found.tasks,
+        device=share.device,
+        options=options,
+        ranks=share.ranks,
         results_path=results_path,
-        progress=config.progress,
+        again=[] if details is None else _without_details(config, found.tasks, details),
     )
-    groups: dict[str, list[str]] = plain(config.eval.groups)
-    return EvalReport(results=results, averages=aggregate(results, groups))
+    damaged = [TaskFailure(key=name, message=text) for name, text in found.damaged.items()]
+    summary = summarise(
+        evaluation.results,
+        plain(config.eval.groups),
+        missing=found.missing,
+        failures=[*damaged, *evaluation.failures],
+        resamples=options.resamples if share.ranks.rank == 0 else 0,
+    )
+    if results_path is not None and details is not None and share.ranks.rank == 0:
+        write_csv(results_path.with_suffix(".csv"), summary)
+        for scored in evaluation.scored.values():
+            if config.eval.details:
+                write_details(details, scored)
+            if config.eval.predictions:
+                write_predictions(details, scored)
+    return summary
+
+
+def _without_details(config: DictConfig, tasks: Sequence[Task], folder: Path) -> list[str]:
+    """The tasks of which details are wanted that an earlier run has not written."""
+    wanted = {"predictions.parquet": config.eval.predictions, "classes.csv": config.eval.details}
+    return [
+        task.name
+        for task in tasks
+        if any(
+            is_wanted and may_have(task, ending) and not details_path(folder, task, ending).exists()
+            for ending, is_wanted in wanted.items()
+        )
+    ]
 
 
 def evaluation_device(config: DictConfig) -> str:
     """The GPU where there is one, unless the configuration asks for the CPU."""
     wants_cpu = config.trainer.accelerator == "cpu"
     return "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
+
+
+def log_records(summary: Summary) -> dict[str, list[dict[str, Any]]]:
+    """The tables of an evaluation, for loggers."""
+    return {"eval/tasks": summary.records()}

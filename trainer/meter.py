@@ -47,6 +47,11 @@ class WindowMeter:
         self.scoring_seconds += scoring_seconds
         self.selection_seconds += selection_seconds
 
+    def pause(self, seconds: float) -> None:
+        """So much of the time until now was no training: leave it out."""
+        self.window_start += seconds
+        self.step_end += seconds
+
     def add(self, terms: Mapping[str, Tensor], norm: Tensor, finite: Tensor) -> None:
         """Take a step's terms (scalars), the norm of its gradients, and whether it was taken."""
         if self.names != tuple(terms):

@@ -97,6 +97,7 @@ class ClipTraining(LightningModule):
         self.max_skipped_fraction = max_skipped_fraction
         self.online = online
         self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
+        self.evaluated: dict[str, float] = {}  # what EvaluateDuring found last; the bar shows it
         self._skipped_before = 0.0  # in the processes before this one
         self.meter = WindowMeter(torch.device("cpu"))
         self._statistics: list[Tensor] = []

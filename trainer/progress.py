@@ -40,13 +40,12 @@ class TrainingBar(ProgressBar):
             return
         latest = pl_module.latest
         if "train/loss" in latest:
-            self._bar.set_postfix(
-                {
-                    "loss": f"{latest['train/loss']:.3f}",
-                    "wait": f"{latest['train/data_wait_fraction']:.0%}",
-                },
-                refresh=False,
-            )
+            shown = {
+                "loss": f"{latest['train/loss']:.3f}",
+                "wait": f"{latest['train/data_wait_fraction']:.0%}",
+            }
+            shown.update(_headline(pl_module.evaluated))
+            self._bar.set_postfix(shown, refresh=False)
         self._bar.update(pl_module.global_batch_size)
 
     def on_train_end(self, *args: Any) -> None:
@@ -59,3 +58,9 @@ class TrainingBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _headline(evaluated: dict[str, float]) -> dict[str, str]:
+    """The first average of the last evaluation, or its first task."""
+    names = sorted(evaluated, key=lambda name: "/average/" not in name)  # stable
+    return {names[0].rpartition("/")[2]: f"{evaluated[names[0]]:.3f}"} if names else {}

@@ -20,7 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
@@ -46,6 +45,9 @@ PACKAGES = (
 
 def is_rank_zero() -> bool:
     """Whether this process writes what all ranks share."""
+    # Here, since importing Lightning takes seconds, which an evaluation need not cost.
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     return (getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 

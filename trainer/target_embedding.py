@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
+from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import find_tasks
 from siftclip.selectors.errors import InputError, require_int
@@ -31,7 +33,7 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         Path(config.target.root),
         [names] if isinstance(names, str) else names,
         split=str(config.target.split),
-    )
+    ).complete()
     batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
     clip = clip_model_from(config.features.model, "features.model", trained=True)
     folder = config.target.folder
@@ -39,13 +41,12 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         folder = output_root(config) / "targets" / str(config.features.name)
     num_workers = worker_count(config.data.num_workers)
     share_cores(num_workers)
-    paths = embed_tasks(
-        clip,
-        tasks,
-        Path(folder),
-        device=evaluation_device(config),
+    options = EncodeOptions(
+        device=torch.device(evaluation_device(config)),
         batch_size=batch_size,
         num_workers=num_workers,
+        max_image_pixels=config.data.max_image_pixels,
         progress=config.progress,
     )
+    paths = embed_tasks(clip, tasks, Path(folder), options)
     return Path(folder), paths

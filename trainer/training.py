@@ -21,7 +21,8 @@ from siftclip.trainer.assembly import data_module_from, new_model, training_modu
 from siftclip.trainer.budget import Budget, budget_from, limit_from
 from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.cores import share_cores
-from siftclip.trainer.evaluation import eval_stage, tasks_from
+from siftclip.trainer.evaluate_during import evaluate_during_from
+from siftclip.trainer.evaluation import eval_share, eval_stage, log_records, tasks_from
 from siftclip.trainer.launch import check_world_size
 from siftclip.trainer.lightning_setup import (
     expected_world_size,
@@ -107,8 +108,9 @@ def train_stage(config: DictConfig) -> RunDir:
     run = run_dir_for(config, selected, digest)
     if run.summary is not None:
         log.info("finished already: %s", run.path)
-        if config.eval.root is not None and is_rank_zero():
-            eval_stage(config, run.path, results_path=run.results)
+        if config.eval.root is not None:
+            share = eval_share(config, may_launch=False)
+            eval_stage(config, run.path, results_path=run.results, share=share)
         return run
     if is_rank_zero():
         run.start(config, selected.selection)
@@ -123,6 +125,7 @@ def train_stage(config: DictConfig) -> RunDir:
     )
     if not run.has_model:
         _fit(config, run, selected, loss_data, loggers)
+    _evaluate(config, run, loggers)
     if is_rank_zero():
         _conclude(config, run, selected, loggers)
     finish(loggers)
@@ -209,6 +212,7 @@ def _fit(
     clip, online = parts.clip, build_online(parts, budget.total_steps)
     module = training_module(config, clip, selected, loss_data, budget, online)
     stop = StopOnSignal()
+    during = evaluate_during_from(config, clip)
     trainer = make_trainer(
         config,
         folder=run.path,
@@ -220,6 +224,7 @@ def _fit(
                 keep_every_n_steps=config.trainer.keep_every_n_steps,
             ),
             stop,
+            *([] if during is None else [during]),
             *([TrainingBar()] if config.progress else []),
         ],
         loggers=loggers,
@@ -249,6 +254,19 @@ def _fit(
     state = whole_state(module.model if module.ema is None else module.ema.averaged)
     if is_rank_zero():
         save_model_folder(clip, run.model, state)
+    trainer.strategy.barrier()  # the others evaluate what it has written
+
+
+def _evaluate(config: DictConfig, run: RunDir, loggers: list[Logger]) -> None:
+    """Evaluate the trained model, with all ranks."""
+    if config.eval.root is None:
+        return
+    steps = (run.budget() or budget_from(config)).total_steps
+    share = eval_share(config, may_launch=False)
+    summary = eval_stage(config, run.path, results_path=run.results, share=share)
+    for logger in loggers:
+        logger.log_metrics(summary.metrics(), step=steps)
+    log_tables(loggers, log_records(summary))
 
 
 def _conclude(
@@ -257,7 +275,7 @@ def _conclude(
     selected: SelectOutcome,
     loggers: list[Logger],
 ) -> None:
-    """Evaluate, log selection statistics and tables, and mark the run as finished."""
+    """Log statistics of the selection, and mark the run as finished."""
     manifest = selected.selection.manifest
     budget = run.budget() or budget_from(config)
     drawn = run.costs().get("drawn_samples", budget.trained_samples)
@@ -272,11 +290,6 @@ def _conclude(
         statistics[f"selection/score_{name}"] = value
     for logger in loggers:
         logger.log_metrics(statistics, step=budget.total_steps)
-    if config.eval.root is not None:
-        report = eval_stage(config, run.path, results_path=run.results)
-        for logger in loggers:
-            logger.log_metrics(report.metrics(), step=budget.total_steps)
-        log_tables(loggers, {"eval/tasks": report.records()})
     run.finish(
         {
             "selector": manifest["selector"],

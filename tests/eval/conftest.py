@@ -1,11 +1,14 @@
-"""Tiny tasks made with Pillow, and a tiny random CLIP."""
+"""Tiny tasks made with Pillow, a tiny random CLIP, and clip_benchmark as the oracle."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -59,6 +62,18 @@ def make_members(kind: str, samples: int, classes: int) -> list[Members]:
             hot = (generator.random(classes) < 0.4).astype(np.int64)
             hot[i % classes] = 1
             label = ("npy", encode_npy(hot))
+        elif kind == "image_caption_selection":
+            # of two pictures and two captions
+            pictures = [(f"{k}.{suffix}", encode_image(2 * i + k, image_format)) for k in (0, 1)]
+            texts = f"thing {i % classes} here\na photo of thing {(i + 1) % classes}"
+            made.append([*pictures, ("txt", texts.encode())])
+            continue
+        elif kind == "association":
+            count = 5 + i % 6  # up to 10 candidates, which the main metric is of
+            pictures = [(f"{k}.jpg", encode_image(i + k, "JPEG")) for k in range(count)]
+            record = {"cue": f"Thing {i}", "associations": [0, 2, count - 1][: 1 + i % 3]}
+            made.append([*pictures, ("json", json.dumps(record).encode())])
+            continue
         else:
             captions = [f"picture {i}", f"größer than {i}", "a photo"][: 1 + i % 3]
             label = ("txt", "\n".join(captions).encode())
@@ -75,17 +90,18 @@ def write_task(
     shards: int = 2,
     members: Sequence[Members] | None = None,
     templates: str = "a photo of a {c}\nthe {c}",
+    split: str = "test",
 ) -> Path:
     """Write a task folder and return it. `members` replaces the samples that would be made."""
     content = make_members(kind, samples, classes) if members is None else list(members)
-    (root / "test").mkdir(parents=True)
+    (root / split).mkdir(parents=True)
     (root / "dataset_type.txt").write_text(f"{kind}\n")
-    if kind != "retrieval":
+    if kind in ("classification", "multilabel"):
         (root / "classnames.txt").write_text("\n".join(f"thing {i}" for i in range(classes)))
         (root / "zeroshot_classification_templates.txt").write_text(templates)
-    (root / "test" / "nshards.txt").write_text(str(shards))
+    (root / split / "nshards.txt").write_text(str(shards))
     for shard in range(shards):
-        with tarfile.open(root / "test" / f"{shard}.tar", "w") as archive:
+        with tarfile.open(root / split / f"{shard}.tar", "w") as archive:
             for i in range(len(content) * shard // shards, len(content) * (shard + 1) // shards):
                 for suffix, data in content[i]:
                     info = tarfile.TarInfo(f"s{i:04d}.{suffix}")
@@ -128,10 +144,27 @@ def clip(session_clip: ClipModel) -> ClipModel:
 
 @pytest.fixture(scope="session")
 def task_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One task of each kind, and one with fewer than five classes. Not to be changed."""
+    """One task of each kind, and one with fewer than five classes. Not to be changed.
+
+    The pictures of `few` are also in `things`, `many_labels` and `captions`.
+    """
     root = tmp_path_factory.mktemp("tasks")
     write_task(root / "wds_things", "classification")
     write_task(root / "wds_few", "classification", samples=7, classes=3, shards=1)
     write_task(root / "wds_many_labels", "multilabel")
     write_task(root / "wds_captions", "retrieval", samples=13)
+    write_task(root / "wds_pairs", "image_caption_selection", samples=9)
+    write_task(root / "wds_cues", "association", samples=8)
     return root
+
+
+@pytest.fixture(scope="session")
+def fixed_clip_benchmark() -> ModuleType:
+    """benchmarks/clip_benchmark_fixed.py: `repaired()` makes clip_benchmark's functions work."""
+    path = Path(__file__).parents[2] / "benchmarks" / "clip_benchmark_fixed.py"
+    spec = importlib.util.spec_from_file_location("clip_benchmark_fixed", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

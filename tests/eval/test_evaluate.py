@@ -1,39 +1,81 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-from torch.utils.data import DataLoader
+from clip_benchmark.metrics import (
+    image_caption_selection,
+    zeroshot_classification,
+    zeroshot_retrieval,
+)
 
 from siftclip.datamodules.clip_models import ClipModel
-from siftclip.eval import evaluate
-from siftclip.eval.clip_benchmark_fixes import none_for_nan, repaired
-from siftclip.eval.evaluate import evaluate_tasks, fingerprint
-from siftclip.eval.results import TaskResult, read_results, wilson_interval
-from siftclip.eval.task_dataset import TaskDataset, collate_captions
+from siftclip.datamodules.reader import decode_image
+from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
+from siftclip.eval.evaluation_mode import evaluation_mode
+from siftclip.eval.identities import fingerprint, model_identity
+from siftclip.eval.preparation import prepare_tasks
+from siftclip.eval.resampling import point_value
+from siftclip.eval.results import TaskResult, read_results
+from siftclip.eval.task_samples import TaskSamples, read_samples, tar_of
 from siftclip.eval.tasks import Task, find_tasks
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.ranks import Ranks
 
 MakeTask = Callable[..., Path]
+RunOnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+OPTIONS = EvalOptions(progress=False, resamples=0)
 
 
-def run(clip: ClipModel, tasks: list[Task], **options: Any) -> list[TaskResult]:
-    return evaluate_tasks(clip, tasks, progress=False, **options)
+def evaluate(
+    clip: ClipModel,
+    tasks: Sequence[Task],
+    *,
+    ranks: Ranks | None = None,
+    results_path: Path | None = None,
+    again: Sequence[str] = (),
+    **options: Any,
+) -> Evaluation:
+    return evaluate_tasks(
+        clip,
+        tasks,
+        options=replace(OPTIONS, **options),
+        ranks=ranks,
+        results_path=results_path,
+        again=again,
+    )
+
+
+def run(clip: ClipModel, tasks: Sequence[Task], **options: Any) -> list[TaskResult]:
+    evaluation = evaluate(clip, tasks, **options)
+    assert evaluation.failures == ()
+    return [*evaluation.results]
+
+
+def metrics_of(results: Sequence[TaskResult]) -> dict[str, dict[str, float | None]]:
+    return {result.key: result.metrics for result in results}
+
+
+@pytest.fixture
+def tasks(task_root: Path) -> list[Task]:
+    return find_tasks(task_root).complete()
 
 
 @contextmanager
 def changed_weights(clip: ClipModel) -> Iterator[None]:
-    parameter = clip.model.visual.attnpool.c_proj.weight
+    parameter: Any = clip.model.visual.attnpool.c_proj.weight  # type: ignore[union-attr]
     original = parameter.detach().clone()
     with torch.no_grad():
         parameter.flatten()[0] += 1
@@ -44,73 +86,160 @@ def changed_weights(clip: ClipModel) -> Iterator[None]:
             parameter.copy_(original)
 
 
-def test_metrics_are_those_of_clip_benchmark(task_root: Path, clip: ClipModel) -> None:
-    tasks = find_tasks(task_root)
-    results = run(clip, tasks, batch_size=5)
-    model = clip.model.eval()
-    assert [result.key for result in results] == [task.name for task in tasks]
-    for task, result in zip(tasks, results, strict=True):
-        dataset = TaskDataset(task, clip.eval_transform)
-        with repaired():
-            if task.kind == "retrieval":
-                loader = DataLoader(dataset, batch_size=5, collate_fn=collate_captions)
-                expected = zeroshot_retrieval.evaluate(
-                    model, loader, clip.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
-                )
-            else:
-                expected = zeroshot_classification.evaluate(
-                    model, DataLoader(dataset, batch_size=5), clip.tokenizer,
-                    dataset.classes, dataset.templates, "cpu", amp=False,
-                )  # fmt: skip
+@contextmanager
+def counted(clip: ClipModel) -> Iterator[dict[str, int]]:
+    """How many images and texts go through the towers."""
+    counts = {"images": 0, "texts": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def add(module: Any, given: Any, out: Any) -> None:
+            counts[name] += len(given[0])
+
+        return add
+
+    model: Any = clip.model
+    hooks = [
+        model.visual.register_forward_hook(count("images")),
+        model.ln_final.register_forward_hook(count("texts")),
+    ]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+class OracleLoader:
+    """Batches of a task as clip_benchmark's functions take them."""
+
+    def __init__(self, samples: TaskSamples, clip: ClipModel) -> None:
+        self.dataset = samples.task  # whose class names it looks for
+        counts = np.diff(samples.first_image)
+        images = []
+        for image, (_, offset, size) in enumerate(samples.places.tolist()):
+            data = tar_of(samples, image).read_bytes()[offset : offset + size]
+            images.append(clip.eval_transform(decode_image(data, 10**6)))
+        self.images = torch.stack(images)
+        self.answers: Any = [list(captions) for captions in samples.captions]
+        if samples.task.kind == "image_caption_selection":
+            self.images = self.images.unflatten(0, (len(samples), int(counts[0])))
+        if samples.labels is not None:
+            self.answers = torch.from_numpy(samples.labels)
+            self.dataset = type("Dataset", (), {"classes": list(samples.task.classnames)})  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Any]]:
+        for start in range(0, len(self.images), 5):
+            yield self.images[start : start + 5], self.answers[start : start + 5]
+
+
+def expected_metrics(task: Task, clip: ClipModel, fixed: ModuleType) -> dict[str, float]:
+    loader = OracleLoader(read_samples(task), clip)
+    arguments = (clip.model.eval(), loader, clip.tokenizer)
+    with fixed.repaired():
+        if task.kind == "retrieval":
+            found = zeroshot_retrieval.evaluate(
+                *arguments, "cpu", amp=False, recall_k_list=[1, 5, 10]
+            )
+            for k in (1, 5):
+                both = [found[f"{what}_retrieval_recall@{k}"] for what in ("text", "image")]
+                found[f"mean_recall@{k}"] = sum(both) / 2
+            return found
+        if task.kind == "image_caption_selection":
+            return image_caption_selection.evaluate(*arguments, "cpu", amp=False)
+        classes, templates = list(task.classnames), list(task.templates)
+        return zeroshot_classification.evaluate(*arguments, classes, templates, "cpu", amp=False)
+
+
+def test_metrics_are_those_of_clip_benchmark(
+    tmp_path: Path,
+    tasks: list[Task],
+    make_task: MakeTask,
+    make_image: Any,
+    clip: ClipModel,
+    fixed_clip_benchmark: ModuleType,
+) -> None:
+    """All kinds that it has. Captions that are equal are a tie, and its order is topk's, so they
+    differ here."""
+    members = [
+        [("png", make_image(100 + i)), ("txt", f"picture {i}\nalso {i}".encode())]
+        for i in range(13)
+    ]
+    make_task(tmp_path / "wds_captions", "retrieval", members=members, shards=1)
+    others = [task for task in tasks if task.kind not in ("association", "retrieval")]
+    chosen = [*others, *find_tasks(tmp_path).complete()]
+    results = run(clip, chosen, batch_size=5)
+    assert [result.key for result in results] == [task.name for task in chosen]
+    for task, result in zip(chosen, results, strict=True):
         metrics = dict(result.metrics)
         main = metrics.pop("main_metric")
-        assert main == metrics[result.main_metric_name]
-        if task.kind == "retrieval":
-            for k in (1, 5):
-                both = (
-                    expected[f"text_retrieval_recall@{k}"] + expected[f"image_retrieval_recall@{k}"]
-                )
-                expected[f"mean_recall@{k}"] = both / 2
-        assert metrics == none_for_nan(expected)
-        assert result.samples == len(dataset)
+        assert main == metrics[str(result.main_metric_name)]
+        expected = {
+            name: None if math.isnan(value) else value
+            for name, value in expected_metrics(task, clip, fixed_clip_benchmark).items()
+        }
+        assert metrics == pytest.approx(expected, abs=1e-6)
 
 
-def test_correctness_and_interval(task_root: Path, clip: ClipModel) -> None:
-    captions, few, many_labels, things = run(clip, find_tasks(task_root))
-    assert many_labels.correct is None
-    for result, metric in [
-        (captions, "text_retrieval_recall@1"),
-        (few, "acc1"),
-        (things, "acc1"),
-    ]:
-        assert result.correct is not None
-        assert result.correct.shape == (result.samples,)
-        assert result.correct.mean() == pytest.approx(result.metrics[metric])
-    for result in (few, things):
-        assert result.main_metric is not None
-        assert result.interval == wilson_interval(result.main_metric, result.samples)
-    assert captions.interval is many_labels.interval is None
-    assert few.metrics["acc5"] is None
+def test_outcomes_make_the_main_metric(tasks: list[Task], clip: ClipModel) -> None:
+    results = run(clip, tasks, resamples=200)
+    assert len(results) == 6
+    for result in results:
+        assert result.outcomes is not None
+        assert result.units is not None
+        assert result.samples == result.outcomes.units == len(result.units)
+        assert point_value(result.outcomes) == pytest.approx(result.main_metric, abs=1e-6)
+        assert result.interval is not None
+        low, high = result.interval
+        assert 0 <= low <= result.main_metric + 1e-6  # outcomes are kept in float32
+        assert result.main_metric - 1e-6 <= high <= 1
+    assert all(result.interval is None for result in run(clip, tasks))
+
+
+def test_units_are_images_or_instances(tasks: list[Task], clip: ClipModel) -> None:
+    units = {result.key: result.units for result in run(clip, tasks)}
+    things, few = units["things"], units["few"]
+    assert few.tolist() == things[:7].tolist()  # type: ignore[index] # the same pictures
+    for name in ("pairs", "cues"):  # each instance has other texts
+        assert len(np.unique(units[name])) == len(units[name])  # type: ignore[arg-type]
+    assert all(array is not None and array.dtype == np.uint64 for array in units.values())
 
 
 def test_another_main_metric_and_title(task_root: Path, clip: ClipModel) -> None:
-    (things,) = find_tasks(task_root, ["things"])
+    (things,) = find_tasks(task_root, ["things"]).complete()
     other = replace(things, main_metric="mean_per_class_recall", title="The Things")
     (result,) = run(clip, [other])
     assert result.metrics["main_metric"] == result.metrics["mean_per_class_recall"]
-    assert (result.dataset, result.interval) == ("The Things", None)
-    with pytest.raises(InputError, match=r"main metric of things must be one of \['acc1', .*'f1'"):
-        run(clip, [replace(things, main_metric="f1")])
+    assert result.dataset == "The Things"
+    assert result.outcomes is not None
+    assert result.outcomes.statistic == "class_mean"
+    (result,) = run(clip, [replace(things, main_metric=None)])
+    assert (result.main_metric, result.outcomes, result.interval) == (None, None, None)
+    found = evaluate(clip, [replace(things, main_metric="f1")])
+    (failure,) = found.failures
+    assert found.scored == {}
+    assert "main metric of things must be one of ['acc1', " in failure.message
 
 
-def test_a_training_run_is_not_disturbed(task_root: Path, clip: ClipModel) -> None:
-    """Modes of all modules, gradients, weights, statistics and global random states."""
-    model = clip.model
+def test_a_training_run_is_not_disturbed(tasks: list[Task], clip: ClipModel) -> None:
+    """Modes of all modules, gradients, weights, statistics, precision and global random states."""
+    model: Any = clip.model
     model.visual.eval()  # a frozen tower
     modes = [module.training for module in model.modules()]
     state = {key: value.clone() for key, value in model.state_dict().items()}
     random_states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    run(clip, find_tasks(task_root))
+    torch.set_float32_matmul_precision("medium")
+    inside: set[tuple[str, bool]] = set()
+    hook = model.visual.register_forward_hook(
+        lambda *_: inside.add(
+            (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+        )
+    )
+    try:
+        run(clip, tasks, num_workers=1)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        hook.remove()
+        torch.set_float32_matmul_precision("highest")
+    assert inside == {("highest", False)}
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_states[0])
@@ -119,95 +248,352 @@ def test_a_training_run_is_not_disturbed(task_root: Path, clip: ClipModel) -> No
     assert torch.is_grad_enabled()
 
 
-def test_the_mode_is_restored_after_an_error(
-    tmp_path: Path, make_task: MakeTask, clip: ClipModel
-) -> None:
-    make_task(tmp_path / "x", members=[[("png", b"?"), ("cls", b"0")]], shards=1)
-    before = zeroshot_classification.accuracy
-    with pytest.raises(InputError, match="cannot be decoded"):
-        run(clip, find_tasks(tmp_path))
-    assert clip.model.training
-    assert zeroshot_classification.accuracy is before
+def test_the_mode_is_restored_after_an_error(tasks: list[Task], clip: ClipModel) -> None:
+    model: Any = clip.model
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.visual.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, tasks)
+    hook.remove()
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert torch.backends.cudnn.allow_tf32
 
 
-def test_fp32_whatever_is_around(task_root: Path, clip: ClipModel) -> None:
+def test_fp32_whatever_is_around(tasks: list[Task], clip: ClipModel) -> None:
     """Number 4 of clip_benchmark's faults: bf16 made results move with the batch size."""
-    tasks = find_tasks(task_root)
+    model: Any = clip.model
     seen: set[tuple[torch.dtype, bool]] = set()
     hooks = [
         module.register_forward_hook(lambda m, _, out: seen.add((out.dtype, m.training)))
-        for module in (clip.model.visual, clip.model.ln_final)
+        for module in (model.visual, model.ln_final)
     ]
     expected = run(clip, tasks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = run(clip, tasks, batch_size=3)
+        inside = run(clip, tasks)
     for hook in hooks:
         hook.remove()
     assert seen == {(torch.float32, False)}
-    assert [result.metrics for result in inside] == [result.metrics for result in expected]
+    assert metrics_of(inside) == metrics_of(expected)
+
+
+def test_there_is_no_autocast_inside(clip: ClipModel) -> None:
+    """Also for what is done there without an `Encoder`."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with evaluation_mode(clip, torch.device("cpu")) as ready:
+            assert not torch.is_autocast_enabled("cpu")
+            assert not torch.is_grad_enabled()
+            assert not ready.model.training
+        assert torch.is_autocast_enabled("cpu")
+    assert clip.model.training
 
 
 def test_a_model_in_bf16_is_copied_to_fp32(task_root: Path, clip: ClipModel) -> None:
-    import copy
-
-    tasks = find_tasks(task_root, ["things"])
+    things = find_tasks(task_root, ["things"]).complete()
     low = replace(clip, model=copy.deepcopy(clip.model).bfloat16())
-    (result,) = run(low, tasks)
-    (expected,) = run(replace(clip, model=copy.deepcopy(low.model).float()), tasks)
+    (result,) = run(low, things)
+    (expected,) = run(replace(clip, model=copy.deepcopy(low.model).float()), things)
     assert result.metrics == expected.metrics
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
 
 
-def test_workers_change_nothing(task_root: Path, clip: ClipModel) -> None:
-    """Number 2 of clip_benchmark's faults: `few` has one tar."""
-    tasks = find_tasks(task_root, ["few"])
-    (alone,), (many,) = run(clip, tasks), run(clip, tasks, num_workers=2, batch_size=3)
-    assert alone.metrics == many.metrics
+def test_precision_is_part_of_the_identity(
+    task_root: Path, clip: ClipModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.jsonl"
+    things = find_tasks(task_root, ["things"]).complete()
+    (full,) = run(clip, things, results_path=path)
+    (low,) = run(clip, things, results_path=path, precision="bf16")
+    assert full.model == fingerprint(clip) == model_identity(clip, "fp32")
+    assert low.model == model_identity(clip, "bf16") != full.model
+    assert [result.model for result in read_results(path)] == [low.model]
+
+
+def test_workers_and_batches_change_nothing(tasks: list[Task], clip: ClipModel) -> None:
+    alone = metrics_of(run(clip, tasks))
+    assert metrics_of(run(clip, tasks, num_workers=2)) == alone
+    for key, metrics in metrics_of(run(clip, tasks, batch_size=3)).items():
+        assert metrics == pytest.approx(alone[key], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_change_nothing(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, run_on_ranks: RunOnRanks, size: int
+) -> None:
+    options: dict[str, Any] = {"batch_size": 4, "resamples": 20}
+    alone = run(clip, tasks, **options)
+    path = tmp_path / "r.jsonl"
+
+    def on_rank(ranks: Ranks) -> list[TaskResult]:
+        own = replace(clip, model=copy.deepcopy(clip.model))
+        return run(own, tasks, ranks=ranks, results_path=path, **options)
+
+    first, *others = run_on_ranks(size, on_rank)
+    assert [replace(one, seconds=0) for one in first] == [replace(one, seconds=0) for one in alone]
+    for other in others:
+        assert metrics_of(other) == metrics_of(alone)
+    assert [result.key for result in read_results(path)] == [task.name for task in tasks]
+    assert metrics_of(run_on_ranks(size, on_rank)[1]) == metrics_of(alone)  # all are there
+
+
+def test_the_first_ranks_statistics_are_evaluated(
+    task_root: Path, clip: ClipModel, run_on_ranks: RunOnRanks
+) -> None:
+    """In a training on several ranks each has its own running means, and the first's are saved."""
+    things = find_tasks(task_root, ["things"]).complete()
+    (alone,) = run(clip, things, batch_size=4)
+
+    def on_rank(ranks: Ranks) -> tuple[TaskResult, bool]:
+        model: Any = copy.deepcopy(clip.model)
+        model.visual.bn1.running_mean += ranks.rank
+        mean = model.visual.bn1.running_mean.clone()
+        (result,) = run(replace(clip, model=model), things, ranks=ranks, batch_size=4)
+        return result, torch.equal(model.visual.bn1.running_mean, mean)
+
+    for result, restored in run_on_ranks(2, on_rank):
+        assert (result.metrics, result.model) == (alone.metrics, alone.model)
+        assert restored
+
+
+def test_ranks_that_differ_do_not_wait_for_each_other(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, run_on_ranks: RunOnRanks
+) -> None:
+    def message(ranks: Ranks, chosen: list[Task], weight: float) -> str:
+        own = replace(clip, model=copy.deepcopy(clip.model))
+        with torch.no_grad():
+            next(own.model.parameters()).add_(weight)
+        with pytest.raises(InputError) as caught:
+            evaluate(own, chosen, ranks=ranks)
+        return str(caught.value)
+
+    of_tasks = run_on_ranks(3, lambda ranks: message(ranks, tasks[ranks.rank == 2 :], 0))
+    of_weights = run_on_ranks(2, lambda ranks: message(ranks, tasks, ranks.rank))
+    assert all("The ranks [2] differ from the first" in text for text in of_tasks)
+    assert all("The ranks [1] differ from the first" in text for text in of_weights)
+
+
+def test_shared_images_and_texts_are_encoded_once(tasks: list[Task], clip: ClipModel) -> None:
+    prepared = prepare_tasks(tasks)
+    assert prepared.table is not None
+    with counted(clip) as counts:
+        evaluate_tasks(clip, prepared, options=OPTIONS)
+    assert counts["images"] == len(prepared.table) < sum(len(one.images) for one in prepared.data)
+    classes = {"few": 3, "many_labels": 6, "things": 6}
+    with counted(clip) as counts:
+        run(clip, [task for task in tasks if task.name in classes])
+    assert counts["texts"] == 2 * 3 + 2 * 6  # many_labels and things have the same prompts
+
+
+def test_a_cache_of_features(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, run_on_ranks: RunOnRanks
+) -> None:
+    cache = tmp_path / "cache"
+    plain = metrics_of(run(clip, tasks))
+    with counted(clip) as counts:
+        assert metrics_of(run(clip, tasks[:2], cache=cache)).items() <= plain.items()
+    some = counts["images"]
+    with counted(clip) as counts:
+        assert metrics_of(run(clip, tasks, cache=cache)) == plain
+    table = prepare_tasks(tasks).table
+    assert table is not None
+    assert 0 < some < len(table)
+    assert counts["images"] == len(table) - some
+    with counted(clip) as counts:
+        assert metrics_of(run(clip, tasks, cache=cache)) == plain
+    assert counts["images"] == 0
+    with counted(clip) as others:
+        run(clip, [task for task in tasks if not task.has_classes])
+    assert counts["texts"] == others["texts"]  # classes are kept, captions are not
+
+    def on_rank(ranks: Ranks) -> tuple[dict[str, Any], int]:
+        own = replace(clip, model=copy.deepcopy(clip.model))
+        with counted(own) as counts:
+            return metrics_of(run(own, tasks, cache=cache, ranks=ranks)), counts["images"]
+
+    assert run_on_ranks(2, on_rank) == [(plain, 0)] * 2
+    with changed_weights(clip), counted(clip) as counts:
+        run(clip, tasks[:2], cache=cache)
+    assert counts["images"] == some
+
+
+def test_a_cache_on_ranks_that_knows_a_part(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, run_on_ranks: RunOnRanks
+) -> None:
+    plain = metrics_of(run(clip, tasks, batch_size=4))
+    run(clip, tasks[:2], batch_size=4, cache=tmp_path)
+
+    def on_rank(ranks: Ranks) -> dict[str, Any]:
+        own = replace(clip, model=copy.deepcopy(clip.model))
+        return metrics_of(run(own, tasks, batch_size=4, cache=tmp_path, ranks=ranks))
+
+    for found in run_on_ranks(3, on_rank):
+        for key, metrics in found.items():
+            assert metrics == pytest.approx(plain[key], abs=1e-6)
+
+
+@pytest.fixture
+def bad_tasks(tmp_path: Path, make_task: MakeTask, make_image: Any) -> list[Task]:
+    """One of each kind whose last image is no picture, and one whose tar cannot be indexed."""
+    root = tmp_path / "bad"
+    labels: dict[str, list[tuple[str, bytes]]] = {
+        "classification": [("cls", b"0")],
+        "retrieval": [("txt", b"a picture")],
+        "image_caption_selection": [("txt", b"a\nb")],
+        "association": [("json", b'{"cue": "a", "associations": [0]}')],
+    }
+    for kind, label in labels.items():
+        suffix = "0.png" if kind == "association" else "png"
+        good = [[(suffix, make_image(i)), *label] for i in range(3)]
+        members = [*good, [(suffix, f"no picture for {kind}".encode()), *label]]
+        make_task(root / kind, kind, members=members, shards=1)
+    make_task(root / "label", members=[[("png", make_image(0)), ("cls", b"77")]], shards=1)
+    return find_tasks(root).complete()
+
+
+def test_one_bad_task_of_each_kind_leaves_the_others_alone(
+    tasks: list[Task],
+    bad_tasks: list[Task],
+    clip: ClipModel,
+    tmp_path: Path,
+    run_on_ranks: RunOnRanks,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The pictures of the bad tasks before the last are also in the good ones."""
+    good = run(clip, tasks, batch_size=4)
+    path = tmp_path / "r.jsonl"
+    mixed = [*bad_tasks[:3], *tasks, *bad_tasks[3:]]
+    with caplog.at_level(logging.WARNING):
+        found = evaluate(clip, mixed, batch_size=4, results_path=path)
+    assert sorted(failure.key for failure in found.failures) == [task.name for task in bad_tasks]
+    for failure in found.failures:
+        assert str(tmp_path / "bad" / failure.key) in failure.message
+        assert failure.key in caplog.text
+        wanted = "the label must be" if failure.key == "label" else "s0003: a sample whose image"
+        assert wanted in failure.message
+    for key, metrics in metrics_of(found.results).items():
+        assert metrics == pytest.approx(metrics_of(good)[key], abs=1e-6)
+    assert len(found.results) == len(good)
+    assert sorted(r.key for r in read_results(path)) == sorted(r.key for r in good)
+
+    def on_rank(ranks: Ranks) -> Evaluation:
+        own = replace(clip, model=copy.deepcopy(clip.model))
+        return evaluate(own, mixed, batch_size=4, ranks=ranks)
+
+    for other in run_on_ranks(2, on_rank):
+        assert other.failures == found.failures
+        assert metrics_of(other.results) == metrics_of(found.results)
+
+
+def test_a_fault_is_not_kept_in_the_cache(
+    bad_tasks: list[Task], clip: ClipModel, tmp_path: Path
+) -> None:
+    first = evaluate(clip, bad_tasks, cache=tmp_path / "cache")
+    with counted(clip) as counts:
+        second = evaluate(clip, bad_tasks, cache=tmp_path / "cache")
+    assert second.failures == first.failures
+    assert len(second.failures) == len(bad_tasks)
+    assert counts["images"] == 4  # the four that are no pictures
+
+
+def test_a_model_that_gives_no_numbers_fails_all(tasks: list[Task], clip: ClipModel) -> None:
+    own = replace(clip, model=copy.deepcopy(clip.model))
+    with torch.no_grad():
+        next(own.model.visual.parameters()).fill_(math.nan)  # type: ignore[operator, union-attr]
+    found = evaluate(own, tasks)
+    assert found.results == ()
+    assert len(found.failures) == len(tasks)
+    assert all("NaN or infinite" in failure.message for failure in found.failures)
 
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tasks that are really run from here on."""
+    from siftclip.eval import evaluate as module
+
     names: list[str] = []
-    original = evaluate._evaluate_task
+    original = module.score_task
 
-    def spy(task: Task, *arguments: Any) -> TaskResult:
-        names.append(task.name)
-        return original(task, *arguments)
+    def spy(samples: TaskSamples, *arguments: Any) -> Any:
+        names.append(samples.task.name)
+        return original(samples, *arguments)
 
-    monkeypatch.setattr(evaluate, "_evaluate_task", spy)
+    monkeypatch.setattr(module, "score_task", spy)
     return names
 
 
 def test_resume_runs_only_what_is_missing(
-    task_root: Path, clip: ClipModel, tmp_path: Path, evaluated: list[str]
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, evaluated: list[str]
 ) -> None:
     path = tmp_path / "eval_results.jsonl"
-    tasks = find_tasks(task_root)
-    first = run(clip, tasks[1:3], results_path=path)
-    assert evaluated == ["few", "many_labels"]
+    first = run(clip, tasks[1:3], results_path=path, resamples=10)
+    assert evaluated == ["cues", "few"]
     with path.open("a") as file:
         file.write('{"key": "things", "da')  # killed in the middle of a line
-    results = run(clip, tasks, results_path=path)
-    assert evaluated == ["few", "many_labels", "captions", "things"]
+    results = run(clip, tasks, results_path=path, resamples=10)
+    assert sorted(evaluated) == ["captions", "cues", "few", "many_labels", "pairs", "things"]
     assert [result.key for result in results] == [task.name for task in tasks]
     assert [replace(r, seconds=0) for r in results[1:3]] == [replace(r, seconds=0) for r in first]
-    assert results[1].correct is not None
-    assert first[0].correct is not None
-    assert results[1].correct.tolist() == first[0].correct.tolist()
+    for again, before in zip(results[1:3], first, strict=True):
+        assert again.outcomes is not None
+        assert before.outcomes is not None
+        assert before.units is not None
+        np.testing.assert_array_equal(
+            again.outcomes.arrays["value"], before.outcomes.arrays["value"]
+        )
+        assert again.units is not None
+        assert again.units.tolist() == before.units.tolist()
     keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
-    assert keys == ["few", "many_labels", "captions", "things"]
+    assert keys[:2] == ["cues", "few"]
+    assert sorted(keys) == sorted(evaluated)
+    run(clip, tasks, results_path=path, again=["few"])
+    assert evaluated[6:] == ["few"]
+    assert len(read_results(path)) == 6
 
 
-def test_a_finished_task_is_on_disk_when_the_next_one_fails(
-    task_root: Path, clip: ClipModel, tmp_path: Path, make_task: MakeTask
+def test_results_of_a_task_that_has_changed_are_not_taken(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, evaluated: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Other templates, samples or metrics under the same name."""
+    path = tmp_path / "r.jsonl"
+    few, things = (task for task in tasks if task.name in ("few", "things"))
+    run(clip, [few, things], results_path=path)
+    with caplog.at_level(logging.WARNING):
+        run(clip, [replace(few, templates=("one {c}",)), things], results_path=path)
+    assert evaluated == ["few", "things", "few"]
+    assert "tasks that have changed are removed: few" in caplog.text
+    part = prepare_tasks([things], max_samples=5)
+    (result,) = evaluate_tasks(clip, part, options=OPTIONS, results_path=path).results
+    assert result.samples == 5
+    (result,) = run(clip, [things], results_path=path)
+    assert result.samples == 14
+    (result,) = run(clip, [replace(things, main_metric="mean_per_class_recall")], results_path=path)
+    assert result.main_metric_name == "mean_per_class_recall"
+    assert sorted(result.key for result in read_results(path)) == ["few", "things"]
+
+
+def test_a_finished_task_is_on_disk_when_the_run_dies(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from siftclip.eval import evaluate as module
+
     path = tmp_path / "eval_results.jsonl"
-    make_task(tmp_path / "bad", members=[[("png", b"?"), ("cls", b"0")]], shards=1)
-    tasks = [*find_tasks(task_root, ["few"]), *find_tasks(tmp_path / "bad")]
-    with pytest.raises(InputError, match="cannot be decoded"):
+    original = module.score_task
+    seen: list[str] = []
+
+    def die(samples: TaskSamples, *arguments: Any) -> Any:
+        seen.append(samples.task.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return original(samples, *arguments)
+
+    monkeypatch.setattr(module, "score_task", die)
+    with pytest.raises(KeyboardInterrupt):
         run(clip, tasks, results_path=path)
-    assert [result.key for result in read_results(path)] == ["few"]
+    assert [result.key for result in read_results(path)] == seen[:2]
 
 
 def test_another_model_is_evaluated_anew(
@@ -215,10 +601,10 @@ def test_another_model_is_evaluated_anew(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     path = tmp_path / "eval_results.jsonl"
-    tasks = find_tasks(task_root, ["few", "things"])
-    (old, _) = run(clip, tasks, results_path=path)
+    chosen = find_tasks(task_root, ["few", "things"]).complete()
+    (old, _) = run(clip, chosen, results_path=path)
     with changed_weights(clip), caplog.at_level(logging.WARNING):
-        (new,) = run(clip, tasks[:1], results_path=path)
+        (new,) = run(clip, chosen[:1], results_path=path)
     assert evaluated == ["few", "things", "few"]
     assert "2 results of another model are removed" in caplog.text
     assert new.model != old.model
@@ -226,13 +612,13 @@ def test_another_model_is_evaluated_anew(
 
 
 def test_a_file_of_another_tool_is_left_alone(
-    task_root: Path, clip: ClipModel, tmp_path: Path
+    tasks: list[Task], clip: ClipModel, tmp_path: Path
 ) -> None:
     path = tmp_path / "eval_results.jsonl"
     line = json.dumps({"key": "cars", "dataset": "Cars", "metrics": {"main_metric": 0.5}}) + "\n"
     path.write_text(line)
     with pytest.raises(InputError, match=r"'cars' that does not say which model.*another file"):
-        run(clip, find_tasks(task_root), results_path=path)
+        run(clip, tasks, results_path=path)
     assert path.read_text() == line
 
 
@@ -247,30 +633,33 @@ def test_fingerprint(clip: ClipModel) -> None:
     assert fingerprint(replace(clip, config={**clip.config, "quick_gelu": True})) != before
 
 
-def test_wrong_options(task_root: Path, clip: ClipModel) -> None:
-    tasks = find_tasks(task_root, ["few"])
-    with pytest.raises(InputError, match=r"each task once. Got \['few'\]"):
-        run(clip, tasks * 2)
+def test_protocols_of_one_task(tmp_path: Path, make_task: MakeTask, clip: ClipModel) -> None:
+    make_task(tmp_path / "y", samples=60, split="train")
+    make_task(tmp_path / "x").joinpath("train").symlink_to(tmp_path / "y" / "train")
+    (task,) = find_tasks(tmp_path, ["x"]).complete()
+    probe = replace(task, name="linear_probe/x", protocol="linear_probe", family="linear_probe")
+    few = replace(task, name="few_shot_2/x", protocol="few_shot", shots=2)
+    with counted(clip) as counts:
+        results = run(clip, [task, probe, few])
+    assert counts["images"] == 60  # the pictures of test are also in train
+    alone = [run(clip, [one])[0] for one in (task, probe, few)]
+    assert [r.main_metric for r in results] == [r.main_metric for r in alone]
+    zero_shot, linear, shots = results
+    assert linear.metrics["l2"] is not None
+    assert "acc1_sd" in shots.metrics
+    assert linear.units.tolist() == zero_shot.units.tolist()  # type: ignore[union-attr]
+    assert len({result.task for result in results}) == 3
+
+
+def test_wrong_options(tasks: list[Task], clip: ClipModel) -> None:
+    with pytest.raises(InputError, match=r"\['few'\] are there more than once"):
+        run(clip, [tasks[2], tasks[2]])
     with pytest.raises(InputError, match=r"eval\.batch_size must be"):
-        run(clip, tasks, batch_size=0)
+        EvalOptions(batch_size=0)
     with pytest.raises(InputError, match=r"eval\.num_workers must be"):
-        run(clip, tasks, num_workers=-1)
-
-
-def test_one_bar_that_goes_away(
-    task_root: Path, clip: ClipModel, capfd: pytest.CaptureFixture[str]
-) -> None:
-    evaluate_tasks(clip, find_tasks(task_root, ["few"]))
-    printed = capfd.readouterr()
-    assert printed.out == ""
-    assert "evaluate" in printed.err
-    assert printed.err.split("\r")[-1].strip() == ""
-    run(clip, find_tasks(task_root, ["few"]))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_every_kind_has_an_evaluator() -> None:
-    from siftclip.eval.metrics import EVALUATORS
-    from siftclip.eval.tasks import MAIN_METRICS
-
-    assert set(EVALUATORS) == set(MAIN_METRICS)
+        EvalOptions(num_workers=-1)
+    with pytest.raises(InputError, match=r"eval\.resamples must be"):
+        EvalOptions(resamples=-1)
+    with pytest.raises(InputError, match=r"eval\.precision must be one of \['fp32', .*Got 'tf32'"):
+        EvalOptions(precision="tf32")
+    assert evaluate(clip, []).results == ()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.feature_files import read_feature_file
-from siftclip.eval.task_dataset import TaskDataset
+from siftclip.eval.task_samples import read_samples
 from siftclip.eval.tasks import find_tasks
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
@@ -40,7 +40,7 @@ def test_class_features_classify_as_evaluation_does(
 ) -> None:
     config = compose("target", options)
     folder, paths = target_stage(config)
-    tasks = find_tasks(demo_data.tasks)
+    tasks = find_tasks(demo_data.tasks).complete()
     assert [path.name for path in paths] == [f"{task.name}-test.npz" for task in tasks]
     assert folder.name == "mine"
     clip = clip_model_from(config.features.model, "features.model")
@@ -51,24 +51,25 @@ def test_class_features_classify_as_evaluation_does(
         image = arrays["img"].astype(np.float32)
         assert arrays["img"].dtype == np.float16
         np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=2e-3)
-        dataset = TaskDataset(task, clip.eval_transform)
-        assert len(image) == len(dataset)
+        samples = read_samples(task)
+        assert len(image) == len(samples)
         if task.kind == "retrieval":
             with torch.no_grad():
-                tokens = clip.tokenizer([dataset[3][1][0]])
+                tokens = clip.tokenizer([samples.captions[3][0]])
                 text = clip.model.encode_text(tokens, normalize=True)[0]  # type: ignore[operator]
             np.testing.assert_allclose(arrays["txt"][3], text, atol=1e-3)
             assert "class_txt" not in arrays
             continue
         guesses = (image @ arrays["class_txt"].astype(np.float32).T).argmax(axis=1)
-        accuracy = np.mean(guesses == np.asarray(dataset.labels))
+        accuracy = np.mean(guesses == samples.labels)
         assert accuracy == pytest.approx(result.metrics["acc1"], abs=1.5 / len(image))
 
 
 def test_finished_tasks_are_kept_and_a_selector_can_read_them(
     options: list[str], compose: Compose, demo_data: DemoData
 ) -> None:
-    task = next(task for task in find_tasks(demo_data.tasks) if task.kind == "classification")
+    tasks = find_tasks(demo_data.tasks).complete()
+    task = next(task for task in tasks if task.kind == "classification")
     config = compose("target", [*options, f"target.tasks={task.name}"])
     folder, (path,) = target_stage(config)
     written = path.stat().st_mtime_ns

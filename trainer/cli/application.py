@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import hydra
@@ -18,14 +18,25 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
 
 CONFIGS = "pkg://siftclip.configs"
+# Hydra's options whose value is the next word
+_TAKE_A_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
+    *("--package", "-p", "--experimental-rerun"),
+)
 FAILURE = 2  # exit status for faults of the user's input
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
-def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def application(
+    command: str, *, positional: Sequence[str] = ()
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Turn `stage(config)` into the main function of a command, configured by `<command>.yaml`.
 
     A blank in the command, such as `data compact`, is `_` in the name of the file.
+
+    Args:
+        command: as it is typed.
+        positional: the options that words without `=` stand for, in order.
     """
 
     def decorate(stage: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -57,7 +68,8 @@ def application(command: str) -> Callable[[Callable[[DictConfig], None]], Callab
                     raise SystemExit(INTERRUPTED) from None
 
             # Hydra reads sys.argv itself; it must not take the command for an override.
-            sys.argv = [f"siftclip {command}", *_overrides(full_arguments, command)]
+            overrides = _overrides(full_arguments, command)
+            sys.argv = [f"siftclip {command}", *_named(command, overrides, positional)]
             config_name = command.replace(" ", "_")
             hydra.main(config_path=CONFIGS, config_name=config_name, version_base="1.3")(job)()
 
@@ -97,3 +109,28 @@ def _overrides(arguments: list[str], command: str) -> list[str]:
     words = command.split()
     at = arguments.index(words[0]) + len(words)
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
+
+
+def _named(command: str, arguments: list[str], positional: Sequence[str]) -> list[str]:
+    """The arguments with the names of the options that bare words stand for.
+
+    What Hydra's own options take, such as the folder behind `--config-dir`, stays as it is.
+    """
+    names = iter(positional)
+    found, value_follows = [], False
+    for argument in arguments:
+        bare = not value_follows and "=" not in argument and argument[:1] not in ("-", "~", "+")
+        value_follows = argument in _TAKE_A_VALUE
+        if not bare or not positional:
+            found.append(argument)
+            continue
+        name = next(names, None)
+        if name is None:
+            _end(
+                f"siftclip {command}: error: too many words without '='. Got {argument!r}; words "
+                f"stand for {', '.join(positional)}.",
+                FAILURE,
+            )
+        quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
+        found.append(f"{name}='{quoted}'")
+    return found

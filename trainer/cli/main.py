@@ -1,6 +1,7 @@
 """`siftclip COMMAND [OVERRIDES]`: finds the command's module and hands over to Hydra.
 
-A command is one word, or two where the first one names a group: `siftclip data compact`.
+A command is one word, or two where the first one names a group: `siftclip data compact`. A group
+can be a command itself: `siftclip eval`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ COMMANDS = {
     "select": "a selection, from scores",
     "train": "a CLIP on a selection, streamed from the original tars",
     "eval": "zero-shot tasks on a run, a checkpoint or a model",
+    "eval watch": "the checkpoints of a run that trains, as they come",
+    "eval diff": "two results, task by task: which model is better, and how sure that is",
+    "eval download": "DataComp's evaluation sets, or clip-benchmark's",
     "export": "a trained model for open_clip, the Hugging Face hub or DataComp",
     "compare": "selectors x seeds at one budget, with a report",
     "data compact": "a copy of a selection, as tars of its own",
@@ -61,10 +65,13 @@ def main() -> None:
     group, known = "", [name.split()[0] for name in COMMANDS]
     if arguments[0] in GROUPS:
         group = f"{arguments[0]} "
-        if len(arguments) == 1 or arguments[1] in HELP:
+        if arguments[0] in COMMANDS and group + " ".join(arguments[1:2]) not in COMMANDS:
+            group = ""
+        elif len(arguments) == 1 or arguments[1] in HELP:
             print(usage(group))
             return
-        known = [name.removeprefix(group) for name in COMMANDS if name.startswith(group)]
+        else:
+            known = [name.removeprefix(group) for name in COMMANDS if name.startswith(group)]
     word = arguments[1 if group else 0]
     command = group + word
     if command not in COMMANDS:

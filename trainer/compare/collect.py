@@ -16,7 +16,8 @@ from siftclip.datamodules.files import read_json
 from siftclip.datamodules.pool import read_metadata_uids
 from siftclip.datamodules.selection import Selection, read_selection
 from siftclip.datamodules.uids import UidTable
-from siftclip.eval.results import aggregate, read_results
+from siftclip.eval.aggregates import averages
+from siftclip.eval.results import read_results
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.stages import plain
@@ -109,13 +110,15 @@ def _result_records(run: ArmRun, groups: dict[str, list[str]]) -> list[dict[str,
                     "run": str(run.run.path),
                 }
             )
-    for group, value in aggregate(results, groups).items():
+    values = {result.key: result.main_metric for result in results}
+    metrics = {result.key: result.metrics for result in results}
+    for group, average in averages(values, groups, metrics=metrics).items():
         records.append(
             {
                 **base,
                 "task": f"average/{group}",
                 "metric": "main_metric",
-                "value": value,
+                "value": average.value if average.complete else None,  # a part cannot be compared
                 "low": None,
                 "high": None,
                 "samples": None,

@@ -19,7 +19,7 @@ from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import write_npz
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.streaming import LoaderOptions, make_loader
-from siftclip.eval.evaluate import evaluation_mode
+from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks
 from siftclip.trainer.embedding import embed_batch, embedding_dataset

@@ -1,0 +1,114 @@
+"""Averages over groups of tasks, which say of which tasks they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from siftclip.selectors.errors import InputError
+
+PARTIAL_SUFFIX = " (partial)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Average:
+    """The mean of a group of tasks over those of them that have a value."""
+
+    name: str  # of the group
+    value: float | None  # None where no task has a value
+    present: tuple[str, ...]  # members of the group, in its order
+    missing: tuple[str, ...]
+
+    @property
+    def partial(self) -> bool:
+        """Whether a task is missing, so that this is not the mean of the group."""
+        return bool(self.missing)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task of the group has a value."""
+        return not self.missing
+
+    def text(self) -> str:
+        """For people: `0.4321`, `0.4321 (partial: 30 of 38 tasks)`, or `-` for no value."""
+        number = "-" if self.value is None else f"{self.value:.4f}"
+        if self.complete:
+            return number
+        total = len(self.present) + len(self.missing)
+        return f"{number} (partial: {len(self.present)} of {total} tasks)"
+
+
+def averages(
+    values: Mapping[str, float | None],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    metrics: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> dict[str, Average]:
+    """The unweighted mean of every group, as DataComp takes it, by name of the group.
+
+    Args:
+        values: main metrics by task. None and NaN count as missing.
+        groups: tasks by name of the group. `task:metric` takes that metric of the task in place
+            of the main metric.
+        metrics: all metrics by task, for members `task:metric`.
+
+    Raises:
+        InputError: a group is empty, its name ends as that of a partial average, or a task that is
+            there does not have the metric.
+    """
+    return {
+        name: _average(name, members, values, metrics or {}) for name, members in groups.items()
+    }
+
+
+def _average(
+    name: str,
+    members: Sequence[str],
+    values: Mapping[str, float | None],
+    metrics: Mapping[str, Mapping[str, float | None]],
+) -> Average:
+    if not members:
+        raise InputError(f"eval.groups.{name} must name at least one task. It is empty.")
+    if name.endswith(PARTIAL_SUFFIX):
+        raise InputError(
+            f"Names in eval.groups must not end with {PARTIAL_SUFFIX!r}, which marks averages over "
+            f"a part of the tasks. Got {name!r}."
+        )
+    found = {member: _member_value(name, member, values, metrics) for member in members}
+    known = [value for member in members if (value := found[member]) is not None]
+    return Average(
+        name=name,
+        value=math.fsum(known) / len(known) if known else None,
+        present=tuple(member for member in members if found[member] is not None),
+        missing=tuple(member for member in members if found[member] is None),
+    )
+
+
+def _member_value(
+    group: str,
+    member: str,
+    values: Mapping[str, float | None],
+    metrics: Mapping[str, Mapping[str, float | None]],
+) -> float | None:
+    task, _, metric = member.partition(":")
+    if metric:
+        if task not in metrics:
+            return None
+        if metric not in metrics[task]:
+            raise InputError(
+                f"eval.groups.{group}: {member!r} asks for a metric that {task} does not have. "
+                f"It has {sorted(metrics[task])}."
+            )
+        value = metrics[task][metric]
+    else:
+        value = values.get(task)
+    return None if value is None or math.isnan(value) else value
+
+
+def named_values(results: Mapping[str, Average]) -> dict[str, float | None]:
+    """Averages for files and loggers: `NAME` holds a complete one only, else `NAME (partial)`."""
+    return {
+        result.name if result.complete else f"{result.name}{PARTIAL_SUFFIX}": result.value
+        for result in results.values()
+    }

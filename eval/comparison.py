@@ -1,0 +1,314 @@
+"""Two models on the same test sets: which differences there are, and which of them are sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from siftclip.eval.aggregates import averages, named_values
+from siftclip.eval.paired_tests import (
+    PAIRED_RESAMPLES,
+    PairedTest,
+    compare_average,
+    compare_task,
+    holm,
+)
+from siftclip.eval.report import (
+    FAMILY_TITLES,
+    by_family,
+    interval_text,
+    main_member,
+    number_text,
+    results_by_key,
+    shown_titles,
+)
+from siftclip.eval.results import MAIN_METRIC, TaskResult
+from siftclip.eval.safe_tables import NOTHING, display_width, printable, text_table, wrapped
+from siftclip.selectors.errors import InputError, require_int
+
+SIGNIFICANCE = 0.05
+_SIGNED = "+.4f"
+_HEADER = ("a", "b", "b - a", "95 % interval", "p", "Holm p")
+_WIDTHS = (6, 6, 7, 18, 6, 7, 8)
+_RIGHT = (1, 2, 3, 5, 6, 7)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Model b against model a on one task, or on the average of several."""
+
+    key: str  # of the task; `average/<name>`, a partial one says so
+    title: str
+    family: str | None  # None: an average
+    metric: str | None
+    value_a: float | None
+    value_b: float | None
+    comparable: bool  # whether both values are there and of the same metric and test set
+    note: str = ""  # why it is not comparable or not tested; "30 of 38", the tasks of an average
+    test: PairedTest | None = None
+    p_holm: float | None = None  # corrected for all tasks, or for all averages
+
+    @property
+    def value(self) -> float | None:
+        """b - a, or None if the two are not comparable."""
+        if not self.comparable or self.value_a is None or self.value_b is None:
+            return None
+        return self.value_b - self.value_a
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is at 5 %, after Holm's correction."""
+        return self.p_holm is not None and self.p_holm <= SIGNIFICANCE
+
+    def record(self) -> dict[str, Any]:
+        """A row for tables and CSV; None = there is none."""
+        test = self.test
+        low, high = (None, None) if test is None or test.interval is None else test.interval
+        return {
+            "task": self.key,
+            "title": self.title,
+            "family": self.family,
+            "metric": self.metric,
+            "value_a": self.value_a,
+            "value_b": self.value_b,
+            "difference": self.value,
+            "low": low,
+            "high": high,
+            "p_value": None if test is None else test.p_value,
+            "p_holm": self.p_holm,
+            "p_mcnemar": None if test is None else test.mcnemar_p_value,
+            "units": None if test is None else test.units,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two models on the tasks that both have results of, and on averages over these."""
+
+    name_a: str
+    name_b: str
+    tasks: tuple[Difference, ...]
+    averages: tuple[Difference, ...]
+    only_a: tuple[str, ...]  # tasks that only one has a result of
+    only_b: tuple[str, ...]
+    resamples: int
+
+    def table(self) -> str:
+        """For people: differences by family and of averages, what was not tested, and a verdict.
+
+        At most 100 columns wide, but for words that are longer. All characters are printable.
+        """
+        lines = [*wrapped(f"a = {self.name_a}"), *wrapped(f"b = {self.name_b}"), ""]
+        rows: list[Sequence[str] | str] = []
+        for family in by_family(one.family or "" for one in self.tasks):
+            rows.append(FAMILY_TITLES.get(family, family))
+            rows += [(*_cells(one), _mcnemar(one)) for one in self.tasks if one.family == family]
+        of_averages = [(*_cells(one), one.note) for one in self.averages]
+        titles = [printable(one.title) for one in (*self.tasks, *self.averages)]
+        widths = (max(map(display_width, ["", *titles])) + 2, *_WIDTHS)  # for both to be aligned
+        lines += text_table(("task", *_HEADER, "McNemar"), rows, right=_RIGHT, least=widths)
+        if of_averages:
+            header = ("average", *_HEADER, "tasks")
+            lines += ["", *text_table(header, of_averages, right=_RIGHT, least=widths)]
+        lines.append("")
+        for name, keys in (("a", self.only_a), ("b", self.only_b)):
+            if keys:
+                lines += wrapped(f"only in {name}: {', '.join(keys)}")
+        reasons = dict.fromkeys(one.note for one in self.tasks if one.note)
+        for reason in reasons:
+            keys = tuple(one.key for one in self.tasks if one.note == reason)
+            lines += wrapped(f"not tested: {', '.join(keys)}: {reason}")
+        return "\n".join([*lines, *self.verdict()])
+
+    def verdict(self) -> list[str]:
+        """Sentences: how many differences are significant."""
+        lines = [_count("tasks", self.tasks), _count("averages", self.averages)]
+        tests = sum(one.p_holm is not None for one in self.tasks)
+        if tests * 2 / (self.resamples + 1) > SIGNIFICANCE:
+            lines.append(
+                f"With {self.resamples:,} resamples no p value is small enough for {tests} tests: "
+                "take more."
+            )
+        return [line for text in lines for line in wrapped(text)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row a task, then a row an average, see `Difference.record`."""
+        return [one.record() for one in (*self.tasks, *self.averages)]
+
+
+def compare_results(
+    a: Sequence[TaskResult],
+    b: Sequence[TaskResult],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    name_a: str = "the first model",
+    name_b: str = "the second model",
+    resamples: int = PAIRED_RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """Test model b against model a, on each task that both have and on averages.
+
+    p values are two-sided; Holm's correction is over all tasks, and over all averages. An average
+    is over those of its tasks that can be compared, and says so where it is a part.
+
+    Args:
+        a: of one model, each task once.
+        b: of the other.
+        groups: tasks, or `task:metric`, by name of the average.
+        name_a: what to call the first one.
+        name_b: what to call the second one.
+        resamples: at least 1.
+        seed: of the resamples.
+
+    Raises:
+        InputError: a model has two results of a task, or see `averages`. What is wrong between
+            two results of a task is a note of that task.
+    """
+    require_int("resamples", resamples, minimum=1)
+    all_a, all_b = results_by_key(a), results_by_key(b)
+    shared = [key for key in all_a if key in all_b]
+    titles = shown_titles([all_a[key] for key in shared])
+    tasks = [
+        replace(_compare(all_a[key], all_b[key], resamples, seed), title=titles[key])
+        for key in shared
+    ]
+    comparable = [one.key for one in tasks if one.comparable]
+    of_averages = _compare_averages(
+        {key: all_a[key] for key in comparable},
+        {key: all_b[key] for key in comparable},
+        groups,
+        {one.key: one.test for one in tasks if one.test is not None},
+    )
+    return Comparison(
+        name_a=name_a,
+        name_b=name_b,
+        tasks=_corrected(tasks),
+        averages=_corrected(of_averages),
+        only_a=tuple(key for key in all_a if key not in all_b),
+        only_b=tuple(key for key in all_b if key not in all_a),
+        resamples=resamples,
+    )
+
+
+def _compare(a: TaskResult, b: TaskResult, resamples: int, seed: int) -> Difference:
+    test, obstacle, untested = None, _obstacle(a, b), ""
+    if a.outcomes is None or a.units is None or b.outcomes is None or b.units is None:
+        if a.main_metric is not None and b.main_metric is not None:
+            untested = "what the metric is made of is not kept for both models"
+    elif not obstacle:
+        try:
+            test = compare_task(
+                a.outcomes, b.outcomes, a.units, b.units, resamples=resamples, seed=seed
+            )
+        except InputError as error:
+            obstacle = str(error)
+    defined = a.main_metric is not None and b.main_metric is not None
+    return Difference(
+        key=a.key,
+        title=a.dataset,
+        family=a.family,
+        metric=a.main_metric_name,
+        value_a=a.main_metric,
+        value_b=b.main_metric,
+        comparable=defined and not obstacle,
+        note=obstacle or untested,
+        test=test,
+    )
+
+
+def _obstacle(a: TaskResult, b: TaskResult) -> str:
+    """Why two results of a task cannot be compared, as far as can be seen without outcomes."""
+    names = {a.main_metric_name, b.main_metric_name}
+    if len(names) > 1 and MAIN_METRIC not in names:  # the name in files of other tools
+        return f"the main metrics differ: {a.main_metric_name} and {b.main_metric_name}"
+    if (a.main_metric is None) != (b.main_metric is None):
+        return f"the metric is not defined for {'a' if a.main_metric is None else 'b'}"
+    if a.samples != b.samples and a.samples and b.samples:
+        return f"the test sets differ: {a.samples:,} and {b.samples:,} samples"
+    return ""
+
+
+def _compare_averages(
+    a: Mapping[str, TaskResult],
+    b: Mapping[str, TaskResult],
+    groups: Mapping[str, Sequence[str]],
+    tests: Mapping[str, PairedTest],
+) -> list[Difference]:
+    """Averages over the tasks of which there are results that can be compared."""
+    metrics_a, metrics_b = _shared_metrics(a, b), _shared_metrics(b, a)
+    of_a = averages({k: one.main_metric for k, one in a.items()}, groups, metrics=metrics_a)
+    of_b = averages({k: one.main_metric for k, one in b.items()}, groups, metrics=metrics_b)
+    return [
+        Difference(
+            key=f"average/{name}",
+            title=name,
+            family=None,
+            metric=None,
+            value_a=average.value,
+            value_b=of_b[average.name].value,
+            comparable=average.value is not None,
+            note=f"{len(average.present)} of {len(average.present) + len(average.missing)}",
+            test=compare_average(tests, [main_member(member, a) for member in average.present]),
+        )
+        for name, average in zip(named_values(of_a), of_a.values(), strict=True)
+    ]
+
+
+def _shared_metrics(
+    of: Mapping[str, TaskResult], other: Mapping[str, TaskResult]
+) -> dict[str, dict[str, float | None]]:
+    """All metrics by task, None where the other model lacks the value."""
+    return {
+        key: {
+            name: result.metrics.get(name) if other[key].metrics.get(name) is not None else None
+            for name in result.metrics.keys() | other[key].metrics.keys()
+        }
+        for key, result in of.items()
+    }
+
+
+def _corrected(differences: Sequence[Difference]) -> tuple[Difference, ...]:
+    """With Holm's correction for all of them."""
+    found = [None if one.test is None else one.test.p_value for one in differences]
+    corrected = iter(holm([p for p in found if p is not None]).tolist())
+    return tuple(
+        one if p is None else replace(one, p_holm=next(corrected))
+        for one, p in zip(differences, found, strict=True)
+    )
+
+
+def _cells(one: Difference) -> tuple[str, ...]:
+    test = one.test
+    return (
+        one.title,
+        number_text(one.value_a),
+        number_text(one.value_b),
+        number_text(one.value, _SIGNED),
+        interval_text(None if test is None else test.interval, _SIGNED),
+        _p_text(None if test is None else test.p_value),
+        _p_text(one.p_holm) + ("*" if one.significant else " "),
+    )
+
+
+def _mcnemar(one: Difference) -> str:
+    return _p_text(None if one.test is None else one.test.mcnemar_p_value)
+
+
+def _p_text(p_value: float | None) -> str:
+    if p_value is None:
+        return NOTHING
+    return "<1e-4" if p_value < 1e-4 else f"{p_value:.4f}"
+
+
+def _count(what: str, differences: Sequence[Difference]) -> str:
+    tested = [one for one in differences if one.p_holm is not None]
+    if not tested:
+        return f"{what}: no difference was tested"
+    sure = [one.value or 0.0 for one in tested if one.significant]
+    better = sum(value > 0 for value in sure)
+    return (
+        f"{what}: {len(sure)} of {len(tested)} differences are significant at 5 % after Holm's "
+        f"correction, {better} for b and {sum(value < 0 for value in sure)} for a"
+    )

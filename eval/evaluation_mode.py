@@ -1,0 +1,56 @@
+"""A model as evaluation needs it, whatever is going on around it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.eval.logistic_fit import full_precision
+from siftclip.selectors.ranks import Ranks
+
+
+@contextmanager
+def evaluation_mode(clip: ClipModel, device: torch.device) -> Iterator[ClipModel]:
+    """The model on `device` in fp32 and eval mode, without gradients, autocast and TF32."""
+    model = clip.model
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
+        model = copy.deepcopy(model).float()  # there and back in place would round master weights
+    home = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}  # parts may be frozen
+    tf32 = torch.backends.cudnn.allow_tf32
+    with ExitStack() as stack:
+        stack.enter_context(full_precision(device))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        try:
+            torch.backends.cudnn.allow_tf32 = False  # of convolutions, on by default
+            yield replace(clip, model=model.to(device).eval())
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
+            model.to(home)
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def buffers_of_first_rank(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """All ranks have the buffers of the first, whose model is the one that is saved.
+
+    In a training on several ranks each has its own statistics of batch normalisation.
+    """
+    own = []
+    if ranks.size > 1:
+        own = [(one, one.clone()) for one in model.buffers() if one.is_floating_point()]
+    try:
+        for buffer, before in own:
+            buffer.copy_(ranks.sum(before if ranks.rank == 0 else torch.zeros_like(before)))
+        yield
+    finally:
+        for buffer, before in own:
+            buffer.copy_(before)

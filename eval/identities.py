@@ -1,0 +1,89 @@
+"""What results are known by: the model, the task and how it is scored, and each unit of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.eval.images import content_id
+from siftclip.eval.preparation import TaskData
+from siftclip.eval.probe_scores import ProbeSettings
+from siftclip.eval.task_samples import TaskSamples
+from siftclip.selectors.hashing import mix64
+
+
+def fingerprint(clip: ClipModel) -> str:
+    """SHA-256 over what decides a model's answers: its configuration and its weights.
+
+    The configuration counts because two models with equal weights differ by activation function
+    (`quick_gelu`) or by preprocessing.
+    """
+    digest = hashlib.sha256(json.dumps(clip.config, sort_keys=True, default=str).encode())
+    for name, tensor in clip.model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_identity(clip: ClipModel, precision: str) -> str:
+    """What results are known by: the model's fingerprint, and the precision if it is not fp32."""
+    weights = fingerprint(clip)
+    if precision == "fp32":
+        return weights
+    return hashlib.sha256(f"{weights} {precision}".encode()).hexdigest()
+
+
+def task_identity(one: TaskData, probe: ProbeSettings) -> str:
+    """What results are known by besides the model: SHA-256 of the samples and how they are scored.
+
+    Of images it covers keys and sizes, not the bytes.
+    """
+    task = one.task
+    digest = hashlib.sha256()
+    asked: list[Any] = [task.kind, task.special, task.main_metric, task.classnames, task.templates]
+    if task.protocol != "zero_shot":
+        asked += [task.protocol, task.shots, repr(probe)]
+    digest.update(json.dumps(asked).encode())
+    for samples in (one.samples, one.train):
+        if samples is None:
+            continue
+        digest.update(json.dumps([samples.keys.tolist(), samples.captions]).encode())
+        for array in (
+            samples.places[:, 2],
+            samples.first_image,
+            samples.labels,
+            samples.metadata,
+            *samples.associations,
+        ):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def unit_ids(samples: TaskSamples, ids: np.ndarray) -> np.ndarray:
+    """What each sample is known by when test sets are resampled, uint64 [n].
+
+    A sample of one image is that image. One of several is all of them with their texts.
+
+    Args:
+        samples: n of them, with m images.
+        ids: uint64 [m], of the images.
+    """
+    counts = np.diff(samples.first_image)
+    if (counts == 1).all():
+        return ids.copy()
+    units = np.empty(len(samples), dtype=np.uint64)
+    for row, (start, stop) in enumerate(
+        zip(samples.first_image[:-1].tolist(), samples.first_image[1:].tolist(), strict=True)
+    ):
+        text = "\n".join(samples.captions[row]).encode()
+        unit = np.asarray([content_id(text)], dtype=np.uint64)
+        for image in ids[start:stop]:
+            unit = mix64(unit ^ image)
+        units[row] = unit[0]
+    return units

@@ -1,0 +1,216 @@
+"""The distinct images of several tasks: each is read, decoded and encoded once.
+
+Tasks share images more often than it seems: the same pictures with other labels, a test set as a
+task of its own and as that of a linear probe, candidates that occur in many associations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from siftclip.datamodules.image_transform import ImageTransform
+from siftclip.datamodules.reader import BadSampleError
+from siftclip.eval.task_samples import TaskSamples
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.hashing import mix64
+
+_PROBE_BYTES = 64
+_OFFSET_BITS = 44  # of a tar of at most 16 TiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTable:
+    """Where distinct images are, U of them."""
+
+    shards: tuple[Path, ...]
+    places: np.ndarray  # int64 [U, 3]: which of the tars, offset and size in bytes
+    names: np.ndarray  # str [U]: the keys of the samples that they are of, for messages
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, rows: np.ndarray) -> ImageTable:
+        """Some of them."""
+        return ImageTable(shards=self.shards, places=self.places[rows], names=self.names[rows])
+
+
+def content_id(data: bytes) -> int:
+    """What an image is known by, whatever its file: 64 bits of BLAKE2b of its bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np.ndarray]]:
+    """The distinct images of some tasks, and for each task which of them its images are.
+
+    Images at the same place of the same tar are one. Others of equal size are compared by 64 bytes
+    from their middle, and those that agree by a hash of all their bytes, so little is read where
+    nothing is shared.
+
+    Args:
+        samples: of each task, at least one.
+
+    Returns:
+        The table, in the order of first occurrence, and int64 [m] for each task.
+
+    Raises:
+        InputError: a tar cannot be read.
+    """
+    table = _all_images(samples)
+    place = table.places[:, 0] << _OFFSET_BITS | table.places[:, 1]
+    _, first, inverse = np.unique(place, return_index=True, return_inverse=True)
+    rows = np.sort(first)
+    suspects, signature = _repeated(rows, table.places[rows, 2].astype(np.uint64))
+    for part in (_middles, _wholes):
+        looked_at = replace(table.take(suspects), places=part(table.places[suspects]))
+        signature = mix64(signature) ^ image_ids(looked_at)
+        suspects, signature = _repeated(suspects, signature)
+    first_like = np.arange(len(table))
+    if len(suspects):
+        _, one, which = np.unique(signature, return_index=True, return_inverse=True)
+        first_like[suspects] = suspects[one][which.reshape(-1)]
+    distinct, number = np.unique(first_like[first[inverse.reshape(-1)]], return_inverse=True)
+    ends = np.cumsum([len(one.places) for one in samples])[:-1]
+    return table.take(distinct), np.split(number.reshape(-1), ends)
+
+
+def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
+    numbers: dict[Path, int] = {}
+    places, names = [], []
+    for one in samples:
+        own = [numbers.setdefault(shard, len(numbers)) for shard in one.task.shards]
+        tars = np.asarray(own, dtype=np.int64)[one.places[:, 0]]
+        places.append(np.column_stack([tars, one.places[:, 1:]]))
+        names.append(np.repeat(one.keys, np.diff(one.first_image)))
+    return ImageTable(
+        shards=tuple(numbers), places=np.concatenate(places), names=np.concatenate(names)
+    )
+
+
+def _repeated(rows: np.ndarray, signature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those whose signature another one has, too."""
+    _, inverse, counts = np.unique(signature, return_inverse=True, return_counts=True)
+    keep = counts[inverse.reshape(-1)] > 1
+    return rows[keep], signature[keep]
+
+
+def _middles(places: np.ndarray) -> np.ndarray:
+    tars, starts, sizes = places.T
+    part = np.minimum(sizes, _PROBE_BYTES)
+    return np.column_stack([tars, starts + (sizes - part) // 2, part])
+
+
+def _wholes(places: np.ndarray) -> np.ndarray:
+    return places
+
+
+def _read(shard: Path, offset_bytes: int, size_bytes: int) -> bytes:
+    with shard.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), size_bytes, offset_bytes)
+
+
+def read_images(table: ImageTable) -> Iterator[bytes]:
+    """The bytes of each image, as they are in the tar. Tars are opened once for all in a row.
+
+    Raises:
+        InputError: a tar cannot be read, or has become shorter.
+    """
+    for number, group in groupby(table.places.tolist(), key=itemgetter(0)):
+        shard = table.shards[number]
+        try:
+            with shard.open("rb", buffering=0) as file:
+                for _, offset, size in group:
+                    data = os.pread(file.fileno(), size, offset)
+                    if len(data) < size:
+                        raise InputError(f"{shard} has become shorter since it was indexed.")
+                    yield data
+        except OSError as error:
+            raise InputError(f"{shard} cannot be read: {error.strerror}.") from None
+
+
+class ImageBatch(NamedTuple):
+    """Images of a table, decoded."""
+
+    rows: np.ndarray  # int64 [b], of the table
+    images: Tensor  # float32 [b, 3, size, size]; zeros for an image that cannot be decoded
+    ids: np.ndarray  # uint64 [b], see `content_id`
+    faults: list[tuple[int, str]]  # (row, what is wrong with the image)
+
+    def pin_memory(self) -> ImageBatch:
+        """For the loader."""
+        return self._replace(images=self.images.pin_memory())
+
+
+class ImageDataset(Dataset[ImageBatch]):
+    """Batches of a table's images, by lists of rows. Travels to loader processes."""
+
+    def __init__(
+        self, table: ImageTable, transform: ImageTransform, *, max_image_pixels: int
+    ) -> None:
+        """Set what is read and how.
+
+        Args:
+            table: of the images.
+            transform: the model's eval transform.
+            max_image_pixels: larger pictures are faults.
+        """
+        self.table = table
+        self.transform = transform
+        self.max_image_pixels = max_image_pixels
+
+    def __getitem__(self, row: int) -> ImageBatch:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: list[int]) -> ImageBatch:
+        """A batch. A fault is told, not raised: other tasks go on."""
+        prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
+        for place, row in enumerate(rows):
+            number, offset, size = self.table.places[row].tolist()
+            shard, data = self.table.shards[number], b""
+            try:
+                data = _read(shard, offset, size)
+                pixels = self.transform.decode(data, self.max_image_pixels)
+            except OSError as error:
+                faults.append((row, f"{shard} cannot be read: {error.strerror}."))
+                pixels = self.transform.blank()
+            except BadSampleError as error:
+                faults.append((row, f"{shard}: {self.table.names[row]}: {_fault(error)}"))
+                pixels = self.transform.blank()
+            ids[place] = content_id(data)
+            prepared.append(self.transform.prepare(pixels))
+        images = torch.empty((len(rows), *prepared[0].shape), dtype=torch.float32)
+        for out, picture in zip(images, prepared, strict=True):
+            self.transform.finish(picture, out)
+        return ImageBatch(np.asarray(rows), images, ids, faults)
+
+
+def _fault(error: BadSampleError) -> str:
+    if error.__cause__ is None:  # a limit, which the message names
+        return f"a sample {error}."
+    cause = str(error.__cause__).partition(" <_io.")[0]  # Pillow names the bytes by their address
+    return f"a sample {error}: {cause}. Copy this task again."
+
+
+def only_item(batch: ImageBatch) -> ImageBatch:
+    """Collate nothing: `__getitems__` has built the batch already."""
+    return batch
+
+
+def image_ids(table: ImageTable) -> np.ndarray:
+    """The `content_id` of each image, uint64 [U]. Reads all of their bytes, and decodes nothing.
+
+    Raises:
+        InputError: a tar cannot be read.
+    """
+    return np.fromiter(map(content_id, read_images(table)), np.uint64, len(table))

@@ -1,0 +1,39 @@
+"""What a model did on the units of a task, kept so that a main metric can be taken on a resample.
+
+A unit is what is drawn when a test set is drawn again: an image, or an instance of several images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Metrics = dict[str, float]  # NaN = not defined here
+
+# How a main metric follows from the arrays, which all have one row a unit:
+#   mean             value float32 [n]: their mean; NaN is left out
+#   class_mean       value float32 [n], cell int32 [n]: the mean over the cells of the cells' means
+#   worst_cell       value float32 [n], cell int32 [n]: the lowest of the cells' means; a unit of
+#                    cell -1 is in no cell
+#   f1_macro         predicted int32 [n], label int32 [n]: the mean over the labels that occur of F1
+#   two_means        value float32 [n], hits float32 [n], queries float32 [n]:
+#                    (mean of value + sum of hits / sum of queries) / 2
+#   average_precision  scores float32 [n, C], labels bool [n, C]: the mean over the classes
+Statistic = Literal[
+    "mean", "class_mean", "worst_cell", "f1_macro", "two_means", "average_precision"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcomes:
+    """The arrays from which one metric of one task is computed."""
+
+    statistic: Statistic
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.arrays.values())))

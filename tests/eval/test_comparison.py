@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from siftclip.eval.comparison import Comparison, compare_results
+from siftclip.eval.outcomes import Outcomes
+from siftclip.eval.paired_tests import compare_task, holm
+from siftclip.eval.results import MAIN_METRIC, TaskResult
+from siftclip.eval.safe_tables import display_width
+from siftclip.selectors.errors import InputError
+
+KEYS = ("birds", "cars", "dogs", "frogs")
+GROUPS = {"all": [*KEYS], "wings": ["birds"]}
+
+
+def make_result(key: str, hits: np.ndarray, metric: str = "acc1") -> TaskResult:
+    value = float(hits.mean())
+    return TaskResult(
+        key=key,
+        dataset=key.title(),
+        metrics={metric: value, "acc5": 0.9, MAIN_METRIC: value},
+        main_metric_name=metric,
+        samples=len(hits),
+        interval=None,
+        seconds=1.0,
+        model="m",
+        outcomes=Outcomes(statistic="mean", arrays={"value": hits.astype(np.float32)}),
+        units=np.arange(len(hits), dtype=np.uint64) + np.uint64(1000 * KEYS.index(key)),
+    )
+
+
+def make_models(better: float, n: int = 300) -> tuple[list[TaskResult], list[TaskResult]]:
+    """Two models that agree on most samples; b has `better` more of "birds" right."""
+    rng = np.random.default_rng(5)
+    a, b = [], []
+    for key in KEYS:
+        hits = rng.random(n) < 0.5
+        other = np.where(rng.random(n) < 0.1, rng.random(n) < 0.5, hits)
+        if key == "birds":
+            other |= rng.random(n) < better
+        a.append(make_result(key, hits))
+        b.append(make_result(key, other))
+    return a, b
+
+
+def without_outcomes(result: TaskResult) -> TaskResult:
+    return replace(result, outcomes=None, units=None)
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    a, _ = make_models(0.0)
+    found = compare_results(a, a, GROUPS, resamples=500)
+    for one in (*found.tasks, *found.averages):
+        assert one.test is not None
+        assert one.value == 0
+        assert one.p_holm == 1
+        assert not one.significant
+        assert one.test.interval == (0, 0)
+    assert found.verdict()[0].startswith("tasks: 0 of 4 differences are significant")
+
+
+def test_models_that_are_equally_good_do_not_differ() -> None:
+    a, b = make_models(0.0)
+    found = compare_results(a, b, GROUPS, resamples=1000)
+    assert any(one.value for one in found.tasks)
+    assert not any(one.significant for one in (*found.tasks, *found.averages))
+
+
+def test_a_planted_difference_is_found() -> None:
+    a, b = make_models(0.5)
+    found = compare_results(a, b[::-1], GROUPS, resamples=2000, seed=3)
+    assert [one.key for one in found.tasks] == list(KEYS)
+    assert [one.significant for one in found.tasks] == [True, False, False, False]
+    assert [one.significant for one in found.averages] == [True, True]
+    tests = [
+        compare_task(x.outcomes, y.outcomes, x.units, y.units, resamples=2000, seed=3)
+        for x, y in zip(a, b, strict=True)
+        if x.outcomes and y.outcomes and x.units is not None and y.units is not None
+    ]
+    p_values = [test.p_value for test in tests if test.p_value is not None]
+    assert [one.p_holm for one in found.tasks] == holm(p_values).tolist()
+    of_averages = [one.test.p_value or 0 for one in found.averages if one.test is not None]
+    assert [one.p_holm for one in found.averages] == holm(of_averages).tolist()
+    record = found.records()[0]
+    low, high = tests[0].interval or (0.0, 0.0)
+    assert (record["low"], record["high"]) == (low, high)
+    assert record["p_value"] == tests[0].p_value
+    assert record["p_mcnemar"] == tests[0].mcnemar_p_value
+    assert record["difference"] == record["value_b"] - record["value_a"] > 0.05
+    assert low < record["difference"] < high
+    text = " ".join(found.verdict())
+    correction = "differences are significant at 5 % after Holm's correction"
+    assert text.startswith(f"tasks: 1 of 4 {correction}, 1 for b and 0 for a ")
+    assert text.endswith(f"averages: 2 of 2 {correction}, 2 for b and 0 for a")
+    worse = compare_results(b, a, GROUPS, resamples=2000, seed=3)
+    assert "0 for b and 1 for a" in " ".join(worse.verdict())
+    assert worse.tasks[0].value == -(found.tasks[0].value or 0)
+
+
+def test_an_average_is_over_the_tasks_that_can_be_compared() -> None:
+    a, b = make_models(0.2)
+    assert b[1].outcomes is not None
+    assert b[1].units is not None
+    b[1] = replace(b[1], units=b[1].units + np.uint64(1))  # another test set
+    b[2] = replace(b[2], metrics={MAIN_METRIC: None, "acc1": None})
+    found = compare_results(a, [*b[:3]], {"all": KEYS, "top": ["birds:acc5"]}, resamples=100)
+    average, top = found.averages
+    assert (average.key, average.note) == ("average/all (partial)", "1 of 4")
+    assert average.value == found.tasks[0].value
+    assert average.test is not None
+    assert found.tasks[0].test is not None
+    assert average.test.p_value == found.tasks[0].test.p_value
+    assert (top.value, top.test, top.note) == (0, None, "1 of 1")
+    assert found.only_a == ("frogs",)
+    assert found.only_b == ()
+    assert [one.value is None for one in found.tasks] == [False, True, True]
+
+
+def test_a_metric_that_one_model_lacks_is_in_neither_average() -> None:
+    a, b = make_models(0.0, n=20)
+    b[0] = replace(b[0], metrics={**b[0].metrics, "acc5": None})
+    del a[1].metrics["acc5"]
+    groups = {"top": [f"{key}:acc5" for key in KEYS]}
+    for first, second in ((a, b), (b, a)):
+        (top,) = compare_results(first, second, groups, resamples=10).averages
+        assert (top.key, top.note, top.value) == ("average/top (partial)", "2 of 4", 0)
+        assert (top.value_a, top.value_b) == (0.9, 0.9)
+
+
+def test_what_cannot_be_tested_is_reported() -> None:
+    a, b = make_models(0.2)
+    b[0] = without_outcomes(b[0])
+    b[1] = replace(b[1], units=np.arange(300, dtype=np.uint64))
+    b[2] = replace(make_result("dogs", np.ones(300), metric="mean_per_class_recall"))
+    b[3] = without_outcomes(replace(b[3], samples=299))
+    found = compare_results(a, b, GROUPS, resamples=100)
+    assert [one.comparable for one in found.tasks] == [True, False, False, False]
+    assert all(one.test is None for one in found.tasks)
+    assert found.tasks[0].value is not None
+    assert "on the same units. 600 of 300 + 300 are in one" in found.tasks[1].note
+    assert found.tasks[2].note == "the main metrics differ: acc1 and mean_per_class_recall"
+    assert found.tasks[3].note == "the test sets differ: 300 and 299 samples"
+    text = found.table()
+    assert "not tested: birds: what the metric is made of is not kept for both models" in text
+    assert "tasks: no difference was tested" in text
+    of_other_tool = replace(b[0], main_metric_name=MAIN_METRIC, samples=0)
+    assert compare_results(a, [of_other_tool], {}).tasks[0].comparable
+
+
+def test_tasks_without_main_metric_are_no_fault() -> None:
+    faces = replace(
+        without_outcomes(make_models(0)[0][0]), metrics={MAIN_METRIC: None}, main_metric_name=None
+    )
+    found = compare_results([faces], [faces], {})
+    assert (found.tasks[0].value, found.tasks[0].note) == (None, "")
+
+
+TABLE = r"""
+a = first
+b = second\n
+
+task                  a       b    b - a  95 % interval            p   Holm p   McNemar
+Own tasks
+  Birds          0.2500  0.7500  +0.5000  -                        -       -          -
+  Cars           0.5000  0.5000  +0.0000  [+0.0000, +0.0000]  1.0000  1.0000     1.0000
+
+average               a       b    b - a  95 % interval            p   Holm p     tasks
+  all (partial)  0.3750  0.6250  +0.2500  -                        -       -     2 of 3
+
+only in a: dogs
+only in b: frogs
+not tested: birds: what the metric is made of is not kept for both models
+tasks: 0 of 1 differences are significant at 5 % after Holm's correction, 0 for b and 0 for a
+averages: no difference was tested
+""".strip()
+
+
+def test_table() -> None:
+    a = [
+        make_result("birds", np.array([1, 0, 0, 0])),
+        make_result("cars", np.array([1, 0])),
+        make_result("dogs", np.array([1, 0])),
+    ]
+    b = [
+        without_outcomes(make_result("birds", np.array([1, 1, 1, 0]))),
+        make_result("cars", np.array([1, 0])),
+        make_result("frogs", np.array([1, 0])),
+    ]
+    groups = {"all": ["birds", "cars", "dogs"]}
+    found = compare_results(a, b, groups, name_a="first", name_b="second\n", resamples=100)
+    assert found.table() == TABLE
+
+
+def test_tables_are_narrow() -> None:
+    a, b = make_models(0.2, n=40)
+    long = {"x" * 200: [*KEYS], "partial" * 9: [*KEYS, "more"]}
+    a, b = ([replace(one, dataset="狗\x1b" * 50 + one.key) for one in each] for each in (a, b))
+    text = compare_results(a, b, long, resamples=200).table()
+    assert max(map(display_width, text.splitlines())) <= 100
+    assert text.replace("\n", "").isprintable()
+    assert all(f"{key} " in text for key in KEYS)  # cut names keep their ends
+
+
+def test_too_few_resamples_for_the_number_of_tests_are_pointed_out() -> None:
+    def verdict(resamples: int) -> str:
+        a, b = make_models(0.9, n=60)
+        return " ".join(compare_results(a, b, {}, resamples=resamples).verdict())
+
+    assert "no p value is small enough for 4 tests" in verdict(158)  # 4 * 2 / 159 > 5 %
+    assert "small enough" not in verdict(159)
+    assert "1 of 4" in verdict(159)
+    assert "0 of 4" in verdict(158)
+
+
+def test_nothing_in_common() -> None:
+    a, b = make_models(0.0, n=5)
+    found = compare_results(a[:1], b[1:2], GROUPS, resamples=10)
+    assert isinstance(found, Comparison)
+    assert found.tasks == ()
+    assert "only in a: birds\nonly in b: cars\n" in found.table()
+    assert [one.test for one in found.averages] == [None, None]
+    with pytest.raises(InputError, match="'birds' has two"):
+        compare_results([a[0], a[0]], b, {})

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.image_transform import ImageTransform
+from siftclip.datamodules.reader import decode_image
+from siftclip.eval import images
+from siftclip.eval.images import (
+    ImageDataset,
+    ImageTable,
+    content_id,
+    distinct_images,
+    image_ids,
+    only_item,
+    read_images,
+)
+from siftclip.eval.task_samples import TaskSamples, read_samples
+from siftclip.eval.tasks import find_tasks, read_task
+from siftclip.selectors.errors import InputError
+
+MakeTask = Callable[..., Path]
+MakeImage = Callable[..., bytes]
+
+
+def open_tasks(root: Path, names: list[str] | None = None) -> list[TaskSamples]:
+    return [read_samples(task) for task in find_tasks(root, names).tasks]
+
+
+def write(make_task: MakeTask, root: Path, *contents: bytes, shards: int = 1) -> TaskSamples:
+    """A task with these bytes for images, which need not be pictures here."""
+    members = [[("jpg", data), ("cls", b"0")] for data in contents]
+    return read_samples(read_task(make_task(root, members=members, shards=shards)))
+
+
+def open_dataset(clip: ClipModel, table: ImageTable, pixels: int = 10**6) -> ImageDataset:
+    return ImageDataset(table, ImageTransform(clip.eval_transform), max_image_pixels=pixels)
+
+
+def test_images_are_shared_within_and_across_tasks(task_root: Path) -> None:
+    """Pictures of one number and format have equal bytes in all tasks of the fixture."""
+    samples = open_tasks(task_root)
+    table, rows = distinct_images(samples)
+    contents = []
+    for one, mine in zip(samples, rows, strict=True):
+        assert mine.dtype == np.int64
+        assert len(mine) == len(one.places)
+        for tar, start, size in one.places.tolist():
+            contents.append(one.task.shards[tar].read_bytes()[start : start + size])
+    distinct = list(dict.fromkeys(contents))  # in the order of first occurrence
+    assert len(distinct) < len(contents) - 20
+    assert list(read_images(table)) == distinct
+    numbers = np.concatenate(rows).tolist()
+    assert numbers == [distinct.index(data) for data in contents]
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_distinct_images_equal_a_dictionary(
+    tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, data: st.DataObject
+) -> None:
+    """Few letters at the start, in the middle and at the end: all ways to differ and not to."""
+    letters = st.sampled_from([b"a", b"b"])
+    sizes = st.sampled_from([0, 3, 70, 300])
+
+    def build(size: int, first: bytes, middle: bytes, last: bytes) -> bytes:
+        half = b"." * (size // 2)
+        return (first + half + middle * (size > 0) + half + last)[: size or None]
+
+    content = st.builds(build, sizes, letters, letters, letters)
+    tasks = data.draw(st.lists(st.lists(content, min_size=1, max_size=6), min_size=1, max_size=3))
+    root = tmp_path_factory.mktemp("drawn")
+    samples = [write(make_task, root / str(i), *task) for i, task in enumerate(tasks)]
+    table, rows = distinct_images(samples)
+    flat = [image for task in tasks for image in task]
+    distinct = list(dict.fromkeys(flat))
+    assert list(read_images(table)) == distinct
+    assert np.concatenate(rows).tolist() == [distinct.index(image) for image in flat]
+
+
+def test_equal_size_and_equal_middle_are_not_enough(tmp_path: Path, make_task: MakeTask) -> None:
+    middle = b"m" * 200
+    contents = [b"a" + middle + b"a", b"b" + middle + b"a", b"a" + middle + b"b"]
+    contents += [b"c" * 202, contents[0]]
+    table, (rows,) = distinct_images([write(make_task, tmp_path / "x", *contents)])
+    assert rows.tolist() == [0, 1, 2, 3, 0]
+    assert table.names.tolist() == ["s0000", "s0001", "s0002", "s0003"]
+
+
+def test_little_is_read_where_nothing_is_shared(
+    tmp_path: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tar under two protocols is not read at all."""
+    noise = np.random.default_rng(0)
+    one = write(make_task, tmp_path / "x", *[noise.bytes(1000) for _ in range(20)])
+    other = write(make_task, tmp_path / "y", *[noise.bytes(1000) for _ in range(20)])
+    wanted: list[int] = []
+    pread = images.os.pread
+
+    def spy(file: int, size: int, offset: int) -> bytes:
+        wanted.append(size)
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(images.os, "pread", spy)
+    table, _ = distinct_images([one, other])
+    assert len(table) == 40
+    assert sum(wanted) == 40 * 64
+    alone = write(make_task, tmp_path / "z", *[noise.bytes(900 + i) for i in range(20)])
+    wanted.clear()
+    table, (first, second) = distinct_images([alone, alone])
+    assert (len(table), wanted) == (20, [])
+    assert first.tolist() == second.tolist() == list(range(20))
+
+
+def test_ids_are_of_the_content(task_root: Path, tmp_path: Path, make_task: MakeTask) -> None:
+    a, b = b"one image", b"another image"
+    table, _ = distinct_images([write(make_task, tmp_path / "x", a, b)])
+    assert image_ids(table).tolist() == [content_id(a), content_id(b)]
+    assert image_ids(table).dtype == np.uint64
+    assert image_ids(table.take(np.asarray([1]))).tolist() == [content_id(b)]
+    assert image_ids(table.take(np.empty(0, dtype=np.int64))).tolist() == []
+    assert content_id(a) == 13385457190579710830  # caches outlive versions
+
+
+def test_a_tar_that_changes_after_indexing(tmp_path: Path, make_task: MakeTask) -> None:
+    samples = write(make_task, tmp_path / "x", b"a" * 2000, b"b" * 2000)
+    tar = samples.task.shards[0]
+    tar.write_bytes(tar.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"0\.tar has become shorter"):
+        distinct_images([samples])
+    tar.unlink()
+    with pytest.raises(InputError, match=r"0\.tar cannot be read: No such file"):
+        distinct_images([samples])
+
+
+def test_batches_are_transformed_as_open_clip_does(task_root: Path, clip: ClipModel) -> None:
+    table, _ = distinct_images(open_tasks(task_root, ["things"]))
+    dataset = open_dataset(clip, table)
+    batch = dataset.__getitems__([5, 0, 6])
+    assert batch.rows.tolist() == [5, 0, 6]
+    assert batch.ids.tolist() == image_ids(table)[[5, 0, 6]].tolist()
+    assert batch.faults == []
+    contents = list(read_images(table))
+    for row, image in zip([5, 0, 6], batch.images, strict=True):
+        expected = clip.eval_transform(decode_image(contents[row], 10**6))
+        assert torch.equal(image, expected)
+    assert torch.equal(dataset[6].images[0], batch.images[2])
+
+
+def _eps() -> bytes:
+    # Pillow would start Ghostscript for this one
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("cut", [0, 40, 300, None])
+def test_a_fault_is_told_and_the_others_are_there(
+    tmp_path: Path, make_task: MakeTask, make_image: MakeImage, clip: ClipModel, cut: int | None
+) -> None:
+    data = _eps() if cut is None else make_image(1, "JPEG")[:cut]
+    good = make_image(0, "JPEG")
+    table, _ = distinct_images([write(make_task, tmp_path / "x", good, data)])
+    batch = open_dataset(clip, table).__getitems__([1, 0])
+    ((row, message),) = batch.faults
+    assert row == 1
+    assert str(tmp_path / "x" / "test" / "0.tar: s0001: a sample whose image cannot") in message
+    assert message.endswith("Copy this task again.")
+    assert torch.equal(batch.images[1], clip.eval_transform(decode_image(good, 10**6)))
+    assert batch.images.isfinite().all()
+    assert batch.ids.tolist() == [content_id(data), content_id(good)]
+
+
+def test_faults_that_copying_does_not_mend(
+    tmp_path: Path, make_task: MakeTask, make_image: MakeImage, clip: ClipModel
+) -> None:
+    samples = write(make_task, tmp_path / "x", make_image(0))
+    table, _ = distinct_images([samples])
+    ((_, message),) = open_dataset(clip, table, pixels=36 * 33 - 1)[0].faults
+    assert message.endswith("s0000: a sample with more pixels than data.max_image_pixels.")
+    assert open_dataset(clip, table, pixels=36 * 33)[0].faults == []
+    samples.task.shards[0].unlink()
+    ((_, message),) = open_dataset(clip, table)[0].faults
+    assert message.endswith("0.tar cannot be read: No such file or directory.")
+
+
+def test_spawned_worker(task_root: Path, clip: ClipModel) -> None:
+    """Number 10 of clip_benchmark's faults; faults and ids travel back, too."""
+    table, _ = distinct_images(open_tasks(task_root, ["few"]))
+    dataset = ImageDataset(table, ImageTransform(clip.eval_transform), max_image_pixels=10**6)
+    loader: Any = DataLoader(
+        dataset,
+        batch_sampler=[[0, 4], [6, 2]],
+        num_workers=1,
+        multiprocessing_context="spawn",
+        collate_fn=only_item,
+    )
+    for rows, batch in zip([[0, 4], [6, 2]], loader, strict=True):
+        expected = dataset.__getitems__(rows)
+        assert torch.equal(batch.images, expected.images)
+        assert batch.rows.tolist() == rows
+        assert batch.ids.tolist() == expected.ids.tolist()
+
+
+def test_a_dataset_is_small_when_pickled(task_root: Path, clip: ClipModel) -> None:
+    table, _ = distinct_images(open_tasks(task_root))
+    dataset = open_dataset(clip, table)
+    data = pickle.dumps(dataset)
+    assert len(data) < 10_000 + 100 * len(table)
+    again = pickle.loads(data)  # noqa: S301 - our own bytes
+    assert torch.equal(again[3].images, dataset[3].images)

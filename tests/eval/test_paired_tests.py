@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
+
+from siftclip.eval.outcomes import Outcomes
+from siftclip.eval.paired_tests import (
+    PairedTest,
+    bootstrap_p_value,
+    compare_average,
+    compare_task,
+    holm,
+)
+from siftclip.eval.resampling import interval
+from siftclip.selectors.errors import InputError
+
+
+def make_units(n: int, start: int = 0) -> np.ndarray:
+    return np.arange(start, start + n, dtype=np.uint64)
+
+
+def share(hits: np.ndarray) -> Outcomes:
+    return Outcomes(statistic="mean", arrays={"value": hits.astype(np.float32)})
+
+
+def models(
+    rng: np.random.Generator, n: int, better: float, both: float = 0.5
+) -> tuple[Outcomes, Outcomes]:
+    """A share `both` of the units that both have right or wrong; b is better on the rest."""
+    common, easy = rng.random(n) < both, rng.random(n) < 0.6
+    a, b = (np.where(common, easy, rng.random(n) < p) for p in (0.6, 0.6 + better))
+    return share(a), share(b)
+
+
+def test_equal_models_are_rejected_at_the_level() -> None:
+    rng = np.random.default_rng(0)
+    trials, n = 500, 200
+    rejected = mcnemar = 0
+    for trial in range(trials):
+        a, b = models(rng, n, 0.0)
+        units = make_units(n, trial * n)
+        test = compare_task(a, b, units, units, resamples=300)
+        assert test.p_value is not None
+        assert test.mcnemar_p_value is not None
+        rejected += test.p_value <= 0.05
+        mcnemar += test.mcnemar_p_value <= 0.05
+    low, high = binom.ppf([0.001, 0.999], trials, 0.05)
+    assert low <= rejected <= high
+    assert mcnemar <= high  # the exact test rejects less than the level
+
+
+def test_a_real_difference_is_found() -> None:
+    rng = np.random.default_rng(1)
+    found = 0
+    for trial in range(60):
+        a, b = models(rng, 400, 0.2)
+        units = make_units(400, trial * 400)
+        test = compare_task(a, b, units, units, resamples=300)
+        assert test.p_value is not None
+        found += test.p_value <= 0.05 and test.difference > 0
+    # the difference of 0.1 is 4.1 standard errors of sqrt((0.232 - 0.01) / 400)
+    assert found >= 55
+
+
+def test_pairing_narrows_the_interval() -> None:
+    a, b = models(np.random.default_rng(2), 3000, 0.1, both=0.9)
+    test = compare_task(a, b, make_units(3000), make_units(3000), resamples=4000)
+    x, y = a.arrays["value"], b.arrays["value"]
+    assert test.difference == pytest.approx(y.mean() - x.mean(), abs=1e-6)
+    assert test.replicates.std() == pytest.approx((y - x).std() / np.sqrt(3000), rel=0.05)
+    assert test.replicates.mean() == pytest.approx(test.difference, abs=1e-3)
+    assert test.replicates.std() < 0.5 * np.hypot(x.std(), y.std()) / np.sqrt(3000)
+    assert test.interval == interval(test.replicates)
+    assert test.units == 3000
+
+
+def test_mcnemar_against_arithmetic() -> None:
+    a = np.r_[np.ones(9), np.zeros(3), np.ones(5), np.nan]
+    b = np.r_[np.zeros(9), np.ones(3), np.ones(5), 1]
+    test = compare_task(share(a), share(b), make_units(18), make_units(18), resamples=20)
+    # 2 * (1 + 12 + 66 + 220) / 4096
+    assert test.mcnemar_p_value == pytest.approx(598 / 4096)
+    assert test.mcnemar_p_value == pytest.approx(binomtest(3, 12).pvalue)
+
+
+def test_order_does_not_matter() -> None:
+    rng = np.random.default_rng(3)
+    a, b = models(rng, 100, 0.2)
+    units, order = make_units(100), rng.permutation(100)
+    turned = replace(b, arrays={"value": b.arrays["value"][order]})
+    straight = compare_task(a, b, units, units, resamples=50, seed=4)
+    mixed = compare_task(a, turned, units, units[order], resamples=50, seed=4)
+    assert straight == mixed
+    np.testing.assert_array_equal(straight.replicates, mixed.replicates)
+    back = compare_task(b, a, units, units, resamples=50, seed=4)
+    assert back.difference == -straight.difference
+    assert back.p_value == straight.p_value
+
+
+def test_the_same_model_twice() -> None:
+    a, _ = models(np.random.default_rng(4), 50, 0.0)
+    test = compare_task(a, a, make_units(50), make_units(50), resamples=50)
+    assert (test.difference, test.interval, test.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert test.mcnemar_p_value == 1.0
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        share(np.array([0.5, 1.0, 0.0])),
+        Outcomes(
+            statistic="worst_cell",
+            arrays={"value": np.ones(3, np.float32), "cell": np.arange(3)},
+        ),
+    ],
+)
+def test_mcnemar_is_for_shares_of_right_units(outcomes: Outcomes) -> None:
+    test = compare_task(outcomes, outcomes, make_units(3), make_units(3), resamples=20)
+    assert test.mcnemar_p_value is None
+
+
+def test_images_that_are_there_twice() -> None:
+    units = np.array([5, 5, 6, 7], dtype=np.uint64)
+    a, b = share(np.array([1, 0, 1, 0])), share(np.array([1, 1, 0, 0]))  # b: units 5, 6, 5, 7
+    other = units[[0, 2, 1, 3]]
+    test = compare_task(a, b, units, other, resamples=20)
+    assert test.difference == 0
+    assert test.mcnemar_p_value == 1.0  # 5 is right and then wrong in both, 6 in both
+
+
+def test_other_units_are_an_error_that_counts() -> None:
+    a, b = share(np.ones(4)), share(np.ones(5))
+    # 9 is in a only, one of two 1 and 7, 8 in b only
+    units_a = np.array([1, 2, 3, 9], dtype=np.uint64)
+    units_b = np.array([1, 1, 3, 7, 2], dtype=np.uint64)
+    with pytest.raises(InputError, match=r"same units\. 3 of 4 \+ 5 are in one result only"):
+        compare_task(a, b, units_a, units_b)
+
+
+def test_other_statistics_are_an_error() -> None:
+    a = share(np.ones(2))
+    b = Outcomes(statistic="class_mean", arrays={"value": np.ones(2), "cell": np.zeros(2)})
+    with pytest.raises(InputError, match="mean and class_mean"):
+        compare_task(a, b, make_units(2), make_units(2))
+
+
+def test_nothing_is_defined() -> None:
+    nothing = share(np.full(3, np.nan))
+    test = compare_task(nothing, nothing, make_units(3), make_units(3), resamples=20)
+    assert np.isnan(test.difference)
+    assert (test.interval, test.p_value) == (None, None)
+
+
+def test_p_value_against_arithmetic() -> None:
+    assert bootstrap_p_value(np.array([1.0] * 99)) == 2 * 1 / 100
+    assert bootstrap_p_value(np.array([1.0] * 95 + [-1.0] * 4)) == 2 * 5 / 100
+    assert bootstrap_p_value(np.array([-1.0] * 95 + [0.0] * 4)) == 2 * 5 / 100
+    assert bootstrap_p_value(np.zeros(99)) == 1.0
+    assert bootstrap_p_value(np.array([1.0] * 9 + [np.nan] * 9)) == 2 * 1 / 10
+    assert bootstrap_p_value(np.array([1.0] * 9 + [np.nan] * 10)) is None
+
+
+def test_average_of_tasks_with_the_same_images() -> None:
+    rng = np.random.default_rng(5)
+    a, b = models(rng, 300, 0.1)
+    units = make_units(300)
+    one = compare_task(a, b, units, units, resamples=2000)
+    apart = compare_task(a, b, units + np.uint64(999), units + np.uint64(999), resamples=2000)
+    tests = {"one": one, "same": one, "apart": apart}
+    same = compare_average(tests, ["one", "same"])
+    assert same is not None
+    assert same.difference == one.difference
+    assert same.interval == one.interval
+    assert same.units == 600
+    assert same.mcnemar_p_value is None
+    both = compare_average(tests, ["one", "apart"])
+    assert both is not None
+    assert both.replicates.var() == pytest.approx(one.replicates.var() / 2, rel=0.15)
+    assert both.p_value == bootstrap_p_value((one.replicates + apart.replicates) / 2)
+    assert compare_average(tests, ["one", "missing"]) is None
+    assert compare_average(tests, []) is None
+
+
+def test_average_with_a_task_that_is_not_defined() -> None:
+    def task(values: list[float]) -> PairedTest:
+        return PairedTest(
+            difference=values[0], interval=None, p_value=None, units=1, replicates=np.array(values)
+        )
+
+    test = compare_average({"a": task([np.nan] * 2), "b": task([1.0] * 2)}, ["a", "b"])
+    assert test is not None
+    assert np.isnan(test.difference)
+    assert (test.interval, test.p_value) == (None, None)
+
+
+def test_holm_against_arithmetic() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == pytest.approx([1, 1])
+    assert holm([]).tolist() == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0.001, 0.5))
+def test_holm_rejects_as_the_steps_do(p_values: list[float], level: float) -> None:
+    rejected, left = set(), sorted(range(len(p_values)), key=lambda i: p_values[i])
+    while left and len(left) * p_values[left[0]] <= level:
+        rejected.add(left.pop(0))
+    found = set(np.flatnonzero(holm(p_values) <= level).tolist())
+    assert {p_values[i] for i in found} == {p_values[i] for i in rejected}

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from siftclip.eval.tasks import find_tasks, read_task, with_texts
+from siftclip.selectors.errors import InputError
+
+MakeTask = Callable[..., Path]
+
+
+def test_finds_all_tasks_sorted_by_name(task_root: Path) -> None:
+    found = find_tasks(task_root)
+    assert (found.missing, found.damaged) == ((), {})
+    assert found.complete() == list(found.tasks)
+    tasks = {task.name: (task.kind, task.main_metric) for task in found.tasks}
+    assert tasks == {
+        "captions": ("retrieval", "mean_recall@1"),
+        "cues": ("association", "jaccard_score_10-12"),
+        "few": ("classification", "acc1"),
+        "many_labels": ("multilabel", "mean_average_precision"),
+        "pairs": ("image_caption_selection", "text_acc"),
+        "things": ("classification", "acc1"),
+    }
+    assert [*tasks] == sorted(tasks)
+    things = found.tasks[-1]
+    assert (things.title, things.split, things.family) == ("things", "test", "own")
+    assert things.shards == tuple(task_root / "wds_things/test" / f"{i}.tar" for i in (0, 1))
+    assert things.classnames == tuple(f"thing {i}" for i in range(6))
+    assert things.templates == ("a photo of a {c}", "the {c}")
+    assert found.tasks[0].classnames == found.tasks[0].templates == ()
+
+
+def names_in(root: Path, names: list[str] | None = None) -> list[str]:
+    return [task.name for task in find_tasks(root, names).complete()]
+
+
+def test_names_choose_and_order(task_root: Path) -> None:
+    assert names_in(task_root, ["things", "few"]) == ["things", "few"]
+    with pytest.raises(InputError, match=r"each task once. Got \['few'\] more than once"):
+        find_tasks(task_root, ["few", "things", "few"])
+
+
+def test_a_task_folder_is_a_root_of_one_task(
+    task_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert names_in(task_root / "wds_few") == ["few"]
+    monkeypatch.chdir(task_root / "wds_few")
+    assert names_in(Path(".")) == ["few"]
+
+
+def test_folders_are_looked_through(tmp_path: Path, make_task: MakeTask) -> None:
+    make_task(tmp_path / "vtab" / "deep" / "wds_a")
+    make_task(tmp_path / "plain")
+    make_task(tmp_path / "plain" / "wds_inside")  # of a task's folder nothing is looked at
+    make_task(tmp_path / ".hidden" / "wds_b")
+    make_task(tmp_path / "elsewhere" / ".wds_c")
+    (tmp_path / "vtab" / "again").symlink_to(tmp_path)  # would never end
+    assert names_in(tmp_path) == ["a", "plain"]
+    (tmp_path / "wds_linked").symlink_to(tmp_path / "plain")
+    assert names_in(tmp_path) == ["a", "linked", "plain"]
+
+
+def test_known_tasks_have_the_names_of_their_tables(tmp_path: Path, make_task: MakeTask) -> None:
+    make_task(tmp_path / "wds_vtab-dtd_test")
+    make_task(tmp_path / "wds_geode_test")
+    make_task(tmp_path / "wds_misc-winogavil_test", "association")
+    make_task(tmp_path / "wds_wilds-fmow_test")
+    tasks = {task.name: task for task in find_tasks(tmp_path).complete()}
+    assert sorted(tasks) == ["fairness/geode", "misc/winogavil", "vtab/dtd", "wilds/fmow"]
+    dtd, fmow = tasks["vtab/dtd"], tasks["wilds/fmow"]
+    assert (dtd.title, dtd.main_metric, dtd.special) == ("Describable Textures", "acc1", None)
+    assert (dtd.family, fmow.family) == ("vtab", "wilds")
+    assert (fmow.main_metric, fmow.special) == ("acc_worst_region", "fmow")
+    assert tasks["fairness/geode"].main_metric == "acc_wg"
+    assert tasks["misc/winogavil"].main_metric == "jaccard_score_10-12"
+
+
+def test_a_known_name_of_another_kind(tmp_path: Path, make_task: MakeTask) -> None:
+    task = read_task(make_task(tmp_path / "wds_wilds-fmow_test", "retrieval"))
+    assert (task.name, task.title) == ("wilds/fmow", "wilds/fmow")
+    assert (task.main_metric, task.special, task.family) == ("mean_recall@1", None, "own")
+
+
+def test_without_a_type_a_task_is_classification(tmp_path: Path, make_task: MakeTask) -> None:
+    root = make_task(tmp_path / "plain")
+    (root / "dataset_type.txt").unlink()
+    assert read_task(root).kind == "classification"
+    assert names_in(tmp_path) == ["plain"]
+
+
+def test_another_split(tmp_path: Path, make_task: MakeTask) -> None:
+    root = make_task(tmp_path / "wds_x", split="val")
+    found = find_tasks(tmp_path, split="val").complete()
+    assert found[0].shards[0] == root / "val" / "0.tar"
+
+
+def test_damaged_folders(tmp_path: Path, make_task: MakeTask) -> None:
+    """Those that were chosen are told of, those that were not are not looked at."""
+    make_task(tmp_path / "wds_good")
+    (tmp_path / "wds_empty").mkdir()
+    assert names_in(tmp_path, ["good"]) == ["good"]
+    found = find_tasks(tmp_path)
+    assert [task.name for task in found.tasks] == ["good"]
+    assert [*found.damaged] == ["empty"]
+    message = r"wds_empty/test/nshards\.txt does not exist"
+    assert re.search(message, found.damaged["empty"])
+    with pytest.raises(InputError, match=message):
+        found.complete()
+
+
+def test_unknown_name_lists_the_known(task_root: Path) -> None:
+    with pytest.raises(InputError, match=r"\['captions', 'cues', 'few', .*Got 'imagenet1k'"):
+        find_tasks(task_root, ["few", "imagenet1k"])
+
+
+def test_a_suite_may_be_there_in_part(task_root: Path) -> None:
+    found = find_tasks(task_root, ["imagenet1k", "few", "vtab/dtd"], may_miss=True)
+    assert found.missing == ("imagenet1k", "vtab/dtd")
+    assert [task.name for task in found.tasks] == ["few"]
+    with pytest.raises(InputError, match=r"are missing: \['imagenet1k', 'vtab/dtd'\]"):
+        found.complete()
+
+
+def test_no_task(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(InputError, match=re.escape(f"There is neither in {tmp_path}")):
+        find_tasks(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        find_tasks(tmp_path / "nowhere")
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    listed = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"locked cannot be read: Permission denied"):
+        find_tasks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [("wds_x", "x", "x"), ("wds_vtab-dtd_test", "sub/wds_vtab-dtd", "vtab/dtd")],
+)
+def test_two_folders_of_one_name(
+    tmp_path: Path, make_task: MakeTask, first: str, second: str, name: str
+) -> None:
+    make_task(tmp_path / first)
+    make_task(tmp_path / second)
+    with pytest.raises(InputError, match=rf"{first} .*are both '{name}'|{second} .*'{name}'"):
+        find_tasks(tmp_path)
+
+
+def test_other_class_names_and_templates(task_root: Path, tmp_path: Path) -> None:
+    task = read_task(task_root / "wds_few")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfred\nblue\ngreen\n")  # with a mark
+    (tmp_path / "templates.txt").write_text("one {c}")
+    other = with_texts(task, classnames=tmp_path / "names.txt")
+    assert (other.classnames, other.templates) == (("red", "blue", "green"), task.templates)
+    other = with_texts(task, templates=tmp_path / "templates.txt")
+    assert (other.classnames, other.templates) == (task.classnames, ("one {c}",))
+    (tmp_path / "names.txt").write_text("red\nblue")
+    with pytest.raises(InputError, match=r"names\.txt must have .* 3 classes of few. It has 2"):
+        with_texts(task, classnames=tmp_path / "names.txt")
+    with pytest.raises(InputError, match=r"tasks with classes. captions is a retrieval task"):
+        with_texts(read_task(task_root / "wds_captions"), templates=tmp_path / "templates.txt")
+
+
+@pytest.mark.parametrize("content", ["", "two", "0", "-1", "1.5"])
+def test_nshards_is_no_count(tmp_path: Path, make_task: MakeTask, content: str) -> None:
+    root = make_task(tmp_path / "wds_x")
+    (root / "test" / "nshards.txt").write_text(content)
+    with pytest.raises(InputError, match=rf"nshards\.txt must hold .*It holds '{content}'"):
+        read_task(root)
+
+
+def test_a_tar_is_missing(tmp_path: Path, make_task: MakeTask) -> None:
+    root = make_task(tmp_path / "wds_x", shards=3)
+    (root / "test" / "1.tar").unlink()
+    with pytest.raises(InputError, match=r"1\.tar does not exist, but .* there are 3 tars"):
+        read_task(root)
+
+
+@pytest.mark.parametrize("name", ["classnames.txt", "zeroshot_classification_templates.txt"])
+def test_a_text_file_is_missing_or_damaged(tmp_path: Path, make_task: MakeTask, name: str) -> None:
+    root = make_task(tmp_path / "wds_x")
+    path = root / name
+    path.write_bytes(b"\xff\xfe{c}")
+    with pytest.raises(InputError, match=rf"{name} must be UTF-8"):
+        read_task(root)
+    path.write_text("{c}\n\n{c}")
+    with pytest.raises(InputError, match=rf"{name} must not have empty lines.*Line 2"):
+        read_task(root)
+    path.write_text("")
+    with pytest.raises(InputError, match=rf"{name} must not have empty lines.*Line 1"):
+        read_task(root)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{name} does not exist"):
+        read_task(root)
+
+
+def test_unknown_type(tmp_path: Path, make_task: MakeTask) -> None:
+    root = make_task(tmp_path / "wds_x")
+    (root / "dataset_type.txt").write_text("detection")
+    with pytest.raises(InputError, match=r"'association'\]. It says 'detection'"):
+        read_task(root)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "a photo",
+        "a {c.__class__.__mro__}",
+        "a {c} and {0}",
+        "a {c[0]}",
+        "a {c!r}",
+        "a {c:>1000000000}",
+        "a {{c}}",
+        "a {c} {",
+        "a {} of {c}",
+    ],
+)
+def test_templates_are_never_more_than_the_name(
+    tmp_path: Path, make_task: MakeTask, template: str
+) -> None:
+    root = make_task(tmp_path / "wds_x", templates=f"the {{c}}\n{template}")
+    with pytest.raises(InputError, match=r"line 2: a template must contain \{c\}") as caught:
+        read_task(root)
+    assert repr(template) in str(caught.value)

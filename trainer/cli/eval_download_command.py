@@ -1,0 +1,25 @@
+"""`siftclip eval download`: evaluation sets from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from siftclip.trainer.cli.application import application
+
+
+@application("eval download", positional=["download.folder"])
+def main(config: DictConfig) -> None:
+    """Download and say what was done."""
+    from siftclip.selectors.errors import InputError
+    from siftclip.trainer.eval_download import download_stage
+
+    failed = []
+    for one in download_stage(config):
+        print(f"{'failed' if one.failed else 'ready':<8} {one.name}: {one.words}", flush=True)
+        failed += [one.name] if one.failed else []
+    print(f"evaluate with eval.root={config.download.folder}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} tasks are not complete: {', '.join(failed)}. "
+            "The same command continues."
+        )

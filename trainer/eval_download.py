@@ -1,0 +1,106 @@
+"""The download stage: evaluation sets from the Hugging Face hub, in the layout that eval reads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.eval.checksums import read_checksums, verify_task
+from siftclip.eval.convert_tasks import convert_task
+from siftclip.eval.download import download_source, download_task
+from siftclip.eval.known_tasks import KNOWN_TASKS, KnownTask
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.stages import plain
+
+PARQUET_REVISION = "refs/convert/parquet"  # the hub's own conversion of each data set
+SOURCES_FOLDER = ".sources"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Downloaded:
+    """What became of one task."""
+
+    name: str
+    folder: Path
+    words: str  # what was done, or why it failed
+    failed: bool = False
+
+
+def download_stage(config: DictConfig) -> Iterator[Downloaded]:
+    """Download the tasks that the configuration names, one after the other.
+
+    What is complete is not asked for again, and what was cut off is continued. A task that fails
+    leaves the others alone.
+
+    Yields:
+        Each task when it is done.
+
+    Raises:
+        InputError: an option is wrong.
+    """
+    settings = config.download
+    if OmegaConf.is_missing(settings, "folder"):
+        raise InputError("download.folder must name a folder: siftclip eval download FOLDER.")
+    root = Path(settings.folder)
+    workers = require_int("download.workers", settings.workers, minimum=1)
+    splits = tuple(plain(settings.splits))
+    jobs: list[tuple[str, Path, KnownTask | None]] = [
+        (name, root / name.rpartition("/")[2], None) for name in plain(settings.repositories)
+    ]
+    jobs += [(task.repository, root / task.folder, task) for task in _tasks(config)]
+    for repository, folder, task in jobs:
+        name = repository if task is None else task.key
+        try:
+            if task is None or task.kind == "classification":
+                report = download_task(
+                    repository,
+                    folder,
+                    splits=splits if task is None else ("test",),
+                    workers=workers,
+                    progress=config.progress,
+                    verify=settings.verify,
+                )
+                fetched = f"{report.fetched_files} of {report.files} files fetched"
+                words = f"{fetched}, {report.size_bytes / 1e6:,.1f} MB"
+            else:
+                words = _converted(config, task, folder, workers)
+            yield Downloaded(name=name, folder=folder, words=words)
+        except InputError as error:
+            yield Downloaded(name=name, folder=folder, words=str(error), failed=True)
+
+
+def _tasks(config: DictConfig) -> list[KnownTask]:
+    names = plain(config.eval.tasks)
+    if names is None:
+        names = [] if plain(config.download.repositories) else [*KNOWN_TASKS]
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if name not in KNOWN_TASKS:
+            raise InputError(
+                f"eval.tasks must name tasks of DataComp: {[*KNOWN_TASKS]}. Got {name!r}. Others "
+                "come with download.repositories=[clip-benchmark/wds_NAME]."
+            )
+    return [KNOWN_TASKS[name] for name in names]
+
+
+def _converted(config: DictConfig, task: KnownTask, folder: Path, workers: int) -> str:
+    """Download a task that is not in our layout, and bring it into it."""
+    if read_checksums(folder) is not None and not (config.download.verify and verify_task(folder)):
+        return "there already"
+    source = folder.parent / SOURCES_FOLDER / folder.name
+    download_source(
+        task.repository,
+        source,
+        revision=PARQUET_REVISION,
+        workers=workers,
+        progress=config.progress,
+    )
+    if task.kind == "classification":
+        raise RuntimeError("only retrieval and association are converted")
+    samples = convert_task(source, folder, task.kind)
+    shutil.rmtree(source)
+    return f"{samples:,} samples, converted"

@@ -1,0 +1,113 @@
+"""The watch stage: a run's checkpoints are evaluated as they come, beside the training."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.files import read_jsonl
+from siftclip.datamodules.model_weights import require_weights_choice
+from siftclip.eval.report import Summary
+from siftclip.selectors.errors import InputError, require_finite
+from siftclip.trainer.evaluation import eval_stage, log_records, tasks_from
+from siftclip.trainer.loggers import finish, log_tables, make_loggers
+from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.run_dir import METRICS_NAME, RunDir
+from siftclip.trainer.stages import plain
+
+FOLDER = "eval_watch"
+_STEP = re.compile(r"step-(\d+)\.ckpt")
+
+log = logging.getLogger(__name__)
+
+
+def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
+    """Evaluate each checkpoint of a run, oldest first, until the run is finished.
+
+    Results go to `eval_watch/` in the run directory: `step-N.jsonl` for each checkpoint, and the
+    log `metrics.jsonl` by step, which also goes to wandb as a run of its own. What is there is not
+    done again, also after a kill in the middle of a checkpoint.
+
+    Args:
+        config: of the command.
+
+    Yields:
+        Steps with their results.
+
+    Raises:
+        InputError: an option is wrong, or there is no run.
+    """
+    if OmegaConf.is_missing(config.watch, "run"):
+        raise InputError("watch.run must name a run directory: siftclip eval watch RUN.")
+    run = RunDir(path=Path(config.watch.run))
+    interval = require_finite("watch.interval_seconds", config.watch.interval_seconds)
+    if interval <= 0:
+        raise InputError(f"watch.interval_seconds must be above 0. Got {interval!r}.")
+    weights = require_weights_choice("watch.weights", config.watch.weights)
+    if not (run.path / "config.yaml").is_file():
+        raise InputError(
+            f"watch.run={config.watch.run!r} must be the directory of a run. It has no config.yaml."
+        )
+    tasks_from(config)  # before any waiting
+    folder = run.path / FOLDER
+    done = {record["step"] for record in read_jsonl(folder / METRICS_NAME)}
+    loggers = make_loggers(
+        folder,
+        name=f"{run.path.name}-eval",
+        wandb_enabled=config.logger.wandb,
+        mode=config.logger.mode,
+        project=config.logger.project,
+        config=plain(config),
+    )
+    try:
+        while True:
+            finished = run.summary is not None  # looked at before the checkpoints: none can follow
+            for step, path in _checkpoints(run):
+                if step in done:
+                    continue
+                done.add(step)
+                clip = _load(run, path, weights)
+                if clip is None:
+                    continue
+                results = folder / f"step-{step}.jsonl"
+                summary = eval_stage(config, clip, results_path=results)
+                for logger in loggers:
+                    logger.log_metrics(summary.metrics(), step=step)
+                log_tables(loggers, log_records(summary))
+                yield step, summary
+            if finished or config.watch.once:
+                return
+            time.sleep(interval)
+    finally:
+        finish(loggers)
+
+
+def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
+    found = []
+    for path in run.checkpoints.glob("step-*.ckpt"):
+        match = _STEP.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def _load(run: RunDir, checkpoint: Path, weights: str) -> ClipModel | None:
+    """The model of a checkpoint; None if the training has removed the file in between."""
+    config = OmegaConf.load(run.path / "config.yaml")
+    model = OmegaConf.merge(config.model, {"pretrained": str(checkpoint), "weights": weights})
+    try:
+        return clip_model_from(model, "model", trained=True)
+    except InputError:
+        if checkpoint.exists():
+            raise
+        log.warning(
+            "%s was removed before it could be evaluated. trainer.keep_every_n_steps keeps more.",
+            checkpoint,
+        )
+        return None

@@ -1,0 +1,146 @@
+"""Evaluation in the middle of training: every N steps, by all ranks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from torch import nn
+
+from siftclip.datamodules.clip_models import ClipModel, load_clip_model
+from siftclip.eval.aggregates import averages
+from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
+from siftclip.eval.preparation import PreparedTasks, prepare_tasks
+from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.trainer.evaluation import eval_options, tasks_from
+from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.sharding import is_sharded, whole_state
+from siftclip.trainer.stages import plain
+
+PREFIX = "eval_during/"
+
+log = logging.getLogger(__name__)
+
+
+class EvaluateDuring(Callback):
+    """Evaluates what would be written as the model: the average of the weights if there is one.
+
+    Its seconds are no part of those of training. Lightning calls checkpoint callbacks last, so a
+    run that is killed in an evaluation goes on before it.
+    """
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        tasks: PreparedTasks,
+        *,
+        every_n_steps: int,
+        options: EvalOptions,
+        groups: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Set what is evaluated, and when.
+
+        Args:
+            clip: the model that is trained, before it is wrapped or sharded.
+            tasks: indexed, so that faults are found before training.
+            every_n_steps: optimizer steps between two evaluations.
+            options: how.
+            groups: averages to log. Those whose tasks are not all there are left out.
+        """
+        self.clip = clip
+        self.tasks = tasks
+        self.every_n_steps = every_n_steps
+        self.options = replace(options, resamples=0)
+        self.groups = groups
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, module: ClipTraining) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)  # what is queued belongs to training
+        start = time.perf_counter()
+        ranks: Ranks = ProcessGroup(module.device) if trainer.world_size > 1 else OneRank()
+        evaluation = evaluate_tasks(
+            self._evaluated(module),
+            self.tasks,
+            device=module.device,
+            options=self.options,
+            ranks=ranks,
+        )
+        module.evaluated = self._metrics(evaluation)
+        seconds = time.perf_counter() - start
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {**module.evaluated, f"{PREFIX}seconds": seconds}, step=trainer.global_step
+            )
+        module.meter.pause(time.perf_counter() - start)
+
+    def _evaluated(self, module: ClipTraining) -> ClipModel:
+        model = module.model if module.ema is None else module.ema.averaged
+        if not is_sharded(module):
+            return replace(self.clip, model=model)
+        return replace(self.clip, model=_gathered(self.clip, model, module.device))
+
+    def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
+        values = {result.key: result.main_metric for result in evaluation.results}
+        metrics = {result.key: result.metrics for result in evaluation.results}
+        found = {f"{PREFIX}{key}": value for key, value in values.items()}
+        for name, average in averages(values, self.groups, metrics=metrics).items():
+            if average.complete:
+                found[f"{PREFIX}average/{name}"] = average.value
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _gathered(clip: ClipModel, sharded: nn.Module, device: torch.device) -> nn.Module:
+    """A whole copy of a sharded model, on every rank."""
+    state = whole_state(sharded)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        whole = load_clip_model("gathered", architecture=clip.config["model_cfg"]).model
+    whole.load_state_dict(copy.deepcopy(state))
+    return whole.to(device)
+
+
+def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring | None:
+    """The callback that the configuration asks for, if any.
+
+    Raises:
+        InputError: an option is wrong, or a task is missing or damaged.
+    """
+    during = config.eval.during
+    if during.every_n_steps is None:
+        return None
+    require_int("eval.during.every_n_steps", during.every_n_steps, minimum=1)
+    if during.max_samples is not None:
+        require_int("eval.during.max_samples", during.max_samples, minimum=1)
+    names = plain(during.tasks)
+    found = tasks_from(config, [names] if isinstance(names, str) else names)
+    if found.missing:
+        log.warning("eval.during: there is no folder of %s", ", ".join(found.missing))
+    for message in found.damaged.values():
+        raise InputError(f"eval.during: {message}")
+    tasks = prepare_tasks(
+        found.tasks,
+        max_samples=during.max_samples,
+        train_split=str(config.eval.probe.train_split),
+    )
+    for failure in tasks.failures:
+        raise InputError(f"eval.during: {failure.key}: {failure.message}")
+    options = replace(eval_options(config), cache=None, progress=False)
+    return EvaluateDuring(
+        clip,
+        tasks,
+        every_n_steps=during.every_n_steps,
+        options=options,
+        groups=plain(config.eval.groups),
+    )
