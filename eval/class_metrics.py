@@ -176,10 +176,10 @@ def multilabel_metrics(scores: Tensor, labels: np.ndarray) -> tuple[Metrics, dic
         statistic="average_precision", arrays={"scores": scores.numpy(), "labels": labels}
     )
     name = "mean_average_precision"
-    return {name: float(precisions.mean())}, {name: outcomes}
+    return {name: precisions.mean().item()}, {name: outcomes}
 
 
-def average_precisions(scores: Tensor, labels: np.ndarray) -> np.ndarray:
+def average_precisions(scores: Tensor, labels: np.ndarray) -> Tensor:
     """The average precision of each class, float32 [C]; 0 without positives. clip_benchmark's.
 
     Args:
@@ -189,7 +189,7 @@ def average_precisions(scores: Tensor, labels: np.ndarray) -> np.ndarray:
     # Here, since importing it takes a second and a half, which other tasks need not cost.
     from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
 
-    return average_precision_per_class(scores, torch.tensor(labels)).numpy()
+    return average_precision_per_class(scores, torch.tensor(labels))
 
 
 def confusion_counts(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -118,7 +118,7 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
     (logged,) = (r["eval/tasks/path"] for r in history if "eval/tasks/path" in r)
     (found,) = run.path.glob(f"wandb/offline-run-*/files/{logged}")
     content = json.loads(found.read_text())
-    assert content["columns"][:3] == ["task", "metric", "value"]
+    assert content["columns"][:5] == ["task", "title", "family", "metric", "value"]
     assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
 
 
