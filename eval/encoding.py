@@ -98,7 +98,7 @@ class Encoder:
             total=total,
             desc="images",
             unit="image",
-            disable=not self.options.progress or ranks.rank > 0,
+            disable=self._quiet(),
             leave=False,
         )
         done = 0
@@ -130,7 +130,7 @@ class Encoder:
         lengths = torch.full((len(tokens),), tokens.shape[1]) if found is None else found
         batches = length_batches(lengths.numpy(), self.options.batch_size)
         mine = batches[self.ranks.rank :: self.ranks.size]
-        quiet = not self.options.progress or self.ranks.rank > 0 or len(mine) < 16
+        quiet = True if len(mine) < 16 else self._quiet()
         parts = []
         for rows in tqdm(mine, desc="texts", unit="batch", disable=quiet, leave=False):
             part = tokens[rows, : int(lengths[rows[0]])].to(device)
@@ -150,6 +150,10 @@ class Encoder:
             pin_memory=self.options.device.type == "cuda",
             generator=torch.Generator(),  # without one it takes a number from the global generator
         )
+
+    def _quiet(self) -> bool | None:
+        """For tqdm: None shows a bar only at a terminal; a file would get a line a change."""
+        return None if self.options.progress and self.ranks.rank == 0 else True
 
     def _autocast(self) -> torch.autocast:
         dtype = self.options.autocast

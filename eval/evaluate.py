@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
 from siftclip.eval.feature_cache import SharedCache
 from siftclip.eval.identities import model_identity, task_identity, unit_ids
 from siftclip.eval.images import ImageTable, content_id, image_ids
+from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
 from siftclip.eval.probe_scores import ProbeSettings, score_probe
 from siftclip.eval.resampling import replicates, task_interval
@@ -129,8 +130,10 @@ def evaluate_tasks(
         identity = model_identity(clip, options.precision)
         done: dict[str, TaskResult] = {}
         if results_path is not None:
-            done = _resume(results_path, identity, identities, ranks, again)
+            done = _resume(results_path, identity, identities, ranks, again, options)
         wanted = tasks.without(set(done))
+        if done and ranks.rank == 0:
+            log.info("%s has %d of %d results already", results_path, len(done), len(identities))
         _require_agreement(ranks, [identity, *(identities[one.task.name] for one in wanted.data)])
         evaluator = _Evaluator(
             clip, options, ranks, torch.device(device), identity, identities, results_path
@@ -164,7 +167,12 @@ def _require_agreement(ranks: Ranks, identities: Sequence[str]) -> None:
 
 
 def _resume(
-    path: Path, model: str, tasks: Mapping[str, str], ranks: Ranks, again: Collection[str]
+    path: Path,
+    model: str,
+    tasks: Mapping[str, str],
+    ranks: Ranks,
+    again: Collection[str],
+    options: EvalOptions,
 ) -> dict[str, TaskResult]:
     """The results in a file that are still valid, after the others have been removed from it.
 
@@ -174,6 +182,7 @@ def _resume(
         tasks: `task_identity` by name, of those that are asked for.
         ranks: who asks.
         again: names of tasks whose results shall go.
+        options: of the intervals, for results that were made without.
     """
     results = read_results(path)
     foreign = [result.key for result in results if result.model is None]
@@ -186,6 +195,7 @@ def _resume(
     own = [result for result in results if result.model == model]
     valid = [result for result in own if tasks.get(result.key, result.task) == result.task]
     kept = [result for result in valid if result.key not in again]
+    kept = [_with_interval(result, options, ranks) for result in kept]
     if ranks.rank == 0 and path.exists():
         if len(own) < len(results):
             gone = len(results) - len(own)
@@ -195,6 +205,22 @@ def _resume(
             log.warning("%s: results of tasks that have changed are removed: %s", path, changed)
         write_lines(path, kept)  # also when all are kept: without a last line that was cut off
     return {result.key: result for result in kept}
+
+
+def _with_interval(result: TaskResult, options: EvalOptions, ranks: Ranks) -> TaskResult:
+    """The result with an interval, if one can be had and it has none. The first rank's matter."""
+    if result.interval is not None or result.outcomes is None or result.units is None:
+        return result
+    return replace(result, interval=_interval(result.outcomes, result.units, options, ranks))
+
+
+def _interval(
+    outcomes: Outcomes | None, units: np.ndarray, options: EvalOptions, ranks: Ranks
+) -> tuple[float, float] | None:
+    if outcomes is None or not options.resamples or ranks.rank > 0:
+        return None
+    drawn = replicates(outcomes, units, resamples=options.resamples, seed=options.seed)
+    return task_interval(outcomes, units, drawn)
 
 
 class _Evaluator:
@@ -321,19 +347,13 @@ class _Evaluator:
             )
         main = None if task.main_metric is None else metrics[task.main_metric]
         outcomes = None if main is None else scores.outcomes.get(str(task.main_metric))
-        interval = None
-        if outcomes is not None and self.options.resamples and self.ranks.rank == 0:
-            drawn = replicates(
-                outcomes, units, resamples=self.options.resamples, seed=self.options.seed
-            )
-            interval = task_interval(outcomes, units, drawn)
         return TaskResult(
             key=task.name,
             dataset=task.title,
             metrics={**metrics, MAIN_METRIC: main},
             main_metric_name=task.main_metric,
             samples=len(units),
-            interval=interval,
+            interval=_interval(outcomes, units, self.options, self.ranks),
             seconds=time.perf_counter() - start,
             model=self.identity,
             task=self.identities[task.name],

@@ -14,6 +14,7 @@ from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import read_jsonl
 from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.eval.report import Summary
+from siftclip.eval.results import read_results
 from siftclip.selectors.errors import InputError, require_finite
 from siftclip.trainer.evaluation import eval_stage, log_records, tasks_from
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
@@ -30,9 +31,10 @@ log = logging.getLogger(__name__)
 def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
     """Evaluate each checkpoint of a run, oldest first, until the run is finished.
 
-    Results go to `eval_watch/` in the run directory: `step-N.jsonl` for each checkpoint, and the
-    log `metrics.jsonl` by step, which also goes to wandb as a run of its own. What is there is not
-    done again, also after a kill in the middle of a checkpoint.
+    Results go to `eval_watch/` in the run directory, those of chosen weights to `eval_watch-raw/`
+    or `eval_watch-ema/`: `step-N.jsonl` for each checkpoint, and the log `metrics.jsonl` by step,
+    which also goes to wandb as a run of its own. A checkpoint with results of all tasks is passed
+    over, and one with some of them gets the others.
 
     Args:
         config: of the command.
@@ -54,9 +56,10 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
         raise InputError(
             f"watch.run={config.watch.run!r} must be the directory of a run. It has no config.yaml."
         )
-    tasks_from(config)  # before any waiting
-    folder = run.path / FOLDER
-    done = {record["step"] for record in read_jsonl(folder / METRICS_NAME)}
+    folder = watch_folder(config)
+    logged = {record["step"] for record in read_jsonl(folder / METRICS_NAME)}
+    names = {task.name for task in tasks_from(config).tasks}  # before any waiting
+    done: set[int] = set()  # by this call, with or without success
     loggers = make_loggers(
         folder,
         name=f"{run.path.name}-eval",
@@ -69,13 +72,14 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
         while True:
             finished = run.summary is not None  # looked at before the checkpoints: none can follow
             for step, path in _checkpoints(run):
-                if step in done:
+                results = folder / f"step-{step}.jsonl"
+                found = {result.key for result in read_results(results)}
+                if step in done or (step in logged and names <= found):
                     continue
                 done.add(step)
                 clip = _load(run, path, weights)
                 if clip is None:
                     continue
-                results = folder / f"step-{step}.jsonl"
                 summary = eval_stage(config, clip, results_path=results)
                 for logger in loggers:
                     logger.log_metrics(summary.metrics(), step=step)
@@ -86,6 +90,13 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
             time.sleep(interval)
     finally:
         finish(loggers)
+
+
+def watch_folder(config: DictConfig) -> Path:
+    """Where the results are."""
+    weights = str(config.watch.weights)
+    name = FOLDER if weights == "auto" else f"{FOLDER}-{weights}"
+    return Path(config.watch.run) / name
 
 
 def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:

@@ -136,7 +136,7 @@ def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring 
     )
     for failure in tasks.failures:
         raise InputError(f"eval.during: {failure.key}: {failure.message}")
-    options = replace(eval_options(config), cache=None, progress=False)
+    options = replace(eval_options(config), cache=None)
     return EvaluateDuring(
         clip,
         tasks,

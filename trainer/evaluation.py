@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
+from siftclip.datamodules.files import identity_hash
 from siftclip.eval.error_analysis import (
     details_path,
     may_have,
@@ -24,12 +26,16 @@ from siftclip.eval.linear_probe import ProbeOptions
 from siftclip.eval.preparation import TaskFailure
 from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.report import Summary, summarise, write_csv
+from siftclip.eval.results import read_results
 from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, with_texts
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.cores import share_cores, worker_count
+from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.selection_ranks import selection_ranks
-from siftclip.trainer.stages import plain
+from siftclip.trainer.stages import output_root, plain
+
+DETAILS = "eval_details"  # the folder of predictions and tables by class, beside the results
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +201,7 @@ def eval_stage(
     options = eval_options(config)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
     share_cores(options.num_workers)
-    details = None if results_path is None else results_path.with_name("eval_details")
+    details = None if results_path is None else results_path.with_name(DETAILS)
     evaluation = evaluate_tasks(
         clip,
         found.tasks,
@@ -214,13 +220,74 @@ def eval_stage(
         resamples=options.resamples if share.ranks.rank == 0 else 0,
     )
     if results_path is not None and details is not None and share.ranks.rank == 0:
-        write_csv(results_path.with_suffix(".csv"), summary)
+        write_csv(results_path.with_suffix(".csv"), _whole(config, results_path, summary))
         for scored in evaluation.scored.values():
             if config.eval.details:
                 write_details(details, scored)
             if config.eval.predictions:
                 write_predictions(details, scored)
     return summary
+
+
+def _whole(config: DictConfig, path: Path, summary: Summary) -> Summary:
+    """The same over all lines of a results file, where this was a part of its tasks."""
+    results = read_results(path)
+    if {result.key for result in results} == {result.key for result in summary.results}:
+        return summary
+    return summarise(
+        results,
+        plain(config.eval.groups),
+        missing=summary.missing,
+        failures=summary.failures,
+        resamples=config.eval.resamples,
+    )
+
+
+def run_summary(config: DictConfig, run: RunDir) -> Summary:
+    """What the results file of a run holds."""
+    return summarise(
+        read_results(run.results), plain(config.eval.groups), resamples=config.eval.resamples
+    )
+
+
+def results_path_for(config: DictConfig) -> Path:
+    """Where `siftclip eval` keeps its results: a file for each model, and each way to ask it.
+
+    A run's own model has `eval_results.jsonl` in the run's directory, its checkpoints and other
+    ways to ask it a folder each in `eval/` there. Other models have one in `eval/` in `output_dir`.
+    Another way is another precision, or other class names or templates.
+    """
+    model = config.model
+    weights = str(model.get("weights", "auto"))
+    way = [*([] if weights == "auto" else [weights]), *_way(config)]
+    run, file = RunDir(path=Path(str(model.name))), model.pretrained
+    if run.has_model:
+        if file is None and not way:
+            return run.results
+        parts = ["model" if file is None else Path(file).stem, *way]
+        return run.path / "eval" / "-".join(parts) / run.results.name
+    spec = [str(model.name), *([] if file is None else [str(file)])]
+    parts = [Path(part).name for part in spec] + way
+    places = [str(Path(part).resolve()) for part in spec if Path(part).exists()]
+    if places:  # of equal names in other folders, each has its own
+        parts.append(identity_hash({"places": places})[:8])
+    label = re.sub(r"[^\w.-]+", "-", "-".join(parts))
+    return output_root(config) / "eval" / label / run.results.name
+
+
+def _way(config: DictConfig) -> list[str]:
+    """What differs from the standard way to ask a model, in words for a folder's name."""
+    settings = config.eval
+    way = [] if settings.precision == "fp32" else [str(settings.precision)]
+    texts = {option: plain(settings[option]) for option in ("classnames", "templates")}
+    if any(texts.values()):
+        contents = {
+            f"{option} {task}": Path(file).read_text(encoding="utf-8", errors="replace")
+            for option, files in texts.items()
+            for task, file in files.items()
+        }
+        way.append(f"prompts-{identity_hash(contents)[:8]}")
+    return way
 
 
 def _without_details(config: DictConfig, tasks: Sequence[Task], folder: Path) -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -190,8 +191,14 @@ def test_a_foreign_tokenizer_is_found(ready: ClipModel) -> None:
 
 
 def test_one_bar_that_goes_away(
-    ready: ClipModel, table: ImageTable, capfd: pytest.CaptureFixture[str]
+    ready: ClipModel,
+    table: ImageTable,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    encode(ready, table, [np.arange(9)], progress=True)
+    assert capfd.readouterr() == ("", "")  # a file would get a line for each change
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     encode(ready, table, [np.arange(9)], progress=True)
     printed = capfd.readouterr()
     assert printed.out == ""

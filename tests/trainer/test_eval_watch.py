@@ -80,9 +80,7 @@ def test_each_checkpoint_is_evaluated_once(
 
 def test_raw_weights_are_others(options: list[str], compose: Compose) -> None:
     averaged = dict(watch_stage(compose("eval_watch", [*options, "watch.once=true"])))
-    again = compose("eval_watch", [*options, "watch.weights=raw"])
-    shutil.rmtree(Path(again.watch.run) / "eval_watch")
-    raw = dict(watch_stage(again))
+    raw = dict(watch_stage(compose("eval_watch", [*options, "watch.weights=raw"])))
     assert averaged[2].results[0].model != raw[2].results[0].model
 
 
@@ -92,7 +90,6 @@ def test_an_interrupted_checkpoint_goes_on_with_its_next_task(
     config = compose("eval_watch", [*options, "watch.once=true"])
     whole = dict(watch_stage(config))
     folder = run.path / "eval_watch"
-    (folder / "metrics.jsonl").unlink()  # written last
     lines = (folder / "step-4.jsonl").read_text().splitlines()
     (folder / "step-4.jsonl").write_text(lines[0] + "\n" + lines[1][:30])
     again = dict(watch_stage(config))
@@ -101,6 +98,15 @@ def test_an_interrupted_checkpoint_goes_on_with_its_next_task(
     ]
     first = [read_results(folder / "step-4.jsonl")[0].seconds, whole[4].results[0].seconds]
     assert first[0] == round(first[1], 3)  # the line that was whole is the old one
+
+
+def test_more_tasks_are_added(options: list[str], compose: Compose) -> None:
+    for step, summary in watch_stage(compose("eval_watch", options)):
+        assert (step, len(summary.results)) in [(2, 2), (4, 2), (6, 2)]
+    more = dict(watch_stage(compose("eval_watch", [*options, "eval.tasks=[digit,retrieval]"])))
+    assert {step: [r.key for r in s.results] for step, s in more.items()} == {
+        step: ["digit", "retrieval"] for step in (2, 4, 6)
+    }
 
 
 def test_it_waits_until_the_run_is_finished(

@@ -12,12 +12,12 @@ def main(config: DictConfig) -> None:
     """Evaluate each checkpoint and print its averages."""
     # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
-    from siftclip.trainer.eval_watch import FOLDER, watch_stage
+    from siftclip.trainer.eval_watch import watch_folder, watch_stage
 
     failed = []
     for step, summary in watch_stage(config):
         print(f"step {step}\n{summary.table()}\n", flush=True)
         failed += [f"{failure.key} at step {step}" for failure in summary.failures]
-    print(f"written    {config.watch.run}/{FOLDER}")
+    print(f"written    {watch_folder(config)}")
     if failed:
         raise InputError(f"{len(failed)} tasks failed: {', '.join(failed)}.")

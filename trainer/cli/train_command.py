@@ -16,6 +16,7 @@ from siftclip.trainer.launch import require_launcher
 def main(config: DictConfig) -> None:
     """Train and say where the run is."""
     # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    from siftclip.trainer.evaluation import run_summary
     from siftclip.trainer.planning import check_plan
     from siftclip.trainer.run_dir import is_rank_zero
     from siftclip.trainer.training import plan_stage, train_stage
@@ -30,6 +31,9 @@ def main(config: DictConfig) -> None:
         return
     run = train_stage(config)
     if is_rank_zero():
+        if config.eval.root is not None:
+            print(f"{run_summary(config, run).table()}\n")
+            print(f"results    {run.results}")
         print(f"run        {run.path}")
         print(f"cost       {run.cost_line()}")
         print(f"model      {run.model} (open_clip: local-dir:{run.model})")
