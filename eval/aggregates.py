@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
+from siftclip.eval.known_tasks import KNOWN_TASKS
+from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError
 
 PARTIAL_SUFFIX = " (partial)"
+_PROTOCOL = re.compile(r"^(linear_probe|few_shot_[0-9]+)/")  # as tasks of probes are named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,57 @@ class Average:
         return f"{number} (partial: {len(self.present)} of {total} tasks)"
 
 
+def group_members(groups: object) -> dict[str, list[str]]:
+    """The members of all groups; one member may stand without a list.
+
+    Raises:
+        InputError: this is no mapping from names to names, a group is empty, or its name ends as
+            that of a partial average.
+    """
+    if not isinstance(groups, Mapping):
+        raise InputError(
+            "eval.groups must be names of averages with their tasks, such as "
+            f"{{small: [mnist, cifar10]}}. Got {groups!r}."
+        )
+    found = {}
+    for name, given in groups.items():
+        members = require_names(f"eval.groups.{name}", given)
+        if not members:
+            raise InputError(f"eval.groups.{name} must name at least one task. It is empty.")
+        if not isinstance(name, str):
+            raise InputError(f"Names in eval.groups must be texts. Got {name!r}.")
+        if name.endswith(PARTIAL_SUFFIX):
+            raise InputError(
+                f"Names in eval.groups must not end with {PARTIAL_SUFFIX!r}, which marks averages "
+                f"over a part of the tasks. Got {name!r}."
+            )
+        found[name] = members
+    return found
+
+
+def check_groups(groups: Mapping[str, Sequence[str]], known: Collection[str], suite: bool) -> None:
+    """Raise InputError if a group is not as it must be, before anything is computed.
+
+    Args:
+        groups: see `averages`.
+        known: names of the tasks that there are, without protocols. Tasks of DataComp's that are
+            not among them make an average partial; other names are taken for mistakes.
+        suite: whether a suite is evaluated, of which tasks of any name may be missing. Metrics,
+            as in `task:metric`, are not checked.
+    """
+    possible = dict.fromkeys([*known, *KNOWN_TASKS])
+    for name, members in group_members(groups).items():
+        for member in members:
+            task = _PROTOCOL.sub("", member.partition(":")[0])
+            if task not in possible and not suite:
+                close = get_close_matches(task, possible, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise InputError(
+                    f"eval.groups.{name} must name tasks that are there or DataComp's. Got "
+                    f"{member!r}.{hint} There are {sorted(known)}."
+                )
+
+
 def averages(
     values: Mapping[str, float | None],
     groups: Mapping[str, Sequence[str]],
@@ -54,11 +110,11 @@ def averages(
         metrics: all metrics by task, for members `task:metric`.
 
     Raises:
-        InputError: a group is empty, its name ends as that of a partial average, or a task that is
-            there does not have the metric.
+        InputError: see `group_members`, or a task that is there does not have the metric.
     """
     return {
-        name: _average(name, members, values, metrics or {}) for name, members in groups.items()
+        name: _average(name, members, values, metrics or {})
+        for name, members in group_members(groups).items()
     }
 
 
@@ -68,13 +124,6 @@ def _average(
     values: Mapping[str, float | None],
     metrics: Mapping[str, Mapping[str, float | None]],
 ) -> Average:
-    if not members:
-        raise InputError(f"eval.groups.{name} must name at least one task. It is empty.")
-    if name.endswith(PARTIAL_SUFFIX):
-        raise InputError(
-            f"Names in eval.groups must not end with {PARTIAL_SUFFIX!r}, which marks averages over "
-            f"a part of the tasks. Got {name!r}."
-        )
     found = {member: _member_value(name, member, values, metrics) for member in members}
     known = [value for member in members if (value := found[member]) is not None]
     return Average(

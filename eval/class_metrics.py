@@ -25,7 +25,10 @@ class ClassPredictions:
     """
 
     top: np.ndarray  # int64 [n, 5], best first; [n, 1] with fewer than 5 classes
+    scores: np.ndarray  # float32, the logits of `top`
     argmax: np.ndarray  # int64 [n]
+    label_score: np.ndarray | None = None  # float32 [n], the logit of the label, if it was given
+    label_rank: np.ndarray | None = None  # int64 [n], how many classes score strictly higher
 
 
 def class_logits(features: Tensor, classifier: Tensor, *, chunk_samples: int = 2048) -> Tensor:
@@ -34,7 +37,11 @@ def class_logits(features: Tensor, classifier: Tensor, *, chunk_samples: int = 2
 
 
 def predict_classes(
-    features: Tensor, classifier: Tensor, *, chunk_samples: int = 2048
+    features: Tensor,
+    classifier: Tensor,
+    labels: np.ndarray | None = None,
+    *,
+    chunk_samples: int = 2048,
 ) -> ClassPredictions:
     """The best classes by the logits 100 * features @ classifier, as clip_benchmark has them.
 
@@ -45,24 +52,56 @@ def predict_classes(
     Args:
         features: float32 [n, d] of the images, of length 1, on any device.
         classifier: float32 [d, C] on the same device, one column a class.
+        labels: int64 [n], from 0 to C - 1, to also find the scores and ranks of the labels.
         chunk_samples: samples whose logits exist at one time.
 
     Raises:
-        InputError: there is no sample, or logits are NaN or infinite.
+        InputError: there is no sample, logits are NaN or infinite, or labels are not of this
+            shape, type or range.
     """
-    blocks = _logit_blocks(features, classifier, chunk_samples)
-    parts = [rank_classes(logits) for logits in blocks]
+    if labels is not None:
+        require_labels(labels, len(features), classifier.shape[1])
+    parts, done = list[ClassPredictions](), 0
+    for logits in _logit_blocks(features, classifier, chunk_samples):
+        end = done + len(logits)
+        parts.append(rank_classes(logits, None if labels is None else labels[done:end]))
+        done = end
     return ClassPredictions(
         top=np.concatenate([part.top for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
         argmax=np.concatenate([part.argmax for part in parts]),
+        label_score=_joined([part.label_score for part in parts]),
+        label_rank=_joined([part.label_rank for part in parts]),
     )
 
 
-def rank_classes(logits: Tensor) -> ClassPredictions:
-    """The best classes by logits, float32 [n, C] on the CPU."""
-    k = TOP if logits.shape[1] >= TOP else 1
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    given = [part for part in parts if part is not None]
+    return np.concatenate(given) if given else None
+
+
+def rank_classes(logits: Tensor, labels: np.ndarray | None = None) -> ClassPredictions:
+    """The best classes by logits, and where those of the labels stand.
+
+    Args:
+        logits: float32 [n, C] on the CPU.
+        labels: int64 [n], from 0 to C - 1.
+
+    Raises:
+        InputError: labels are not of this shape, type or range.
+    """
+    best = logits.topk(TOP if logits.shape[1] >= TOP else 1, dim=1)
+    score = rank = None
+    if labels is not None:
+        require_labels(labels, *logits.shape)
+        of_label = logits.gather(1, torch.from_numpy(labels)[:, None])
+        score, rank = of_label[:, 0].numpy(), (logits > of_label).sum(dim=1).numpy()
     return ClassPredictions(
-        top=logits.topk(k, dim=1).indices.numpy(), argmax=logits.argmax(dim=1).numpy()
+        top=best.indices.numpy(),
+        scores=best.values.numpy(),
+        argmax=logits.argmax(dim=1).numpy(),
+        label_score=score,
+        label_rank=rank,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from siftclip.eval.aggregates import averages, named_values
+from siftclip.eval.aggregates import averages, group_members, named_values
 from siftclip.eval.paired_tests import (
     PAIRED_RESAMPLES,
     PairedTest,
@@ -24,14 +24,31 @@ from siftclip.eval.report import (
     shown_titles,
 )
 from siftclip.eval.results import MAIN_METRIC, TaskResult
-from siftclip.eval.safe_tables import NOTHING, display_width, printable, text_table, wrapped
+from siftclip.eval.safe_tables import (
+    NARROW,
+    NOTHING,
+    cut,
+    display_width,
+    printable,
+    table_width,
+    text_table,
+    wrapped,
+)
 from siftclip.selectors.errors import InputError, require_int
 
 SIGNIFICANCE = 0.05
 _SIGNED = "+.4f"
-_HEADER = ("a", "b", "b - a", "95 % interval", "p", "Holm p")
-_WIDTHS = (6, 6, 7, 18, 6, 7, 8)
+_HEADER = ("a", "b", "b - a", "95 % interval", "Holm p", "p")
+_WIDTHS = (6, 6, 7, 18, 7, 6, 8)
 _RIGHT = (1, 2, 3, 5, 6, 7)
+_NARROW_COLUMNS = 6  # the task, and what a verdict rests on
+_NAMES_SHOWN = 12
+_NAME_WIDTH = 40
+_CAVEAT = (
+    "This is about these two models on other test images of the same kind, not about the methods "
+    "that made them: another seed of training moves the values too. To compare methods, train "
+    "several seeds of each (siftclip compare)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +110,14 @@ class Comparison:
     averages: tuple[Difference, ...]
     only_a: tuple[str, ...]  # tasks that only one has a result of
     only_b: tuple[str, ...]
+    asked_otherwise: tuple[str, ...]  # tasks whose labels or texts were not the same for both
     resamples: int
 
     def table(self) -> str:
         """For people: differences by family and of averages, what was not tested, and a verdict.
 
-        At most 100 columns wide, but for words that are longer. All characters are printable.
+        As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
+        the last two columns are left out. All characters are printable.
         """
         lines = [*wrapped(f"a = {self.name_a}"), *wrapped(f"b = {self.name_b}"), ""]
         rows: list[Sequence[str] | str] = []
@@ -108,14 +127,21 @@ class Comparison:
         of_averages = [(*_cells(one), one.note) for one in self.averages]
         titles = [printable(one.title) for one in (*self.tasks, *self.averages)]
         widths = (max(map(display_width, ["", *titles])) + 2, *_WIDTHS)  # for both to be aligned
-        lines += text_table(("task", *_HEADER, "McNemar"), rows, right=_RIGHT, least=widths)
+        lines += _table(("task", *_HEADER, "McNemar"), rows, widths)
         if of_averages:
-            header = ("average", *_HEADER, "tasks")
-            lines += ["", *text_table(header, of_averages, right=_RIGHT, least=widths)]
+            lines += ["", *_table(("average", *_HEADER, "tasks"), of_averages, widths)]
+        if table_width() < NARROW:
+            lines += wrapped("(p and McNemar: in a wider terminal, or with diff.output=FILE.csv)")
         lines.append("")
         for name, keys in (("a", self.only_a), ("b", self.only_b)):
             if keys:
                 lines += wrapped(f"only in {name}: {', '.join(keys)}")
+        if self.asked_otherwise:
+            lines += wrapped(
+                f"asked otherwise: {', '.join(self.asked_otherwise)}: labels, class names, "
+                "templates or settings of the probe are not the same for a and b, so that "
+                "differences are not those of the models alone"
+            )
         reasons = dict.fromkeys(one.note for one in self.tasks if one.note)
         for reason in reasons:
             keys = tuple(one.key for one in self.tasks if one.note == reason)
@@ -123,14 +149,26 @@ class Comparison:
         return "\n".join([*lines, *self.verdict()])
 
     def verdict(self) -> list[str]:
-        """Sentences: how many differences are significant."""
-        lines = [_count("tasks", self.tasks), _count("averages", self.averages)]
+        """Sentences: what b wins and loses, what the p values are, and what they do not say."""
+        lines = _conclusion("tasks", self.tasks)
+        if self.averages:
+            lines += _conclusion("averages", self.averages)
         tests = sum(one.p_holm is not None for one in self.tasks)
-        if tests * 2 / (self.resamples + 1) > SIGNIFICANCE:
+        least = 2 / (self.resamples + 1)
+        if tests * least > SIGNIFICANCE:
             lines.append(
                 f"With {self.resamples:,} resamples no p value is small enough for {tests} tests: "
-                "take more."
+                "take more (diff.resamples)."
             )
+        if any(one.p_holm is not None for one in (*self.tasks, *self.averages)):
+            lines.append(
+                "p: how often models that are equally good would differ by as much, by resampling "
+                f"the test images {self.resamples:,} times; so it is never below {least:.2g}, nor "
+                "below McNemar's. Holm p: p corrected for the number of tasks, or of averages; go "
+                f"by this one, * marks those of at most {SIGNIFICANCE}. McNemar: an exact p value "
+                "from the images that one model only has right, for accuracies; not corrected."
+            )
+            lines.append(_CAVEAT)
         return [line for text in lines for line in wrapped(text)]
 
     def records(self) -> list[dict[str, Any]]:
@@ -151,7 +189,8 @@ def compare_results(
     """Test model b against model a, on each task that both have and on averages.
 
     p values are two-sided; Holm's correction is over all tasks, and over all averages. An average
-    is over those of its tasks that can be compared, and says so where it is a part.
+    is over those of its tasks that can be compared, and says so where it is a part; one without a
+    shared task is left out.
 
     Args:
         a: of one model, each task once.
@@ -163,12 +202,17 @@ def compare_results(
         seed: of the resamples.
 
     Raises:
-        InputError: a model has two results of a task, or see `averages`. What is wrong between
-            two results of a task is a note of that task.
+        InputError: no task is shared, a model has two results of a task, or see `averages`. What
+            is wrong between two results of a task is a note of that task.
     """
     require_int("resamples", resamples, minimum=1)
     all_a, all_b = results_by_key(a), results_by_key(b)
     shared = [key for key in all_a if key in all_b]
+    if not shared:
+        raise InputError(
+            "Two models must have results of at least one task in common to be compared. "
+            f"{name_a} has {_listed([*all_a])}; {name_b} has {_listed([*all_b])}."
+        )
     titles = shown_titles([all_a[key] for key in shared])
     tasks = [
         replace(_compare(all_a[key], all_b[key], resamples, seed), title=titles[key])
@@ -178,7 +222,11 @@ def compare_results(
     of_averages = _compare_averages(
         {key: all_a[key] for key in comparable},
         {key: all_b[key] for key in comparable},
-        groups,
+        {
+            name: members
+            for name, members in group_members(groups).items()
+            if any(member.partition(":")[0] in shared for member in members)
+        },
         {one.key: one.test for one in tasks if one.test is not None},
     )
     return Comparison(
@@ -188,6 +236,7 @@ def compare_results(
         averages=_corrected(of_averages),
         only_a=tuple(key for key in all_a if key not in all_b),
         only_b=tuple(key for key in all_b if key not in all_a),
+        asked_otherwise=tuple(key for key in shared if _asked_otherwise(all_a[key], all_b[key])),
         resamples=resamples,
     )
 
@@ -216,6 +265,10 @@ def _compare(a: TaskResult, b: TaskResult, resamples: int, seed: int) -> Differe
         note=obstacle or untested,
         test=test,
     )
+
+
+def _asked_otherwise(a: TaskResult, b: TaskResult) -> bool:
+    return a.task is not None and b.task is not None and a.task != b.task
 
 
 def _obstacle(a: TaskResult, b: TaskResult) -> str:
@@ -287,9 +340,17 @@ def _cells(one: Difference) -> tuple[str, ...]:
         number_text(one.value_b),
         number_text(one.value, _SIGNED),
         interval_text(None if test is None else test.interval, _SIGNED),
-        _p_text(None if test is None else test.p_value),
         _p_text(one.p_holm) + ("*" if one.significant else " "),
+        _p_text(None if test is None else test.p_value),
     )
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str] | str], widths: Sequence[int]
+) -> list[str]:
+    columns = _NARROW_COLUMNS if table_width() < NARROW else len(header)
+    shown = [row if isinstance(row, str) else row[:columns] for row in rows]
+    return text_table(header[:columns], shown, right=_RIGHT, least=widths[:columns])
 
 
 def _mcnemar(one: Difference) -> str:
@@ -302,13 +363,25 @@ def _p_text(p_value: float | None) -> str:
     return "<1e-4" if p_value < 1e-4 else f"{p_value:.4f}"
 
 
-def _count(what: str, differences: Sequence[Difference]) -> str:
+def _conclusion(what: str, differences: Sequence[Difference]) -> list[str]:
     tested = [one for one in differences if one.p_holm is not None]
     if not tested:
-        return f"{what}: no difference was tested"
-    sure = [one.value or 0.0 for one in tested if one.significant]
-    better = sum(value > 0 for value in sure)
-    return (
+        return [f"{what}: no difference was tested"]
+    sure = [one for one in tested if one.significant]
+    won = [one.title for one in sure if (one.value or 0.0) > 0]
+    lost = [one.title for one in sure if (one.value or 0.0) < 0]
+    lines = [
         f"{what}: {len(sure)} of {len(tested)} differences are significant at 5 % after Holm's "
-        f"correction, {better} for b and {sum(value < 0 for value in sure)} for a"
-    )
+        f"correction, {len(won)} for b and {len(lost)} for a"
+    ]
+    lines += [f"b is better on {_listed(won)}"] if won else []
+    lines += [f"a is better on {_listed(lost)}"] if lost else []
+    if not sure:
+        lines.append("Neither is shown to be better; that does not show that they are equal.")
+    return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(cut(printable(name), _NAME_WIDTH) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -154,7 +154,7 @@ def _download(
                 return _report(folder, known, fetched_files=0, damaged=damaged)
             revision = known.commit  # never files of two commits
             asked_revision = known.revision
-    with _locked(folder):
+    with locked(folder):
         commit, listed = dataset.list_files(revision)
         files = choose(listed, splits)
         (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
@@ -245,7 +245,7 @@ def _report(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One process at a time writes a task folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

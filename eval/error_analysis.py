@@ -34,6 +34,7 @@ from siftclip.eval.task_samples import TaskSamples, tar_of
 from siftclip.eval.tasks import Task
 
 MAX_CONFUSION_CLASSES = 1000
+ENDINGS = ("predictions.parquet", "classes.csv", "confusion.csv")
 _CORNER = "label \\ prediction"
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ def write_predictions(folder: Path, scored: ScoredTask) -> Path | None:
 
     All files have `key` and `tar`, of the sample, and with them
       classification  label, label_name, prediction, prediction_name, correct (its mean is acc1),
-                      top5_names (best first; one name with fewer than 5 classes) and, where there
-                      is any, metadata
+                      score (the logit of the prediction: 100 times the cosine, or the linear
+                      probe's), label_score (that of the label), label_rank (how many classes score
+                      strictly higher than it), top5_names and top5_scores (best first; one with
+                      fewer than 5 classes) and, where there is any, metadata
       few-shot        label, label_name, share_correct (of the draws of the training samples)
       multilabel      label_names, top5_names, scores (100 times the cosines, in the order of the
                       task's class names)
@@ -164,7 +167,11 @@ def _classification(samples: TaskSamples, predictions: ClassPredictions) -> Colu
         "prediction": best,
         "prediction_name": names[best],
         "correct": best == samples.labels,
+        "score": predictions.scores[:, 0],
+        "label_score": predictions.label_score,
+        "label_rank": predictions.label_rank,
         "top5_names": names[predictions.top].tolist(),
+        "top5_scores": _lists(predictions.scores),
         **metadata,
     }
 
@@ -180,8 +187,12 @@ def _multilabel(samples: TaskSamples, outcomes: Outcomes) -> Columns:
     return {
         "label_names": [names[row].tolist() for row in labels],
         "top5_names": names[best].tolist(),
-        "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel()), scores.shape[1]),
+        "scores": _lists(scores),
     }
+
+
+def _lists(rows: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
 def _retrieval(samples: TaskSamples, outcomes: dict[str, Outcomes]) -> Columns:

@@ -6,18 +6,22 @@ scored one after the other, and their results written. A task that fails leaves 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.eval.agreement import agreed
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
 from siftclip.eval.feature_cache import SharedCache
@@ -79,7 +83,6 @@ class Evaluation:
 
     results: tuple[TaskResult, ...]  # in the order of the tasks
     failures: tuple[TaskFailure, ...]
-    scored: Mapping[str, ScoredTask] = field(repr=False)  # of the tasks that were run now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,7 @@ def evaluate_tasks(
     ranks: Ranks | None = None,
     results_path: Path | None = None,
     again: Collection[str] = (),
+    on_scored: Callable[[ScoredTask], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model on tasks, in eval mode, whatever mode and autocast it is in.
 
@@ -115,18 +119,23 @@ def evaluate_tasks(
             this very model is there already are not run again, unless their samples, texts or
             metrics have changed since; results of another model are removed from it.
         again: names of tasks that are run although there is a result.
+        on_scored: is given each task that is run, on the first rank, before its result is written.
 
     Raises:
-        InputError: an option is wrong, `results_path` was not written by us, or the ranks see
-            another model or other tasks. What is wrong with a task or its images is a failure in
-            what is returned.
+        InputError: an option is wrong, `results_path` was not written by us, cannot be written or
+            is another evaluation's, or the ranks see another model or other tasks. What is wrong
+            with a task or its images is a failure in what is returned.
     """
     options = options or EvalOptions()
     ranks = ranks or OneRank()
     if not isinstance(tasks, PreparedTasks):
-        tasks = prepare_tasks(tasks, train_split=options.probe.train_split)
+        wanted_tasks, split = tasks, options.probe.train_split
+        tasks = agreed(ranks, lambda: prepare_tasks(wanted_tasks, train_split=split))
     identities = {one.task.name: task_identity(one, options.probe) for one in tasks.data}
-    with buffers_of_first_rank(clip.model, ranks):
+    with ExitStack() as stack:
+        stack.enter_context(buffers_of_first_rank(clip.model, ranks))
+        if results_path is not None:
+            agreed(ranks, lambda: _lock(stack, results_path, ranks))
         identity = model_identity(clip, options.precision)
         done: dict[str, TaskResult] = {}
         if results_path is not None:
@@ -136,7 +145,14 @@ def evaluate_tasks(
             log.info("%s has %d of %d results already", results_path, len(done), len(identities))
         _require_agreement(ranks, [identity, *(identities[one.task.name] for one in wanted.data)])
         evaluator = _Evaluator(
-            clip, options, ranks, torch.device(device), identity, identities, results_path
+            clip,
+            options,
+            ranks,
+            torch.device(device),
+            identity,
+            identities,
+            results_path,
+            on_scored,
         )
         found = evaluator.run(wanted) if wanted.data else {}
     names = [one.task.name for one in tasks.data]
@@ -148,8 +164,21 @@ def evaluate_tasks(
     return Evaluation(
         results=tuple(results[name] for name in names if name in results),
         failures=failures,
-        scored=evaluator.scored,
     )
+
+
+def _lock(stack: ExitStack, path: Path, ranks: Ranks) -> None:
+    """Keep other evaluations from the results file until the stack is closed."""
+    if ranks.rank > 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=0))
+    except Timeout:
+        raise InputError(
+            f"{path} is being written by another evaluation. Wait for it, or name another "
+            "output_dir."
+        ) from None
 
 
 def _require_agreement(ranks: Ranks, identities: Sequence[str]) -> None:
@@ -184,14 +213,7 @@ def _resume(
         again: names of tasks whose results shall go.
         options: of the intervals, for results that were made without.
     """
-    results = read_results(path)
-    foreign = [result.key for result in results if result.model is None]
-    if foreign:
-        raise InputError(
-            f"{path} holds a result for {foreign[0]!r} that does not say which model it is of, so "
-            "Siftclip has not written it. Name another file for the results."
-        )
-    ranks.barrier()  # all have read what the first is about to replace
+    results = agreed(ranks, lambda: _read_own(path))  # all, before the first replaces the file
     own = [result for result in results if result.model == model]
     valid = [result for result in own if tasks.get(result.key, result.task) == result.task]
     kept = [result for result in valid if result.key not in again]
@@ -205,6 +227,18 @@ def _resume(
             log.warning("%s: results of tasks that have changed are removed: %s", path, changed)
         write_lines(path, kept)  # also when all are kept: without a last line that was cut off
     return {result.key: result for result in kept}
+
+
+def _read_own(path: Path) -> list[TaskResult]:
+    """The results of a file that we have written; of two of a task, the last."""
+    results = read_results(path)
+    foreign = [result.key for result in results if result.model is None]
+    if foreign:
+        raise InputError(
+            f"{path} holds a result for {foreign[0]!r} that does not say which model it is of, so "
+            "Siftclip has not written it. Name another file for the results."
+        )
+    return [*{result.key: result for result in results}.values()]
 
 
 def _with_interval(result: TaskResult, options: EvalOptions, ranks: Ranks) -> TaskResult:
@@ -235,6 +269,7 @@ class _Evaluator:
         identity: str,
         identities: Mapping[str, str],
         results_path: Path | None,
+        on_scored: Callable[[ScoredTask], None] | None,
     ) -> None:
         self.clip = clip
         self.options = options
@@ -243,8 +278,8 @@ class _Evaluator:
         self.identity = identity
         self.identities = identities
         self.results_path = results_path
+        self.on_scored = on_scored
         self.failures: list[TaskFailure] = []
-        self.scored: dict[str, ScoredTask] = {}
         self.images, self.classes = (
             None if options.cache is None else SharedCache(options.cache, identity, kind, ranks)
             for kind in ("images", "classes")
@@ -265,14 +300,21 @@ class _Evaluator:
             for group, rows, features in zip(groups, sets, features_of_sets, strict=True):
                 for one in group:
                     try:
-                        result = self._evaluate(one, rows, features, texts)
+                        result, scored = self._evaluate(one, rows, features, texts)
                     except InputError as error:
                         self.failures.append(TaskFailure(key=one.task.name, message=str(error)))
                         continue
-                    if self.results_path is not None and self.ranks.rank == 0:
-                        append_result(self.results_path, result)
+                    agreed(self.ranks, functools.partial(self._keep, result, scored))
                     results[one.task.name] = result
         return results
+
+    def _keep(self, result: TaskResult, scored: ScoredTask) -> None:
+        if self.ranks.rank > 0:
+            return
+        if self.on_scored is not None:
+            self.on_scored(scored)
+        if self.results_path is not None:
+            append_result(self.results_path, result)
 
     def _encode_options(self) -> EncodeOptions:
         options = self.options
@@ -292,7 +334,7 @@ class _Evaluator:
         if cache is None:
             yield from encoder.image_sets(table, sets)
             return
-        ids = self._image_ids(table)
+        ids = self._image_ids(table, np.unique(np.concatenate(sets)))
         known = cache.known(ids)
         fresh = encoder.image_sets(table, [rows[~known[rows]] for rows in sets])
         for rows, new in zip(sets, fresh, strict=True):
@@ -300,16 +342,24 @@ class _Evaluator:
             cache.add(new.ids[sound], new.features[sound])
             yield _merged(ids[rows], known[rows], cache.features(ids[rows[known[rows]]]), new)
 
-    def _image_ids(self, table: ImageTable) -> np.ndarray:
-        """The ids of all images, uint64 [U], on all ranks, which share the reading."""
+    def _image_ids(self, table: ImageTable, wanted: np.ndarray) -> np.ndarray:
+        """The ids of the wanted images, uint64 [U], on all ranks, which share the reading.
+
+        0 for the others, and for one that cannot be read, of which the loader will tell.
+        """
         ids = np.zeros(len(table), dtype=np.int64)
-        mine = np.array_split(np.arange(len(table)), self.ranks.size)[self.ranks.rank]
-        ids[mine] = image_ids(table.take(mine)).view(np.int64)
+        mine = np.array_split(wanted, self.ranks.size)[self.ranks.rank]
+        try:
+            ids[mine] = image_ids(table.take(mine)).view(np.int64)
+        except InputError:
+            for row in mine:
+                with suppress(InputError):
+                    ids[row] = image_ids(table.take(np.asarray([row]))).view(np.int64)[0]
         return sum_arrays(self.ranks, ids).view(np.uint64)
 
     def _evaluate(
         self, one: TaskData, rows: np.ndarray, features: ImageFeatures, texts: TaskTexts
-    ) -> TaskResult:
+    ) -> tuple[TaskResult, ScoredTask]:
         start = time.perf_counter()
         task = one.task
         at = np.searchsorted(rows, one.rows())
@@ -326,8 +376,7 @@ class _Evaluator:
             scores = score_probe(one.samples, images, one.train, train, self.options.probe)
         ids = features.ids[np.searchsorted(rows, one.images)]
         result = self._result(task, scores, unit_ids(one.samples, ids), start)
-        self.scored[task.name] = ScoredTask(samples=one.samples, scores=scores)
-        return result
+        return result, ScoredTask(samples=one.samples, scores=scores)
 
     def _take(self, features: ImageFeatures, rows: np.ndarray, wanted: np.ndarray) -> Tensor:
         chosen = features.features[np.searchsorted(rows, wanted)]

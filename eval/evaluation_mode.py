@@ -23,19 +23,28 @@ def evaluation_mode(clip: ClipModel, device: torch.device) -> Iterator[ClipModel
         model = copy.deepcopy(model).float()  # there and back in place would round master weights
     home = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}  # parts may be frozen
-    tf32 = torch.backends.cudnn.allow_tf32
     with ExitStack() as stack:
         stack.enter_context(full_precision(device))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(_exact_convolutions())
         try:
-            torch.backends.cudnn.allow_tf32 = False  # of convolutions, on by default
             yield replace(clip, model=model.to(device).eval())
         finally:
-            torch.backends.cudnn.allow_tf32 = tf32
             model.to(home)
             for module, training in modes.items():
                 module.training = training
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Without TF32, which cuDNN takes by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -49,7 +49,10 @@ class FeatureCache:
         """Keep features, float32 [n, d], for later runs."""
         if len(ids):
             name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
-            write_npz(self.folder / f"{name}.npz", ids=ids, features=features)
+            try:
+                write_npz(self.folder / f"{name}.npz", ids=ids, features=features)
+            except OSError as error:  # a full disk shall not cost the results
+                log.warning("eval.cache_dir: %s. These features are not kept.", error)
 
 
 class SharedCache:

@@ -1,4 +1,4 @@
-"""The distinct images of several tasks: each is read, decoded and encoded once.
+"""The images that tasks share: each is read, decoded and encoded once.
 
 Tasks share images more often than it seems: the same pictures with other labels, a test set as a
 task of its own and as that of a linear probe, candidates that occur in many associations.
@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import combinations_with_replacement, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,8 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.hashing import mix64
 
 _PROBE_BYTES = 64
+_PROBED_SIZES = 64  # of each two tasks
+_LONGEST_ASPECT = 100  # that is resized whatever the limit of pixels
 _OFFSET_BITS = 44  # of a tar of at most 16 TiB
 
 
@@ -36,7 +38,7 @@ class ImageTable:
 
     shards: tuple[Path, ...]
     places: np.ndarray  # int64 [U, 3]: which of the tars, offset and size in bytes
-    names: np.ndarray  # str [U]: the keys of the samples that they are of, for messages
+    names: np.ndarray  # object [U]: the keys of the samples that they are of, for messages
 
     def __len__(self) -> int:
         return len(self.places)
@@ -52,11 +54,14 @@ def content_id(data: bytes) -> int:
 
 
 def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np.ndarray]]:
-    """The distinct images of some tasks, and for each task which of them its images are.
+    """The images of some tasks, shared ones once, and for each task which of them its images are.
 
-    Images at the same place of the same tar are one. Others of equal size are compared by 64 bytes
-    from their middle, and those that agree by a hash of all their bytes, so little is read where
-    nothing is shared.
+    Images at the same place of the same tar are one. Others are compared between tasks, and inside
+    a task whose samples have several images, where a candidate recurs. For each two tasks, images
+    of up to 64 sizes that both have are compared by 64 bytes from their middle. Only where some
+    agree, all images of common sizes are compared so, and those that agree by a hash of all their
+    bytes. So little is read where nothing is shared. What is missed is encoded twice, no more:
+    copies inside a task, and the few images that two tasks share beside many of equal size.
 
     Args:
         samples: of each task, at least one.
@@ -70,8 +75,8 @@ def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np
     table = _all_images(samples)
     place = table.places[:, 0] << _OFFSET_BITS | table.places[:, 1]
     _, first, inverse = np.unique(place, return_index=True, return_inverse=True)
-    rows = np.sort(first)
-    suspects, signature = _repeated(rows, table.places[rows, 2].astype(np.uint64))
+    suspects = _likely_shared(samples, table, np.sort(first))
+    signature = table.places[suspects, 2].astype(np.uint64)
     for part in (_middles, _wholes):
         looked_at = replace(table.take(suspects), places=part(table.places[suspects]))
         signature = mix64(signature) ^ image_ids(looked_at)
@@ -85,6 +90,58 @@ def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np
     return table.take(distinct), np.split(number.reshape(-1), ends)
 
 
+def _likely_shared(
+    samples: Sequence[TaskSamples], table: ImageTable, rows: np.ndarray
+) -> np.ndarray:
+    """Those of the rows, each of a place of its own, that are worth comparing by their content."""
+    rows, sizes = _repeated(rows, table.places[rows, 2])
+    owners, several = _owners(samples, table)
+    owner = owners[table.places[rows, 0]]
+    distinct, column, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    # The rarest sizes first, as chance gives fewest of them to two tasks and few images have them
+    order = np.lexsort((mix64(distinct.astype(np.uint64)), counts))
+    column = np.argsort(order)[column.reshape(-1)]
+    cells, counts = np.unique(owner * len(distinct) + column, return_counts=True)
+    has, repeats = np.zeros((2, len(several), len(distinct)), dtype=np.bool_)
+    has.flat[cells] = True
+    repeats.flat[cells[counts > 1]] = True
+    pairs = [
+        pair
+        for pair in combinations_with_replacement(range(len(several)), 2)
+        if pair[0] != pair[1] or several[pair[0]]
+    ]
+
+    def common(one: int, other: int) -> np.ndarray:
+        return repeats[one] if one == other else has[one] & has[other]
+
+    probed, worth = np.zeros((2, *has.shape), dtype=np.bool_)
+    for one, other in pairs:
+        some = np.flatnonzero(common(one, other))[:_PROBED_SIZES]
+        probed[one, some] = probed[other, some] = True
+    looked_at = probed[owner, column]
+    middles = replace(table.take(rows[looked_at]), places=_middles(table.places[rows[looked_at]]))
+    signature = mix64(sizes[looked_at].astype(np.uint64)) ^ image_ids(middles)
+    of_owner = [signature[owner[looked_at] == number] for number in range(len(several))]
+    for one, other in pairs:
+        if one == other:
+            agree = len(np.unique(of_owner[one])) < len(of_owner[one])
+        else:
+            agree = bool(np.isin(of_owner[one], of_owner[other]).any())
+        if agree:
+            worth[one] |= common(one, other)
+            worth[other] |= common(one, other)
+    return rows[worth[owner, column]]
+
+
+def _owners(samples: Sequence[TaskSamples], table: ImageTable) -> tuple[np.ndarray, np.ndarray]:
+    """Which task each tar belongs to, the first that reads it, and which have several images."""
+    numbers = {shard: number for number, shard in enumerate(table.shards)}
+    owners = np.empty(len(numbers), dtype=np.int64)
+    for number, one in reversed([*enumerate(samples)]):
+        owners[[numbers[shard] for shard in one.task.shards]] = number
+    return owners, np.asarray([len(one.places) > len(one) for one in samples])
+
+
 def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
     numbers: dict[Path, int] = {}
     places, names = [], []
@@ -92,7 +149,7 @@ def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
         own = [numbers.setdefault(shard, len(numbers)) for shard in one.task.shards]
         tars = np.asarray(own, dtype=np.int64)[one.places[:, 0]]
         places.append(np.column_stack([tars, one.places[:, 1:]]))
-        names.append(np.repeat(one.keys, np.diff(one.first_image)))
+        names.append(np.repeat(one.keys.astype(object), np.diff(one.first_image)))
     return ImageTable(
         shards=tuple(numbers), places=np.concatenate(places), names=np.concatenate(names)
     )
@@ -143,7 +200,7 @@ class ImageBatch(NamedTuple):
     """Images of a table, decoded."""
 
     rows: np.ndarray  # int64 [b], of the table
-    images: Tensor  # float32 [b, 3, size, size]; zeros for an image that cannot be decoded
+    images: Tensor  # [b, 3, size, size] as `ImageTransform.prepare` gives them; black for faults
     ids: np.ndarray  # uint64 [b], see `content_id`
     faults: list[tuple[int, str]]  # (row, what is wrong with the image)
 
@@ -168,6 +225,7 @@ class ImageDataset(Dataset[ImageBatch]):
         self.table = table
         self.transform = transform
         self.max_image_pixels = max_image_pixels
+        self._blank = transform.prepare(transform.blank())
 
     def __getitem__(self, row: int) -> ImageBatch:
         return self.__getitems__([row])
@@ -177,26 +235,41 @@ class ImageDataset(Dataset[ImageBatch]):
         prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
         for place, row in enumerate(rows):
             number, offset, size = self.table.places[row].tolist()
-            shard, data = self.table.shards[number], b""
+            shard, data, picture = self.table.shards[number], b"", self._blank
             try:
                 data = _read(shard, offset, size)
-                pixels = self.transform.decode(data, self.max_image_pixels)
+                picture = self._prepare(data)
             except OSError as error:
                 faults.append((row, f"{shard} cannot be read: {error.strerror}."))
-                pixels = self.transform.blank()
             except BadSampleError as error:
                 faults.append((row, f"{shard}: {self.table.names[row]}: {_fault(error)}"))
-                pixels = self.transform.blank()
             ids[place] = content_id(data)
-            prepared.append(self.transform.prepare(pixels))
-        images = torch.empty((len(rows), *prepared[0].shape), dtype=torch.float32)
-        for out, picture in zip(images, prepared, strict=True):
-            self.transform.finish(picture, out)
-        return ImageBatch(np.asarray(rows), images, ids, faults)
+            prepared.append(picture)
+        return ImageBatch(np.asarray(rows), torch.stack(prepared), ids, faults)
+
+    def _prepare(self, data: bytes) -> Tensor:
+        """Decode and resize, in bounded memory: a resize makes the shorter side that of the model.
+
+        Raises:
+            BadSampleError: it cannot be decoded or resized, or would be too large.
+        """
+        pixels = self.transform.decode(data, self.max_image_pixels)
+        sides = pixels.shape[:2] if isinstance(pixels, np.ndarray) else pixels.size
+        side = self._blank.shape[-1]
+        limit = max(self.max_image_pixels, _LONGEST_ASPECT * side**2)
+        if side**2 * max(sides) > limit * min(sides):
+            raise BadSampleError(
+                f"with more pixels than data.max_image_pixels once its shorter side has {side}"
+            )
+        try:
+            return self.transform.prepare(pixels)
+        except Exception as error:  # of torchvision, Pillow or torch, memory too
+            cause = str(error) or type(error).__name__
+            raise BadSampleError(f"whose image cannot be resized: {cause}") from None
 
 
 def _fault(error: BadSampleError) -> str:
-    if error.__cause__ is None:  # a limit, which the message names
+    if error.__cause__ is None:  # a limit or a step, which the message names
         return f"a sample {error}."
     cause = str(error.__cause__).partition(" <_io.")[0]  # Pillow names the bytes by their address
     return f"a sample {error}: {cause}. Copy this task again."

@@ -51,7 +51,7 @@ def score_probe(
     fitted = (train_images.cpu().numpy(), train.labels, images.cpu().numpy(), classes)
     if task.protocol == "linear_probe":
         probe = linear_probe(*fitted, options=options)
-        predictions = rank_classes(torch.from_numpy(probe.scores))
+        predictions = rank_classes(torch.from_numpy(probe.scores), labels)
         metrics, outcomes = classification_metrics(predictions, labels, classes)
         metrics["l2"] = probe.l2
         if probe.validation_accuracy is not None:

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siftclip.eval.aggregates import Average, averages, named_values
+from siftclip.eval.aggregates import Average, averages, group_members, named_values
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.eval.preparation import TaskFailure
 from siftclip.eval.resampling import average_interval, replicates
 from siftclip.eval.results import MAIN_METRIC, TaskResult
 from siftclip.eval.safe_tables import (
+    NARROW,
     NOTHING,
     cut,
     printable,
+    table_width,
     text_table,
     wrapped,
     write_csv_rows,
@@ -62,7 +64,8 @@ class Summary:
     def table(self) -> str:
         """For people: tasks by family, averages, what is missing, and what failed.
 
-        At most 100 columns wide, but for words that are longer. All characters are printable.
+        As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
+        the chance levels are left out. All characters are printable.
         """
         lines = _task_lines(self.results) if self.results else ["no results"]
         if self.averages:
@@ -148,6 +151,7 @@ def summarise(
         InputError: a task has two results, or see `averages`.
     """
     require_int("eval.resamples", resamples, minimum=0)
+    groups = group_members(groups)
     by_key = results_by_key(results)
     found = averages(
         {key: result.main_metric for key, result in by_key.items()},
@@ -199,9 +203,14 @@ def main_member(member: str, by_key: Mapping[str, TaskResult]) -> str:
 
 
 def chance_level(result: TaskResult) -> float | None:
-    """What guessing scores on the main metric, where DataComp's task list says so."""
+    """What guessing scores on the main metric, where DataComp's task list says so.
+
+    It depends on the frequency of the classes: a set of another size has another level.
+    """
     known = KNOWN_TASKS.get(result.key)
     if known is None or result.main_metric_name not in (known.main_metric, MAIN_METRIC):
+        return None
+    if result.samples and result.samples != known.samples:  # files of DataComp's do not say
         return None
     return known.chance
 
@@ -250,7 +259,9 @@ def _task_lines(results: Sequence[TaskResult]) -> list[str]:
             if result.family == family
         ]
     header = ("task", "n", "metric", "value", "95 % interval", "chance")
-    return text_table(header, rows, right=(1, 3, 5))
+    columns = len(header) - 1 if table_width() < NARROW else len(header)
+    shown = [row if isinstance(row, str) else row[:columns] for row in rows]
+    return text_table(header[:columns], shown, right=(1, 3, 5))
 
 
 def _average_intervals(

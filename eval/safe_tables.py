@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shutil
+import sys
 import textwrap
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,7 +16,10 @@ from typing import Any
 from siftclip.datamodules.files import atomic_path
 
 WIDTH = 100  # columns of a terminal that a table takes at most
+LEAST_WIDTH = 72  # also in narrower terminals
+NARROW = 92  # below this, tables leave columns out
 NOTHING = "-"  # a cell without a value
+_LEAST_NAME = 12  # columns of the first column, also where a table gets wider
 _INDENT, _GAP, _CUT = "  ", "  ", "..."
 # The start of what a spreadsheet may take for a cell, also where it splits at another separator
 # than the comma, and then what makes it a formula; the wide forms of = + - @ do so too.
@@ -31,6 +36,13 @@ def printable(text: str) -> str:
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
+
+
+def table_width() -> int:
+    """Columns that a table may take: those of the terminal, from `LEAST_WIDTH` to `WIDTH`."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return max(LEAST_WIDTH, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def spreadsheet_safe(text: str) -> str:
@@ -79,7 +91,7 @@ def text_table(
     right: Collection[int] = (),
     least: Sequence[int] = (),
 ) -> list[str]:
-    """Lines of aligned columns, at most `WIDTH` wide: what does not fit is cut from the first.
+    """Lines of aligned columns, at most `table_width` wide: the first is cut if they do not fit.
 
     Args:
         header: of the columns, at least one.
@@ -91,14 +103,15 @@ def text_table(
     for row in cells:
         row[0] = _INDENT + row[0]
     widths = [max(map(display_width, column)) for column in zip(header, *cells, strict=True)]
-    for column, width in enumerate(least):
-        widths[column] = max(widths[column], width)
+    for column, minimum in enumerate(least):
+        widths[column] = max(widths[column], minimum)
+    width = table_width()
     rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
-    widths[0] = min(widths[0], WIDTH - rest)
+    widths[0] = min(widths[0], max(_LEAST_NAME, width - rest))
     lines, following = [_line(header, widths, right)], iter(cells)
     for line in rows:
         if isinstance(line, str):
-            lines.append(cut(printable(line), WIDTH))
+            lines.append(cut(printable(line), width))
         else:
             lines.append(_line(next(following), widths, right))
     return lines
@@ -138,13 +151,13 @@ def cut(text: str, width: int) -> str:
 
 
 def wrapped(text: str) -> list[str]:
-    """Lines of at most `WIDTH` characters, all but the first indented; no word is split.
+    """Lines of at most `table_width` characters, all but the first indented; no word is split.
 
     So a long path can still be copied.
     """
     return textwrap.wrap(
         printable(text),
-        WIDTH,
+        table_width(),
         subsequent_indent=_INDENT,
         break_long_words=False,
         break_on_hyphens=False,

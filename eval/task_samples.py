@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +38,8 @@ LABEL_SUFFIXES: dict[TaskKind, str] = {
 }
 METADATA_SUFFIX = "npy"
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")  # clip_benchmark's order of preference
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +122,7 @@ def read_samples(task: Task, *, max_samples: int | None = None) -> TaskSamples:
         metadata=_stack_metadata(metadata, task),
     )
     _check_counts(samples)
+    _warn_of_classes(samples)
     if max_samples is None or len(samples) <= max_samples:
         return samples
     return samples.take(_lowest_hashes(keys, max_samples))
@@ -184,6 +189,9 @@ def _read_label(file: Any, sample: TarSample, task: Task, images: int, place: st
         raise InputError(f"{place}: the captions must be UTF-8 text: {error}.") from None
     if not captions:
         raise InputError(f"{place}: there must be at least one caption. The .txt member is empty.")
+    for number, caption in enumerate(captions, start=1):
+        if not caption.strip():
+            raise InputError(f"{place}: a caption must not be blank. Line {number} of .txt is.")
     return _Label(captions=captions)
 
 
@@ -276,6 +284,30 @@ def _check_counts(samples: TaskSamples) -> None:
                 f"{samples.task.root}: every sample must have as many {name} as the first, "
                 f"{counts[0]}. {samples.keys[odd[0]]} has {counts[odd[0]]}."
             )
+
+
+def _warn_of_classes(samples: TaskSamples) -> None:
+    """Point out classes that no model can tell apart, and those that nothing is asked about."""
+    task = samples.task
+    if not task.has_classes or task.special == "faces":  # whose lines name several objectives
+        return
+    equal = [name for name, count in Counter(task.classnames).items() if count > 1]
+    if equal:
+        log.warning(
+            "%s: these class names stand in more than one line, and zero-shot takes the first of "
+            "equal classes: %s",
+            task.name, ", ".join(map(repr, equal)),
+        )  # fmt: skip
+    # DataComp's tasks with metrics of their own do have classes without samples.
+    if task.kind == "classification" and task.special is None and samples.labels is not None:
+        classes = len(task.classnames)
+        empty = classes - len(np.unique(samples.labels))
+        if empty:
+            log.warning(
+                "%s: %d of %d classes have no sample in the split %r: do the class names belong "
+                "to these labels?",
+                task.name, empty, classes, task.split,
+            )  # fmt: skip
 
 
 def tar_of(samples: TaskSamples, image: int) -> Path:

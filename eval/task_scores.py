@@ -134,7 +134,8 @@ def _classification(samples: TaskSamples, images: Tensor, texts: TaskTexts) -> T
         return _faces(samples, images, texts)
     if samples.labels is None:
         raise RuntimeError("classification has labels")
-    predictions = predict_classes(images, texts.classifier(task.classnames, task.templates))
+    classifier = texts.classifier(task.classnames, task.templates)
+    predictions = predict_classes(images, classifier, samples.labels)
     metrics, outcomes = classification_metrics(predictions, samples.labels, len(task.classnames))
     if task.special is not None:
         if samples.metadata is None:

@@ -20,8 +20,9 @@ Image-caption selection with one image (SugarCrepe) is stored as retrieval by cl
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -83,6 +84,7 @@ class FoundTasks:
     tasks: tuple[Task, ...]
     missing: tuple[str, ...]  # names without a folder
     damaged: Mapping[str, str]  # why a task's folder cannot be read, by its name
+    available: tuple[str, ...]  # all that there are, also what was not asked for
 
     def complete(self) -> list[Task]:
         """The tasks, where each one that was asked for must be there.
@@ -97,12 +99,31 @@ class FoundTasks:
         return list(self.tasks)
 
 
+def require_names(option: str, value: object) -> list[str]:
+    """Return `value` as a list of names; one name may stand without a list.
+
+    Args:
+        option: the name that the user wrote.
+        value: a text, or a sequence of texts, which may be empty.
+
+    Raises:
+        InputError: it is something else, or a text is empty.
+    """
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) and n.strip() for n in names):
+        raise InputError(
+            f"{option} must be a name, or a list of names such as [cifar10,mnist]. Got {value!r}."
+        )
+    return list(names)
+
+
 def find_tasks(
     root: Path,
     names: Sequence[str] | None = None,
     *,
     split: str = "test",
     may_miss: bool = False,
+    option: str = "eval.tasks",
 ) -> FoundTasks:
     """The tasks below a folder, or the one task whose folder this is.
 
@@ -111,21 +132,25 @@ def find_tasks(
 
     Args:
         root: the folder.
-        names: which tasks, in this order; None means all, sorted by name.
+        names: which tasks, in this order, see `require_names`; None means all, sorted by name.
         split: the folder inside a task that holds the tars.
         may_miss: whether a name may have no folder, as with a suite that is there in part.
+        option: where the user wrote the names.
 
     Raises:
-        InputError: there is no task at all, a name is unknown or given twice. Tasks that were not
-            chosen are not looked at.
+        InputError: there is no task at all, or `names` are no names, or one is unknown or given
+            twice. Tasks that were not chosen are not looked at.
     """
     if not root.is_dir():
         raise InputError(
             f"eval.root must be a folder of tasks, or one task. {root} is not a folder."
         )
-    twice = [name for name, count in Counter(names or ()).items() if count > 1]
+    chosen = None if names is None else require_names(option, names)
+    if chosen == []:
+        raise InputError(f"{option} must name at least one task, or be null for all.")
+    twice = [name for name, count in Counter(chosen or ()).items() if count > 1]
     if twice:
-        raise InputError(f"eval.tasks must name each task once. Got {twice} more than once.")
+        raise InputError(f"{option} must name each task once. Got {twice} more than once.")
     folders = [root] if _is_task_folder(root, split) else _walk(root, split)
     if not folders:
         raise InputError(
@@ -133,27 +158,35 @@ def find_tasks(
             f"{split}/{NSHARDS_FILE}. There is neither in {root}."
         )
     by_name: dict[str, Path] = {}
+    damaged = dict[str, str]()
     for folder in folders:
-        other = by_name.setdefault(_task_name(folder), folder)
+        name = _task_name(folder)
+        other = by_name.setdefault(name, folder)
         if other is not folder:
-            raise InputError(
+            damaged[name] = (
                 f"Tasks must differ in more than the prefix {FOLDER_PREFIX} and the ending _test. "
-                f"{other} and {folder} are both {_task_name(folder)!r}."
+                f"{other} and {folder} are both {name!r}."
             )
-    wanted = sorted(by_name) if names is None else list(names)
+    wanted = sorted(by_name) if chosen is None else chosen
     missing = [name for name in wanted if name not in by_name]
     if missing and not may_miss:
         raise InputError(
-            f"eval.tasks must name tasks in {root}: {sorted(by_name)}. Got {missing[0]!r}."
+            f"{option} must name tasks in {root}: {sorted(by_name)}. Got {missing[0]!r}."
         )
-    tasks, damaged = list[Task](), dict[str, str]()
+    tasks = list[Task]()
+    damaged = {name: message for name, message in damaged.items() if name in wanted}
     for name in wanted:
-        if name in by_name:
+        if name in by_name and name not in damaged:
             try:
                 tasks.append(read_task(by_name[name], split=split))
             except InputError as error:
                 damaged[name] = str(error)
-    return FoundTasks(tasks=tuple(tasks), missing=tuple(missing), damaged=damaged)
+    return FoundTasks(
+        tasks=tuple(tasks),
+        missing=tuple(missing),
+        damaged=damaged,
+        available=tuple(sorted(by_name)),
+    )
 
 
 def _walk(folder: Path, split: str) -> list[Path]:
@@ -200,7 +233,7 @@ def read_task(root: Path, *, split: str = "test") -> Task:
         split=split,
         kind=kind,
         main_metric=MAIN_METRICS[kind] if known is None else known.main_metric,
-        shards=_find_shards(root / split),
+        shards=_find_shards(root, split),
         classnames=_read_lines(root / CLASSNAMES_FILE) if has_classes else (),
         templates=read_templates(root / TEMPLATES_FILE) if has_classes else (),
         special=None if known is None else known.special,
@@ -216,20 +249,34 @@ def with_texts(
     Raises:
         InputError: the task has no classes, or there are more or fewer names than it has.
     """
-    if not task.has_classes:
-        raise InputError(
-            f"eval.classnames and eval.templates are for tasks with classes. {task.name} is a "
-            f"{task.kind} task."
-        )
     if classnames is not None:
-        names = _read_lines(classnames)
+        option = f"eval.classnames.{task.name}"
+        names = _read_asked(option, classnames, task, _read_lines)
         if len(names) != len(task.classnames):
             raise InputError(
-                f"{classnames} must have a line for each of the {len(task.classnames)} classes of "
-                f"{task.name}. It has {len(names)}."
+                f"{option}: {classnames} must have a line for each of the {len(task.classnames)} "
+                f"classes of {task.name}. It has {len(names)}."
             )
         task = replace(task, classnames=names)
-    return task if templates is None else replace(task, templates=read_templates(templates))
+    if templates is not None:
+        option = f"eval.templates.{task.name}"
+        task = replace(task, templates=_read_asked(option, templates, task, read_templates))
+    return task
+
+
+def _read_asked(
+    option: str, path: Path, task: Task, read: Callable[[Path], tuple[str, ...]]
+) -> tuple[str, ...]:
+    """What a file holds that an option names; errors name the option too."""
+    if not task.has_classes:
+        raise InputError(f"{option} must be of a task with classes. This is a {task.kind} task.")
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise InputError(f"{option} must name a text file. {path} {problem}.")
+    try:
+        return read(path)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -251,7 +298,14 @@ def _read_kind(path: Path, default: str) -> TaskKind:
     raise InputError(f"{path} must say one of {list(get_args(TaskKind))}. It says {kind!r}.")
 
 
-def _find_shards(folder: Path) -> tuple[Path, ...]:
+def _find_shards(root: Path, split: str) -> tuple[Path, ...]:
+    folder = root / split
+    if not folder.is_dir():
+        others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        raise InputError(
+            f"{root} must have the folder {split!r} with {NSHARDS_FILE} and tars. "
+            + (f"Its folders are {others}." if others else "It has no folders.")
+        )
     path = folder / NSHARDS_FILE
     text = _read_text(path).strip()
     if not text.isdecimal() or int(text) < 1:
@@ -259,8 +313,13 @@ def _find_shards(folder: Path) -> tuple[Path, ...]:
     shards = []
     for number in range(int(text)):
         shard = folder / f"{number}.tar"
-        if not shard.is_file():
+        if not os.path.lexists(shard):
             raise InputError(f"{shard} does not exist, but {path} says that there are {text} tars.")
+        if not shard.is_file():
+            what = "a folder" if shard.is_dir() else "a link to nothing or no file at all"
+            raise InputError(f"{shard} must be a tar. It is {what}.")
+        if not os.access(shard, os.R_OK):
+            raise InputError(f"{shard} cannot be read: you lack the permission.")
         shards.append(shard)
     return tuple(shards)
 

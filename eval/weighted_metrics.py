@@ -49,8 +49,9 @@ def weighted_class_mean(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 def weighted_worst_cell(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
     """The lowest of the cells' means of `value`, as for worst groups in WILDS and DataComp.
 
-    On a resample it is a minimum over noisier means, so that replicates lie below the value of
-    the task on average.
+    On a resample it is a minimum over noisier means, so that it lies below the value of the task
+    on average, as that lies below the lowest of the true means; where one cell is clearly the
+    lowest, neither does. `resampling` takes off the first difference, and nothing the second.
 
     Args:
         arrays: as for `weighted_class_mean`.

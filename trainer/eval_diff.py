@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.eval.comparison import Comparison, compare_results
 from siftclip.eval.results import TaskResult, read_results
+from siftclip.eval.safe_tables import write_csv_records
+from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.stages import plain
 
@@ -17,12 +20,16 @@ RESULTS_NAME = "eval_results.jsonl"
 def diff_stage(config: DictConfig) -> Comparison:
     """Compare two results: run directories, or files `eval_results.jsonl`.
 
+    Only the tasks of `eval.tasks` are compared, if it is set. Rows are written to `diff.output`,
+    if it is set.
+
     Raises:
-        InputError: one is missing or has no results.
+        InputError: one is missing or has no results, or an option is wrong.
     """
-    a, b = (_read(config, name) for name in ("a", "b"))
     resamples = require_int("diff.resamples", config.diff.resamples, minimum=1)
-    return compare_results(
+    output = _output(config)
+    a, b = _chosen(config, *(_read(config, name) for name in ("a", "b")))
+    comparison = compare_results(
         a,
         b,
         plain(config.eval.groups),
@@ -30,6 +37,9 @@ def diff_stage(config: DictConfig) -> Comparison:
         name_b=str(config.diff.b),
         resamples=resamples,
     )
+    if output is not None:
+        write_csv_records(output, comparison.records())
+    return comparison
 
 
 def _read(config: DictConfig, name: str) -> list[TaskResult]:
@@ -37,9 +47,51 @@ def _read(config: DictConfig, name: str) -> list[TaskResult]:
         raise InputError(
             f"diff.{name} must name a run directory or its {RESULTS_NAME}: siftclip eval diff A B."
         )
-    path = Path(config.diff[name])
+    path = Path(str(config.diff[name]))
+    wanted = f"diff.{name} must name a run directory or its {RESULTS_NAME}"
+    if not path.exists():
+        raise InputError(f"{wanted}. {path} does not exist.")
     file = path / RESULTS_NAME if path.is_dir() else path
+    if not file.exists():
+        raise InputError(f"{wanted}. {path} has no {RESULTS_NAME}: siftclip eval writes it.")
+    if file.suffix != ".jsonl":  # the table beside it lacks what the metrics are made of
+        raise InputError(f"{wanted}, which lies beside the other files of a result. Got {path}.")
     results = read_results(file)
     if not results:
         raise InputError(f"diff.{name}={config.diff[name]!r} has no results in {file}.")
     return results
+
+
+def _chosen(
+    config: DictConfig, a: list[TaskResult], b: list[TaskResult]
+) -> tuple[list[TaskResult], list[TaskResult]]:
+    """The results of the tasks that `eval.tasks` names."""
+    if config.eval.tasks is None:
+        return a, b
+    names = require_names("eval.tasks", plain(config.eval.tasks))
+    if not names:
+        raise InputError("eval.tasks must name at least one task, or be null for all.")
+    known = dict.fromkeys(result.key for result in (*a, *b))
+    unknown = [name for name in names if name not in known]
+    if config.eval.suite is not None and len(unknown) == len(names):
+        raise InputError(
+            f"None of the {len(names)} tasks of eval={config.eval.suite} has a result: the results "
+            f"are of {sorted(known)}."
+        )
+    if unknown and config.eval.suite is None:  # a suite may be there in part
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(
+            f"eval.tasks must name tasks that have results: {sorted(known)}. "
+            f"Got {unknown[0]!r}.{hint}"
+        )
+    return [one for one in a if one.key in names], [one for one in b if one.key in names]
+
+
+def _output(config: DictConfig) -> Path | None:
+    if config.diff.output is None:
+        return None
+    path = Path(str(config.diff.output))
+    if path.suffix != ".csv" or path.is_dir():
+        raise InputError(f"diff.output must be a file that ends with .csv, or null. Got {path}.")
+    return path

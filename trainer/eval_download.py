@@ -9,9 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.eval.checksums import read_checksums, verify_task
+from siftclip.eval.checksums import read_checksums, verify_task, wrong_sizes
 from siftclip.eval.convert_tasks import convert_task
-from siftclip.eval.download import download_source, download_task
+from siftclip.eval.download import download_source, download_task, locked
 from siftclip.eval.known_tasks import KNOWN_TASKS, KnownTask
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.stages import plain
@@ -89,18 +89,22 @@ def _tasks(config: DictConfig) -> list[KnownTask]:
 
 def _converted(config: DictConfig, task: KnownTask, folder: Path, workers: int) -> str:
     """Download a task that is not in our layout, and bring it into it."""
-    if read_checksums(folder) is not None and not (config.download.verify and verify_task(folder)):
-        return "there already"
-    source = folder.parent / SOURCES_FOLDER / folder.name
-    download_source(
-        task.repository,
-        source,
-        revision=PARQUET_REVISION,
-        workers=workers,
-        progress=config.progress,
-    )
+    known = read_checksums(folder)
+    if known is not None:
+        damaged = verify_task(folder) if config.download.verify else wrong_sizes(folder, known)
+        if not damaged:
+            return "there already"
     if task.kind == "classification":
         raise RuntimeError("only retrieval and association are converted")
-    samples = convert_task(source, folder, task.kind)
-    shutil.rmtree(source)
+    source = folder.parent / SOURCES_FOLDER / folder.name
+    with locked(folder):
+        download_source(
+            task.repository,
+            source,
+            revision=PARQUET_REVISION,
+            workers=workers,
+            progress=config.progress,
+        )
+        samples = convert_task(source, folder, task.kind)
+        shutil.rmtree(source)
     return f"{samples:,} samples, converted"

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from torch import nn
 
-from siftclip.datamodules.clip_models import ClipModel, load_clip_model
+from siftclip.datamodules.clip_models import ClipModel
 from siftclip.eval.aggregates import averages
 from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
 from siftclip.eval.preparation import PreparedTasks, prepare_tasks
@@ -23,7 +23,7 @@ from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.evaluation import eval_options, tasks_from
 from siftclip.trainer.module import ClipTraining
-from siftclip.trainer.sharding import is_sharded, whole_state
+from siftclip.trainer.sharding import whole_state
 from siftclip.trainer.stages import plain
 
 PREFIX = "eval_during/"
@@ -46,6 +46,7 @@ class EvaluateDuring(Callback):
         every_n_steps: int,
         options: EvalOptions,
         groups: Mapping[str, Sequence[str]],
+        whole: nn.Module | None = None,
     ) -> None:
         """Set what is evaluated, and when.
 
@@ -55,12 +56,14 @@ class EvaluateDuring(Callback):
             every_n_steps: optimizer steps between two evaluations.
             options: how.
             groups: averages to log. Those whose tasks are not all there are left out.
+            whole: a copy of the model that takes in sharded weights; None where none are sharded.
         """
         self.clip = clip
         self.tasks = tasks
         self.every_n_steps = every_n_steps
         self.options = replace(options, resamples=0)
         self.groups = groups
+        self.whole = whole
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
@@ -88,9 +91,10 @@ class EvaluateDuring(Callback):
 
     def _evaluated(self, module: ClipTraining) -> ClipModel:
         model = module.model if module.ema is None else module.ema.averaged
-        if not is_sharded(module):
+        if self.whole is None:
             return replace(self.clip, model=model)
-        return replace(self.clip, model=_gathered(self.clip, model, module.device))
+        self.whole.load_state_dict(whole_state(model))
+        return replace(self.clip, model=self.whole)
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
         values = {result.key: result.main_metric for result in evaluation.results}
@@ -102,17 +106,8 @@ class EvaluateDuring(Callback):
         return {name: value for name, value in found.items() if value is not None}
 
 
-def _gathered(clip: ClipModel, sharded: nn.Module, device: torch.device) -> nn.Module:
-    """A whole copy of a sharded model, on every rank."""
-    state = whole_state(sharded)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        whole = load_clip_model("gathered", architecture=clip.config["model_cfg"]).model
-    whole.load_state_dict(copy.deepcopy(state))
-    return whole.to(device)
-
-
 def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring | None:
-    """The callback that the configuration asks for, if any.
+    """The callback that the configuration asks for, if any. Before the model is wrapped.
 
     Raises:
         InputError: an option is wrong, or a task is missing or damaged.
@@ -123,8 +118,7 @@ def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring 
     require_int("eval.during.every_n_steps", during.every_n_steps, minimum=1)
     if during.max_samples is not None:
         require_int("eval.during.max_samples", during.max_samples, minimum=1)
-    names = plain(during.tasks)
-    found = tasks_from(config, [names] if isinstance(names, str) else names)
+    found = tasks_from(config, during=True)
     if found.missing:
         log.warning("eval.during: there is no folder of %s", ", ".join(found.missing))
     for message in found.damaged.values():
@@ -143,4 +137,5 @@ def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring 
         every_n_steps=during.every_n_steps,
         options=options,
         groups=plain(config.eval.groups),
+        whole=copy.deepcopy(clip.model) if config.trainer.strategy == "fsdp" else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,19 +15,21 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
 from siftclip.datamodules.files import identity_hash
+from siftclip.eval.aggregates import check_groups
 from siftclip.eval.error_analysis import (
+    ENDINGS,
     details_path,
     may_have,
     write_details,
     write_predictions,
 )
-from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
+from siftclip.eval.evaluate import EvalOptions, ScoredTask, evaluate_tasks
 from siftclip.eval.linear_probe import ProbeOptions
 from siftclip.eval.preparation import TaskFailure
 from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.report import Summary, summarise, write_csv
 from siftclip.eval.results import read_results
-from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, with_texts
+from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, require_names, with_texts
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.cores import share_cores, worker_count
@@ -35,17 +37,15 @@ from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.selection_ranks import selection_ranks
 from siftclip.trainer.stages import output_root, plain
 
-DETAILS = "eval_details"  # the folder of predictions and tables by class, beside the results
-
 log = logging.getLogger(__name__)
 
 
-def tasks_from(config: DictConfig, names: Sequence[str] | None = None) -> FoundTasks:
+def tasks_from(config: DictConfig, *, during: bool = False) -> FoundTasks:
     """The tasks that the configuration names, under all of its protocols.
 
     Args:
         config: of the command.
-        names: which tasks, in place of `eval.tasks`.
+        during: those of `eval.during`, which are zero-shot alone.
 
     Raises:
         InputError: an option is wrong, or there is no task at all.
@@ -56,36 +56,53 @@ def tasks_from(config: DictConfig, names: Sequence[str] | None = None) -> FoundT
             "eval.root must name a folder of tasks in clip_benchmark's webdataset layout, "
             "for example eval.root=/data/tasks. siftclip eval download gets DataComp's."
         )
-    wanted = names if names is not None else plain(settings.tasks)
+    wanted, option = plain(settings.tasks), "eval.tasks"
+    if during and settings.during.tasks is not None:
+        wanted, option = plain(settings.during.tasks), "eval.during.tasks"
     found = find_tasks(
-        Path(settings.root),
-        [wanted] if isinstance(wanted, str) else wanted,
-        may_miss=settings.suite is not None,
+        _folder(settings.root), wanted, option=option, may_miss=settings.suite is not None
     )
     if not found.tasks and not found.damaged:
         raise InputError(
             f"eval.root={settings.root!r} has none of the {len(found.missing)} tasks of "
             f"eval={settings.suite}. siftclip eval download gets them."
         )
+    if not during:
+        names = [*found.available, *found.missing]
+        check_groups(plain(settings.groups), names, suite=settings.suite is not None)
     texts = {"classnames": plain(settings.classnames), "templates": plain(settings.templates)}
-    known = {task.name for task in found.tasks}
-    for option, files in texts.items():
-        for name in files:
-            if name not in known:
-                raise InputError(
-                    f"eval.{option} must name tasks that are evaluated: {sorted(known)}. "
-                    f"Got {name!r}."
-                )
+    _check_texts(texts, found, others_may_be=during)
     tasks = []
     for task in found.tasks:
         files = {option: Path(by[task.name]) for option, by in texts.items() if task.name in by}
         tasks.append(with_texts(task, **files) if files else task)
-    return replace(found, tasks=tuple(_under_protocols(config, tasks)))
+    return replace(found, tasks=tuple(tasks if during else _under_protocols(config, tasks)))
+
+
+def _folder(root: Any) -> Path:
+    if not isinstance(root, str):
+        raise InputError(f"eval.root must be the path of a folder. Got {plain(root)!r}.")
+    return Path(root)
+
+
+def _check_texts(
+    texts: Mapping[str, Mapping[str, Any]], found: FoundTasks, *, others_may_be: bool
+) -> None:
+    known = {*(task.name for task in found.tasks), *found.missing, *found.damaged}
+    for option, files in texts.items():
+        for name, file in files.items():
+            if name not in known and not others_may_be:
+                raise InputError(
+                    f"eval.{option} must name tasks that are evaluated: {sorted(known)}. "
+                    f"Got {name!r}."
+                )
+            if not isinstance(file, str) or not Path(file).is_file():
+                raise InputError(f"eval.{option}.{name} must be a text file. Got {file!r}.")
 
 
 def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
     """The tasks as they are, and those that a probe can be fitted on once more for each probe."""
-    chosen = plain(config.eval.protocols)
+    chosen = require_names("eval.protocols", plain(config.eval.protocols))
     unknown = [name for name in chosen if name not in get_args(Protocol)]
     if unknown or not chosen:
         raise InputError(
@@ -201,7 +218,7 @@ def eval_stage(
     options = eval_options(config)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
     share_cores(options.num_workers)
-    details = None if results_path is None else results_path.with_name(DETAILS)
+    details = None if results_path is None else details_folder(results_path)
     evaluation = evaluate_tasks(
         clip,
         found.tasks,
@@ -210,6 +227,7 @@ def eval_stage(
         ranks=share.ranks,
         results_path=results_path,
         again=[] if details is None else _without_details(config, found.tasks, details),
+        on_scored=None if details is None else _write_details(config, details),
     )
     damaged = [TaskFailure(key=name, message=text) for name, text in found.damaged.items()]
     summary = summarise(
@@ -219,14 +237,28 @@ def eval_stage(
         failures=[*damaged, *evaluation.failures],
         resamples=options.resamples if share.ranks.rank == 0 else 0,
     )
-    if results_path is not None and details is not None and share.ranks.rank == 0:
+    if results_path is not None and share.ranks.rank == 0:
         write_csv(results_path.with_suffix(".csv"), _whole(config, results_path, summary))
-        for scored in evaluation.scored.values():
-            if config.eval.details:
-                write_details(details, scored)
-            if config.eval.predictions:
-                write_predictions(details, scored)
     return summary
+
+
+def details_folder(results_path: Path) -> Path:
+    """Where predictions and tables by class are, beside the results."""
+    return results_path.with_name(f"{results_path.stem}_details")
+
+
+def _write_details(config: DictConfig, folder: Path) -> Callable[[ScoredTask], None]:
+    """What writes the details of a task that are wanted, in place of those of an earlier model."""
+
+    def write(scored: ScoredTask) -> None:
+        for ending in ENDINGS:
+            details_path(folder, scored.samples.task, ending).unlink(missing_ok=True)
+        if config.eval.details:
+            write_details(folder, scored)
+        if config.eval.predictions:
+            write_predictions(folder, scored)
+
+    return write
 
 
 def _whole(config: DictConfig, path: Path, summary: Summary) -> Summary:
@@ -248,6 +280,13 @@ def run_summary(config: DictConfig, run: RunDir) -> Summary:
     return summarise(
         read_results(run.results), plain(config.eval.groups), resamples=config.eval.resamples
     )
+
+
+def failed_tasks(config: DictConfig, run: RunDir) -> list[str]:
+    """The tasks of the configuration that are there, and of which a finished run has no result."""
+    found = tasks_from(config)
+    done = {result.key for result in read_results(run.results)}
+    return [*(task.name for task in found.tasks if task.name not in done), *found.damaged]
 
 
 def results_path_for(config: DictConfig) -> Path:

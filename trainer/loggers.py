@@ -139,6 +139,8 @@ def log_tables(loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]]
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for key, records in tables.items():
+                if not records:
+                    continue
                 columns = list(records[0])
                 rows = [[record[column] for column in columns] for record in records]
                 logger.log_table(key=key, columns=columns, data=rows)

@@ -210,9 +210,9 @@ def _fit(
     if config.online.cadence == "every_step":
         schedule_from(config).check_length(budget.total_steps)
     clip, online = parts.clip, build_online(parts, budget.total_steps)
+    during = evaluate_during_from(config, clip)
     module = training_module(config, clip, selected, loss_data, budget, online)
     stop = StopOnSignal()
-    during = evaluate_during_from(config, clip)
     trainer = make_trainer(
         config,
         folder=run.path,

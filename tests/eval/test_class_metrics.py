@@ -106,6 +106,35 @@ def test_hand_computed() -> None:
     assert metrics["mean_per_class_recall"] == pytest.approx((2 / 3 + 0) / 2)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 9), st.integers(0, 999))
+def test_scores_and_ranks(classes: int, samples: int, chunk: int, seed: int) -> None:
+    """Against a loop, with many ties, and in blocks of any size."""
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, 4, (samples, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, samples)
+    found = predict_classes(
+        torch.eye(samples), torch.from_numpy(logits).double() / 100, labels, chunk_samples=chunk
+    )
+    assert found.label_score is not None
+    assert found.label_rank is not None
+    assert found.scores.dtype == found.label_score.dtype == np.float32
+    assert found.label_rank.dtype == np.int64
+    np.testing.assert_array_equal(found.scores, np.take_along_axis(logits, found.top, axis=1))
+    for i in range(samples):
+        own = logits[i, labels[i]]
+        assert found.label_score[i] == own
+        assert found.label_rank[i] == sum(other > own for other in logits[i])
+        assert found.scores[i].tolist() == sorted(logits[i], reverse=True)[: len(found.top[i])]
+    without = predict_classes(torch.eye(samples), torch.from_numpy(logits) / 100)
+    assert without.label_score is without.label_rank is None
+    np.testing.assert_array_equal(without.top, found.top)
+    with pytest.raises(InputError, match=rf"from 0 to {classes - 1}"):
+        predict_classes(torch.eye(samples), torch.from_numpy(logits), labels + classes)
+    with pytest.raises(InputError, match=rf"int64 \[{samples}\]"):
+        predict_classes(torch.eye(samples), torch.from_numpy(logits), labels[:-1])
+
+
 def test_one_sample() -> None:
     metrics, outcomes = classification_metrics(
         predictions_of(torch.tensor([[0.0, 1.0]])), np.array([1]), 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from siftclip.eval.comparison import Comparison, compare_results
+from siftclip.eval.comparison import compare_results
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.paired_tests import compare_task, holm
 from siftclip.eval.results import MAIN_METRIC, TaskResult
@@ -93,10 +93,15 @@ def test_a_planted_difference_is_found() -> None:
     assert low < record["difference"] < high
     text = " ".join(found.verdict())
     correction = "differences are significant at 5 % after Holm's correction"
-    assert text.startswith(f"tasks: 1 of 4 {correction}, 1 for b and 0 for a ")
-    assert text.endswith(f"averages: 2 of 2 {correction}, 2 for b and 0 for a")
+    assert text.startswith(f"tasks: 1 of 4 {correction}, 1 for b and 0 for a b is better on Birds ")
+    assert f"averages: 2 of 2 {correction}, 2 for b and 0 for a b is better on all, wings " in text
+    assert "resampling the test images 2,000 times; so it is never below 0.001, nor" in " ".join(
+        text.split()
+    )
+    assert "train several seeds of each (siftclip compare)" in " ".join(text.split())
     worse = compare_results(b, a, GROUPS, resamples=2000, seed=3)
-    assert "0 for b and 1 for a" in " ".join(worse.verdict())
+    assert "0 for b and 1 for a a is better on Birds " in " ".join(worse.verdict())
+    assert "shown to be better" not in text
     assert worse.tasks[0].value == -(found.tasks[0].value or 0)
 
 
@@ -116,6 +121,11 @@ def test_an_average_is_over_the_tasks_that_can_be_compared() -> None:
     assert (top.value, top.test, top.note) == (0, None, "1 of 1")
     assert found.only_a == ("frogs",)
     assert found.only_b == ()
+    shared = compare_results(a, b[:3], {"frogs": ["frogs:acc5"], "some": ["dogs"]}, resamples=10)
+    assert [one.title for one in shared.averages] == ["some (partial)"]  # dogs cannot be compared
+    without = compare_results(a, b[:1], {"frogs": ["frogs"]}, resamples=100)
+    assert without.averages == ()
+    assert "average" not in without.table().replace("or of averages", "")
     assert [one.value is None for one in found.tasks] == [False, True, True]
 
 
@@ -162,19 +172,27 @@ TABLE = r"""
 a = first
 b = second\n
 
-task                  a       b    b - a  95 % interval            p   Holm p   McNemar
+task                  a       b    b - a  95 % interval        Holm p       p   McNemar
 Own tasks
-  Birds          0.2500  0.7500  +0.5000  -                        -       -          -
-  Cars           0.5000  0.5000  +0.0000  [+0.0000, +0.0000]  1.0000  1.0000     1.0000
+  Birds          0.2500  0.7500  +0.5000  -                        -        -         -
+  Cars           0.5000  0.5000  +0.0000  [+0.0000, +0.0000]  1.0000   1.0000    1.0000
 
-average               a       b    b - a  95 % interval            p   Holm p     tasks
-  all (partial)  0.3750  0.6250  +0.2500  -                        -       -     2 of 3
+average               a       b    b - a  95 % interval        Holm p       p     tasks
+  all (partial)  0.3750  0.6250  +0.2500  -                        -        -    2 of 3
 
 only in a: dogs
 only in b: frogs
 not tested: birds: what the metric is made of is not kept for both models
 tasks: 0 of 1 differences are significant at 5 % after Holm's correction, 0 for b and 0 for a
+Neither is shown to be better; that does not show that they are equal.
 averages: no difference was tested
+p: how often models that are equally good would differ by as much, by resampling the test images 100
+  times; so it is never below 0.02, nor below McNemar's. Holm p: p corrected for the number of
+  tasks, or of averages; go by this one, * marks those of at most 0.05. McNemar: an exact p value
+  from the images that one model only has right, for accuracies; not corrected.
+This is about these two models on other test images of the same kind, not about the methods that
+  made them: another seed of training moves the values too. To compare methods, train several seeds
+  of each (siftclip compare).
 """.strip()
 
 
@@ -215,12 +233,38 @@ def test_too_few_resamples_for_the_number_of_tests_are_pointed_out() -> None:
     assert "0 of 4" in verdict(158)
 
 
+def test_many_names_are_shortened() -> None:
+    rng = np.random.default_rng(0)
+    a, b = [], []
+    for i in range(15):
+        hits = rng.random(200) < 0.2
+        one = make_result("birds", hits)
+        a.append(replace(one, key=f"t{i}", dataset=f"t{i}"))
+        more = make_result("birds", hits | (rng.random(200) < 0.5))
+        b.append(replace(more, key=f"t{i}", dataset=f"t{i}"))
+    found = compare_results(a, b, {}, resamples=2000)
+    text = " ".join(" ".join(found.verdict()).split())
+    assert "15 for b and 0 for a b is better on t0, t1, " in text
+    assert "t10, t11 and 3 more " in text
+
+
+@pytest.mark.parametrize("columns", [60, 80, 91, 92, 200])
+def test_a_narrow_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = make_models(0.5, n=40)
+    a, b = ([replace(one, dataset=one.key * 20 + one.key) for one in each] for each in (a, b))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = compare_results(a, b, GROUPS, resamples=200).table()
+    assert max(map(display_width, text.splitlines())) <= min(100, max(72, columns))
+    header = next(line for line in text.splitlines() if line.startswith("task"))
+    assert "Holm p" in header
+    assert ("McNemar" in header) == (columns >= 92) == ("in a wider terminal" not in text)
+    assert all(f"{key} " in text for key in KEYS)
+
+
 def test_nothing_in_common() -> None:
     a, b = make_models(0.0, n=5)
-    found = compare_results(a[:1], b[1:2], GROUPS, resamples=10)
-    assert isinstance(found, Comparison)
-    assert found.tasks == ()
-    assert "only in a: birds\nonly in b: cars\n" in found.table()
-    assert [one.test for one in found.averages] == [None, None]
+    with pytest.raises(InputError, match=r"at least one task in common .*has birds; .*has cars\."):
+        compare_results(a[:1], b[1:2], GROUPS, resamples=10)
     with pytest.raises(InputError, match="'birds' has two"):
         compare_results([a[0], a[0]], b, {})

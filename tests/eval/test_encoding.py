@@ -76,6 +76,35 @@ def test_features_are_those_of_the_model(ready: ClipModel, table: ImageTable) ->
     np.testing.assert_allclose(texts, expected, atol=2e-6)
 
 
+class Whole:
+    """A transform that cannot be taken apart."""
+
+    def __init__(self, clip: ClipModel) -> None:
+        self.transform = clip.eval_transform
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return self.transform(image)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_the_model_gets_the_pixels_of_its_transform(
+    ready: ClipModel, table: ImageTable, whole: bool, workers: int
+) -> None:
+    """To the bit, whether loaders send uint8 or what the transform gave."""
+    given: list[torch.Tensor] = []
+    model: Any = ready.model
+    model.visual.register_forward_pre_hook(lambda _, images: given.append(images[0]))
+    asked = replace(ready, eval_transform=Whole(ready)) if whole else ready
+    encode(asked, table, [np.arange(len(table))], num_workers=workers)
+    pictures = [ready.eval_transform(decode_image(data, 10**6)) for data in read_images(table)]
+    seen = torch.cat(given)
+    assert seen.dtype == torch.float32
+    assert all(images.is_contiguous() for images in given)
+    assert torch.equal(seen, torch.stack(pictures))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_change_nothing(
     ready: ClipModel, table: ImageTable, run_on_ranks: RunOnRanks, size: int

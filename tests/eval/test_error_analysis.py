@@ -76,7 +76,7 @@ def classified(
     labels = rng.integers(0, classes - 1, count)  # the last class has no sample
     logits = torch.from_numpy(rng.normal(size=(count, classes)).astype(np.float32))
     logits[np.arange(count), labels] += 1
-    predictions = rank_classes(logits)
+    predictions = rank_classes(logits, labels)
     samples = make_samples(count=count, classnames=classnames, labels=labels, **fields)
     return score(samples, classification_metrics(predictions, labels, classes), predictions), logits
 
@@ -99,7 +99,7 @@ def test_predictions_of_classes(tmp_path: Path) -> None:
     table = read(path)
     assert list(table) == [
         "key", "tar", "label", "label_name", "prediction", "prediction_name", "correct",
-        "top5_names", "metadata",
+        "score", "label_score", "label_rank", "top5_names", "top5_scores", "metadata",
     ]  # fmt: skip
     assert table["key"].tolist() == scored.samples.keys.tolist()
     assert table["tar"].tolist() == ["test/0.tar", "test/1.tar"] * 20
@@ -110,6 +110,15 @@ def test_predictions_of_classes(tmp_path: Path) -> None:
         assert row.prediction_name == NAMES[row.prediction]
         assert row.correct == (row.label == row.prediction)
         assert list(row.top5_names) == [NAMES[c] for c in order]
+    scores = np.stack(table["top5_scores"].to_list())
+    np.testing.assert_array_equal(scores, -np.sort(-logits.numpy(), axis=1)[:, :5])
+    of_label = logits.numpy()[np.arange(40), table["label"]]
+    assert table["score"].tolist() == scores[:, 0].tolist()
+    assert table["label_score"].tolist() == of_label.tolist()
+    assert table["score"].dtype == table["label_score"].dtype == scores.dtype == np.float32
+    ranks = [sum(one > own for one in row) for row, own in zip(logits, of_label, strict=True)]
+    assert table["label_rank"].tolist() == ranks
+    assert ((table["label_rank"] == 0) == table["correct"]).all()
     assert table["correct"].mean() == scored.scores.metrics["acc1"]
     assert np.stack(table["metadata"].to_list()).tolist() == metadata.tolist()
 
@@ -118,6 +127,8 @@ def test_predictions_of_few_classes(tmp_path: Path) -> None:
     scored, _ = classified(classnames=("a", "b", "c"))
     table = read(write_predictions(tmp_path, scored))
     assert [*map(list, table["top5_names"])] == [[name] for name in table["prediction_name"]]
+    assert [*map(list, table["top5_scores"])] == [[score] for score in table["score"]]
+    assert set(table["label_rank"]) == {0, 1, 2}
     assert "metadata" not in table
 
 

@@ -23,7 +23,7 @@ from clip_benchmark.metrics import (
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.reader import decode_image
-from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
+from siftclip.eval.evaluate import EvalOptions, Evaluation, ScoredTask, evaluate_tasks
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.identities import fingerprint, model_identity
 from siftclip.eval.preparation import prepare_tasks
@@ -46,6 +46,7 @@ def evaluate(
     ranks: Ranks | None = None,
     results_path: Path | None = None,
     again: Sequence[str] = (),
+    on_scored: Callable[[ScoredTask], None] | None = None,
     **options: Any,
 ) -> Evaluation:
     return evaluate_tasks(
@@ -55,6 +56,7 @@ def evaluate(
         ranks=ranks,
         results_path=results_path,
         again=again,
+        on_scored=on_scored,
     )
 
 
@@ -212,9 +214,10 @@ def test_another_main_metric_and_title(task_root: Path, clip: ClipModel) -> None
     assert result.outcomes.statistic == "class_mean"
     (result,) = run(clip, [replace(things, main_metric=None)])
     assert (result.main_metric, result.outcomes, result.interval) == (None, None, None)
-    found = evaluate(clip, [replace(things, main_metric="f1")])
+    scored: list[Any] = []
+    found = evaluate(clip, [replace(things, main_metric="f1")], on_scored=scored.append)
     (failure,) = found.failures
-    assert found.scored == {}
+    assert scored == []
     assert "main metric of things must be one of ['acc1', " in failure.message
 
 
@@ -226,20 +229,17 @@ def test_a_training_run_is_not_disturbed(tasks: list[Task], clip: ClipModel) -> 
     state = {key: value.clone() for key, value in model.state_dict().items()}
     random_states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     torch.set_float32_matmul_precision("medium")
-    inside: set[tuple[str, bool]] = set()
+    inside: set[str] = set()
     hook = model.visual.register_forward_hook(
-        lambda *_: inside.add(
-            (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-        )
+        lambda *_: inside.add(torch.get_float32_matmul_precision())
     )
     try:
         run(clip, tasks, num_workers=1)
         assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32
     finally:
         hook.remove()
         torch.set_float32_matmul_precision("highest")
-    assert inside == {("highest", False)}
+    assert inside == {"highest"}
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_states[0])
@@ -260,7 +260,6 @@ def test_the_mode_is_restored_after_an_error(tasks: list[Task], clip: ClipModel)
     hook.remove()
     assert model.training
     assert torch.is_grad_enabled()
-    assert torch.backends.cudnn.allow_tf32
 
 
 def test_fp32_whatever_is_around(tasks: list[Task], clip: ClipModel) -> None:

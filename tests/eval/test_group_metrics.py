@@ -26,7 +26,8 @@ FIELDS = {"iwildcam": 9, "camelyon17": 3, "fmow": 3, "dollar_street": 3, "geode"
 def predicting(*best: int, classes: int = 8) -> ClassPredictions:
     """The best class of each sample; the next ones are the classes after it, around the circle."""
     order = (np.array(best)[:, None] + np.arange(classes)) % classes
-    return ClassPredictions(top=order[:, : 5 if classes >= 5 else 1], argmax=order[:, 0])
+    top = order[:, : 5 if classes >= 5 else 1]
+    return ClassPredictions(top=top, scores=np.zeros(top.shape, np.float32), argmax=order[:, 0])
 
 
 def worst_cell(outcome: Outcomes) -> float:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
+from sklearn.metrics import f1_score
 
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.paired_tests import (
@@ -15,6 +16,8 @@ from siftclip.eval.paired_tests import (
     compare_average,
     compare_task,
     holm,
+    permutation_p_value,
+    swapped_differences,
 )
 from siftclip.eval.resampling import interval
 from siftclip.selectors.errors import InputError
@@ -75,7 +78,7 @@ def test_pairing_narrows_the_interval() -> None:
     assert test.replicates.std() == pytest.approx((y - x).std() / np.sqrt(3000), rel=0.05)
     assert test.replicates.mean() == pytest.approx(test.difference, abs=1e-3)
     assert test.replicates.std() < 0.5 * np.hypot(x.std(), y.std()) / np.sqrt(3000)
-    assert test.interval == interval(test.replicates)
+    assert test.interval == interval(test.replicates, point=test.difference, lowest=-1)
     assert test.units == 3000
 
 
@@ -165,6 +168,102 @@ def test_p_value_against_arithmetic() -> None:
     assert bootstrap_p_value(np.array([1.0] * 9 + [np.nan] * 10)) is None
 
 
+def few_differ(statistic: str, value: np.ndarray) -> Outcomes:
+    """Cells of 10 units; as f1_macro, two labels, and right where the value is 1."""
+    numbers = np.arange(len(value))
+    arrays = {"value": value.astype(np.float32), "cell": numbers // 10}
+    if statistic == "f1_macro":
+        label = numbers % 2
+        arrays = {"predicted": np.where(value == 1, label, 1 - label), "label": label}
+    return Outcomes(statistic=statistic, arrays=arrays)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("statistic", ["mean", "class_mean", "f1_macro"])
+def test_five_units_are_not_enough(statistic: str) -> None:
+    value = np.arange(300) % 3 == 0
+    better = value.copy()
+    better[[1, 31, 92, 172, 262]] = True
+    a, b = few_differ(statistic, value), few_differ(statistic, better)
+    test = compare_task(a, b, make_units(300), make_units(300), resamples=4000)
+    assert (bootstrap_p_value(test.replicates) or 1) < 0.03
+    # all five swaps the one way or the other: 2 / 2^5
+    assert test.p_value == pytest.approx(0.0625, abs=0 if statistic == "mean" else 0.015)
+    average = compare_average({"one": test, "same": test}, ["one", "same"])
+    assert average is not None
+    assert average.p_value == pytest.approx(0.0625, abs=0.015)
+
+
+@pytest.mark.parametrize("statistic", ["class_mean", "worst_cell"])
+def test_few_differing_units_are_rejected_at_the_level(statistic: str) -> None:
+    rng = np.random.default_rng(9)
+    bootstrap = rejected = 0
+    trials = 60
+    for trial in range(trials):
+        a = (rng.random(120) < 0.5).astype(float)
+        b, differing = a.copy(), rng.permutation(120)[:8]
+        b[differing] = rng.random(8) < 0.5
+        a[differing] = 1 - b[differing]
+        units = make_units(120, trial * 120)
+        test = compare_task(
+            few_differ(statistic, a), few_differ(statistic, b), units, units, resamples=300
+        )
+        bootstrap += (bootstrap_p_value(test.replicates) or 1) <= 0.05
+        rejected += (test.p_value or 0) <= 0.05
+    assert rejected <= binom.ppf(0.999, trials, 0.05)
+    assert rejected <= bootstrap
+
+
+def test_swaps_against_all_of_them() -> None:
+    rng = np.random.default_rng(10)
+    label = rng.integers(0, 3, 40)
+    first = np.where(rng.random(40) < 0.6, label, rng.integers(0, 3, 40))
+    second = first.copy()
+    second[:5] = (first[:5] + rng.integers(1, 3, 5)) % 3
+    a, b = (
+        Outcomes(statistic="f1_macro", arrays={"predicted": one, "label": label})
+        for one in (first, second)
+    )
+    every = []
+    for number in range(2**5):
+        swap = np.zeros(40, dtype=bool)
+        swap[:5] = number >> np.arange(5) & 1
+        turned = (np.where(swap, second, first), np.where(swap, first, second))
+        scores = [f1_score(label, one, average="macro", labels=[0, 1, 2]) for one in turned]
+        every.append(scores[1] - scores[0])
+    drawn = swapped_differences(a, b, make_units(40), resamples=3000, seed=0)
+    assert drawn is not None
+    assert drawn.shape == (3000,)
+    nearest = np.abs(drawn[:, None] - np.array(every)).argmin(axis=1)
+    np.testing.assert_allclose(drawn, np.array(every)[nearest], atol=1e-9)
+    exact = np.mean(np.abs(every) >= abs(every[0]) - 1e-12)
+    assert permutation_p_value(every[0], drawn) == pytest.approx(exact, abs=0.04)
+    first_rows = swapped_differences(a, b, make_units(40), resamples=10, seed=0)
+    np.testing.assert_array_equal(first_rows, drawn[:10])
+
+
+def test_no_swaps_where_many_units_differ() -> None:
+    none, some, more = (share(np.arange(200) < few) for few in (0, 99, 100))
+    opposite = share(np.arange(200) >= 99)
+    units = make_units(200)
+    assert swapped_differences(none, some, units, resamples=5, seed=0) is not None
+    assert swapped_differences(none, more, units, resamples=5, seed=0) is None
+    few = compare_task(none, some, units, units, resamples=50)
+    many = compare_task(some, opposite, units, units, resamples=50)
+    average = compare_average({"few": few, "many": many}, ["few", "many"])
+    assert average is not None
+    assert average.swapped is None
+    assert average.p_value == bootstrap_p_value(average.replicates)
+
+
+def test_permutation_p_value_against_arithmetic() -> None:
+    drawn = np.array([-0.3, 0.1, 0.2, 0.3 + 1e-15, 0.0, np.nan])
+    assert permutation_p_value(-0.3, drawn) == 3 / 6
+    assert permutation_p_value(0.4, drawn) == 1 / 6
+    assert permutation_p_value(0.0, drawn) == 1
+    assert permutation_p_value(np.nan, drawn) is None
+    assert permutation_p_value(0.1, np.array([0.1, np.nan, np.nan])) is None
+
+
 def test_average_of_tasks_with_the_same_images() -> None:
     rng = np.random.default_rng(5)
     a, b = models(rng, 300, 0.1)
@@ -181,7 +280,12 @@ def test_average_of_tasks_with_the_same_images() -> None:
     both = compare_average(tests, ["one", "apart"])
     assert both is not None
     assert both.replicates.var() == pytest.approx(one.replicates.var() / 2, rel=0.15)
-    assert both.p_value == bootstrap_p_value((one.replicates + apart.replicates) / 2)
+    assert one.swapped is not None
+    assert apart.swapped is not None
+    assert both.p_value == max(
+        bootstrap_p_value((one.replicates + apart.replicates) / 2) or 0,
+        permutation_p_value(both.difference, (one.swapped + apart.swapped) / 2) or 0,
+    )
     assert compare_average(tests, ["one", "missing"]) is None
     assert compare_average(tests, []) is None
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ def make_result(
     family: str = "own",
     title: str | None = None,
     first_unit: int = 0,
+    samples: int | None = None,
 ) -> TaskResult:
     """A result with outcomes of 0 and 1, or one as of another tool with a value only."""
     outcomes = units = None
@@ -39,7 +41,7 @@ def make_result(
         dataset=title or key,
         metrics={**({} if metric is None else {metric: value}), "acc5": 0.9, MAIN_METRIC: value},
         main_metric_name=metric,
-        samples=0 if hits is None else len(hits),
+        samples=samples if samples is not None else len(hits or []),
         interval=None if hits is None else (0.1, 0.8),
         seconds=1.5,
         model="m",
@@ -53,7 +55,9 @@ def make_result(
 def summary() -> Summary:
     results = [
         make_result("birds", [1, 0, 1]),
-        make_result("vtab/dtd", [1, 0, 0, 1], family="vtab", title="Describable Textures"),
+        make_result(
+            "vtab/dtd", [1, 0, 0, 1], family="vtab", title="Describable Textures", samples=1880
+        ),
         make_result("cars", [1] * 1200, family="other", title="Stanford Cars"),
         make_result("fairness/fairface", family="fairness", title="FairFace", metric=None),
         make_result("imagenet1k", [0, 1], family="imagenet", title="ImageNet 1k"),
@@ -70,18 +74,18 @@ def summary() -> Summary:
 TABLE = r"""
 task                        n  metric           value  95 % interval     chance
 ImageNet
-  ImageNet 1k               2  acc1            0.5000  [0.1000, 0.8000]  0.0010
+  ImageNet 1k               2  acc1            0.5000  [0.1000, 0.8000]       -
 VTAB
-  Describable Textures      4  acc1            0.5000  [0.1000, 0.8000]  0.0213
+  Describable Textures  1,880  acc1            0.5000  [0.1000, 0.8000]  0.0213
 Fairness
   FairFace                  -  no main metric       -  -                      -
 Other
-  Stanford Cars         1,200  acc1            1.0000  [0.1000, 0.8000]  0.0052
+  Stanford Cars         1,200  acc1            1.0000  [0.1000, 0.8000]       -
 Own tasks
   birds                     3  acc1            0.6667  [0.1000, 0.8000]       -
 
 average       value                           95 % interval
-  imagenet1k  0.5000                          [0.0000, 1.0000]
+  imagenet1k  0.5000                          FIRST
   mine        0.7222 (partial: 3 of 5 tasks)  INTERVAL
   none        - (partial: 0 of 1 tasks)       -
 
@@ -93,12 +97,16 @@ failed: wilds/fmow: 0.tar ends in the middle of a file.\x1b[2J
 def test_table(summary: Summary) -> None:
     low, high = summary.average_intervals["mine"] or (math.nan, math.nan)
     assert 0 < low < 0.7222 < high <= 1
-    assert summary.table() == TABLE.replace("INTERVAL", f"[{low:.4f}, {high:.4f}]")
+    least, most = summary.average_intervals["imagenet1k"] or (math.nan, math.nan)
+    assert 0 <= least < 0.5 < most <= 1
+    text = TABLE.replace("INTERVAL", f"[{low:.4f}, {high:.4f}]")
+    assert summary.table() == text.replace("FIRST", f"[{least:.4f}, {most:.4f}]")
 
 
 def test_intervals_of_averages_are_of_the_members_that_are_there() -> None:
     a, b = make_result("a", [1, 0, 1, 1]), make_result("b", [0, 1, 0, 0, 1])
-    groups = {"all": ["a", "b", "c"], "one": ["a:acc1", "b"], "top": ["a:acc5", "b"]}
+    groups: Any = {"all": ["a", "b", "c"], "one": ["a:acc1", "b"], "top": ["a:acc5", "b"]}
+    assert summarise([a, b], {"g": "mnist"}).missing == ("mnist",)
     found = summarise([a, b], groups, resamples=400, seed=7)
     assert a.outcomes is not None
     assert a.units is not None
@@ -137,7 +145,7 @@ def test_records_and_csv(summary: Summary, tmp_path: Path) -> None:
     assert records[1] == {
         "task": "vtab/dtd", "title": "Describable Textures", "family": "vtab", "metric": "acc1",
         "value": 0.5, "low": 0.1, "high": 0.8, "chance": KNOWN_TASKS["vtab/dtd"].chance,
-        "samples": 4, "seconds": 1.5, "tasks_present": None, "tasks_total": None,
+        "samples": 1880, "seconds": 1.5, "tasks_present": None, "tasks_total": None,
     }  # fmt: skip
     mine = next(one for one in records if one["task"] == "average/mine (partial)")
     assert (mine["tasks_present"], mine["tasks_total"]) == (3, 5)
@@ -157,9 +165,25 @@ def test_chance_is_of_the_main_metric_of_the_task_list() -> None:
         make_result("vtab/pets", metric="mean_per_class_recall"),
         make_result("vtab/pets", metric=MAIN_METRIC),  # as files of other tools are read
         make_result("pets"),
+        make_result("vtab/pets", metric="mean_per_class_recall", samples=3669),
+        make_result("vtab/pets", metric="mean_per_class_recall", samples=3668),  # another set
     ]
     found = [summarise([result], {}).records()[0]["chance"] for result in chances]
-    assert found == [None, 0.027027, 0.027027, None]
+    assert found == [None, 0.027027, 0.027027, None, 0.027027, None]
+
+
+@pytest.mark.parametrize("columns", [20, 72, 80, 91, 92, 300])
+def test_a_narrow_terminal(summary: Summary, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = summary.table().splitlines()
+    width = min(100, max(72, columns))
+    assert max(map(display_width, lines)) <= width
+    assert ("chance" in lines[0]) == (columns >= 92)
+    long = [make_result("x" * 99, [1], metric="mean_average_precision"), *summary.results]
+    first = summarise(long, {"g" * 99: ["birds"]}).table().splitlines()
+    assert max(map(display_width, first)) <= width
+    assert any(line.startswith("  xx") and "xxx..." in line for line in first)
 
 
 def test_a_task_of_which_the_metric_is_not_defined_is_not_missing() -> None:

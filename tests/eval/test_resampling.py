@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -119,7 +120,8 @@ def test_agrees_with_the_multinomial_bootstrap(statistic: str) -> None:
     classical = STATISTICS[outcomes.statistic](arrays, counts)
     # the ratio of two standard errors from 3,000 draws is itself sure to 1.8 %
     assert drawn.std() / classical.std() == pytest.approx(1, abs=0.06)
-    assert drawn.mean() == pytest.approx(classical.mean(), abs=5 * drawn.std() / np.sqrt(1500))
+    raw = STATISTICS[outcomes.statistic](arrays, poisson_weights(make_units(n), resamples, seed=0))
+    assert raw.mean() == pytest.approx(classical.mean(), abs=5 * drawn.std() / np.sqrt(1500))
 
 
 def test_interval_covers_the_true_share() -> None:
@@ -144,8 +146,19 @@ def test_interval_has_the_width_of_the_normal_approximation() -> None:
 
 
 def test_level() -> None:
-    assert interval(np.arange(101.0), 0.9) == pytest.approx((5, 95))
-    assert interval(np.r_[np.arange(101.0), np.full(101, np.nan)]) == pytest.approx((2.5, 97.5))
+    drawn = np.linspace(0, 1, 101)
+    assert interval(drawn, 0.9) == pytest.approx((0.05, 0.95))
+    assert interval(np.r_[drawn, np.full(101, np.nan)]) == pytest.approx((0.025, 0.975))
+
+
+def test_interval_holds_the_point_and_ends_where_values_do() -> None:
+    drawn = np.linspace(-0.2, 1.3, 101)
+    assert interval(drawn, 0.99) == (0, 1)
+    assert interval(drawn, 0.99, lowest=-1) == pytest.approx((-0.1925, 1))
+    assert interval(drawn / 2, 0.5, point=0.05) == pytest.approx((0.05, 0.4625))
+    assert interval(drawn / 2, 0.5, point=0.9) == pytest.approx((0.0875, 0.9))
+    skewed = np.r_[np.zeros(99), 1.0]
+    assert interval(skewed) == (0, 0.01)  # the mean of the replicates where no point is given
 
 
 @pytest.mark.parametrize("values", [[np.nan] * 3, [1.0, np.nan, np.nan], []])
@@ -196,8 +209,72 @@ def test_a_cell_of_one_unit_is_left_out_where_it_is_not_drawn() -> None:
     outcomes, units = Outcomes(statistic="worst_cell", arrays=arrays), make_units(51)
     drawn = replicates(outcomes, units, resamples=300, seed=0)
     gone = poisson_weights(units, 300, seed=0)[:, 0] == 0
-    np.testing.assert_array_equal(drawn, gone.astype(float))
+    np.testing.assert_allclose(drawn, gone - gone.mean(), atol=1e-12)
     assert point_value(outcomes) == 0
+    assert task_interval(outcomes, units, drawn) == wilson_interval(0, 1)
+
+
+@pytest.mark.parametrize(("value", "samples"), [(0.0, 4), (1.0, 2)])
+def test_worst_cell_of_none_or_all_has_wilsons_interval(value: float, samples: int) -> None:
+    # cells of 2, 4 and 5 rows of 2, 4 and 4 distinct units; 0 is not the value of all of them
+    cell = np.repeat([-1, 0, 1, 2, 3], [3, 2, 4, 5, 9]).astype(np.int32)
+    units = make_units(len(cell))
+    units[9:11] = 9
+    values = np.where(cell == 3, 1.0, value).astype(np.float32)
+    values[[0, 13]] = 1 - value, np.nan  # in no cell, and left out
+    outcomes = Outcomes(statistic="worst_cell", arrays={"value": values, "cell": cell})
+    units[12] = units[11] if value == 0 else units[12]
+    drawn = replicates(outcomes, units, resamples=50, seed=0)
+    assert point_value(outcomes) == value
+    assert task_interval(outcomes, units, drawn) == wilson_interval(value, samples)
+
+
+def f1_of_rare_classes(rng: np.random.Generator) -> Outcomes:
+    shares = 1 / np.arange(1, 61) ** 1.8
+    label = rng.choice(60, 1500, p=shares / shares.sum())
+    predicted = np.where(rng.random(1500) < 0.6 - 0.005 * label, label, rng.integers(0, 60, 1500))
+    arrays = {"predicted": predicted.astype(np.int32), "label": label.astype(np.int32)}
+    return Outcomes(statistic="f1_macro", arrays=arrays)
+
+
+def worst_of_cells(rng: np.random.Generator, shares: list[float], size: int) -> Outcomes:
+    cell = np.repeat(np.arange(len(shares)), size).astype(np.int32)
+    value = (rng.random(len(cell)) < np.repeat(shares, size)).astype(np.float32)
+    return Outcomes(statistic="worst_cell", arrays={"value": value, "cell": cell})
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        f1_of_rare_classes,
+        lambda rng: worst_of_cells(rng, [0.6] * 30, 40),  # tied
+        lambda rng: worst_of_cells(rng, [0.4, 0.6, 0.7], 300),  # a clear minimum
+    ],
+)
+def test_interval_covers_the_expected_metric(
+    draw: Callable[[np.random.Generator], Outcomes],
+) -> None:
+    rng = np.random.default_rng(8)
+    expected = np.mean([point_value(draw(rng)) for _ in range(150)])
+    covered, sets = 0, 60
+    for number in range(sets):
+        outcomes = draw(rng)
+        units = make_units(outcomes.units, number * outcomes.units)
+        drawn = replicates(outcomes, units, resamples=100, seed=0)
+        point = point_value(outcomes)
+        assert drawn.mean() == pytest.approx(point)
+        found = task_interval(outcomes, units, drawn)
+        assert found is not None
+        assert found[0] <= point <= found[1]
+        covered += found[0] <= expected <= found[1]
+    assert covered >= 0.87 * sets  # without centring 0.5 of the first two
+
+
+def test_means_are_left_as_they_are() -> None:
+    hits = np.arange(30) % 4 == 0
+    raw = STATISTICS["mean"](share(hits).arrays, poisson_weights(make_units(30), 60, seed=0))
+    drawn = replicates(share(hits), make_units(30), resamples=60, seed=0)
+    np.testing.assert_array_equal(drawn, raw)
 
 
 def test_average_is_of_rows() -> None:

@@ -8,16 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftclip.eval.safe_tables import (
+    LEAST_WIDTH,
     WIDTH,
     cut,
     display_width,
     printable,
     spreadsheet_safe,
+    table_width,
     text_table,
     wrapped,
     write_csv_records,
     write_csv_rows,
 )
+
+
+def test_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert table_width() == WIDTH  # no terminal
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert table_width() == 80
+    monkeypatch.setenv("COLUMNS", "10")
+    assert table_width() == LEAST_WIDTH
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert table_width() == WIDTH
+    monkeypatch.setenv("COLUMNS", "72")
+    lines = text_table(("a", "b"), [("x" * 90, "y" * 68)])
+    assert display_width(lines[1]) == 12 + 2 + 68  # names are never cut to nothing
+    assert max(map(len, wrapped("word " * 50))) <= 72
 
 
 @given(st.text())

@@ -113,6 +113,38 @@ def test_a_caption_selection_with_one_image(open_one: Any, make_image: MakeImage
     assert samples.first_image.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("kind", ["retrieval", "image_caption_selection"])
+@pytest.mark.parametrize(("text", "line"), [(b"  ", 1), (b"\n", 1), (b"a\n\t\nb", 2)])
+def test_blank_captions(
+    open_one: Any, make_image: MakeImage, kind: str, text: bytes, line: int
+) -> None:
+    with pytest.raises(
+        InputError, match=rf"0\.tar: s0000: a caption must not be .* Line {line} of"
+    ):
+        open_one(kind, ("png", make_image(0)), ("txt", text))
+
+
+def test_class_names_that_cannot_be_right(
+    tmp_path: Path, make_task: MakeTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_task(tmp_path / "wds_x", classes=4, samples=6)
+    task = read_task(root)
+    read_samples(task)
+    assert caplog.records == []
+    read_samples(replace(task, classnames=("cat", "dog", "cat", "dog", "cow", "bee")))
+    equal, empty = (record.getMessage() for record in caplog.records)
+    assert "x: these class names stand in more than one line" in equal
+    assert equal.endswith("equal classes: 'cat', 'dog'")
+    assert empty.startswith("x: 2 of 6 classes have no sample in the split 'test'")
+    caplog.clear()
+    read_samples(replace(task, classnames=("a", "b", "c", "d", "e")), max_samples=1)
+    assert [record.getMessage()[:14] for record in caplog.records] == ["x: 1 of 5 clas"]
+    caplog.clear()
+    several = read_task(make_task(tmp_path / "wds_y", "multilabel", samples=1, shards=1))
+    read_samples(several)
+    assert caplog.records == []
+
+
 def test_metadata(open_one: Any, make_image: MakeImage, make_npy: Any) -> None:
     members = ("png", make_image(0)), ("cls", b"2"), ("npy", make_npy(np.array([3.0, 0, 2])))
     samples = open_one("classification", *members, special="fmow")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from siftclip.eval.tasks import find_tasks, read_task, with_texts
+from siftclip.eval.tasks import find_tasks, read_task, require_names, with_texts
 from siftclip.selectors.errors import InputError
 
 MakeTask = Callable[..., Path]
@@ -42,6 +44,22 @@ def test_names_choose_and_order(task_root: Path) -> None:
     assert names_in(task_root, ["things", "few"]) == ["things", "few"]
     with pytest.raises(InputError, match=r"each task once. Got \['few'\] more than once"):
         find_tasks(task_root, ["few", "things", "few"])
+    assert [task.name for task in find_tasks(task_root, "few").tasks] == ["few"]
+    wrong: Any
+    for wrong in (3, True, {"few": 1}, ["few", 3], ["few", " "], b"few"):
+        with pytest.raises(
+            InputError, match=r"^eval\.during\.tasks must be a name, or a list"
+        ) as e:
+            find_tasks(task_root, wrong, option="eval.during.tasks")
+        assert repr(wrong) in str(e.value)
+    with pytest.raises(InputError, match=r"^eval\.tasks must name at least one task, or be null"):
+        find_tasks(task_root, [])
+
+
+def test_names() -> None:
+    assert require_names("x", "mnist") == ["mnist"]
+    assert require_names("x", ("a", "b")) == ["a", "b"]
+    assert require_names("x", []) == []
 
 
 def test_a_task_folder_is_a_root_of_one_task(
@@ -106,7 +124,7 @@ def test_damaged_folders(tmp_path: Path, make_task: MakeTask) -> None:
     found = find_tasks(tmp_path)
     assert [task.name for task in found.tasks] == ["good"]
     assert [*found.damaged] == ["empty"]
-    message = r"wds_empty/test/nshards\.txt does not exist"
+    message = r"wds_empty must have the folder 'test' with nshards\.txt and tars\. It has no fold"
     assert re.search(message, found.damaged["empty"])
     with pytest.raises(InputError, match=message):
         found.complete()
@@ -157,7 +175,7 @@ def test_two_folders_of_one_name(
     make_task(tmp_path / first)
     make_task(tmp_path / second)
     with pytest.raises(InputError, match=rf"{first} .*are both '{name}'|{second} .*'{name}'"):
-        find_tasks(tmp_path)
+        find_tasks(tmp_path).complete()
 
 
 def test_other_class_names_and_templates(task_root: Path, tmp_path: Path) -> None:
@@ -169,9 +187,20 @@ def test_other_class_names_and_templates(task_root: Path, tmp_path: Path) -> Non
     other = with_texts(task, templates=tmp_path / "templates.txt")
     assert (other.classnames, other.templates) == (task.classnames, ("one {c}",))
     (tmp_path / "names.txt").write_text("red\nblue")
-    with pytest.raises(InputError, match=r"names\.txt must have .* 3 classes of few. It has 2"):
+    asked = r"^eval\.classnames\.few"
+    with pytest.raises(InputError, match=rf"{asked}: .*names\.txt must have .* few. It has 2"):
         with_texts(task, classnames=tmp_path / "names.txt")
-    with pytest.raises(InputError, match=r"tasks with classes. captions is a retrieval task"):
+    with pytest.raises(
+        InputError, match=rf"{asked} must name a text file. .*no\.txt does not exist"
+    ):
+        with_texts(task, classnames=tmp_path / "no.txt")
+    with pytest.raises(InputError, match=r"^eval\.templates\.few must name a text.* is not a file"):
+        with_texts(task, templates=tmp_path)
+    with pytest.raises(InputError, match=r"^eval\.templates\.few: .*names\.txt, line 1: a templ"):
+        with_texts(task, templates=tmp_path / "names.txt")
+    with pytest.raises(
+        InputError, match=r"templates\.captions must be .* This is a retrieval task"
+    ):
         with_texts(read_task(task_root / "wds_captions"), templates=tmp_path / "templates.txt")
 
 
@@ -187,6 +216,33 @@ def test_a_tar_is_missing(tmp_path: Path, make_task: MakeTask) -> None:
     root = make_task(tmp_path / "wds_x", shards=3)
     (root / "test" / "1.tar").unlink()
     with pytest.raises(InputError, match=r"1\.tar does not exist, but .* there are 3 tars"):
+        read_task(root)
+    (root / "test" / "1.tar").symlink_to(root / "gone.tar")
+    with pytest.raises(InputError, match=r"1\.tar must be a tar. It is a link to nothing"):
+        read_task(root)
+    (root / "test" / "1.tar").unlink()
+    (root / "test" / "1.tar").mkdir()
+    with pytest.raises(InputError, match=r"1\.tar must be a tar. It is a folder"):
+        read_task(root)
+
+
+def test_a_tar_that_may_not_be_read(
+    tmp_path: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_task(tmp_path / "wds_x")
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "1.tar")  # of root not so
+    with pytest.raises(InputError, match=r"1\.tar cannot be read: you lack the permission"):
+        read_task(root)
+
+
+def test_the_split_is_missing(tmp_path: Path, make_task: MakeTask) -> None:
+    root = make_task(tmp_path / "wds_x", split="val")
+    make_task(tmp_path / "wds_y", split="train")
+    (root / "train").mkdir()
+    with pytest.raises(InputError, match=r"wds_x must have the folder 'test' .*\['train', 'val'\]"):
+        read_task(root)
+    (root / "test").mkdir()
+    with pytest.raises(InputError, match=r"test/nshards\.txt does not exist"):
         read_task(root)
 
 
@@ -236,3 +292,16 @@ def test_templates_are_never_more_than_the_name(
     with pytest.raises(InputError, match=r"line 2: a template must contain \{c\}") as caught:
         read_task(root)
     assert repr(template) in str(caught.value)
+
+
+def test_two_folders_of_a_task_matter_only_where_it_is_wanted(
+    tmp_path: Path, make_task: MakeTask
+) -> None:
+    for name in ("wds_food101", "wds_food101_test", "wds_mine"):
+        make_task(tmp_path / name)
+    assert [task.name for task in find_tasks(tmp_path, ["mine"]).complete()] == ["mine"]
+    found = find_tasks(tmp_path)
+    assert [task.name for task in found.tasks] == ["mine"]
+    assert list(found.damaged) == ["food101"]
+    with pytest.raises(InputError, match=r"wds_food101 and .*wds_food101_test are both 'food101'"):
+        found.complete()

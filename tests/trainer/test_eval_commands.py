@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.eval.results import read_results
 from siftclip.trainer.cli.application import _named
+from siftclip.trainer.evaluation import results_path_for
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -49,9 +52,9 @@ def test_a_model_by_its_bare_name(
         assert {row["task"] for row in csv.DictReader(file)} >= {"digit", "average/all"}
     names = {file.name for file in path.parent.rglob("*.*")}
     assert {"digit_predictions.parquet", "digit_classes.csv", "digit_confusion.csv"} <= names
-    shutil.rmtree(path.parent / "eval_details")
+    shutil.rmtree(path.parent / "eval_results_details")
     assert cli("eval", *arguments).returncode == 0  # what is missing is made again
-    assert (path.parent / "eval_details" / "digit_predictions.parquet").is_file()
+    assert (path.parent / "eval_results_details" / "digit_predictions.parquet").is_file()
     assert len(read_results(path)) == 4
 
 
@@ -108,7 +111,7 @@ def test_a_difference_of_two_runs(
     assert "digit" in result.stdout
     missing = cli("eval", "diff", path, str(tmp_path / "nowhere.jsonl"))
     assert missing.returncode == 2
-    assert "has no results" in missing.stderr
+    assert "nowhere.jsonl does not exist" in missing.stderr
     alone = cli("eval", "diff", path)
     assert alone.returncode == 2
     assert "diff.b must name" in alone.stderr
@@ -138,3 +141,33 @@ def test_bare_words_stand_for_options() -> None:
     assert _named("eval", ["it's\\x"], ["m"]) == ["m='it\\'s\\\\x'"]
     with pytest.raises(SystemExit):
         _named("eval", ["a", "b"], ["m"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["model.name=RUN"], r"RUN/eval_results.jsonl"),
+        (["model.name=RUN", "eval.precision=bf16"], r"RUN/eval/model-bf16/eval_results.jsonl"),
+        (["model.name=RUN", "model.pretrained=RUN/checkpoints/step-7.ckpt", "model.weights=raw"],
+         r"RUN/eval/step-7-raw/eval_results.jsonl"),
+        (["model.name=RUN", "+eval.templates.digit=TEXT"],
+         r"RUN/eval/model-prompts-\w{8}/eval_results.jsonl"),
+        (["model.name=ViT-B-32", "model.pretrained=openai"],
+         r"out/eval/ViT-B-32-openai/eval_results.jsonl"),
+        (["model.name=FOLDER"], r"out/eval/some-model-\w{8}/eval_results.jsonl"),
+    ],
+)  # fmt: skip
+def test_each_way_to_ask_a_model_has_its_own_file(
+    options: list[str], expected: str, compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    run, folder, text = tmp_path / "run", tmp_path / "some model", tmp_path / "text.txt"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "open_clip_config.json").write_text("{}")
+    folder.mkdir()
+    text.write_text("the {c}\n")
+    places = {"RUN": run, "FOLDER": f"'{folder}'", "TEXT": text}
+    for word, place in places.items():
+        options = [option.replace(word, str(place)) for option in options]
+    config = compose("eval", [*options, f"output_dir={tmp_path / 'out'}"])
+    found = results_path_for(config).relative_to(tmp_path).as_posix()
+    assert re.fullmatch(expected.replace("RUN", "run"), found), found

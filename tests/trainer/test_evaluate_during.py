@@ -135,7 +135,7 @@ def test_all_ranks_take_part(
     [
         ("eval.during.every_n_steps=0", r"eval.during.every_n_steps must be .* at least 1"),
         ("eval.during.max_samples=0", r"eval.during.max_samples must be .* at least 1"),
-        ("eval.during.tasks=[nope]", r"eval.tasks must name tasks .*'nope'"),
+        ("eval.during.tasks=[nope]", r"eval.during.tasks must name tasks .*'nope'"),
         ("eval.root=null", r"eval.root must name a folder"),
     ],
 )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
-from hydra.errors import CompactHydraException
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import (
+    CompactHydraException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from siftclip.selectors.errors import InputError
@@ -23,8 +33,15 @@ _TAKE_A_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
+# Mappings whose names are the user's own: an entry needs no `+` in front
+OPEN_MAPPINGS = ("eval.classnames", "eval.templates", "eval.groups", "compare.arms")
+FULL_ERROR = "HYDRA_FULL_ERROR"  # if 1, Hydra raises its errors instead of printing them
 FAILURE = 2  # exit status for faults of the user's input
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+# What Hydra says as a plain ValueError of `eval=3`, or of options of its own
+_VALUE_ERRORS = ("Config group override must be", "Only one of --run", "The --resolve flag")
 
 
 def application(
@@ -44,16 +61,21 @@ def application(
             # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             full_arguments = list(sys.argv)
+            before = os.environ.get(FULL_ERROR)
 
             @functools.wraps(stage)
             def job(config: DictConfig) -> None:
+                _set_full_error(before)  # also in a job of submitit, which is another process
                 sys.argv = full_arguments  # Lightning starts the other ranks with these
                 try:
                     stage(config)
                 except (InputError, OmegaConfBaseException) as error:
-                    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    if before == "1":
                         raise
-                    _end(f"siftclip {command}: error: {error}", FAILURE)
+                    # Those of an evaluation are the same on all ranks; a rank that trains may
+                    # be the only one to meet a fault.
+                    quiet = command.startswith("eval") and not is_first_rank(os.environ)
+                    _end("" if quiet else f"siftclip {command}: error: {error}", FAILURE)
                 except TrainingStopped as stop:
                     _leave(command, stop)
                 except (KeyboardInterrupt, SystemExit) as error:
@@ -61,17 +83,36 @@ def application(
                     causes = (error, error.__context__)
                     if not any(isinstance(cause, KeyboardInterrupt) for cause in causes):
                         raise
-                    print(
-                        f"\nsiftclip {command}: interrupted; the same command continues.",
-                        file=sys.stderr,
-                    )
+                    if is_first_rank(os.environ):
+                        print(
+                            f"\nsiftclip {command}: interrupted; the same command continues.",
+                            file=sys.stderr,
+                        )
                     raise SystemExit(INTERRUPTED) from None
 
             # Hydra reads sys.argv itself; it must not take the command for an override.
-            overrides = _overrides(full_arguments, command)
-            sys.argv = [f"siftclip {command}", *_named(command, overrides, positional)]
+            typed = _overrides(full_arguments, command)
+            words = _named(command, typed, positional)
+            sys.argv = [f"siftclip {command}", *words]
             config_name = command.replace(" ", "_")
-            hydra.main(config_path=CONFIGS, config_name=config_name, version_base="1.3")(job)()
+            run = hydra.main(config_path=CONFIGS, config_name=config_name, version_base="1.3")(job)
+            if before == "1":
+                run()
+                return
+            _set_full_error("1")  # until the job begins: faults of the options come to here
+            try:
+                run()
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if type(error) is CompactHydraException:  # of a job of submitit: see _end
+                    print(error, file=sys.stderr, flush=True)
+                    raise SystemExit(1) from None
+                if isinstance(error, ValueError) and not str(error).startswith(_VALUE_ERRORS):
+                    raise
+                message = _explain(error, command, dict(zip(words, typed, strict=True)))
+                quiet = not is_first_rank(os.environ)
+                _end("" if quiet else f"siftclip {command}: error: {message}", FAILURE)
+            finally:
+                _set_full_error(before)
 
         return main
 
@@ -95,8 +136,9 @@ def _leave(command: str, stop: TrainingStopped) -> NoReturn:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    """Print why the command ends, and end it."""
-    print(message, file=sys.stderr, flush=True)
+    """Print why the command ends, if there is something to say, and end it."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
     if "SUBMITIT_EXECUTOR" in os.environ:
         # Its jobs tell the command that waits for them of exceptions only, and Hydra prints this
         # kind without a traceback.
@@ -111,18 +153,41 @@ def _overrides(arguments: list[str], command: str) -> list[str]:
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
 
 
-def _named(command: str, arguments: list[str], positional: Sequence[str]) -> list[str]:
-    """The arguments with the names of the options that bare words stand for.
+def is_first_rank(environment: Mapping[str, str]) -> bool:
+    """Whether this process speaks for all that torchrun, srun or Lightning started with it.
 
-    What Hydra's own options take, such as the folder behind `--config-dir`, stays as it is.
+    Lightning knows as well, but its import takes seconds.
+    """
+    if "RANK" in environment:
+        return environment["RANK"] == "0"
+    names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(environment.get(name, "0") == "0" for name in names)
+
+
+def _set_full_error(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(FULL_ERROR, None)
+    else:
+        os.environ[FULL_ERROR] = value
+
+
+# ---- words: what is typed, as Hydra reads it ----------------------------------------------------
+def _named(command: str, arguments: list[str], positional: Sequence[str]) -> list[str]:
+    """The arguments as Hydra reads them, one for one.
+
+    Bare words get the names of the options that they stand for. What Hydra's own options take,
+    such as the folder behind `--config-dir`, stays as it is.
     """
     names = iter(positional)
     found, value_follows = [], False
     for argument in arguments:
-        bare = not value_follows and "=" not in argument and argument[:1] not in ("-", "~", "+")
+        of_hydra = value_follows or argument[:1] == "-"
         value_follows = argument in _TAKE_A_VALUE
-        if not bare or not positional:
+        if of_hydra:
             found.append(argument)
+            continue
+        if not positional or _is_override(argument, command):
+            found.append(_opened(_with_quoted_path(argument)))
             continue
         name = next(names, None)
         if name is None:
@@ -131,6 +196,158 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
                 f"stand for {', '.join(positional)}.",
                 FAILURE,
             )
-        quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
-        found.append(f"{name}='{quoted}'")
+        found.append(f"{name}={_quoted(argument)}")
     return found
+
+
+def _is_override(word: str, command: str) -> bool:
+    """Whether a word is `OPTION=VALUE` and not a path, which may hold a `=`, too."""
+    key, equals, _ = word.partition("=")
+    if not equals:
+        return word[:1] in ("~", "+")
+    if re.fullmatch(r"[\w./@:$~+-]+", key) is None:
+        return False
+    # a folder named seed=0 must not change what seed=0 means
+    return not Path(word).exists() or key.lstrip("~+") in _options(command, [])
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _with_quoted_path(override: str) -> str:
+    """The override; a path that is there gets the quotes without which Hydra misreads it."""
+    key, _, value = override.partition("=")
+    try:
+        if not value or not Path(value).exists():
+            return override
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{key}={_quoted(value)}"
+    except (OSError, ValueError):  # too long for a path
+        return override
+    return f"{key}={_quoted(value)}" if parsed.is_sweep_override() else override
+
+
+def _opened(override: str) -> str:
+    """The override, with `++` if it adds to one of `OPEN_MAPPINGS`.
+
+    Hydra's keys take no slash and nest at dots, so that such names are written as a mapping, which
+    it merges: `++eval.groups={vtab/dtd:FILE}`.
+    """
+    key, equals, value = override.partition("=")
+    plain = key.lstrip("+")
+    plus = key[: len(key) - len(plain)] or "++"
+    mapping = next((name for name in OPEN_MAPPINGS if f"{plain}.".startswith(f"{name}.")), None)
+    if not equals or mapping is None:
+        return override
+    name = plain[len(mapping) + 1 :]
+    if not name or re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
+        return f"{plus}{plain}={value}"
+    name = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)
+    return f"{plus}{mapping}={{{name}:{value or _quoted('')}}}"
+
+
+# ---- faults of the options ----------------------------------------------------------------------
+def _explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
+    """What is wrong with the options, and the way out.
+
+    Args:
+        error: Hydra's.
+        typed: what was typed, by what Hydra was given.
+    """
+    text = str(error).strip() or str(error.__cause__ or type(error).__name__)
+    if isinstance(error, MissingConfigException) and error.options:
+        return _no_configuration(str(error.missing_cfg_file), error.options, typed.values())
+    if isinstance(error, OverrideParseException):
+        return _unreadable(typed.get(error.override, error.override))
+    if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
+        key, _, value = found[1].partition("=")
+        as_list = "" if "(" in value else f"A list is written {key}=[{value}]; "
+        return (
+            f"{found[1]} names several values of one option. {as_list}--multirun runs one job for "
+            "each."
+        )
+    unknown = re.match(r"Could not override '(.*?)'|Could not delete .* '(.*?)'\s+does not", text)
+    if unknown:
+        key = unknown[1] or unknown[2]
+        full_key = str(getattr(error.__cause__, "full_key", None) or "")
+        key = full_key if full_key.startswith(f"{key}.") else key
+        choices = [word for word in typed if re.fullmatch(r"[\w/@.]+=[\w-]+", word)]
+        return _not_an_option(key, _options(command, choices), command)
+    if text.startswith("Could not append to config. An item is already at"):
+        given = next((w for w in typed.values() if re.match(r"\+(?!\+)", w) and w in text), "+")
+        return f"{given} would add what is there already. Leave the + out: {given[1:]}"
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text += f": {error.__cause__}"
+    text = text.partition("Config search path:")[0]
+    own = [line for line in text.splitlines() if not re.match(r" *(full_key|\w+_type)[:=]", line)]
+    return " ".join(line.strip() for line in own).strip()
+
+
+def _not_an_option(key: str, options: Mapping[str, bool], command: str) -> str:
+    """The message for a key that is none of the options: the one that was meant, if it is close."""
+    parent, _, last = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in options if _parent(name) == parent}
+    close = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    if not options.get(parent):
+        close += difflib.get_close_matches(key, options, n=1, cutoff=0.8)
+    close += [parent] if parent in options and not options[parent] else []
+    same = [name for name in options if name.rpartition(".")[2] == last]
+    close += same if len(same) == 1 else []
+    way_out = ""
+    if close:
+        way_out = f" Did you mean {close[0]}?"
+    elif options.get(parent):
+        way_out = f" What {parent} does not list is added with a plus: +{key}=VALUE."
+    return f"{key} is not an option.{way_out} All options: siftclip {command} --cfg job"
+
+
+def _no_configuration(missing: str, options: Sequence[str], typed: Iterable[str]) -> str:
+    group, _, name = missing.rpartition("/")
+    words = (word for word in typed if re.match(rf"\+*{re.escape(group)}(@[^=]*)?=", word))
+    given = next((word for word in words if name in word), f"{group}={name}")
+    close = difflib.get_close_matches(name, options, n=1)
+    hint = f" Did you mean {group}={close[0]}?" if close else ""
+    return (
+        f"{given}: there is no such configuration{'' if name in given else f' {name}'}. There are "
+        f"{', '.join(options)}.{hint}"
+    )
+
+
+def _unreadable(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} has no '='; options are written NAME=VALUE."
+    if re.fullmatch(r"[\w./@:$~+-]+", key) is None:
+        return f"{key!r} cannot be the name of an option. Got {override!r}."
+    escaped = value.replace('"', '\\"')
+    quoted = shlex.quote(f'{key}="{escaped}"')
+    return f"the value of {key} cannot be read. Got {value!r}; quoted for the shell it is {quoted}"
+
+
+def _options(command: str, choices: list[str]) -> dict[str, bool]:
+    """All options of a command by their dotted names, with whether they hold others.
+
+    Args:
+        choices: overrides that choose configurations; left out if they do not compose.
+    """
+    name = command.replace(" ", "_")
+    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+        try:
+            config = hydra.compose(name, overrides=choices, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, ValueError):
+            config = hydra.compose(name, return_hydra_config=True)
+    groups = [str(group) for group in config.hydra.runtime.choices]
+    return {**dict.fromkeys(groups, False), **dict(_keys(OmegaConf.to_container(config)))}
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    for key, value in node.items():
+        yield f"{prefix}{key}", isinstance(value, dict)
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]

@@ -13,7 +13,7 @@ def main(config: DictConfig) -> None:
     # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
     from siftclip.trainer.evaluation import (
-        DETAILS,
+        details_folder,
         eval_share,
         eval_stage,
         results_path_for,
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     print(f"\nwritten    {results}")
     print(f"table      {results.with_suffix('.csv')}")
     if config.eval.details or config.eval.predictions:
-        print(f"details    {results.with_name(DETAILS)}")
+        print(f"details    {details_folder(results)}")
     if summary.failures:
         names = ", ".join(failure.key for failure in summary.failures)
         raise InputError(f"{len(summary.failures)} tasks failed: {names}. The reasons are above.")

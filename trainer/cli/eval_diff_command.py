@@ -13,3 +13,5 @@ def main(config: DictConfig) -> None:
     from siftclip.trainer.eval_diff import diff_stage
 
     print(diff_stage(config).table())
+    if config.diff.output is not None:
+        print(f"\nwritten: {config.diff.output}")

@@ -16,7 +16,8 @@ from siftclip.trainer.launch import require_launcher
 def main(config: DictConfig) -> None:
     """Train and say where the run is."""
     # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
-    from siftclip.trainer.evaluation import run_summary
+    from siftclip.selectors.errors import InputError
+    from siftclip.trainer.evaluation import failed_tasks, run_summary
     from siftclip.trainer.planning import check_plan
     from siftclip.trainer.run_dir import is_rank_zero
     from siftclip.trainer.training import plan_stage, train_stage
@@ -30,10 +31,17 @@ def main(config: DictConfig) -> None:
             print(table)
         return
     run = train_stage(config)
+    failed: list[str] = []
     if is_rank_zero():
         if config.eval.root is not None:
             print(f"{run_summary(config, run).table()}\n")
             print(f"results    {run.results}")
+            failed = failed_tasks(config, run)
         print(f"run        {run.path}")
         print(f"cost       {run.cost_line()}")
         print(f"model      {run.model} (open_clip: local-dir:{run.model})")
+        if failed:
+            raise InputError(
+                f"The model is trained, but {len(failed)} tasks failed: {', '.join(failed)}. The "
+                "reasons are above; the same command tries them again."
+            )
