@@ -86,7 +86,7 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    options = ["logger=wandb", f"eval.root={demo_data.tasks}"]
+    options = ["logger=wandb", f"eval.root={demo_data.tasks}", "eval.during.every_n_steps=3"]
     run = train_stage(compose("train", [*base, *options]))
     deadline = time.monotonic() + 60
     while True:  # wandb's own process writes the file, and on a full machine it takes its time
@@ -107,6 +107,8 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
         "selection/samples",
         "selection/coverage",
         "selection/score_q50",
+        "eval_during/digit",
+        "eval_during/retrieval",
         "eval/digit/acc1",
         "eval/retrieval/mean_recall@1",
         "eval/tasks/path",
