@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from siftclip.eval.known_tasks import KNOWN_TASKS
+from siftclip.eval.results import TaskResult
 from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError
 
@@ -116,6 +117,18 @@ def averages(
         name: _average(name, members, values, metrics or {})
         for name, members in group_members(groups).items()
     }
+
+
+def result_averages(
+    results: Iterable[TaskResult], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Average]:
+    """`averages` of the results of one model, each task at most once."""
+    found = list(results)
+    return averages(
+        {result.key: result.main_metric for result in found},
+        groups,
+        metrics={result.key: result.metrics for result in found},
+    )
 
 
 def _average(

@@ -1,8 +1,8 @@
-"""Ranks that each do something for themselves, and go on only if all of them could."""
+"""What ranks tell each other: texts, and whether each of them could do its part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +11,24 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, sum_arrays
 
 T = TypeVar("T")
-_MESSAGE_BYTES = 400
+_TEXT_BYTES = 400  # what is longer is cut off
+
+
+def share_texts(ranks: Ranks, texts: Sequence[str]) -> list[str]:
+    """Texts that one rank each has, on all of them, cut off at 400 bytes.
+
+    Args:
+        ranks: all of them make this call.
+        texts: as many on each rank; empty where it has none, and not empty on one rank at most.
+    """
+    if ranks.size == 1:
+        return list(texts)
+    board = np.zeros((len(texts), _TEXT_BYTES), dtype=np.uint8)
+    for line, text in zip(board, texts, strict=True):
+        own = text.encode()[:_TEXT_BYTES]
+        line[: len(own)] = np.frombuffer(own, dtype=np.uint8)
+    board = sum_arrays(ranks, board)
+    return [line.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for line in board]
 
 
 def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -33,13 +50,8 @@ def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
         value = work()
     except (InputError, OSError, MemoryError) as error:
         message = str(error) or type(error).__name__
-    if ranks.size > 1:
-        board = np.zeros((ranks.size, _MESSAGE_BYTES), dtype=np.int64)
-        own = message.encode()[:_MESSAGE_BYTES]
-        board[ranks.rank, : len(own)] = np.frombuffer(own, dtype=np.uint8)
-        board = sum_arrays(ranks, board).astype(np.uint8)
-        said = [line.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for line in board]
-        message = next((text for text in said if text), "")
+    said = share_texts(ranks, [message if rank == ranks.rank else "" for rank in range(ranks.size)])
+    message = next(filter(None, said), "")
     if message:
         raise InputError(message)
     return value  # type: ignore[return-value]  # there is one where nothing failed

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.image_transform import ImageTransform
+from siftclip.eval.agreement import share_texts
 from siftclip.eval.images import ImageBatch, ImageDataset, ImageTable, only_item
 from siftclip.eval.text_encoding import (
     check_tokens,
@@ -29,7 +30,6 @@ from siftclip.selectors.ranks import OneRank, Ranks, sum_arrays
 
 _ROWS_A_SUM = 65_536  # of features that ranks exchange at once
 _TEXTS_A_TOKENIZING = 16_384
-_MESSAGE_BYTES = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,20 +199,10 @@ class Encoder:
                 messages[int(place[row])] = message
         ids = sum_arrays(self.ranks, ids).view(np.uint64)
         where = np.flatnonzero(sum_arrays(self.ranks, faulty)).tolist()
-        faults = self._share(where, messages)
-        return ImageFeatures(features=features, ids=ids, faults=faults)
-
-    def _share(self, where: list[int], messages: dict[int, str]) -> dict[int, str]:
-        """What the ranks have found wrong, on all of them. Each place was seen by one rank."""
-        if self.ranks.size == 1 or not where:
-            return messages
-        table = np.zeros((len(where), _MESSAGE_BYTES), dtype=np.uint8)
-        for row, place in enumerate(where):
-            text = messages.get(place, "").encode()[:_MESSAGE_BYTES]
-            table[row, : len(text)] = np.frombuffer(text, dtype=np.uint8)
-        table = sum_arrays(self.ranks, table)
-        texts = [line.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for line in table]
-        return dict(zip(where, texts, strict=True))
+        texts = share_texts(self.ranks, [messages.get(row, "") for row in where])
+        return ImageFeatures(
+            features=features, ids=ids, faults=dict(zip(where, texts, strict=True))
+        )
 
     def _place(self, count: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """Rows that the ranks have computed, float32 [count, d], put together on all of them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siftclip.eval.aggregates import Average, averages, group_members, named_values
+from siftclip.eval.aggregates import Average, group_members, named_values, result_averages
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.eval.preparation import TaskFailure
 from siftclip.eval.resampling import average_interval, replicates
@@ -153,11 +153,7 @@ def summarise(
     require_int("eval.resamples", resamples, minimum=0)
     groups = group_members(groups)
     by_key = results_by_key(results)
-    found = averages(
-        {key: result.main_metric for key, result in by_key.items()},
-        groups,
-        metrics={key: result.metrics for key, result in by_key.items()},
-    )
+    found = result_averages(by_key.values(), groups)
     members = {
         name: [main_member(member, by_key) for member in average.present]
         for name, average in found.items()

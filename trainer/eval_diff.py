@@ -12,9 +12,8 @@ from siftclip.eval.results import TaskResult, read_results
 from siftclip.eval.safe_tables import write_csv_records
 from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.run_dir import RESULTS_NAME
 from siftclip.trainer.stages import plain
-
-RESULTS_NAME = "eval_results.jsonl"
 
 
 def diff_stage(config: DictConfig) -> Comparison:

@@ -13,6 +13,7 @@ from siftclip.eval.checksums import read_checksums, verify_task, wrong_sizes
 from siftclip.eval.convert_tasks import convert_task
 from siftclip.eval.download import download_source, download_task, locked
 from siftclip.eval.known_tasks import KNOWN_TASKS, KnownTask
+from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.stages import plain
 
@@ -77,7 +78,7 @@ def _tasks(config: DictConfig) -> list[KnownTask]:
     names = plain(config.eval.tasks)
     if names is None:
         names = [] if plain(config.download.repositories) else [*KNOWN_TASKS]
-    names = [names] if isinstance(names, str) else names
+    names = require_names("eval.tasks", names)
     for name in names:
         if name not in KNOWN_TASKS:
             raise InputError(

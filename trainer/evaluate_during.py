@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from siftclip.datamodules.clip_models import ClipModel
-from siftclip.eval.aggregates import averages
+from siftclip.eval.aggregates import result_averages
 from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
 from siftclip.eval.preparation import PreparedTasks, prepare_tasks
 from siftclip.selectors.errors import InputError, require_int
@@ -97,10 +97,8 @@ class EvaluateDuring(Callback):
         return replace(self.clip, model=self.whole)
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
-        values = {result.key: result.main_metric for result in evaluation.results}
-        metrics = {result.key: result.metrics for result in evaluation.results}
-        found = {f"{PREFIX}{key}": value for key, value in values.items()}
-        for name, average in averages(values, self.groups, metrics=metrics).items():
+        found = {f"{PREFIX}{result.key}": result.main_metric for result in evaluation.results}
+        for name, average in result_averages(evaluation.results, self.groups).items():
             if average.complete:
                 found[f"{PREFIX}average/{name}"] = average.value
         return {name: value for name, value in found.items() if value is not None}
@@ -123,11 +121,7 @@ def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring 
         log.warning("eval.during: there is no folder of %s", ", ".join(found.missing))
     for message in found.damaged.values():
         raise InputError(f"eval.during: {message}")
-    tasks = prepare_tasks(
-        found.tasks,
-        max_samples=during.max_samples,
-        train_split=str(config.eval.probe.train_split),
-    )
+    tasks = prepare_tasks(found.tasks, max_samples=during.max_samples)
     for failure in tasks.failures:
         raise InputError(f"eval.during: {failure.key}: {failure.message}")
     options = replace(eval_options(config), cache=None)

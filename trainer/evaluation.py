@@ -123,25 +123,26 @@ def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
         )
     found = list(tasks) if "zero_shot" in chosen else []
     if "linear_probe" in chosen:
-        found += [_probe(task, "linear_probe", "linear probe") for task in probed]
+        found += [_probe(task, None) for task in probed]
     if "few_shot" in chosen:
         for shots in plain(config.eval.probe.shots):
             require_int("eval.probe.shots", shots, minimum=1)
-            found += [
-                replace(_probe(task, f"few_shot_{shots}", f"{shots}-shot"), shots=shots)
-                for task in probed
-            ]
+            found += [_probe(task, shots) for task in probed]
     return found
 
 
-def _probe(task: Task, prefix: str, words: str) -> Task:
-    protocol: Protocol = "linear_probe" if prefix == "linear_probe" else "few_shot"
+def _probe(task: Task, shots: int | None) -> Task:
+    """The task with a classifier fitted on all of its train split, or on a few shots a class."""
+    protocol: Protocol = "linear_probe" if shots is None else "few_shot"
+    prefix = protocol if shots is None else f"{protocol}_{shots}"
+    words = "linear probe" if shots is None else f"{shots}-shot"
     main = task.main_metric if task.special is None else "acc1"
     return replace(
         task,
         name=f"{prefix}/{task.name}",
         title=f"{task.title} ({words})",
         protocol=protocol,
+        shots=shots,
         main_metric=main,
         special=None,
         family=protocol,

@@ -28,6 +28,7 @@ from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.trainer.budget import Budget
 
 METRICS_NAME = "metrics.jsonl"
+RESULTS_NAME = "eval_results.jsonl"
 _SHARE = "online/share_"
 PACKAGES = (
     "siftclip",
@@ -67,7 +68,7 @@ class RunDir:
 
     @property
     def results(self) -> Path:
-        return self.path / "eval_results.jsonl"
+        return self.path / RESULTS_NAME
 
     @property
     def has_model(self) -> bool:

@@ -28,11 +28,11 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
             "target needs the model whose features the pool has: features=open_clip "
             "features.name=NAME features.model.name=MODEL."
         )
-    names = plain(config.target.tasks)
     tasks = find_tasks(
         Path(config.target.root),
-        [names] if isinstance(names, str) else names,
+        plain(config.target.tasks),
         split=str(config.target.split),
+        option="target.tasks",
     ).complete()
     batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
     clip = clip_model_from(config.features.model, "features.model", trained=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -163,6 +164,28 @@ def launch(run_python: Completed, tmp_path: Path) -> Completed:
         return run_python(*arguments, cwd=tmp_path, ranks=ranks)
 
     return run
+
+
+TRAIN_MANY = """
+import json, sys
+from omegaconf import OmegaConf
+from siftclip.trainer.training import train_stage
+
+for config in json.loads(sys.argv[1]):
+    train_stage(OmegaConf.create(config))
+"""
+
+
+@pytest.fixture
+def train_on_ranks(launch: Completed, tmp_path: Path) -> Callable[[list[Any], int], None]:
+    """`train_on_ranks(configs, ranks)`: the runs one after the other, on so many ranks."""
+
+    def train(configs: list[Any], ranks: int) -> None:
+        (tmp_path / "train_many.py").write_text(TRAIN_MANY)
+        result = launch("train_many.py", json.dumps(configs), ranks=ranks)
+        assert result.returncode == 0, result.stderr[-5000:]
+
+    return train
 
 
 @pytest.fixture

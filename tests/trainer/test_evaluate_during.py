@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,23 +83,13 @@ def test_a_part_of_the_samples(options: list[str], compose: Compose) -> None:
     assert found["digit"] * 10 == pytest.approx(round(found["digit"] * 10))
 
 
-TRAIN_MANY = """
-import json, sys
-from omegaconf import OmegaConf
-from siftclip.trainer.training import train_stage
-
-for config in json.loads(sys.argv[1]):
-    train_stage(OmegaConf.create(config))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_ranks_take_part(
     ranks: int,
     options: list[str],
     compose: Compose,
-    launch: Callable[..., subprocess.CompletedProcess[str]],
+    train_on_ranks: Callable[[list[Any], int], None],
     tmp_path: Path,
 ) -> None:
     """Two also with sharded weights and their average; the evaluation after training, too."""
@@ -113,9 +101,7 @@ def test_all_ranks_take_part(
     for name, own in ways.items():
         config = compose("train", [*shared, *own, f"run_dir={tmp_path / name}"])
         configs.append(OmegaConf.to_container(config))
-    (tmp_path / "train_many.py").write_text(TRAIN_MANY)
-    result = launch("train_many.py", json.dumps(configs), ranks=ranks)
-    assert result.returncode == 0, result.stderr[-5000:]
+    train_on_ranks(configs, ranks)
     for name, own in ways.items():
         alone = [option for option in own if "strategy" not in option]
         config = compose("train", [*shared, *alone, f"run_dir={tmp_path / name} alone"])

@@ -16,7 +16,7 @@ from siftclip.datamodules.files import read_json
 from siftclip.datamodules.pool import read_metadata_uids
 from siftclip.datamodules.selection import Selection, read_selection
 from siftclip.datamodules.uids import UidTable
-from siftclip.eval.aggregates import averages
+from siftclip.eval.aggregates import result_averages
 from siftclip.eval.results import read_results
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.run_dir import RunDir
@@ -110,9 +110,7 @@ def _result_records(run: ArmRun, groups: dict[str, list[str]]) -> list[dict[str,
                     "run": str(run.run.path),
                 }
             )
-    values = {result.key: result.main_metric for result in results}
-    metrics = {result.key: result.metrics for result in results}
-    for group, average in averages(values, groups, metrics=metrics).items():
+    for group, average in result_averages(results, groups).items():
         records.append(
             {
                 **base,
