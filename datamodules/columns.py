@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from siftclip.datamodules.files import file_stamp
+from siftclip.datamodules.files import content_digest, file_stamp
 from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
 from siftclip.datamodules.selection import read_subset
 from siftclip.datamodules.uids import from_structured
@@ -73,8 +73,9 @@ def read_pool_lists(pool: Pool, column: ExternalColumn) -> ListColumn:
 
 
 def column_stamp(pool: Pool, column: ExternalColumn) -> list[Any]:
-    """Changes with the files of a column."""
-    return [file_stamp(path) for path in _paths(pool, column) if path.is_file()]
+    """Changes with the files of a column: with their content, or the stamps of the pool's own."""
+    stamp = file_stamp if column.path is None else content_digest
+    return [column.column, *(stamp(path) for path in _paths(pool, column) if path.is_file())]
 
 
 def _paths(pool: Pool, column: ExternalColumn) -> list[Path]:

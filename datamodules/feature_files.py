@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.files import file_stamp, identity_hash
+from siftclip.datamodules.files import content_digest, identity_hash
 from siftclip.datamodules.row_features import map_npz_array
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
@@ -37,8 +37,9 @@ def feature_paths(file: FeatureFile) -> list[Path]:
 
 
 def feature_file_stamp(file: FeatureFile) -> str:
-    """Changes with names, sizes and times of the files."""
-    return identity_hash({"key": file.key, "files": [*map(file_stamp, feature_paths(file))]})
+    """Changes with the names and the content of the files, not with their place."""
+    contents = {path.name: content_digest(path) for path in feature_paths(file)}
+    return identity_hash({"key": file.key, "files": contents})
 
 
 def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]:

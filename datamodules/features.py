@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.files import read_npy_header, read_npz
+from siftclip.datamodules.files import file_stamp, read_npy_header, read_npz
 from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
 from siftclip.selectors.errors import InputError
 
@@ -101,8 +101,7 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
         )
         for file in (path, path.with_suffix(".parquet")):
             if file.exists():
-                status = file.stat()
-                digest.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())
+                digest.update(f"{file_stamp(file)}\n".encode())
     faults.check(owner=f"features {folder}", total=named, max_bad_fraction=max_bad_fraction)
     present = int(covered.sum())
     store = FeatureStore(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -128,10 +129,49 @@ def read_npz_all(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(keys, read_npz(path, keys), strict=True))
 
 
+_TAIL_BYTES = 1 << 16
+
+
 def file_stamp(path: Path) -> list[Any]:
-    """Changes when the file does: name, size in bytes, time of the last change."""
+    """Changes when the file does, without reading all of it; for the large files of a pool.
+
+    Name, size in bytes, time of the last change, and a digest of the end: an npz has the checksums
+    of its arrays there, a parquet file its statistics.
+    """
     status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+    with path.open("rb") as file:
+        file.seek(max(0, status.st_size - _TAIL_BYTES))
+        tail = hashlib.sha256(file.read()).hexdigest()[:16]
+    return [path.name, status.st_size, status.st_mtime_ns, tail]
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file's content. One that has not changed is read once a process.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    # ctime changes with the content even where somebody sets the other times back
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _content_digest(path, stamp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_digest(path: Path, stamp: tuple[int, ...]) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_digests(place: Path) -> dict[str, str]:
+    """The digest of a file, or of all files below a folder, by their paths in it; else nothing."""
+    if place.is_file():
+        return {place.name: content_digest(place)}
+    paths = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    return {path.relative_to(place).as_posix(): content_digest(path) for path in paths}
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:

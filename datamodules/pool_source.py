@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import siftclip
 from siftclip.datamodules.columns import column_stamp, read_pool_column, read_pool_lists
 from siftclip.datamodules.feature_files import feature_file_stamp, read_feature_file
 from siftclip.datamodules.features import FeatureStore, join_features
 from siftclip.datamodules.files import identity_hash, read_npz_all, write_json, write_npz
+from siftclip.datamodules.identities import (
+    kept_identity,
+    say_reused,
+    say_why_not,
+    selector_identity,
+)
 from siftclip.datamodules.image_sizes import read_image_sizes
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import BadSampleError, SampleReader, decode_caption
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.base import Choice, ScoreSelector, Selector
+from siftclip.selectors.description import describe, nested
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, Ranks
 from siftclip.selectors.source import (
@@ -36,8 +42,6 @@ from siftclip.selectors.source import (
     Part,
     Requirements,
     Source,
-    describe,
-    nested,
 )
 
 IDENTITY_NAME = "identity.json"
@@ -53,18 +57,25 @@ def summarise(scores: np.ndarray) -> dict[str, float]:
     return {f"q{100 * q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FolderMemo:
-    """Keeps each answer in an npz of its own, written atomically."""
+    """Keeps each answer in an npz of its own, written atomically, and knows what it has given."""
 
     folder: Path
+    written: set[str] = field(default_factory=set)  # names, by this process
+    reused: dict[str, Path] = field(default_factory=dict)  # the files, by name
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
         path = self.folder / f"{name}.npz"
-        return read_npz_all(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        if name not in self.written:
+            self.reused[name] = path
+        return read_npz_all(path)
 
     def put(self, name: str, **arrays: np.ndarray) -> None:
         write_npz(self.folder / f"{name}.npz", **arrays)
+        self.written.add(name)
 
 
 class PoolSource(Source):
@@ -81,6 +92,7 @@ class PoolSource(Source):
         ranks: Ranks | None = None,
         device: torch.device | None = None,
         progress: bool = True,
+        reuse: bool = True,
     ) -> None:
         """Open nothing yet.
 
@@ -94,6 +106,7 @@ class PoolSource(Source):
             ranks: that share the work; alone by default.
             device: of the features; the CPU by default.
             progress: show bars.
+            reuse: use answers that an earlier process has kept.
         """
         self.pool = pool
         self.rows = np.arange(len(pool), dtype=np.int64)
@@ -105,6 +118,8 @@ class PoolSource(Source):
         self.folders = tuple(dict.fromkeys(features))
         self.max_bad_fraction = max_bad_fraction
         self.progress = progress
+        self.reuse = reuse
+        self._memos: dict[str, FolderMemo] = {}
         self._stores: dict[Path | None, FeatureStore] = {}
         self._checked: dict[tuple[str, ...], FeatureStore] = {}
         self._features: dict[Path, RowFeatures] = {}
@@ -195,10 +210,39 @@ class PoolSource(Source):
 
     def memo(self, selector: object) -> Memo:
         identity = self.identity(selector)
-        folder = self.scores_root / identity_hash(identity)
-        if self.ranks.rank == 0 and not (folder / IDENTITY_NAME).is_file():
-            write_json(folder / IDENTITY_NAME, identity)
-        return FolderMemo(folder)
+        name = identity_hash(identity)
+        if name not in self._memos:
+            folder = self.scores_root / name
+            if self.ranks.rank == 0:
+                self._open_folder(folder, identity)
+            if not self.reuse:
+                self.ranks.barrier()  # before any rank writes to it
+            self._memos[name] = FolderMemo(folder)
+        return self._memos[name]
+
+    def _open_folder(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Say what stands for the answers in a folder, and empty it if they shall not be reused."""
+        path = folder / IDENTITY_NAME
+        if not path.is_file():
+            kept = self.scores_root.glob(f"*/{IDENTITY_NAME}")
+            say_why_not("scores", identity, kept, like="selector")
+            write_json(path, identity)
+        elif not self.reuse:
+            for old in folder.glob("*.npz"):
+                old.unlink(missing_ok=True)
+
+    def say_what_was_reused(self) -> None:
+        """Say in a line for each selector how much of its work was there already, and since when.
+
+        Once for what was reused since the last call, on the first rank, of its own share.
+        """
+        for memo in self._memos.values():
+            if memo.reused and self.ranks.rank == 0:
+                oldest = min(memo.reused.values(), key=lambda path: path.stat().st_mtime)
+                parts = "1 part" if len(memo.reused) == 1 else f"{len(memo.reused)} parts"
+                say_reused(f"the scores or statistics of {parts}", oldest)
+            memo.written.update(memo.reused)
+            memo.reused.clear()
 
     def report(self, selector: object, choice: Choice, samples: int, seconds: float) -> None:
         """See `Source`: a line in `reports`, which selections carry in their manifest."""
@@ -229,29 +273,42 @@ class PoolSource(Source):
             delay=1.0,  # seconds; many pieces of work are shorter
         )
 
-    def identity(self, selector: object) -> dict[str, Any]:
-        """What an answer depends on: the selector's parameters, the pool, the files, the code."""
+    def identity(self, selector: object, *, with_rule: bool = False) -> dict[str, Any]:
+        """What an answer depends on: the selector and its code, the pool, and all files.
+
+        Args:
+            selector: or a selector and the rows that it chooses from, int64.
+            with_rule: for what is kept; scores do not depend on the rule.
+        """
         rows = None
         if isinstance(selector, tuple):
             selector, rows = selector
         if not isinstance(selector, Selector):
             raise TypeError(f"a memo belongs to a Selector. Got {type(selector).__name__}.")
-        parameters = describe(selector)
-        if isinstance(selector, ScoreSelector):
-            parameters.pop("rule")  # scores do not depend on it
+        ruled = isinstance(selector, ScoreSelector) and not with_rule
         needs = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
         named = [column for need in needs for column in (need.column, need.lists)]
         columns = dict.fromkeys(column for column in named if column is not None)
         files = dict.fromkeys(file for need in needs for file in need.files)
-        return {
-            "selector": parameters,
-            "pool": self.pool.fingerprint,
-            "features": self._fingerprints([need.features for need in needs]),
-            "columns": [column_stamp(self.pool, column) for column in columns],
-            "files": [feature_file_stamp(file) for file in files],
-            "samples": None if rows is None else describe(rows),
-            "siftclip": siftclip.__version__,
-        }
+        of_selector = selector_identity(selector, without=("rule",) if ruled else ())
+        return kept_identity(
+            "selection" if with_rule else "scores",
+            {
+                **of_selector,
+                "pool": self.pool.fingerprint,
+                "tars": self._stamps(needs),
+                "features": self._fingerprints([need.features for need in needs]),
+                "columns": [column_stamp(self.pool, column) for column in columns],
+                "targets": [feature_file_stamp(file) for file in files],
+                "samples": None if rows is None else describe(rows),
+            },
+        )
+
+    def _stamps(self, needs: Sequence[Requirements]) -> str | None:
+        """Of the tars, if a selector reads captions or images' headers; None if none does."""
+        if not any(need.captions or need.sizes for need in needs):
+            return None
+        return identity_hash({shard.name: shard.stamp for shard in self.pool.shards})
 
     def _fingerprints(self, keys_of_members: list[tuple[str, ...]]) -> list[str]:
         """Of the feature sets that the members of a selector read."""

@@ -14,7 +14,6 @@ import siftclip
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.selection import Selection, make_selection
 from siftclip.selectors.base import ScoreSelector, Selector, run
-from siftclip.selectors.source import describe
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +24,8 @@ def score_pool(selector: ScoreSelector, source: PoolSource) -> np.ndarray:
     unjudged = int(np.isnan(scores).sum())
     if unjudged and source.ranks.rank == 0:
         log.warning("%d of %d samples have no score and cannot be selected", unjudged, len(scores))
+    source.say_what_was_reused()
     return scores
-
-
-def selection_identity(selector: Selector, source: PoolSource) -> dict[str, Any]:
-    """What a selection depends on."""
-    return {**source.identity(selector), "selector": describe(selector)}
 
 
 def _finite(value: Any) -> Any:
@@ -52,6 +47,7 @@ def run_selection(
     source.reports.clear()
     cpu_start = time.process_time()
     choice = run(selector, source)
+    source.say_what_was_reused()
     *members, whole = source.reports
     for record in source.reports if source.ranks.rank == 0 else ():
         if record.get("unjudged_samples"):
@@ -65,7 +61,7 @@ def run_selection(
         "selector": name,
         "parameters": _finite(parameters),
         "pool": {"root": str(pool.root), "fingerprint": pool.fingerprint, "samples": len(pool)},
-        "identity": source.identity(selector),
+        "identity": source.identity(selector, with_rule=True),
         "kept_samples": whole["kept_samples"],
         "kept_distinct": whole["kept_distinct"],
         "kept_fraction": whole["kept_distinct"] / len(pool),

@@ -7,16 +7,19 @@ one number (higher is better) and leaves the decision to a rule; any other set f
 
 from __future__ import annotations
 
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.selectors.description import ARGUMENTS
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.rules import Rule, Threshold, TopFraction
@@ -30,6 +33,7 @@ from siftclip.selectors.source import (
 )
 from siftclip.selectors.sub_batch import SubBatch, check_draw, draw_by_score
 
+S = TypeVar("S", bound="Selector")
 __all__ = [
     "Choice",
     "Chunk",
@@ -105,6 +109,26 @@ class Selector(ABC):
     The public attributes of an instance are its parameters, and stand for its answer: what it has
     worked out is reused where they are equal. State belongs in attributes with an underscore.
     """
+
+    loaded_ns: ClassVar[int]  # since the epoch
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take note of when the code was loaded: what its file says later is not what runs."""
+        super().__init_subclass__(**kwargs)
+        cls.loaded_ns = time.time_ns()
+
+    def __new__(cls: type[S], *args: Any, **kwargs: Any) -> S:
+        """Take note of the arguments, which count where no public attribute holds them."""
+        selector = super().__new__(cls)
+        with suppress(TypeError):  # __init__ says it better
+            signature = inspect.signature(cls.__init__)
+            arguments = signature.bind(selector, *args, **kwargs).arguments
+            arguments.pop(next(iter(arguments)))  # the selector itself
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(name, {})
+            object.__setattr__(selector, ARGUMENTS, arguments)
+        return selector
 
     @property
     def requires(self) -> Requirements:

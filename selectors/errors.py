@@ -49,3 +49,10 @@ def require_choice(option: str, value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise InputError(f"{option} must be one of {', '.join(choices)}. Got {value!r}.")
     return str(value)
+
+
+def require_bool(option: str, value: object) -> bool:
+    """Return `value` if it is true or false; `option` is the name that the user wrote."""
+    if not isinstance(value, bool):
+        raise InputError(f"{option} must be true or false. Got {value!r}.")
+    return value

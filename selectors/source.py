@@ -7,13 +7,10 @@ on the ranks nor on the size of chunks.
 
 from __future__ import annotations
 
-import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import FunctionType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -370,52 +367,3 @@ def take(chunk: Chunk, index: np.ndarray) -> Chunk:
         column=None if chunk.column is None else chunk.column[index],
         lists=None if chunk.lists is None else chunk.lists.take(index),
     )
-
-
-def describe(value: Any) -> Any:
-    """A value as plain JSON types that stand for it: a selector by its class and parameters.
-
-    The public attributes of an object are its parameters. What begins with an underscore is state
-    that follows from them.
-
-    Raises:
-        TypeError: nothing tells the value from others: it has no attributes, or no name, such as a
-            lambda.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (np.generic, os.PathLike)):
-        return describe(value.item() if isinstance(value, np.generic) else os.fspath(value))
-    if isinstance(value, (type, FunctionType)) and "<" not in value.__qualname__:
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, np.ndarray):
-        import hashlib
-
-        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-        return {"array": [str(value.dtype), list(value.shape), digest]}
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    names = getattr(value, "__slots__", None) or getattr(value, "__dict__", None)
-    if names is None or isinstance(value, (type, FunctionType)):
-        raise TypeError(f"a {type(value).__name__} cannot be a parameter of a selector: {value!r}")
-    return {
-        "class": f"{type(value).__module__}.{type(value).__qualname__}",
-        **{name: describe(getattr(value, name)) for name in names if not name.startswith("_")},
-    }
-
-
-def nested(value: Any, kind: type[T]) -> Iterator[T]:
-    """The objects of a kind in a value and its public attributes: a composition's members."""
-    if isinstance(value, kind):
-        yield value
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from nested(item, kind)
-    elif hasattr(value, "__dict__"):
-        for name, item in vars(value).items():
-            if not name.startswith("_"):
-                yield from nested(item, kind)

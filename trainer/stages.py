@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.files import identity_hash
+from siftclip.datamodules.identities import say_reused, say_why_not
 from siftclip.datamodules.pool import (
     Coverage,
     Pool,
@@ -25,7 +26,7 @@ from siftclip.datamodules.pool import (
     open_pool,
 )
 from siftclip.datamodules.pool_source import PoolSource
-from siftclip.datamodules.scoring import run_selection, score_pool, selection_identity
+from siftclip.datamodules.scoring import run_selection, score_pool
 from siftclip.datamodules.selection import (
     MANIFEST_NAME,
     Selection,
@@ -35,7 +36,7 @@ from siftclip.datamodules.selection import (
 )
 from siftclip.datamodules.storage import default_cache
 from siftclip.selectors.base import ScoreSelector, Selector
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
 
@@ -137,6 +138,7 @@ def source_from(config: DictConfig, pool: Pool, *, may_launch: bool) -> PoolSour
         ranks=ranks,
         device=device,
         progress=config.progress,
+        reuse=require_bool("reuse", config.reuse),
     )
 
 
@@ -180,18 +182,28 @@ class SelectOutcome:
 
 
 def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutcome:
-    """Select, and write the selection with its manifest; reuse one that is there."""
+    """Select, and write the selection with its manifest; reuse one that is there.
+
+    With `reuse=false` the selection and the scores behind it are computed again.
+    """
     selector, name, parameters = selector_from(config)  # first: it fails without touching a file
     pool = pool_from(config)
     source = source_from(config, pool, may_launch=may_launch)
-    identity = selection_identity(selector, source)
-    folder = output_root(config) / "selections" / f"{name}-{identity_hash(identity)}"
+    identity = source.identity(selector, with_rule=True)
+    root = output_root(config) / "selections"
+    folder = root / f"{name}-{identity_hash(identity)}"
+    manifest = folder / MANIFEST_NAME
     is_first = source.ranks.rank == 0
     # the first rank decides for all: a file may appear between the looks of two of them
-    there = torch.tensor(int(is_first and (folder / MANIFEST_NAME).is_file()))
+    there = torch.tensor(int(is_first and config.reuse and manifest.is_file()))
     if int(source.ranks.sum(there)):
         selection = read_selection(folder)
+        if is_first:
+            say_reused("the selection", manifest)
     else:
+        if is_first and not manifest.is_file():
+            kept = root.glob(f"{name}-*/{MANIFEST_NAME}")
+            say_why_not("the selection", identity, kept, like="selector")
         selection = run_selection(selector, name, parameters, source)
         available = metadata_coverage(pool)
         if available is not None:

@@ -19,7 +19,6 @@ from siftclip.datamodules.pool_source import PoolSource, summarise
 from siftclip.datamodules.scoring import (
     run_selection,
     score_pool,
-    selection_identity,
 )
 from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.datamodules.uids import format_uid
@@ -67,12 +66,12 @@ def run(selector: Selector, source: PoolSource) -> Selection:
 class Counting(ClipScore):
     """Notes the rows that it is asked to score, and can be stopped after some chunks."""
 
-    def __init__(self, stop_after: int | None = None, **rule: Any) -> None:
+    def __init__(self, **rule: Any) -> None:
         super().__init__(features="l14", **(rule or {"fraction": 0.5}))
         self._scored: list[int] = []
         self._chunks = 0
         self._fits = 0
-        self._stop_after = stop_after
+        self._stop_after: int | None = None
 
     def fit(self, source: Source) -> None:
         self._fits += 1
@@ -142,7 +141,8 @@ def test_each_task_has_a_file_and_is_not_scored_twice(pool: Pool, source_of: Mak
 def test_killed_run_resumes_with_the_task_it_was_in(
     pool: Pool, source_of: Make, stop_after: int
 ) -> None:
-    killed, source = Counting(stop_after), source_of(pool, 4)
+    killed, source = Counting(), source_of(pool, 4)
+    killed._stop_after = stop_after
     with pytest.raises(KeyboardInterrupt):
         score_pool(killed, source)
     done = len(list(files_of(source, killed).glob("*.npz")))
@@ -223,7 +223,7 @@ def test_another_rule_reuses_the_scores(pool: Pool, source_of: Make) -> None:
     for selector in selectors:
         score_pool(selector, source_of(pool))
     assert [selector._chunks for selector in selectors] == [3, 0, 3]
-    selections = {identity_hash(selection_identity(s, source_of(pool))) for s in selectors}
+    selections = {identity_hash(source_of(pool).identity(s, with_rule=True)) for s in selectors}
     assert len(selections) == 3
 
 

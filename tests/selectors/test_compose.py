@@ -29,10 +29,11 @@ from siftclip.selectors.compose import (
     union,
 )
 from siftclip.selectors.datacomp_filters import BasicFilter
+from siftclip.selectors.description import describe
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.external import External
 from siftclip.selectors.rules import AsGiven, DataCompFraction
-from siftclip.selectors.source import Chunk, FeatureFile, MemorySource, describe
+from siftclip.selectors.source import Chunk, FeatureFile, MemorySource
 from siftclip.selectors.uniform import Uniform
 
 NUMBERS = st.sampled_from([0.0, 0.5, -1.0, 2.0, math.nan, math.inf, -math.inf])

@@ -21,6 +21,7 @@ from siftclip.selectors.datacomp_filters import (
     HasEntity,
     IsLanguage,
 )
+from siftclip.selectors.description import describe
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.external import External
 from siftclip.selectors.languages import (
@@ -31,7 +32,7 @@ from siftclip.selectors.languages import (
     parse_offsets,
     read_list,
 )
-from siftclip.selectors.source import Chunk, DictMemo, MemorySource, describe
+from siftclip.selectors.source import Chunk, DictMemo, MemorySource
 
 
 class FirstLetter:

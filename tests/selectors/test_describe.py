@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from siftclip.selectors.clusters import ClusterId, GivenCentroids, KMeans
+from siftclip.selectors.description import describe
 from siftclip.selectors.normsim import NormSim
-from siftclip.selectors.source import FeatureFile, describe
+from siftclip.selectors.source import FeatureFile
 
 TARGET = FeatureFile(path="target.npz")
 
@@ -32,7 +33,7 @@ def test_infinity_can_be_written_as_json() -> None:
         (np.bool_(True), True),
         (math.floor, None),
         (lambda scores: scores, None),
-        (describe, "siftclip.selectors.source.describe"),
+        (describe, "siftclip.selectors.description.describe"),
         (KMeans, "siftclip.selectors.clusters.KMeans"),
     ],
 )

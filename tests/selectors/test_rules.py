@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siftclip.selectors.description import describe
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.rules import (
     AsGiven,
@@ -19,7 +20,7 @@ from siftclip.selectors.rules import (
     TopFraction,
     keep_top,
 )
-from siftclip.selectors.source import MemorySource, describe
+from siftclip.selectors.source import MemorySource
 
 # few distinct values, so that ties are the rule, as with CLIP scores stored in fp16
 SCORES = st.lists(

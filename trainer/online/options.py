@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.base import Selector
+from siftclip.selectors.description import nested
 from siftclip.selectors.errors import (
     InputError,
     require_choice,
@@ -17,7 +18,7 @@ from siftclip.selectors.errors import (
     require_int,
     require_positive,
 )
-from siftclip.selectors.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits, nested
+from siftclip.selectors.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring import ScoringConfig

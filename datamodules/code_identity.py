@@ -1,0 +1,238 @@
+"""The code behind an answer that is kept: digests of the modules that a selector's classes use.
+
+A class depends on its own module, and on what that imports of the same project: the modules of its
+package, and those beside it that belong to no installed distribution. Of other distributions the
+version counts. Torch, numpy and the like are left out: they move answers by rounding alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import (
+    PackageNotFoundError,
+    entry_points,
+    packages_distributions,
+    version,
+)
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from siftclip.selectors.plugins import GROUP
+
+log = logging.getLogger(__name__)
+
+OURS = "siftclip"
+_NUMERICS = ("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow")
+_INSTALLED = ("site-packages", "dist-packages")
+_CONSTANTS = (bool, int, float, str, bytes, tuple, frozenset, type(None))
+
+
+def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
+    """What stands for the code of some classes and functions: digests and versions by name.
+
+    `{"my_package.scores": "<SHA-256>", "my_distribution": "1.2"}`. Classes of the standard library
+    and of torch stand for nothing. Of a module that no file holds, as in a notebook, and of one
+    whose file has changed since it was loaded, the functions in memory count.
+    """
+    loaded_ns: dict[str, int] = {}  # by module: when it was loaded, as far as its classes know
+    for item in _with_bases(code):
+        at = vars(item).get("loaded_ns", sys.maxsize)
+        loaded_ns[item.__module__] = min(at, loaded_ns.get(item.__module__, sys.maxsize))
+    identity: dict[str, str] = {}
+    todo = list(loaded_ns)
+    while todo:
+        name = todo.pop()
+        digest, imported = _module_identity(name, loaded_ns[name])
+        if digest is not None:
+            identity[name] = digest
+        identity |= _distribution_of(name)
+        for other in imported:
+            if other not in loaded_ns:
+                loaded_ns[other] = loaded_ns[name]  # which has loaded it, or found it there
+                if _is_followed(other, name):
+                    todo.append(other)
+                else:
+                    identity |= _distribution_of(other)
+    return dict(sorted(identity.items()))
+
+
+def _with_bases(code: Iterable[type | FunctionType]) -> Iterator[type | FunctionType]:
+    """The items and the classes that they inherit from, as far as they may be a project's."""
+    for item in code:
+        for kind in item.__mro__ if isinstance(item, type) else (item,):
+            if _is_own(kind.__module__):
+                yield kind
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _is_own(name: str) -> bool:
+    """Whether a module may be a project's: neither Python's nor of the packages for numerics."""
+    top = _top(name)
+    return top == "__main__" or top not in (*sys.stdlib_module_names, *_NUMERICS)
+
+
+def _is_followed(name: str, importer: str) -> bool:
+    """Whether the text of a module counts for one that imports it, and not only its version."""
+    if _top(importer) == OURS:  # a method and the kernels that it imports
+        return name.startswith(f"{OURS}.selectors")
+    if _top(name) == OURS or not _is_own(name):
+        return False
+    if _top(name) == _top(importer):
+        return True
+    path = _source_file(name)
+    return path is not None and not set(path.parts) & set(_INSTALLED)
+
+
+@functools.lru_cache(maxsize=1)
+def _distributions() -> dict[str, dict[str, str]]:
+    """Names and versions of what is installed, by the package that it brings."""
+    found: dict[str, dict[str, str]] = {}
+    for top, names in packages_distributions().items():
+        for name in names:
+            try:
+                found.setdefault(top, {})[name] = version(name)
+            except PackageNotFoundError:  # removed at this moment
+                continue
+    for point in entry_points(group=GROUP):  # also those that do not list their files
+        if point.dist is not None:
+            found.setdefault(_top(point.module), {})[point.dist.name] = point.dist.version
+    return found
+
+
+def _distribution_of(name: str) -> dict[str, str]:
+    """Name and version of what installed a module, if anything has, and it is not Siftclip."""
+    if _top(name) == OURS or not _is_own(name):
+        return {}
+    return _distributions().get(_top(name), {})
+
+
+def _source_file(name: str) -> Path | None:
+    """The file of a module, found without running it; None for what has none."""
+    module = sys.modules.get(name)
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    if origin is None:
+        origin = getattr(module, "__file__", None)
+    if origin is None and module is None:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError, AttributeError):  # of an optional dependency, say
+            return None
+        origin = None if spec is None else spec.origin
+    path = None if origin is None else Path(origin)
+    return path.resolve() if path is not None and path.is_file() else None
+
+
+def _module_identity(name: str, loaded_ns: int) -> tuple[str | None, tuple[str, ...]]:
+    """What stands for a module, and the modules that it imports."""
+    path, module = _source_file(name), sys.modules.get(name)
+    if path is None:
+        return (None, ()) if module is None else (_in_memory(module), ())
+    status = path.stat()
+    digest, imported = _read(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if status.st_mtime_ns > loaded_ns and module is not None:
+        _warn_of_change(path)
+        digest = _in_memory(module)
+    return digest, imported
+
+
+@functools.lru_cache(maxsize=64)  # once a file
+def _warn_of_change(path: Path) -> None:
+    log.warning(
+        "%s has changed since this process loaded it, and the loaded code is what runs. Start "
+        "again to use the file as it is now.",
+        path,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(path: Path, name: str, *_stamp: int) -> tuple[str, tuple[str, ...]]:
+    """The digest of a module's file, and the modules that it imports.
+
+    Args:
+        path: of the file.
+        name: of the module.
+        _stamp: changes with the file, so that an edited one is read again.
+    """
+    data = path.read_bytes()
+    names: tuple[str, ...] = ()
+    if path.suffix == ".py":
+        try:
+            names = tuple(_imports(ast.parse(data), name, path.name == "__init__.py"))
+        except SyntaxError:  # edited since it was imported
+            names = ()
+    return hashlib.sha256(data).hexdigest(), names
+
+
+def _imports(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:
+    """The modules that a module imports anywhere in its text."""
+    package = name if is_package else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _with_parents(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            if base:
+                yield from _with_parents(base)
+                yield from (
+                    full for alias in node.names if _is_module(full := f"{base}.{alias.name}")
+                )
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        yield ".".join(parts[:length])
+
+
+def _is_module(name: str) -> bool:
+    if name in sys.modules:
+        return True
+    if not hasattr(sys.modules.get(name.rpartition(".")[0]), "__path__"):
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
+
+
+def _in_memory(module: ModuleType) -> str:
+    """A digest of the functions of a loaded module and of the constants that they use."""
+    functions: dict[str, FunctionType] = {}
+    for name, value in vars(module).items():
+        members = vars(value) if isinstance(value, type) else {"": value}
+        for member, item in members.items():
+            plain = getattr(item, "fget", getattr(item, "__func__", item))
+            if isinstance(plain, FunctionType) and plain.__module__ == module.__name__:
+                functions[f"{name}.{member}"] = plain
+    used = {name for item in functions.values() for name in item.__code__.co_names}
+    constants = {
+        name: value
+        for name, value in vars(module).items()
+        if name in used and isinstance(value, _CONSTANTS)
+    }
+    codes = {name: _described_code(item.__code__) for name, item in functions.items()}
+    defaults = {name: (item.__defaults__, item.__kwdefaults__) for name, item in functions.items()}
+    text = repr([sorted(codes.items()), sorted(constants.items()), sorted(defaults.items())])
+    return "in memory: " + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _described_code(code: CodeType) -> list[Any]:
+    constants = [
+        _described_code(value) if isinstance(value, CodeType) else repr(value)
+        for value in code.co_consts
+    ]
+    return [code.co_code.hex(), code.co_names, code.co_varnames, constants]

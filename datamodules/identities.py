@@ -1,0 +1,134 @@
+"""What a kept result depends on, said in one way for whatever is kept, and what is said of reuse.
+
+Scores, selections, features, targets, results of evaluations and runs are reused where their
+identity is the same: a plain dict of everything that the result depends on. It is written beside
+the result, so that a later version, and a person, can tell why a result is not reused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import siftclip
+from siftclip.datamodules.code_identity import code_identity
+from siftclip.datamodules.files import content_digest, read_json
+from siftclip.selectors.description import Behind, describe
+from siftclip.selectors.errors import InputError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2  # of identities: 1 knew neither code nor the content of files
+_LOOKED_AT = 200  # kept results among which the nearest is looked for
+_WORDS = {
+    "selector": "the selector's parameters",
+    "code": "the code",
+    "pool": "the pool",
+    "features": "the features",
+    "columns": "the columns that it reads",
+    "files": "the files that it reads",
+    "samples": "the samples to choose from",
+    "siftclip": "the version of siftclip",
+    "model": "the model",
+    "task": "the task",
+    "precision": "the precision",
+    "scale": "the budget",
+    "optim": "the optimiser",
+    "seed": "the seed",
+}
+
+
+def kept_identity(kind: str, depends_on: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result of a kind depends on: all of `depends_on`, and the version of siftclip.
+
+    `depends_on` holds plain values that JSON can hold: parameters by value, files by what they
+    contain (`content_digest`), selectors by `selector_identity`.
+    """
+    return {"kind": kind, "format": FORMAT, "siftclip": siftclip.__version__, **depends_on}
+
+
+def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What stands for a selector: its parameters, its code, and the files that these name.
+
+    Args:
+        selector: or any object that `describe` can describe.
+        without: attributes that do not count.
+    """
+    behind = Behind()
+    parameters = describe(selector, behind, without=without)
+    return {
+        "selector": parameters,
+        "code": code_identity(behind.code),
+        "files": named_files(behind.texts),
+    }
+
+
+def named_files(texts: Iterable[str]) -> dict[str, str]:
+    """The digests of the files among some texts, each by its text. Folders do not count."""
+    digests = {}
+    for text in sorted(texts):
+        path = Path(text)
+        looks_like_one = 0 < len(text) < 4096 and "\0" not in text and (path.suffix or "/" in text)
+        try:
+            if looks_like_one and path.is_file():
+                digests[text] = content_digest(path)
+        except OSError:  # a name that is too long, or a file that is not ours to read
+            continue
+    return digests
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In what two identities differ, in words."""
+    if old.get("format", 1) != FORMAT:
+        return ["an earlier version kept it without noting the code and the content of files"]
+    words = []
+    for key in dict.fromkeys([*new, *old]):
+        before, now = old.get(key), new.get(key)
+        if before == now or key in ("kind", "format"):
+            continue
+        label = _WORDS.get(key, key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+            label += f" ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''})"
+        words.append(label)
+    return words
+
+
+def when(path: Path) -> str:
+    """The time of a file's last change, in words, in the machine's time zone."""
+    return f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+
+
+def say_reused(what: str, path: Path) -> None:
+    """Say in a line what is reused, from when, and how to have it computed again."""
+    log.info("reused %s of %s (%s); reuse=false computes again", what, when(path), path)
+
+
+def say_why_not(what: str, new: Mapping[str, Any], kept: Iterable[Path], *, like: str) -> None:
+    """If something near to a result was kept, say in a line why it is not reused.
+
+    Args:
+        what: the result is called.
+        new: its identity.
+        kept: JSON files with the identities of kept results, or with one under "identity".
+        like: the key in which a kept result must agree to be mentioned.
+    """
+    nearest: tuple[int, Path, list[str]] | None = None
+    newest = sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True)[:_LOOKED_AT]
+    for path in newest:
+        try:
+            old = read_json(path)
+        except (InputError, OSError):
+            continue  # it is not reused, whatever it is
+        old = old.get("identity", old) if isinstance(old, Mapping) else {}
+        if not isinstance(old, Mapping) or old.get(like) != new.get(like):
+            continue
+        found = differences(old, new)
+        if found and (nearest is None or len(found) < nearest[0]):
+            nearest = len(found), path, found
+    if nearest is not None:
+        _, path, words = nearest
+        log.info("not reused: %s of %s (%s): %s", what, when(path), path, "; ".join(words))
