@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from siftclip.datamodules.faults import FaultLog
+from siftclip.datamodules.feature_source import check_sources
 from siftclip.datamodules.files import file_stamp, read_npy_header, read_npz
 from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
 from siftclip.selectors.errors import InputError
@@ -83,6 +84,7 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
             f"No features (*.npz) in {folder}. Make them with `siftclip embed`, or point "
             "features.root at a folder that has some."
         )
+    check_sources(folder, paths, pool)
     digest = hashlib.sha256()
     faults = FaultLog()
     parts: list[FeaturePart] = []

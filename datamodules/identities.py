@@ -32,6 +32,12 @@ _WORDS = {
     "files": "the files that it reads",
     "samples": "the samples to choose from",
     "siftclip": "the version of siftclip",
+    "selection": "the selection",
+    "online": "the selection in the loop",
+    "loss": "the loss",
+    "budget": "the budget",
+    "data": "how samples are loaded",
+    "tars": "the tars",
     "model": "the model",
     "task": "the task",
     "precision": "the precision",
@@ -42,12 +48,12 @@ _WORDS = {
 
 
 def kept_identity(kind: str, depends_on: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result of a kind depends on: all of `depends_on`, and the version of siftclip.
+    """What a result of a kind depends on.
 
     `depends_on` holds plain values that JSON can hold: parameters by value, files by what they
     contain (`content_digest`), selectors by `selector_identity`.
     """
-    return {"kind": kind, "format": FORMAT, "siftclip": siftclip.__version__, **depends_on}
+    return {"kind": kind, "format": FORMAT, **depends_on}
 
 
 def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[s
     parameters = describe(selector, behind, without=without)
     return {
         "selector": parameters,
-        "code": code_identity(behind.code),
+        "code": {"siftclip": siftclip.__version__, **code_identity(behind.code)},
         "files": named_files(behind.texts),
     }
 

@@ -22,21 +22,26 @@ from tqdm import tqdm
 from siftclip.datamodules.batches import Batch, Request, SampleDataset
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
+from siftclip.datamodules.feature_source import (
+    MANIFEST_NAME,
+    SOURCE,
+    is_stale,
+    shard_source,
+)
 from siftclip.datamodules.files import read_json, write_json, write_npz
+from siftclip.datamodules.identities import differences, kept_identity, say_reused
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
 from siftclip.eval.identities import fingerprint
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.trainer.cores import share_cores
-from siftclip.trainer.lightning_setup import loader_options, make_fabric
+from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.stages import features_folder, plain, pool_from
 
 log = logging.getLogger(__name__)
-
-MANIFEST_NAME = "features.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,13 +93,14 @@ def embed_stage(config: DictConfig) -> Path:
     if folder is None:
         raise RuntimeError("features with a model always have a folder")
     name = str(config.features.name)
-    _claim(folder, _manifest(config, clip, pool))
+    reuse = require_bool("reuse", config.reuse)
+    _claim(folder, _manifest(config, clip, pool), reuse=reuse)
     share_cores(loader_options(config).num_workers)
     fabric = make_fabric(config)
     fabric.launch()
     # By number, not by what is left: a rank that starts late sees what the others have written.
-    share = range(fabric.global_rank, len(pool.shards), fabric.world_size)
-    mine = [shard for shard in share if not feature_path(folder, pool, shard).exists()]
+    share = list(range(fabric.global_rank, len(pool.shards), fabric.world_size))
+    mine = _shards_to_embed(folder, pool, share) if reuse else share
     faults = FaultLog()
     loader = _loader(config, clip, pool, mine, batch_size, fabric.device.type == "cuda")
     bar = tqdm(loader, desc="embed", unit="batch", disable=not config.progress, leave=False)
@@ -150,10 +156,31 @@ def _write_shard(
     folder: Path, pool: Pool, rows: np.ndarray, name: str, parts: list[tuple[Tensor, Tensor]]
 ) -> None:
     image, text = (torch.cat(features).numpy() for features in zip(*parts, strict=True))
+    shard = int(pool.shard_of_row[rows[0]])
     write_npz(
-        feature_path(folder, pool, int(pool.shard_of_row[rows[0]])),
+        feature_path(folder, pool, shard),
         **{"uids": pool.uids[rows], f"{name}_img": image, f"{name}_txt": text},
+        **{SOURCE: shard_source(pool, shard)},
     )
+
+
+def _shards_to_embed(folder: Path, pool: Pool, share: list[int]) -> list[int]:
+    """Those of some shards without features of their tar as it is now; says what is reused."""
+    there = [shard for shard in share if feature_path(folder, pool, shard).exists()]
+    stale = {shard for shard in there if is_stale(feature_path(folder, pool, shard), pool, shard)}
+    if stale:
+        names = ", ".join(pool.shards[shard].name for shard in sorted(stale)[:3])
+        log.warning(
+            "%d tars hold other members than when they were embedded (such as %s): they are "
+            "embedded again",
+            len(stale),
+            names,
+        )
+    reused = [feature_path(folder, pool, shard) for shard in there if shard not in stale]
+    if reused:
+        oldest = min(reused, key=lambda path: path.stat().st_mtime)
+        say_reused(f"the features of {len(reused)} of {len(share)} shards", oldest)
+    return [shard for shard in share if shard not in there or shard in stale]
 
 
 def _loader(
@@ -173,25 +200,49 @@ def _loader(
 
 
 def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]:
+    precision = resolve_precision(config.trainer.precision)
+    weights = fingerprint(clip)
     return {
         "name": str(config.features.name),
         "model": plain(config.features.model),
-        "weights": fingerprint(clip),
+        "weights": weights,
         "pool": {"fingerprint": pool.fingerprint, "samples": len(pool)},
-        "precision": str(config.trainer.precision),
+        "precision": precision,
+        "identity": kept_identity(
+            "features",
+            {
+                "model": weights,
+                "pool": pool.fingerprint,
+                "precision": precision,
+                "data": {"max_image_pixels": config.data.max_image_pixels},
+            },
+        ),
     }
 
 
-def _claim(folder: Path, manifest: dict[str, Any]) -> None:
+def _claim(folder: Path, manifest: dict[str, Any], *, reuse: bool) -> None:
     """Write the manifest before the first shard, or check that the one there is the same."""
     path = folder / MANIFEST_NAME
-    if not path.exists():
+    if not (path.exists() and reuse):
         if is_rank_zero():
             write_json(path, manifest)
         return
-    found = read_json(path)
-    if (found.get("weights"), found.get("pool")) != (manifest["weights"], manifest["pool"]):
+    kept = read_json(path)
+    reasons = differences_of_features(kept, manifest)
+    if reasons:
         raise InputError(
-            f"{folder} holds features of another model or pool (see {MANIFEST_NAME} there). "
-            "Choose another features.name or features.root, or delete the folder."
+            f"{folder} holds features that differ in {' and '.join(reasons)} (see {MANIFEST_NAME} "
+            "there). Choose another features.name or features.root, or replace them with "
+            "reuse=false."
         )
+
+
+def differences_of_features(kept: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    """In what kept features differ from those that a manifest describes, in words."""
+    identity = kept.get("identity")
+    if identity is not None:
+        return differences(identity, manifest["identity"])
+    # An earlier version, whose precision may be "auto": bf16 on the GPUs that have it.
+    keys = ["weights", "pool", *(["precision"] if kept.get("precision") != "auto" else [])]
+    words = {"weights": "the model", "pool": "the pool", "precision": "the precision"}
+    return [words[key] for key in keys if kept.get(key) != manifest[key]]

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.datamodules.clip_models import ClipModel, holds_weights, load_clip_model
+from siftclip.datamodules.clip_models import (
+    MODEL_FOLDER,
+    ClipModel,
+    holds_weights,
+    load_clip_model,
+)
+from siftclip.datamodules.files import content_digests
 from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.datamodules.towers import LockConfig, lock_towers
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.stages import plain
 
 log = logging.getLogger(__name__)
+
+
+def model_files(node: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The digests of the files that a `model` node of the configuration names, by option.
+
+    A tag or a name of a hub stands for itself.
+    """
+    files = {}
+    for option in ("name", "pretrained", "pretrained_image", "pretrained_text"):
+        place = Path(str(node.get(option)))
+        inside = place / MODEL_FOLDER  # of a run directory
+        files[option] = content_digests(inside if inside.is_dir() else place)
+    return {option: digests for option, digests in files.items() if digests}
 
 
 def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> ClipModel:

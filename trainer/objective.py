@@ -17,7 +17,7 @@ from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import read_column
 from siftclip.datamodules.features import open_features
-from siftclip.datamodules.files import file_stamp
+from siftclip.datamodules.files import content_digest
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.errors import InputError, require_finite
 from siftclip.trainer.losses import (
@@ -27,7 +27,7 @@ from siftclip.trainer.losses import (
     SigLipLoss,
     SoftmaxLoss,
 )
-from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.models import clip_model_from, model_files
 from siftclip.trainer.stages import SelectOutcome
 from siftclip.trainer.step import Objective, TeacherFeatures, no_teacher
 
@@ -117,7 +117,10 @@ def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
             )
         if not chosen.any():
             raise InputError(f"loss.weights.path={path!r}: all weights are 0.")
-        identity["weights"] = file_stamp(Path(path))
+        identity["weights"] = content_digest(Path(path))
+    teacher = OmegaConf.select(config.loss, "teacher.model")
+    if teacher is not None and teacher.name is not None:
+        identity["teacher"] = model_files(teacher)
     return LossData(references=references, weights=weights, identity=identity)
 
 

@@ -1,7 +1,9 @@
 """A run directory: everything that one run leaves behind, and the only thing a report reads.
 
 config.yaml      the resolved configuration
-versions.json    versions of what it ran on, and the git commit
+identity.json    everything that the trained weights depend on
+versions.json    the code, versions, processors and threads that it ran on
+sessions.jsonl   the same for each later session in which something of that was another
 selection.npy    the selection in DataComp's format; selection.json its manifest
 metrics.jsonl    a record every N steps; metrics.csv the same
 checkpoints/     to continue from
@@ -13,10 +15,8 @@ summary.json     written last: the run is finished
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,8 @@ from siftclip.trainer.budget import Budget
 METRICS_NAME = "metrics.jsonl"
 RESULTS_NAME = "eval_results.jsonl"
 _SHARE = "online/share_"
-PACKAGES = (
-    "siftclip",
-    "torch",
-    "torchvision",
-    "lightning",
-    "open_clip_torch",
-    "webdataset",
-    "clip-benchmark",
-    "wandb",
-    "numpy",
-    "pillow",
-)
+IDENTITY_NAME = "identity.json"
+SUMMARY_NAME = "summary.json"
 
 
 def is_rank_zero() -> bool:
@@ -50,6 +40,11 @@ def is_rank_zero() -> bool:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     return (getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a `step-N.ckpt` was written."""
+    return int(checkpoint.stem.split("-")[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +73,13 @@ class RunDir:
     @property
     def summary(self) -> dict[str, Any] | None:
         """What the run says about itself; None while it is not finished."""
-        path = self.path / "summary.json"
+        path = self.path / SUMMARY_NAME
         return read_json(path) if path.is_file() else None
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint to continue from: the one of the highest step."""
         found = list(self.checkpoints.glob("step-*.ckpt"))
-        return max(found, key=lambda path: int(path.stem.split("-")[1]), default=None)
+        return max(found, key=step_of, default=None)
 
     def budget(self) -> Budget | None:
         """How long the run is, once that is known."""
@@ -154,35 +149,27 @@ class RunDir:
             "selection_seconds": total("train/selection_time"),
         }
 
-    def start(self, config: DictConfig, selection: Selection) -> None:
+    @property
+    def has_started(self) -> bool:
+        """Whether a run was begun here, also by an earlier version, which kept a digest alone."""
+        return any((self.path / name).is_file() for name in (IDENTITY_NAME, "identity"))
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the run depends on; None if nothing was run here, or by an earlier version."""
+        path = self.path / IDENTITY_NAME
+        return read_json(path) if path.is_file() else None
+
+    def set_aside(self) -> Path:
+        """Rename the directory, so that the run can begin anew; returns its new name."""
+        aside = self.path.with_name(f"{self.path.name}.replaced-{datetime.now():%Y%m%d-%H%M%S}")
+        return self.path.rename(aside)
+
+    def start(self, config: DictConfig, selection: Selection, identity: dict[str, Any]) -> None:
         """Write down what the run is, before its first step."""
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        write_json(self.path / "versions.json", versions())
         write_selection(selection, self.path)
+        write_json(self.path / IDENTITY_NAME, identity)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        write_json(self.path / "summary.json", summary)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, the platform and the packages that decide about results; git commit."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "git": git_commit()}
-    found["platform"] = platform.platform()
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, with `-dirty`; None when installed."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
+        write_json(self.path / SUMMARY_NAME, summary)

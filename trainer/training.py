@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,7 +12,13 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import save_model_folder
-from siftclip.datamodules.files import identity_hash, write_text
+from siftclip.datamodules.files import identity_hash
+from siftclip.datamodules.identities import (
+    differences,
+    kept_identity,
+    say_reused,
+    say_why_not,
+)
 from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.streaming import count_micro_batches
@@ -21,6 +28,13 @@ from siftclip.trainer.assembly import data_module_from, new_model, training_modu
 from siftclip.trainer.budget import Budget, budget_from, limit_from
 from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.cores import share_cores
+from siftclip.trainer.environment import (
+    CODE,
+    Environment,
+    environment,
+    environments,
+    keep_environment,
+)
 from siftclip.trainer.evaluate_during import evaluate_during_from
 from siftclip.trainer.evaluation import eval_share, eval_stage, log_records, tasks_from
 from siftclip.trainer.launch import check_world_size
@@ -31,6 +45,7 @@ from siftclip.trainer.lightning_setup import (
     resolve_precision,
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
+from siftclip.trainer.models import model_files
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.online.planner import Forecast
@@ -38,7 +53,7 @@ from siftclip.trainer.online.setup import RunParts, build_online, online_identit
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.planning import forecast, steps_within
 from siftclip.trainer.progress import TrainingBar
-from siftclip.trainer.run_dir import RunDir, is_rank_zero
+from siftclip.trainer.run_dir import IDENTITY_NAME, SUMMARY_NAME, RunDir, is_rank_zero, step_of
 from siftclip.trainer.schedules import check_schedule
 from siftclip.trainer.sharding import whole_state
 from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
@@ -46,34 +61,66 @@ from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_st
 log = logging.getLogger(__name__)
 
 
+_DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that move weights
+
+
 def run_identity(
     config: DictConfig, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
-    return {
-        "selection": selected.selection.digest,
-        "pool": selected.pool.fingerprint,
-        "model": plain(config.model),
-        "optim": plain(config.optim),
-        "loss": plain(config.loss),
-        "loss_data": loss_data.identity,
-        "scale": plain(config.scale),
-        "budget": plain(config.budget),
-        "online": online_identity(config, selected.source),
-        "shuffle_window_shards": config.data.shuffle_window_shards,
-        "resize": config.data.resize,
-        "precision": resolve_precision(config.trainer.precision),
-        "seed": config.seed,
-    }
+    return kept_identity(
+        "run",
+        {
+            "selection": selected.selection.digest,
+            "pool": selected.pool.fingerprint,
+            "model": {**plain(config.model), "files": model_files(config.model)},
+            "optim": plain(config.optim),
+            "loss": plain(config.loss),
+            "loss_data": loss_data.identity,
+            "scale": plain(config.scale),
+            "budget": plain(config.budget),
+            "online": online_identity(config, selected.source),
+            "data": {key: config.data[key] for key in _DATA},
+            "precision": resolve_precision(config.trainer.precision),
+            "seed": config.seed,
+        },
+    )
 
 
-def run_dir_for(config: DictConfig, selected: SelectOutcome, digest: str) -> RunDir:
+def run_environment(config: DictConfig) -> Environment:
+    """What this session computes with."""
+    options = loader_options(config)
+    share_cores(options.num_workers)
+    return environment(
+        ranks=expected_world_size(config),
+        loader_workers=options.num_workers,
+        precision=resolve_precision(config.trainer.precision),
+    )
+
+
+def warn_of_other_code(run: RunDir, now: Environment) -> None:
+    """Say if a finished run was made with other code than this."""
+    for before in environments(run.path)[-1:]:
+        changed = [
+            f"{name} {before.get(name)}, here {now.get(name)}"
+            for name in CODE
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            log.warning(
+                "%s was made with other code: %s. reuse=false trains it again.",
+                run.path,
+                "; ".join(changed),
+            )
+
+
+def run_dir_for(config: DictConfig, selected: SelectOutcome, identity: dict[str, Any]) -> RunDir:
     """The run's directory: `run_dir`, or one whose name stands for what the run depends on.
 
     Args:
         config: of the command.
         selected: what is trained on.
-        digest: of the run's identity.
+        identity: of the run.
 
     Raises:
         InputError: `run_dir` holds another run.
@@ -82,13 +129,20 @@ def run_dir_for(config: DictConfig, selected: SelectOutcome, digest: str) -> Run
     if config.online.cadence != "once":
         name += f"+{config.online.selector.name}"
     if config.run_dir is None:
-        return RunDir(path=output_root(config) / "train" / f"{name}-s{config.seed}-{digest[:8]}")
+        root = output_root(config) / "train"
+        run = RunDir(path=root / f"{name}-s{config.seed}-{identity_hash(identity)[:8]}")
+        if is_rank_zero() and not run.path.exists():
+            kept = root.glob(f"{name}-s{config.seed}-*/{IDENTITY_NAME}")
+            say_why_not("the run", identity, kept, like="scale")
+        return run
     run = RunDir(path=Path(config.run_dir))
-    marker = run.path / "identity"
-    if marker.is_file() and marker.read_text().strip() != digest:
+    # through JSON, which has no tuples
+    if run.has_started and run.identity() != json.loads(json.dumps(identity, default=str)):
+        reasons = "; ".join(differences(run.identity() or {}, identity))
         raise InputError(
-            f"run_dir={config.run_dir!r} holds a run with another selection, model, budget or seed "
-            "(see its config.yaml). Name another run_dir, or delete that one."
+            f"run_dir={config.run_dir!r} holds a run with another selection, model, budget or "
+            f"seed, or of other code or files. Different: {reasons}. Name another run_dir, or "
+            "delete that one."
         )
     return run
 
@@ -97,6 +151,7 @@ def train_stage(config: DictConfig) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
     A finished run is returned as it is; an interrupted one continues from its last checkpoint.
+    With `reuse=false` either is set aside, under another name, and the run begins anew.
 
     Raises:
         InputError: an option or a file is wrong; found before the first step where possible.
@@ -104,17 +159,30 @@ def train_stage(config: DictConfig) -> RunDir:
     _check_options(config)
     selected = select_stage(config)
     loss_data = open_loss_data(config, selected)
-    digest = identity_hash(run_identity(config, selected, loss_data))
-    run = run_dir_for(config, selected, digest)
-    if run.summary is not None:
-        log.info("finished already: %s", run.path)
+    identity = run_identity(config, selected, loss_data)
+    run = run_dir_for(config, selected, identity)
+    now = run_environment(config)
+    if run.summary is not None and config.reuse:
+        say_reused("the finished run", run.path / SUMMARY_NAME)
+        warn_of_other_code(run, now)
         if config.eval.root is not None:
             share = eval_share(config, may_launch=False)
             eval_stage(config, run.path, results_path=run.results, share=share)
         return run
     if is_rank_zero():
-        run.start(config, selected.selection)
-        write_text(run.path / "identity", digest + "\n")
+        if not config.reuse and run.has_started:
+            log.info("reuse=false: the run of before is now %s", run.set_aside())
+        checkpoint = run.latest_checkpoint()
+        run.start(config, selected.selection, identity)
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        changed = keep_environment(run.path, now, step=step)
+        if changed:
+            log.warning(
+                "the run continues at step %d on something else: %s. From here on it differs from "
+                "an uninterrupted run as another seed does (docs/training.md).",
+                step,
+                "; ".join(changed),
+            )
     loggers = make_loggers(
         run.path,
         name=run.path.name,
@@ -123,7 +191,8 @@ def train_stage(config: DictConfig) -> RunDir:
         project=config.logger.project,
         config=plain(config),
     )
-    if not run.has_model:
+    # without reuse, other ranks may look before the first has set the old run aside
+    if not config.reuse or not run.has_model:
         _fit(config, run, selected, loss_data, loggers)
     _evaluate(config, run, loggers)
     if is_rank_zero():
@@ -237,7 +306,7 @@ def _fit(
     share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
     count_micro_batches(share.stop, config.trainer.micro_batch_size)
     data = data_module_from(config, clip, selected, loss_data, budget, online)
-    resume = run.latest_checkpoint()
+    resume = run.latest_checkpoint() if config.reuse else None
     if resume is not None:
         log.info("continuing from %s", resume)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)

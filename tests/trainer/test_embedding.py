@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import tarfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +20,7 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.features import open_features
-from siftclip.datamodules.files import read_json, read_npz
+from siftclip.datamodules.files import read_json, read_npz, write_json
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.row_features import RowFeatures
@@ -92,8 +96,66 @@ def test_features_of_another_model_are_not_mixed(
     assert read_json(folder / "features.json")["name"] == "mine"
     other = load_clip_model("other", architecture=plain(config.model.architecture))
     save_model_folder(other, tmp_path / "other")
-    with pytest.raises(InputError, match="holds features of another model or pool"):
+    with pytest.raises(InputError, match="holds features that differ in the model"):
         embed_stage(compose("embed", [*embed_options, f"features.model.name={tmp_path / 'other'}"]))
+
+
+def test_features_of_another_precision_are_not_mixed(
+    embed_options: list[str], compose: Compose
+) -> None:
+    folder = embed_stage(compose("embed", embed_options))
+    other = compose("embed", [*embed_options, "trainer.precision=bf16-mixed"])
+    with pytest.raises(InputError, match=r"differ in the precision .* reuse=false"):
+        embed_stage(other)
+    manifest = read_json(folder / "features.json")
+    old = {key: manifest[key] for key in ("name", "model", "weights", "pool", "precision")}
+    write_json(folder / "features.json", old)  # as an earlier version wrote it
+    with pytest.raises(InputError, match=r"differ in the precision"):
+        embed_stage(other)
+    (path,) = folder.glob("*.npz")
+    before = path.read_bytes()
+    embed_stage(compose("embed", [*embed_options, "trainer.precision=bf16-mixed", "reuse=false"]))
+    assert path.read_bytes() != before
+
+
+def test_features_of_a_replaced_tar_are_made_again(
+    embed_options: list[str],
+    compose: Compose,
+    copy_pool: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    tar = copy_pool / "shards" / "00000000.tar"
+    rewrite(tar, shift=0)
+    config = compose("embed", [*embed_options, f"pool.root={copy_pool}", "pool.cache_dir=null"])
+    path = embed_stage(config) / "00000000.npz"
+    (before,) = read_npz(path, ["mine_img"])
+    os.utime(tar)  # a copy
+    embed_stage(config)
+    assert "reused the features of 1 of 1 shards" in caplog.text
+    rewrite(tar, shift=1)  # names and sizes stay
+    options = [*embed_options, f"pool.root={copy_pool}", "pool.cache_dir=null"]
+    with pytest.raises(InputError, match=r"features of 1 tars \(00000000.npz\) are of other"):
+        select_stage(compose("select", ["features=open_clip", *options]))
+    embed_stage(config)
+    assert "1 tars hold other members" in caplog.text
+    (after,) = read_npz(path, ["mine_img"])
+    np.testing.assert_allclose(after, np.roll(before, -1, axis=0), atol=1e-3)
+
+
+def rewrite(tar: Path, shift: int) -> None:
+    """Give the samples of a tar the images of their neighbours, all of one length."""
+    with tarfile.open(tar) as archive:
+        members = [(m, archive.extractfile(m).read()) for m in archive if m.isfile()]  # type: ignore[union-attr]
+    at = [n for n, (m, _) in enumerate(members) if not m.name.endswith(("txt", "json"))]
+    longest = max(len(members[n][1]) for n in at)
+    shifted = [members[n][1].ljust(longest, b"\0") for n in [*at[shift:], *at[:shift]]]
+    for n, data in zip(at, shifted, strict=True):
+        members[n] = members[n][0], data
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for member, data in members:
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
 
 
 def test_bad_samples_get_no_features_and_cannot_be_selected(

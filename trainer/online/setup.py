@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import column_stamp, read_column
 from siftclip.datamodules.feature_files import feature_file_stamp
-from siftclip.datamodules.files import file_stamp
+from siftclip.datamodules.identities import selector_identity
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan
@@ -24,7 +24,7 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import TRAINING_LOSS, Logits
 from siftclip.selectors.uniform import Uniform
 from siftclip.trainer.lightning_setup import expected_world_size, loader_options
-from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.models import clip_model_from, model_files
 from siftclip.trainer.objective import LossData, same_tokens
 from siftclip.trainer.online.cost import CostModel, SampleFlops
 from siftclip.trainer.online.diagnostics import Diagnostics, read_kinds
@@ -124,29 +124,26 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
         identity["groups"] = expected_world_size(config)
     aliases = reference_aliases(config)
     models = [identity.get("scorer") or {}, identity["reference"].get("model") or {}]
-    places = [Path(str(model[key])) for model in models for key in ("name", "pretrained") if model]
-    stamps: list[Any] = [file_stamp(path) for place in places for path in _files_of(place)]
+    parts: list[Any] = [model_files(model) for model in models]
+    code: dict[str, str] = {}
     for node in ("online.selector", "online.first_stage.selector"):
         if OmegaConf.select(config, node) is None:
             continue
-        needs = Needs.of(online_selector(config, node)[0])
+        selector = online_selector(config, node)[0]
+        of_selector = selector_identity(selector)
+        code |= of_selector["code"]
+        parts.append(of_selector["files"])
+        needs = Needs.of(selector)
         live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
         if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
             live |= set(needs.of_model(REFERENCE))
         keys = {key: aliases.get(key, key) for key in sorted(needs.features - live)}
         _check_cached(source, keys)
-        stamps += [source.store((key,)).fingerprint for key in keys.values()]
-        stamps += [feature_file_stamp(file) for file in needs.files]
+        parts += [source.store((key,)).fingerprint for key in keys.values()]
+        parts += [feature_file_stamp(file) for file in needs.files]
         for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
-            stamps += column_stamp(source.pool, column)
-    return {**identity, "files": stamps}
-
-
-def _files_of(place: Path) -> list[Path]:
-    """A file, or the files of a folder: of a model that is not a name of open_clip's."""
-    if place.is_dir():
-        return sorted(path for path in place.rglob("*") if path.is_file())
-    return [place] if place.is_file() else []
+            parts += column_stamp(source.pool, column)
+    return {**identity, "code": code, "files": parts}
 
 
 def _training_flops(parts: RunParts) -> SampleFlops:

@@ -1,0 +1,154 @@
+"""What a run is computed with: code, packages, processors and threads, session by session.
+
+A run is cut off and continues, perhaps elsewhere. `versions.json` says what its first session ran
+on, and `sessions.jsonl` has a line for each session after which something was another.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siftclip.datamodules.files import append_jsonl, read_json, read_jsonl, write_json
+
+VERSIONS_NAME = "versions.json"
+SESSIONS_NAME = "sessions.jsonl"
+PACKAGES = (
+    "siftclip",
+    "torch",
+    "torchvision",
+    "lightning",
+    "open_clip_torch",
+    "webdataset",
+    "clip-benchmark",
+    "wandb",
+    "numpy",
+    "pillow",
+)
+# What decides about results beyond rounding, and what moves them by rounding, which grows: on
+# another processor, or with another number of threads, a run is as far from this as another seed
+# after some 200 steps.
+CODE = ("git", "siftclip", "torch", "open_clip_torch", "torchvision", "lightning")
+MACHINE = ("cpu", "cpu_capability", "gpu", "threads", "ranks", "precision")
+
+Environment = dict[str, Any]
+
+
+def environment(*, ranks: int, loader_workers: int, precision: str) -> Environment:
+    """Code, versions, processors and threads of this process, by name; plain values.
+
+    Args:
+        ranks: that train.
+        loader_workers: processes that load, a rank.
+        precision: as it was resolved.
+    """
+    found: Environment = {"python": platform.python_version(), "git": git_commit()}
+    found["platform"] = platform.platform()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return {
+        **found,
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu_models(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+        "loader_workers": loader_workers,
+        "precision": precision,
+    }
+
+
+def cpu_model() -> str:
+    """The name of the processor, as the system calls it."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_models() -> str | None:
+    """The names of the GPUs that torch sees, each once; None without any."""
+    if not torch.cuda.is_available():
+        return None
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return ", ".join(dict.fromkeys(names))
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty`; None when installed."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
+    """Write down what a session of a run is computed with.
+
+    Args:
+        folder: of the run.
+        now: of this session.
+        step: with which it begins.
+
+    Returns:
+        What is another than in the session before, such as "threads 8, before 4". Nothing for the
+        first one.
+    """
+    first = folder / VERSIONS_NAME
+    if not first.is_file() or step == 0:
+        write_json(first, now)
+        (folder / SESSIONS_NAME).unlink(missing_ok=True)
+        return []
+    before = environments(folder)[-1]
+    changed = [
+        f"{name} {now.get(name)}, before {before.get(name)}"
+        for name in (*CODE, *MACHINE)
+        if now.get(name) != before.get(name)
+    ]
+    if changed:
+        append_jsonl(folder / SESSIONS_NAME, {"step": step, "environment": now})
+    return changed
+
+
+def environments(folder: Path) -> list[Environment]:
+    """What the sessions of a run were computed with, in their order; none if it does not say."""
+    first = folder / VERSIONS_NAME
+    if not first.is_file():
+        return []
+    later = [record["environment"] for record in read_jsonl(folder / SESSIONS_NAME)]
+    return [read_json(first), *later]
+
+
+def mixed(runs: Mapping[str, Sequence[Environment]]) -> dict[str, dict[str, list[str]]]:
+    """In what the environments of several runs differ.
+
+    Args:
+        runs: the environments of each run, by its name.
+
+    Returns:
+        For each name of `CODE` and `MACHINE` with more than one value: the runs by value.
+    """
+    differing = {}
+    for name in (*CODE, *MACHINE):
+        by_value: dict[str, list[str]] = {}
+        for run, sessions in runs.items():
+            for value in dict.fromkeys(str(session.get(name)) for session in sessions):
+                by_value.setdefault(value, []).append(run)
+        if len(by_value) > 1:
+            differing[name] = by_value
+    return differing
