@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.files import file_stamp, identity_hash
 from siftclip.eval.images import content_id
 from siftclip.eval.preparation import TaskData
 from siftclip.eval.probe_scores import ProbeSettings
@@ -63,6 +64,12 @@ def task_identity(one: TaskData, probe: ProbeSettings) -> str:
         ):
             digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def tars_stamp(one: TaskData) -> str:
+    """Changes with the tars of a task, whose images `task_identity` knows by their sizes alone."""
+    sets = [samples.task.shards for samples in (one.samples, one.train) if samples is not None]
+    return identity_hash({"tars": [file_stamp(path) for shards in sets for path in shards]})
 
 
 def unit_ids(samples: TaskSamples, ids: np.ndarray) -> np.ndarray:

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import read_npz_all, write_npz
+from siftclip.datamodules.identities import differences, kept_identity, say_reused, when
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import evaluation_mode
-from siftclip.eval.identities import fingerprint
+from siftclip.eval.identities import fingerprint, tars_stamp, task_identity
 from siftclip.eval.preparation import TaskData, prepare_tasks
+from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.task_scores import TaskTexts
 from siftclip.eval.tasks import Task
 from siftclip.selectors.errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 def embed_tasks(
-    clip: ClipModel, tasks: Sequence[Task], folder: Path, options: EncodeOptions
+    clip: ClipModel,
+    tasks: Sequence[Task],
+    folder: Path,
+    options: EncodeOptions,
+    *,
+    reuse: bool = True,
 ) -> list[Path]:
-    """Write the features of tasks, one `TASK-SPLIT.npz` each; those that are there are kept.
+    """Write the features of tasks, one `TASK-SPLIT.npz` each; those that are there are reused.
+
+    Those of the same model and task, that is: of the same tars, labels, class names and templates.
 
     An npz holds unit vectors, float16 as in a pool: `img` [n, d], of images; `class_txt` [C, d],
     of class names as zero-shot classification uses them, the mean over the task's templates;
     `txt` [n, d], of the first caption of each image. Tasks with classes have no `txt`, retrieval
-    has no `class_txt`. `model` says which weights they are of.
+    has no `class_txt`. `model` says which weights they are of, `identity` what they depend on.
 
     Args:
         clip: the model with its transform and tokenizer.
         tasks: of any split; classification, multilabel or retrieval.
         folder: to write to.
         options: how features are computed.
+        reuse: what is there already, if it is the same.
 
     Raises:
-        InputError: a task is damaged, or of another kind.
+        InputError: a task is damaged, or of another kind; or the folder holds features of another
+            model, which a selector would read together with these.
     """
     for task in tasks:
         if not task.has_classes and task.kind != "retrieval":
@@ -45,11 +61,17 @@ def embed_tasks(
             )
     model_hash = fingerprint(clip)
     paths = {task.name: folder / _file_name(task) for task in tasks}
-    missing = [task for task in tasks if not _is_there(paths[task.name], model_hash)]
-    prepared = prepare_tasks(missing)
+    _check_others(folder, set(paths.values()), model_hash)
+    prepared = prepare_tasks(tasks)
     for failure in prepared.failures:
         raise InputError(failure.message)
-    if prepared.table is not None:
+    identities = {one.task.name: _identity(one, model_hash) for one in prepared.data}
+    done = {name for name in identities if reuse and _is_there(paths[name], identities[name])}
+    if done:
+        oldest = min((paths[name] for name in done), key=lambda path: path.stat().st_mtime)
+        say_reused(f"the features of {len(done)} of {len(tasks)} tasks", oldest)
+    prepared = prepared.without(done)
+    if prepared.data and prepared.table is not None:
         with evaluation_mode(clip, options.device) as ready:
             encoder = Encoder(ready, options)
             texts = TaskTexts(encoder.texts)
@@ -57,7 +79,13 @@ def embed_tasks(
             features_of_sets = encoder.image_sets(prepared.table, sets)
             for one, rows, found in zip(prepared.data, sets, features_of_sets, strict=True):
                 arrays = _arrays(one, rows, found, texts)
-                write_npz(paths[one.task.name], model=np.asarray(model_hash), **arrays)
+                identity = json.dumps(identities[one.task.name], sort_keys=True)
+                write_npz(
+                    paths[one.task.name],
+                    model=np.asarray(model_hash),
+                    identity=np.asarray(identity),
+                    **arrays,
+                )
     return [*paths.values()]
 
 
@@ -65,8 +93,43 @@ def _file_name(task: Task) -> str:
     return f"{task.name.replace('/', '-')}-{task.split}.npz"  # DataComp's keys have slashes
 
 
-def _is_there(path: Path, model_hash: str) -> bool:
-    return path.is_file() and str(read_npz_all(path).get("model")) == model_hash
+def _identity(one: TaskData, model: str) -> dict[str, Any]:
+    return kept_identity(
+        "target",
+        {
+            "model": model,
+            "task": task_identity(one, ProbeSettings()),
+            "tars": tars_stamp(one),
+        },
+    )
+
+
+def _is_there(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether a file holds these features; says why not, if it holds others."""
+    if not path.is_file():
+        return False
+    kept = read_npz_all(path).get("identity")
+    reasons = differences({} if kept is None else json.loads(str(kept)), identity)
+    if reasons:
+        log.info("not reused: %s of %s: %s", path, when(path), "; ".join(reasons))
+    return not reasons
+
+
+def _check_others(folder: Path, own: set[Path], model: str) -> None:
+    """Look at the files of a folder that are not of the tasks which are asked for."""
+    others = sorted(set(folder.glob("*.npz")) - own) if folder.is_dir() else []
+    foreign = [path.name for path in others if str(read_npz_all(path).get("model")) != model]
+    if foreign:
+        raise InputError(
+            f"{folder} holds features of another model ({', '.join(foreign[:3])}), which a "
+            "selector would read together with those of this one. Delete them, or name another "
+            "target.folder or features.name."
+        )
+    if others:
+        names = ", ".join(path.name for path in others[:3])
+        log.info(
+            "%s also holds %s, which a selector that reads the folder reads, too", folder, names
+        )
 
 
 def _arrays(

@@ -147,7 +147,8 @@ def mixed(runs: Mapping[str, Sequence[Environment]]) -> dict[str, dict[str, list
     for name in (*CODE, *MACHINE):
         by_value: dict[str, list[str]] = {}
         for run, sessions in runs.items():
-            for value in dict.fromkeys(str(session.get(name)) for session in sessions):
+            values = (str(session.get(name, "not recorded")) for session in sessions)
+            for value in dict.fromkeys(values):
                 by_value.setdefault(value, []).append(run)
         if len(by_value) > 1:
             differing[name] = by_value

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import find_tasks
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.evaluation import evaluation_device
 from siftclip.trainer.models import clip_model_from
@@ -48,5 +48,6 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         max_image_pixels=config.data.max_image_pixels,
         progress=config.progress,
     )
-    paths = embed_tasks(clip, tasks, Path(folder), options)
+    reuse = require_bool("reuse", config.reuse)
+    paths = embed_tasks(clip, tasks, Path(folder), options, reuse=reuse)
     return Path(folder), paths

@@ -173,7 +173,7 @@ def make_comparison(values: dict[str, list[float | None]]) -> Comparison:
         overlap=pd.DataFrame(),
         truth=None,
         settings={},
-        versions={},
+        environments={},
     )
 
 

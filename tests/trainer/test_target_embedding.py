@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.feature_files import read_feature_file
 from siftclip.eval.task_samples import read_samples
@@ -18,6 +22,7 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
 from siftclip.trainer.evaluation import eval_stage
 from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.stages import plain
 from siftclip.trainer.target_embedding import target_stage
 
 Compose = Callable[..., DictConfig]
@@ -75,6 +80,8 @@ def test_finished_tasks_are_kept_and_a_selector_can_read_them(
     written = path.stat().st_mtime_ns
     assert target_stage(config) == (folder, [path])
     assert path.stat().st_mtime_ns == written
+    target_stage(compose("target", [*options, f"target.tasks={task.name}", "reuse=false"]))
+    assert path.stat().st_mtime_ns > written
     rows = torch.cat(list(read_feature_file(FeatureFile(path=str(folder), key="img"), 5)))
     assert np.array_equal(rows.numpy(), np.load(path)["img"])
 
@@ -83,3 +90,56 @@ def test_target_needs_a_model(options: list[str], compose: Compose) -> None:
     config = compose("target", ["features=metadata", *options[:-2]])
     with pytest.raises(InputError, match=r"target needs the model whose features the pool has"):
         target_stage(config)
+
+
+@pytest.mark.parametrize("change", ["classnames", "templates", "tar"])
+def test_a_changed_task_is_embedded_again(
+    options: list[str],
+    compose: Compose,
+    demo_data: DemoData,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    task = next(t for t in find_tasks(demo_data.tasks).complete() if t.kind == "classification")
+    root = tmp_path / "tasks" / task.root.name
+    shutil.copytree(task.root, root)
+    config = compose("target", [*options, f"target.root={root}"])
+    _, (path,) = target_stage(config)
+    before = dict(np.load(path))
+    if change == "tar":
+        for tar in sorted(root.rglob("*.tar")):
+            os.utime(tar)  # a copy: its images may be others
+        told = "the tars"
+    else:
+        name = {
+            "classnames": "classnames.txt",
+            "templates": "zeroshot_classification_templates.txt",
+        }
+        file = root / name[change]
+        file.write_text(file.read_text().replace("a", "o"))
+        told = "the task"
+    target_stage(config)
+    assert f"not reused: {path} of " in caplog.text
+    assert told in caplog.text
+    after = dict(np.load(path))
+    assert np.array_equal(before["img"], after["img"])
+    assert np.array_equal(before["class_txt"], after["class_txt"]) == (change == "tar")
+
+
+def test_features_of_two_models_are_not_read_together(
+    options: list[str], compose: Compose, demo_data: DemoData, tmp_path: Path
+) -> None:
+    first, second = [t.name for t in find_tasks(demo_data.tasks).complete()][:2]
+    config = compose("target", [*options, f"target.tasks={first}"])
+    target_stage(config)
+    other = load_clip_model("other", architecture=plain(config.model.architecture))
+    save_model_folder(other, tmp_path / "other")
+    with pytest.raises(InputError, match=r"holds features of another model .*-test\.npz"):
+        target_stage(
+            compose(
+                "target",
+                [*options, f"target.tasks={second}", f"features.model.name={tmp_path / 'other'}"],
+            )
+        )

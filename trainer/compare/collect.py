@@ -12,13 +12,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
-from siftclip.datamodules.files import read_json
 from siftclip.datamodules.pool import read_metadata_uids
 from siftclip.datamodules.selection import Selection, read_selection
 from siftclip.datamodules.uids import UidTable
 from siftclip.eval.aggregates import result_averages
 from siftclip.eval.results import read_results
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.environment import Environment, environments
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.stages import plain
 
@@ -51,7 +51,7 @@ class Comparison:
     overlap: pd.DataFrame  # Jaccard index of the arms' selections, of the first seed
     truth: pd.DataFrame | None
     settings: dict[str, Any]
-    versions: dict[str, Any]
+    environments: dict[str, list[Environment]]  # of the sessions of each run, by arm and seed
 
 
 def collect(config: DictConfig, runs: Sequence[ArmRun]) -> Comparison:
@@ -77,7 +77,7 @@ def collect(config: DictConfig, runs: Sequence[ArmRun]) -> Comparison:
             key: plain(config[key])
             for key in ("pool", "features", "model", "optim", "scale", "budget")
         },
-        versions=read_json(runs[0].run.path / "versions.json"),
+        environments={f"{run.arm} s{run.seed}": environments(run.run.path) for run in runs},
     )
 
 

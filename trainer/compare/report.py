@@ -20,6 +20,7 @@ from siftclip.trainer.compare.tables import (
     spread,
     title,
 )
+from siftclip.trainer.environment import CODE, MACHINE, mixed
 
 COST_NOTE = (
     "Means over seeds. Drawn: taken from the selection's order; loaded: read and decoded; scored: "
@@ -71,7 +72,6 @@ def budget_sentence(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The report as Markdown."""
-    versions = ", ".join(f"{name} {value}" for name, value in comparison.versions.items() if value)
     runs = [["run", "seed", "selected", "coverage", "passes", "train s"]]
     for run in comparison.runs.to_dict("records"):
         runs.append(
@@ -89,6 +89,7 @@ def markdown(comparison: Comparison) -> str:
         budget_sentence(comparison),
         as_markdown(main_rows(comparison, comparison.columns)),
         resolution_note(comparison),
+        *mixed_notes(comparison),
         "## All tasks",
         as_markdown(main_rows(comparison, _tasks(comparison))),
         "## What it cost",
@@ -101,7 +102,7 @@ def markdown(comparison: Comparison) -> str:
         as_markdown(runs),
         "## Settings",
         "```yaml\n" + yaml.safe_dump(comparison.settings, sort_keys=False).rstrip() + "\n```",
-        f"Made with {versions}.",
+        made_with(comparison),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -127,8 +128,41 @@ def html(comparison: Comparison) -> str:
         plots=[plot(comparison, task) for task in comparison.columns],
         runs=comparison.runs.to_dict("records"),
         settings=yaml.safe_dump(comparison.settings, sort_keys=False),
-        versions=comparison.versions,
+        mixed=mixed_notes(comparison),
+        made_with=made_with(comparison),
     )
+
+
+def made_with(comparison: Comparison) -> str:
+    """The code and versions that all runs have in common; `mixed_notes` has the others."""
+    sessions = [found for run in comparison.environments.values() for found in run]
+    common = {
+        name: value
+        for name, value in (sessions[0] if sessions else {}).items()
+        if value and all(session.get(name) == value for session in sessions)
+    }
+    return f"Made with {', '.join(f'{name} {value}' for name, value in common.items())}."
+
+
+def mixed_notes(comparison: Comparison) -> list[str]:
+    """A sentence for each thing that the runs were not all computed with, and what that means."""
+    differing = mixed(comparison.environments)
+    notes = [
+        f"The runs differ in {name}: "
+        + "; ".join(f"{value} ({', '.join(runs)})" for value, runs in by_value.items())
+        + "."
+        for name, by_value in differing.items()
+    ]
+    if set(differing) & set(CODE):
+        notes.append(
+            "Differences between arms may be those of the code: train them again with one."
+        )
+    if set(differing) & set(MACHINE):
+        notes.append(
+            "Another processor or number of threads moves a run as another seed does, so that "
+            "equal seeds are not paired here."
+        )
+    return notes
 
 
 def plot(comparison: Comparison, task: str) -> dict[str, Any]:

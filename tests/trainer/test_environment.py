@@ -1,0 +1,50 @@
+"""What a run was computed with is kept session by session, and runs of different code are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from siftclip.trainer.environment import (
+    CODE,
+    MACHINE,
+    environment,
+    environments,
+    keep_environment,
+    mixed,
+)
+
+
+def test_what_decides_about_results_is_there() -> None:
+    now = environment(ranks=2, loader_workers=3, precision="32-true")
+    assert set(CODE) | set(MACHINE) <= now.keys()
+    assert now["torch"] == torch.__version__.split("+")[0]
+    assert now["threads"] == torch.get_num_threads()
+    assert now["cpu"]
+    assert (now["ranks"], now["loader_workers"], now["precision"]) == (2, 3, "32-true")
+
+
+def test_a_session_elsewhere_is_noted(tmp_path: Path) -> None:
+    here = environment(ranks=1, loader_workers=0, precision="32-true")
+    assert keep_environment(tmp_path, here, step=0) == []
+    assert keep_environment(tmp_path, here, step=10) == []
+    assert environments(tmp_path) == [here]
+    there = {**here, "threads": 64, "cpu": "another"}
+    told = keep_environment(tmp_path, there, step=20)
+    assert told == [f"cpu another, before {here['cpu']}", f"threads 64, before {here['threads']}"]
+    assert keep_environment(tmp_path, there, step=30) == []
+    assert environments(tmp_path) == [here, there]
+    keep_environment(tmp_path, there, step=0)  # the run begins anew
+    assert environments(tmp_path) == [there]
+    assert environments(tmp_path / "nothing") == []
+
+
+def test_runs_that_were_computed_differently_are_told_apart() -> None:
+    here = environment(ranks=1, loader_workers=0, precision="32-true")
+    old = {name: value for name, value in here.items() if name not in MACHINE}
+    assert mixed({"a s0": [here], "a s1": [here, {**here, "loader_workers": 8}]}) == {}
+    differing = mixed({"a s0": [here], "b s0": [here, {**here, "git": "x"}], "b s1": [old]})
+    assert differing["git"] == {str(here["git"]): ["a s0", "b s0", "b s1"], "x": ["b s0"]}
+    assert differing["cpu"] == {here["cpu"]: ["a s0", "b s0"], "not recorded": ["b s1"]}
+    assert set(differing) == {"git", *MACHINE}
