@@ -71,7 +71,7 @@ def comparison() -> Comparison:
             "budget": {"flops": None},
             "note": "</pre><script>alert(2)</script>",
         },
-        versions={"python": "3.11", "git": None},
+        environments={"a s0": [{"torch": "2.9"}]},
     )
 
 
