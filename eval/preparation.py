@@ -20,6 +20,7 @@ class TaskFailure:
 
     key: str
     message: str
+    model: str | None = None  # identities.model_identity of what was evaluated, where it is kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
