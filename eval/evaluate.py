@@ -29,7 +29,7 @@ from siftclip.eval.identities import model_identity, task_identity, unit_ids
 from siftclip.eval.images import ImageTable, content_id, image_ids
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
-from siftclip.eval.probe_scores import ProbeSettings, score_probe
+from siftclip.eval.probe_scores import IN_TRAIN, ProbeSettings, count_in_train, score_probe
 from siftclip.eval.resampling import replicates, task_interval
 from siftclip.eval.results import (
     MAIN_METRIC,
@@ -387,14 +387,20 @@ class _Evaluator:
             if place in features.faults:
                 raise InputError(features.faults[place])
         images = self._take(features, rows, one.images)
+        ids = features.ids[np.searchsorted(rows, one.images)]
         if task.protocol == "zero_shot":
             scores = score_task(one.samples, images, texts)
         else:
             if one.train is None or one.train_images is None:
                 raise RuntimeError("probes are fitted on a train split")
+            train_ids = features.ids[np.searchsorted(rows, one.train_images)]
+            in_train = count_in_train(ids, train_ids, task)
             train = self._take(features, rows, one.train_images)
             scores = score_probe(one.samples, images, one.train, train, self.options.probe)
-        ids = features.ids[np.searchsorted(rows, one.images)]
+            scores = replace(scores, metrics={**scores.metrics, IN_TRAIN: float(in_train)})
+            if in_train and self.ranks.rank == 0:
+                text = "%s: %d of %d test images are in the train split, too: its value is too high"
+                log.warning(text, task.name, in_train, len(ids))
         result = self._result(task, scores, unit_ids(one.samples, ids), start)
         return result, ScoredTask(samples=one.samples, scores=scores)
 

@@ -13,6 +13,7 @@ from typing import Any
 from siftclip.eval.aggregates import Average, group_members, named_values, result_averages
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.eval.preparation import TaskFailure
+from siftclip.eval.probe_scores import IN_TRAIN
 from siftclip.eval.resampling import average_interval, replicates
 from siftclip.eval.results import MAIN_METRIC, TaskResult
 from siftclip.eval.safe_tables import (
@@ -63,7 +64,7 @@ class Summary:
     failures: tuple[TaskFailure, ...]
 
     def table(self) -> str:
-        """For people: tasks by family, averages, what is missing, and why tasks have no value.
+        """For people: tasks by family, averages, what is missing or wrong, and why tasks failed.
 
         As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
         the chance levels are left out. All characters are printable.
@@ -76,11 +77,11 @@ class Summary:
                 for name, average in self.averages.items()
             ]
             lines += ["", *text_table(("average", "value", "95 % interval"), of_averages)]
-        notes = [result for result in self.results if result.note]
+        notes = [(result.key, note) for result in self.results if (note := result_note(result))]
         if self.missing or self.failures or notes:
             lines.append("")
-        for result in notes:
-            lines += wrapped(f"no value: {result.key}: {result.note}")
+        for key, note in notes:
+            lines += wrapped(f"{key}: {note}")
         if self.missing:
             lines += wrapped(f"missing: {', '.join(self.missing)}")
         for failure in self.failures:
@@ -106,7 +107,7 @@ class Summary:
         """One row per task, then one per average, all with the same keys; None = there is none.
 
         task, title, family, metric, value, low, high (95 %), chance, samples, seconds; of averages
-        tasks_present and tasks_total; note, why a task has no value.
+        tasks_present and tasks_total; note, why a task has no value, or what is wrong with it.
         """
         rows = [_task_record(result) for result in self.results]
         rows += [_failure_row(failure) for failure in self.failures]
@@ -202,6 +203,16 @@ def main_member(member: str, by_key: Mapping[str, TaskResult]) -> str:
     """A member of a group; `task` for `task:metric` where this is the main metric."""
     key, _, metric = member.partition(":")
     return key if key in by_key and metric == by_key[key].main_metric_name else member
+
+
+def result_note(result: TaskResult) -> str:
+    """What is wrong with a result, if anything: why it has no value, or why it is too high."""
+    if result.note:
+        return f"no value: {result.note}"
+    in_train = result.metrics.get(IN_TRAIN)
+    if in_train:
+        return f"{in_train:,.0f} of {result.samples:,} test images are in the train split, too"
+    return ""
 
 
 def chance_level(result: TaskResult) -> float | None:
@@ -304,7 +315,7 @@ def _task_record(result: TaskResult) -> dict[str, Any]:
         "chance": chance_level(result),
         "samples": result.samples,
         "seconds": result.seconds,
-        "note": result.note or None,
+        "note": result_note(result) or None,
     }
 
 

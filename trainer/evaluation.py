@@ -109,6 +109,10 @@ def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
             f"eval.protocols must be some of {list(get_args(Protocol))}. Got {chosen!r}."
         )
     split = str(config.eval.probe.train_split)
+    if set(chosen) != {"zero_shot"} and any(split == task.split for task in tasks):
+        raise InputError(
+            f"eval.probe.train_split must not be the split that tasks are tested on. Got {split!r}."
+        )
     probed = [
         task
         for task in tasks

@@ -162,8 +162,8 @@ def test_nan_is_counted_and_missing(
     average = result_averages([first, second], {"both": ["a", "b"]})["both"]
     assert (average.value, average.missing) == (first.main_metric, ("b",))
     summary = summarise([first, second], {})
-    assert "no value: b: the main metric is NaN" in summary.table()
-    assert summary.records()[1]["note"] == "the main metric is NaN"
+    assert "b: no value: the main metric is NaN" in summary.table()
+    assert summary.records()[1]["note"] == "no value: the main metric is NaN"
 
 
 names = st.sampled_from(["acc1", "acc5", "mean_recall@1", "jaccard_score_6", "F1-macro_all"])
