@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from siftclip.eval.safe_tables import printable
@@ -130,7 +131,7 @@ def selection_rows(comparison: Comparison) -> list[list[str]]:
     rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]
     for arm in comparison.arms:
         rows.append(
-            [arm, *(number(share, ".2f") for share in comparison.overlap.loc[arm].tolist())]
+            [arm, *(number(share, ".2f") for share in np.asarray(comparison.overlap.loc[arm]))]
         )
     if comparison.truth is not None:
         for kind in comparison.truth.columns:
