@@ -6,8 +6,9 @@ import functools
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +47,7 @@ def read_json(path: Path) -> Any:
         InputError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parsed(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
     except ValueError as error:
@@ -54,25 +55,67 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record as a line of JSON, in one write."""
+    """Append one record as a line of JSON, in one write.
+
+    What a killed writer left of a last line is removed first, so that no record joins it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        _mend_last_line(file)
+        file.write(line.encode())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file; a last line that a killed writer cut off is ignored."""
+    """Read a JSONL file of objects; a last line that a killed writer cut off is ignored.
+
+    Raises:
+        InputError: another line is not UTF-8 or not a JSON object.
+    """
     if not path.exists():
         return []
+    *lines, rest = path.read_bytes().split(b"\n")
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            records.append(json.loads(line))
+            record = _parsed(line)
         except ValueError as error:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
+            raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, line {number}, must be a JSON object. Got {reprlib.repr(record)}."
+            )
+        records.append(record)
+    with suppress(ValueError):  # whole, but for its line break
+        last = _parsed(rest)
+        records += [last] if isinstance(last, dict) else []
     return records
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON in UTF-8, or ValueError."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _mend_last_line(file: IO[bytes]) -> None:
+    """End the last line of a JSONL file, or cut it off where it is not whole."""
+    if not file.seek(0, os.SEEK_END):
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    before, _, rest = file.read().rpartition(b"\n")
+    try:
+        _parsed(rest)
+        file.write(b"\n")
+    except ValueError:
+        file.truncate(len(before) + 1 if before else 0)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

@@ -29,13 +29,15 @@ from siftclip.eval.identities import model_identity, task_identity, unit_ids
 from siftclip.eval.images import ImageTable, content_id, image_ids
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
-from siftclip.eval.probe_scores import ProbeSettings, score_probe
+from siftclip.eval.probe_scores import IN_TRAIN, ProbeSettings, count_in_train, score_probe
 from siftclip.eval.resampling import replicates, task_interval
 from siftclip.eval.results import (
     MAIN_METRIC,
+    KeptResults,
     TaskResult,
+    append_failure,
     append_result,
-    read_results,
+    read_kept,
     write_lines,
 )
 from siftclip.eval.task_samples import TaskSamples
@@ -102,6 +104,7 @@ def evaluate_tasks(
     ranks: Ranks | None = None,
     results_path: Path | None = None,
     again: Collection[str] = (),
+    failed: Sequence[TaskFailure] = (),
     on_scored: Callable[[ScoredTask], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model on tasks, in eval mode, whatever mode and autocast it is in.
@@ -117,8 +120,10 @@ def evaluate_tasks(
         ranks: with whom. All ranks make this call, with equal arguments but for the device.
         results_path: a JSONL file to which each result is added at once. Tasks whose result for
             this very model is there already are not run again, unless their samples, texts or
-            metrics have changed since; results of another model are removed from it.
+            metrics have changed since; results of another model are removed from it. Tasks that
+            fail have a line with the reason, and no result.
         again: names of tasks that are run although there is a result.
+        failed: tasks that cannot even be indexed, with the reason; they are among the failures.
         on_scored: is given each task that is run, on the first rank, before its result is written.
 
     Raises:
@@ -139,7 +144,8 @@ def evaluate_tasks(
         identity = model_identity(clip, options.precision)
         done: dict[str, TaskResult] = {}
         if results_path is not None:
-            done = _resume(results_path, identity, identities, ranks, again, options)
+            broken = {failure.key for failure in (*failed, *tasks.failures)}
+            done = _resume(results_path, identity, identities, ranks, {*again, *broken}, options)
         wanted = tasks.without(set(done))
         if done and ranks.rank == 0:
             log.info("%s has %d of %d results already", results_path, len(done), len(identities))
@@ -155,9 +161,11 @@ def evaluate_tasks(
             on_scored,
         )
         found = evaluator.run(wanted) if wanted.data else {}
+        failures = (*failed, *tasks.failures, *evaluator.failures)
+        if results_path is not None:
+            agreed(ranks, lambda: _keep_failures(results_path, failures, identity, ranks))
     names = [one.task.name for one in tasks.data]
     results = {**done, **found}
-    failures = (*tasks.failures, *evaluator.failures)
     for failure in failures:
         if ranks.rank == 0:
             log.warning("%s failed: %s", failure.key, failure.message)
@@ -165,6 +173,12 @@ def evaluate_tasks(
         results=tuple(results[name] for name in names if name in results),
         failures=failures,
     )
+
+
+def _keep_failures(path: Path, failures: Sequence[TaskFailure], model: str, ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        for failure in failures:
+            append_failure(path, replace(failure, model=model))
 
 
 def _lock(stack: ExitStack, path: Path, ranks: Ranks) -> None:
@@ -213,10 +227,11 @@ def _resume(
         again: names of tasks whose results shall go.
         options: of the intervals, for results that were made without.
     """
-    results = agreed(ranks, lambda: _read_own(path))  # all, before the first replaces the file
+    before = agreed(ranks, lambda: _read_own(path))  # all, before the first replaces the file
+    results = before.results
     own = [result for result in results if result.model == model]
     valid = [result for result in own if tasks.get(result.key, result.task) == result.task]
-    kept = [result for result in valid if result.key not in again]
+    kept = [result for result in valid if result.key not in again and not result.note]
     kept = [_with_interval(result, options, ranks) for result in kept]
     if ranks.rank == 0 and path.exists():
         if len(own) < len(results):
@@ -225,20 +240,25 @@ def _resume(
         if len(valid) < len(own):
             changed = ", ".join(sorted({r.key for r in own} - {r.key for r in valid}))
             log.warning("%s: results of tasks that have changed are removed: %s", path, changed)
-        write_lines(path, kept)  # also when all are kept: without a last line that was cut off
+        failures = [one for one in before.failures if one.model == model]
+        tried = {*tasks, *again}  # which have a new result or failure soon
+        others = tuple(one for one in failures if one.key not in tried)
+        # also when all are kept: without a last line that was cut off
+        write_lines(path, KeptResults(results=tuple(kept), failures=others))
     return {result.key: result for result in kept}
 
 
-def _read_own(path: Path) -> list[TaskResult]:
-    """The results of a file that we have written; of two of a task, the last."""
-    results = read_results(path)
-    foreign = [result.key for result in results if result.model is None]
+def _read_own(path: Path) -> KeptResults:
+    """What a file holds that we have written; of two results of a task, the last."""
+    kept = read_kept(path)
+    foreign = [result.key for result in kept.results if result.model is None]
     if foreign:
         raise InputError(
             f"{path} holds a result for {foreign[0]!r} that does not say which model it is of, so "
             "Siftclip has not written it. Name another file for the results."
         )
-    return [*{result.key: result for result in results}.values()]
+    by_key = {result.key: result for result in kept.results}
+    return replace(kept, results=tuple(by_key.values()))
 
 
 def _with_interval(result: TaskResult, options: EvalOptions, ranks: Ranks) -> TaskResult:
@@ -367,14 +387,20 @@ class _Evaluator:
             if place in features.faults:
                 raise InputError(features.faults[place])
         images = self._take(features, rows, one.images)
+        ids = features.ids[np.searchsorted(rows, one.images)]
         if task.protocol == "zero_shot":
             scores = score_task(one.samples, images, texts)
         else:
             if one.train is None or one.train_images is None:
                 raise RuntimeError("probes are fitted on a train split")
+            train_ids = features.ids[np.searchsorted(rows, one.train_images)]
+            in_train = count_in_train(ids, train_ids, task)
             train = self._take(features, rows, one.train_images)
             scores = score_probe(one.samples, images, one.train, train, self.options.probe)
-        ids = features.ids[np.searchsorted(rows, one.images)]
+            scores = replace(scores, metrics={**scores.metrics, IN_TRAIN: float(in_train)})
+            if in_train and self.ranks.rank == 0:
+                text = "%s: %d of %d test images are in the train split, too: its value is too high"
+                log.warning(text, task.name, in_train, len(ids))
         result = self._result(task, scores, unit_ids(one.samples, ids), start)
         return result, ScoredTask(samples=one.samples, scores=scores)
 

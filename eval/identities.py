@@ -13,7 +13,7 @@ from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import file_stamp, identity_hash
 from siftclip.eval.images import content_id
 from siftclip.eval.preparation import TaskData
-from siftclip.eval.probe_scores import ProbeSettings
+from siftclip.eval.probe_scores import IN_TRAIN, ProbeSettings
 from siftclip.eval.task_samples import TaskSamples
 from siftclip.selectors.hashing import mix64
 
@@ -49,7 +49,7 @@ def task_identity(one: TaskData, probe: ProbeSettings) -> str:
     digest = hashlib.sha256()
     asked: list[Any] = [task.kind, task.special, task.main_metric, task.classnames, task.templates]
     if task.protocol != "zero_shot":
-        asked += [task.protocol, task.shots, repr(probe)]
+        asked += [task.protocol, task.shots, repr(probe), IN_TRAIN]
     digest.update(json.dumps(asked).encode())
     for samples in (one.samples, one.train):
         if samples is None:

@@ -1,9 +1,12 @@
 """Whether one model is better than another on the same test sets.
 
+A unit is an image, or an instance of several images; rows of one unit are not independent of each
+other and stay together in all that is drawn here.
+
 A bootstrap knows nothing beyond the units on which the models differ: if these are few, its p
 values are too small. Where such a p value is to be had, the p value of a test is therefore the
 larger one of the bootstrap's and an exact one: McNemar's where the metric is a share of right
-units, and else, for fewer than 100 units that differ, that of a paired permutation test.
+rows, and else, for fewer than 100 units that differ, that of a paired permutation test.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.signal import convolve  # type: ignore[import-untyped]
+from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
 
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.resampling import interval, joint_replicates, point_value
@@ -38,8 +42,8 @@ class PairedTest:
     difference: float  # b - a; NaN = not defined
     interval: tuple[float, float] | None  # of the bootstrap; with few differing units too narrow
     p_value: float | None  # two-sided, of no difference; at least the exact one, if there is one
-    units: int  # of all tasks; images that tasks share count in each
-    mcnemar_p_value: float | None = None  # of one task whose metric is a share of right units
+    units: int  # distinct ones, of all tasks; images that tasks share count in each
+    mcnemar_p_value: float | None = None  # of one task whose metric is a share of right rows
     replicates: np.ndarray = field(repr=False, compare=False)  # float64 [R], of the difference
     # float64 [R], with units swapped at random between the models; None = too many differ
     swapped: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -89,9 +93,9 @@ def compare_task(
         point_value(b) - point_value(a),
         of_b - of_a,
         level,
-        units=len(units),
+        units=len(np.unique(units)),
         swapped=swapped_differences(a, b, units, resamples=resamples, seed=seed),
-        mcnemar_p_value=_mcnemar_p_value(a, b),
+        mcnemar_p_value=mcnemar_p_value(a, b, units),
     )
 
 
@@ -152,7 +156,7 @@ def swapped_differences(
     Args:
         a: of one model.
         b: of the other, the same units in the same order.
-        units: uint64 [n].
+        units: uint64 [n]. Rows of equal units are swapped together.
         resamples: R, at least 1.
         seed: any integer.
 
@@ -160,7 +164,7 @@ def swapped_differences(
         float64 [R], or None if 100 units or more differ.
     """
     differs = _differing(a, b)
-    if np.count_nonzero(differs) >= _FEW_DIFFERING:
+    if len(np.unique(units[differs])) >= _FEW_DIFFERING:
         return None
     arrays = {
         name: np.concatenate([of_a[~differs], of_a[differs], b.arrays[name][differs]])
@@ -178,6 +182,59 @@ def swapped_differences(
         of_a = metric(arrays, np.hstack([ones, 1 - swaps, swaps]))
         blocks.append(metric(arrays, np.hstack([ones, swaps, 1 - swaps])) - of_a)
     return np.concatenate(blocks)
+
+
+def mcnemar_p_value(a: Outcomes, b: Outcomes, units: np.ndarray) -> float | None:
+    """The exact two-sided p value of no difference between two shares of right rows.
+
+    McNemar's exact test, 1947, where each row is a unit of its own: whether the rows that one model
+    only has right are even. Rows of one unit change models together (a sign-flip test of the units'
+    differences, Fisher, 1935), since models are right or wrong on all rows of an image alike.
+
+    Args:
+        a: of one model.
+        b: of the other, the same units in the same order.
+        units: uint64 [n].
+
+    Returns:
+        In (0, 1], or None if the metric is not the mean of zeros and ones. Rows that either model
+        lacks are left out.
+    """
+    if a.statistic != "mean":
+        return None
+    value_a, value_b = a.arrays["value"], b.arrays["value"]
+    known = ~np.isnan(value_a) & ~np.isnan(value_b)
+    if not np.isin([value_a[known], value_b[known]], (0, 1)).all():
+        return None
+    _, unit = np.unique(units[known], return_inverse=True)
+    gained = (value_b[known] - value_a[known]).astype(np.int64)
+    return sign_flip_p_value(np.bincount(unit.reshape(-1), weights=gained).astype(np.int64))
+
+
+def sign_flip_p_value(differences: np.ndarray) -> float:
+    """The exact two-sided p value of a sum of differences whose signs come by chance.
+
+    The sum of m differences of one size k is k (2 B - m) with B binomial(m, 1/2): for one size this
+    is McNemar's test. The distributions of several sizes are convolved, to an absolute error of
+    1e-12, in O(S log S) for absolute differences that sum to S.
+
+    Args:
+        differences: int64 [n].
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    if len(sizes) == 1:
+        return float(binomtest(int((differences > 0).sum()), int(counts[0])).pvalue)
+    # chances of (sum + S) / 2 = 0, ..., S, where S is the greatest sum
+    chances = np.ones(1)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        spread = np.zeros(size * count + 1)
+        spread[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = convolve(chances, spread).clip(min=0.0)
+    total = len(chances) - 1
+    sums = 2 * np.arange(total + 1) - total
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(differences.sum()))].sum()))
 
 
 def permutation_p_value(difference: float, swapped: np.ndarray) -> float | None:
@@ -262,20 +319,3 @@ def _unshared(units_a: np.ndarray, units_b: np.ndarray) -> int:
     _, inverse = np.unique(np.concatenate([units_a, units_b]), return_inverse=True)
     surplus = np.bincount(inverse, weights=np.repeat([1, -1], [len(units_a), len(units_b)]))
     return int(np.abs(surplus).sum())
-
-
-def _mcnemar_p_value(a: Outcomes, b: Outcomes) -> float | None:
-    """The exact test of McNemar, 1947: whether those that only one model has right are even.
-
-    None if the metric is not the mean of zeros and ones. Units that either lacks are left out.
-    """
-    if a.statistic != "mean":
-        return None
-    value_a, value_b = a.arrays["value"], b.arrays["value"]
-    known = ~np.isnan(value_a) & ~np.isnan(value_b)
-    if not np.isin([value_a[known], value_b[known]], (0, 1)).all():
-        return None
-    discordant = int((value_a[known] != value_b[known]).sum())
-    if discordant == 0:
-        return 1.0
-    return float(binomtest(int((value_a[known] < value_b[known]).sum()), discordant).pvalue)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class TaskFailure:
 
     key: str
     message: str
+    model: str | None = None  # identities.model_identity of what was evaluated, where it is kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,4 +145,19 @@ def _train_task(task: Task, split: str) -> Task:
             f"{task.root} must have the split {split!r} for a {task.protocol}. Download or export "
             "it, or name another with eval.probe.train_split."
         )
-    return replace(read_task(task.root, split=split), special=None)
+    train = replace(read_task(task.root, split=split), special=None)
+    tested = {_file_id(shard) for shard in task.shards}
+    shared = [shard for shard in train.shards if _file_id(shard) in tested]
+    if shared:
+        raise InputError(
+            f"{task.root}: a {task.protocol} must not be fitted on what it is tested on. "
+            f"{shared[0]} is in the split {task.split!r}, too ({len(shared)} of "
+            f"{len(train.shards)} tars are). Name another split with eval.probe.train_split."
+        )
+    return train
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    """Equal for all links to a file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino

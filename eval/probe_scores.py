@@ -13,6 +13,10 @@ from siftclip.eval.linear_probe import ProbeOptions, few_shot, linear_probe
 from siftclip.eval.outcomes import Metrics, Outcomes
 from siftclip.eval.task_samples import TaskSamples
 from siftclip.eval.task_scores import TaskScores
+from siftclip.eval.tasks import Task
+from siftclip.selectors.errors import InputError
+
+IN_TRAIN = "count_test_images_in_train"  # the metric that counts them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,29 @@ def score_probe(
         for result in few_shot(*fitted, shots=[task.shots], seeds=seeds, options=options)
     ]
     return _mean_of_draws(draws)
+
+
+def count_in_train(test_ids: np.ndarray, train_ids: np.ndarray, task: Task) -> int:
+    """How many images of a test split are in its train split, too.
+
+    Equal bytes are one image; a copy that was encoded again is not seen.
+
+    Args:
+        test_ids: uint64 [n], see `images.content_id`.
+        train_ids: uint64 [m].
+        task: of the test split.
+
+    Raises:
+        InputError: all of them are.
+    """
+    shared = int(np.isin(test_ids, train_ids).sum())
+    if shared == len(test_ids):
+        raise InputError(
+            f"{task.root}: a {task.protocol} must not be fitted on what it is tested on. All "
+            f"{shared:,} images of {task.split!r} are in the train split, too. Name another split "
+            "with eval.probe.train_split."
+        )
+    return shared
 
 
 def _mean_of_draws(draws: list[tuple[Metrics, dict[str, Outcomes]]]) -> TaskScores:

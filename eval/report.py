@@ -13,6 +13,7 @@ from typing import Any
 from siftclip.eval.aggregates import Average, group_members, named_values, result_averages
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.eval.preparation import TaskFailure
+from siftclip.eval.probe_scores import IN_TRAIN
 from siftclip.eval.resampling import average_interval, replicates
 from siftclip.eval.results import MAIN_METRIC, TaskResult
 from siftclip.eval.safe_tables import (
@@ -39,16 +40,17 @@ FAMILY_TITLES = {
     "wilds": "WILDS",
     "fairness": "Fairness",
     "other": "Other",
-    OWN_FAMILY: "Own tasks",
+    OWN_FAMILY: "Custom tasks",
     "linear_probe": "Linear probes",
     "few_shot": "Few-shot",
 }
 _COLUMNS = (
     "task", "title", "family", "metric", "value", "low", "high", "chance", "samples", "seconds",
-    "tasks_present", "tasks_total",
+    "tasks_present", "tasks_total", "note",
 )  # fmt: skip
 _METRIC_WIDTH = 24
 _NO_METRIC = "no main metric"
+_FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +64,24 @@ class Summary:
     failures: tuple[TaskFailure, ...]
 
     def table(self) -> str:
-        """For people: tasks by family, averages, what is missing, and what failed.
+        """For people: tasks by family, averages, what is missing or wrong, and why tasks failed.
 
         As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
         the chance levels are left out. All characters are printable.
         """
-        lines = _task_lines(self.results) if self.results else ["no results"]
+        rows = (*self.results, *self.failures)
+        lines = _task_lines(self.results, self.failures) if rows else ["no results"]
         if self.averages:
-            rows = [
+            of_averages = [
                 (name, average.text(), interval_text(self.average_intervals[name]))
                 for name, average in self.averages.items()
             ]
-            lines += ["", *text_table(("average", "value", "95 % interval"), rows)]
-        if self.missing or self.failures:
+            lines += ["", *text_table(("average", "value", "95 % interval"), of_averages)]
+        notes = [(result.key, note) for result in self.results if (note := result_note(result))]
+        if self.missing or self.failures or notes:
             lines.append("")
+        for key, note in notes:
+            lines += wrapped(f"{key}: {note}")
         if self.missing:
             lines += wrapped(f"missing: {', '.join(self.missing)}")
         for failure in self.failures:
@@ -98,12 +104,13 @@ class Summary:
         return {name: value for name, value in found.items() if value is not None}
 
     def records(self) -> list[dict[str, Any]]:
-        """A row a task, then a row an average, all with the same keys; None = there is none.
+        """One row per task, then one per average, all with the same keys; None = there is none.
 
         task, title, family, metric, value, low, high (95 %), chance, samples, seconds; of averages
-        tasks_present and tasks_total.
+        tasks_present and tasks_total; note, why a task has no value, or what is wrong with it.
         """
         rows = [_task_record(result) for result in self.results]
+        rows += [_failure_row(failure) for failure in self.failures]
         names = named_values(self.averages)
         for name, (group, average) in zip(names, self.averages.items(), strict=True):
             low, high = self.average_intervals[group] or (None, None)
@@ -198,6 +205,16 @@ def main_member(member: str, by_key: Mapping[str, TaskResult]) -> str:
     return key if key in by_key and metric == by_key[key].main_metric_name else member
 
 
+def result_note(result: TaskResult) -> str:
+    """What is wrong with a result, if anything: why it has no value, or why it is too high."""
+    if result.note:
+        return f"no value: {result.note}"
+    in_train = result.metrics.get(IN_TRAIN)
+    if in_train:
+        return f"{in_train:,.0f} of {result.samples:,} test images are in the train split, too"
+    return ""
+
+
 def chance_level(result: TaskResult) -> float | None:
     """What guessing scores on the main metric, where DataComp's task list says so.
 
@@ -237,10 +254,12 @@ def interval_text(interval: Interval | None, form: str = ".4f") -> str:
     return NOTHING if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
-def _task_lines(results: Sequence[TaskResult]) -> list[str]:
+def _task_lines(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> list[str]:
     titles = shown_titles(results)
+    failed = [_failure_row(failure) for failure in failures]
     rows: list[Sequence[str] | str] = []
-    for family in by_family(result.family for result in results):
+    families = [*(result.family for result in results), *(row["family"] for row in failed)]
+    for family in by_family(families):
         rows.append(FAMILY_TITLES.get(family, family))
         rows += [
             (
@@ -253,6 +272,11 @@ def _task_lines(results: Sequence[TaskResult]) -> list[str]:
             )
             for result in results
             if result.family == family
+        ]
+        rows += [
+            (row["title"], NOTHING, _FAILED, NOTHING, NOTHING, NOTHING)
+            for row in failed
+            if row["family"] == family
         ]
     header = ("task", "n", "metric", "value", "95 % interval", "chance")
     columns = len(header) - 1 if table_width() < NARROW else len(header)
@@ -291,4 +315,16 @@ def _task_record(result: TaskResult) -> dict[str, Any]:
         "chance": chance_level(result),
         "samples": result.samples,
         "seconds": result.seconds,
+        "note": result_note(result) or None,
+    }
+
+
+def _failure_row(failure: TaskFailure) -> dict[str, Any]:
+    known = KNOWN_TASKS.get(failure.key)
+    return {
+        **dict.fromkeys(_COLUMNS),
+        "task": failure.key,
+        "title": known.title if known else failure.key,
+        "family": known.family if known else OWN_FAMILY,
+        "note": f"{_FAILED}: {failure.message}",
     }

@@ -1,13 +1,14 @@
 """Results of tasks: what one holds, and the files they are kept in.
 
-`eval_results.jsonl` has DataComp's shape, a line a task with `key`, `dataset` and `metrics`, plus
-fields of ours. What the main metric is made of lies beside it: `eval_results_outcomes/<key>.npz`.
+`eval_results.jsonl` has DataComp's format, one line per task with `key`, `dataset` and `metrics`,
+plus fields of ours; a task that failed has a line with `error`. What the main metric is made of
+lies beside it: `eval_results_outcomes/<key>.npz`. All that is read back passes `result_checks`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,25 @@ import numpy as np
 from siftclip.datamodules.files import append_jsonl, read_jsonl, read_npz_all, write_npz, write_text
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.eval.outcomes import Outcomes
+from siftclip.eval.preparation import TaskFailure
+from siftclip.eval.resampling import point_value
+from siftclip.eval.result_checks import (
+    check_interval,
+    check_metrics,
+    check_outcomes,
+    require_count,
+    require_number,
+    require_text,
+)
 from siftclip.eval.tasks import OWN_FAMILY
 from siftclip.selectors.errors import InputError
 
 MAIN_METRIC = "main_metric"
 _ARRAY = "array_"
+_SAME = 1e-6  # of a main metric under its two names
+_SAME_OUTCOMES = 1e-4  # of a main metric and that of its outcomes, which are float32
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +57,20 @@ class TaskResult:
     # where there is no main metric, and where the file is gone.
     outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
     units: np.ndarray | None = field(default=None, compare=False, repr=False)
+    note: str = ""  # why there is no value, where the file that it was read from is wrong
 
     @property
     def main_metric(self) -> float | None:
         """The value of the main metric."""
         return self.metrics[MAIN_METRIC]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptResults:
+    """What a results file holds."""
+
+    results: tuple[TaskResult, ...]
+    failures: tuple[TaskFailure, ...]  # of tasks without a result
 
 
 def append_result(path: Path, result: TaskResult) -> None:
@@ -64,21 +88,63 @@ def append_result(path: Path, result: TaskResult) -> None:
     append_jsonl(path, _to_record(result))  # last: the line says that the arrays are there
 
 
-def write_lines(path: Path, results: Sequence[TaskResult]) -> None:
-    """Replace the lines of a results file, atomically. Arrays on disk stay as they are."""
-    write_text(path, "".join(json.dumps(_to_record(r), allow_nan=False) + "\n" for r in results))
+def append_failure(path: Path, failure: TaskFailure) -> None:
+    """Add a line for a task that failed."""
+    append_jsonl(path, _failure_record(failure))
+
+
+def write_lines(path: Path, kept: KeptResults) -> None:
+    """Replace the lines of a results file, atomically. Arrays on disk stay unchanged."""
+    records = [
+        *(_to_record(result) for result in kept.results),
+        *(_failure_record(failure) for failure in kept.failures),
+    ]
+    write_text(path, "".join(json.dumps(one, allow_nan=False) + "\n" for one in records))
 
 
 def read_results(path: Path) -> list[TaskResult]:
-    """Read a results file, ours or DataComp's; none if it does not exist.
+    """The results of a results file, see `read_kept`."""
+    return [*read_kept(path).results]
+
+
+def read_kept(path: Path) -> KeptResults:
+    """Read a results file, ours or DataComp's; nothing if it does not exist.
+
+    A metric that is NaN is one that is not defined: None, which a warning counts. A result without
+    its main metric for this reason has a `note`.
 
     Raises:
-        InputError: a line is not JSON or is not a result, or an array is damaged.
+        InputError: a line is not JSON or not a result, a number in it cannot be, or an array is
+            damaged or not that of the result.
     """
-    return [
-        _from_record(path, number, record)
-        for number, record in enumerate(read_jsonl(path), start=1)
-    ]
+    results, failures = [], []
+    undefined = 0
+    for number, record in enumerate(read_jsonl(path), start=1):
+        try:
+            if "error" in record:
+                failures.append(_failure_from_record(record))
+                continue
+            result, names = _from_record(path, record)
+        except (KeyError, OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            problem = str(error)
+            if isinstance(error, KeyError):
+                problem += " is missing"
+            elif isinstance(error, OSError):
+                problem = f"key makes no name of a file: {error.strerror}"
+            raise InputError(
+                f"{path}, line {number}, must be a result with key, dataset and metrics: "
+                f"{problem}. Delete the line, and siftclip eval evaluates the task again."
+            ) from None
+        undefined += len(names)
+        results.append(result)
+    if undefined:
+        log.warning("%s: %d metrics are NaN and count as missing", path, undefined)
+    keys = {result.key for result in results}
+    return KeptResults(
+        results=tuple(results), failures=tuple(one for one in failures if one.key not in keys)
+    )
 
 
 def outcomes_path(path: Path, key: str) -> Path:
@@ -102,35 +168,73 @@ def _to_record(result: TaskResult) -> dict[str, Any]:
     }
 
 
-def _from_record(path: Path, number: int, record: Any) -> TaskResult:
-    try:
-        key, metrics, interval = record["key"], dict(record["metrics"]), record.get("interval")
-        metrics.setdefault(MAIN_METRIC, None)  # DataComp's tasks outside its average have none
-        outcomes, units = _read_outcomes(outcomes_path(path, key))
-        known = KNOWN_TASKS.get(key)  # files of DataComp's do not say
-        return TaskResult(
-            key=key,
-            dataset=record["dataset"],
-            metrics=metrics,
-            main_metric_name=record.get("main_metric_name", MAIN_METRIC),
-            samples=record.get("samples", 0),
-            interval=None if interval is None else (interval[0], interval[1]),
-            seconds=record.get("seconds", 0.0),
-            model=record.get("model"),
-            task=record.get("task"),
-            family=record.get("family") or (known.family if known else OWN_FAMILY),
-            outcomes=outcomes,
-            units=units,
-        )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path}, line {number}, must be a result with key, dataset and metrics: {error!r}."
-        ) from None
+def _failure_record(failure: TaskFailure) -> dict[str, Any]:
+    known = KNOWN_TASKS.get(failure.key)
+    return {
+        "key": failure.key,
+        "dataset": known.title if known else failure.key,
+        "metrics": {MAIN_METRIC: None},
+        "model": failure.model,
+        "error": failure.message,
+    }
 
 
-def _read_outcomes(path: Path) -> tuple[Outcomes | None, np.ndarray | None]:
+def _failure_from_record(record: dict[str, Any]) -> TaskFailure:
+    return TaskFailure(
+        key=require_text("key", record["key"]),
+        message=require_text("error", record["error"]),
+        model=_optional_text("model", record),
+    )
+
+
+def _optional_text(name: str, record: dict[str, Any], missing: str | None = None) -> str | None:
+    value = record.get(name, missing)
+    return None if value is None else require_text(name, value)
+
+
+def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[str, ...]]:
+    """A result, and the names of its metrics that are NaN."""
+    key, dataset = (require_text(name, record[name]) for name in ("key", "dataset"))
+    metrics, undefined = check_metrics(record["metrics"])
+    metrics.setdefault(MAIN_METRIC, None)  # DataComp's tasks outside its average have none
+    main, name = metrics[MAIN_METRIC], _optional_text("main_metric_name", record, MAIN_METRIC)
+    note = "the main metric is NaN" if MAIN_METRIC in undefined or name in undefined else ""
+    if note:
+        main = metrics[MAIN_METRIC] = None
+    elif name in metrics and not _same(main, metrics[name], _SAME):
+        raise ValueError(f"main_metric is {main}, but {name} is {metrics[name]}")
+    outcomes, units = (None, None) if note else _read_outcomes(outcomes_path(path, key), main)
+    samples = require_count("samples", record.get("samples", 0))
+    if units is not None and samples != len(units):
+        raise ValueError(f"samples is {samples}, but its outcomes are of {len(units)}")
+    known = KNOWN_TASKS.get(key)  # files of DataComp's do not say
+    result = TaskResult(
+        key=key,
+        dataset=dataset,
+        metrics=metrics,
+        main_metric_name=name,
+        samples=samples,
+        interval=None if note else check_interval(record.get("interval"), main),
+        seconds=require_number("seconds", record.get("seconds", 0.0), least=0),
+        model=_optional_text("model", record),
+        task=_optional_text("task", record),
+        family=_optional_text("family", record) or (known.family if known else OWN_FAMILY),
+        outcomes=outcomes,
+        units=units,
+        note=note,
+    )
+    return result, undefined
+
+
+def _same(value: float | None, other: float | None, tolerance: float) -> bool:
+    if value is None or other is None:
+        return value is other
+    return abs(value - other) <= tolerance
+
+
+def _read_outcomes(
+    path: Path, main_metric: float | None
+) -> tuple[Outcomes | None, np.ndarray | None]:
     if not path.exists():
         return None, None
     arrays = read_npz_all(path)
@@ -141,5 +245,16 @@ def _read_outcomes(path: Path) -> tuple[Outcomes | None, np.ndarray | None]:
         for name, array in arrays.items()
         if name.startswith(_ARRAY)
     }
-    statistic: Any = str(arrays["statistic"])
-    return Outcomes(statistic=statistic, arrays=values), arrays["units"]
+    try:
+        outcomes = check_outcomes(str(arrays["statistic"]), values, arrays["units"])
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}. Delete it.") from None
+    # Ties make another average precision of equal scores, and it takes seconds
+    if outcomes.statistic != "average_precision":
+        value = point_value(outcomes)
+        if main_metric is None or not abs(value - main_metric) <= _SAME_OUTCOMES:
+            raise InputError(
+                f"{path} is not of the result that it lies beside: its main metric is {value}, not "
+                f"{main_metric}. Delete it."
+            )
+    return outcomes, arrays["units"]

@@ -43,6 +43,7 @@ MAIN_METRICS: dict[TaskKind, str] = {
 }
 OWN_FAMILY = "own"  # of tasks that are not DataComp's
 
+TEST_SPLIT = "test"
 FOLDER_PREFIX = "wds_"
 TYPE_FILE = "dataset_type.txt"
 CLASSNAMES_FILE = "classnames.txt"
@@ -121,7 +122,7 @@ def find_tasks(
     root: Path,
     names: Sequence[str] | None = None,
     *,
-    split: str = "test",
+    split: str = TEST_SPLIT,
     may_miss: bool = False,
     option: str = "eval.tasks",
 ) -> FoundTasks:
@@ -215,7 +216,7 @@ def _is_task_folder(folder: Path, split: str) -> bool:
     return any((folder / file).is_file() for file in files)
 
 
-def read_task(root: Path, *, split: str = "test") -> Task:
+def read_task(root: Path, *, split: str = TEST_SPLIT) -> Task:
     """Read the text files of a task folder and see that its tars are there.
 
     Raises:

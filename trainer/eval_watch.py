@@ -11,7 +11,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.files import read_jsonl
 from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.eval.report import Summary
 from siftclip.eval.results import read_results
@@ -20,6 +19,7 @@ from siftclip.trainer.evaluation import eval_stage, log_records, tasks_from
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import METRICS_NAME, RunDir
+from siftclip.trainer.run_records import read_metrics
 from siftclip.trainer.stages import plain
 
 FOLDER = "eval_watch"
@@ -57,7 +57,7 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
             f"watch.run={config.watch.run!r} must be the directory of a run. It has no config.yaml."
         )
     folder = watch_folder(config)
-    logged = {record["step"] for record in read_jsonl(folder / METRICS_NAME)}
+    logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     names = {task.name for task in tasks_from(config).tasks}  # before any waiting
     done: set[int] = set()  # by this call, with or without success
     loggers = make_loggers(

@@ -28,7 +28,7 @@ from siftclip.eval.linear_probe import ProbeOptions
 from siftclip.eval.preparation import TaskFailure
 from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.report import Summary, summarise, write_csv
-from siftclip.eval.results import read_results
+from siftclip.eval.results import TaskResult, read_kept, read_results
 from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, require_names, with_texts
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
@@ -109,6 +109,10 @@ def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
             f"eval.protocols must be some of {list(get_args(Protocol))}. Got {chosen!r}."
         )
     split = str(config.eval.probe.train_split)
+    if set(chosen) != {"zero_shot"} and any(split == task.split for task in tasks):
+        raise InputError(
+            f"eval.probe.train_split must not be the split that tasks are tested on. Got {split!r}."
+        )
     probed = [
         task
         for task in tasks
@@ -220,6 +224,7 @@ def eval_stage(
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
     share_cores(options.num_workers)
     details = None if results_path is None else details_folder(results_path)
+    damaged = [TaskFailure(key=name, message=text) for name, text in found.damaged.items()]
     evaluation = evaluate_tasks(
         clip,
         found.tasks,
@@ -228,14 +233,14 @@ def eval_stage(
         ranks=share.ranks,
         results_path=results_path,
         again=[] if details is None else _without_details(config, found.tasks, details),
+        failed=damaged,
         on_scored=None if details is None else _write_details(config, details),
     )
-    damaged = [TaskFailure(key=name, message=text) for name, text in found.damaged.items()]
     summary = summarise(
         evaluation.results,
         plain(config.eval.groups),
         missing=found.missing,
-        failures=[*damaged, *evaluation.failures],
+        failures=evaluation.failures,
         resamples=options.resamples if share.ranks.rank == 0 else 0,
     )
     if results_path is not None and share.ranks.rank == 0:
@@ -264,22 +269,30 @@ def _write_details(config: DictConfig, folder: Path) -> Callable[[ScoredTask], N
 
 def _whole(config: DictConfig, path: Path, summary: Summary) -> Summary:
     """The same over all lines of a results file, where this was a part of its tasks."""
-    results = read_results(path)
-    if {result.key for result in results} == {result.key for result in summary.results}:
+    kept = read_kept(path)
+    if _keys(kept.results, kept.failures) == _keys(summary.results, summary.failures):
         return summary
     return summarise(
-        results,
+        kept.results,
         plain(config.eval.groups),
         missing=summary.missing,
-        failures=summary.failures,
+        failures=kept.failures,
         resamples=config.eval.resamples,
     )
 
 
+def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tuple[set[str], ...]:
+    return {result.key for result in results}, {failure.key for failure in failures}
+
+
 def run_summary(config: DictConfig, run: RunDir) -> Summary:
     """What the results file of a run holds."""
+    kept = read_kept(run.results)
     return summarise(
-        read_results(run.results), plain(config.eval.groups), resamples=config.eval.resamples
+        kept.results,
+        plain(config.eval.groups),
+        failures=kept.failures,
+        resamples=config.eval.resamples,
     )
 
 

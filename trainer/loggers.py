@@ -16,9 +16,10 @@ import pandas as pd
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from siftclip.datamodules.files import append_jsonl, atomic_path, read_jsonl, write_text
+from siftclip.datamodules.files import append_jsonl, atomic_path, write_text
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.run_dir import METRICS_NAME, is_rank_zero
+from siftclip.trainer.run_records import read_metrics
 
 WANDB_MODES = ("auto", "online", "offline")
 
@@ -53,7 +54,7 @@ class FileLogger(Logger):
     def finalize(self, status: str) -> None:
         """Write the table: a row a step, the last value where a step was logged again."""
         rows: dict[int, dict[str, Any]] = {}
-        for record in read_jsonl(self.folder / METRICS_NAME):
+        for record in read_metrics(self.folder / METRICS_NAME):
             rows.setdefault(record["step"], {}).update(record)
         with atomic_path(self.folder / "metrics.csv") as temporary:
             pd.DataFrame([rows[step] for step in sorted(rows)]).to_csv(temporary, index=False)

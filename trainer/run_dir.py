@@ -23,9 +23,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
-from siftclip.datamodules.files import read_json, read_jsonl, write_json, write_text
+from siftclip.datamodules.files import read_json, write_json, write_text
 from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.trainer.budget import Budget
+from siftclip.trainer.run_records import read_budget, read_metrics, read_summary
 
 METRICS_NAME = "metrics.jsonl"
 RESULTS_NAME = "eval_results.jsonl"
@@ -74,7 +75,7 @@ class RunDir:
     def summary(self) -> dict[str, Any] | None:
         """What the run says about itself; None while it is not finished."""
         path = self.path / SUMMARY_NAME
-        return read_json(path) if path.is_file() else None
+        return read_summary(path) if path.is_file() else None
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint to continue from: the one of the highest step."""
@@ -84,7 +85,7 @@ class RunDir:
     def budget(self) -> Budget | None:
         """How long the run is, once that is known."""
         path = self.path / "budget.json"
-        return Budget(**read_json(path)) if path.is_file() else None
+        return Budget(**read_budget(path)) if path.is_file() else None
 
     def keep_budget(self, budget: Budget) -> None:
         """Write down how long the run is: what was measured for it need not come out again."""
@@ -96,7 +97,7 @@ class RunDir:
     def costs(self) -> dict[str, float]:
         """Samples and FLOPs of the whole run, by name, as the last record of the log has them."""
         found: dict[str, float] = {}
-        for record in read_jsonl(self.path / METRICS_NAME):
+        for record in read_metrics(self.path / METRICS_NAME):
             found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
         return found
 
@@ -113,7 +114,7 @@ class RunDir:
     def shares_chosen(self) -> dict[str, float]:
         """The share of each kind among what was chosen in the loop, mean over the log's steps."""
         found: dict[str, dict[int, float]] = {}
-        for record in read_jsonl(self.path / METRICS_NAME):
+        for record in read_metrics(self.path / METRICS_NAME):
             for name, value in record.items():
                 if name.startswith(_SHARE) and not name.endswith("_offered"):
                     found.setdefault(name.removeprefix(_SHARE), {})[record["step"]] = value
@@ -129,7 +130,7 @@ class RunDir:
         """
         windows = {
             record["step"]: record
-            for record in read_jsonl(self.path / METRICS_NAME)
+            for record in read_metrics(self.path / METRICS_NAME)
             if "train/batch_time" in record
         }
         steps = sorted(windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ from omegaconf import DictConfig
 
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
-from siftclip.eval.tasks import find_tasks
+from siftclip.eval.tasks import TEST_SPLIT, find_tasks
 from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.evaluation import evaluation_device
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.stages import output_root, plain
+
+log = logging.getLogger(__name__)
 
 
 def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
@@ -34,6 +37,14 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         split=str(config.target.split),
         option="target.tasks",
     ).complete()
+    tested = [task.name for task in tasks if task.split == TEST_SPLIT]
+    if tested:
+        log.warning(
+            "target.split=%s is the split that siftclip eval tests on: what is selected for these "
+            "targets makes values of %s too high. Take target.split=train.",
+            TEST_SPLIT,
+            ", ".join(tested),
+        )
     batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
     clip = clip_model_from(config.features.model, "features.model", trained=True)
     folder = config.target.folder

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
+import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from siftclip.datamodules.files import (
     append_jsonl,
@@ -76,6 +79,36 @@ def test_jsonl_forgives_only_a_cut_last_line(tmp_path: Path) -> None:
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(InputError, match=r"a.jsonl, line 2, is not JSON"):
         read_jsonl(path)
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.integers(0, 60))
+def test_a_record_never_joins_a_line_that_was_cut_off(texts: list[str], kept: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        for text in texts:
+            append_jsonl(path, {"text": text})
+        whole = path.read_bytes()
+        path.write_bytes(whole[:kept])
+        before = read_jsonl(path)
+        append_jsonl(path, {"text": "last"})
+        assert read_jsonl(path) == [*before, {"text": "last"}]
+        ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+        assert len(before) == sum(end - 1 <= kept for end in ends)
+
+
+def test_jsonl_that_is_no_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"a": "\u2028ä"}\r\n\n{"a": 2}'.encode())
+    assert read_jsonl(path) == [{"a": "\u2028ä"}, {"a": 2}]
+    for line in (b"[1]", b'"x"', b"\xff", b"{", b"[" * 100_000):
+        path.write_bytes(b"{}\n" + line + b"\n{}\n")
+        with pytest.raises(InputError, match=r"a.jsonl, line 2, (is not JSON|must be a JSON obj)"):
+            read_jsonl(path)
+        path.write_bytes(b"{}\n" + line)
+        assert read_jsonl(path) == [{}]
+    (tmp_path / "deep.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(InputError, match="nested too deeply"):
+        read_json(tmp_path / "deep.json")
 
 
 def test_npz_round_trip(tmp_path: Path) -> None:

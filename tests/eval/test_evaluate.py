@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,14 +20,17 @@ from siftclip.datamodules.clip_models import ClipModel
 from siftclip.eval.evaluate import EvalOptions, Evaluation, ScoredTask, evaluate_tasks
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.identities import fingerprint, model_identity
-from siftclip.eval.preparation import prepare_tasks
+from siftclip.eval.preparation import TaskFailure, prepare_tasks
+from siftclip.eval.probe_scores import IN_TRAIN
+from siftclip.eval.report import summarise
 from siftclip.eval.resampling import point_value
-from siftclip.eval.results import TaskResult, read_results
+from siftclip.eval.results import TaskResult, read_kept, read_results
 from siftclip.eval.task_samples import TaskSamples
 from siftclip.eval.tasks import Task, find_tasks
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks
 
+MakeImage = Callable[..., bytes]
 MakeTask = Callable[..., Path]
 RunOnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 OPTIONS = EvalOptions(progress=False, resamples=0)
@@ -39,6 +43,7 @@ def evaluate(
     ranks: Ranks | None = None,
     results_path: Path | None = None,
     again: Sequence[str] = (),
+    failed: Sequence[TaskFailure] = (),
     on_scored: Callable[[ScoredTask], None] | None = None,
     **options: Any,
 ) -> Evaluation:
@@ -49,6 +54,7 @@ def evaluate(
         ranks=ranks,
         results_path=results_path,
         again=again,
+        failed=failed,
         on_scored=on_scored,
     )
 
@@ -398,6 +404,18 @@ def test_one_bad_task_of_each_kind_leaves_the_others_alone(
         assert metrics == pytest.approx(metrics_of(good)[key], abs=1e-6)
     assert len(found.results) == len(good)
     assert sorted(r.key for r in read_results(path)) == sorted(r.key for r in good)
+    kept = read_kept(path).failures
+    assert [(one.key, one.message) for one in kept] == [
+        (one.key, one.message) for one in found.failures
+    ]
+    mended = [task for task in bad_tasks if task.name != "label"]
+    evaluate(clip, mended, results_path=path, failed=[TaskFailure(key="label", message="gone")])
+    kept = read_kept(path).failures  # those of tasks that are tried again stand there once
+    assert sorted(one.key for one in kept) == [task.name for task in bad_tasks]
+    assert [one.message for one in kept if one.key == "label"] == ["gone"]
+    with changed_weights(clip):
+        evaluate(clip, mended[:1], results_path=path)
+    assert [one.key for one in read_kept(path).failures] == [mended[0].name]  # of this model
 
     def on_rank(ranks: Ranks) -> Evaluation:
         own = replace(clip, model=copy.deepcopy(clip.model))
@@ -554,22 +572,74 @@ def test_fingerprint(clip: ClipModel) -> None:
     assert fingerprint(replace(clip, config={**clip.config, "quick_gelu": True})) != before
 
 
-def test_protocols_of_one_task(tmp_path: Path, make_task: MakeTask, clip: ClipModel) -> None:
-    make_task(tmp_path / "y", samples=60, split="train")
-    make_task(tmp_path / "x").joinpath("train").symlink_to(tmp_path / "y" / "train")
-    (task,) = find_tasks(tmp_path, ["x"]).complete()
+def write_splits(root: Path, make_task: MakeTask, make_image: MakeImage, shared: int) -> list[Task]:
+    """A task x of 14 test images, `shared` of them among its 60 of train, and its probes."""
+
+    def members(first: int, count: int) -> list[Any]:
+        return [
+            [("png", make_image(first + i)), ("cls", str(i % 6).encode())] for i in range(count)
+        ]
+
+    make_task(root / "x", members=members(0, 14), shards=1)
+    train = [*members(0, shared), *members(100, 60 - shared)]
+    made = make_task(root / "made", members=train, shards=1, split="train")
+    (made / "train").rename(root / "x" / "train")
+    (task,) = find_tasks(root, ["x"]).complete()
     probe = replace(task, name="linear_probe/x", protocol="linear_probe", family="linear_probe")
-    few = replace(task, name="few_shot_2/x", protocol="few_shot", shots=2)
+    return [task, probe, replace(task, name="few_shot_2/x", protocol="few_shot", shots=2)]
+
+
+def test_protocols_of_one_task(
+    tmp_path: Path, make_task: MakeTask, make_image: MakeImage, clip: ClipModel
+) -> None:
+    tasks = write_splits(tmp_path, make_task, make_image, shared=5)
     with counted(clip) as counts:
-        results = run(clip, [task, probe, few])
-    assert counts["images"] == 60  # the pictures of test are also in train
-    alone = [run(clip, [one])[0] for one in (task, probe, few)]
+        results = run(clip, tasks)
+    assert counts["images"] == 69  # five are in both splits
+    alone = [run(clip, [one])[0] for one in tasks]
     assert [r.main_metric for r in results] == [r.main_metric for r in alone]
     zero_shot, linear, shots = results
     assert linear.metrics["l2"] is not None
     assert "acc1_sd" in shots.metrics
     assert linear.units.tolist() == zero_shot.units.tolist()  # type: ignore[union-attr]
     assert len({result.task for result in results}) == 3
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_of_both_splits_are_counted(
+    tmp_path: Path, make_task: MakeTask, make_image: MakeImage, clip: ClipModel, cached: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    tasks = write_splits(tmp_path, make_task, make_image, shared=5)
+    path = tmp_path / "r.jsonl"
+    options = {"cache": tmp_path / "cache"} if cached else {}
+    with caplog.at_level(logging.WARNING):
+        zero_shot, *probes = run(clip, tasks, results_path=path, **options)
+    assert IN_TRAIN not in zero_shot.metrics
+    assert [result.metrics[IN_TRAIN] for result in probes] == [5.0, 5.0]
+    assert "few_shot_2/x: 5 of 14 test images are in the train split, too" in caplog.text
+    summary = summarise(read_results(path), {})
+    assert "linear_probe/x: 5 of 14 test images are in the train split, too" in summary.table()
+    assert [bool(record["note"]) for record in summary.records()] == [False, True, True]
+
+
+def test_a_probe_is_not_fitted_on_what_it_is_tested_on(
+    tmp_path: Path, make_task: MakeTask, make_image: MakeImage, clip: ClipModel
+) -> None:
+    """The same tars by another name, and copies of the images in other tars."""
+    same = write_splits(tmp_path / "same", make_task, make_image, shared=0)
+    for tar in (tmp_path / "same" / "x" / "train").glob("*.tar"):
+        tar.unlink()
+        tar.symlink_to(tmp_path / "same" / "x" / "test" / tar.name)
+    copies = write_splits(tmp_path / "copies", make_task, make_image, shared=14)
+    for tasks, message in (
+        (same, r"0\.tar is in the split 'test', too \(1 of 1 tars are\)"),
+        (copies, r"All 14 images of 'test' are in the train split, too"),
+    ):
+        found = evaluate(clip, tasks)
+        assert [result.key for result in found.results] == ["x"]
+        assert [failure.key for failure in found.failures] == ["linear_probe/x", "few_shot_2/x"]
+        assert all(re.search(message, failure.message) for failure in found.failures)
 
 
 def test_wrong_options(tasks: list[Task], clip: ClipModel) -> None:

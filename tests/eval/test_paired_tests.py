@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, norm
 from sklearn.metrics import f1_score
 
 from siftclip.eval.outcomes import Outcomes
@@ -17,6 +18,7 @@ from siftclip.eval.paired_tests import (
     compare_task,
     holm,
     permutation_p_value,
+    sign_flip_p_value,
     swapped_differences,
 )
 from siftclip.eval.resampling import interval
@@ -134,6 +136,77 @@ def test_images_that_are_there_twice() -> None:
     test = compare_task(a, b, units, other, resamples=20)
     assert test.difference == 0
     assert test.mcnemar_p_value == 1.0  # 5 is right and then wrong in both, 6 in both
+
+
+@pytest.mark.parametrize("rows_of_unit", [1, 5])
+def test_rows_that_share_images_are_rejected_at_the_level(rows_of_unit: int) -> None:
+    """Equally good models that are right or wrong on an image, whatever its rows ask."""
+    rng = np.random.default_rng(11)
+    trials, images = 400, 40
+    rejected = exact = by_row = 0
+    for trial in range(trials):
+        units = np.repeat(make_units(images, trial * images), rows_of_unit)
+        a, b = (share(np.repeat(rng.random(images) < 0.5, rows_of_unit)) for _ in range(2))
+        flips = rng.random(len(units)) < 0.02  # a few rows of their own
+        a.arrays["value"][flips] = 1 - a.arrays["value"][flips]
+        order = rng.permutation(len(units))
+        test = compare_task(
+            a, replace(b, arrays={"value": b.arrays["value"][order]}), units, units[order],
+            resamples=199,
+        )  # fmt: skip
+        assert test.p_value is not None
+        assert test.mcnemar_p_value is not None
+        assert test.units == images
+        rejected += test.p_value <= 0.05
+        exact += test.mcnemar_p_value <= 0.05
+        lost = a.arrays["value"] > b.arrays["value"]
+        gained = a.arrays["value"] < b.arrays["value"]
+        p_of_rows = binomtest(int(lost.sum()), max(int((lost | gained).sum()), 1)).pvalue
+        by_row += p_of_rows <= 0.05
+        if rows_of_unit == 1:
+            assert test.mcnemar_p_value == p_of_rows
+    low, high = binom.ppf([0.001, 0.999], trials, 0.05)
+    assert rejected <= exact <= high
+    assert exact >= low / 2  # exact tests of few units reject less, but they do reject
+    assert (by_row > 3 * high) == (rows_of_unit == 5)  # what rows as units would do
+
+
+def test_shared_images_that_few_models_differ_on_are_permuted() -> None:
+    """Hundreds of rows differ, but they are of few images: the bootstrap alone finds too much."""
+    units = np.repeat(make_units(60), 10)
+    a, b = (np.zeros((60, 10), dtype=bool) for _ in range(2))
+    a[::4], b[:6] = True, True
+    cells = np.tile(np.arange(2), 300)
+    first, second = (
+        Outcomes(
+            statistic="class_mean",
+            arrays={"value": one.reshape(-1).astype(np.float32), "cell": cells},
+        )
+        for one in (a, b)
+    )
+    drawn = swapped_differences(first, second, units, resamples=999, seed=0)
+    assert drawn is not None  # 170 rows differ, of 17 images
+    steps = drawn * 60
+    np.testing.assert_allclose(steps, steps.round(), atol=1e-6)  # whole images change sides
+    assert set(np.unique(steps.round() % 2)) == {1.0}
+
+
+@given(st.lists(st.integers(-4, 4), max_size=9))
+def test_sign_flips_against_all_of_them(differences: list[int]) -> None:
+    flipped = [sum(signs) for signs in product(*({d, -d} if d else {0} for d in differences))]
+    as_far = [abs(one) >= abs(sum(differences)) for one in flipped]
+    assert sign_flip_p_value(np.array(differences, dtype=np.int64)) == pytest.approx(
+        np.mean(as_far)
+    )
+
+
+def test_sign_flips_of_many_units_are_fast_and_sure() -> None:
+    rng = np.random.default_rng(12)
+    differences = rng.integers(-5, 6, 50_000)
+    p_value = sign_flip_p_value(differences)
+    spread = np.sqrt((differences**2).sum())
+    assert p_value == pytest.approx(2 * norm.sf(abs(differences.sum()) / spread), rel=0.02)
+    assert 0 <= sign_flip_p_value(np.abs(differences)) < 1e-10
 
 
 def test_other_units_are_an_error_that_counts() -> None:

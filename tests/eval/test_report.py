@@ -77,11 +77,13 @@ ImageNet
   ImageNet 1k               2  acc1            0.5000  [0.1000, 0.8000]       -
 VTAB
   Describable Textures  1,880  acc1            0.5000  [0.1000, 0.8000]  0.0213
+WILDS
+  FMoW                      -  failed               -  -                      -
 Fairness
   FairFace                  -  no main metric       -  -                      -
 Other
   Stanford Cars         1,200  acc1            1.0000  [0.1000, 0.8000]       -
-Own tasks
+Custom tasks
   birds                     3  acc1            0.6667  [0.1000, 0.8000]       -
 
 average       value                           95 % interval
@@ -146,6 +148,7 @@ def test_records_and_csv(summary: Summary, tmp_path: Path) -> None:
         "task": "vtab/dtd", "title": "Describable Textures", "family": "vtab", "metric": "acc1",
         "value": 0.5, "low": 0.1, "high": 0.8, "chance": KNOWN_TASKS["vtab/dtd"].chance,
         "samples": 1880, "seconds": 1.5, "tasks_present": None, "tasks_total": None,
+        "note": None,
     }  # fmt: skip
     mine = next(one for one in records if one["task"] == "average/mine (partial)")
     assert (mine["tasks_present"], mine["tasks_total"]) == (3, 5)
@@ -199,9 +202,13 @@ def test_a_task_with_two_results_is_an_error() -> None:
 
 def test_no_result_at_all() -> None:
     found = summarise([], {}, failures=[TaskFailure(key="a", message="no.")])
-    assert found.table() == "no results\n\nfailed: a: no."
+    lines = found.table().splitlines()
+    assert lines[1:3] == ["Custom tasks", "  a   -  failed      -  -                   -"]
+    assert lines[-1] == "failed: a: no."
     assert found.metrics() == {}
-    assert found.records() == []
+    (record,) = found.records()
+    assert (record["task"], record["value"], record["note"]) == ("a", None, "failed: no.")
+    assert summarise([], {}).table() == "no results"
 
 
 def test_forty_tasks_with_hostile_names_fit_and_nothing_is_lost() -> None:
@@ -229,7 +236,7 @@ def test_forty_tasks_with_hostile_names_fit_and_nothing_is_lost() -> None:
     assert all(task.title in text for task in KNOWN_TASKS.values())
     assert all(name in text for name in [*missing, "mnist-2", "yyyy...yyyy", "x\\x1b[2J"])
     lines = text.splitlines()
-    order = [lines.index(title) for title in ("ImageNet", "VTAB", "WILDS", "Other", "Own tasks")]
+    order = [lines.index(title) for title in ("ImageNet", "VTAB", "WILDS", "Other", "Custom tasks")]
     assert order == sorted(order)
     assert lines[order[-1] + 3].startswith("new\\x07")  # an unknown family, after our own
     assert "partial: 38 of 41 tasks" in text

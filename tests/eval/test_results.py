@@ -12,6 +12,7 @@ import pytest
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.resampling import point_value
 from siftclip.eval.results import (
+    KeptResults,
     TaskResult,
     append_result,
     outcomes_path,
@@ -45,7 +46,7 @@ def result(key: str, value: float | None = 0.25, **changes: Any) -> TaskResult:
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "run" / "eval_results.jsonl"
     assert read_results(path) == []
-    cells = {"value": np.ones(4, dtype=np.float32), "cell": np.arange(4, dtype=np.int32)}
+    cells = {"value": np.full(4, 0.25, dtype=np.float32), "cell": np.arange(4, dtype=np.int32)}
     written = [
         result("mnist"),
         result("cells", outcomes=Outcomes(statistic="worst_cell", arrays=cells)),
@@ -69,7 +70,7 @@ def test_round_trip(tmp_path: Path) -> None:
         assert point_value(one.outcomes) >= 0
     assert read[2].outcomes is read[2].units is None
     assert sorted(p.name for p in path.parent.rglob("*.npz")) == ["cells.npz", "mnist.npz"]
-    write_lines(path, read[1:])
+    write_lines(path, KeptResults(results=tuple(read[1:]), failures=()))
     assert read_results(path) == written[1:]
 
 
@@ -113,8 +114,8 @@ def test_a_key_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
 def test_outcomes_of_an_earlier_result_are_not_taken_for_those_of_a_later(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     append_result(path, result("a"))
-    write_lines(path, [])
-    append_result(path, result("a", None, model="other", outcomes=None))
+    write_lines(path, KeptResults(results=(), failures=()))
+    append_result(path, result("a", None, model="other", outcomes=None, interval=None))
     (read,) = read_results(path)
     assert (read.model, read.outcomes) == ("other", None)
 
@@ -149,7 +150,7 @@ def test_the_line_comes_after_the_outcomes(tmp_path: Path, monkeypatch: pytest.M
 def test_a_line_that_is_no_result(tmp_path: Path, line: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(InputError, match=r"r\.jsonl, line 1, must be a result"):
+    with pytest.raises(InputError, match=r"r\.jsonl, line 1, must be a (result|JSON)"):
         read_results(path)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,22 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.files import read_jsonl
-from siftclip.datamodules.selection import read_selection
+from siftclip.datamodules.selection import make_selection, read_selection
+from siftclip.eval.preparation import TaskFailure
+from siftclip.eval.results import append_failure
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
-from siftclip.trainer.compare.collect import Comparison
-from siftclip.trainer.compare.tables import as_markdown, main_rows, percent, spread
+from siftclip.trainer.compare.collect import ArmRun, Comparison, _truth, collect
+from siftclip.trainer.compare.report import html, markdown
+from siftclip.trainer.compare.tables import (
+    as_markdown,
+    cost_rows,
+    format_main_table,
+    main_rows,
+    percent,
+    selection_rows,
+    spread,
+)
 from siftclip.trainer.run_dir import RunDir
 
 Compose = Callable[..., DictConfig]
@@ -185,8 +198,175 @@ def test_mean_and_deviation() -> None:
     # sqrt(((0.5 - 0.51)^2 + (0.52 - 0.51)^2) / (2 - 1))
     assert table.loc["b", ("t", "sd")] == pytest.approx(np.sqrt(2e-4))
     assert np.isnan(table.loc["a", ("t", "mean")])
-    assert main_rows(comparison, ["t"])[1] == ["b", "7", "2.0", "51.0 ± 1.4", "3"]
-    assert main_rows(comparison, ["t"])[2][3] == "-"
+    assert main_rows(comparison, ["t"])[1] == ["b", "2", "7", "2.0", "51.0 ± 1.4", "3"]
+    assert main_rows(comparison, ["t"])[2][4] == "-"
+    lacking = replace(comparison, results=comparison.results.drop(index=1))  # no row at all
+    assert main_rows(lacking, ["t"])[1][4] == "-"
+
+
+@dataclass(frozen=True)
+class Copied:
+    config: DictConfig
+    runs: list[ArmRun]
+
+    def without(self, *places: tuple[str, int]) -> list[ArmRun]:
+        return [one for one in self.runs if (one.arm, one.seed) not in places]
+
+    def results(self, arm: str, seed: int) -> Path:
+        return next(one for one in self.runs if (one.arm, one.seed) == (arm, seed)).run.results
+
+    def drop(self, arm: str, seed: int, task: str) -> Path:
+        """Remove a line of a run's results."""
+        path = self.results(arm, seed)
+        kept = [line for line in path.read_text().splitlines() if f'"key": "{task}"' not in line]
+        path.write_text("\n".join(kept) + "\n")
+        return path
+
+
+@pytest.fixture
+def copied(compared: Compared, compose: Compose, options: list[str], tmp_path: Path) -> Copied:
+    """Copies of the six runs, which a test may damage."""
+    results = pd.read_csv(compared.outcome.folder / "results.csv")
+    runs = []
+    for (seed, arm), rows in results.groupby(["seed", "arm"], sort=False):
+        folder = tmp_path / f"{arm}-{seed}"
+        shutil.copytree(str(rows["run"].iloc[0]), folder)
+        runs.append(ArmRun(arm=str(arm), seed=int(str(seed)), run=RunDir(path=folder)))
+    return Copied(compose("compare", options), runs)
+
+
+def cells_of(comparison: Comparison, arm: str) -> dict[str, str]:
+    """What the tables show of an arm."""
+    shown: dict[str, str] = {}
+    for table in (
+        main_rows(comparison, ["digit", "colour", "average/both"]),
+        cost_rows(comparison),
+        selection_rows(comparison),
+    ):
+        row = next(row for row in table if row[0] == arm)
+        shown |= dict(zip(table[0], row, strict=True))
+    return shown
+
+
+def test_nothing_is_missing_in_a_whole_comparison(copied: Copied, compared: Compared) -> None:
+    comparison = collect(copied.config, copied.runs)
+    assert comparison.missing == ()
+    assert "-" not in cells_of(comparison, "random").values()
+    assert cells_of(comparison, "random")["seeds"] == "2"
+    assert format_main_table(comparison) == compared.outcome.table
+    assert comparison.results["note"].isna().all()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_task_that_one_run_lacks_has_no_mean(copied: Copied, failed: bool) -> None:
+    path = copied.drop("clip_score", 1, "digit")
+    reason = "not evaluated"
+    if failed:
+        reason = "failed: 0.tar is <b>damaged</b>."
+        append_failure(path, TaskFailure(key="digit", message="0.tar is <b>damaged</b>."))
+    comparison = collect(copied.config, copied.runs)
+    (missing,) = comparison.missing
+    assert (missing.arm, missing.seed, missing.task) == ("clip_score", 1, "digit")
+    assert (missing.reason, missing.failed) == (reason, failed)
+    cells = cells_of(comparison, "clip_score")
+    assert (cells["digit"], cells["both"], cells["seeds"]) == ("-", "-", "2")
+    assert "-" not in (cells["colour"], cells["kept"], cells["train s"])
+    assert "-" not in cells_of(comparison, "random").values()
+    rows = comparison.results
+    rows = rows[(rows["arm"] == "clip_score") & (rows["task"] == "digit")]
+    (row,) = rows[rows["seed"] == 1].to_dict("records")
+    assert np.isnan(row["value"])
+    assert row["note"] == reason
+    average = comparison.results[comparison.results["task"] == "average/both"]
+    assert average["note"].dropna().tolist() == ["without digit"]
+    line = f"clip_score, seed 1: no value of digit: {reason}"
+    assert line in format_main_table(comparison)
+    assert line in markdown(comparison)
+    assert escape(line) in html(comparison)
+
+
+def test_a_seed_that_an_arm_lacks(copied: Copied) -> None:
+    comparison = collect(copied.config, copied.without(("oracle", 0)))
+    cells = cells_of(comparison, "oracle")
+    assert cells.pop("seeds") == "1 of 2"
+    assert (cells.pop("selector"), cells.pop("in the loop")) == ("oracle", "once")
+    assert set(cells.values()) == {"-"}  # also its overlap, which is of the first seed
+    assert cells_of(comparison, "random")["digit"] != "-"
+    assert [one.text() for one in comparison.missing] == ["oracle, seed 0: there is no run"]
+    rows = comparison.results
+    rows = rows[(rows["arm"] == "oracle") & (rows["seed"] == 0)]
+    assert rows["task"].tolist() == ["digit", "colour", "average/both"]
+    assert rows["value"].isna().all()
+    assert "| 1 of 2 |" in markdown(comparison)
+    assert "<td>1 of 2</td>" in html(comparison)
+    alone = collect(copied.config, copied.without(("oracle", 0), ("oracle", 1)))
+    assert cells_of(alone, "oracle")["seeds"] == "0 of 2"
+    assert "oracle, seed 1: there is no run" in markdown(alone)
+    assert html(alone)
+
+
+def test_a_run_that_is_not_finished(copied: Copied) -> None:
+    path = copied.results("random", 1).parent
+    (path / "summary.json").unlink()
+    comparison = collect(copied.config, copied.runs)
+    assert cells_of(comparison, "random")["seeds"] == "1 of 2"
+    assert cells_of(comparison, "random")["colour"] == "-"
+    (missing,) = comparison.missing
+    assert missing.failed
+    assert missing.text() == "random, seed 1: the run is not finished"
+    assert len(comparison.runs) == 5
+    for one in copied.runs:
+        (one.run.path / "summary.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="none of 6 runs is finished"):
+        collect(copied.config, copied.runs)
+
+
+def test_numbers_that_cannot_be_are_not_compared(copied: Copied) -> None:
+    path = copied.results("random", 1)
+    text = path.read_text()
+    first = json.loads(text.splitlines()[0])
+    value = first["metrics"]["main_metric"]
+    path.write_text(text.replace(f'"main_metric": {value}', '"main_metric": NaN'))
+    comparison = collect(copied.config, copied.runs)
+    (missing,) = comparison.missing
+    assert (missing.task, missing.reason) == (first["key"], "the main metric is NaN")
+    assert cells_of(comparison, "random")[first["key"]] == "-"
+    path.write_text(text.replace(f'"main_metric": {value}', '"main_metric": 7.0'))
+    with pytest.raises(InputError, match=r"eval_results\.jsonl, line 1, must .* Got 7\.0"):
+        collect(copied.config, copied.runs)
+
+
+def test_a_comparison_with_failures_ends_with_an_error(
+    compared: Compared, options: list[str], compose: Compose, demo_data: DemoData, tmp_path: Path
+) -> None:
+    assert compared.outcome.failed == ()
+    compared.outcome.require_complete()
+    shutil.copytree(compared.outputs, tmp_path / "outputs")
+    shutil.copytree(demo_data.tasks, tmp_path / "tasks")
+    tar = tmp_path / "tasks" / "wds_digit" / "test" / "0.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    outcome = run_compare(compose, [*options, f"eval.root={tmp_path / 'tasks'}"])
+    assert len(outcome.failed) == 6
+    with pytest.raises(InputError, match=r"not complete, 6 runs or tasks failed: random, seed 0"):
+        outcome.require_complete()
+    results = pd.read_csv(outcome.folder / "results.csv")
+    failed = results[results["note"].fillna("").str.startswith("failed")]
+    assert set(failed["task"]) == {"digit"}
+    assert len(failed) == 6
+
+
+def test_truth_counts_samples_as_often_as_they_are_trained_on(tmp_path: Path) -> None:
+    uids = [f"{number:032x}" for number in range(4)]
+    truth = tmp_path / "truth.parquet"
+    pd.DataFrame({"uid": uids, "kind": ["clean", "clean", "copy", "wrong"]}).to_parquet(truth)
+    selection = make_selection(
+        np.array([[0, number] for number in range(4)], dtype=np.uint64),
+        np.array([5, 0, 2, 1]),
+        {},
+    )
+    runs = [ArmRun(arm="a", seed=0, run=RunDir(path=tmp_path / "none"))]
+    shares = _truth(truth, {("a", 0): selection}, runs)
+    assert shares.loc["a"].to_dict() == {"clean": 5 / 8, "copy": 2 / 8, "wrong": 1 / 8}
 
 
 def test_cells() -> None:

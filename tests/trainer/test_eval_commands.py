@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import DemoData
 from siftclip.eval.results import read_results
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.cli.application import _named
-from siftclip.trainer.evaluation import results_path_for
+from siftclip.trainer.evaluation import results_path_for, tasks_from
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -88,6 +89,14 @@ def test_a_damaged_task_leaves_the_others_alone(
     assert "a template must contain {c}" in said
     assert "0.tar ends after 3000 bytes" in said
     assert {r.key for r in read_results(results_of())} == {"colour", "retrieval"}
+
+
+def test_probes_are_not_fitted_on_the_test_split(
+    model_folder: Path, tasks: Path, compose: Callable[..., DictConfig]
+) -> None:
+    options = [f"eval.root={tasks}", "eval.protocols=[few_shot]", "eval.probe.train_split=test"]
+    with pytest.raises(InputError, match=r"eval\.probe\.train_split must not be the split"):
+        tasks_from(compose("eval", [f"model.name={model_folder}", *options]))
 
 
 def test_a_suite_that_is_there_in_part(cli: Cli, model_folder: Path, tasks: Path) -> None:

@@ -41,10 +41,14 @@ def options(base: list[str], demo_data: DemoData, model_folder: Path) -> list[st
 
 
 def test_class_features_classify_as_evaluation_does(
-    options: list[str], compose: Compose, demo_data: DemoData
+    options: list[str],
+    compose: Compose,
+    demo_data: DemoData,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = compose("target", options)
     folder, paths = target_stage(config)
+    assert "target.split=test is the split that siftclip eval tests on" in caplog.text
     tasks = find_tasks(demo_data.tasks).complete()
     assert [path.name for path in paths] == [f"{task.name}-test.npz" for task in tasks]
     assert folder.name == "mine"

@@ -22,3 +22,4 @@ def main(config: DictConfig) -> None:
     print(f"\nreport     {outcome.folder / 'report.md'}")
     print(f"           {outcome.folder / 'report.html'}")
     print(f"results    {outcome.folder / 'results.csv'}")
+    outcome.require_complete()

@@ -22,3 +22,4 @@ def main(config: DictConfig) -> None:
     print(f"           {folder / 'report.md'}")
     print(f"data       {outcome.data}")
     print(f"took       {outcome.seconds:.0f} s")
+    outcome.comparison.require_complete()

@@ -32,6 +32,7 @@ from siftclip.trainer.training import train_stage
 log = logging.getLogger(__name__)
 
 ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_FAILED_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,16 @@ class CompareOutcome:
 
     folder: Path
     table: str  # empty on other ranks than 0
+    failed: tuple[str, ...] = ()  # runs and tasks that should be there, each in a line
+
+    def require_complete(self) -> None:
+        """Raise InputError if runs or tasks failed, once all else is done and printed."""
+        if self.failed:
+            raise InputError(
+                f"The comparison is not complete, {len(self.failed)} runs or tasks failed: "
+                f"{'; '.join(self.failed[:_FAILED_SHOWN])}. The report says what; the same command "
+                "tries them again."
+            )
 
 
 def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcome:
@@ -68,7 +79,11 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
         return CompareOutcome(folder=folder, table="")
     comparison = collect(config, runs)
     write_report(comparison, folder)
-    return CompareOutcome(folder=folder, table=format_main_table(comparison))
+    return CompareOutcome(
+        folder=folder,
+        table=format_main_table(comparison),
+        failed=tuple(missing.text() for missing in comparison.missing if missing.failed),
+    )
 
 
 def _plan(

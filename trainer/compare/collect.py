@@ -1,4 +1,8 @@
-"""Reads the runs of a comparison back from their directories."""
+"""Reads the runs of a comparison back from their directories.
+
+What a run lacks is a row without a value that says why, so that no mean is of fewer seeds than the
+others.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,8 @@ from siftclip.datamodules.pool import read_metadata_uids
 from siftclip.datamodules.selection import Selection, read_selection
 from siftclip.datamodules.uids import UidTable
 from siftclip.eval.aggregates import result_averages
-from siftclip.eval.results import read_results
+from siftclip.eval.report import results_by_key
+from siftclip.eval.results import MAIN_METRIC, KeptResults, TaskResult, read_kept
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.environment import Environment, environments
 from siftclip.trainer.run_dir import RunDir
@@ -33,13 +38,35 @@ class ArmRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """What a comparison lacks, and why: the value of a task, or of all tasks of a run."""
+
+    arm: str
+    seed: int
+    task: str | None  # None: the whole run
+    reason: str
+    failed: bool  # whether it should be there; else it was not evaluated, or is not defined
+
+    def text(self) -> str:
+        """In a line."""
+        place = f"{self.arm}, seed {self.seed}"
+        return (
+            f"{place}: {self.reason}"
+            if self.task is None
+            else (f"{place}: no value of {self.task}: {self.reason}")
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """All that a report shows.
 
-    `results` has a row a run and metric: arm, seed, task, metric, value, low, high, samples, run.
-    Averages are tasks called `average/NAME`, main metrics have the metric `main_metric`.
-    `runs` has a row a run: arm, seed, and what its summary says. `truth` has a row an arm and a
-    column a kind of sample: the share of the selected samples, mean over seeds.
+    `results` has one row per run and metric: arm, seed, task, metric, value, low, high, samples,
+    run, note. Averages are tasks called `average/NAME`, main metrics have the metric `main_metric`.
+    Each arm has a row for each seed and task, without a value where there is none, and with the
+    reason as its note. `runs` has one row per finished run: arm, seed, and what its summary says.
+    `truth` has one row per arm and one column per kind of sample: the share of the selected
+    samples, mean over seeds, NaN where a run is missing.
     """
 
     name: str
@@ -48,37 +75,140 @@ class Comparison:
     columns: tuple[str, ...]  # what the main table shows
     results: pd.DataFrame
     runs: pd.DataFrame
-    overlap: pd.DataFrame  # Jaccard index of the arms' selections, of the first seed
+    overlap: pd.DataFrame  # Jaccard index of the arms' selections, of the first seed; NaN: no run
     truth: pd.DataFrame | None
     settings: dict[str, Any]
     environments: dict[str, list[Environment]]  # of the sessions of each run, by arm and seed
+    missing: tuple[Missing, ...] = ()
 
 
 def collect(config: DictConfig, runs: Sequence[ArmRun]) -> Comparison:
-    """Read results, summaries and selections of finished runs."""
+    """Read results, summaries and selections of runs.
+
+    Args:
+        config: of the comparison; its arms and seeds are those that should be there.
+        runs: those that there are, also unfinished ones.
+
+    Raises:
+        InputError: no run is finished, or a file of a run is damaged.
+    """
     groups: dict[str, list[str]] = plain(config.eval.groups)
-    results = pd.DataFrame([record for run in runs for record in _result_records(run, groups)])
+    arms = tuple(dict.fromkeys([*plain(config.compare.arms), *(run.arm for run in runs)]))
+    seeds = tuple(dict.fromkeys([*plain(config.compare.seeds), *(run.seed for run in runs)]))
+    finished = [run for run in runs if run.run.summary is not None]
+    if not finished:
+        raise InputError(
+            f"compare.name={config.compare.name}: none of {len(runs)} runs is finished."
+        )
+    results, missing = _results(arms, seeds, runs, groups)
     averages = [f"average/{group}" for group in groups]
     tasks = [task for task in dict.fromkeys(results["task"]) if not task.startswith("average/")]
     columns = _columns(plain(config.compare.columns), averages, tasks)
-    selections = {(run.arm, run.seed): read_selection(run.run.path) for run in runs}
-    first = [run for run in runs if run.seed == runs[0].seed]
+    selections = {(run.arm, run.seed): read_selection(run.run.path) for run in finished}
     truth_path = config.compare.truth
+    truth = None
+    if truth_path is not None:
+        truth = _truth(Path(truth_path), selections, finished)
+        complete = [arm for arm in arms if all((arm, seed) in selections for seed in seeds)]
+        truth = truth.reindex(complete).reindex(list(arms))
     return Comparison(
         name=str(config.compare.name),
-        arms=tuple(dict.fromkeys(run.arm for run in runs)),
-        seeds=tuple(dict.fromkeys(run.seed for run in runs)),
+        arms=arms,
+        seeds=seeds,
         columns=columns,
         results=results,
-        runs=pd.DataFrame([_run_record(run) for run in runs]),
-        overlap=_overlap({run.arm: selections[run.arm, run.seed] for run in first}),
-        truth=None if truth_path is None else _truth(Path(truth_path), selections, runs),
+        runs=pd.DataFrame([_run_record(run) for run in finished]),
+        overlap=_overlap(
+            {arm: selections[arm, seeds[0]] for arm in arms if (arm, seeds[0]) in selections}
+        ).reindex(index=list(arms), columns=list(arms)),
+        truth=truth,
         settings={
             key: plain(config[key])
             for key in ("pool", "features", "model", "optim", "scale", "budget")
         },
         environments={f"{run.arm} s{run.seed}": environments(run.run.path) for run in runs},
+        missing=missing,
     )
+
+
+def _results(
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    runs: Sequence[ArmRun],
+    groups: dict[str, list[str]],
+) -> tuple[pd.DataFrame, tuple[Missing, ...]]:
+    """The rows of all arms with all seeds, see `Comparison`, and what they lack."""
+    by_place = {(run.arm, run.seed): run.run for run in runs}
+    finished = {place: run for place, run in by_place.items() if run.summary is not None}
+    kept = {place: read_kept(run.results) for place, run in finished.items()}
+    names = dict.fromkeys(result.key for one in kept.values() for result in one.results)
+    names |= dict.fromkeys(failure.key for one in kept.values() for failure in one.failures)
+    rows: list[dict[str, Any]] = []
+    missing: list[Missing] = []
+    for seed in seeds:
+        for arm in arms:
+            run = by_place.get((arm, seed))
+            base = {"arm": arm, "seed": seed, "run": None if run is None else str(run.path)}
+            if (arm, seed) in kept:
+                found, lacking = _rows_of_run(kept[arm, seed], [*names], groups)
+                missing += [
+                    Missing(arm=arm, seed=seed, task=task, reason=reason, failed=failed)
+                    for task, reason, failed in lacking
+                ]
+            else:
+                reason = "there is no run" if run is None else "the run is not finished"
+                tasks = [*names, *(f"average/{group}" for group in groups)]
+                found = [_empty_row(task, reason) for task in tasks]
+                missing.append(Missing(arm=arm, seed=seed, task=None, reason=reason, failed=True))
+            rows += [{**base, **row} for row in found]
+    order = ["arm", "seed", "task", "metric", "value", "low", "high", "samples", "run", "note"]
+    return pd.DataFrame(rows, columns=order), tuple(missing)
+
+
+def _rows_of_run(
+    kept: KeptResults, names: Sequence[str], groups: dict[str, list[str]]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str, bool]]]:
+    """Rows for all tasks and averages, and the tasks without a value: name, reason, failed."""
+    by_key = results_by_key(kept.results)
+    failed = {failure.key: f"failed: {failure.message}" for failure in kept.failures}
+    rows: list[dict[str, Any]] = []
+    lacking = []
+    for name in names:
+        result = by_key.get(name)
+        if result is None:
+            reason = failed.get(name, "not evaluated")
+            rows.append(_empty_row(name, reason))
+            lacking.append((name, reason, name in failed))
+            continue
+        reason = ""
+        if result.main_metric is None and result.main_metric_name is not None:
+            reason = result.note or "not defined on these samples"
+            lacking.append((name, reason, bool(result.note)))
+        rows += _result_rows(result, reason)
+    for group, average in result_averages(by_key.values(), groups).items():
+        row = _empty_row(f"average/{group}", "")
+        if average.complete:  # a part cannot be compared
+            row["value"] = average.value
+        else:
+            row["note"] = f"without {', '.join(average.missing)}"
+        rows.append(row)
+    return rows, lacking
+
+
+def _empty_row(task: str, note: str) -> dict[str, Any]:
+    empty = dict.fromkeys(("value", "low", "high", "samples"))
+    return {"task": task, "metric": MAIN_METRIC, **empty, "note": note or None}
+
+
+def _result_rows(result: TaskResult, note: str) -> list[dict[str, Any]]:
+    rows = []
+    for metric, value in result.metrics.items():
+        is_main = metric == MAIN_METRIC
+        row = _empty_row(result.key, note if is_main else "")
+        if is_main and result.interval is not None:
+            row["low"], row["high"] = result.interval
+        rows.append({**row, "metric": metric, "value": value, "samples": result.samples})
+    return rows
 
 
 def _columns(wanted: list[str], averages: list[str], tasks: list[str]) -> tuple[str, ...]:
@@ -90,47 +220,8 @@ def _columns(wanted: list[str], averages: list[str], tasks: list[str]) -> tuple[
     return tuple(chosen or known)
 
 
-def _result_records(run: ArmRun, groups: dict[str, list[str]]) -> list[dict[str, Any]]:
-    results = read_results(run.run.results)
-    base = {"arm": run.arm, "seed": run.seed}
-    records = []
-    for result in results:
-        for metric, value in result.metrics.items():
-            is_main = metric == "main_metric" and result.interval is not None
-            low, high = result.interval if is_main and result.interval else (None, None)
-            records.append(
-                {
-                    **base,
-                    "task": result.key,
-                    "metric": metric,
-                    "value": value,
-                    "low": low,
-                    "high": high,
-                    "samples": result.samples,
-                    "run": str(run.run.path),
-                }
-            )
-    for group, average in result_averages(results, groups).items():
-        records.append(
-            {
-                **base,
-                "task": f"average/{group}",
-                "metric": "main_metric",
-                "value": average.value if average.complete else None,  # a part cannot be compared
-                "low": None,
-                "high": None,
-                "samples": None,
-                "run": str(run.run.path),
-            }
-        )
-    return records
-
-
 def _run_record(run: ArmRun) -> dict[str, Any]:
-    summary = run.run.summary
-    if summary is None:
-        raise RuntimeError(f"{run.run.path} is not finished")
-    return {"arm": run.arm, "run": str(run.run.path), **summary}
+    return {"run": str(run.run.path), **(run.run.summary or {}), "arm": run.arm, "seed": run.seed}
 
 
 def _overlap(selections: dict[str, Selection]) -> pd.DataFrame:
@@ -148,7 +239,7 @@ def _overlap(selections: dict[str, Selection]) -> pd.DataFrame:
 def _truth(
     path: Path, selections: dict[tuple[str, int], Selection], runs: Sequence[ArmRun]
 ) -> pd.DataFrame:
-    """The share of each kind of sample among the selected ones, by arm, mean over seeds.
+    """The share of each kind of sample among the selected ones, by arm, mean over its runs.
 
     Of a run that selects at every step, among those that it was trained on at the steps that its
     log describes.

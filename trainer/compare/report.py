@@ -12,9 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from siftclip.datamodules.files import atomic_path, write_text
 from siftclip.trainer.compare.collect import Comparison
 from siftclip.trainer.compare.tables import (
+    MISSING_NOTE,
     as_markdown,
     cost_rows,
     main_rows,
+    missing_lines,
+    number,
     percent,
     selection_rows,
     spread,
@@ -39,6 +42,24 @@ def resolution_note(comparison: Comparison) -> str:
         "Values are percent, mean ± standard deviation over seeds. With few seeds, differences "
         "below about two standard deviations are not resolved."
     )
+
+
+def run_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and one row per finished run."""
+    rows = [["run", "arm", "seed", "selected", "coverage", "passes", "train s"]]
+    for run in comparison.runs.to_dict("records"):
+        rows.append(
+            [
+                str(run["run"]),
+                str(run["arm"]),
+                str(run["seed"]),
+                number(run["selected_samples"], ".0f"),
+                f"{number(100 * run['coverage'], '.1f')} %",
+                number(run["passes"], ".2f"),
+                number(run["train_seconds"], ".1f"),
+            ]
+        )
+    return rows
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -72,24 +93,14 @@ def budget_sentence(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The report as Markdown."""
-    runs = [["run", "seed", "selected", "coverage", "passes", "train s"]]
-    for run in comparison.runs.to_dict("records"):
-        runs.append(
-            [
-                f"`{run['run']}`",
-                str(run["seed"]),
-                str(run["selected_samples"]),
-                f"{100 * run['coverage']:.1f} %",
-                f"{run['passes']:.2f}",
-                f"{run['train_seconds']:.1f}",
-            ]
-        )
+    header, *runs = run_rows(comparison)
     parts = [
         f"# {comparison.name}",
         budget_sentence(comparison),
         as_markdown(main_rows(comparison, comparison.columns)),
         resolution_note(comparison),
         *mixed_notes(comparison),
+        *_missing_part(comparison),
         "## All tasks",
         as_markdown(main_rows(comparison, _tasks(comparison))),
         "## What it cost",
@@ -99,12 +110,17 @@ def markdown(comparison: Comparison) -> str:
         as_markdown(selection_rows(comparison)),
         "Overlap is the Jaccard index of the distinct samples, for the first seed.",
         "## Runs",
-        as_markdown(runs),
+        as_markdown([header, *([f"`{run}`", *cells] for run, *cells in runs)]),
         "## Settings",
         "```yaml\n" + yaml.safe_dump(comparison.settings, sort_keys=False).rstrip() + "\n```",
         made_with(comparison),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _missing_part(comparison: Comparison) -> list[str]:
+    lines = missing_lines(comparison)
+    return [MISSING_NOTE, "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def html(comparison: Comparison) -> str:
@@ -126,7 +142,9 @@ def html(comparison: Comparison) -> str:
         cost_note=COST_NOTE,
         selected=selection_rows(comparison),
         plots=[plot(comparison, task) for task in comparison.columns],
-        runs=comparison.runs.to_dict("records"),
+        missing_note=MISSING_NOTE,
+        missing=missing_lines(comparison),
+        runs=run_rows(comparison),
         settings=yaml.safe_dump(comparison.settings, sort_keys=False),
         mixed=mixed_notes(comparison),
         made_with=made_with(comparison),

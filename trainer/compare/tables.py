@@ -4,29 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
+from siftclip.eval.safe_tables import printable
 from siftclip.trainer.compare.collect import Comparison
+
+MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
 
 
 def spread(comparison: Comparison, tasks: Sequence[str]) -> pd.DataFrame:
     """Mean and standard deviation of main metrics over seeds.
 
     Returns:
-        A frame with a row an arm, in the order of the comparison, and the columns (task, `mean`)
-        and (task, `sd`). The deviation is that of a sample, NaN for one seed. A
-        mean is NaN where a run has no value, never a mean of fewer runs.
+        A frame with one row per arm, in the order of the comparison, and the columns (task,
+        `mean`) and (task, `sd`). The deviation is that of a sample, NaN for one seed. A mean is NaN
+        where a seed has no value, whatever the reason, never a mean of fewer seeds.
     """
     frame = comparison.results
-    main = frame[(frame["metric"] == "main_metric") & frame["task"].isin(tasks)]
+    main = frame[frame["metric"] == "main_metric"]
+    places = pd.MultiIndex.from_product([comparison.arms, comparison.seeds])
     columns = {}
     for task in tasks:
-        values = main[main["task"] == task].set_index("arm")["value"].astype(float)
-        groups = values.groupby(level="arm")
-        complete = groups.apply(lambda group: group.notna().all())
+        rows = main[main["task"] == task].set_index(["arm", "seed"])
+        groups = rows["value"].astype(float).reindex(places).groupby(level=0)
+        complete = groups.count() == len(comparison.seeds)
         columns[task, "mean"] = groups.mean().where(complete)
         columns[task, "sd"] = groups.std(ddof=1).where(complete)
     return pd.DataFrame(columns).loc[list(comparison.arms)]
+
+
+def run_means(comparison: Comparison, arm: str, name: str) -> float:
+    """The mean of a number of the runs' summaries over the seeds; NaN where a run lacks it."""
+    runs = comparison.runs
+    if name not in runs:
+        return float("nan")
+    values = runs[runs["arm"] == arm][name].dropna()
+    return float(values.mean()) if len(values) == len(comparison.seeds) else float("nan")
+
+
+def number(value: float, form: str) -> str:
+    """A number in a format, or `-` where there is none."""
+    return "-" if pd.isna(value) else format(value, form)
+
+
+def seed_count(comparison: Comparison, arm: str) -> str:
+    """How many seeds of an arm are there: `3`, or `2 of 3`."""
+    count, wanted = int((comparison.runs["arm"] == arm).sum()), len(comparison.seeds)
+    return str(count) if count == wanted else f"{count} of {wanted}"
 
 
 def percent(mean: float, deviation: float) -> str:
@@ -43,69 +68,76 @@ def title(task: str) -> str:
 
 
 def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
-    """Header and one row an arm: kept, passes, the tasks in percent, seconds of training."""
+    """Header and one row per arm: seeds, kept, passes, the tasks in percent, training seconds."""
     table = spread(comparison, tasks)
     cells = [(table[task, "mean"], table[task, "sd"]) for task in tasks]
-    runs = comparison.runs.groupby("arm")
-    rows = [["selector", "kept", "passes", *(title(task) for task in tasks), "train s"]]
+    rows = [["selector", "seeds", "kept", "passes", *(title(task) for task in tasks), "train s"]]
     for arm in comparison.arms:
-        own = runs.get_group(arm)
         rows.append(
             [
                 arm,
-                f"{own['selected_samples'].mean():.0f}",
-                f"{own['passes'].mean():.1f}",
+                seed_count(comparison, arm),
+                number(run_means(comparison, arm, "selected_samples"), ".0f"),
+                number(run_means(comparison, arm, "passes"), ".1f"),
                 *(
                     percent(float(means[arm]), float(deviations[arm]))
                     for means, deviations in cells
                 ),
-                f"{own['train_seconds'].mean():.0f}",
+                number(run_means(comparison, arm, "train_seconds"), ".0f"),
             ]
         )
     return rows
 
 
 def cost_rows(comparison: Comparison) -> list[list[str]]:
-    """Header and one row an arm, means over seeds: samples, FLOPs and seconds by their use.
+    """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
 
     Published comparisons count by one of them, and which one decides who wins.
     """
     rows = [
         [
-            *("selector", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
+            *("selector", "seeds", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
             *("training TFLOP", "scoring TFLOP"),
             *("offline s", "train s", "waiting s", "scoring s", "selecting s"),
         ]
     ]
-    runs = comparison.runs.groupby("arm")
+    counts = [f"{name}_samples" for name in ("drawn", "loaded", "scored", "trained")]
+    seconds = [
+        f"{name}_seconds"
+        for name in ("offline_selection", "train", "data_wait", "scoring", "selection")
+    ]
     for arm in comparison.arms:
-        own = runs.get_group(arm)
-        samples = [own[f"{name}_samples"].mean() for name in ("drawn", "loaded", "scored")]
-        flops = [own[f"{name}_flops"].mean() / 1e12 for name in ("training", "scoring")]
-        names = ("offline_selection", "train", "data_wait", "scoring", "selection")
+        own = comparison.runs[comparison.runs["arm"] == arm]
+        means = {
+            name: run_means(comparison, arm, name)
+            for name in ("steps", *counts, "training_flops", "scoring_flops", *seconds)
+        }
+        flops = (means[f"{name}_flops"] / 1e12 for name in ("training", "scoring"))
         rows.append(
             [
                 arm,
-                str(own["online"].iloc[0]),
-                f"{own['steps'].mean():,.0f}",
-                *(f"{count:,.0f}" for count in [*samples, own["trained_samples"].mean()]),
-                *(f"{count:.3g}" for count in flops),
-                *(f"{own[f'{name}_seconds'].mean():,.0f}" for name in names),
+                seed_count(comparison, arm),
+                str(own["online"].iloc[0]) if len(own) else "-",
+                *(number(means[name], ",.0f") for name in ("steps", *counts)),
+                *(number(value, ".3g") for value in flops),
+                *(number(means[name], ",.0f") for name in seconds),
             ]
         )
     return rows
 
 
 def selection_rows(comparison: Comparison) -> list[list[str]]:
-    """Header and one row an arm: Jaccard overlap with the others, kinds where truth is known."""
+    """Header and one row per arm: Jaccard overlap with the others, kinds where truth is known."""
     rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]
     for arm in comparison.arms:
-        rows.append([arm, *(f"{share:.2f}" for share in comparison.overlap.loc[arm])])
+        rows.append(
+            [arm, *(number(share, ".2f") for share in np.asarray(comparison.overlap.loc[arm]))]
+        )
     if comparison.truth is not None:
         for kind in comparison.truth.columns:
             rows[0].append(str(kind))
             for row, share in zip(rows[1:], comparison.truth[kind], strict=True):
-                row.append(f"{100 * share:.1f} %")
+                row.append("-" if pd.isna(share) else f"{100 * share:.1f} %")
     return rows
 
 
@@ -128,9 +160,16 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def missing_lines(comparison: Comparison) -> list[str]:
+    """What has no value and why, one line each; all characters are printable."""
+    return [printable(missing.text()) for missing in comparison.missing]
+
+
 def format_main_table(comparison: Comparison) -> str:
-    """What the command prints: results, and costs where arms differ by what the loop selects."""
-    main = as_text(main_rows(comparison, comparison.columns))
-    if (comparison.runs["online"] == "once").all():
-        return main
-    return f"{main}\n\n{as_text(cost_rows(comparison))}"
+    """What the command prints: results, costs where arms differ in online selection, what lacks."""
+    parts = [as_text(main_rows(comparison, comparison.columns))]
+    if (comparison.runs["online"] != "once").any():
+        parts.append(as_text(cost_rows(comparison)))
+    if comparison.missing:
+        parts.append("\n".join([MISSING_NOTE, *missing_lines(comparison)]))
+    return "\n\n".join(parts)
