@@ -9,9 +9,9 @@ import numpy as np
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import read_npz_all, write_npz
+from siftclip.datamodules.model_record import fingerprint
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import evaluation_mode
-from siftclip.eval.identities import fingerprint
 from siftclip.eval.preparation import TaskData, prepare_tasks
 from siftclip.eval.task_scores import TaskTexts
 from siftclip.eval.tasks import Task

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from siftclip.datamodules.batches import Batch, Request, SampleDataset
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
+from siftclip.datamodules.features import MANIFEST_NAME, check_activation
 from siftclip.datamodules.files import read_json, write_json, write_npz
+from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
-from siftclip.eval.identities import fingerprint
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric
@@ -35,8 +36,6 @@ from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.stages import features_folder, plain, pool_from
 
 log = logging.getLogger(__name__)
-
-MANIFEST_NAME = "features.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -177,6 +176,7 @@ def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]
         "name": str(config.features.name),
         "model": plain(config.features.model),
         "weights": fingerprint(clip),
+        "loaded": model_record(clip),
         "pool": {"fingerprint": pool.fingerprint, "samples": len(pool)},
         "precision": str(config.trainer.precision),
     }
@@ -189,6 +189,7 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
         if is_rank_zero():
             write_json(path, manifest)
         return
+    check_activation(folder)
     found = read_json(path)
     if (found.get("weights"), found.get("pool")) != (manifest["weights"], manifest["pool"]):
         raise InputError(

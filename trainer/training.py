@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from siftclip.datamodules.clip_models import save_model_folder
 from siftclip.datamodules.files import identity_hash, write_text
 from siftclip.datamodules.model_options import check_options
+from siftclip.datamodules.model_record import model_record
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.streaming import count_micro_batches
 from siftclip.datamodules.towers import LockConfig
@@ -31,6 +32,7 @@ from siftclip.trainer.lightning_setup import (
     resolve_precision,
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
+from siftclip.trainer.models import activations_of_weights
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.online.planner import Forecast
@@ -50,6 +52,7 @@ def run_identity(
     config: DictConfig, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
+    activations = activations_of_weights(config)
     return {
         "selection": selected.selection.digest,
         "pool": selected.pool.fingerprint,
@@ -64,6 +67,7 @@ def run_identity(
         "resize": config.data.resize,
         "precision": resolve_precision(config.trainer.precision),
         "seed": config.seed,
+        **({"activations": activations} if activations else {}),
     }
 
 
@@ -87,8 +91,9 @@ def run_dir_for(config: DictConfig, selected: SelectOutcome, digest: str) -> Run
     marker = run.path / "identity"
     if marker.is_file() and marker.read_text().strip() != digest:
         raise InputError(
-            f"run_dir={config.run_dir!r} holds a run with another selection, model, budget or seed "
-            "(see its config.yaml). Name another run_dir, or delete that one."
+            f"run_dir={config.run_dir!r} holds a run with another selection, model, activation, "
+            "budget or seed (see its config.yaml and model.json). Name another run_dir, or delete "
+            "that one."
         )
     return run
 
@@ -204,6 +209,8 @@ def _fit(
     """Train, and write the model folder."""
     share_cores(loader_options(config).num_workers)
     parts = _run_parts(config, selected, loss_data, run.path)
+    if is_rank_zero():
+        run.keep_model(model_record(parts.clip))
     budget = run.budget() or _resolved_budget(parts)  # measuring trains models of its own
     if is_rank_zero():
         run.keep_budget(budget)
