@@ -39,24 +39,9 @@ RESNET: dict[str, Any] = {**SMALL, "vision_cfg": OF_RESNET}
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tiny:
+def tiny(tiny_tags: Tiny) -> Tiny:
     """`tiny(name)`: open_clip's model of this name is tiny, and all of its tags are one file."""
-
-    def shrink(name: str, architecture: dict[str, Any] | None = None) -> Path:
-        changed = open_clip.get_model_config(name) | (architecture or SMALL)
-        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, changed)
-        torch.manual_seed(0)
-        model = open_clip.create_model(name)
-        for key, parameter in model.named_parameters():
-            if "c_fc.weight" in key:  # random weights are too small to leave the linear part
-                parameter.data *= 20
-        path = tmp_path / "downloaded" / "weights.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-        monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(path))
-        return path
-
-    return shrink
+    return lambda name, architecture=SMALL: tiny_tags(name, architecture)
 
 
 def activations(model: nn.Module) -> set[str]:
