@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,26 @@ from safetensors.torch import save_file
 from siftclip.datamodules.files import atomic_path, write_json
 from siftclip.datamodules.model_options import check_options, check_supported, configured
 from siftclip.datamodules.model_weights import (
+    Tower,
     Weights,
     load_tower_weights,
     load_weights,
     portable_weights,
 )
+from siftclip.datamodules.weight_needs import (
+    CONFIG_NAME,
+    QUICKGELU_SUFFIX,
+    WeightNeeds,
+    fit_options,
+    needs_of_file,
+    needs_of_folder,
+    needs_of_repository,
+    needs_of_tag,
+)
 from siftclip.selectors.errors import InputError
 
-CONFIG_NAME = "open_clip_config.json"
+log = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "open_clip_model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 SCHEMES = ("local-dir:", "hf-hub:")
@@ -62,7 +75,7 @@ def load_clip_model(
     pretrained_text: str | None = None,
     weights: Weights = "auto",
 ) -> ClipModel:
-    """Build an open_clip model on the CPU in fp32.
+    """Build an open_clip model on the CPU in fp32, with the activation that its weights need.
 
     Args:
         name: a built-in name of open_clip (`ViT-B-32`), `hf-hub:org/repo`, a model folder, or a run
@@ -77,9 +90,10 @@ def load_clip_model(
         weights: which ones of a checkpoint that also holds a moving average.
 
     Raises:
-        InputError: the name, tag, file or option does not exist, or the weights do not fit.
+        InputError: the name, tag, file or option does not exist, or the weights do not fit, or were
+            trained with another activation than an option asks for.
     """
-    chosen = check_options(options or {})
+    asked = check_options(options or {})
     with tempfile.TemporaryDirectory() as temporary:
         if architecture is not None:
             config = {"model_cfg": copy.deepcopy(dict(architecture)), "preprocess_cfg": {}}
@@ -96,7 +110,14 @@ def load_clip_model(
                 f"model.pretrained=FILE.ckpt. Got model.pretrained={pretrained!r}."
             )
         try:
-            with _without_warnings_of_random_weights(
+            model_cfg = open_clip.get_model_config(source)
+            needs = {} if architecture is not None and file is None else _needs(source, tag, file)
+            if pretrained_image is not None:
+                needs |= _tower_needs("image", pretrained_image, model_cfg)
+            if pretrained_text is not None:
+                needs |= _tower_needs("text", pretrained_text, model_cfg)
+            chosen, lines = fit_options(asked, needs, model_cfg, name)
+            with _without_needless_warnings(
                 architecture is not None
                 or file is not None
                 or (pretrained is None and not name.startswith("hf-hub:"))
@@ -112,12 +133,15 @@ def load_clip_model(
                 tokenizer = open_clip.get_tokenizer(
                     source, context_length=chosen.get("force_context_length")
                 )
+        except InputError:
+            raise
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
             raise InputError(
                 f"model.name={name!r} with model.pretrained={pretrained!r} could not be built by "
                 f"open_clip: {error}"
             ) from error
-        model_cfg = configured(open_clip.get_model_config(source), chosen)
+    for line in lines:
+        log.info("%s.", line)
     check_supported(model, chosen)
     if tag is None and (architecture is not None or not source.startswith(SCHEMES)):
         _initialise_decoder(model)
@@ -132,13 +156,52 @@ def load_clip_model(
         train_transform=train_transform,
         eval_transform=eval_transform,
         tokenizer=tokenizer,
-        config={"model_cfg": model_cfg, "preprocess_cfg": dict(model.visual.preprocess_cfg)},
+        config={
+            "model_cfg": configured(model_cfg, chosen),
+            "preprocess_cfg": dict(model.visual.preprocess_cfg),
+        },
     )
 
 
 def holds_weights(name: str) -> bool:
     """Whether a model's name brings weights along: a folder or a model hub, not a bare name."""
     return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()
+
+
+def _needs(source: str, tag: str | None, file: str | None) -> dict[str, WeightNeeds | None]:
+    """What a whole model's weights need, by what brings them; nothing for random ones."""
+    if tag is not None:
+        return {f"model.pretrained={tag!r}": needs_of_tag(source, tag)}
+    if file is not None:
+        return {f"model.pretrained={file!r}": needs_of_file(file)}
+    if source.startswith("hf-hub:"):
+        config = open_clip.get_model_config(source)
+        return {f"model.name={source!r}": needs_of_repository(source, config)}
+    if source.startswith("local-dir:"):
+        folder = source.removeprefix("local-dir:")
+        return {f"model.name={folder!r}": needs_of_folder(Path(folder))}
+    return {}
+
+
+def _tower_needs(
+    tower: Tower, path: str, model_cfg: Mapping[str, Any]
+) -> dict[str, WeightNeeds | None]:
+    """What the weights of one tower need: images for the image tower, and the activation.
+
+    ResNets and towers of timm and Hugging Face have activations of their own.
+    """
+    found = needs_of_file(path)
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    has_own = (
+        "timm_model_name" in vision or isinstance(vision.get("layers"), (list, tuple))
+        if tower == "image"
+        else "hf_model_name" in text
+    )
+    if has_own:
+        found = replace(found or WeightNeeds(says=""), quick_gelu=None)
+    if tower == "text" and found is not None:
+        found = replace(found, image={})
+    return {f"model.pretrained_{tower}={path!r}": found}
 
 
 def _initialise_decoder(model: torch.nn.Module) -> None:
@@ -153,13 +216,15 @@ def _initialise_decoder(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _without_warnings_of_random_weights(wanted: bool) -> Iterator[None]:
-    """Silence open_clip's root-logger warnings where random weights are what was asked for."""
+def _without_needless_warnings(random_weights: bool) -> Iterator[None]:
+    """Silence what open_clip says of activations, which are right, and of wanted random weights."""
     before = logging.root.manager.disable
-    if wanted:
+    if random_weights:
         logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "QuickGELU mismatch", UserWarning)
+            yield
     finally:
         logging.disable(before)
 
@@ -188,10 +253,16 @@ def _resolve(name: str, pretrained: str | None) -> str:
         )
     if pretrained is not None and not Path(pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in tags:
+        if not open_clip.is_pretrained_cfg(name, pretrained):  # it also takes Laion2B-S34B-B79K
+            other = name.removesuffix(QUICKGELU_SUFFIX)
+            hint = (
+                f" These are weights with GELU: set model.name={other}."
+                if other != name and open_clip.is_pretrained_cfg(other, pretrained)
+                else ""
+            )
             raise InputError(
                 f"model.pretrained must be an existing file or one of {tags} for {name}. "
-                f"Got {pretrained!r}."
+                f"Got {pretrained!r}.{hint}"
             )
     return name
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.feature_source import check_sources
-from siftclip.datamodules.files import file_stamp, read_npy_header, read_npz
+from siftclip.datamodules.feature_source import MANIFEST_NAME, check_sources
+from siftclip.datamodules.files import file_stamp, read_json, read_npy_header, read_npz
 from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
 from siftclip.selectors.errors import InputError
 
@@ -75,9 +75,11 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
         max_bad_fraction: how many rows may have a bad uid.
 
     Raises:
-        InputError: there are no features, a part is damaged, or none belongs to the pool.
+        InputError: there are no features, a part is damaged, none belongs to the pool, or they are
+            of a wrong activation.
     """
     folder = pool.storage.metadata() if folder is None else folder
+    check_activation(folder)
     paths = sorted(folder.glob("*.npz")) if folder.is_dir() else []
     if not paths:
         raise InputError(
@@ -125,6 +127,36 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
             f"{folder}. Do they belong to this pool?"
         )
     return store
+
+
+def check_activation(folder: Path) -> None:
+    """Refuse features that were made with another activation than their model's weights need.
+
+    Earlier versions of siftclip made such features, and kept no record of the activation.
+
+    Raises:
+        InputError: the folder holds such features, or its manifest is damaged.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return
+    manifest = read_json(path)
+    model = manifest.get("model") if isinstance(manifest, dict) else None
+    if not isinstance(model, dict) or "loaded" in manifest or not model.get("pretrained"):
+        return
+    # Here, since importing open_clip takes seconds, which other features need not cost.
+    from siftclip.datamodules.weight_needs import activation_name, wrong_activation
+
+    name, tag = str(model.get("name")), str(model["pretrained"])
+    if model.get("architecture") is None:
+        built = wrong_activation(name, tag, model.get("options"))
+        if built is not None:
+            raise InputError(
+                f"{folder} holds features of {name} that an earlier version of siftclip made with "
+                f"{activation_name(built)}, while the weights {tag!r} were trained with "
+                f"{activation_name(not built)}: they are those of another model. Delete that "
+                "folder and embed again, or choose another features.name."
+            )
 
 
 def _first_positions(rows: np.ndarray, covered: np.ndarray) -> np.ndarray:

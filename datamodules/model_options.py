@@ -1,7 +1,8 @@
 """Options of open_clip's `create_model_and_transforms` that change a model without a new config.
 
 What an option changes in the architecture also goes into the config of the written model folder, so
-that the folder alone gives the same outputs again.
+that the folder alone gives the same outputs again. The activation that weights were trained with
+comes from them, see `weight_needs`.
 """
 
 from __future__ import annotations
@@ -110,13 +111,14 @@ def check_supported(model: nn.Module, options: Mapping[str, Any]) -> None:
 def configured(model_cfg: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's `model_cfg` of the model that was built from `model_cfg` with `options`.
 
+    The options are those of `weight_needs.fit_options`.
+
     Patch dropout is left out: it has no weights, and is for training only, while open_clip returns
     models in training mode; whoever trains the model further sets it again.
     """
     config = copy.deepcopy(dict(model_cfg))
-    for flag, key in (("force_quick_gelu", "quick_gelu"), ("force_custom_text", "custom_text")):
-        if options.get(flag):
-            config[key] = True
+    if options.get("force_custom_text"):
+        config["custom_text"] = True
     if "force_image_size" in options:
         size = options["force_image_size"]
         config["vision_cfg"]["image_size"] = list(size) if isinstance(size, tuple) else size
@@ -125,4 +127,8 @@ def configured(model_cfg: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     if "force_patch_dropout" in options:
         config["vision_cfg"].pop("patch_dropout", None)
     config.update({name: options[name] for name in _MODEL_ARGUMENTS if name in options})
+    if options.get("quick_gelu"):
+        config["quick_gelu"] = True
+    elif "quick_gelu" in options:
+        del config["quick_gelu"]  # open_clip's configurations name QuickGELU alone
     return config

@@ -46,6 +46,7 @@ UNPREFIXED_TEXT = (
 # Old Hugging Face towers saved this constant, transformers 4.31 and later do not know it.
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 COUNTER = ".num_batches_tracked"
+CONFIG_KEY = "open_clip_config"  # where our checkpoints say what model their weights are of
 NAMED_KEYS = 5  # a message names so many keys; a wrong file has hundreds
 
 
@@ -92,6 +93,21 @@ def read_weights(
         if any(key.startswith(prefix) for key in state):
             return _below(state, prefix)
     return dict(state)
+
+
+def read_config(path: Path) -> Any:
+    """The content of `open_clip_config.json` that a checkpoint of ours brings along; None without.
+
+    Only the table of contents is read. A file that cannot be read says nothing here: loading its
+    weights says what is wrong with it.
+    """
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return None
+    try:
+        content = _read_tensors(path)
+    except Exception:  # damaged files raise anything, see `read_weights`
+        return None
+    return content.get(CONFIG_KEY) if isinstance(content, dict) else None
 
 
 def load_weights(

@@ -7,29 +7,15 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import file_stamp, identity_hash
+from siftclip.datamodules.model_record import fingerprint
 from siftclip.eval.images import content_id
 from siftclip.eval.preparation import TaskData
 from siftclip.eval.probe_scores import IN_TRAIN, ProbeSettings
 from siftclip.eval.task_samples import TaskSamples
 from siftclip.selectors.hashing import mix64
-
-
-def fingerprint(clip: ClipModel) -> str:
-    """SHA-256 over what decides a model's answers: its configuration and its weights.
-
-    The configuration counts because two models with equal weights differ by activation function
-    (`quick_gelu`) or by preprocessing.
-    """
-    digest = hashlib.sha256(json.dumps(clip.config, sort_keys=True, default=str).encode())
-    for name, tensor in clip.model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def model_identity(clip: ClipModel, precision: str) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.files import read_npz_all, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused, when
+from siftclip.datamodules.model_record import fingerprint
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import evaluation_mode
-from siftclip.eval.identities import fingerprint, tars_stamp, task_identity
+from siftclip.eval.identities import tars_stamp, task_identity
 from siftclip.eval.preparation import TaskData, prepare_tasks
 from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.task_scores import TaskTexts

@@ -241,6 +241,32 @@ def load_pool(tmp_path: Path) -> Callable[..., Pool]:
     return load
 
 
+@pytest.fixture
+def tiny_tags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_tags(name, architecture)`: open_clip's model of this name is tiny, its tags are a file.
+
+    Returns the file. Nothing is downloaded; a preprocessing that belongs to a tag stays.
+    """
+    import open_clip
+    from safetensors.torch import save_file
+
+    def shrink(name: str, architecture: dict[str, Any] | None = None) -> Path:
+        changed = open_clip.get_model_config(name) | (architecture or TINY_ARCHITECTURE)
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, changed)
+        torch.manual_seed(0)
+        model = open_clip.create_model(name)
+        for key, parameter in model.named_parameters():
+            if "c_proj.weight" in key:  # random ones are too small for the activation to matter
+                parameter.data *= 50
+        path = tmp_path / "downloaded" / "weights.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+        monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(path))
+        return path
+
+    return shrink
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP with random weights, as a model folder."""

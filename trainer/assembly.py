@@ -48,6 +48,7 @@ def training_module(
         log_every_n_steps=config.trainer.log_every_n_steps,
         max_skipped_fraction=config.trainer.max_skipped_fraction,
         online=online,
+        model_config=clip.config,
     )
 
 

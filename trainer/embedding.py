@@ -28,12 +28,13 @@ from siftclip.datamodules.feature_source import (
     is_stale,
     shard_source,
 )
+from siftclip.datamodules.features import check_activation
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused
+from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
-from siftclip.eval.identities import fingerprint
 from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
@@ -206,6 +207,7 @@ def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]
         "name": str(config.features.name),
         "model": plain(config.features.model),
         "weights": weights,
+        "loaded": model_record(clip),
         "pool": {"fingerprint": pool.fingerprint, "samples": len(pool)},
         "precision": precision,
         "identity": kept_identity(
@@ -227,6 +229,7 @@ def _claim(folder: Path, manifest: dict[str, Any], *, reuse: bool) -> None:
         if is_rank_zero():
             write_json(path, manifest)
         return
+    check_activation(folder)
     kept = read_json(path)
     reasons = differences_of_features(kept, manifest)
     if reasons:

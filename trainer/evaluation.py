@@ -14,7 +14,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
-from siftclip.datamodules.files import identity_hash
+from siftclip.datamodules.files import identity_hash, write_json
+from siftclip.datamodules.model_record import model_record
 from siftclip.eval.aggregates import check_groups
 from siftclip.eval.error_analysis import (
     ENDINGS,
@@ -211,8 +212,8 @@ def eval_stage(
     Args:
         config: the configuration.
         model: a model, or a run directory or model folder to load it from.
-        results_path: the JSONL file of the results, beside which a table as CSV and what else is
-            asked for is written; None keeps them in memory.
+        results_path: the JSONL file of the results, beside which a table as CSV, a record of the
+            model and what else is asked for is written; None keeps them in memory.
         share: of this process; None means that it is alone. All ranks make this call.
 
     Returns:
@@ -244,6 +245,7 @@ def eval_stage(
         resamples=options.resamples if share.ranks.rank == 0 else 0,
     )
     if results_path is not None and share.ranks.rank == 0:
+        write_json(results_path.with_name(f"{results_path.stem}_model.json"), model_record(clip))
         write_csv(results_path.with_suffix(".csv"), _whole(config, results_path, summary))
     return summary
 

@@ -1,6 +1,7 @@
 """`siftclip export`: a trained model in the layouts that open_clip and DataComp read.
 
-open_clip  one file {epoch, name, state_dict}, as open_clip's training writes it
+open_clip  one file {epoch, name, state_dict}, as open_clip's training writes it, and what model it
+           is of, for siftclip
 local_dir  a model folder: what `local-dir:` and the Hugging Face hub hold
 datacomp   checkpoints/epoch_latest.pt and info.pkl, which DataComp's evaluate.py reads
 
@@ -29,11 +30,13 @@ from siftclip.datamodules.clip_models import (
 )
 from siftclip.datamodules.files import atomic_path
 from siftclip.datamodules.model_weights import (
+    CONFIG_KEY,
     Weights,
     portable_weights,
     require_weights_choice,
 )
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.models import checkpoint_options
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.stages import plain
 
@@ -175,13 +178,13 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
     run = RunDir(path=folder)
     config = _run_config(run)
     node = config.model
-    options: dict[str, Any] = plain(node.get("options")) or {}
+    options: dict[str, Any] = {}
     architecture = plain(node.get("architecture"))
     name = str(node.name)
     if run.has_model:  # knows all of that without the files that training began from
-        name, architecture, options = str(run.model), None, {}
-    elif node.get("pretrained") is not None and architecture is None:
-        options = {**options, **_preprocessing_of_tag(name, str(node.pretrained), options)}
+        name, architecture = str(run.model), None
+    else:
+        options = checkpoint_options(node)
     clip = load_clip_model(
         name,
         architecture=architecture,
@@ -190,14 +193,6 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
         weights=weights,
     )
     return Source(clip=clip, label=f"{folder.name}-{path.stem}", origin=path, config=config)
-
-
-def _preprocessing_of_tag(name: str, tag: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The image options that open_clip sets with its weights `tag`, where `options` do not."""
-    known = open_clip.get_pretrained_cfg(name, tag)
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    found = {f"image_{key}": known[key] for key in keys if key in known}
-    return {key: value for key, value in found.items() if options.get(key) is None}
 
 
 def _run_config(run: RunDir) -> DictConfig:
@@ -236,7 +231,12 @@ def _check_target(layout: str, path: Path, *, overwrite: bool) -> None:
 def _write_checkpoint(source: Source, path: Path) -> None:
     """Write what open_clip's `load_checkpoint` reads, in fp32."""
     state = portable_weights(source.clip.model.state_dict(), str(source.origin))
-    content = {"epoch": EPOCH, "name": source.label, "state_dict": state}
+    content = {
+        "epoch": EPOCH,
+        "name": source.label,
+        "state_dict": state,
+        CONFIG_KEY: source.clip.config,  # open_clip passes over it; we read it
+    }
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
 

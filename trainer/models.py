@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import (
@@ -18,8 +19,12 @@ from siftclip.datamodules.clip_models import (
 from siftclip.datamodules.files import content_digests
 from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.datamodules.towers import LockConfig, lock_towers
+from siftclip.datamodules.weight_needs import activation_name, needs_of_tag, wrong_activation
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.stages import plain
+
+# Where the configuration of a training has models.
+MODEL_NODES = ("model", "loss.teacher.model", "online.reference.model", "online.scorer")
 
 log = logging.getLogger(__name__)
 
@@ -82,3 +87,38 @@ def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> 
             log.warning("model.lock.%s keeps the random weights of that tower", tower)
     lock_towers(clip.model, lock)
     return clip
+
+
+def checkpoint_options(node: DictConfig) -> dict[str, Any]:
+    """The options with which a checkpoint of a run is loaded, from the run's `model` node.
+
+    Checkpoints say what model they are of. Those of earlier versions do not: their run took the
+    preprocessing from its tag, and the activation from the model's name.
+    """
+    options: dict[str, Any] = plain(node.get("options")) or {}
+    name, tag = str(node.name), node.get("pretrained")
+    if tag is None or node.get("architecture") is not None:
+        return options
+    if not open_clip.is_pretrained_cfg(name, str(tag)):
+        return options
+    image = needs_of_tag(name, str(tag)).image
+    return {**image, **{key: value for key, value in options.items() if value is not None}}
+
+
+def activations_of_weights(config: DictConfig) -> dict[str, str]:
+    """The activations that the models of a run get from their tags, against what their names say.
+
+    Earlier versions of siftclip took those of the names, so this belongs to what a run is known by.
+
+    Returns:
+        By the option that holds the model; nothing where names and tags agree.
+    """
+    found = {}
+    for option in MODEL_NODES:
+        node = plain(OmegaConf.select(config, option))
+        if not node or not node.get("name") or node.get("architecture") is not None:
+            continue
+        built = wrong_activation(node["name"], node.get("pretrained"), node.get("options"))
+        if built is not None:
+            found[option] = activation_name(not built)
+    return found

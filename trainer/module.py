@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from siftclip.datamodules.batches import StepBatch
+from siftclip.datamodules.model_weights import CONFIG_KEY
 from siftclip.datamodules.order import derive_generator
 from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.selectors.errors import InputError, require_finite, require_int
@@ -61,6 +63,7 @@ class ClipTraining(LightningModule):
         log_every_n_steps: int,
         max_skipped_fraction: float = 0.01,
         online: Online | None = None,
+        model_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Set what is trained.
 
@@ -74,6 +77,8 @@ class ClipTraining(LightningModule):
             log_every_n_steps: steps between two records.
             max_skipped_fraction: of the steps may have gradients that are not finite.
             online: selection while training.
+            model_config: of the model, kept in its checkpoints: a file of weights alone does not
+                say its activation or preprocessing.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -96,6 +101,7 @@ class ClipTraining(LightningModule):
             )
         self.max_skipped_fraction = max_skipped_fraction
         self.online = online
+        self.model_config = model_config
         self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
         self.evaluated: dict[str, float] = {}  # what EvaluateDuring found last; the bar shows it
         self._skipped_before = 0.0  # in the processes before this one
@@ -195,6 +201,8 @@ class ClipTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = float(self.meter.skipped)
+        if self.model_config is not None:
+            checkpoint[CONFIG_KEY] = dict(self.model_config)
         if self.online is not None:
             checkpoint["online"] = self.online.state_dict()
 

@@ -9,6 +9,7 @@ metrics.jsonl    a record every N steps; metrics.csv the same
 checkpoints/     to continue from
 model/           the trained model, as open_clip's `local-dir:` loads it
 eval_results.jsonl  a line a task
+model.json       what was trained: architecture, activation, preprocessing, tokenizer
 budget.json      how long the run is
 summary.json     written last: the run is finished
 """
@@ -86,6 +87,10 @@ class RunDir:
         """How long the run is, once that is known."""
         path = self.path / "budget.json"
         return Budget(**read_budget(path)) if path.is_file() else None
+
+    def keep_model(self, record: dict[str, Any]) -> None:
+        """Write down what is trained, `model_record`, as it was built for its weights."""
+        write_json(self.path / "model.json", record)
 
     def keep_budget(self, budget: Budget) -> None:
         """Write down how long the run is: what was measured for it need not come out again."""

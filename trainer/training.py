@@ -20,6 +20,7 @@ from siftclip.datamodules.identities import (
     say_why_not,
 )
 from siftclip.datamodules.model_options import check_options
+from siftclip.datamodules.model_record import model_record
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.streaming import count_micro_batches
 from siftclip.datamodules.towers import LockConfig
@@ -45,7 +46,7 @@ from siftclip.trainer.lightning_setup import (
     resolve_precision,
 )
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
-from siftclip.trainer.models import model_files
+from siftclip.trainer.models import activations_of_weights, model_files
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.online.planner import Forecast
@@ -74,6 +75,7 @@ def run_identity(
             "selection": selected.selection.digest,
             "pool": selected.pool.fingerprint,
             "model": {**plain(config.model), "files": model_files(config.model)},
+            "activations": activations_of_weights(config),
             "optim": plain(config.optim),
             "loss": plain(config.loss),
             "loss_data": loss_data.identity,
@@ -273,6 +275,8 @@ def _fit(
     """Train, and write the model folder."""
     share_cores(loader_options(config).num_workers)
     parts = _run_parts(config, selected, loss_data, run.path)
+    if is_rank_zero():
+        run.keep_model(model_record(parts.clip))
     budget = run.budget() or _resolved_budget(parts)  # measuring trains models of its own
     if is_rank_zero():
         run.keep_budget(budget)

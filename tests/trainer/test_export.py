@@ -194,7 +194,7 @@ def test_open_clip_file_gives_the_same_outputs(
     path = tmp_path / "new" / "model.pt"
     export(make_run(kind), path)
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"epoch", "name", "state_dict"}
+    assert set(content) == {"epoch", "name", "state_dict", "open_clip_config"}
     assert isinstance(content["epoch"], int)
     assert content["name"] == "run"
     assert {v.dtype for v in content["state_dict"].values()} == {torch.float32}
