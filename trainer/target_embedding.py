@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from siftclip.datamodules.tar_walk import require_key_split
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import find_tasks
@@ -32,6 +33,7 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         Path(config.target.root),
         plain(config.target.tasks),
         split=str(config.target.split),
+        key_split=require_key_split("target.key_split", config.target.key_split),
         option="target.tasks",
     ).complete()
     batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
