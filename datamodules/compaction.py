@@ -229,7 +229,9 @@ def _for_new_tar(
     sample = _check_sample(pool, row, data)
     uid = format_uid(pool.uids[row])
     is_derived = uid == derive_uid(pool.shards[pool.shard_of_row[row]].name, sample.key)
-    if not is_derived and sample.key not in taken and not _has_common_header(data, sample):
+    is_dotted = "." in sample.key.rpartition("/")[2]  # only pool.key_split=last_dot reads it
+    kept = not is_derived and not is_dotted and sample.key not in taken
+    if kept and not _has_common_header(data, sample):
         return sample.key, data
     key, number = uid, 0
     while key in taken:  # by a sample whose key is the uid of this one
@@ -248,7 +250,7 @@ def _check_sample(pool: Pool, row: int, data: bytes) -> TarSample:
     if len(data) < size:
         raise BadSampleError("cut off by the end of their tar")
     try:
-        samples = list(walk_tar(_Bytes(data + END_MARK)))
+        samples = list(walk_tar(_Bytes(data + END_MARK), key_split=pool.key_split))
     except (InputError, TruncatedTarError):
         samples = []
     if len(samples) == 1:

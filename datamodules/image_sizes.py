@@ -57,7 +57,9 @@ def _from_json(pool: Pool, progress: bool) -> np.ndarray:
         rows = {int(pool.sample_offsets_bytes[row]): row for row in pool.shard_rows(number)}
         with pool.storage.open_tar(shard) as tar:
             try:
-                for _, members, start, _ in walk_tar(tar, content_of="json"):
+                for _, members, start, _ in walk_tar(
+                    tar, content_of="json", key_split=pool.key_split
+                ):
                     row = rows.get(start)
                     record = next((m.content for m in members if m.suffix == "json"), None)
                     if row is not None and record:

@@ -38,6 +38,7 @@ from siftclip.datamodules.tar_index import (
     ShardIndex,
     load_shard_index,
 )
+from siftclip.datamodules.tar_walk import KeySplit, require_key_split
 from siftclip.datamodules.uids import UidTable, parse_uid_bytes
 from siftclip.selectors.errors import InputError
 
@@ -71,6 +72,8 @@ class Pool:
     faults: FaultLog  # of the samples that are left out
     derived_uids: int  # samples whose uid was derived from tar and key
     repeated_uids: int  # samples that are left out because an earlier one has their uid
+    hidden: FaultLog  # pairs inside a sample, by more dots in their names, that are not used
+    key_split: KeySplit  # the dot that ends the key in the names of the tars' members
     fingerprint: str  # changes with names and sizes of tars and the uids, not with their place
 
     def __len__(self) -> int:
@@ -133,6 +136,7 @@ def open_pool(
     *,
     cache_dir: Path,
     max_bad_fraction: float,
+    key_split: KeySplit = "first_dot",
     workers: int = 1,
     progress: bool = True,
 ) -> Pool:
@@ -142,23 +146,29 @@ def open_pool(
         storage: of the tars.
         cache_dir: folder for the indices; what is there is reused if the tar is unchanged.
         max_bad_fraction: how many samples may be bad before this is an error.
+        key_split: the dot that ends the key in the names of the tars' members.
         workers: tars that are indexed at the same time.
         progress: show a bar.
 
     Raises:
         InputError: there is no pool, a tar cannot be read, or too many samples are bad.
     """
+    require_key_split("pool.key_split", key_split)
     shards = storage.shards()
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
-    name = hashlib.sha256(f"{INDEX_VERSION}\0{stamps}".encode()).hexdigest()[:16]
-    folder = cache_dir / "index" / f"table-{name}"
+    name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
+    # each rule in a folder of its own, so that runs with different ones leave each other's alone
+    places = "index" if key_split == "first_dot" else f"index_{key_split}"
+    folder = cache_dir / places / f"table-{name}"
     complete = folder / "notes.json"
     if not complete.is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "build.lock"):  # the other ranks wait for the one that builds
             if not complete.is_file():
-                indices = _index_shards(storage, shards, folder.parent, workers, progress)
-                _write_table(folder, storage.root, shards, indices)
+                indices = _index_shards(
+                    storage, shards, folder.parent, key_split, workers, progress
+                )
+                _write_table(folder, storage.root, key_split, shards, indices)
     pool = _map_table(storage, shards, folder)
     pool.faults.check(
         owner=f"pool {pool.root}",
@@ -166,7 +176,17 @@ def open_pool(
         max_bad_fraction=max_bad_fraction,
     )
     if len(pool) == 0:
-        raise InputError(f"pool.root={pool.root!r} holds {len(shards)} tars without one sample.")
+        reason = f" Left out: {pool.faults.summary()}." if pool.faults.samples else ""
+        raise InputError(
+            f"pool.root={pool.root!r} holds {len(shards)} tars without one sample.{reason}"
+        )
+    if pool.hidden.samples:
+        log.warning(
+            "pool %s: %s by more dots in their names are part of another sample and not used; with "
+            "pool.key_split=last_dot they are samples",
+            pool.root,
+            pool.hidden.summary(),
+        )
     if pool.faults.samples:
         log.warning("pool %s: left out %s", pool.root, pool.faults.summary())
     if pool.derived_uids:
@@ -186,7 +206,12 @@ def open_pool(
 
 
 def _index_shards(
-    storage: Storage, shards: Sequence[ShardFile], folder: Path, workers: int, progress: bool
+    storage: Storage,
+    shards: Sequence[ShardFile],
+    folder: Path,
+    key_split: KeySplit,
+    workers: int,
+    progress: bool,
 ) -> list[ShardIndex]:
     """The indices of all tars. Each is written when it is ready: a killed run goes on there."""
     total = sum(shard.size_bytes for shard in shards)
@@ -196,7 +221,7 @@ def _index_shards(
     )
     indices = []
     with bar, _executor(storage, workers, todo) as executor:
-        jobs = ((storage, shard, folder) for shard in shards)
+        jobs = ((storage, shard, folder, key_split) for shard in shards)
         answers: Iterator[ShardIndex]
         answers = executor.map(_index_shard, jobs) if executor else map(_index_shard, jobs)
         for shard, index in zip(shards, answers, strict=True):
@@ -217,10 +242,14 @@ def _executor(
     return nullcontext()
 
 
-def _index_shard(job: tuple[Storage, ShardFile, Path]) -> ShardIndex:
-    storage, shard, folder = job
+def _index_shard(job: tuple[Storage, ShardFile, Path, KeySplit]) -> ShardIndex:
+    storage, shard, folder, key_split = job
     return load_shard_index(
-        shard.name, shard.stamp, lambda: storage.open_tar(shard), _index_path(folder, shard)
+        shard.name,
+        shard.stamp,
+        lambda: storage.open_tar(shard),
+        _index_path(folder, shard),
+        key_split,
     )
 
 
@@ -229,7 +258,11 @@ def _index_path(folder: Path, shard: ShardFile) -> Path:
 
 
 def _write_table(
-    folder: Path, root: str, shards: Sequence[ShardFile], indices: Sequence[ShardIndex]
+    folder: Path,
+    root: str,
+    key_split: KeySplit,
+    shards: Sequence[ShardFile],
+    indices: Sequence[ShardIndex],
 ) -> None:
     """Join the indices of all tars, and write the arrays; the folder appears when it is complete.
 
@@ -251,11 +284,16 @@ def _write_table(
         digest.update(f"{shard.name}:{length}:{shard.size_bytes}\n".encode())
     digest.update(columns["uids"].tobytes())
     columns["sorted_uids"], columns["sorted_rows"] = table.sorted_uids, table.rows
+    hidden = FaultLog()
+    for index in indices:
+        hidden.merge(index.hidden)
     notes = {
         "pool": root,
         "fingerprint": digest.hexdigest()[:16],
         "derived_uids": sum(index.derived_uids for index in indices),
-        "repeated_uids": samples - len(columns["uids"]),
+        "repeated_uids": samples - len(columns["uids"]) + sum(i.repeated for i in indices),
+        "key_split": key_split,
+        "hidden": hidden.state(),
         "faults": _all_faults(indices, shards).state(),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -304,6 +342,8 @@ def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) ->
         faults=FaultLog.from_state(notes["faults"]),
         derived_uids=notes["derived_uids"],
         repeated_uids=notes["repeated_uids"],
+        hidden=FaultLog.from_state(notes["hidden"]),
+        key_split=notes["key_split"],
         fingerprint=notes["fingerprint"],
         **columns,
     )

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,9 +29,20 @@ _FILE_KINDS = b"0\x007"  # regular, regular in old tars, contiguous
 _EXTENDED_KINDS = b"LxXg"
 _EMPTY_KINDS = b"123456"  # links, devices, folders, pipes: no data follows, whatever the size says
 
-# webdataset's rule: the key is everything before the first dot of the file's name.
+# Where a member's name is split into key and suffix: at the first dot of the file's name, which is
+# webdataset's rule, or at the last one, for pairs such as `movie.0001.jpg` and `movie.0001.txt`.
+KeySplit = Literal["first_dot", "last_dot"]
+KEY_SPLITS: tuple[KeySplit, ...] = ("first_dot", "last_dot")
 _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_NAME = re.compile(r"^__[^/]*__($|/)")  # not samples, by webdataset's rule
+
+
+def require_key_split(option: str, value: object) -> KeySplit:
+    """Return `value` if it is one of `KEY_SPLITS`; `option` is the name that the user wrote."""
+    for key_split in KEY_SPLITS:
+        if value == key_split:
+            return key_split
+    raise InputError(f"{option} must be one of {', '.join(KEY_SPLITS)}. Got {value!r}.")
 
 
 class TruncatedTarError(Exception):
@@ -45,7 +57,7 @@ class TruncatedTarError(Exception):
 class Member(NamedTuple):
     """One file inside a tar: where its bytes are."""
 
-    suffix: str  # lower case, what follows the first dot of the name
+    suffix: str  # lower case, what follows the dot that ends the key
     offset_bytes: int
     size_bytes: int
     content: bytes | None  # of the suffix that was asked for; b"" beyond MAX_CONTENT_BYTES
@@ -60,11 +72,40 @@ class TarSample(NamedTuple):
     end_bytes: int  # behind the last member and what fills its block
 
     def find(self, *suffixes: str) -> Member | None:
-        """The first member with one of these suffixes."""
-        for member in self.members:
-            if member[0] in suffixes:
-                return member
+        """The member with the first of these suffixes that there is; of two alike, the first."""
+        for suffix in suffixes:
+            for member in self.members:
+                if member[0] == suffix:
+                    return member
         return None
+
+    def names(self) -> list[str]:
+        """The members' names, suffixes in lower case."""
+        return [f"{self.key}.{member.suffix}" for member in self.members]
+
+    def repeats(self) -> bool:
+        """Whether two members have one suffix, as where several samples have one key."""
+        return len({member.suffix for member in self.members}) < len(self.members)
+
+    def hidden_pairs(self, first: Collection[str], second: Collection[str]) -> Counter[str]:
+        """The pairs of suffixes, one of each kind, that more dots in the names hide in this key.
+
+        `movie.1.jpg, movie.1.txt, movie.2.jpg, movie.2.txt` are the pairs `1` and `2` of the key
+        `movie`; a mask `0001.seg.png` beside a picture is none. A pair that is there twice counts
+        as two.
+        """
+        counts: dict[str, Counter[str]] = {}
+        for member in self.members:
+            stem, dot, suffix = member.suffix.rpartition(".")
+            if dot:
+                counts.setdefault(stem, Counter())[suffix] += 1
+        return Counter(
+            {
+                stem: max(kinds.values())
+                for stem, kinds in counts.items()
+                if not kinds.keys().isdisjoint(first) and not kinds.keys().isdisjoint(second)
+            }
+        )
 
 
 class TarSource(Protocol):
@@ -120,15 +161,18 @@ class LocalTar:
 _File = tuple[str, int, int, int, int, bytes | None]
 
 
-def walk_tar(source: TarSource, *, content_of: str | None = None) -> Iterator[TarSample]:
+def walk_tar(
+    source: TarSource, *, content_of: str | None = None, key_split: KeySplit = "first_dot"
+) -> Iterator[TarSample]:
     """Yield the samples of a tar in order: consecutive members with the same key.
 
-    Members whose name has no dot or is `__like_this__`, folders and links are passed over, as
-    webdataset does.
+    A sample may have a suffix twice (`TarSample.repeats`), which webdataset refuses. Members whose
+    name has no dot or is `__like_this__`, folders and links are passed over, as webdataset does.
 
     Args:
         source: of the bytes.
         content_of: a suffix, without its dot, whose members come with their bytes.
+        key_split: the dot that ends the key.
 
     Raises:
         InputError: this is not an uncompressed tar, or it cannot be read.
@@ -138,12 +182,14 @@ def walk_tar(source: TarSource, *, content_of: str | None = None) -> Iterator[Ta
     ending = "" if content_of is None else f".{content_of}"
     key, members, first, last = "", list[Member](), 0, 0
     new = tuple.__new__  # a third of the time of a named tuple's own constructor
+    split = _split_at_first if key_split == "first_dot" else _split_at_last
+    is_quick = key_split == "first_dot"
     try:
         for files in _walk_files(source, ending):
             for name, offset, size, start, end, content in files:
                 found, _, suffix = name.partition(".")
-                if not suffix or "/" in suffix or name[0] in "._":  # rare
-                    found, suffix = _split_name(name)
+                if not is_quick or not suffix or "/" in suffix or name[0] in "._":  # rare
+                    found, suffix = split(name)
                     if not found:
                         continue
                 if found != key:
@@ -153,14 +199,14 @@ def walk_tar(source: TarSource, *, content_of: str | None = None) -> Iterator[Ta
                 members.append(new(Member, (suffix.lower(), offset, size, content)))
                 last = end
     except TruncatedTarError as error:
-        if members and error.member is not None and _split_name(error.member)[0] not in ("", key):
+        if members and error.member is not None and split(error.member)[0] not in ("", key):
             yield TarSample(key, members, first, last)
         raise
     if members:
         yield TarSample(key, members, first, last)
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def _split_at_first(name: str) -> tuple[str, str]:
     """Key and suffix of a member; an empty key if it belongs to no sample."""
     key, dot, suffix = name.partition(".")
     if not dot or "/" in suffix or not key or key[-1] == "/":  # rare: a dot in a folder's name
@@ -170,6 +216,14 @@ def _split_name(name: str) -> tuple[str, str]:
         key, suffix = match[1], match[2]
     if key[:2] == "__" and _META_NAME.match(name):
         return "", ""
+    return key, suffix
+
+
+def _split_at_last(name: str) -> tuple[str, str]:
+    """As `_split_at_first`, at the last dot; what that passes over, this does, too."""
+    if not _split_at_first(name)[0]:
+        return "", ""
+    key, _, suffix = name.rpartition(".")
     return key, suffix
 
 
@@ -270,7 +324,7 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
                         if data - base + size > len(window):
                             window, base = read(data, size), data
                         content = window[data - base : data - base + size]
-                position = data + _round_up(size)
+                position = data + round_up(size)
                 if not sparse:
                     files.append((name, data, size, start, position, content))
                     counts.append(len(headers))
@@ -289,13 +343,13 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
                     except ValueError:
                         problem, ended = "at a damaged long header", True
                         break
-                position = data + _round_up(size)
+                position = data + round_up(size)
             else:
                 position = data
                 if kind == ord("S"):
                     position += _sparse_map_bytes(read, header, data)
                 if kind not in _EMPTY_KINDS:
-                    position += _round_up(max(0, size))
+                    position += round_up(max(0, size))
                 if kind != ord("K"):  # the name of a link's target is part of the next file
                     start, extended = position, _Extended()
         valid = _count_valid(headers)
@@ -310,7 +364,8 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
         raise TruncatedTarError(f"{source.name} ends after {total} bytes: {problem}", cut)
 
 
-def _round_up(size_bytes: int) -> int:
+def round_up(size_bytes: int) -> int:
+    """The bytes that a tar takes for a member of a size: whole blocks."""
     return (size_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
 
 

@@ -128,7 +128,14 @@ class _Index:
         self._known: dict[Hashable, TaskSamples] = {}
 
     def samples(self, task: Task, max_samples: int | None) -> TaskSamples:
-        key = (task.shards, task.kind, task.special, len(task.classnames), max_samples)
+        key = (
+            task.shards,
+            task.key_split,
+            task.kind,
+            task.special,
+            len(task.classnames),
+            max_samples,
+        )
         if key not in self._known:
             self._known[key] = read_samples(task, max_samples=max_samples)
         return replace(self._known[key], task=task)
@@ -145,7 +152,7 @@ def _train_task(task: Task, split: str) -> Task:
             f"{task.root} must have the split {split!r} for a {task.protocol}. Download or export "
             "it, or name another with eval.probe.train_split."
         )
-    train = replace(read_task(task.root, split=split), special=None)
+    train = replace(read_task(task.root, split=split, key_split=task.key_split), special=None)
     tested = {_file_id(shard) for shard in task.shards}
     shared = [shard for shard in train.shards if _file_id(shard) in tested]
     if shared:

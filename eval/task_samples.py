@@ -87,8 +87,9 @@ def read_samples(task: Task, *, max_samples: int | None = None) -> TaskSamples:
         max_samples: keep this many, the same ones at each call: those whose keys hash lowest.
 
     Raises:
-        InputError: a tar is damaged or empty, a sample lacks its image or label, or a label is
-            wrong. Evaluation tolerates no bad sample: the metrics would not be those of the task.
+        InputError: a tar is damaged or empty, a sample lacks its image or label, a label is wrong,
+            or several samples have one name. Evaluation tolerates no bad sample: the metrics would
+            not be those of the task.
     """
     keys: list[str] = []
     rows: list[_Label] = []
@@ -98,8 +99,11 @@ def read_samples(task: Task, *, max_samples: int | None = None) -> TaskSamples:
         before = len(keys)
         with shard.open("rb") as file, LocalTar(shard) as tar:
             try:
-                for sample in walk_tar(tar, content_of=LABEL_SUFFIXES[task.kind]):
+                for sample in walk_tar(
+                    tar, content_of=LABEL_SUFFIXES[task.kind], key_split=task.key_split
+                ):
                     place = f"{shard}: {sample.key}"
+                    _require_one_sample(sample, task, place)
                     images = _find_images(sample, task.kind, place)
                     rows.append(_read_label(file, sample, task, len(images), place))
                     keys.append(sample.key)
@@ -134,11 +138,28 @@ def _lowest_hashes(keys: Iterable[str], count: int) -> np.ndarray:
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 
+def _require_one_sample(sample: TarSample, task: Task, place: str) -> None:
+    """Refuse members of several samples under one key, which would be evaluated as one."""
+    names = sample.names()
+    listed = f"{', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+    if sample.repeats():
+        raise InputError(
+            f"{place}: a sample of a task must have one member of each suffix. Here are {listed}: "
+            "several samples share one name. Copy this task again with a name for each."
+        )
+    if sample.hidden_pairs(IMAGE_SUFFIXES, (LABEL_SUFFIXES[task.kind],)):
+        raise InputError(
+            f"{place}: several samples have one key, which webdataset ends at the first dot: "
+            f"{listed}. End it at the last dot with eval.key_split=last_dot (of siftclip target, "
+            "target.key_split)."
+        )
+
+
 def _find_images(sample: TarSample, kind: TaskKind, place: str) -> list[Member]:
     """The one image of a sample, or its numbered images in their order."""
-    single = [member for suffix in IMAGE_SUFFIXES if (member := sample.find(suffix)) is not None]
-    if single and kind != "association":
-        return single[:1]
+    single = sample.find(*IMAGE_SUFFIXES)
+    if single is not None and kind != "association":
+        return [single]
     numbered = {}
     if kind in ("association", "image_caption_selection"):
         for member in sample.members:

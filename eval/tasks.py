@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from siftclip.datamodules.tar_walk import KeySplit
 from siftclip.eval.known_tasks import known_task
 from siftclip.selectors.errors import InputError
 
@@ -71,6 +72,7 @@ class Task:
     family: str = OWN_FAMILY
     protocol: Protocol = "zero_shot"
     shots: int | None = None  # of few_shot
+    key_split: KeySplit = "first_dot"  # the dot that ends a sample's key in its members' names
 
     @property
     def has_classes(self) -> bool:
@@ -123,6 +125,7 @@ def find_tasks(
     names: Sequence[str] | None = None,
     *,
     split: str = TEST_SPLIT,
+    key_split: KeySplit = "first_dot",
     may_miss: bool = False,
     option: str = "eval.tasks",
 ) -> FoundTasks:
@@ -135,6 +138,7 @@ def find_tasks(
         root: the folder.
         names: which tasks, in this order, see `require_names`; None means all, sorted by name.
         split: the folder inside a task that holds the tars.
+        key_split: the dot that ends a sample's key in the names of its members.
         may_miss: whether a name may have no folder, as with a suite that is there in part.
         option: where the user wrote the names.
 
@@ -179,7 +183,7 @@ def find_tasks(
     for name in wanted:
         if name in by_name and name not in damaged:
             try:
-                tasks.append(read_task(by_name[name], split=split))
+                tasks.append(read_task(by_name[name], split=split, key_split=key_split))
             except InputError as error:
                 damaged[name] = str(error)
     return FoundTasks(
@@ -216,7 +220,7 @@ def _is_task_folder(folder: Path, split: str) -> bool:
     return any((folder / file).is_file() for file in files)
 
 
-def read_task(root: Path, *, split: str = TEST_SPLIT) -> Task:
+def read_task(root: Path, *, split: str = TEST_SPLIT, key_split: KeySplit = "first_dot") -> Task:
     """Read the text files of a task folder and see that its tars are there.
 
     Raises:
@@ -239,6 +243,7 @@ def read_task(root: Path, *, split: str = TEST_SPLIT) -> Task:
         templates=read_templates(root / TEMPLATES_FILE) if has_classes else (),
         special=None if known is None else known.special,
         family=OWN_FAMILY if known is None else known.family,
+        key_split=key_split,
     )
 
 

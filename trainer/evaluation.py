@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
 from siftclip.datamodules.files import identity_hash, write_json
 from siftclip.datamodules.model_record import model_record
+from siftclip.datamodules.tar_walk import require_key_split
 from siftclip.eval.aggregates import check_groups
 from siftclip.eval.error_analysis import (
     ENDINGS,
@@ -61,7 +62,11 @@ def tasks_from(config: DictConfig, *, during: bool = False) -> FoundTasks:
     if during and settings.during.tasks is not None:
         wanted, option = plain(settings.during.tasks), "eval.during.tasks"
     found = find_tasks(
-        _folder(settings.root), wanted, option=option, may_miss=settings.suite is not None
+        _folder(settings.root),
+        wanted,
+        key_split=require_key_split("eval.key_split", settings.key_split),
+        option=option,
+        may_miss=settings.suite is not None,
     )
     if not found.tasks and not found.damaged:
         raise InputError(

@@ -29,7 +29,7 @@ def index_stage(config: DictConfig) -> IndexOutcome:
     start = time.perf_counter()
     before: set[str] = set()
     if config.pool.get("root") is not None:  # pool_from has the words for a missing one
-        before = {path.name for path in (pool_cache(config) / "index").glob("table-*")}
+        before = {path.name for path in pool_cache(config).glob("index*/table-*")}
     pool = pool_from(config)
     return IndexOutcome(
         pool=pool,

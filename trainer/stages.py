@@ -76,6 +76,7 @@ def pool_from(config: DictConfig) -> Pool:
         storage,
         cache_dir=cache,
         max_bad_fraction=config.pool.max_bad_fraction,
+        key_split=config.pool.key_split,
         workers=cores_of_rank()
         if workers == "auto"
         else require_int("pool.index_workers", workers, minimum=1),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from siftclip.datamodules.tar_walk import require_key_split
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import TEST_SPLIT, find_tasks
@@ -35,6 +36,7 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         Path(config.target.root),
         plain(config.target.tasks),
         split=str(config.target.split),
+        key_split=require_key_split("target.key_split", config.target.key_split),
         option="target.tasks",
     ).complete()
     tested = [task.name for task in tasks if task.split == TEST_SPLIT]

@@ -360,3 +360,61 @@ def test_a_choice_of_samples_is_stable(tmp_path: Path, make_task: MakeTask) -> N
     assert set(five) < set(read_samples(one, max_samples=9).keys.tolist())
     assert five != [f"s{i:04d}" for i in range(5)]
     assert five == ["s0000", "s0003", "s0009", "s0015", "s0019"]  # as on any machine
+
+
+# ---- several samples under one key ------------------------------------------------------------
+
+
+def test_one_name_for_several_samples_is_an_error(
+    open_one: Callable[..., TaskSamples], make_image: MakeImage
+) -> None:
+    image = make_image(0)
+    several = [("png", image), ("cls", b"0"), ("png", make_image(1)), ("cls", b"1")]
+    match = (
+        r"x/test/0\.tar: s0000: .* one member of each suffix.*s0000\.png, s0000\.cls, s0000\.png"
+    )
+    with pytest.raises(InputError, match=match):
+        open_one("classification", *several)
+
+
+@pytest.mark.parametrize(
+    ("kind", "members"),
+    [
+        ("classification", [("png", b""), ("cls", b"0"), ("cls", b"0")]),
+        ("classification", [("png", b""), ("cls", b"0"), ("PNG", b"")]),
+        ("retrieval", [("jpg", b""), ("txt", b"a"), ("txt", b"b")]),
+        ("association", [("0.jpg", b""), ("0.jpg", b""), ("json", b"{}")]),
+    ],
+)
+def test_a_suffix_twice_is_an_error(
+    open_one: Callable[..., TaskSamples], kind: str, members: list[Member]
+) -> None:
+    with pytest.raises(InputError, match=r"must have one member of each suffix"):
+        open_one(kind, *members)
+
+
+def test_names_with_more_dots(tmp_path: Path, make_task: MakeTask, make_image: MakeImage) -> None:
+    members = [
+        [(f"{number}.png", make_image(number)), (f"{number}.cls", b"%d" % number)]
+        for number in range(3)
+    ]
+    root = make_task(
+        tmp_path / "x", members=[[part for both in members for part in both]], shards=1
+    )
+    with pytest.raises(InputError, match=r"s0000\.0\.png, s0000\.0\.cls.*eval\.key_split=last_dot"):
+        read_samples(read_task(root))
+    samples = read_samples(read_task(root, key_split="last_dot"))
+    assert samples.keys.tolist() == ["s0000.0", "s0000.1", "s0000.2"]
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [0, 1, 2]
+
+
+def test_members_beside_the_image_change_nothing(
+    open_one: Callable[..., TaskSamples], make_image: MakeImage
+) -> None:
+    image = make_image(0)
+    samples = open_one(
+        "classification", ("seg.png", b"mask"), ("png", image), ("cls", b"3"), ("input.jpg", b"")
+    )
+    assert len(samples) == 1
+    assert samples.places[0, 2] == len(image)
