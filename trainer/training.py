@@ -148,12 +148,12 @@ def plan_stage(config: DictConfig) -> Forecast:
 
 def _check_options(config: DictConfig) -> None:
     """All that can be known to be wrong before any file is read."""
+    check_loss(config)
     check_online(config)
     limit = limit_from(config)
     loader_options(config)
     require_window(config.data.shuffle_window_shards)
     require_int("seed", config.seed, minimum=0)
-    check_loss(config)
     LockConfig(**(plain(config.model.get("lock")) or {}))
     check_options(plain(config.model.get("options")) or {})
     budget = budget_from(config)
