@@ -34,7 +34,12 @@ from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.online.planner import Forecast
-from siftclip.trainer.online.setup import RunParts, build_online, online_identity
+from siftclip.trainer.online.setup import (
+    RunParts,
+    build_online,
+    online_identity,
+    warn_of_rounding,
+)
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.planning import forecast, steps_within
 from siftclip.trainer.progress import TrainingBar
@@ -210,6 +215,8 @@ def _fit(
     if config.online.cadence == "every_step":
         schedule_from(config).check_length(budget.total_steps)
     clip, online = parts.clip, build_online(parts, budget.total_steps)
+    if config.online.cadence == "every_step":
+        warn_of_rounding(parts, online.plan)
     during = evaluate_during_from(config, clip)
     module = training_module(config, clip, selected, loss_data, budget, online)
     stop = StopOnSignal()

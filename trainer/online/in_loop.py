@@ -53,8 +53,9 @@ class StepDraw:
     def __call__(self, source: Source, step: int, samples: int) -> Choice:
         """Choose `samples` of a source, equally many of each group. Every rank calls it."""
         settings = self.schedule.at(step, self.total_steps)
-        uniform = uniform_quotas(
-            settings.uniform_fraction, samples=samples, groups=self.groups, step=step
+        # The share of the whole sub-batch is rounded, not that of each group.
+        uniform = share_over_groups(
+            round(settings.uniform_fraction * samples), self.groups, turn=step
         )
         asked = SubBatch.of_quotas(
             samples // self.groups - uniform, temperature=settings.temperature, seed=self.seed
@@ -67,15 +68,6 @@ class StepDraw:
         if weights is not None:  # what is drawn uniformly stands for itself
             weights = np.where(choice.multiplicities > 0, weights, np.float32(1))
         return Choice(multiplicities=kept, scores=choice.scores, weights=weights)
-
-
-def uniform_quotas(fraction: float, *, samples: int, groups: int, step: int) -> np.ndarray:
-    """How many samples of each group of a sub-batch are drawn uniformly: int64 [groups].
-
-    The fraction of the whole sub-batch is rounded, not that of each group. Which groups get one
-    more changes with the step, and not with the ranks.
-    """
-    return share_over_groups(round(fraction * samples), groups, turn=step)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -87,10 +87,19 @@ class Schedule:
         """
         if sub_batch % multiple_of:
             raise ValueError(f"sub_batch={sub_batch} is not a multiple of {multiple_of}")
-        steps = np.arange(total_steps)
-        wanted = sub_batch / (1.0 - self._filter_ratios(steps, total_steps))
+        wanted = self.exact_super_batches(total_steps, sub_batch)
         parts = np.floor(wanted / multiple_of + 0.5).astype(np.int64)
         return parts * multiple_of
+
+    def exact_super_batches(self, total_steps: int, sub_batch: int) -> np.ndarray:
+        """`super_batch_samples` before they are rounded: float64 [total_steps]."""
+        return sub_batch / (1.0 - self._filter_ratios(np.arange(total_steps), total_steps))
+
+    def largest_uniform_fraction(self) -> float:
+        """The largest uniform share of a sub-batch at any time."""
+        if isinstance(self.uniform_fraction, (int, float)):
+            return float(self.uniform_fraction)
+        return max(value for _, value in self.uniform_fraction)
 
     def check_length(self, total_steps: int) -> None:
         """Check that a run of so many steps selects at one of them.

@@ -56,6 +56,7 @@ from siftclip.trainer.stages import SelectOutcome, plain, selector_from
 log = logging.getLogger(__name__)
 
 VERSIONS_FOLDER = "selections"
+ROUNDED_FRACTION = 0.05  # of the samples that a run draws may come from rounding without a word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +184,33 @@ def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
     return StepPlan(
         trained=parts.global_batch_size, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes
     )
+
+
+def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
+    """Say so where whole samples and equal groups are far from what the schedule asks for."""
+    config, batch = parts.config, parts.global_batch_size
+    schedule, groups = schedule_from(config), _groups(parts)
+    fraction = schedule.largest_uniform_fraction()
+    if fraction and round(fraction * batch) == 0:
+        log.warning(
+            "online.schedule.uniform_fraction=%g of %d samples is less than half a sample: none is "
+            "drawn uniformly. Raise it, or set it to 0",
+            fraction,
+            batch,
+        )
+    exact = schedule.exact_super_batches(plan.steps, batch)
+    if config.online.first_stage.selector is not None:
+        exact[exact > batch] /= 1 - float(config.online.first_stage.filter_ratio)
+    drawn, wanted = float(plan.drawn.mean()), float(exact.mean())
+    if abs(drawn / wanted - 1) > ROUNDED_FRACTION:
+        log.warning(
+            "a step draws %.1f samples on average, where online.schedule.filter_ratio asks for "
+            "%.1f: super-batches are multiples of online.groups=%d. Fewer groups, or a larger "
+            "scale.global_batch_size, come closer",
+            drawn,
+            wanted,
+            groups,
+        )
 
 
 def _groups(parts: RunParts) -> int:
