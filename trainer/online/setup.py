@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,21 +169,31 @@ def _training_flops(parts: RunParts) -> SampleFlops:
 
 def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
     """How many samples the steps of a run draw, read and train on. Reads no file."""
-    config = parts.config
+    return step_planner(parts)(total_steps, range(total_steps))
+
+
+def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
+    """The plan of some consecutive steps of a run of so many: as long as these, whatever the run.
+
+    So that runs of any length can be reckoned with in little memory.
+    """
+    config, batch = parts.config, parts.global_batch_size
     if config.online.cadence != "every_step":
-        return StepPlan.plain(parts.global_batch_size, total_steps)
-    groups = _groups(parts)
-    sizes = schedule_from(config).super_batch_samples(total_steps, parts.global_batch_size, groups)
-    trained = np.full_like(sizes, parts.global_batch_size)
-    if chooses_before_reading(config, online_selector(config)[0]):
-        return StepPlan(trained=parts.global_batch_size, drawn=sizes, read=trained)
-    drawn = sizes
+        return lambda total_steps, steps: StepPlan.plain(batch, len(steps))
+    groups, schedule = _groups(parts), schedule_from(config)
+    unread = chooses_before_reading(config, online_selector(config)[0])
+    keep = 1.0
     if config.online.first_stage.selector is not None:
-        keep = 1 - float(config.online.first_stage.filter_ratio)
-        drawn = np.where(sizes > trained, np.round(sizes / keep / groups) * groups, sizes)
-    return StepPlan(
-        trained=parts.global_batch_size, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes
-    )
+        keep -= float(config.online.first_stage.filter_ratio)
+
+    def plan(total_steps: int, steps: range) -> StepPlan:
+        sizes = schedule.super_batch_samples(total_steps, batch, groups, steps)
+        if unread:
+            return StepPlan(trained=batch, drawn=sizes, read=np.full_like(sizes, batch))
+        drawn = np.where(sizes > batch, np.round(sizes / keep / groups) * groups, sizes)
+        return StepPlan(trained=batch, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes)
+
+    return plan
 
 
 def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
