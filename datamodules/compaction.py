@@ -26,7 +26,13 @@ from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import atomic_path, read_json, write_json
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import BadSampleError, read_ranges
-from siftclip.datamodules.selection import SUBSET_NAME, Selection, expand_rows
+from siftclip.datamodules.selection import (
+    SUBSET_NAME,
+    WEIGHTS_NAME,
+    Selection,
+    expand_rows,
+    write_subset,
+)
 from siftclip.datamodules.storage import StorageError
 from siftclip.datamodules.tar_index import IMAGE_SUFFIXES
 from siftclip.datamodules.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError, walk_tar
@@ -106,8 +112,9 @@ def compact_pool(
     Args:
         pool: of the samples.
         selection: which of them, and how often.
-        folder: gets `shards/*.tar`, `selection.npy` (with repetitions) and `compact.json`. New, or
-            empty, or what an interrupted call with the same arguments has left there.
+        folder: gets `shards/*.tar`, `selection.npy` (with repetitions), `weights.npy` if the
+            selection weighs samples, and `compact.json`. New, or empty, or what
+            an interrupted call with the same arguments has left there.
         shard_samples: samples a tar.
         max_bad_fraction: how many samples may be unreadable before this is an error.
         progress: show a bar.
@@ -148,8 +155,7 @@ def compact_pool(
         write_json(folder / MANIFEST_NAME, manifest)
 
     write_manifest()  # first: it says that the folder is ours
-    with atomic_path(folder / SUBSET_NAME) as temporary, temporary.open("wb") as file:
-        np.save(file, selection.to_subset())
+    write_subset(selection, folder)
     faults = FaultLog()
     for shard in done.values():
         faults.merge(shard.faults)
@@ -375,7 +381,11 @@ def _finished_shards(
             f"{_short(found_identity)}, this one is {_short(identity)}. Name another folder, or "
             "delete that one."
         )
-    for own in (folder / SUBSET_NAME, *(folder / SHARDS_FOLDER / name for name in names)):
+    for own in (
+        folder / SUBSET_NAME,
+        folder / WEIGHTS_NAME,
+        *(folder / SHARDS_FOLDER / name for name in names),
+    ):
         _delete_leftovers(own)
     strangers = sorted({entry.name for entry in (folder / SHARDS_FOLDER).glob("*")} - {*names})
     if strangers:

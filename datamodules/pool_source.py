@@ -260,6 +260,13 @@ class PoolSource(Source):
         if choice.scores is not None:
             record["score_quantiles"] = summarise(choice.scores)
             record["score_quantiles_kept"] = summarise(choice.scores[kept])
+        if choice.weights is not None and kept.any():
+            weights = choice.weights[kept].astype(np.float64)
+            record["weights"] = {
+                "min": float(weights.min()),
+                "mean": float(np.average(weights, weights=choice.multiplicities[kept])),
+                "max": float(weights.max()),
+            }
         self.reports.append(record)
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:

@@ -68,6 +68,7 @@ def run_selection(
         "unjudged_samples": whole.get("unjudged_samples", 0),
         "score_quantiles_pool": whole.get("score_quantiles", {}),
         "score_quantiles_kept": whole.get("score_quantiles_kept", {}),
+        **({"weights": whole["weights"]} if "weights" in whole else {}),
         "members": members,  # of a composition, in the order in which they have decided
         "cost": {
             "seconds": whole["seconds"],
@@ -77,4 +78,4 @@ def run_selection(
         },
         "siftclip": siftclip.__version__,
     }
-    return make_selection(pool.uids, choice.multiplicities, manifest)
+    return make_selection(pool.uids, choice.multiplicities, manifest, weights=choice.weights)

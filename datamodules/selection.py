@@ -1,4 +1,8 @@
-"""A selection: which uids are kept and how often, with its provenance; DataComp's subset files."""
+"""A selection: which uids are kept and how often, with its provenance; DataComp's subset files.
+
+A selector may also say what a sample counts in the loss. DataComp's format has no place for that,
+so that weights lie in a file of their own beside the subset.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from siftclip.datamodules.uids import UID_DTYPE, from_structured, sort_uids, to_
 from siftclip.selectors.errors import InputError
 
 SUBSET_NAME = "selection.npy"
+WEIGHTS_NAME = "weights.npy"
+WEIGHTS_COLUMN = "weight"
 MANIFEST_NAME = "selection.json"
 
 
@@ -25,6 +31,7 @@ class Selection:
     uids: np.ndarray  # uint64 [n, 2], ascending by (high, low)
     multiplicities: np.ndarray  # int64 [n], at least 1
     manifest: dict[str, Any]
+    weights: np.ndarray | None = None  # float32 [n], what each counts in the loss; None: 1
 
     def __len__(self) -> int:
         """All samples, repetitions counted."""
@@ -32,8 +39,14 @@ class Selection:
 
     @property
     def digest(self) -> str:
-        """The identity of the selection: SHA-256 of its DataComp subset file's content."""
-        return hashlib.sha256(self.to_subset().tobytes()).hexdigest()
+        """The identity of the selection: SHA-256 of its DataComp subset file's content.
+
+        Where it has weights, they follow.
+        """
+        found = hashlib.sha256(self.to_subset().tobytes())
+        if self.weights is not None:
+            found.update(self.weights.astype("<f4").tobytes())
+        return found.hexdigest()
 
     def to_subset(self) -> np.ndarray:
         """DataComp's subset, structured `u8,u8` [len(self)], sorted, repetitions repeated."""
@@ -41,9 +54,15 @@ class Selection:
 
 
 def make_selection(
-    uids: np.ndarray, multiplicities: np.ndarray, manifest: dict[str, Any]
+    uids: np.ndarray,
+    multiplicities: np.ndarray,
+    manifest: dict[str, Any],
+    *,
+    weights: np.ndarray | None = None,
 ) -> Selection:
     """Build a selection from distinct uids, uint64 [n, 2], and multiplicities, int64 [n].
+
+    `weights` are float32 [n] of all of them; those of what is not kept are left out.
 
     Raises:
         InputError: nothing is kept.
@@ -55,7 +74,12 @@ def make_selection(
             "selector.threshold, or look at the scores' quantiles with `siftclip score`."
         )
     order = kept[sort_uids(uids[kept])]
-    return Selection(uids=uids[order], multiplicities=multiplicities[order], manifest=manifest)
+    return Selection(
+        uids=uids[order],
+        multiplicities=multiplicities[order],
+        manifest=manifest,
+        weights=None if weights is None else weights[order],
+    )
 
 
 def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -81,10 +105,28 @@ def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return uids, counts.astype(np.int64)
 
 
-def write_selection(selection: Selection, folder: Path) -> None:
-    """Write DataComp's subset file and the manifest into `folder`; the manifest last."""
+def write_subset(selection: Selection, folder: Path) -> None:
+    """Write DataComp's subset file into `folder`, and `weights.npy` if there are weights.
+
+    That is a structured array of the distinct uids (f0, f1) with the field `weight`, which
+    `loss.weights.path` reads.
+    """
+    weights = folder / WEIGHTS_NAME
+    if selection.weights is None:
+        weights.unlink(missing_ok=True)
+    else:
+        table = np.empty(len(selection.uids), dtype=[*UID_DTYPE.descr, (WEIGHTS_COLUMN, "<f4")])
+        table["f0"], table["f1"] = selection.uids.T
+        table[WEIGHTS_COLUMN] = selection.weights
+        with atomic_path(weights) as temporary, temporary.open("wb") as file:
+            np.save(file, table)
     with atomic_path(folder / SUBSET_NAME) as temporary, temporary.open("wb") as file:
         np.save(file, selection.to_subset())
+
+
+def write_selection(selection: Selection, folder: Path) -> None:
+    """Write the files of `write_subset` and the manifest into `folder`; the manifest last."""
+    write_subset(selection, folder)
     write_json(folder / MANIFEST_NAME, {**selection.manifest, "digest": selection.digest})
 
 
@@ -97,13 +139,49 @@ def read_selection(folder: Path) -> Selection:
     manifest = read_json(folder / MANIFEST_NAME)
     uids, multiplicities = read_subset(folder / SUBSET_NAME)
     digest = manifest.pop("digest", None)
-    selection = Selection(uids=uids, multiplicities=multiplicities, manifest=manifest)
+    weights = _read_weights(folder / WEIGHTS_NAME, uids)
+    selection = Selection(
+        uids=uids, multiplicities=multiplicities, manifest=manifest, weights=weights
+    )
     if selection.digest != digest:
+        parts = "" if manifest.get("weights") is None else f", with the weights of {WEIGHTS_NAME},"
         raise InputError(
-            f"{folder / SUBSET_NAME} is not the subset that {MANIFEST_NAME} describes: its SHA-256 "
-            f"is {selection.digest}, not {digest}. Delete the folder and select again."
+            f"{folder / SUBSET_NAME}{parts} is not the subset that {MANIFEST_NAME} describes: its "
+            f"SHA-256 is {selection.digest}, not {digest}. Delete the folder and select again."
         )
     return selection
+
+
+def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
+    """The weights of distinct uids, uint64 [n, 2]: float32 [n], or None if there is no such file.
+
+    Raises:
+        InputError: the file is damaged, or is about other uids.
+    """
+    if not path.is_file():
+        return None
+    try:
+        table = np.load(path, allow_pickle=False)
+        same = np.array_equal(from_structured(table), uids)
+        weights: np.ndarray = table[WEIGHTS_COLUMN].astype(np.float32)
+    except Exception as error:  # as in `read_subset`, and of fields that are not there
+        raise InputError(f"{path} is not a readable file of weights: {error}.") from None
+    if not same:
+        raise InputError(f"{path} is about other samples than {path.with_name(SUBSET_NAME)}.")
+    return weights
+
+
+def row_weights(selection: Selection, pool: Pool) -> np.ndarray | None:
+    """What the samples of a pool count in the loss by a selection: float32 [len(pool)].
+
+    1 for what is not selected; None if the selection does not weigh.
+    """
+    if selection.weights is None:
+        return None
+    rows = pool.table.find(selection.uids)
+    weights = np.ones(len(pool), dtype=np.float32)
+    weights[rows[rows >= 0]] = selection.weights[rows >= 0]
+    return weights
 
 
 def expand_rows(selection: Selection, pool: Pool) -> tuple[np.ndarray, Coverage]:

@@ -59,10 +59,23 @@ class Choice:
     weights: np.ndarray | None = None  # float32 [n], what kept samples count in the loss; None: 1
 
 
-def check_choice(owner: str, choice: Choice, *, samples: int) -> Choice:
+def product_of_weights(*weights: np.ndarray | None) -> np.ndarray | None:
+    """What samples count after several decisions, float32 [n]; None stands for 1 of each."""
+    given = [values for values in weights if values is not None]
+    return np.multiply.reduce(given) if given else None
+
+
+def check_choice(owner: str, choice: Choice, *, samples: int, weighs: bool = False) -> Choice:
     """Return the answer of a selector if it is one.
 
+    Args:
+        owner: the class of the selector.
+        choice: its answer.
+        samples: of its source.
+        weighs: whether the selector declares that it weighs samples.
+
     Raises:
+        InputError: it weighs samples and does not declare it.
         TypeError, ValueError: `owner` broke its contract; a fault of its code.
     """
     kept = choice.multiplicities
@@ -75,6 +88,28 @@ def check_choice(owner: str, choice: Choice, *, samples: int) -> Choice:
         )
     if len(kept) and kept.min() < 0:
         raise ValueError(f"{owner}.select must answer with multiplicities of at least 0.")
+    weights = choice.weights
+    if weights is None:
+        return choice
+    if not weighs:
+        raise InputError(
+            f"{owner} answers with weights and does not declare that it weighs samples, so that a "
+            f"loss that cannot use weights would not be refused. Write `weighs = True` into the "
+            f"class {owner}, or let it answer without weights."
+        )
+    if weights.dtype != np.float32:
+        raise TypeError(f"{owner}.select must answer with weights of float32. Got {weights.dtype}.")
+    if weights.shape != kept.shape:
+        raise ValueError(
+            f"{owner}.select must answer with one weight for each of {samples} samples. "
+            f"Got {weights.shape}."
+        )
+    of_kept = weights[kept > 0]
+    wrong = of_kept[~(np.isfinite(of_kept) & (of_kept >= 0))]
+    if len(wrong):
+        raise ValueError(
+            f"{owner}.select must give what it keeps finite weights of at least 0. Got {wrong[0]}."
+        )
     return choice
 
 
@@ -85,7 +120,12 @@ def run(selector: Selector, source: Source) -> Choice:
         TypeError, ValueError: the selector broke its contract; a fault of its code.
     """
     start = time.perf_counter()
-    choice = check_choice(type(selector).__name__, selector.select(source), samples=len(source))
+    choice = check_choice(
+        type(selector).__name__,
+        selector.select(source),
+        samples=len(source),
+        weighs=selector.weighs,
+    )
     source.report(selector, choice, len(source), time.perf_counter() - start)
     return choice
 
@@ -98,7 +138,9 @@ def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:
         TypeError, ValueError: the selector broke its contract; a fault of its code.
     """
     owner = type(selector).__name__
-    choice = check_choice(owner, selector.draw(source, sub_batch), samples=len(source))
+    choice = check_choice(
+        owner, selector.draw(source, sub_batch), samples=len(source), weighs=selector.weighs
+    )
     check_draw(owner, choice.multiplicities, sub_batch)
     return choice
 
@@ -134,6 +176,14 @@ class Selector(ABC):
     def requires(self) -> Requirements:
         """What it reads itself. Rows and uids are always there."""
         return Requirements()
+
+    @property
+    def weighs(self) -> bool:
+        """Whether its choices may have weights. A class that weighs says `weighs = True`.
+
+        It is asked before any work, so that losses that cannot use weights are refused in time.
+        """
+        return False
 
     @abstractmethod
     def select(self, source: Source) -> Choice:

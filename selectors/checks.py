@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from siftclip.selectors.base import Choice, ScoreSelector, Selector
+from siftclip.selectors.base import Choice, ScoreSelector, Selector, check_choice
 from siftclip.selectors.source import (
     Chunk,
     FeatureFile,
@@ -94,6 +94,33 @@ def check_answer(make: SelectorFactory) -> None:
         assert choice.scores.shape == choice.multiplicities.shape, "one score a sample"
 
 
+def check_weights(make: SelectorFactory) -> None:
+    """Weights are declared (`weighs = True`), float32, finite, at least 0, and one a sample.
+
+    What cannot use weights is refused for a selector that declares them, before any work.
+    """
+    selector = make()
+    assert isinstance(selector.weighs, bool), "weighs must be True or False"
+    chunk = synthetic_chunk(selector.requires)
+    choice = _select(make, chunk)
+    try:
+        check_choice(type(selector).__name__, choice, samples=len(chunk), weighs=selector.weighs)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(str(error)) from None
+
+
+def _assert_same(first: Choice, second: Choice, message: str = "") -> None:
+    """Two answers keep the same samples as often, and with the same weights."""
+    assert np.array_equal(first.multiplicities, second.multiplicities), message
+    kept = first.multiplicities > 0
+    weights, others = (
+        np.ones(len(kept)) if choice.weights is None else choice.weights
+        for choice in (first, second)
+    )
+    same = np.allclose(weights[kept], others[kept], rtol=TOLERANCE, atol=0)
+    assert same, f"weights differ {message}".strip()
+
+
 def _numpy_state() -> bytes:
     return pickle.dumps(np.random.get_state())
 
@@ -108,7 +135,7 @@ def check_deterministic(make: SelectorFactory) -> None:
     after = (torch.get_rng_state(), _numpy_state())
     assert torch.equal(before[0], after[0]), "torch's global random state was used"
     assert before[1] == after[1], "numpy's global random state was used"
-    assert np.array_equal(first.multiplicities, _select(make, chunk).multiplicities)
+    _assert_same(first, _select(make, chunk))
 
 
 def check_chunk_size(make: SelectorFactory) -> None:
@@ -119,15 +146,14 @@ def check_chunk_size(make: SelectorFactory) -> None:
         pieces = _select(make, chunk, size)
         if whole.scores is not None and pieces.scores is not None:
             np.testing.assert_allclose(pieces.scores, whole.scores, rtol=0, atol=TOLERANCE)
-        assert np.array_equal(pieces.multiplicities, whole.multiplicities), f"chunks of {size}"
+        _assert_same(pieces, whole, f"chunks of {size}")
 
 
 def check_sample_order(make: SelectorFactory) -> None:
     """The order in which the samples arrive does not change the answer."""
     chunk = synthetic_chunk(make().requires)
     shuffled = take(chunk, np.random.default_rng(3).permutation(len(chunk)))
-    first, second = _select(make, chunk), _select(make, shuffled)
-    assert np.array_equal(first.multiplicities, second.multiplicities)
+    _assert_same(_select(make, chunk), _select(make, shuffled))
 
 
 def check_input_untouched(make: SelectorFactory) -> None:
@@ -152,7 +178,7 @@ def check_picklable(make: SelectorFactory) -> None:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(f"the selector cannot be pickled: {error}") from error
     choice = _select(lambda: pickle.loads(data), chunk)  # noqa: S301 - our own bytes
-    assert np.array_equal(choice.multiplicities, _select(make, chunk).multiplicities)
+    _assert_same(choice, _select(make, chunk))
 
 
 def check_unjudged(make: SelectorFactory) -> None:
@@ -185,6 +211,7 @@ def check_few_left(make: SelectorFactory) -> None:
 
 CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
     check_answer,
+    check_weights,
     check_deterministic,
     check_chunk_size,
     check_sample_order,

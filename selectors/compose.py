@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from siftclip.selectors.base import Choice, Requirements, ScoreSelector, Selector, Source, run
+from siftclip.selectors.base import (
+    Choice,
+    Requirements,
+    ScoreSelector,
+    Selector,
+    Source,
+    product_of_weights,
+    run,
+)
 from siftclip.selectors.errors import InputError, require_finite
 
 S = TypeVar("S", bound=Selector)
@@ -43,7 +51,10 @@ def merge(needs: Sequence[Requirements]) -> Requirements:
 
 
 def require_selectors(option: str, selectors: Selectors, kind: type[S]) -> tuple[S, ...]:
-    """Return `selectors` as a tuple if there is at least one, and each of them is a `kind`."""
+    """Return `selectors` as a tuple if there is at least one, and each of them is a `kind`.
+
+    Of `ScoreSelector`s, scores alone are used, so that one that weighs samples is refused.
+    """
     named = selectors if isinstance(selectors, Mapping) else dict(enumerate(selectors))
     if not named:
         raise InputError(f"{option} must name at least one selector. Got none.")
@@ -52,6 +63,12 @@ def require_selectors(option: str, selectors: Selectors, kind: type[S]) -> tuple
             raise InputError(
                 f"{option}.{name} must be a {kind.__name__}. Got {type(selector).__name__}; "
                 f"in a configuration it needs a _target_ that names such a class."
+            )
+        if issubclass(kind, ScoreSelector) and selector.weighs:
+            raise InputError(
+                f"{option}.{name}: {type(selector).__name__} weighs what it keeps, and here its "
+                "scores alone count, so that its weights would be lost. Use a selector without "
+                "weights, or put this one into a composition of choices, such as Then."
             )
     return tuple(named.values())
 
@@ -117,7 +134,11 @@ def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
 
 
 class Then(Selector):
-    """Stages, each of which sees only what those before it have kept; multiplicities multiply."""
+    """Stages, each of which sees only what those before it have kept.
+
+    Multiplicities multiply, and so do weights: a stage that prunes at random and weighs up what it
+    keeps makes up for its own losses alone.
+    """
 
     def __init__(self, *, stages: Selectors) -> None:
         """Give the stages, in order. Their fractions are `of` the pool, or of what is left."""
@@ -127,21 +148,29 @@ class Then(Selector):
     def requires(self) -> Requirements:
         return union(self.stages)
 
+    @property
+    def weighs(self) -> bool:
+        return any(stage.weighs for stage in self.stages)
+
     def select(self, source: Source) -> Choice:
         """The scores are those of the last stage, NaN for what it has not seen."""
         kept = np.ones(len(source), dtype=np.int64)
-        scores = None
+        scores = weights = None
         for stage in self.stages:
             index = np.flatnonzero(kept)
             if not len(index):
                 break
             choice = run(stage, source.restrict(source.rows[index]))
             kept[index] *= choice.multiplicities
+            if choice.weights is not None:
+                of_stage = np.ones(len(source), dtype=np.float32)
+                of_stage[index] = choice.weights
+                weights = product_of_weights(weights, of_stage)
             scores = None
             if choice.scores is not None:
                 scores = np.full(len(source), np.nan, dtype=np.float32)
                 scores[index] = choice.scores
-        return Choice(multiplicities=kept, scores=scores)
+        return Choice(multiplicities=kept, scores=scores, weights=weights)
 
 
 class _Together(Selector):
@@ -154,31 +183,62 @@ class _Together(Selector):
     def requires(self) -> Requirements:
         return union(self.selectors)
 
+    @property
+    def weighs(self) -> bool:
+        return any(selector.weighs for selector in self.selectors)
+
     @abstractmethod
-    def join(self, kept: Sequence[np.ndarray]) -> np.ndarray:
-        """Multiplicities int64 [n] of each selector -> int64 [n]."""
+    def join(self, choices: Sequence[Choice]) -> Choice:
+        """The choices of all selectors, about the same samples -> one without scores."""
 
     def select(self, source: Source) -> Choice:
-        kept = [run(selector, source).multiplicities for selector in self.selectors]
-        return Choice(multiplicities=self.join(kept))
+        return self.join([run(selector, source) for selector in self.selectors])
 
 
 class And(_Together):
-    """What every selector keeps, as often as the one that keeps it least."""
+    """What every selector keeps, as often as the one that keeps it least; weights multiply.
 
-    def join(self, kept: Sequence[np.ndarray]) -> np.ndarray:
-        return np.minimum.reduce(kept)
+    With several that prune at random, give each another seed: where their draws are the same, the
+    product of their weights is too large.
+    """
+
+    def join(self, choices: Sequence[Choice]) -> Choice:
+        return Choice(
+            multiplicities=np.minimum.reduce([choice.multiplicities for choice in choices]),
+            weights=product_of_weights(*(choice.weights for choice in choices)),
+        )
 
 
 class Or(_Together):
-    """What any selector keeps, as often as the one that keeps it most."""
+    """What any selector keeps, as often as the one that keeps it most, and with its weight.
 
-    def join(self, kept: Sequence[np.ndarray]) -> np.ndarray:
-        return np.maximum.reduce(kept)
+    Of several that keep a sample so often, the smallest weight counts. A weight above 1 stands for
+    samples that were dropped by chance; where another selector keeps a sample for certain, there is
+    nothing to make up for. (Of several that prune the same samples at random, no rule is without a
+    bias here: what one has dropped does not say with which probability.)
+    """
+
+    def join(self, choices: Sequence[Choice]) -> Choice:
+        kept = np.maximum.reduce([choice.multiplicities for choice in choices])
+        if all(choice.weights is None for choice in choices):
+            return Choice(multiplicities=kept)
+        offered = [
+            np.where(
+                choice.multiplicities == kept,
+                np.float32(1) if choice.weights is None else choice.weights,
+                np.float32(np.inf),
+            )
+            for choice in choices
+        ]
+        weights = np.where(kept > 0, np.minimum.reduce(offered), np.float32(1))
+        return Choice(multiplicities=kept, weights=weights)
 
 
 class Minus(Selector):
-    """What one selector keeps, without every sample that another one keeps at all."""
+    """What one selector keeps, without every sample that another one keeps at all.
+
+    Weights are those of the first: the second says which samples go, and none of its own stays.
+    """
 
     def __init__(self, *, keep: Selector, remove: Selector) -> None:
         self.keep, self.remove = require_selectors(
@@ -191,10 +251,18 @@ class Minus(Selector):
     def requires(self) -> Requirements:
         return union((self.keep, self.remove))
 
+    @property
+    def weighs(self) -> bool:
+        return self.keep.weighs
+
     def select(self, source: Source) -> Choice:
         kept = run(self.keep, source)
         removed = run(self.remove, source).multiplicities > 0
-        return Choice(multiplicities=np.where(removed, 0, kept.multiplicities), scores=kept.scores)
+        return Choice(
+            multiplicities=np.where(removed, 0, kept.multiplicities),
+            scores=kept.scores,
+            weights=kept.weights,
+        )
 
 
 class Combined(ScoreSelector):

@@ -82,12 +82,13 @@ def choose_diverse(
     place[order] = np.arange(samples)
     names, values = np.unique(concepts.values, return_inverse=True)
     queues = _queues(order, values, concepts.offsets, slices)
-    state = _Gains(queues, values, len(names), sub_batch.samples * len(slices))
-    left = np.full(len(slices), sub_batch.samples)
+    left = sub_batch.quotas
+    total = int(left.sum())
+    state = _Gains(queues, values, len(names), total)
     kept, gains = np.zeros(samples, dtype=np.int64), np.full(samples, np.nan, dtype=np.float32)
     heap: list[tuple[float, int, int]] = []  # minus a gain, the place of the next sample, a queue
     others = np.inf  # no gain that is not in the heap is as large
-    for _ in range(sub_batch.samples * len(slices)):
+    for _ in range(total):
         while _largest_gain(heap, queues, state, left) < others:
             found, others = state.near_top(left)
             heap = [

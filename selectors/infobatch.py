@@ -54,6 +54,8 @@ class InfoBatch(Selector):
     pruned; that is for the schedule which asks the selector.
     """
 
+    weighs = True
+
     def __init__(self, *, seed: int, ratio: float = 0.5) -> None:
         """Set the random part.
 

@@ -100,27 +100,33 @@ def joint_sample(
     for number, values in logits.items():
         first[groups[number]] = np.where(usable[groups[number]], values, np.nan)
     able, state = usable.copy(), noise_state(uids, sub_batch.seed)
-    sizes = chunk_sizes(sub_batch.samples, chunks)
-    for chunk, size in enumerate(sizes):
-        chosen = np.zeros((len(groups), size), dtype=np.int64)  # positions + 1; 0 where none is
+    quotas = sub_batch.quotas.tolist()
+    sizes = [chunk_sizes(quota, chunks) for quota in quotas]  # of the chunks of each group
+    count = max(map(len, sizes))
+    for chunk in range(count):
+        widths = [of_group[chunk] if chunk < len(of_group) else 0 for of_group in sizes]
+        # positions + 1; 0 where none is
+        chosen = np.zeros((len(groups), max(widths)), dtype=np.int64)
         for number, keys in logits.items():
             at = groups[number]
             if temperature:
                 keys = keys / temperature + gumbel(state[at], chunk)
-            found = np.flatnonzero(keep_top(np.where(able[at], keys, np.nan), uids[at], size))
+            found = np.flatnonzero(
+                keep_top(np.where(able[at], keys, np.nan), uids[at], widths[number])
+            )
             chosen[number, : len(found)] = at.start + found + 1
         chosen = sum_arrays(ranks, chosen)  # a single rank has filled each row
         new = chosen[chosen > 0] - 1
         able[new] = False
-        if chunk + 1 < len(sizes):
+        if chunk + 1 < count:
             _add(terms.values(), judges, torch.from_numpy(new))
             logits = {
                 number: _signed([(sign, x.increases()) for sign, x in own])
                 for number, own in terms.items()
             }
     kept = (usable & ~able).astype(np.int64)
-    for at in groups:
-        missing = sub_batch.samples - int(kept[at].sum())
+    for at, quota in zip(groups, quotas, strict=True):
+        missing = quota - int(kept[at].sum())
         if missing:  # too few are usable
             kept[at] += keep_top(np.where(kept[at], np.nan, 0.0), uids[at], missing)
     return kept, sum_arrays(ranks, first)

@@ -1,14 +1,17 @@
 """Drawing a sub-batch from a super-batch: exactly so many samples, equally many of each group.
 
 Every rank must train on equally many samples, and no image should travel. So a super-batch is cut
-into groups of consecutive samples, each of which a single rank holds, and every group gets the same
-quota. Scores may look at all groups. An answer depends on the number of groups, not on how many
+into groups of consecutive samples, each of which a single rank holds, and every group is trained on
+equally many samples: those that a selector chooses, and those that are drawn uniformly. A share of
+all of them is not always a whole number of each group, so that quotas of a selector may differ by
+one. Scores may look at all groups. An answer depends on the number of groups, not on how many
 ranks share them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +27,26 @@ _PURPOSE_UNIFORM = 0x756E69666F726D  # keeps these numbers apart from other uses
 class SubBatch:
     """What is asked of a selector that is used at every step."""
 
-    samples: int  # of each group
+    samples: int  # of each group, or one less
     groups: int = 1  # of consecutive samples, all equally long, in the order of the source's rows
     temperature: float | None = None  # of random draws; None: the method's own, 0: the best
     seed: int = 0  # of the draws; uids of a super-batch differ from step to step
+    one_less: tuple[int, ...] = ()  # the groups, from 0, of which one sample less is asked for
+
+    @property
+    def quotas(self) -> np.ndarray:
+        """How many samples of each group are asked for, int64 [groups]."""
+        quotas = np.full(self.groups, self.samples, dtype=np.int64)
+        quotas[list(self.one_less)] -= 1
+        return quotas
+
+    @classmethod
+    def of_quotas(cls, quotas: np.ndarray, **options: Any) -> SubBatch:
+        """The sub-batch with these quotas, int64 [groups], that differ by at most one."""
+        less = np.flatnonzero(quotas < quotas.max())
+        return cls(
+            samples=int(quotas.max()), groups=len(quotas), one_less=tuple(less.tolist()), **options
+        )
 
     def group_slices(self, candidates: int) -> list[slice]:
         """Where the samples of each group stand, of so many candidates.
@@ -60,10 +79,11 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
     if sub_batch.temperature:
         keys = keys / sub_batch.temperature + gumbel(noise_state(uids, sub_batch.seed), 0)
     kept = np.zeros(len(keys), dtype=np.int64)
-    for group in sub_batch.group_slices(len(keys)):
+    groups = sub_batch.group_slices(len(keys))
+    for group, quota in zip(groups, sub_batch.quotas.tolist(), strict=True):
         own = keys[group]
-        found = keep_top(own, uids[group], sub_batch.samples)
-        missing = sub_batch.samples - int(found.sum())
+        found = keep_top(own, uids[group], quota)
+        missing = quota - int(found.sum())
         if missing:  # too few can be judged
             blank = np.where(np.isnan(own), 0.0, np.nan)
             found += keep_top(blank, uids[group], missing)
@@ -71,20 +91,30 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
     return kept
 
 
+def share_over_groups(total: int, groups: int, turn: int = 0) -> np.ndarray:
+    """So many samples as shares of equal groups: int64 [groups], of sum `total`.
+
+    The shares differ by at most one, and the larger ones lie evenly among the groups. Over `groups`
+    consecutive turns every group has the same sum.
+    """
+    share, rest = divmod(total, groups)
+    larger = (np.arange(groups) + turn) * rest % groups < rest
+    return share + larger.astype(np.int64)
+
+
 def add_uniform(
-    kept: np.ndarray, uids: np.ndarray, sub_batch: SubBatch, uniform_samples: int
+    kept: np.ndarray, uids: np.ndarray, uniform_samples: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """A sub-batch with so many uniformly random samples of each group among those not kept yet.
+    """A sub-batch with uniformly random samples of each group added, of those not kept yet.
 
     Args:
         kept: int64 [n] of 0 and 1.
         uids: uint64 [n, 2].
-        sub_batch: whose groups and seed are used.
-        uniform_samples: of each group.
+        uniform_samples: int64 [groups], how many of each group; see `share_over_groups`.
+        seed: of the sub-batch.
     """
-    scores = np.where(kept > 0, np.nan, uniform_score(uids, sub_batch.seed ^ _PURPOSE_UNIFORM))
-    quota = replace(sub_batch, samples=uniform_samples, temperature=None)
-    return kept + draw_by_score(scores, uids, quota)
+    scores = np.where(kept > 0, np.nan, uniform_score(uids, seed ^ _PURPOSE_UNIFORM))
+    return kept + draw_by_score(scores, uids, SubBatch.of_quotas(uniform_samples))
 
 
 def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
@@ -94,9 +124,17 @@ def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
         InputError: a group has another number of samples than asked for, or a sample twice.
     """
     counts = kept.reshape(sub_batch.groups, -1).sum(1)
-    if (counts != sub_batch.samples).any() or kept.max(initial=0) > 1 or kept.min(initial=0) < 0:
+    quotas = sub_batch.quotas
+    if (counts != quotas).any() or kept.max(initial=0) > 1 or kept.min(initial=0) < 0:
+        asked = quotas.tolist() if sub_batch.one_less else sub_batch.samples
         raise InputError(
-            f"{owner} must choose {sub_batch.samples} different samples of each of the "
+            f"{owner} must choose {asked} different samples of each of the "
             f"{sub_batch.groups} groups of a super-batch. Got {counts.tolist()}."
+            + (
+                " The quotas of groups differ (`sub_batch.quotas`), because "
+                "online.schedule.uniform_fraction is no whole number of samples of each."
+                if sub_batch.one_less
+                else ""
+            )
         )
     return kept

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.errors import InputError, require_int, require_positive
 from siftclip.trainer.stages import plain
+
+# Of a run. The longest published ones have some 100,000; a plan of more than this is a slip of the
+# pen, and would take gigabytes of memory.
+MAX_STEPS = 10_000_000
 
 
 class Limit(NamedTuple):
@@ -29,7 +33,7 @@ class Budget:
     @property
     def total_steps(self) -> int:
         """Steps until at least `samples_seen` samples are trained."""
-        return math.ceil(self.samples_seen / self.global_batch_size)
+        return -(-self.samples_seen // self.global_batch_size)
 
     @property
     def trained_samples(self) -> int:
@@ -38,13 +42,38 @@ class Budget:
 
 
 def budget_from(config: DictConfig) -> Budget:
-    """The budget of the configuration, checked. A limit, see `limit_from`, takes its place."""
-    return Budget(
+    """The budget of the configuration, checked. A limit, see `limit_from`, takes its place.
+
+    Raises:
+        InputError: a number is out of range, or the run has more than `MAX_STEPS` steps.
+    """
+    budget = Budget(
         samples_seen=require_int("scale.samples_seen", config.scale.samples_seen, minimum=1),
         global_batch_size=require_int(
             "scale.global_batch_size", config.scale.global_batch_size, minimum=2
         ),
     )
+    given = f"scale.samples_seen={budget.samples_seen}"
+    require_steps(budget.total_steps, given, budget.global_batch_size)
+    return budget
+
+
+def require_steps(steps: float, given: str, global_batch_size: int) -> None:
+    """Refuse a run of more than `MAX_STEPS` steps.
+
+    Args:
+        steps: of the run.
+        given: the option that says so, with its value.
+        global_batch_size: of a step.
+
+    Raises:
+        InputError: it has more.
+    """
+    if steps > MAX_STEPS:
+        raise InputError(
+            f"{given} would be {Decimal(steps):.4g} steps of {global_batch_size} samples, and a "
+            f"run has at most {MAX_STEPS:,}. Lower it, or raise scale.global_batch_size."
+        )
 
 
 def limit_from(config: DictConfig) -> Limit | None:

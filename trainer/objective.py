@@ -19,6 +19,8 @@ from siftclip.datamodules.columns import read_column
 from siftclip.datamodules.features import open_features
 from siftclip.datamodules.files import content_digest
 from siftclip.datamodules.row_features import RowFeatures
+from siftclip.datamodules.selection import row_weights
+from siftclip.selectors.base import Selector, product_of_weights
 from siftclip.selectors.errors import InputError, require_finite
 from siftclip.trainer.losses import (
     ContrastiveObjective,
@@ -31,7 +33,13 @@ from siftclip.trainer.models import clip_model_from, model_files
 from siftclip.trainer.stages import SelectOutcome
 from siftclip.trainer.step import Objective, TeacherFeatures, no_teacher
 
-LOSSES = ("clip", "siglip", "coca", "distill", "drrho")
+LOSSES: dict[str, type[ContrastiveObjective]] = {
+    "clip": SoftmaxLoss,
+    "siglip": SigLipLoss,
+    "coca": SoftmaxLoss,
+    "distill": DistillLoss,
+    "drrho": ReferenceGuidedLoss,
+}
 _PROBE = ["a photo of a cat", "Two dogs, 3 birds & a very small car!"]
 
 
@@ -40,7 +48,7 @@ class LossData:
     """What the batches carry for the loss."""
 
     references: RowFeatures | None  # features of a teacher
-    weights: np.ndarray | None  # float32 [n] by the pool's rows
+    weights: np.ndarray | None  # float32 [n] by the pool's rows, of `loss.weights` and `selector`
     identity: dict[str, Any]  # of the files that these come from
 
 
@@ -68,6 +76,26 @@ def check_loss(config: DictConfig) -> None:
         raise InputError(
             "loss=drrho needs the cached features of a reference model: loss.teacher.features.name "
             "such as b32, whose arrays are b32_img and b32_txt."
+        )
+
+
+def check_weighing(config: DictConfig, selector: Selector, option: str) -> None:
+    """Check that the loss can use the weights of a selector, if this one weighs samples.
+
+    Args:
+        config: of the command, whose `loss` is checked.
+        selector: of the option.
+        option: such as "online.selector=infobatch", for the message.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if selector.weighs and not LOSSES[config.loss.name].takes_weights:
+        able = [name for name, loss in LOSSES.items() if loss.takes_weights]
+        raise InputError(
+            f"{option} weighs the samples that it keeps, and loss={config.loss.name} cannot use "
+            "weights: its pairs belong to two samples each. Without them the selection would be "
+            f"biased. Use one of loss={','.join(able)}, or a selector that does not weigh."
         )
 
 
@@ -121,6 +149,7 @@ def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
     teacher = OmegaConf.select(config.loss, "teacher.model")
     if teacher is not None and teacher.name is not None:
         identity["teacher"] = model_files(teacher)
+    weights = product_of_weights(weights, row_weights(selected.selection, pool))
     return LossData(references=references, weights=weights, identity=identity)
 
 

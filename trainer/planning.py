@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import numpy as np
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from siftclip.datamodules.step_plan import StepPlan
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank
 from siftclip.trainer.assembly import data_module_from, new_model, training_module
-from siftclip.trainer.budget import Budget, Limit
+from siftclip.trainer.budget import MAX_STEPS, Budget, Limit, require_steps
 from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.lightning_setup import make_trainer
 from siftclip.trainer.online.cost import largest_within
@@ -27,9 +29,10 @@ from siftclip.trainer.online.planner import (
     StepSeconds,
     mean_profile,
 )
-from siftclip.trainer.online.setup import RunParts, build_online, step_plan
+from siftclip.trainer.online.setup import RunParts, build_online, step_plan, step_planner
 from siftclip.trainer.stages import output_root
 
+PLANNED_STEPS = 1 << 16  # of a run whose length is looked for, at a time
 WARM_UP_STEPS = 4
 STEPS = 16
 ROUNDS = 2
@@ -52,7 +55,7 @@ def forecast(parts: RunParts, budget: Budget) -> Forecast:
 
 
 def steps_within(limit: Limit, parts: RunParts) -> int:
-    """For how many steps a limit lasts, at least 1.
+    """For how many steps a limit lasts, from 1 to `MAX_STEPS`.
 
     Seconds are those of training, as measured on a few steps before the run; the run itself may
     take more or less, and reports what it took.
@@ -60,24 +63,40 @@ def steps_within(limit: Limit, parts: RunParts) -> int:
     Args:
         limit: of the run.
         parts: of the run.
+
+    Raises:
+        InputError: it ends before the first step does, or lasts for more than `MAX_STEPS`.
     """
+    plan_of = step_planner(parts)
+    of_plan: Callable[[StepPlan, int], float]  # of its steps, and so many versions
     if limit.unit == "seconds":
-        profile = profile_run(parts)
+        of_plan = profile_run(parts).run_seconds
+    else:
+        online = build_online(parts, total_steps=1)
+        of_version = _embedded_samples(online)
 
-        def seconds(steps: int) -> float:
-            return profile.run_seconds(step_plan(parts, steps), _versions(parts, steps))
-
-        return largest_within(limit.amount, seconds)
-    online = build_online(parts, total_steps=1)
-    of_version = _embedded_samples(online)
+        def of_plan(plan: StepPlan, versions: int) -> float:
+            costs = replace(online.cost, plan=plan, embedded=lambda step: versions * of_version)
+            return costs.at(plan.steps)[limit.unit]
 
     def cost(steps: int) -> float:
-        plan = step_plan(parts, steps)
-        embedded = _versions(parts, steps) * of_version
-        of_plan = replace(online.cost, plan=plan, embedded=lambda step: embedded).at(steps)
-        return of_plan[limit.unit]
+        total, versions = 0.0, _versions(parts, steps)
+        for first in range(0, steps, PLANNED_STEPS):  # bounds the memory
+            plan = plan_of(steps, range(first, min(first + PLANNED_STEPS, steps)))
+            total += of_plan(plan, 0 if first else versions)
+        return total
 
-    return largest_within(limit.amount, cost)
+    steps = largest_within(limit.amount, cost, most=MAX_STEPS)
+    given = f"budget.{limit.unit}={limit.amount:g}"
+    if steps == 0:
+        raise InputError(
+            f"{given} ends before the first step does, which costs {cost(1):.4g}. Raise it to what "
+            "as many steps cost as the run shall have; plan=true says what a run costs."
+        )
+    if steps == MAX_STEPS:
+        wanted = limit.amount / cost(MAX_STEPS) * MAX_STEPS
+        require_steps(wanted, given, parts.global_batch_size)
+    return steps
 
 
 def profile_run(parts: RunParts) -> Profile:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.compaction import Compaction, compact_pool
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.selection import SUBSET_NAME
+from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.stages import pool_cache, pool_from, select_stage
 
@@ -89,6 +89,7 @@ def describe_compaction(outcome: Compaction) -> str:
     else:
         rate = ": it was there"
     faults = outcome.faults
+    weights = outcome.folder / WEIGHTS_NAME
     return "\n".join(
         [
             f"copied     {outcome.samples} samples, {outcome.size_bytes / 1e9:.2f} GB in "
@@ -97,6 +98,7 @@ def describe_compaction(outcome: Compaction) -> str:
             f"took       {outcome.seconds:.1f} s{rate}",
             f"written    {outcome.folder}",
             f"train with pool.root={outcome.folder} selector=external "
-            f"selector.path={outcome.folder / SUBSET_NAME}",
+            f"selector.path={outcome.folder / SUBSET_NAME}"
+            + (f" loss.weights.path={weights}" if weights.is_file() else ""),
         ]
     )

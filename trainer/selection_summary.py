@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.rules import TopCount
 from siftclip.trainer.stages import SelectOutcome
@@ -53,6 +54,12 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
         f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "
         f"({100 * manifest['kept_fraction']:.1f} %)"
     )
+    weights = manifest.get("weights")
+    if weights is not None:
+        lines.append(
+            f"weights    {weights['min']:g} to {weights['max']:g}, mean {weights['mean']:g}, in "
+            f"{WEIGHTS_NAME}; {SUBSET_NAME} lacks them"
+        )
     if manifest["unjudged_samples"]:
         lines.append(f"no score   {manifest['unjudged_samples']} samples")
     if overlap is not None:

@@ -101,7 +101,7 @@ def compute_gradients(
             has_captions=caption_share is not None,
         )
         if caption_share is not None:
-            terms["caption_loss"] = caption_share * _caption_sum(outputs)
+            terms["caption_loss"] = caption_share * _caption_sum(outputs, batch)
         total = _total(terms)
         context.backward(total)
         return {**{name: value.detach() for name, value in terms.items()}, "loss": total.detach()}
@@ -149,7 +149,7 @@ def _cached_gradients(
                 outputs["text_features"], gradients["text"][mine]
             )
             if caption_share is not None:
-                caption = caption_share * _caption_sum(outputs)
+                caption = caption_share * _caption_sum(outputs, batch)
                 values["caption_loss"] = values.get("caption_loss", 0) + caption.detach()
                 surrogate = surrogate + caption
             if last:
@@ -186,19 +186,24 @@ def _loss_inputs(
     bias: Tensor | None = None,
 ) -> LossInputs:
     taught = [pair for pair in teachers if pair is not None]
-    weights = [batch.weights for batch in micro_batches if batch.weights is not None]
     return LossInputs(
         image_features=image,
         text_features=text,
         logit_scale=scale,
         logit_bias=bias,
         rows=torch.cat([batch.rows for batch in micro_batches]),
-        weights=torch.cat(weights) if weights else None,
+        weights=_weights(micro_batches),
         teacher_image=_unit([pair[0] for pair in taught]),
         teacher_text=_unit([pair[1] for pair in taught]),
         rank=context.rank,
         world_size=context.world_size,
     )
+
+
+def _weights(micro_batches: Sequence[Batch]) -> Tensor | None:
+    """Of all samples, float [b]; None where they count alike."""
+    weights = [batch.weights for batch in micro_batches if batch.weights is not None]
+    return torch.cat(weights) if weights else None
 
 
 def _unit(parts: Sequence[Tensor]) -> Tensor | None:
@@ -218,19 +223,23 @@ def _weighted(
 def _caption_share(
     objective: Objective, micro_batches: Sequence[Batch], context: StepContext, model: nn.Module
 ) -> Tensor | None:
-    """What a token's cross entropy counts on this rank; None for models without captions."""
+    """What a token's cross entropy counts on this rank; None for models without captions.
+
+    With weights, the caption loss is the mean over all tokens in which each counts as much as its
+    sample does in the contrastive loss.
+    """
     if not hasattr(model, "text_decoder"):
         return None
     labels = torch.cat([batch.tokens[:, 1:] for batch in micro_batches])
     return (
         objective.caption_weight
         * context.world_size
-        / caption_tokens(labels, world_size=context.world_size)
+        / caption_tokens(labels, world_size=context.world_size, weights=_weights(micro_batches))
     )
 
 
-def _caption_sum(outputs: dict[str, Tensor]) -> Tensor:
-    return caption_loss_sum(outputs["logits"], outputs["labels"])
+def _caption_sum(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    return caption_loss_sum(outputs["logits"], outputs["labels"], batch.weights)
 
 
 def _cast(model: nn.Module, images: Tensor) -> Tensor:

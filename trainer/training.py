@@ -50,7 +50,12 @@ from siftclip.trainer.models import activations_of_weights, model_files
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.online.planner import Forecast
-from siftclip.trainer.online.setup import RunParts, build_online, online_identity
+from siftclip.trainer.online.setup import (
+    RunParts,
+    build_online,
+    online_identity,
+    warn_of_rounding,
+)
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.planning import forecast, steps_within
 from siftclip.trainer.progress import TrainingBar
@@ -219,12 +224,12 @@ def plan_stage(config: DictConfig) -> Forecast:
 
 def _check_options(config: DictConfig) -> None:
     """All that can be known to be wrong before any file is read."""
+    check_loss(config)
     check_online(config)
     limit = limit_from(config)
     loader_options(config)
     require_window(config.data.shuffle_window_shards)
     require_int("seed", config.seed, minimum=0)
-    check_loss(config)
     LockConfig(**(plain(config.model.get("lock")) or {}))
     check_options(plain(config.model.get("options")) or {})
     budget = budget_from(config)
@@ -283,6 +288,8 @@ def _fit(
     if config.online.cadence == "every_step":
         schedule_from(config).check_length(budget.total_steps)
     clip, online = parts.clip, build_online(parts, budget.total_steps)
+    if config.online.cadence == "every_step":
+        warn_of_rounding(parts, online.plan)
     during = evaluate_during_from(config, clip)
     module = training_module(config, clip, selected, loss_data, budget, online)
     stop = StopOnSignal()

@@ -361,3 +361,30 @@ def test_quantiles_leave_out_nan() -> None:
     assert (summary["q0"], summary["q50"], summary["q100"]) == (1.0, 2.0, 3.0)
     assert set(summary) == {"q0", "q1", "q10", "q25", "q50", "q75", "q90", "q99", "q100"}
     assert summarise(np.full(3, np.nan, np.float32)) == {}
+
+
+class Doubled(EveryOther):
+    """Weighs what it keeps by its place."""
+
+    weighs = True
+
+    def select(self, source: Source) -> Choice:
+        choice = super().select(source)
+        weights = (1 + np.arange(len(source))).astype(np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+def test_weights_are_part_of_the_selection(pool: Pool, source_of: Make) -> None:
+    plain = run(EveryOther(), source_of(pool, 4))
+    for selector in (Doubled(), Then(stages=[Uniform(seed=1, fraction=1), Doubled()])):
+        selection = run(selector, source_of(pool, 4))
+        rows = pool.table.find(selection.uids)
+        assert selection.weights is not None
+        assert selection.weights.tolist() == (rows + 1).tolist()
+        assert selection.digest != plain.digest
+        assert selection.manifest["weights"] == {
+            "min": rows.min() + 1,
+            "mean": pytest.approx(rows.mean() + 1),
+            "max": rows.max() + 1,
+        }
+    assert "weights" not in plain.manifest

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siftclip.datamodules.columns import read_column
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import (
     Selection,
@@ -19,6 +20,7 @@ from siftclip.datamodules.selection import (
     make_selection,
     read_selection,
     read_subset,
+    row_weights,
     write_selection,
 )
 from siftclip.datamodules.uids import format_uid, parse_uids
@@ -181,3 +183,69 @@ def test_selection_of_another_pool_is_refused(
     selection = make_selection(other, np.ones(3, np.int64), {})
     with pytest.raises(InputError, match=r"None of the 3 selected uids is in the pool .*pool\."):
         expand_rows(selection, pool)
+
+
+def weighed(weights: list[float] | None) -> Selection:
+    uids = np.array([[2, 1], [1, 9], [1, 2], [5, 5]], dtype=np.uint64)
+    counts = np.array([1, 3, 1, 0])
+    given = None if weights is None else np.float32(weights)
+    return make_selection(uids, counts, {"selector": "x"}, weights=given)
+
+
+def test_weights_lie_beside_the_subset_and_belong_to_its_identity(tmp_path: Path) -> None:
+    plain, selection = weighed(None), weighed([0.5, 2.0, 1.0, 7.0])
+    assert selection.weights is not None
+    assert selection.weights.tolist() == [1.0, 2.0, 0.5]  # by uid, of what is kept
+    digests = {plain.digest, selection.digest, weighed([0.5, 2.0, 1.5, 7.0]).digest}
+    assert len(digests) == 3
+    assert weighed([0.5, 2.0, 1.0, 9.0]).digest == selection.digest
+    write_selection(selection, tmp_path)
+    assert np.array_equal(np.load(tmp_path / "selection.npy"), plain.to_subset())
+    table = np.load(tmp_path / "weights.npy")
+    assert table.dtype.names == ("f0", "f1", "weight")
+    again = read_selection(tmp_path)
+    assert again.weights is not None
+    assert again.weights.dtype == np.float32
+    assert np.array_equal(again.weights, selection.weights)
+    assert again.digest == selection.digest
+    write_selection(plain, tmp_path)  # another one in its place
+    assert read_selection(tmp_path).weights is None
+
+
+def test_lost_changed_or_foreign_weights_are_named(tmp_path: Path) -> None:
+    write_selection(weighed([0.5, 2.0, 1.0, 7.0]), tmp_path)
+    path = tmp_path / "weights.npy"
+    table = np.load(path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"is not the subset that selection\.json describes"):
+        read_selection(tmp_path)
+    changed = table.copy()
+    changed["weight"][0] = 3
+    np.save(path, changed)
+    with pytest.raises(InputError, match="is not the subset"):
+        read_selection(tmp_path)
+    np.save(path, table[::-1])
+    with pytest.raises(InputError, match="is about other samples than"):
+        read_selection(tmp_path)
+    np.save(path, np.ones(3, np.float32))
+    with pytest.raises(InputError, match="is not a readable file of weights"):
+        read_selection(tmp_path)
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="is not a readable file of weights"):
+        read_selection(tmp_path)
+
+
+def test_weights_by_row_are_read_as_weights_of_the_loss(
+    load_pool: Callable[..., Pool], write_pool: Make, make_samples: Make, tmp_path: Path
+) -> None:
+    pool = load_pool(write_pool(make_samples(6)))
+    weights = np.float32([1, 2, 3, 4, 5, 6])
+    kept = np.array([1, 0, 2, 1, 0, 1])
+    selection = make_selection(pool.uids, kept, {}, weights=weights)
+    found = row_weights(selection, pool)
+    assert found is not None
+    assert found.tolist() == [1, 1, 3, 4, 1, 6]
+    assert row_weights(make_selection(pool.uids, kept, {}), pool) is None
+    write_selection(selection, tmp_path)
+    column = read_column(pool, tmp_path / "weights.npy", "weight", option="loss.weights")
+    assert np.array_equal(column, [1, np.nan, 3, 4, np.nan, 6], equal_nan=True)

@@ -73,6 +73,38 @@ class DoubleScores(Changed):
         return Choice(multiplicities=choice.multiplicities, scores=scores)
 
 
+class SaysNothingOfWeights(Changed):
+    def change(self, choice: Choice) -> Choice:
+        weights = np.ones(len(choice.multiplicities), dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+class NegativeWeights(SaysNothingOfWeights):
+    weighs = True
+
+    def change(self, choice: Choice) -> Choice:
+        weights = np.full(len(choice.multiplicities), -1, dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+class OtherWeights(SaysNothingOfWeights):
+    """Its weights depend on the order of the samples."""
+
+    weighs = True
+
+    def change(self, choice: Choice) -> Choice:
+        weights = np.arange(len(choice.multiplicities), dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+    def select(self, source: Source) -> Choice:
+        (part,) = source.parts(self.requires)
+        choice = super().select(source)
+        assert choice.weights is not None
+        weights = np.empty_like(choice.weights)
+        weights[source.index_of(part.rows)] = choice.weights
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
 class TorchGlobal(Sound):
     def score(self, chunk: Chunk) -> Tensor:
         return torch.rand(len(chunk))
@@ -189,6 +221,9 @@ BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] 
     (NegativeCounts, checks.check_answer, "at least 0"),
     (KeepsNothing, checks.check_answer, "nothing was kept"),
     (DoubleScores, checks.check_answer, "scores must be float32"),
+    (SaysNothingOfWeights, checks.check_weights, "does not declare that it weighs samples"),
+    (NegativeWeights, checks.check_weights, "finite weights of at least 0"),
+    (OtherWeights, checks.check_sample_order, "weights differ"),
     (TorchGlobal, checks.check_deterministic, "torch's global random state"),
     (NumpyGlobal, checks.check_deterministic, "numpy's global random state"),
     (PythonGlobal, checks.check_deterministic, None),

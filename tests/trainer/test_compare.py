@@ -147,6 +147,11 @@ def test_finished_runs_are_reused_and_broken_ones_repeated(
         ('+compare.arms.x=["selector=nope"]', r"compare\.arms\.x: .*selector/nope"),
         ('+compare.arms.x=["selector.fraction=2"]', r"selector\.fraction must be .* Got 2"),
         ('+compare.arms.x=["scale.samples_seen=16"]', r"compare\.arms\.x has the budget"),
+        ('+compare.arms.x=["loss=nope"]', r"compare\.arms\.x: .*loss/nope"),
+        (
+            '+compare.arms.x=["online=every_step","online.selector.fraction=7"]',
+            r"online\.selector\.fraction must be",
+        ),
         ("eval.root=null", r"eval\.root must name a folder of tasks"),
         ("eval.tasks=[nope]", r"nope"),
         ("trainer.devices=2", r"compare on 2 devices must be started by torchrun"),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +120,7 @@ CASES = {
     "siglip": (siglip, lambda: SigLipLoss("bidir"), {}),
     "softmax with a bias": (siglip, SoftmaxLoss, {}),
     "coca": (coca, SoftmaxLoss, {}),
+    "coca, weighted": (coca, SoftmaxLoss, {"weights": True}),
     "distil": (clip, lambda: DistillLoss(teacher_logit_scale=50.0), {"teacher": True}),
 }
 
@@ -239,6 +241,64 @@ def test_weights_of_the_terms_of_coca() -> None:
     torch.testing.assert_close(twice["contrastive_loss"], 3 * once["contrastive_loss"])
     torch.testing.assert_close(twice["caption_loss"], 2 * once["caption_loss"])
     torch.testing.assert_close(twice["loss"], twice["contrastive_loss"] + twice["caption_loss"])
+
+
+def test_weights_count_in_both_losses_of_coca() -> None:
+    """Against loops over samples and tokens; captions differ in length, one sample counts 0."""
+    model = coca()
+    batch = make_batch(model, weights=True)
+    assert batch.weights is not None
+    batch.weights[3] = 0
+    weights = batch.weights.double().tolist()
+    terms, found = gradients(model, Objective(loss=SoftmaxLoss()), [batch])
+    outputs = model(batch.images, batch.tokens)
+    caption, tokens = torch.zeros((), dtype=torch.float64), 0.0
+    for weight, logits, labels in zip(weights, outputs["logits"], outputs["labels"], strict=True):
+        for logit, label in zip(logits, labels.tolist(), strict=True):
+            if label != 0:
+                caption = caption - weight * logit.log_softmax(0)[label]
+                tokens += weight
+    logits = outputs["logit_scale"] * outputs["image_features"] @ outputs["text_features"].T
+    contrastive = torch.zeros((), dtype=torch.float64)
+    for index, weight in enumerate(weights):
+        pair = logits[index].log_softmax(0)[index] + logits[:, index].log_softmax(0)[index]
+        contrastive = contrastive - weight * pair / 2
+    expected = {
+        "contrastive_loss": contrastive / sum(weights),
+        "caption_loss": 2 * caption / tokens,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value.detach(), rtol=1e-6, atol=0)
+    sum(expected.values()).backward()  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            found[name],
+            parameter.grad,
+            rtol=1e-5,
+            atol=1e-8,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 50.0])
+def test_only_the_ratios_of_weights_count(factor: float) -> None:
+    """Also where the weights of all tokens together are below 1."""
+    model = coca()
+    batch = make_batch(model)
+    terms, _ = gradients(model, Objective(loss=SoftmaxLoss()), [batch])
+    same = replace(batch, weights=torch.full((SAMPLES,), factor))
+    found, _ = gradients(model, Objective(loss=SoftmaxLoss()), [same])
+    for name, value in terms.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
+
+
+STEP_ON_RANKS = Path(__file__).with_name("step_on_ranks.py")
+
+
+def test_coca_trains_on_two_ranks_what_one_trains(run_python: Any, tmp_path: Path) -> None:
+    result = run_python(str(STEP_ON_RANKS), str(tmp_path), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "4 cases equal" in result.stdout
 
 
 def test_coca_is_open_clips() -> None:

@@ -25,8 +25,10 @@ from siftclip.trainer.compare.report import write_report
 from siftclip.trainer.compare.tables import format_main_table
 from siftclip.trainer.evaluation import tasks_from
 from siftclip.trainer.launch import require_launcher
+from siftclip.trainer.objective import check_loss
+from siftclip.trainer.online.options import check_online
 from siftclip.trainer.run_dir import is_rank_zero
-from siftclip.trainer.stages import output_root, plain, selector_from
+from siftclip.trainer.stages import output_root, plain
 from siftclip.trainer.training import train_stage
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,8 @@ def _plan(
                     f"compare.arms.{arm} has the budget {own_budget}, the others have {budget[0]}. "
                     "All arms must have the same, in the same unit and with one batch size."
                 )
-            selector_from(arm_config)
+            check_loss(arm_config)
+            check_online(arm_config)
             plan.append((arm, seed, arm_config))
     return plan
 

@@ -10,7 +10,7 @@ from torch import Tensor
 PAD_TOKEN = 0
 
 
-def caption_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def caption_loss_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The sum of the cross entropies of all tokens that are not padding, a float32 scalar.
 
     Divided by `caption_tokens` and multiplied by the number of ranks (DDP averages), sums of
@@ -21,23 +21,32 @@ def caption_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: float [m, L, V].
         labels: int64 [m, L], 0 for padding.
+        weights: float [m], what the tokens of each sample count; None: 1.
     """
     with torch.autocast(logits.device.type, enabled=False):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(
-            exact.flatten(0, 1), labels.flatten(), ignore_index=PAD_TOKEN, reduction="sum"
+        losses = F.cross_entropy(
+            exact.flatten(0, 1),
+            labels.flatten(),
+            ignore_index=PAD_TOKEN,
+            reduction="sum" if weights is None else "none",
         )
+        if weights is None:
+            return losses
+        return (losses.view_as(labels).sum(1) * weights.to(losses.dtype)).sum()
 
 
 @torch.no_grad()
-def caption_tokens(labels: Tensor, *, world_size: int) -> Tensor:
-    """The number of tokens that are not padding on all ranks, an int64 scalar of at least 1.
+def caption_tokens(labels: Tensor, *, world_size: int, weights: Tensor | None = None) -> Tensor:
+    """The number of tokens that are not padding on all ranks, a scalar above 0.
 
     Args:
         labels: int64 [m, L], of all micro-batches of this rank.
         world_size: number of ranks; all of them must call it.
+        weights: float [m], as in `caption_loss_sum`; a token then counts so much.
     """
-    tokens = (labels != PAD_TOKEN).sum()
+    tokens = (labels != PAD_TOKEN).sum(1)
+    total = tokens.sum() if weights is None else (tokens * weights).sum()
     if world_size > 1:
-        dist.all_reduce(tokens)
-    return tokens.clamp(min=1)  # a sum of nothing is 0, and 0 / 1 is no NaN
+        dist.all_reduce(total)
+    return total.where(total > 0, torch.ones_like(total))  # a sum of nothing is 0: 0 / 1 is no NaN

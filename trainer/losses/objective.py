@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ class ContrastiveObjective(nn.Module, ABC):
     """
 
     sample_losses: Tensor | None = None
+    takes_weights: ClassVar[bool] = True  # False: `LossInputs.weights` must be None
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """The terms, scalars under open_clip's names, whose sum is to be minimised.

@@ -27,6 +27,8 @@ class SigLipLoss(ContrastiveObjective):
         InputError: dist_impl is none of these.
     """
 
+    takes_weights = False
+
     def __init__(self, dist_impl: DistImpl = "bidir") -> None:
         super().__init__()
         if dist_impl not in get_args(DistImpl):

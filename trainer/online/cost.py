@@ -65,15 +65,17 @@ class CostModel:
         }
 
 
-def largest_within(limit: float, cost: Callable[[int], float], *, most: int = 1 << 40) -> int:
-    """The largest number of steps whose cost is at most `limit`, at least 1.
+def largest_within(limit: float, cost: Callable[[int], float], *, most: int) -> int:
+    """The largest number of steps whose cost is at most `limit`, from 0 to `most`.
 
     Args:
         limit: of the cost.
-        cost: of a run of so many steps; grows with them.
+        cost: of a run of so many steps; grows with them. It is asked for 1, 2, 4, ... first.
         most: an upper bound of the answer.
     """
     high = 1
-    while high < most and cost(high) <= limit:
-        high *= 2
-    return max(1, bisect.bisect_right(range(high), limit, lo=1, key=cost) - 1)
+    while cost(high) <= limit:
+        if high == most:
+            return most
+        high = min(2 * high, most)
+    return bisect.bisect_right(range(high), limit, lo=1, key=cost) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from siftclip.datamodules.step_plan import StepPlan, part_sizes
 from siftclip.selectors.base import Choice, Selector, SubBatch, draw
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.source import Logits, Source
-from siftclip.selectors.sub_batch import add_uniform
+from siftclip.selectors.sub_batch import add_uniform, share_over_groups
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.online.live import LiveFeatures, Pair, carried
 from siftclip.trainer.online.schedule import Schedule
@@ -53,19 +53,21 @@ class StepDraw:
     def __call__(self, source: Source, step: int, samples: int) -> Choice:
         """Choose `samples` of a source, equally many of each group. Every rank calls it."""
         settings = self.schedule.at(step, self.total_steps)
-        quota = samples // self.groups
-        uniform = round(settings.uniform_fraction * quota)
-        asked = SubBatch(
-            samples=quota - uniform,
-            groups=self.groups,
-            temperature=settings.temperature,
-            seed=self.seed,
+        # The share of the whole sub-batch is rounded, not that of each group.
+        uniform = share_over_groups(
+            round(settings.uniform_fraction * samples), self.groups, turn=step
+        )
+        asked = SubBatch.of_quotas(
+            samples // self.groups - uniform, temperature=settings.temperature, seed=self.seed
         )
         choice = draw(self.selector, source, asked)
-        if not uniform:
+        if not uniform.any():
             return choice
-        kept = add_uniform(choice.multiplicities, source.uids, asked, uniform)
-        return Choice(multiplicities=kept, scores=choice.scores)
+        kept = add_uniform(choice.multiplicities, source.uids, uniform, seed=self.seed)
+        weights = choice.weights
+        if weights is not None:  # what is drawn uniformly stands for itself
+            weights = np.where(choice.multiplicities > 0, weights, np.float32(1))
+        return Choice(multiplicities=kept, scores=choice.scores, weights=weights)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,11 +120,16 @@ class InLoopSelection:
         with torch.autocast(device.type, enabled=False):  # scores are exact, as the losses are
             choice = self.draw(source, step, self.plan.trained)
             kept = choice.multiplicities
-            mine = torch.from_numpy(
-                np.flatnonzero(kept[rank_slice(len(rows), rank=rank, world_size=world_size)])
-            )
-            sizes = part_sizes(len(mine), self.micro_batch or len(mine))
-            batches = [pick(parts, index) for index in mine.split(sizes)]
+            share = rank_slice(len(rows), rank=rank, world_size=world_size)
+            mine = torch.from_numpy(np.flatnonzero(kept[share]))
+            indices = mine.split(part_sizes(len(mine), self.micro_batch or len(mine)))
+            batches = [pick(parts, index) for index in indices]
+            if choice.weights is not None:
+                weights = torch.from_numpy(choice.weights[share])
+                batches = [
+                    weighted(batch, weights[index])
+                    for batch, index in zip(batches, indices, strict=True)
+                ]
         self.latest = (choice.scores, kept, rows)
         selected = _now(device)
         reused = None
@@ -170,6 +177,12 @@ class CachedFirstStage:
             groups=self.draw.groups,
         )
         return np.flatnonzero(self.draw(source, step, wanted).multiplicities)
+
+
+def weighted(batch: Batch, weights: Tensor) -> Batch:
+    """The batch with weights of its samples, float [b], times those that it has."""
+    weights = weights.to(batch.rows.device)
+    return replace(batch, weights=weights if batch.weights is None else batch.weights * weights)
 
 
 def _now(device: torch.device) -> float:

@@ -19,6 +19,7 @@ from siftclip.selectors.errors import (
     require_positive,
 )
 from siftclip.selectors.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
+from siftclip.trainer.objective import check_weighing
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring import ScoringConfig
@@ -134,13 +135,16 @@ def reference_logits(config: DictConfig) -> Logits:
 
 
 def check_online(config: DictConfig) -> None:
-    """Check all that can be known without a file or a model.
+    """Check all that can be known without a file or a model; `check_loss` comes before.
 
     Raises:
-        InputError: an option of `online` is wrong, or does not go with another.
+        InputError: an option of `online` is wrong, or does not go with another; or the loss cannot
+            use the weights of `selector` or `online.selector`.
     """
     online = config.online
     require_choice("online.cadence", online.cadence, CADENCES)
+    offline, offline_name, _ = selector_from(config)
+    check_weighing(config, offline, f"selector={offline_name}")
     if online.cadence == "once":
         return
     own = {"every_step": "schedule"}.get(online.cadence, "every_n_steps")
@@ -151,6 +155,7 @@ def check_online(config: DictConfig) -> None:
         )
     selector, name = online_selector(config)
     needs = Needs.of(selector)
+    check_weighing(config, selector, f"online.selector={name}")
     logits = reference_logits(config)
     if getattr(selector, "loss", None) == "sigmoid" and needs.of_model(REFERENCE):
         live = OmegaConf.select(config, "online.reference.model.name")
@@ -197,6 +202,8 @@ def check_online(config: DictConfig) -> None:
 def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> None:
     online = config.online
     require_draw(selector)
+    if chooses_before_reading(config, selector):
+        _check_weightless(selector, "online.selector")
     schedule_from(config)
     scoring = ScoringConfig(**plain(online.scoring))
     if scoring.image_size is not None and config.trainer.strategy == "fsdp":
@@ -219,6 +226,7 @@ def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> N
             )
         first, name = online_selector(config, "online.first_stage.selector")
         require_draw(first)
+        _check_weightless(first, "online.first_stage.selector")
         found = Needs.of(first)
         if chooses_before_reading(config, selector):
             raise InputError(
@@ -232,6 +240,20 @@ def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> N
                 f"online.first_stage.selector={name} needs {what}, which nobody has before the "
                 "samples are read. Use cached features, as with online.features=NAME."
             )
+
+
+def _check_weightless(selector: Selector, option: str) -> None:
+    """Refuse a selector that weighs where it chooses before anything is read.
+
+    Its choice is a list of rows, which brings no weights to the step.
+    """
+    if selector.weighs:
+        raise InputError(
+            f"{option}: {type(selector).__name__} weighs the samples that it keeps, and chooses "
+            "before they are read, where no weight can go with them. Select with it once "
+            "(selector=...), every epoch or every N steps (online=every_epoch, "
+            "online=every_n_steps), or use a selector that does not weigh."
+        )
 
 
 def require_draw(selector: Selector) -> None:

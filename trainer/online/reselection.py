@@ -4,7 +4,7 @@ A version is made between two steps, by the selector that the configuration name
 the model as it is then. It is written into the run directory before its first step:
 
     selections/v0001/selection.npy      in DataComp's format, with selection.json
-    selections/v0001/weights.npz        where the selector weights samples
+    selections/v0001/weights.npy        where the selector weighs samples
     selections/v0001/features/          of the learner, while they are needed
 """
 
@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.files import read_npz, write_npz
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.selection import (
     MANIFEST_NAME,
     expand_rows,
     make_selection,
     read_selection,
+    row_weights,
     write_selection,
 )
 from siftclip.datamodules.step_plan import StepPlan
 from siftclip.datamodules.streaming import SelectionVersion
-from siftclip.selectors.base import Choice, Selector, run
+from siftclip.selectors.base import Selector, product_of_weights, run
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.hashing import mix64, seed_state, uniform_score
 from siftclip.selectors.ranks import OneRank, Ranks
@@ -192,7 +192,7 @@ class Reselection:
     aliases: Mapping[str, str]
     embed: Embed | None
     logits: Callable[[], Mapping[str, Logits]]
-    weights: np.ndarray | None  # float32 by the pool's rows, that the configuration gives
+    weights: np.ndarray | None  # float32 by the pool's rows, of version 0
     seed: int
     ranks: Ranks = field(default_factory=OneRank)  # others are known when training begins
     seconds: float = 0.0  # spent on versions, in this process
@@ -290,6 +290,10 @@ class Reselection:
         counts = self._counts[np.searchsorted(self._distinct, candidates)]
         multiplicities = np.zeros(len(source), dtype=np.int64)
         multiplicities[candidates] = choice.multiplicities * counts
+        weights = None
+        if choice.weights is not None:
+            weights = np.ones(len(source), dtype=np.float32)
+            weights[candidates] = choice.weights
         report = source.reports[-1]
         selection = make_selection(
             self.source.pool.uids,
@@ -301,12 +305,10 @@ class Reselection:
                 "embedded_samples": len(candidates) if features is not None else 0,
                 **report,
             },
+            weights=weights,
         )
         rows, _ = expand_rows(selection, self.source.pool)
-        weights = self._weights(choice, candidates)
         if self.ranks.rank == 0:
-            if weights is not None:
-                write_npz(folder / "weights.npz", weights=weights[np.unique(rows)])
             write_selection(selection, folder)
             if features is not None:
                 shutil.rmtree(features)
@@ -326,16 +328,8 @@ class Reselection:
             rows=rows,
             start_step=start,
             stop_step=self._stop(rows, start),
-            weights=weights,
+            weights=product_of_weights(self.weights, row_weights(selection, self.source.pool)),
         )
-
-    def _weights(self, choice: Choice, candidates: np.ndarray) -> np.ndarray | None:
-        """What samples count in the loss: the configuration's weights times the selector's."""
-        if choice.weights is None:
-            return self.weights
-        own = np.ones(len(self.source), dtype=np.float32)
-        own[candidates] = choice.weights
-        return own if self.weights is None else own * self.weights
 
     def _read(self, number: int, start: int) -> SelectionVersion:
         folder = self.folder / f"v{number:04d}"
@@ -344,16 +338,17 @@ class Reselection:
                 f"{folder} is missing: the run was trained on this selection from step {start} on, "
                 "and cannot be continued without it. Put it back, or start a new run."
             )
+        if (folder / "weights.npz").is_file():
+            raise InputError(
+                f"{folder} was written by an earlier version of siftclip, which kept the weights "
+                "of samples in another format (weights.npz). Start a new run."
+            )
         selection = read_selection(folder)
         rows, _ = expand_rows(selection, self.source.pool)
-        weights = self.weights
-        if (folder / "weights.npz").is_file():
-            weights = np.ones(len(self.source), dtype=np.float32)
-            (weights[np.unique(rows)],) = read_npz(folder / "weights.npz", ["weights"])
         return SelectionVersion(
             number=number,
             rows=rows,
             start_step=start,
             stop_step=self._stop(rows, start),
-            weights=weights,
+            weights=product_of_weights(self.weights, row_weights(selection, self.source.pool)),
         )

@@ -70,8 +70,10 @@ class Schedule:
             uniform_fraction=float(course_values(self.uniform_fraction, shares)[0]),
         )
 
-    def super_batch_samples(self, total_steps: int, sub_batch: int, multiple_of: int) -> np.ndarray:
-        """The size of the super-batch of every step: int64 [total_steps].
+    def super_batch_samples(
+        self, total_steps: int, sub_batch: int, multiple_of: int, steps: range | None = None
+    ) -> np.ndarray:
+        """The size of the super-batch of every step: int64 [total_steps], or [len(steps)].
 
         It is sub_batch / (1 - filter ratio), rounded to the nearest multiple (up from the middle),
         which is never below the sub-batch.
@@ -81,16 +83,30 @@ class Schedule:
             sub_batch: samples of a step that are trained on, over all ranks.
             multiple_of: what a super-batch is made of: the number of groups times the samples that
                 the loader gives at once. The sub-batch is a multiple of it, too.
+            steps: of the run, consecutive, if not all are wanted.
 
         Raises:
             ValueError: the sub-batch is no such multiple.
         """
         if sub_batch % multiple_of:
             raise ValueError(f"sub_batch={sub_batch} is not a multiple of {multiple_of}")
-        steps = np.arange(total_steps)
-        wanted = sub_batch / (1.0 - self._filter_ratios(steps, total_steps))
+        wanted = self.exact_super_batches(total_steps, sub_batch, steps)
         parts = np.floor(wanted / multiple_of + 0.5).astype(np.int64)
         return parts * multiple_of
+
+    def exact_super_batches(
+        self, total_steps: int, sub_batch: int, steps: range | None = None
+    ) -> np.ndarray:
+        """`super_batch_samples` before they are rounded: float64."""
+        steps = range(total_steps) if steps is None else steps
+        wanted = np.arange(steps.start, steps.stop)
+        return sub_batch / (1.0 - self._filter_ratios(wanted, total_steps))
+
+    def largest_uniform_fraction(self) -> float:
+        """The largest uniform share of a sub-batch at any time."""
+        if isinstance(self.uniform_fraction, (int, float)):
+            return float(self.uniform_fraction)
+        return max(value for _, value in self.uniform_fraction)
 
     def check_length(self, total_steps: int) -> None:
         """Check that a run of so many steps selects at one of them.

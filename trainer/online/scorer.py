@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from siftclip.datamodules.batches import Batch
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.online.scoring import resized_images
 from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
-from siftclip.trainer.step import Objective, StepContext, compute_gradients
-from siftclip.trainer.update import gradient_norm, step_if_finite
+from siftclip.trainer.step import (
+    Objective,
+    StepContext,
+    compute_gradients,
+    running_statistics,
+)
+from siftclip.trainer.update import clip_gradients, gradient_norm, step_if_finite
 
 
 class OnlineScorer:
@@ -34,14 +40,27 @@ class OnlineScorer:
 
         Args:
             model: an open_clip model, with the tokenizer of the learner.
-            optim: its optimiser; the schedule of the rate is the learner's.
+            optim: its optimiser, which is the learner's: rate and schedule, decay, clipping, and
+                skipped steps. Layer decay and the average of the weights are the learner's alone,
+                and so are patterns of `no_decay` that match none of this model's parameters.
             image_size: of its images, to which those of the learner are resized.
         """
         model.output_dict = True  # type: ignore[assignment]  # open_clip's switch of what forward returns
         self.model = model
         self.image_size = image_size
         self._objective = Objective(loss=SoftmaxLoss())
-        self._optim = replace(optim, image_layer_decay=None, text_layer_decay=None, ema_decay=None)
+        names = [name for name, _ in model.named_parameters()]
+        self._optim = replace(
+            optim,
+            image_layer_decay=None,
+            text_layer_decay=None,
+            ema_decay=None,
+            no_decay=[
+                pattern
+                for pattern in optim.no_decay
+                if any(fnmatchcase(name, pattern) for name in names)
+            ],
+        )
         self._optimizer: torch.optim.Optimizer | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -82,6 +101,8 @@ class OnlineScorer:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         optimizer.zero_grad(set_to_none=True)
+        statistics = running_statistics(model)
+        before = [buffer.clone() for buffer in statistics]
         resized = [replace(b, images=resized_images(b.images, self.image_size)) for b in batches]
         # Float16 would need a gradient scaler of its own.
         half = torch.get_autocast_dtype(resized[0].images.device.type) == torch.float16
@@ -97,8 +118,14 @@ class OnlineScorer:
             pieces = flat.split([gradient.numel() for gradient in gradients])
             for gradient, piece in zip(gradients, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
-        finite = torch.isfinite(gradient_norm(model.parameters()))
+        parameters = list(model.parameters())
+        norm = gradient_norm(parameters)
+        finite = torch.isfinite(norm)
+        if self._optim.grad_clip_norm is not None:
+            clip_gradients(parameters, norm, self._optim.grad_clip_norm)
         step_if_finite(optimizer, finite, optimizer.step, on_device=True)
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
         clamp_logit_scale(model)
         return terms["loss"]
 

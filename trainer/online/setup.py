@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from siftclip.trainer.stages import SelectOutcome, plain, selector_from
 log = logging.getLogger(__name__)
 
 VERSIONS_FOLDER = "selections"
+ROUNDED_FRACTION = 0.05  # of the samples that a run draws may come from rounding without a word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,21 +166,58 @@ def _training_flops(parts: RunParts) -> SampleFlops:
 
 def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
     """How many samples the steps of a run draw, read and train on. Reads no file."""
-    config = parts.config
+    return step_planner(parts)(total_steps, range(total_steps))
+
+
+def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
+    """The plan of some consecutive steps of a run of so many: as long as these, whatever the run.
+
+    So that runs of any length can be reckoned with in little memory.
+    """
+    config, batch = parts.config, parts.global_batch_size
     if config.online.cadence != "every_step":
-        return StepPlan.plain(parts.global_batch_size, total_steps)
-    groups = _groups(parts)
-    sizes = schedule_from(config).super_batch_samples(total_steps, parts.global_batch_size, groups)
-    trained = np.full_like(sizes, parts.global_batch_size)
-    if chooses_before_reading(config, online_selector(config)[0]):
-        return StepPlan(trained=parts.global_batch_size, drawn=sizes, read=trained)
-    drawn = sizes
+        return lambda total_steps, steps: StepPlan.plain(batch, len(steps))
+    groups, schedule = _groups(parts), schedule_from(config)
+    unread = chooses_before_reading(config, online_selector(config)[0])
+    keep = 1.0
     if config.online.first_stage.selector is not None:
-        keep = 1 - float(config.online.first_stage.filter_ratio)
-        drawn = np.where(sizes > trained, np.round(sizes / keep / groups) * groups, sizes)
-    return StepPlan(
-        trained=parts.global_batch_size, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes
-    )
+        keep -= float(config.online.first_stage.filter_ratio)
+
+    def plan(total_steps: int, steps: range) -> StepPlan:
+        sizes = schedule.super_batch_samples(total_steps, batch, groups, steps)
+        if unread:
+            return StepPlan(trained=batch, drawn=sizes, read=np.full_like(sizes, batch))
+        drawn = np.where(sizes > batch, np.round(sizes / keep / groups) * groups, sizes)
+        return StepPlan(trained=batch, drawn=np.maximum(drawn, sizes).astype(np.int64), read=sizes)
+
+    return plan
+
+
+def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
+    """Say so where whole samples and equal groups are far from what the schedule asks for."""
+    config, batch = parts.config, parts.global_batch_size
+    schedule, groups = schedule_from(config), _groups(parts)
+    fraction = schedule.largest_uniform_fraction()
+    if fraction and round(fraction * batch) == 0:
+        log.warning(
+            "online.schedule.uniform_fraction=%g of %d samples is less than half a sample: none is "
+            "drawn uniformly. Raise it, or set it to 0",
+            fraction,
+            batch,
+        )
+    exact = schedule.exact_super_batches(plan.steps, batch)
+    if config.online.first_stage.selector is not None:
+        exact[exact > batch] /= 1 - float(config.online.first_stage.filter_ratio)
+    drawn, wanted = float(plan.drawn.mean()), float(exact.mean())
+    if abs(drawn / wanted - 1) > ROUNDED_FRACTION:
+        log.warning(
+            "a step draws %.1f samples on average, where online.schedule.filter_ratio asks for "
+            "%.1f: super-batches are multiples of online.groups=%d. Fewer groups, or a larger "
+            "scale.global_batch_size, come closer",
+            drawn,
+            wanted,
+            groups,
+        )
 
 
 def _groups(parts: RunParts) -> int:
