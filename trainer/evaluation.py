@@ -201,6 +201,7 @@ def eval_stage(
     *,
     results_path: Path | None,
     share: EvalShare | None = None,
+    wait: bool = False,
 ) -> Summary:
     """Evaluate a model on the configured tasks; tasks with a result are not run again.
 
@@ -210,6 +211,7 @@ def eval_stage(
         results_path: the JSONL file of the results, beside which a table as CSV and what else is
             asked for is written; None keeps them in memory.
         share: of this process; None means that it is alone. All ranks make this call.
+        wait: for another evaluation that writes the same results, instead of raising.
 
     Returns:
         The results, with intervals on the first rank only. Tasks that failed are listed.
@@ -229,6 +231,7 @@ def eval_stage(
         results_path=results_path,
         again=[] if details is None else _without_details(config, found.tasks, details),
         on_scored=None if details is None else _write_details(config, details),
+        wait=wait,
     )
     damaged = [TaskFailure(key=name, message=text) for name, text in found.damaged.items()]
     summary = summarise(

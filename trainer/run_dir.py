@@ -9,6 +9,7 @@ model/           the trained model, as open_clip's `local-dir:` loads it
 eval_results.jsonl  a line a task
 budget.json      how long the run is
 summary.json     written last: the run is finished
+.lock            while a process trains: which one, and since when
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
 from siftclip.datamodules.files import read_json, read_jsonl, write_json, write_text
+from siftclip.datamodules.locks import LOCK_NAME
 from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.trainer.budget import Budget
 
@@ -65,6 +67,11 @@ class RunDir:
     @property
     def model(self) -> Path:
         return self.path / MODEL_FOLDER
+
+    @property
+    def lock(self) -> Path:
+        """Of the one process that trains, see `siftclip.datamodules.locks`."""
+        return self.path / LOCK_NAME
 
     @property
     def results(self) -> Path:

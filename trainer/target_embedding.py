@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import find_tasks
@@ -48,5 +49,6 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         max_image_pixels=config.data.max_image_pixels,
         progress=config.progress,
     )
-    paths = embed_tasks(clip, tasks, Path(folder), options)
+    with locked(Path(folder) / LOCK_NAME, owner=f"The targets {folder}", wait=True):
+        paths = embed_tasks(clip, tasks, Path(folder), options)
     return Path(folder), paths

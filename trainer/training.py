@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import save_model_folder
 from siftclip.datamodules.files import identity_hash, write_text
+from siftclip.datamodules.locks import locked
 from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.streaming import count_micro_batches
 from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.assembly import data_module_from, new_model, training_module
 from siftclip.trainer.budget import Budget, budget_from, limit_from
 from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
@@ -93,25 +96,48 @@ def run_dir_for(config: DictConfig, selected: SelectOutcome, digest: str) -> Run
     return run
 
 
-def train_stage(config: DictConfig) -> RunDir:
+def train_stage(config: DictConfig, *, wait: bool = False) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
     A finished run is returned as it is; an interrupted one continues from its last checkpoint.
 
+    Args:
+        config: of the command.
+        wait: for another process that trains this very run, instead of raising.
+
     Raises:
+        HeldError: another process trains this run.
         InputError: an option or a file is wrong; found before the first step where possible.
     """
     _check_options(config)
     selected = select_stage(config)
     loss_data = open_loss_data(config, selected)
     digest = identity_hash(run_identity(config, selected, loss_data))
-    run = run_dir_for(config, selected, digest)
-    if run.summary is not None:
-        log.info("finished already: %s", run.path)
-        if config.eval.root is not None:
-            share = eval_share(config, may_launch=False)
-            eval_stage(config, run.path, results_path=run.results, share=share)
-        return run
+    run, ranks = run_dir_for(config, selected, digest), selected.source.ranks
+    if not of_first_rank(ranks, run.summary is not None):
+        with _alone(run, ranks, wait=wait):
+            run_dir_for(config, selected, digest)  # again: another may have begun it since
+            if not of_first_rank(ranks, run.summary is not None):
+                _train(config, run, selected, loss_data, digest)
+                return run
+    log.info("finished already: %s", run.path)
+    if config.eval.root is not None:
+        share = eval_share(config, may_launch=False)
+        eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
+    return run
+
+
+def _alone(run: RunDir, ranks: Ranks, *, wait: bool) -> AbstractContextManager[None]:
+    """Keep other commands from the run."""
+    if ranks.size == 1 and not is_rank_zero():
+        return nullcontext()  # Lightning has started this process; the first one holds the lock
+    return locked(run.lock, owner=f"The run {run.path}", ranks=ranks, wait=wait)
+
+
+def _train(
+    config: DictConfig, run: RunDir, selected: SelectOutcome, loss_data: LossData, digest: str
+) -> None:
+    """All that a run is, from where it is."""
     if is_rank_zero():
         run.start(config, selected.selection)
         write_text(run.path / "identity", digest + "\n")
@@ -129,7 +155,6 @@ def train_stage(config: DictConfig) -> RunDir:
     if is_rank_zero():
         _conclude(config, run, selected, loggers)
     finish(loggers)
-    return run
 
 
 def plan_stage(config: DictConfig) -> Forecast:
@@ -263,7 +288,7 @@ def _evaluate(config: DictConfig, run: RunDir, loggers: list[Logger]) -> None:
         return
     steps = (run.budget() or budget_from(config)).total_steps
     share = eval_share(config, may_launch=False)
-    summary = eval_stage(config, run.path, results_path=run.results, share=share)
+    summary = eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
     for logger in loggers:
         logger.log_metrics(summary.metrics(), step=steps)
     log_tables(loggers, log_records(summary))
