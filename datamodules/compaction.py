@@ -24,6 +24,7 @@ from tqdm import tqdm
 import siftclip
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import atomic_path, read_json, write_json
+from siftclip.datamodules.locks import LOCK_NAME
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import BadSampleError, read_ranges
 from siftclip.datamodules.selection import (
@@ -365,7 +366,8 @@ def _finished_shards(
     path = folder / MANIFEST_NAME
     _delete_leftovers(path)
     if not path.is_file():
-        found = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+        entries = folder.iterdir() if folder.exists() else ()
+        found = sorted(entry.name for entry in entries if entry.name != LOCK_NAME)
         if found:
             raise InputError(
                 f"compact.output must be a new or an empty folder. {folder} holds "

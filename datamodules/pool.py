@@ -26,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock
 from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_json, write_json
+from siftclip.datamodules.locks import locked
 from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, is_url
 from siftclip.datamodules.tar_index import (
     ARRAY_FIELDS,
@@ -163,7 +163,8 @@ def open_pool(
     complete = folder / "notes.json"
     if not complete.is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / "build.lock"):  # the other ranks wait for the one that builds
+        lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
+        with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
             if not complete.is_file():
                 indices = _index_shards(
                     storage, shards, folder.parent, key_split, workers, progress

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock, Timeout
-
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval.checksums import (
     CHECKSUMS_FILE,
     TaskChecksums,
@@ -28,7 +26,6 @@ from siftclip.eval.tasks import NSHARDS_FILE
 from siftclip.selectors.errors import InputError, require_int
 
 DEFAULT_WORKERS = 4
-LOCK_FILE = ".download.lock"
 _SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _TEXT_FILE = re.compile(r"[^/]+\.txt")
 _TAR_FILE = re.compile(r"[0-9]+\.tar")
@@ -154,7 +151,7 @@ def _download(
                 return _report(folder, known, fetched_files=0, damaged=damaged)
             revision = known.commit  # never files of two commits
             asked_revision = known.revision
-    with locked(folder):
+    with locked(folder / LOCK_NAME, owner=str(folder)):
         commit, listed = dataset.list_files(revision)
         files = choose(listed, splits)
         (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
@@ -242,22 +239,3 @@ def _report(
         fetched_files=fetched_files,
         damaged=tuple(damaged),
     )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time writes a task folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_FILE, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"{folder} is being written by another process. Wait for it, or end it."
-        ) from None
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.locks import lock_beside, locked
 from siftclip.eval.agreement import agreed
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
@@ -106,6 +106,7 @@ def evaluate_tasks(
     again: Collection[str] = (),
     failed: Sequence[TaskFailure] = (),
     on_scored: Callable[[ScoredTask], None] | None = None,
+    wait: bool = False,
 ) -> Evaluation:
     """Evaluate a model on tasks, in eval mode, whatever mode and autocast it is in.
 
@@ -125,6 +126,7 @@ def evaluate_tasks(
         again: names of tasks that are run although there is a result.
         failed: tasks that cannot even be indexed, with the reason; they are among the failures.
         on_scored: is given each task that is run, on the first rank, before its result is written.
+        wait: for another evaluation that writes `results_path`, instead of raising.
 
     Raises:
         InputError: an option is wrong, `results_path` was not written by us, cannot be written or
@@ -140,7 +142,8 @@ def evaluate_tasks(
     with ExitStack() as stack:
         stack.enter_context(buffers_of_first_rank(clip.model, ranks))
         if results_path is not None:
-            agreed(ranks, lambda: _lock(stack, results_path, ranks))
+            lock = lock_beside(results_path)
+            stack.enter_context(locked(lock, owner=str(results_path), ranks=ranks, wait=wait))
         identity = model_identity(clip, options.precision)
         done: dict[str, TaskResult] = {}
         if results_path is not None:
@@ -179,20 +182,6 @@ def _keep_failures(path: Path, failures: Sequence[TaskFailure], model: str, rank
     if ranks.rank == 0:
         for failure in failures:
             append_failure(path, replace(failure, model=model))
-
-
-def _lock(stack: ExitStack, path: Path, ranks: Ranks) -> None:
-    """Keep other evaluations from the results file until the stack is closed."""
-    if ranks.rank > 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=0))
-    except Timeout:
-        raise InputError(
-            f"{path} is being written by another evaluation. Wait for it, or name another "
-            "output_dir."
-        ) from None
 
 
 def _require_agreement(ranks: Ranks, identities: Sequence[str]) -> None:

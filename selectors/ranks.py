@@ -55,6 +55,11 @@ class ProcessGroup:
         dist.barrier()
 
 
+def of_first_rank(ranks: Ranks, value: bool) -> bool:
+    """What the first rank says, on all of them: files may change between the looks of two."""
+    return bool(int(ranks.sum(torch.tensor(int(value and ranks.rank == 0)))))
+
+
 def sum_arrays(ranks: Ranks, values: np.ndarray) -> np.ndarray:
     """The sum of an array over all ranks."""
     return values if ranks.size == 1 else ranks.sum(torch.from_numpy(values)).numpy()

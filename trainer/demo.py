@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import write_demo_data
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
 from siftclip.trainer.embedding import embed_stage
 from siftclip.trainer.stages import output_root
@@ -41,15 +42,16 @@ def demo_stage(config: DictConfig, overrides: Sequence[str]) -> DemoOutcome:
     start = time.perf_counter()
     root = output_root(config) / "demo" / "data"
     log.info("1/4 the pool: captioned scenes of handwritten digits, with known defects")
-    write_demo_data(
-        root,
-        seed=config.seed,
-        pool_samples=config.demo.pool_samples,
-        teacher_samples=config.demo.teacher_samples,
-        progress=config.progress,
-    )
+    with locked(root / LOCK_NAME, owner=str(root), wait=True):
+        write_demo_data(
+            root,
+            seed=config.seed,
+            pool_samples=config.demo.pool_samples,
+            teacher_samples=config.demo.teacher_samples,
+            progress=config.progress,
+        )
     log.info("2/4 the teacher: a CLIP on a clean split that shares no digit with the pool")
-    train_stage(_compose("train", ["experiment=digits_teacher", *overrides]))
+    train_stage(_compose("train", ["experiment=digits_teacher", *overrides]), wait=True)
     log.info("3/4 the features: the teacher embeds the pool")
     digits = _compose("compare", ["experiment=digits", *overrides])
     embed_stage(digits)

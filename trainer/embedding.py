@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -31,11 +33,13 @@ from siftclip.datamodules.feature_source import (
 from siftclip.datamodules.features import check_activation
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
 from siftclip.selectors.errors import InputError, require_bool, require_int
+from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
@@ -87,21 +91,34 @@ def embed_stage(config: DictConfig) -> Path:
             "embed needs a model: features=open_clip features.name=NAME features.model.name=MODEL. "
             "The features that a pool's metadata brings need no embedding."
         )
-    batch_size = require_int("features.batch_size", config.features.batch_size, minimum=1)
+    require_int("features.batch_size", config.features.batch_size, minimum=1)
     clip = clip_model_from(config.features.model, "features.model", trained=True)
     pool = pool_from(config)
     folder = features_folder(config)
     if folder is None:
         raise RuntimeError("features with a model always have a folder")
-    name = str(config.features.name)
-    reuse = require_bool("reuse", config.reuse)
-    _claim(folder, _manifest(config, clip, pool), reuse=reuse)
     share_cores(loader_options(config).num_workers)
     fabric = make_fabric(config)
     fabric.launch()
+    ranks: Ranks = OneRank() if fabric.world_size == 1 else ProcessGroup(fabric.device)
+    paths = [feature_path(folder, pool, shard) for shard in range(len(pool.shards))]
+    reuse = require_bool("reuse", config.reuse)
+    complete = reuse and all(path.exists() for path in [folder / MANIFEST_NAME, *paths])
+    complete = complete and not any(is_stale(path, pool, n) for n, path in enumerate(paths))
+    lock = locked(folder / LOCK_NAME, owner=f"The features {folder}", ranks=ranks, wait=True)
+    with nullcontext() if of_first_rank(ranks, complete) else lock:
+        _claim(folder, _manifest(config, clip, pool), reuse=reuse)
+        _embed(config, clip, pool, folder, fabric)
+    return folder
+
+
+def _embed(config: DictConfig, clip: ClipModel, pool: Pool, folder: Path, fabric: Fabric) -> None:
+    """Write the features that are missing."""
+    name = str(config.features.name)
+    batch_size = config.features.batch_size
     # By number, not by what is left: a rank that starts late sees what the others have written.
     share = list(range(fabric.global_rank, len(pool.shards), fabric.world_size))
-    mine = _shards_to_embed(folder, pool, share) if reuse else share
+    mine = _shards_to_embed(folder, pool, share) if config.reuse else share
     faults = FaultLog()
     loader = _loader(config, clip, pool, mine, batch_size, fabric.device.type == "cuda")
     bar = tqdm(loader, desc="embed", unit="batch", disable=not config.progress, leave=False)
@@ -124,7 +141,6 @@ def embed_stage(config: DictConfig) -> Path:
         max_bad_fraction=config.pool.max_bad_fraction,
     )
     fabric.barrier()  # the features are complete when any rank returns
-    return folder
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval.checksums import read_checksums, verify_task, wrong_sizes
 from siftclip.eval.convert_tasks import convert_task
-from siftclip.eval.download import download_source, download_task, locked
+from siftclip.eval.download import download_source, download_task
 from siftclip.eval.known_tasks import KNOWN_TASKS, KnownTask
 from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError, require_int
@@ -98,7 +99,7 @@ def _converted(config: DictConfig, task: KnownTask, folder: Path, workers: int) 
     if task.kind == "classification":
         raise RuntimeError("only retrieval and association are converted")
     source = folder.parent / SOURCES_FOLDER / folder.name
-    with locked(folder):
+    with locked(folder / LOCK_NAME, owner=str(folder)):
         download_source(
             task.repository,
             source,

@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.eval.report import Summary
 from siftclip.eval.results import read_results
@@ -43,6 +44,7 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
         Steps with their results.
 
     Raises:
+        HeldError: another command watches the run.
         InputError: an option is wrong, or there is no run.
     """
     if OmegaConf.is_missing(config.watch, "run"):
@@ -51,14 +53,21 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
     interval = require_finite("watch.interval_seconds", config.watch.interval_seconds)
     if interval <= 0:
         raise InputError(f"watch.interval_seconds must be above 0. Got {interval!r}.")
-    weights = require_weights_choice("watch.weights", config.watch.weights)
+    require_weights_choice("watch.weights", config.watch.weights)
     if not (run.path / "config.yaml").is_file():
         raise InputError(
             f"watch.run={config.watch.run!r} must be the directory of a run. It has no config.yaml."
         )
     folder = watch_folder(config)
-    logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     names = {task.name for task in tasks_from(config).tasks}  # before any waiting
+    with locked(folder / LOCK_NAME, owner=str(folder)):
+        yield from _watch(config, run, folder, names)
+
+
+def _watch(
+    config: DictConfig, run: RunDir, folder: Path, names: set[str]
+) -> Iterator[tuple[int, Summary]]:
+    logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     done: set[int] = set()  # by this call, with or without success
     loggers = make_loggers(
         folder,
@@ -77,7 +86,7 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
                 if step in done or (step in logged and names <= found):
                     continue
                 done.add(step)
-                clip = _load(run, path, weights)
+                clip = _load(run, path, str(config.watch.weights))
                 if clip is None:
                     continue
                 summary = eval_stage(config, clip, results_path=results)
@@ -87,7 +96,7 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
                 yield step, summary
             if finished or config.watch.once:
                 return
-            time.sleep(interval)
+            time.sleep(config.watch.interval_seconds)
     finally:
         finish(loggers)
 

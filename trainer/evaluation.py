@@ -211,6 +211,7 @@ def eval_stage(
     *,
     results_path: Path | None,
     share: EvalShare | None = None,
+    wait: bool = False,
 ) -> Summary:
     """Evaluate a model on the configured tasks; tasks with a result are not run again.
 
@@ -220,6 +221,7 @@ def eval_stage(
         results_path: the JSONL file of the results, beside which a table as CSV, a record of the
             model and what else is asked for is written; None keeps them in memory.
         share: of this process; None means that it is alone. All ranks make this call.
+        wait: for another evaluation that writes the same results, instead of raising.
 
     Returns:
         The results, with intervals on the first rank only. Tasks that failed are listed.
@@ -241,6 +243,7 @@ def eval_stage(
         again=[] if details is None else _without_details(config, found.tasks, details),
         failed=damaged,
         on_scored=None if details is None else _write_details(config, details),
+        wait=wait,
     )
     summary = summarise(
         evaluation.results,

@@ -29,6 +29,7 @@ from siftclip.datamodules.clip_models import (
     save_model_folder,
 )
 from siftclip.datamodules.files import atomic_path
+from siftclip.datamodules.locks import lock_beside, locked
 from siftclip.datamodules.model_weights import (
     CONFIG_KEY,
     Weights,
@@ -104,10 +105,12 @@ def export_stage(config: DictConfig) -> Exported:
     weights = require_weights_choice("export.weights", options.weights)
     path = Path(str(options.path))
     _check_target(str(options.format), path, overwrite=options.overwrite)
-    source = open_source(Path(str(options.source)), weights)
-    if path.resolve() in (source.origin.resolve(), Path(str(options.source)).resolve()):
-        raise InputError(f"export.path={str(path)!r} is what is exported. Name another path.")
-    return _WRITERS[options.format](source, path)
+    with locked(lock_beside(path), owner=f"export.path={str(path)!r}"):
+        _check_target(str(options.format), path, overwrite=options.overwrite)  # no longer changes
+        source = open_source(Path(str(options.source)), weights)
+        if path.resolve() in (source.origin.resolve(), Path(str(options.source)).resolve()):
+            raise InputError(f"export.path={str(path)!r} is what is exported. Name another path.")
+        return _WRITERS[options.format](source, path)
 
 
 def describe_export(exported: Exported) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.compaction import Compaction, compact_pool
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.selectors.errors import InputError, require_int
@@ -72,14 +73,16 @@ def compact_stage(config: DictConfig) -> Compaction:
         )
     require_int("compact.shard_samples", config.compact.shard_samples, minimum=1)
     selected = select_stage(config)
-    return compact_pool(
-        selected.pool,
-        selected.selection,
-        Path(str(config.compact.output)),
-        shard_samples=config.compact.shard_samples,
-        max_bad_fraction=config.pool.max_bad_fraction,
-        progress=config.progress,
-    )
+    folder = Path(str(config.compact.output))
+    with locked(folder / LOCK_NAME, owner=f"compact.output={str(folder)!r}"):
+        return compact_pool(
+            selected.pool,
+            selected.selection,
+            folder,
+            shard_samples=config.compact.shard_samples,
+            max_bad_fraction=config.pool.max_bad_fraction,
+            progress=config.progress,
+        )
 
 
 def describe_compaction(outcome: Compaction) -> str:

@@ -12,6 +12,7 @@ eval_results.jsonl  a line a task
 model.json       what was trained: architecture, activation, preprocessing, tokenizer
 budget.json      how long the run is
 summary.json     written last: the run is finished
+.lock            while a process trains: which one, and since when
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
 from siftclip.datamodules.files import read_json, write_json, write_text
+from siftclip.datamodules.locks import LOCK_NAME
 from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.trainer.budget import Budget
 from siftclip.trainer.run_records import read_budget, read_metrics, read_summary
@@ -62,6 +64,11 @@ class RunDir:
     @property
     def model(self) -> Path:
         return self.path / MODEL_FOLDER
+
+    @property
+    def lock(self) -> Path:
+        """Of the one process that trains, see `siftclip.datamodules.locks`."""
+        return self.path / LOCK_NAME
 
     @property
     def results(self) -> Path:
@@ -166,9 +173,16 @@ class RunDir:
         return read_json(path) if path.is_file() else None
 
     def set_aside(self) -> Path:
-        """Rename the directory, so that the run can begin anew; returns its new name."""
+        """Move all files, so that the run can begin anew; returns the folder that has them now.
+
+        The lock stays where it is.
+        """
         aside = self.path.with_name(f"{self.path.name}.replaced-{datetime.now():%Y%m%d-%H%M%S}")
-        return self.path.rename(aside)
+        aside.mkdir()
+        for path in self.path.iterdir():
+            if path != self.lock:
+                path.rename(aside / path.name)
+        return aside
 
     def start(self, config: DictConfig, selection: Selection, identity: dict[str, Any]) -> None:
         """Write down what the run is, before its first step."""

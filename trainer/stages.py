@@ -6,18 +6,19 @@ part of it, checks it, and calls the part of siftclip that does the work.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.identities import say_reused, say_why_not
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.pool import (
     Coverage,
     Pool,
@@ -37,6 +38,7 @@ from siftclip.datamodules.selection import (
 from siftclip.datamodules.storage import default_cache
 from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.errors import InputError, require_bool, require_int
+from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
 
@@ -143,6 +145,11 @@ def source_from(config: DictConfig, pool: Pool, *, may_launch: bool) -> PoolSour
     )
 
 
+def _once(folder: Path, what: str, ranks: Ranks) -> AbstractContextManager[None]:
+    """Inside, no other command makes what is kept in a folder; the work is not done twice."""
+    return locked(folder / LOCK_NAME, owner=f"{what} {folder}", ranks=ranks, wait=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOutcome:
     """What the score stage made."""
@@ -165,8 +172,10 @@ def score_stage(config: DictConfig) -> ScoreOutcome:
             "Use siftclip select."
         )
     source = source_from(config, pool_from(config), may_launch=True)
-    scores = score_pool(selector, source)
     folder = source.scores_root / identity_hash(source.identity(selector))
+    there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
+    with nullcontext() if there else _once(folder, "The scores", source.ranks):
+        scores = score_pool(selector, source)
     return ScoreOutcome(source=source, scores=scores, folder=folder)
 
 
@@ -193,26 +202,25 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
     identity = source.identity(selector, with_rule=True)
     root = output_root(config) / "selections"
     folder = root / f"{name}-{identity_hash(identity)}"
-    manifest = folder / MANIFEST_NAME
-    is_first = source.ranks.rank == 0
-    # the first rank decides for all: a file may appear between the looks of two of them
-    there = torch.tensor(int(is_first and config.reuse and manifest.is_file()))
-    if int(source.ranks.sum(there)):
-        selection = read_selection(folder)
-        if is_first:
-            say_reused("the selection", manifest)
-    else:
-        if is_first and not manifest.is_file():
-            kept = root.glob(f"{name}-*/{MANIFEST_NAME}")
-            say_why_not("the selection", identity, kept, like="selector")
-        selection = run_selection(selector, name, parameters, source)
-        available = metadata_coverage(pool)
-        if available is not None:
-            selection.manifest["pool"]["metadata_samples"] = available.named
-            selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
-        if is_first:
-            write_selection(selection, folder)
-        source.ranks.barrier()
+    ranks, path = source.ranks, folder / MANIFEST_NAME
+    there = of_first_rank(ranks, source.reuse and path.is_file())
+    if not there and ranks.rank == 0 and not path.is_file():
+        kept = root.glob(f"{name}-*/{MANIFEST_NAME}")
+        say_why_not("the selection", identity, kept, like="selector")
+    with nullcontext() if there else _once(folder, "The selection", ranks):
+        if there or of_first_rank(ranks, source.reuse and path.is_file()):
+            selection = read_selection(folder)
+            if ranks.rank == 0:
+                say_reused("the selection", path)
+        else:
+            selection = run_selection(selector, name, parameters, source)
+            available = metadata_coverage(pool)
+            if available is not None:
+                selection.manifest["pool"]["metadata_samples"] = available.named
+                selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
+            if ranks.rank == 0:
+                write_selection(selection, folder)
+            ranks.barrier()
     rows, coverage = expand_rows(selection, pool)
     return SelectOutcome(
         pool=pool,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.tar_walk import require_key_split
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
@@ -62,5 +63,6 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
         progress=config.progress,
     )
     reuse = require_bool("reuse", config.reuse)
-    paths = embed_tasks(clip, tasks, Path(folder), options, reuse=reuse)
+    with locked(Path(folder) / LOCK_NAME, owner=f"The targets {folder}", wait=True):
+        paths = embed_tasks(clip, tasks, Path(folder), options, reuse=reuse)
     return Path(folder), paths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from siftclip.datamodules.identities import (
     say_reused,
     say_why_not,
 )
+from siftclip.datamodules.locks import locked
 from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.model_record import model_record
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.streaming import count_micro_batches
 from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.assembly import data_module_from, new_model, training_module
 from siftclip.trainer.budget import Budget, budget_from, limit_from
 from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
@@ -154,28 +157,56 @@ def run_dir_for(config: DictConfig, selected: SelectOutcome, identity: dict[str,
     return run
 
 
-def train_stage(config: DictConfig) -> RunDir:
+def train_stage(config: DictConfig, *, wait: bool = False) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
     A finished run is returned as it is; an interrupted one continues from its last checkpoint.
     With `reuse=false` either is set aside, under another name, and the run begins anew.
 
+    Args:
+        config: of the command.
+        wait: for another process that trains this very run, instead of raising.
+
     Raises:
+        HeldError: another process trains this run.
         InputError: an option or a file is wrong; found before the first step where possible.
     """
     _check_options(config)
     selected = select_stage(config)
     loss_data = open_loss_data(config, selected)
     identity = run_identity(config, selected, loss_data)
-    run = run_dir_for(config, selected, identity)
-    now = run_environment(config)
-    if run.summary is not None and config.reuse:
+    run, ranks = run_dir_for(config, selected, identity), selected.source.ranks
+    if not of_first_rank(ranks, config.reuse and run.summary is not None):
+        with _alone(run, ranks, wait=wait):
+            run_dir_for(config, selected, identity)  # again: another may have begun it since
+            if not of_first_rank(ranks, config.reuse and run.summary is not None):
+                _train(config, run, selected, loss_data, identity)
+                return run
+    if ranks.rank == 0:
         say_reused("the finished run", run.path / SUMMARY_NAME)
-        warn_of_other_code(run, now)
-        if config.eval.root is not None:
-            share = eval_share(config, may_launch=False)
-            eval_stage(config, run.path, results_path=run.results, share=share)
-        return run
+        warn_of_other_code(run, run_environment(config))
+    if config.eval.root is not None:
+        share = eval_share(config, may_launch=False)
+        eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
+    return run
+
+
+def _alone(run: RunDir, ranks: Ranks, *, wait: bool) -> AbstractContextManager[None]:
+    """Keep other commands from the run."""
+    if ranks.size == 1 and not is_rank_zero():
+        return nullcontext()  # Lightning has started this process; the first one holds the lock
+    return locked(run.lock, owner=f"The run {run.path}", ranks=ranks, wait=wait)
+
+
+def _train(
+    config: DictConfig,
+    run: RunDir,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    identity: dict[str, Any],
+) -> None:
+    """All that a run is, from where it is."""
+    now = run_environment(config)
     if is_rank_zero():
         if not config.reuse and run.has_started:
             log.info("reuse=false: the run of before is now %s", run.set_aside())
@@ -205,7 +236,6 @@ def train_stage(config: DictConfig) -> RunDir:
     if is_rank_zero():
         _conclude(config, run, selected, loggers)
     finish(loggers)
-    return run
 
 
 def plan_stage(config: DictConfig) -> Forecast:
@@ -343,7 +373,7 @@ def _evaluate(config: DictConfig, run: RunDir, loggers: list[Logger]) -> None:
         return
     steps = (run.budget() or budget_from(config)).total_steps
     share = eval_share(config, may_launch=False)
-    summary = eval_stage(config, run.path, results_path=run.results, share=share)
+    summary = eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
     for logger in loggers:
         logger.log_metrics(summary.metrics(), step=steps)
     log_tables(loggers, log_records(summary))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.locks import HeldError, lock_beside, locked
 from siftclip.eval import evaluate
 from siftclip.eval.agreement import agreed
 from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
@@ -83,8 +84,8 @@ def test_a_file_is_written_by_one_evaluation(
     path = tmp_path / "eval_results.jsonl"
     tasks = find_tasks(task_root, ["few"]).complete()
     with (
-        FileLock(tmp_path / ".eval_results.jsonl.lock"),
-        pytest.raises(InputError, match="is being written by another evaluation"),
+        locked(lock_beside(path), owner="another"),
+        pytest.raises(HeldError, match=rf"eval_results.jsonl is being written by .* {os.getpid()}"),
     ):
         evaluate_tasks(clip, tasks, options=QUIET, results_path=path)
     (result,) = evaluate_tasks(clip, tasks, options=QUIET, results_path=path).results

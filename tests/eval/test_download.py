@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from huggingface_hub import constants
 
+from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval import hub
 from siftclip.eval.checksums import CHECKSUMS_FILE, read_checksums, verify_task
-from siftclip.eval.download import LOCK_FILE, DownloadReport, download_source, download_task
+from siftclip.eval.download import DownloadReport, download_source, download_task
 from siftclip.eval.tasks import read_task
 from siftclip.selectors.errors import InputError
 
@@ -196,7 +196,7 @@ LAYOUT = {
 def test_fetches_the_layout_and_nothing_else(fake: FakeHub, tmp_path: Path) -> None:
     folder = tmp_path / "wds_things"
     report = download(fake, folder)
-    assert written(folder) - {LOCK_FILE} == LAYOUT | {CHECKSUMS_FILE}
+    assert written(folder) - {LOCK_NAME} == LAYOUT | {CHECKSUMS_FILE}
     for name in LAYOUT:
         assert (folder / name).read_bytes() == fake.files[name]
     assert (report.commit, report.files, report.fetched_files) == (COMMIT, 6, 6)
@@ -235,7 +235,7 @@ def test_a_second_call_asks_nothing(fake: FakeHub, tmp_path: Path) -> None:
 def test_a_complete_download_may_be_read_only(fake: FakeHub, tmp_path: Path) -> None:
     folder = tmp_path / "task"
     download(fake, folder)
-    with FileLock(folder / LOCK_FILE):  # nobody needs the lock to read
+    with locked(folder / LOCK_NAME, owner="another"):  # nobody needs the lock to read
         assert download(fake, folder).fetched_files == 0
 
 
@@ -299,7 +299,7 @@ def test_goes_on_within_a_file_after_a_cut(fake: FakeHub, tmp_path: Path) -> Non
     assert [head["Range"] for head in fake.fetched("test/0.tar")] == ["bytes=1000-"]
     assert verify_task(folder) == []
     assert (folder / "test" / "0.tar").read_bytes() == fake.files["test/0.tar"]
-    assert written(folder) - {LOCK_FILE} == LAYOUT | {CHECKSUMS_FILE}  # no unfinished file is left
+    assert written(folder) - {LOCK_NAME} == LAYOUT | {CHECKSUMS_FILE}  # no unfinished file is left
 
 
 def test_a_cut_is_healed_in_the_same_call(fake: FakeHub, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_names_that_lead_out_are_refused(fake: FakeHub, tmp_path: Path, name: st
     fake.files[name] = b"evil"
     with pytest.raises(InputError, match="may lead out of the task folder"):
         download(fake, tmp_path / "task")
-    assert written(tmp_path / "task") <= {LOCK_FILE}
+    assert written(tmp_path / "task") <= {LOCK_NAME}
 
 
 @pytest.mark.parametrize(
@@ -514,8 +514,8 @@ def test_wrong_repositories_and_folders(fake: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds the task of someone/wds_things_test"):
         download_task("someone/else", folder, endpoint=fake.endpoint, progress=False)
     with (
-        FileLock(tmp_path / "y" / LOCK_FILE),
-        pytest.raises(InputError, match="is being written by another process"),
+        locked(tmp_path / "y" / LOCK_NAME, owner="another"),
+        pytest.raises(InputError, match="y is being written by process"),
     ):
         download(fake, tmp_path / "y")
     (tmp_path / "file").touch()
@@ -536,7 +536,7 @@ def test_download_source_prefers_parquet_and_takes_no_code(fake: FakeHub, tmp_pa
     folder = tmp_path / "zip"
     source = {"endpoint": fake.endpoint, "progress": False}
     assert download_source(REPOSITORY, folder, **source).files == 2
-    assert written(folder) - {LOCK_FILE, CHECKSUMS_FILE} == {"images.zip", "data/table.csv"}
+    assert written(folder) - {LOCK_NAME, CHECKSUMS_FILE} == {"images.zip", "data/table.csv"}
     fake.files["TEST/test/0000.parquet"] = b"PAR1"
     assert download_source(REPOSITORY, tmp_path / "parquet", **source).files == 1
     fake.files = {"load.py": b"import os"}

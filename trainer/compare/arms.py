@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from siftclip.datamodules.locks import LOCK_NAME, HeldError, locked
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import budget_from, limit_from
 from siftclip.trainer.compare.collect import ArmRun, collect
@@ -71,21 +72,48 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
     arms: dict[str, list[str]] = plain(config.compare.arms)
     seeds: list[int] = plain(config.compare.seeds)
     plan = _plan(config, arms, seeds, overrides)
-    runs: list[ArmRun] = []
-    bar = tqdm(plan, desc="compare", unit="run", disable=not config.progress, leave=False)
-    for arm, seed, arm_config in bar:
-        bar.set_postfix_str(f"{arm}, seed {seed}")
-        runs.append(ArmRun(arm=arm, seed=seed, run=train_stage(arm_config)))
+    runs = _train_all(config, plan)
     folder = output_root(config) / "compare" / str(config.compare.name)
     if not is_rank_zero():
         return CompareOutcome(folder=folder, table="")
     comparison = collect(config, runs)
-    write_report(comparison, folder)
+    with locked(folder / LOCK_NAME, owner=str(folder), wait=True):
+        write_report(comparison, folder)
     return CompareOutcome(
         folder=folder,
         table=format_main_table(comparison),
         failed=tuple(missing.text() for missing in comparison.missing if missing.failed),
     )
+
+
+def _train_all(config: DictConfig, plan: Sequence[tuple[str, int, DictConfig]]) -> list[ArmRun]:
+    """All runs, in the order of the plan.
+
+    What another command is training at the moment comes last: it may be finished by then, and if
+    not, there is nothing left to do but to wait for it.
+    """
+    runs: dict[int, ArmRun] = {}
+    later: list[int] = []
+    with tqdm(
+        total=len(plan), desc="compare", unit="run", disable=not config.progress, leave=False
+    ) as bar:
+
+        def train(number: int, *, wait: bool) -> None:
+            arm, seed, arm_config = plan[number]
+            bar.set_postfix_str(f"{arm}, seed {seed}")
+            runs[number] = ArmRun(arm=arm, seed=seed, run=train_stage(arm_config, wait=wait))
+            bar.update()
+
+        for number, (arm, seed, _) in enumerate(plan):
+            try:
+                train(number, wait=False)
+            except HeldError as error:
+                later.append(number)
+                if is_rank_zero():
+                    log.warning("%s, seed %d, comes after the others. %s", arm, seed, error)
+        for number in later:
+            train(number, wait=True)
+    return [runs[number] for number in range(len(plan))]
 
 
 def _plan(

@@ -1,0 +1,169 @@
+"""One process at a time writes a place. The lock goes with its holder, however that one ends.
+
+Locks are POSIX record locks (`fcntl.lockf`), which work over NFS too. `filelock` takes flock, which
+loader processes inherit: after a SIGKILL of the holder they would keep it until they notice.
+
+The lock's file says who holds it and can be read meanwhile. It is deleted at the end; one that a
+killed process has left behind holds nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+
+from siftclip.selectors.errors import InputError
+from siftclip.selectors.ranks import OneRank, Ranks
+
+LOCK_NAME = ".lock"  # of a folder
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 3.0  # before a word is said about waiting
+_FREE, _HELD, _FAULT = 0, 1, 2
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+log = logging.getLogger(__name__)
+
+# Record locks do not keep a process from itself; a fork inherits the table, but not the locks.
+_own: dict[str, int] = {}  # process id by the path of the lock's file
+
+
+class HeldError(InputError):
+    """Another process writes there."""
+
+
+@contextmanager
+def locked(
+    path: Path, *, owner: str, ranks: Ranks | None = None, wait: bool = False
+) -> Iterator[None]:
+    """Keep other processes from what a lock stands for, inside the block.
+
+    Args:
+        path: the lock's file: `LOCK_NAME` in a folder, or `lock_beside` a file.
+        owner: what is written, as the message calls it.
+        ranks: that write together. The first holds the lock; all of them make this call.
+        wait: until the other is done, instead of raising. What it waits for is logged.
+
+    Raises:
+        HeldError: another process holds it; the message says who, and since when.
+        InputError: no file can be written there.
+    """
+    ranks, path = ranks or OneRank(), path.parent.resolve() / path.name
+    start, told = time.monotonic(), False
+    while True:
+        handle, state, words = _take(path) if ranks.rank == 0 else (None, 0, "")
+        # the first rank decides for all, so that none waits where the others have ended
+        state = int(ranks.sum(torch.tensor(state)))
+        if state == _FREE:
+            break
+        if state == _FAULT:
+            raise InputError(f"{owner} cannot be written: {words or 'see the first rank'}.")
+        if not wait:
+            raise HeldError(
+                f"{owner} is being written {words or 'by another command'}. Wait for it or end it, "
+                f"or write elsewhere. If its machine has crashed, delete {path}."
+            )
+        if not told and ranks.rank == 0 and time.monotonic() - start > PATIENCE_SECONDS:
+            log.warning("%s is being written %s: waiting for it", owner, words)
+            told = True
+        time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            _give_back(path, handle)
+
+
+def lock_beside(path: Path) -> Path:
+    """The lock's file of a file."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def describe_holder(path: Path) -> str:
+    """Who holds a lock, as its file says: `by PID on HOST since TIME (COMMAND)`."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            f"by process {int(holder['pid'])} on {holder['host']} since {holder['since']} "
+            f"({holder['command']})"
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # it is just writing it, or just gone
+        return "by another process"
+
+
+def _take(path: Path) -> tuple[int | None, int, str]:
+    """An open file with the lock, the state, and words about what is in the way."""
+    name = str(path)
+    if _own.get(name) == os.getpid():
+        return None, _HELD, describe_holder(path)  # closing another handle would free the lock
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            return None, _FAULT, f"{path}: {error.strerror or error}"
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:  # EAGAIN or EACCES: POSIX allows both
+                os.close(handle)
+                return None, _HELD, describe_holder(path)
+            log.warning(
+                "%s: this file system has no locks (%s), so nothing keeps two commands apart there",
+                path.parent,
+                error.strerror,
+            )
+        if _is_at(path, handle):
+            break
+        os.close(handle)  # its holder has deleted the file meanwhile
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, _holder(), 0)
+    except OSError as error:
+        _give_back(path, handle)
+        return None, _FAULT, f"{path}: {error.strerror or error}"
+    _own[name] = os.getpid()
+    return handle, _FREE, ""
+
+
+def _give_back(path: Path, handle: int) -> None:
+    _own.pop(str(path), None)
+    try:
+        if _is_at(path, handle):
+            path.unlink(missing_ok=True)  # before the lock is free: see `_take`
+    except OSError:  # the folder may be read-only by now; a file that nobody locks holds nothing
+        log.debug("%s cannot be deleted", path)
+    finally:
+        os.close(handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _holder() -> bytes:
+    # Options may hold secrets, such as a storage's key: only the words before them.
+    words = takewhile(lambda word: "=" not in word and "://" not in word, sys.argv[1:])
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "command": shlex.join(["siftclip", *words]),
+    }
+    return (json.dumps(holder) + "\n").encode()
