@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 
@@ -13,8 +15,24 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def int8_is_fast() -> bool:
-    """Whether this CPU has int8 products, which are exact only then."""
-    return _cpu_has("vnni")
+    """Whether this CPU has int8 products that are exact: some are computed to see it, once."""
+    return _cpu_has("vnni") and _int8_is_exact()
+
+
+@lru_cache(maxsize=1)
+def _int8_is_exact() -> bool:
+    """Whether large int8 products are added without saturation.
+
+    They are not where oneDNN does without VNNI, for want of it or as `ONEDNN_MAX_CPU_ISA` says.
+    """
+    for rows, depth, columns in ((3, 17, 5), (64, 256, 64)):  # a remainder, and whole tiles
+        left = torch.full((rows, depth), 127, dtype=torch.int8)
+        right = torch.full((depth, columns), 127, dtype=torch.int8)
+        right[:, 1::2] = -127
+        expected = left.double() @ right.double()
+        if not torch.equal(torch._int_mm(left, right).double(), expected):
+            return False
+    return True
 
 
 def _cpu_has(instructions: str) -> bool:

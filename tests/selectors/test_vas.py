@@ -176,6 +176,7 @@ def test_agrees_with_released_code(
         limit=2e-6,
         kept=np.flatnonzero(choice.multiplicities),
         expected_kept=expected[f"rows_top20_{short}"],
+        cut_limit=2e-6,
     )
     if modality == "image":
         pool = Vas(features=arch, target="pool", fraction=0.2)
