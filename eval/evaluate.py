@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.identities import say_reused
 from siftclip.datamodules.locks import lock_beside, locked
 from siftclip.eval.agreement import agreed
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
 from siftclip.eval.feature_cache import SharedCache
-from siftclip.eval.identities import model_identity, task_identity, unit_ids
+from siftclip.eval.identities import model_identity, tars_stamp, task_identity, unit_ids
 from siftclip.eval.images import ImageTable, content_id, image_ids
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
@@ -139,6 +140,7 @@ def evaluate_tasks(
         wanted_tasks, split = tasks, options.probe.train_split
         tasks = agreed(ranks, lambda: prepare_tasks(wanted_tasks, train_split=split))
     identities = {one.task.name: task_identity(one, options.probe) for one in tasks.data}
+    stamps = {one.task.name: tars_stamp(one) for one in tasks.data}
     with ExitStack() as stack:
         stack.enter_context(buffers_of_first_rank(clip.model, ranks))
         if results_path is not None:
@@ -148,10 +150,12 @@ def evaluate_tasks(
         done: dict[str, TaskResult] = {}
         if results_path is not None:
             broken = {failure.key for failure in (*failed, *tasks.failures)}
-            done = _resume(results_path, identity, identities, ranks, {*again, *broken}, options)
+            done = _resume(
+                results_path, identity, identities, stamps, ranks, {*again, *broken}, options
+            )
         wanted = tasks.without(set(done))
-        if done and ranks.rank == 0:
-            log.info("%s has %d of %d results already", results_path, len(done), len(identities))
+        if done and results_path is not None and ranks.rank == 0:
+            say_reused(f"the results of {len(done)} of {len(identities)} tasks", results_path)
         _require_agreement(ranks, [identity, *(identities[one.task.name] for one in wanted.data)])
         evaluator = _Evaluator(
             clip,
@@ -160,6 +164,7 @@ def evaluate_tasks(
             torch.device(device),
             identity,
             identities,
+            stamps,
             results_path,
             on_scored,
         )
@@ -202,6 +207,7 @@ def _resume(
     path: Path,
     model: str,
     tasks: Mapping[str, str],
+    stamps: Mapping[str, str],
     ranks: Ranks,
     again: Collection[str],
     options: EvalOptions,
@@ -212,6 +218,7 @@ def _resume(
         path: of the file.
         model: `model_identity`.
         tasks: `task_identity` by name, of those that are asked for.
+        stamps: `tars_stamp` likewise; the first rank's count.
         ranks: who asks.
         again: names of tasks whose results shall go.
         options: of the intervals, for results that were made without.
@@ -220,6 +227,12 @@ def _resume(
     results = before.results
     own = [result for result in results if result.model == model]
     valid = [result for result in own if tasks.get(result.key, result.task) == result.task]
+    same_tars = np.zeros(len(valid), dtype=np.int64)
+    if ranks.rank == 0:
+        same_tars[:] = [stamps.get(result.key, result.tars) == result.tars for result in valid]
+    unchanged = sum_arrays(ranks, same_tars).astype(np.bool_).tolist()
+    others = [result.key for result, same in zip(valid, unchanged, strict=True) if not same]
+    again = {*again, *others}
     kept = [result for result in valid if result.key not in again and not result.note]
     kept = [_with_interval(result, options, ranks) for result in kept]
     if ranks.rank == 0 and path.exists():
@@ -229,11 +242,18 @@ def _resume(
         if len(valid) < len(own):
             changed = ", ".join(sorted({r.key for r in own} - {r.key for r in valid}))
             log.warning("%s: results of tasks that have changed are removed: %s", path, changed)
+        if others:
+            log.warning(
+                "%s: the tars of tasks were written after their results, or an earlier version "
+                "did not note which they were; evaluated again: %s",
+                path,
+                ", ".join(sorted(others)),
+            )
         failures = [one for one in before.failures if one.model == model]
         tried = {*tasks, *again}  # which have a new result or failure soon
-        others = tuple(one for one in failures if one.key not in tried)
+        untried = tuple(one for one in failures if one.key not in tried)
         # also when all are kept: without a last line that was cut off
-        write_lines(path, KeptResults(results=tuple(kept), failures=others))
+        write_lines(path, KeptResults(results=tuple(kept), failures=untried))
     return {result.key: result for result in kept}
 
 
@@ -277,6 +297,7 @@ class _Evaluator:
         device: torch.device,
         identity: str,
         identities: Mapping[str, str],
+        stamps: Mapping[str, str],
         results_path: Path | None,
         on_scored: Callable[[ScoredTask], None] | None,
     ) -> None:
@@ -286,6 +307,7 @@ class _Evaluator:
         self.device = device
         self.identity = identity
         self.identities = identities
+        self.stamps = stamps
         self.results_path = results_path
         self.on_scored = on_scored
         self.failures: list[TaskFailure] = []
@@ -421,6 +443,7 @@ class _Evaluator:
             seconds=time.perf_counter() - start,
             model=self.identity,
             task=self.identities[task.name],
+            tars=self.stamps[task.name],
             family=task.family,
             outcomes=outcomes,
             units=units,

@@ -52,6 +52,7 @@ class TaskResult:
     seconds: float  # that the task took beyond the features that it shares with others
     model: str | None  # identities.model_identity of the model; None in files of other tools
     task: str | None = None  # identities.task_identity of the task and how it was scored
+    tars: str | None = None  # identities.tars_stamp of the files that it was read from
     family: str = OWN_FAMILY
     # What the main metric is made of, and which image or instance each unit is, uint64 [n]. None
     # where there is no main metric, and where the file is gone.
@@ -165,6 +166,7 @@ def _to_record(result: TaskResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "model": result.model,
         "task": result.task,
+        "tars": result.tars,
     }
 
 
@@ -218,6 +220,7 @@ def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[
         seconds=require_number("seconds", record.get("seconds", 0.0), least=0),
         model=_optional_text("model", record),
         task=_optional_text("task", record),
+        tars=_optional_text("tars", record),
         family=_optional_text("family", record) or (known.family if known else OWN_FAMILY),
         outcomes=outcomes,
         units=units,

@@ -32,7 +32,7 @@ from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.report import Summary, summarise, write_csv
 from siftclip.eval.results import TaskResult, read_kept, read_results
 from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, require_names, with_texts
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.run_dir import RunDir
@@ -172,7 +172,7 @@ def eval_options(config: DictConfig) -> EvalOptions:
         precision=str(settings.precision),
         max_image_pixels=config.data.max_image_pixels,
         resamples=settings.resamples,
-        cache=None if settings.cache_dir is None else Path(settings.cache_dir),
+        cache=Path(settings.cache_dir) if settings.cache_dir and config.reuse else None,
         probe=ProbeSettings(
             train_split=str(settings.probe.train_split),
             few_shot_seeds=tuple(plain(settings.probe.seeds)),
@@ -240,7 +240,7 @@ def eval_stage(
         options=options,
         ranks=share.ranks,
         results_path=results_path,
-        again=[] if details is None else _without_details(config, found.tasks, details),
+        again=_to_do_again(config, found.tasks, details),
         failed=damaged,
         on_scored=None if details is None else _write_details(config, details),
         wait=wait,
@@ -256,6 +256,13 @@ def eval_stage(
         write_json(results_path.with_name(f"{results_path.stem}_model.json"), model_record(clip))
         write_csv(results_path.with_suffix(".csv"), _whole(config, results_path, summary))
     return summary
+
+
+def _to_do_again(config: DictConfig, tasks: Sequence[Task], details: Path | None) -> list[str]:
+    """The tasks whose results shall not be reused."""
+    if not require_bool("reuse", config.reuse):
+        return [task.name for task in tasks]
+    return [] if details is None else _without_details(config, tasks, details)
 
 
 def details_folder(results_path: Path) -> Path:

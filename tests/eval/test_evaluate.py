@@ -4,8 +4,10 @@ import copy
 import json
 import logging
 import math
+import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -511,6 +513,36 @@ def test_results_of_a_task_that_has_changed_are_not_taken(
     assert result.samples == 14
     (result,) = run(clip, [replace(things, main_metric="mean_per_class_recall")], results_path=path)
     assert result.main_metric_name == "mean_per_class_recall"
+    assert sorted(result.key for result in read_results(path)) == ["few", "things"]
+
+
+def test_results_of_tars_that_were_replaced_are_not_taken(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, evaluated: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Other images of equal sizes under the same keys."""
+    path = tmp_path / "r.jsonl"
+    few, things = (task for task in tasks if task.name in ("few", "things"))
+    copies = []
+    for number, shard in enumerate(things.shards):
+        copies.append(tmp_path / f"{number}.tar")
+        shutil.copy(shard, copies[-1])
+    things = replace(things, shards=tuple(copies))
+    run(clip, [few, things], results_path=path)
+    (kept,) = run(clip, [things], results_path=path)
+    assert evaluated == ["few", "things"]
+    status = copies[0].stat()
+    os.utime(copies[0], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with caplog.at_level(logging.WARNING):
+        run(clip, [few, things], results_path=path)
+    assert evaluated == ["few", "things", "things"]
+    assert "evaluated again: things" in caplog.text
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:  # as an earlier version wrote them
+        del line["tars"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(clip, [things], results_path=path)[0].metrics == kept.metrics
+    assert evaluated[3:] == ["things"]
     assert sorted(result.key for result in read_results(path)) == ["few", "things"]
 
 

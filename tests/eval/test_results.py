@@ -89,6 +89,7 @@ def test_lines_have_the_shape_of_datacomp(tmp_path: Path) -> None:
         "seconds": 1.5,
         "model": "abc",
         "task": "def",
+        "tars": None,
     }
 
 
