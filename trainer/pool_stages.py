@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.compaction import Compaction, compact_pool
+from siftclip.datamodules.identities import when
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
@@ -55,10 +56,14 @@ def describe_index(outcome: IndexOutcome) -> str:
             for cause, count in pool.faults.counts.most_common()
         ),
         f"index      {pool.table_folder.parent}",
-        f"{'built' if outcome.is_new else 'was there'}{'':<{6 if outcome.is_new else 2}}"
-        f"{seconds:.2f} s{rate}",
+        f"built      {seconds:.2f} s{rate}" if outcome.is_new else _index_reused(pool, seconds),
     ]
     return "\n".join(lines)
+
+
+def _index_reused(pool: Pool, seconds: float) -> str:
+    written = when(pool.table_folder / "notes.json")
+    return f"reused     the index of {written}, opened in {seconds:.2f} s"
 
 
 def compact_stage(config: DictConfig) -> Compaction:
@@ -90,7 +95,7 @@ def describe_compaction(outcome: Compaction) -> str:
     if outcome.copied_bytes:
         rate = f", {outcome.copied_bytes / outcome.seconds / 1e6:.0f} MB/s"
     else:
-        rate = ": it was there"
+        rate = ": reused a finished copy"
     faults = outcome.faults
     weights = outcome.folder / WEIGHTS_NAME
     return "\n".join(

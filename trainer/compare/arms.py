@@ -22,7 +22,7 @@ from siftclip.datamodules.locks import LOCK_NAME, HeldError, locked
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import budget_from, limit_from
 from siftclip.trainer.compare.collect import ArmRun, collect
-from siftclip.trainer.compare.report import write_report
+from siftclip.trainer.compare.report import mixed_notes, write_report
 from siftclip.trainer.compare.tables import format_main_table
 from siftclip.trainer.evaluation import tasks_from
 from siftclip.trainer.launch import require_launcher
@@ -77,6 +77,8 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
     if not is_rank_zero():
         return CompareOutcome(folder=folder, table="")
     comparison = collect(config, runs)
+    for note in mixed_notes(comparison):
+        log.warning(note)
     with locked(folder / LOCK_NAME, owner=str(folder), wait=True):
         write_report(comparison, folder)
     return CompareOutcome(
