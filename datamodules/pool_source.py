@@ -21,7 +21,12 @@ from siftclip.datamodules.features import FeatureStore, join_features
 from siftclip.datamodules.files import identity_hash, read_npz_all, write_json, write_npz
 from siftclip.datamodules.image_sizes import read_image_sizes
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import BadSampleError, SampleReader, decode_caption
+from siftclip.datamodules.reader import (
+    BadSampleError,
+    ChangedTarError,
+    SampleReader,
+    decode_caption,
+)
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.base import Choice, ScoreSelector, Selector
 from siftclip.selectors.errors import InputError
@@ -302,6 +307,8 @@ class PoolSource(Source):
 
 
 def _caption_or_empty(data: bytes | BadSampleError) -> str:
+    if isinstance(data, ChangedTarError):
+        raise data.stop()
     try:
         return "" if isinstance(data, BadSampleError) else decode_caption(data)
     except BadSampleError:
