@@ -172,7 +172,7 @@ async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition:
         require_version(shard, answer.headers)
         if answer.status != 206:
             raise WholeFileError(f"the answer to a range request has status {answer.status}")
-        _require_range(span, answer.headers.get("Content-Range", ""))
+        require_range(span, answer.headers.get("Content-Range", ""))
         return bytes(await answer.read())
 
 
@@ -196,13 +196,13 @@ async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> byt
         raise
     try:
         require_version(shard, answer)
-        _require_range(span, answer.get("ContentRange", ""))
+        require_range(span, answer.get("ContentRange", ""))
         return bytes(await answer["Body"].read())
     finally:
         answer["Body"].close()
 
 
-def _require_range(span: Span, stated: str) -> None:
+def require_range(span: Span, stated: str) -> None:
     """Check what an answer says of its bytes: `bytes 0-511/10240`, the size being that of the file.
 
     Raises:

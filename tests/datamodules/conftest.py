@@ -96,7 +96,8 @@ class FileServer:
     url: str = ""
     ranges: bool = True  # False: 200 and the whole file
     listings: bool = True  # False: 404 for folders
-    stamp: str = "ETag"  # or Last-Modified
+    stamp: str = "ETag"  # or Last-Modified, or none
+    weak: bool = False  # the ETag
     sizes: bool = True  # False: no Content-Length for HEAD and for whole files
     errors: int = 0  # answered with `error_status`, also for HEAD
     error_status: int = 503
@@ -171,9 +172,12 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_file(self, path: Path, with_body: bool) -> None:
         data, status = path.read_bytes(), path.stat()
-        headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True)}
-        if self.served.stamp == "ETag":
-            headers = {"ETag": f'"{status.st_mtime_ns:x}-{status.st_size:x}"'}
+        headers = {}
+        if self.served.stamp == "Last-Modified":
+            headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True)}
+        elif self.served.stamp == "ETag":
+            weak = "W/" if self.served.weak else ""
+            headers = {"ETag": f'{weak}"{status.st_mtime_ns:x}-{status.st_size:x}"'}
         wanted, kept = self.headers.get("If-Match"), self.served.conditions
         if wanted and (kept == "refused" or (kept == "kept" and wanted != headers.get("ETag"))):
             self.send(412, {}, b"")
