@@ -73,6 +73,8 @@ def open_uids(folder: Path) -> Pool:
         faults=FaultLog(),
         derived_uids=0,
         repeated_uids=0,
+        hidden=FaultLog(),
+        key_split="first_dot",
         fingerprint=folder.name,
         **places,
     )

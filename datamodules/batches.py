@@ -21,6 +21,7 @@ from siftclip.datamodules.image_transform import ImageTransform, ResizeBackend
 from siftclip.datamodules.order import derive_seeds, substitute
 from siftclip.datamodules.reader import (
     BadSampleError,
+    ChangedTarError,
     RawSample,
     SampleReader,
     decode_caption,
@@ -147,6 +148,8 @@ class SampleDataset(Dataset[Batch]):
                         self._images.finish(prepared, images[index])
                         rows[index], valid[index] = row, True
                         break
+                    except ChangedTarError as error:
+                        raise error.stop() from None
                     except BadSampleError as error:
                         faults[index].append((str(error), self.reader.pool.place(row)))
                     if self.substitutes is None:

@@ -26,7 +26,7 @@ from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import atomic_path, read_json, write_json
 from siftclip.datamodules.locks import LOCK_NAME
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import BadSampleError, read_ranges
+from siftclip.datamodules.reader import BadSampleError, ChangedTarError, bad_sample, read_ranges
 from siftclip.datamodules.selection import (
     SUBSET_NAME,
     WEIGHTS_NAME,
@@ -200,6 +200,8 @@ def write_shard(
         for row, data in zip(rows.tolist(), read_samples(pool, rows), strict=True):
             try:
                 key, content = _for_new_tar(pool, row, data, taken)
+            except ChangedTarError as error:
+                raise error.stop() from None
             except BadSampleError as error:
                 faults.add(str(error), pool.place(row))
             else:
@@ -232,7 +234,7 @@ def _for_new_tar(
         BadSampleError: it could not be read, or is not what the index says.
     """
     if isinstance(data, StorageError):
-        raise BadSampleError(str(data))
+        raise bad_sample(data, pool.shards[pool.shard_of_row[row]])
     sample = _check_sample(pool, row, data)
     uid = format_uid(pool.uids[row])
     is_derived = uid == derive_uid(pool.shards[pool.shard_of_row[row]].name, sample.key)

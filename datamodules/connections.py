@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,12 +17,17 @@ from braceexpand import braceexpand
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 
-from siftclip.datamodules.storage import Span
+from siftclip.datamodules.storage import ChangedError, ShardFile, Span, StorageError
 from siftclip.selectors.errors import InputError
 
 READ_TIMEOUT_SECONDS = 120.0  # of one attempt at a range; of silence while a file is copied
 CONCURRENT_READS = 64
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What file systems call the version of a file: by its content (S3 and HTTP, GCS and Azure, GCS,
+# Hugging Face), else by a time, which listings and descriptions of single files may write apart.
+CONTENT_FIELDS = ("ETag", "etag", "md5Hash", "blob_id")
+_TIME_FIELDS = ("LastModified", "Last-Modified", "mtime", "modified", "updated", "created")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.IGNORECASE)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 # A forked child keeps what its parent had open, for good. Closing it there, which is what happens
@@ -33,7 +39,11 @@ if hasattr(os, "register_at_fork"):
 
 
 class WholeFileError(OSError):
-    """A server sends all of a file where a range was asked for."""
+    """A server sends all of a file where a range was asked for, or does not say what it sends."""
+
+
+class ConditionError(ChangedError):
+    """A server says that it has no such version of a file."""
 
 
 def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
@@ -73,10 +83,39 @@ def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
     return filesystem
 
 
+def version_of(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """What tells one version of a file from another: a field of a description, and its value.
+
+    Both are empty where there is nothing but the size.
+    """
+    for field in (*CONTENT_FIELDS, *_TIME_FIELDS):
+        if fields.get(field) is not None:
+            return field, str(fields[field])
+    return "", ""
+
+
+def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> None:
+    """Check a description of a file, or the headers of an answer; what they lack is not checked.
+
+    Raises:
+        ChangedError: it is another file than when the pool was opened.
+    """
+    field, value = shard.version
+    if fields.get(field) is not None and str(fields[field]) != value:
+        raise ChangedError
+
+
 async def read_ranges(
-    filesystem: AsyncFileSystem, spans: Sequence[Span]
+    filesystem: AsyncFileSystem, spans: Sequence[Span], *, on_condition: bool
 ) -> list[bytes | BaseException]:
-    """The bytes of ranges, read at the same time; the error in the place of one that failed."""
+    """The bytes of ranges, read at the same time; the error in the place of one that failed.
+
+    Args:
+        filesystem: to read from. Over HTTP and S3, an answer is checked to be the range that was
+            asked for, and of the version of the file that its `ShardFile` has.
+        spans: the ranges.
+        on_condition: ask for that version alone, where the file system can.
+    """
     gate = asyncio.Semaphore(CONCURRENT_READS)
 
     async def read(span: Span) -> bytes:
@@ -85,7 +124,9 @@ async def read_ranges(
             return b""
         async with gate:
             if isinstance(filesystem, HTTPFileSystem):
-                reading = _read_http_range(filesystem, shard.path, start, end)
+                reading = _read_http_range(filesystem, span, on_condition)
+            elif _is_s3(filesystem):
+                reading = _read_s3_range(filesystem, span, on_condition)
             else:
                 reading = filesystem._cat_file(shard.path, start=start, end=end)
             return await asyncio.wait_for(reading, READ_TIMEOUT_SECONDS)
@@ -93,8 +134,25 @@ async def read_ranges(
     return await asyncio.gather(*map(read, spans), return_exceptions=True)
 
 
-async def _read_http_range(filesystem: HTTPFileSystem, path: str, start: int, end: int) -> bytes:
+def checks_versions(filesystem: Any) -> bool:
+    """Whether each answer of a file system says which version of a file it is of."""
+    return isinstance(filesystem, HTTPFileSystem) or _is_s3(filesystem)
+
+
+def _is_s3(filesystem: Any) -> bool:
+    protocol = filesystem.protocol
+    return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _condition(shard: ShardFile, on_condition: bool) -> str | None:
+    """The ETag to ask for; a weak one cannot be asked for."""
+    field, value = shard.version
+    return value if on_condition and field == "ETag" and not value.startswith("W/") else None
+
+
+async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition: bool) -> bytes:
     """As the file system does it, but without a body that is not the range."""
+    shard, start, end = span
     session = await filesystem.set_session()
     options = dict(filesystem.kwargs)
     options["headers"] = {
@@ -102,11 +160,67 @@ async def _read_http_range(filesystem: HTTPFileSystem, path: str, start: int, en
         "Accept-Encoding": "identity",
         "Range": f"bytes={start}-{end - 1}",
     }
-    async with session.get(filesystem.encode_url(path), **options) as answer:
-        filesystem._raise_not_found_for_status(answer, path)
+    tag = _condition(shard, on_condition)
+    if tag is not None:
+        options["headers"]["If-Match"] = tag
+    async with session.get(filesystem.encode_url(shard.path), **options) as answer:
+        if answer.status == 412:
+            raise ConditionError
+        if answer.status == 416:  # inside of the file that was indexed
+            raise ChangedError
+        filesystem._raise_not_found_for_status(answer, shard.path)
+        require_version(shard, answer.headers)
         if answer.status != 206:
             raise WholeFileError(f"the answer to a range request has status {answer.status}")
+        require_range(span, answer.headers.get("Content-Range", ""))
         return bytes(await answer.read())
+
+
+async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> bytes:
+    shard, start, end = span
+    bucket, key, version = filesystem.split_path(shard.path)
+    options = {} if version is None else {"VersionId": version}
+    tag = _condition(shard, on_condition)
+    if tag is not None:
+        options["IfMatch"] = tag
+    try:
+        answer = await filesystem._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options
+        )
+    except OSError as error:
+        answered = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+        if answered.get("HTTPStatusCode") == 412:
+            raise ConditionError from None
+        if answered.get("HTTPStatusCode") == 416:
+            raise ChangedError from None
+        raise
+    try:
+        require_version(shard, answer)
+        require_range(span, answer.get("ContentRange", ""))
+        return bytes(await answer["Body"].read())
+    finally:
+        answer["Body"].close()
+
+
+def require_range(span: Span, stated: str) -> None:
+    """Check what an answer says of its bytes: `bytes 0-511/10240`, the size being that of the file.
+
+    Raises:
+        WholeFileError: it does not say it.
+        ChangedError: the file has another size.
+        OSError: these are other bytes than those that were asked for.
+    """
+    match = _CONTENT_RANGE.fullmatch(stated.strip())
+    if match is None:
+        raise WholeFileError(f"the answer to a range request says {stated!r} of its range")
+    first, last, size_bytes = match.groups()
+    if size_bytes != "*" and int(size_bytes) != span.shard.size_bytes:
+        raise ChangedError
+    if (int(first), int(last) + 1) != (
+        span.start_bytes,
+        min(span.end_bytes, span.shard.size_bytes),
+    ):
+        raise OSError(f"bytes {first}-{last} came for {span.start_bytes}-{span.end_bytes - 1}")
 
 
 def real_error(error: Exception) -> Exception:
@@ -120,11 +234,15 @@ def is_permanent(error: BaseException) -> bool:
     """Whether asking again is of no use."""
     if isinstance(error, aiohttp.ClientResponseError):
         return 400 <= error.status < 500 and error.status not in (408, 429)
-    return isinstance(error, _PERMANENT) or getattr(error, "errno", None) in DISK_FULL
+    return (
+        isinstance(error, (*_PERMANENT, StorageError)) or getattr(error, "errno", None) in DISK_FULL
+    )
 
 
 def describe_error(error: BaseException) -> str:
     """Why a sample is bad, worded to follow a count."""
+    if isinstance(error, StorageError):
+        return str(error)
     status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "in a tar that is not there any more"

@@ -27,6 +27,7 @@ from siftclip.datamodules.order import SampleOrder, derive_generator
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import (
     BadSampleError,
+    ChangedTarError,
     SampleReader,
     decode_caption,
 )
@@ -168,6 +169,8 @@ def time_stages(
                     read_bytes += len(raw.image) + len(raw.caption)
                     caption = decode_caption(raw.caption)
                     picture = images.decode(raw.image, reader.max_image_pixels)
+                except ChangedTarError as error:
+                    raise error.stop() from None
                 except BadSampleError as error:
                     faults.add(str(error), reader.pool.place(int(rows[index])))
                     mark = clock()

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.datamodules.file_identity import FileIdentity
 from siftclip.datamodules.files import content_digest, identity_hash
 from siftclip.datamodules.row_features import map_npz_array
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
 
+CHANGED = "Start again when nothing writes to it."
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
 
 
@@ -46,9 +48,11 @@ def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]
     """The rows of a feature file in tensors float [<= chunk_samples, d].
 
     Raises:
-        InputError: a file is missing or damaged, lacks the key, or holds no matrix of floats.
+        InputError: a file is missing or damaged, lacks the key, holds no matrix of floats, or has
+            changed while it was read.
     """
     for path in feature_paths(file):
+        identity = FileIdentity.of(path)
         values = _open(path, file.key)
         if values.ndim != 2 or not values.is_floating_point():
             raise InputError(
@@ -56,8 +60,11 @@ def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]
                 f"It holds {values.dtype} {list(values.shape)}."
             )
         for start in range(0, len(values), chunk_samples):
+            identity.require(path, CHANGED)  # a map of what was cut off would end the process
             # a copy, because a map of the file is read-only
-            yield values[start : start + chunk_samples].clone()
+            chunk = values[start : start + chunk_samples].clone()
+            identity.require(path, CHANGED)
+            yield chunk
 
 
 def _open(path: Path, key: str | None) -> Tensor:

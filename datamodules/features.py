@@ -17,6 +17,7 @@ import numpy as np
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.feature_source import MANIFEST_NAME, check_sources
+from siftclip.datamodules.file_identity import FileIdentity
 from siftclip.datamodules.files import file_stamp, read_json, read_npy_header, read_npz
 from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
 from siftclip.selectors.errors import InputError
@@ -29,6 +30,7 @@ class FeaturePart:
     """One npz of a feature set, joined with the pool."""
 
     path: Path
+    identity: FileIdentity  # of the npz when its uids were read
     uids: int  # rows of the npz
     positions: np.ndarray  # int64 [m], rows of the npz whose sample is in the pool
     rows: np.ndarray  # int64 [m], their rows in the pool
@@ -93,6 +95,7 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
     covered = np.zeros(len(pool), dtype=bool)
     named = 0
     for path in paths:
+        identity = FileIdentity.of(path)  # first: what is read later must be of this file
         uids, valid, part_faults = _read_uids(path)
         faults.merge(part_faults)
         rows = pool.table.find(uids)
@@ -101,7 +104,13 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
         named += len(uids)
         covered[rows[positions]] = True
         parts.append(
-            FeaturePart(path=path, uids=len(uids), positions=positions, rows=rows[positions])
+            FeaturePart(
+                path=path,
+                identity=identity,
+                uids=len(uids),
+                positions=positions,
+                rows=rows[positions],
+            )
         )
         for file in (path, path.with_suffix(".parquet")):
             if file.exists():

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from siftclip.datamodules.file_identity import FileIdentity
 from siftclip.selectors.errors import InputError
 
 
@@ -172,20 +173,14 @@ def read_npz_all(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(keys, read_npz(path, keys), strict=True))
 
 
-_TAIL_BYTES = 1 << 16
-
-
 def file_stamp(path: Path) -> list[Any]:
     """Changes when the file does, without reading all of it; for the large files of a pool.
 
-    Name, size in bytes, time of the last change, and a digest of the end: an npz has the checksums
-    of its arrays there, a parquet file its statistics.
+    Name, size in bytes, time of the last change in ns, and a hash of blocks, the last among them:
+    there an npz has the checksums of its arrays, and a parquet file its statistics.
     """
-    status = path.stat()
-    with path.open("rb") as file:
-        file.seek(max(0, status.st_size - _TAIL_BYTES))
-        tail = hashlib.sha256(file.read()).hexdigest()[:16]
-    return [path.name, status.st_size, status.st_mtime_ns, tail]
+    identity = FileIdentity.of(path)
+    return [path.name, identity.size_bytes, identity.modified_ns, identity.probe]
 
 
 def content_digest(path: Path) -> str:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_json, write_json
 from siftclip.datamodules.locks import locked
-from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, is_url
+from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, identify_shards, is_url
 from siftclip.datamodules.tar_index import (
     ARRAY_FIELDS,
     INDEX_VERSION,
@@ -154,12 +154,12 @@ def open_pool(
         InputError: there is no pool, a tar cannot be read, or too many samples are bad.
     """
     require_key_split("pool.key_split", key_split)
-    shards = storage.shards()
+    # each rule in a folder of its own, so that runs with different ones leave each other's alone
+    places = cache_dir / ("index" if key_split == "first_dot" else f"index_{key_split}")
+    shards = identify_shards(storage.shards(), places)
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
-    # each rule in a folder of its own, so that runs with different ones leave each other's alone
-    places = "index" if key_split == "first_dot" else f"index_{key_split}"
-    folder = cache_dir / places / f"table-{name}"
+    folder = places / f"table-{name}"
     complete = folder / "notes.json"
     if not complete.is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)

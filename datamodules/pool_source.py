@@ -26,7 +26,12 @@ from siftclip.datamodules.identities import (
 )
 from siftclip.datamodules.image_sizes import read_image_sizes
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import BadSampleError, SampleReader, decode_caption
+from siftclip.datamodules.reader import (
+    BadSampleError,
+    ChangedTarError,
+    SampleReader,
+    decode_caption,
+)
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.base import Choice, ScoreSelector, Selector
 from siftclip.selectors.description import describe, nested
@@ -366,6 +371,8 @@ class PoolSource(Source):
 
 
 def _caption_or_empty(data: bytes | BadSampleError) -> str:
+    if isinstance(data, ChangedTarError):
+        raise data.stop()
     try:
         return "" if isinstance(data, BadSampleError) else decode_caption(data)
     except BadSampleError:

@@ -12,7 +12,14 @@ import numpy as np
 from PIL import Image
 
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.storage import Span, StorageError
+from siftclip.datamodules.storage import (
+    ChangedError,
+    ShardFile,
+    Span,
+    StorageError,
+    changed_file_error,
+)
+from siftclip.selectors.errors import InputError
 
 try:
     import simplejpeg
@@ -26,6 +33,22 @@ _JPEG_COLORS = ("YCbCr", "Gray")  # simplejpeg's words for what nearly all JPEGs
 
 class BadSampleError(Exception):
     """A sample cannot be used; the message is the cause, worded to follow a count."""
+
+
+class ChangedTarError(BadSampleError):
+    """The tar of a sample has changed since the pool was opened, and with it all of its samples.
+
+    No run should go on, whatever share of its samples that is: `stop` says why.
+    """
+
+    def __init__(self, cause: str, path: str) -> None:
+        """`path` is that of the tar."""
+        super().__init__(cause)
+        self.path = path
+
+    def stop(self) -> InputError:
+        """The error to end with."""
+        return changed_file_error(self.path)
 
 
 class RawSample(NamedTuple):
@@ -99,13 +122,20 @@ def read_ranges(
         for number, start, end in pieces:
             if not isinstance(data, StorageError):
                 yield number, data[start:end]
-            elif len(pieces) == 1:
+            elif len(pieces) == 1 or isinstance(data, ChangedError):
                 yield number, data
             else:
                 # alone, if its neighbours may be to blame: what is bad must not depend on them
                 at = span.start_bytes
                 alone = span._replace(start_bytes=at + start, end_bytes=at + end)
                 yield number, next(pool.storage.read([alone]))
+
+
+def bad_sample(error: StorageError, shard: ShardFile) -> BadSampleError:
+    """What a range of a tar that could not be read means for its sample."""
+    if isinstance(error, ChangedError):
+        return ChangedTarError(str(error), shard.path)
+    return BadSampleError(str(error))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +198,7 @@ class SampleReader:
             if too_large[number]:
                 continue
             if isinstance(part, StorageError):
-                yield number, BadSampleError(str(part))
+                yield number, bad_sample(part, self.pool.shards[shards[number]])
             elif len(part) < sizes[number]:
                 yield number, BadSampleError("cut off by the end of their tar")
             else:

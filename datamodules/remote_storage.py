@@ -24,22 +24,29 @@ from fsspec.implementations.http import HTTPFileSystem
 from tqdm import tqdm
 
 from siftclip.datamodules.connections import (
+    CONTENT_FIELDS,
     DISK_FULL,
+    ConditionError,
     WholeFileError,
+    checks_versions,
     connect,
     describe_error,
     is_permanent,
     read_ranges,
     real_error,
+    require_version,
+    version_of,
 )
 from siftclip.datamodules.files import atomic_path, read_json, write_json
 from siftclip.datamodules.shard_cache import ShardCache
 from siftclip.datamodules.storage import (
     METADATA_SUFFIXES,
+    ChangedError,
     OpenFiles,
     ShardFile,
     Span,
     StorageError,
+    changed_file_error,
 )
 from siftclip.datamodules.tar_walk import LocalTar, TarSource
 from siftclip.selectors.errors import InputError
@@ -50,8 +57,7 @@ ATTEMPTS = 6  # with the pauses below, a server may be away for 8 seconds
 FIRST_PAUSE_SECONDS = 0.25  # doubled after every attempt
 GROUP_BYTES = 64 << 20  # fetched together and held in memory
 BLOCK_BYTES = 8 << 20  # of a tar that is read from its beginning to its end
-# Where file systems tell that a file is another one: S3, HTTP, GCS, SFTP and local, Hugging Face.
-_STAMP_FIELDS = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime", "blob_id")
+CHECK_SECONDS = 60.0  # a tar's version is asked for so often, where answers do not tell it
 
 
 class RemoteStorage:
@@ -82,12 +88,19 @@ class RemoteStorage:
         self._folder = folder
         self._files = OpenFiles(most=1)  # a file that is open keeps its space when it is deleted
         self._failing: set[str] = set()  # paths of files whose last read has failed
-        self._changed: set[ShardFile] = set()  # known to be no more, and not copied to see it again
+        self._changed: set[ShardFile] = set()  # known to be no more, and not read to see it again
+        self._checked: dict[ShardFile, float] = {}  # when their versions were asked for
+        self._on_condition = True  # ask for a version; some servers cannot
         self._connection: Any = None
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        unshared = {"_connection": None, "_process": -1, "retries": 0}
+        unshared: dict[str, Any] = {
+            "_connection": None,
+            "_process": -1,
+            "retries": 0,
+            "_checked": {},
+        }
         return {**self.__dict__, **unshared, "_files": OpenFiles(most=1)}
 
     @property
@@ -132,6 +145,12 @@ class RemoteStorage:
                     f"The tars of a pool must have different names. pool.root={self.root!r} has "
                     f"{shard.path} and {other.path}."
                 )
+        if not all(shard.version[0] for shard in found):
+            log.warning(
+                "%s tells neither an ETag nor a time of change: a tar that is replaced by another "
+                "of the same size is not noticed.",
+                self.root,
+            )
         if not answers_ranges:
             self._cache = self._cache_for_all(found)
         return tuple(found)
@@ -148,16 +167,17 @@ class RemoteStorage:
         return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
 
     def _describe(self, infos: Sequence[dict[str, Any]]) -> list[ShardFile]:
-        """Files with size and stamp. Listings over HTTP lack them, and each file is asked for."""
+        """Files with size and version. Where a listing lacks them, each file is asked for."""
         filesystem = self._filesystem
 
         def describe(info: dict[str, Any]) -> ShardFile:
             path = str(info["name"])
-            if info.get("size") is None:
+            # as the file will be described when it is looked at again
+            if info.get("size") is None or version_of(info)[0] not in CONTENT_FIELDS:
                 info = self._patiently(lambda: filesystem.info(path))
             if info["size"] is None:
                 raise OSError(f"the server does not tell the size of {path}")
-            stamp = next((str(info[f]) for f in _STAMP_FIELDS if info.get(f) is not None), "")
+            version = version_of(info)
             name = path
             if isinstance(filesystem, HTTPFileSystem):  # a slash may hide behind the quoting
                 name = unquote(urlsplit(path).path)
@@ -165,7 +185,8 @@ class RemoteStorage:
                 name=name.rsplit("/", 1)[-1],
                 path=path,
                 size_bytes=int(info["size"]),
-                stamp=f"{info['size']} {stamp}",
+                stamp=f"{info['size']} {version[1]}",
+                version=version,
             )
 
         with ThreadPoolExecutor(16) as threads:
@@ -268,9 +289,8 @@ class RemoteStorage:
             StorageError: it cannot be read, or is another one by now.
             InputError: the disk is full.
         """
-        changed = StorageError("in a tar that has changed since the pool was opened")
         if file in self._changed:
-            raise changed
+            raise ChangedError
         try:
             self._patiently(lambda: self._filesystem.get_file(file.path, str(path)), file.path)
         except Exception as error:  # every file system raises its own
@@ -282,9 +302,31 @@ class RemoteStorage:
             self._note(file.path, failed=True)
             raise StorageError(describe_error(error)) from None
         self._note(file.path, failed=False)
-        if path.stat().st_size != file.size_bytes:
+        # behind the copy: what came is of the version that is there still
+        if path.stat().st_size != file.size_bytes or not self._is_there(file):
             self._changed.add(file)
-            raise changed
+            raise ChangedError
+
+    def _is_there(self, file: ShardFile) -> bool:
+        """Whether a file has the version that it had when the pool was opened. A request.
+
+        Raises:
+            StorageError: nobody can tell.
+        """
+        filesystem = self._filesystem
+
+        def ask() -> dict[str, Any]:
+            filesystem.invalidate_cache()  # of listings, which may be old
+            return dict(filesystem.info(file.path))
+
+        try:
+            info = self._patiently(ask, file.path)
+            require_version(file, info)
+        except ChangedError:
+            return False
+        except Exception as error:  # every file system raises its own
+            raise StorageError(describe_error(error)) from None
+        return info.get("size") in (None, file.size_bytes)
 
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
         """See `Storage`."""
@@ -310,7 +352,7 @@ class RemoteStorage:
                 path = self._local(span.shard)
             except StorageError as error:
                 return error
-            (answer,) = self._files.read([(path, span.start_bytes, span.end_bytes)])
+            (answer,) = self._files.read([(path, span.start_bytes, span.end_bytes, None)])
             if isinstance(answer, bytes):
                 break  # else another process has just made room
         return answer
@@ -319,8 +361,14 @@ class RemoteStorage:
         """Read some ranges at once; those that fail again, after a pause that grows."""
         answers: list[bytes | StorageError] = [StorageError("never read")] * len(spans)
         attempts = [self._attempts(span.shard.path) for span in spans]
-        todo = list(range(len(spans)))
+        todo = [index for index, span in enumerate(spans) if span.shard not in self._changed]
+        for index in set(range(len(spans))).difference(todo):
+            answers[index] = ChangedError()
         for attempt in range(ATTEMPTS):
+            if not todo:
+                break
+            if attempt:
+                self._pause(attempt - 1, reads=len(todo))
             failed = []
             for index, answer in zip(todo, self._try([spans[i] for i in todo]), strict=True):
                 span = spans[index]
@@ -331,19 +379,54 @@ class RemoteStorage:
                     answers[index] = answer
                     continue
                 answers[index] = StorageError(describe_error(answer))
+                if isinstance(answer, ChangedError):
+                    self._changed.add(span.shard)
+                    answers[index] = answer
                 if not is_permanent(answer) and attempt < attempts[index] - 1:
                     failed.append(index)
             todo = failed
-            if not todo:
-                break
-            self._pause(attempt, reads=len(todo))
         return answers
 
     def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
+        """The answers to one attempt, each of the version that its tar has, or an error."""
         filesystem = self._filesystem
+        answers = self._ask(filesystem, spans)
+        refused = next((s for s, a in zip(spans, answers, strict=True) if _is_refused(a)), None)
+        try:
+            if refused is not None and self._is_there(refused.shard):
+                self._on_condition = False  # the server has it, and does not understand conditions
+                return self._try(spans)
+            if not checks_versions(filesystem):
+                gone = {s for s in {span.shard for span in spans} if not self._is_known(s)}
+                return [
+                    ChangedError() if span.shard in gone else answer
+                    for span, answer in zip(spans, answers, strict=True)
+                ]
+        except StorageError as error:
+            return [error] * len(spans)
+        return answers
+
+    def _is_known(self, shard: ShardFile) -> bool:
+        """As `_is_there`, but what was asked for a short while ago is not asked for again."""
+        now = time.monotonic()
+        if now - self._checked.get(shard, -CHECK_SECONDS) < CHECK_SECONDS:
+            return True
+        is_there = self._is_there(shard)
+        self._checked[shard] = now
+        return is_there
+
+    def _ask(self, filesystem: Any, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
         try:
             if isinstance(filesystem, AsyncFileSystem):
-                return list(sync(filesystem.loop, read_ranges, filesystem, spans))
+                return list(
+                    sync(
+                        filesystem.loop,
+                        read_ranges,
+                        filesystem,
+                        spans,
+                        on_condition=self._on_condition,
+                    )
+                )
             shards, starts, ends = zip(*spans, strict=True)
             paths = [shard.path for shard in shards]
             return list(filesystem.cat_ranges(paths, list(starts), list(ends), on_error="return"))
@@ -417,6 +500,12 @@ class _SequentialTar:
         return answer
 
 
+def _is_refused(answer: bytes | BaseException) -> bool:
+    return isinstance(answer, ConditionError)
+
+
 def _unreadable(file: ShardFile, error: StorageError) -> InputError:
+    if isinstance(error, ChangedError):
+        return changed_file_error(file.path)
     reason = str(error).removeprefix("in a tar that ")
     return InputError(f"{file.path} {reason}.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from siftclip.datamodules.features import FeatureStore
+from siftclip.datamodules.file_identity import FileIdentity
 from siftclip.datamodules.files import read_npy_header, read_npz
 from siftclip.selectors.errors import InputError
 
@@ -24,6 +25,9 @@ _LOCAL_HEADER_BYTES = 30
 # Up to so many rows are read for one that is wanted; beyond, a map fetches single pages.
 _DENSE_ROWS = 4
 _READ_ROWS = 256  # fewer are cheaper through a map
+
+
+CHANGED = "Start again when nothing writes to it: which rows belong to which samples is not known."
 
 
 class ArrayPlace(NamedTuple):
@@ -40,6 +44,7 @@ class RowFeatures:
     """Looks up features by the pool's rows. Picklable; every process maps the files itself."""
 
     paths: tuple[Path, ...]  # npz
+    identities: tuple[FileIdentity, ...]  # of these files when their rows were joined with the pool
     keys: tuple[str, ...]
     part_of_row: np.ndarray  # int32 [n], index into `paths`; -1 without features
     position_of_row: np.ndarray  # int64 [n], row of the npz
@@ -47,11 +52,13 @@ class RowFeatures:
     _places: dict[tuple[int, str], ArrayPlace | None] = field(default_factory=dict, repr=False)
     _arrays: dict[tuple[int, str], np.ndarray] = field(default_factory=dict, repr=False)
 
-    def __getstate__(self) -> tuple[object, ...]:
-        return self.paths, self.keys, self.part_of_row, self.position_of_row, self.held_parts
+    def __getstate__(self) -> dict[str, object]:
+        names = ("paths", "identities", "keys", "part_of_row", "position_of_row", "held_parts")
+        return {name: getattr(self, name) for name in names}
 
-    def __setstate__(self, state: tuple[object, ...]) -> None:
-        self.paths, self.keys, self.part_of_row, self.position_of_row, self.held_parts = state  # type: ignore[assignment]  # as __getstate__ packs them
+    def __setstate__(self, state: dict[str, object]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
         self._places, self._arrays = {}, {}
 
     @classmethod
@@ -71,6 +78,7 @@ class RowFeatures:
             position_of_row[part.rows] = part.positions
         return cls(
             paths=tuple(part.path for part in store.parts),
+            identities=tuple(part.identity for part in store.parts),
             keys=keys,
             part_of_row=part_of_row,
             position_of_row=position_of_row,
@@ -98,7 +106,18 @@ class RowFeatures:
         return found
 
     def _read(self, part: int, key: str, positions: np.ndarray) -> np.ndarray:
-        """Rows `positions` of an array of a part: a new array [m, d]."""
+        """Rows `positions` of an array of a part: a new array [m, d].
+
+        Raises:
+            InputError: the file is another one than that whose rows these are.
+        """
+        path, identity = self.paths[part], self.identities[part]
+        identity.require(path, CHANGED)  # a map of what was cut off would end the process
+        values = self._read_file(part, key, positions)
+        identity.require(path, CHANGED)
+        return values
+
+    def _read_file(self, part: int, key: str, positions: np.ndarray) -> np.ndarray:
         place = self._place(part, key)
         if place is not None and len(positions) >= _READ_ROWS and not place.fortran:
             first, last = int(positions.min()), int(positions.max())

@@ -42,7 +42,7 @@ class ShardCache:
             InputError: the tar alone is larger than the limit.
         """
         path = self._path(shard)
-        if self._touch(path):
+        if self._is_whole(path, shard):
             return path
         if shard.size_bytes > self.limit_bytes:
             raise InputError(
@@ -51,7 +51,7 @@ class ShardCache:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of this tar: others are fetched at the same time
-            if self._touch(path):
+            if self._is_whole(path, shard):
                 return path
             for left in self.folder.glob(f".{escape(path.name)}.*.tmp"):
                 left.unlink()  # by a process that was killed: the lock is ours
@@ -70,6 +70,10 @@ class ShardCache:
     def _path(self, shard: ShardFile) -> Path:
         digest = hashlib.sha256(f"{shard.path} {shard.stamp}".encode()).hexdigest()[:12]
         return self.folder / f"{shard.stem}-{digest}.tar"
+
+    def _is_whole(self, path: Path, shard: ShardFile) -> bool:
+        """Whether there is a copy that nobody has cut; it then counts as used now."""
+        return self._touch(path) and path.stat().st_size == shard.size_bytes
 
     @staticmethod
     def _touch(path: Path) -> bool:

@@ -7,19 +7,23 @@ every process opens for itself.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from siftclip.datamodules.file_identity import FileIdentity
+from siftclip.datamodules.files import read_json, write_json
 from siftclip.datamodules.tar_walk import LocalTar, TarSource
 from siftclip.selectors.errors import InputError
 
 METADATA_SUFFIXES = (".parquet", ".npz")
+_PROBES_NAME = "probes.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,8 @@ class ShardFile:
     path: str  # as its storage reads it
     size_bytes: int
     stamp: str  # another one when the file has changed: its time of change, or its ETag
+    identity: FileIdentity | None = None  # of a local file, see `identify_shards`
+    version: tuple[str, str] = ("", "")  # of a remote file: a field such as ETag, and its value
 
     @property
     def stem(self) -> str:
@@ -47,6 +53,22 @@ class Span(NamedTuple):
 
 class StorageError(Exception):
     """A range could not be read; the message is the cause, worded to follow a count."""
+
+
+class ChangedError(StorageError):
+    """A file is another one than when the pool was opened, so places in it mean nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("in a tar that has changed since the pool was opened")
+
+
+def changed_file_error(path: str) -> InputError:
+    """What to tell the user of a file that has changed."""
+    return InputError(
+        f"{path} has changed since the pool was opened, so the places of its samples are not "
+        "known. Start again when nothing writes to it: what has changed is indexed again, by this "
+        "command or by siftclip index."
+    )
 
 
 class Storage(Protocol):
@@ -75,7 +97,10 @@ class Storage(Protocol):
         """One tar, to be read from its beginning to its end."""
 
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
-        """The bytes of ranges, in order: fewer where a tar ends, a StorageError where they fail."""
+        """The bytes of ranges, in order: fewer where a tar ends, a StorageError where they fail.
+
+        A ChangedError stands for those of a file that is not the one of its `ShardFile`.
+        """
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
         """A local folder with the pool's parquet and npz files, at least those with a suffix."""
@@ -135,11 +160,20 @@ class LocalStorage:
             )
         return tuple(_local_shard(path) for path in paths)
 
-    def open_tar(self, shard: ShardFile) -> LocalTar:
-        return LocalTar(shard.path)
+    @contextmanager
+    def open_tar(self, shard: ShardFile) -> Iterator[LocalTar]:
+        """See `Storage`.
+
+        Raises:
+            InputError: it cannot be opened, or has changed before it was closed.
+        """
+        with LocalTar(shard.path) as tar:
+            yield tar
+            if shard.identity is not None and not shard.identity.is_of(tar.fileno()):
+                raise changed_file_error(shard.path)
 
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
-        yield from self._files.read([(span.shard.path, *span[1:]) for span in spans])
+        yield from self._files.read([(s.shard.path, *s[1:], s.shard.identity) for s in spans])
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
         """See `Storage`: `root/metadata` (DataComp), else the folder of the tars."""
@@ -160,7 +194,45 @@ def _local_shard(path: Path) -> ShardFile:
         path=str(path),
         size_bytes=status.st_size,
         stamp=f"{status.st_size} {status.st_mtime_ns}",
+        identity=FileIdentity(
+            size_bytes=status.st_size,
+            modified_ns=status.st_mtime_ns,
+            inode=status.st_ino,
+            probe="",
+        ),
     )
+
+
+def identify_shards(shards: Sequence[ShardFile], folder: Path) -> tuple[ShardFile, ...]:
+    """Tars with the hashes of their probes, which tell apart files of equal sizes and times.
+
+    Args:
+        shards: of a storage. Those that are not local are returned as they are.
+        folder: keeps the hashes, by name and inode, so that only new files are read.
+
+    Raises:
+        InputError: a tar cannot be read.
+    """
+    path = folder / _PROBES_NAME
+    known: dict[str, Any] = {}
+    with suppress(InputError):  # a cache is only a cache
+        known = read_json(path) if path.is_file() else {}
+    probes: dict[str, Any] = {}
+    identified = []
+    for shard in shards:
+        if shard.identity is not None:
+            place = [shard.stamp, shard.identity.inode]
+            *same, probe = known.get(shard.name, [""])
+            if same != place:
+                probe = FileIdentity.of(shard.path).probe
+            probes[shard.name] = [*place, probe]
+            identity = replace(shard.identity, probe=probe)
+            shard = replace(shard, stamp=f"{shard.stamp} {probe}", identity=identity)
+        identified.append(shard)
+    if probes != known:
+        with suppress(OSError):  # an index that others have made may be there to read only
+            write_json(path, probes)
+    return tuple(identified)
 
 
 def _max_open_files() -> int:
@@ -174,7 +246,11 @@ def _max_open_files() -> int:
 
 
 class OpenFiles:
-    """Reads ranges of local files and keeps the files open, those used last."""
+    """Reads ranges of local files and keeps the files open, those used last.
+
+    A file that is open stays the one it was when another takes its name. Written to in place, its
+    size or time is another one, which is looked at behind each read.
+    """
 
     def __init__(self, most: int | None = None) -> None:
         """Open nothing yet; never more than `most` files, by default half of what is allowed."""
@@ -182,8 +258,12 @@ class OpenFiles:
         self._process = -1
         self._most = _max_open_files() if most is None else most
 
-    def read(self, spans: Sequence[tuple[str, int, int]]) -> Iterator[bytes | StorageError]:
-        """The bytes of (path, start, end), read one after the other as they are asked for.
+    def read(
+        self, spans: Sequence[tuple[str, int, int, FileIdentity | None]]
+    ) -> Iterator[bytes | StorageError]:
+        """The bytes of (path, start, end, identity), read one by one as they are asked for.
+
+        An identity that is not the file's gives a ChangedError; None is not checked.
 
         The system is told of all of them first, so that a cold disk works on many at once and
         while the first ones are decoded.
@@ -191,13 +271,13 @@ class OpenFiles:
         if self._process != os.getpid():  # a forked worker must not share file positions
             self._files, self._process = OrderedDict(), os.getpid()
         if len(spans) > 1 and hasattr(os, "posix_fadvise"):
-            for path, start, end in spans:
+            for path, start, end, _ in spans:
                 file = self._open(path)
                 if isinstance(file, int):
                     os.posix_fadvise(file, start, end - start, os.POSIX_FADV_WILLNEED)
-        for path, start, end in spans:
+        for path, start, end, identity in spans:
             file = self._open(path)
-            yield file if isinstance(file, StorageError) else _pread(file, start, end)
+            yield file if isinstance(file, StorageError) else _pread(file, start, end, identity)
 
     def _open(self, path: str) -> int | StorageError:
         file = self._files.get(path)
@@ -220,8 +300,11 @@ class OpenFiles:
         self._files = OrderedDict()
 
 
-def _pread(file: int, start: int, end: int) -> bytes | StorageError:
+def _pread(file: int, start: int, end: int, identity: FileIdentity | None) -> bytes | StorageError:
     try:
-        return os.pread(file, end - start, start)
+        data = os.pread(file, end - start, start)
+        return data if identity is None or identity.is_of(file) else ChangedError()
     except OSError as error:
+        if error.errno == errno.ESTALE:  # what NFS says of a file that was replaced at its server
+            return ChangedError()
         return StorageError(f"in a tar that cannot be read ({error.strerror})")

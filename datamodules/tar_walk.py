@@ -146,6 +146,10 @@ class LocalTar:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
+    def fileno(self) -> int:
+        """The open file."""
+        return self._file
+
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         if offset_bytes + _AHEAD_BYTES // 2 > self._ahead_bytes and hasattr(os, "posix_fadvise"):
             start = max(self._ahead_bytes, offset_bytes)
@@ -283,7 +287,8 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
         while len(headers) < _HEADERS_A_BLOCK:
             at = position - base
             if at + BLOCK_BYTES > len(window):
-                window, base, at = read(position, BLOCK_BYTES), position, 0
+                is_inside = position < total  # a header may send us anywhere
+                window, base, at = read(position, BLOCK_BYTES) if is_inside else b"", position, 0
                 if len(window) < BLOCK_BYTES:
                     problem, ended = "without an end mark", True
                     break

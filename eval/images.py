@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from siftclip.datamodules.file_identity import FileIdentity, has_changed
 from siftclip.datamodules.image_transform import ImageTransform
 from siftclip.datamodules.reader import BadSampleError
-from siftclip.eval.task_samples import TaskSamples
+from siftclip.eval.task_samples import CHANGED, TaskSamples
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.hashing import mix64
 
@@ -37,6 +38,7 @@ class ImageTable:
     """Where distinct images are, U of them."""
 
     shards: tuple[Path, ...]
+    identities: tuple[FileIdentity, ...]  # of these tars when they were indexed
     places: np.ndarray  # int64 [U, 3]: which of the tars, offset and size in bytes
     names: np.ndarray  # object [U]: the keys of the samples that they are of, for messages
 
@@ -45,7 +47,7 @@ class ImageTable:
 
     def take(self, rows: np.ndarray) -> ImageTable:
         """Some of them."""
-        return ImageTable(shards=self.shards, places=self.places[rows], names=self.names[rows])
+        return replace(self, places=self.places[rows], names=self.names[rows])
 
 
 def content_id(data: bytes) -> int:
@@ -144,14 +146,21 @@ def _owners(samples: Sequence[TaskSamples], table: ImageTable) -> tuple[np.ndarr
 
 def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
     numbers: dict[Path, int] = {}
+    identities: dict[Path, FileIdentity] = {}
     places, names = [], []
     for one in samples:
         own = [numbers.setdefault(shard, len(numbers)) for shard in one.task.shards]
+        for shard, identity in zip(one.task.shards, one.identities, strict=True):
+            if identities.setdefault(shard, identity) != identity:  # of two tasks that share it
+                raise has_changed(shard, CHANGED)
         tars = np.asarray(own, dtype=np.int64)[one.places[:, 0]]
         places.append(np.column_stack([tars, one.places[:, 1:]]))
         names.append(np.repeat(one.keys.astype(object), np.diff(one.first_image)))
     return ImageTable(
-        shards=tuple(numbers), places=np.concatenate(places), names=np.concatenate(names)
+        shards=tuple(numbers),
+        identities=tuple(identities[shard] for shard in numbers),
+        places=np.concatenate(places),
+        names=np.concatenate(names),
     )
 
 
@@ -172,16 +181,19 @@ def _wholes(places: np.ndarray) -> np.ndarray:
     return places
 
 
-def _read(shard: Path, offset_bytes: int, size_bytes: int) -> bytes:
+def _read(shard: Path, identity: FileIdentity, offset_bytes: int, size_bytes: int) -> bytes:
     with shard.open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), size_bytes, offset_bytes)
+        data = os.pread(file.fileno(), size_bytes, offset_bytes)
+        if not identity.is_of(file.fileno()):
+            raise has_changed(shard, CHANGED)
+        return data
 
 
 def read_images(table: ImageTable) -> Iterator[bytes]:
     """The bytes of each image, as they are in the tar. Tars are opened once for all in a row.
 
     Raises:
-        InputError: a tar cannot be read, or has become shorter.
+        InputError: a tar cannot be read, or has changed since it was indexed.
     """
     for number, group in groupby(table.places.tolist(), key=itemgetter(0)):
         shard = table.shards[number]
@@ -189,8 +201,8 @@ def read_images(table: ImageTable) -> Iterator[bytes]:
             with shard.open("rb", buffering=0) as file:
                 for _, offset, size in group:
                     data = os.pread(file.fileno(), size, offset)
-                    if len(data) < size:
-                        raise InputError(f"{shard} has become shorter since it was indexed.")
+                    if not table.identities[number].is_of(file.fileno()):
+                        raise has_changed(shard, CHANGED)
                     yield data
         except OSError as error:
             raise InputError(f"{shard} cannot be read: {error.strerror}.") from None
@@ -237,8 +249,10 @@ class ImageDataset(Dataset[ImageBatch]):
             number, offset, size = self.table.places[row].tolist()
             shard, data, picture = self.table.shards[number], b"", self._blank
             try:
-                data = _read(shard, offset, size)
+                data = _read(shard, self.table.identities[number], offset, size)
                 picture = self._prepare(data)
+            except InputError as error:
+                faults.append((row, str(error)))
             except OSError as error:
                 faults.append((row, f"{shard} cannot be read: {error.strerror}."))
             except BadSampleError as error:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from siftclip.datamodules.file_identity import FileIdentity
 from siftclip.datamodules.tar_walk import (
     LocalTar,
     Member,
@@ -37,6 +38,7 @@ LABEL_SUFFIXES: dict[TaskKind, str] = {
     "association": "json",
 }
 METADATA_SUFFIX = "npy"
+CHANGED = "Evaluate again when nothing writes to it."
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")  # clip_benchmark's order of preference
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class TaskSamples:
     captions: tuple[tuple[str, ...], ...]  # of each sample; the cue of an association task
     associations: tuple[np.ndarray, ...]  # bool [candidates] of each sample; association tasks
     metadata: np.ndarray | None  # int64 [n, fields], of tasks with special metrics
+    identities: tuple[FileIdentity, ...] = ()  # of the task's tars when they were indexed
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -87,16 +90,18 @@ def read_samples(task: Task, *, max_samples: int | None = None) -> TaskSamples:
         max_samples: keep this many, the same ones at each call: those whose keys hash lowest.
 
     Raises:
-        InputError: a tar is damaged or empty, a sample lacks its image or label, a label is wrong,
-            or several samples have one name. Evaluation tolerates no bad sample: the metrics would
-            not be those of the task.
+        InputError: a tar is damaged or empty, or changes meanwhile, a sample lacks its image or
+            label, a label is wrong, or several samples have one name. Evaluation tolerates no bad
+            sample: the metrics would not be those of the task.
     """
     keys: list[str] = []
     rows: list[_Label] = []
     places: list[tuple[int, int, int]] = []
     counts: list[int] = []
+    identities: list[FileIdentity] = []
     for number, shard in enumerate(task.shards):
         before = len(keys)
+        identities.append(FileIdentity.of(shard))
         with shard.open("rb") as file, LocalTar(shard) as tar:
             try:
                 for sample in walk_tar(
@@ -111,6 +116,7 @@ def read_samples(task: Task, *, max_samples: int | None = None) -> TaskSamples:
                     places += [(number, image.offset_bytes, image.size_bytes) for image in images]
             except TruncatedTarError as error:
                 raise InputError(f"{error}. Copy this task again.") from None
+        identities[-1].require(shard, CHANGED)
         if len(keys) == before:
             raise InputError(f"{shard} must hold samples. It has none. Copy this task again.")
     values = [row.value for row in rows if row.value is not None]
@@ -124,6 +130,7 @@ def read_samples(task: Task, *, max_samples: int | None = None) -> TaskSamples:
         captions=tuple(row.captions for row in rows if row.captions),
         associations=tuple(row.associated for row in rows if row.associated is not None),
         metadata=_stack_metadata(metadata, task),
+        identities=tuple(identities),
     )
     _check_counts(samples)
     _warn_of_classes(samples)

@@ -96,12 +96,16 @@ class FileServer:
     url: str = ""
     ranges: bool = True  # False: 200 and the whole file
     listings: bool = True  # False: 404 for folders
-    stamp: str = "ETag"  # or Last-Modified
+    stamp: str = "ETag"  # or Last-Modified, or none
+    weak: bool = False  # the ETag
     sizes: bool = True  # False: no Content-Length for HEAD and for whole files
     errors: int = 0  # answered with `error_status`, also for HEAD
     error_status: int = 503
     cuts: int = 0  # closed after half of the body
     whole: int = 0  # answered as if `ranges` were False
+    shifted: int = 0  # answered with the bytes behind those that were asked for, and says so
+    conditions: str = "kept"  # or "ignored", or "refused", each of them
+    stated: bool = True  # False: no Content-Range
     hangs: int = 0  # not answered before `released`
     answering: int = 0  # requests at the moment
     aborted: int = 0  # bodies that a client did not want
@@ -168,9 +172,16 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_file(self, path: Path, with_body: bool) -> None:
         data, status = path.read_bytes(), path.stat()
-        headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True)}
-        if self.served.stamp == "ETag":
-            headers = {"ETag": f'"{status.st_mtime_ns:x}-{status.st_size:x}"'}
+        headers = {}
+        if self.served.stamp == "Last-Modified":
+            headers = {"Last-Modified": formatdate(status.st_mtime, usegmt=True)}
+        elif self.served.stamp == "ETag":
+            weak = "W/" if self.served.weak else ""
+            headers = {"ETag": f'{weak}"{status.st_mtime_ns:x}-{status.st_size:x}"'}
+        wanted, kept = self.headers.get("If-Match"), self.served.conditions
+        if wanted and (kept == "refused" or (kept == "kept" and wanted != headers.get("ETag"))):
+            self.send(412, {}, b"")
+            return
         if not with_body:
             self.send(200, headers, data, only_headers=True)
             return
@@ -181,7 +192,10 @@ class _Handler(SimpleHTTPRequestHandler):
         if asked and self.served.ranges and not self.served.take("whole"):
             first, last = asked.removeprefix("bytes=").split("-")
             start, end = int(first), min(int(last) + 1, len(data)) if last else len(data)
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            if self.served.take("shifted"):
+                start, end = start + 512, end + 512
+            if self.served.stated:
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             code, data = 206, data[start:end]
         self.send(code, headers, data, cut=self.served.take("cuts"))
 

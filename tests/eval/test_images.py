@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,11 +210,34 @@ def test_a_tar_that_changes_after_indexing(tmp_path: Path, make_task: MakeTask) 
     other = write(make_task, tmp_path / "y", b"c" * 2000)
     tar = samples.task.shards[0]
     tar.write_bytes(tar.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"0\.tar has become shorter"):
+    with pytest.raises(InputError, match=r"0\.tar has changed since it was first read"):
         distinct_images([samples, other])
     tar.unlink()
     with pytest.raises(InputError, match=r"0\.tar cannot be read: No such file"):
         distinct_images([samples, other])
+
+
+def test_images_of_another_tar_of_the_same_size(
+    task_root: Path, clip: ClipModel, tmp_path: Path, make_task: MakeTask
+) -> None:
+    samples = write(make_task, tmp_path / "x", b"a" * 2000, b"b" * 2000)
+    tar = samples.task.shards[0]
+    table, _ = distinct_images([samples])
+    dataset = open_dataset(clip, table)
+    (fault,) = dataset.__getitems__([1]).faults
+    assert "whose image cannot be decoded" in fault[1]
+    other = tmp_path / "other.tar"
+    other.write_bytes(tar.read_bytes().replace(b"b" * 2000, b"c" * 2000))
+    shutil.copystat(tar, other)  # only the inode is another one
+    other.replace(tar)
+    with pytest.raises(InputError, match=r"0\.tar has changed since it was first read"):
+        list(read_images(table))
+    (fault,) = dataset.__getitems__([1]).faults
+    assert "0.tar has changed since it was first read" in fault[1]
+    again = read_samples(samples.task)
+    with pytest.raises(InputError, match=r"0\.tar has changed since it was first read"):
+        distinct_images([samples, again])  # as of two tasks that share a tar
+    assert list(read_images(distinct_images([again])[0])) == [b"a" * 2000, b"c" * 2000]
 
 
 def test_batches_are_transformed_as_open_clip_does(task_root: Path, clip: ClipModel) -> None:
