@@ -60,6 +60,9 @@ def steps_within(limit: Limit, parts: RunParts) -> int:
     Args:
         limit: of the run.
         parts: of the run.
+
+    Raises:
+        InputError: a limit of FLOPs, which cannot be counted.
     """
     if limit.unit == "seconds":
         profile = profile_run(parts)
@@ -69,6 +72,12 @@ def steps_within(limit: Limit, parts: RunParts) -> int:
 
         return largest_within(limit.amount, seconds)
     online = build_online(parts, total_steps=1)
+    if limit.unit == "flops" and online.cost.flops is None:
+        raise InputError(
+            f"budget.flops={limit.amount:g} needs the FLOPs of a sample, which could not be "
+            "counted (see the warning above). Use budget.loaded_samples, budget.seconds or "
+            "scale.samples_seen."
+        )
     of_version = _embedded_samples(online)
 
     def cost(steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -68,7 +69,8 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
 def cost_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row an arm, means over seeds: samples, FLOPs and seconds by their use.
 
-    Published comparisons count by one of them, and which one decides who wins.
+    Published comparisons count by one of them, and which one decides who wins. FLOPs that a run of
+    the arm does not know are unknown.
     """
     rows = [
         [
@@ -81,7 +83,10 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
     for arm in comparison.arms:
         own = runs.get_group(arm)
         samples = [own[f"{name}_samples"].mean() for name in ("drawn", "loaded", "scored")]
-        flops = [own[f"{name}_flops"].mean() / 1e12 for name in ("training", "scoring")]
+        flops = [
+            own[f"{name}_flops"].mean(skipna=False) / 1e12 if f"{name}_flops" in own else math.nan
+            for name in ("training", "scoring")
+        ]
         names = ("offline_selection", "train", "data_wait", "scoring", "selection")
         rows.append(
             [
@@ -89,7 +94,7 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
                 str(own["online"].iloc[0]),
                 f"{own['steps'].mean():,.0f}",
                 *(f"{count:,.0f}" for count in [*samples, own["trained_samples"].mean()]),
-                *(f"{count:.3g}" for count in flops),
+                *("unknown" if math.isnan(count) else f"{count:.3g}" for count in flops),
                 *(f"{own[f'{name}_seconds'].mean():,.0f}" for name in names),
             ]
         )

@@ -7,10 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-PAD_TOKEN = 0
+PAD_TOKEN = 0  # of open_clip's own tokenizer
 
 
-def caption_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def caption_loss_sum(logits: Tensor, labels: Tensor, *, pad_token: int = PAD_TOKEN) -> Tensor:
     """The sum of the cross entropies of all tokens that are not padding, a float32 scalar.
 
     Divided by `caption_tokens` and multiplied by the number of ranks (DDP averages), sums of
@@ -20,24 +20,27 @@ def caption_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: float [m, L, V].
-        labels: int64 [m, L], 0 for padding.
+        labels: int64 [m, L].
+        pad_token: what stands for padding in `labels`. open_clip takes 0 for it whatever the
+            tokenizer says, and so trains the decoder of `coca_roberta` to write padding.
     """
     with torch.autocast(logits.device.type, enabled=False):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(
-            exact.flatten(0, 1), labels.flatten(), ignore_index=PAD_TOKEN, reduction="sum"
+            exact.flatten(0, 1), labels.flatten(), ignore_index=pad_token, reduction="sum"
         )
 
 
 @torch.no_grad()
-def caption_tokens(labels: Tensor, *, world_size: int) -> Tensor:
+def caption_tokens(labels: Tensor, *, world_size: int, pad_token: int = PAD_TOKEN) -> Tensor:
     """The number of tokens that are not padding on all ranks, an int64 scalar of at least 1.
 
     Args:
         labels: int64 [m, L], of all micro-batches of this rank.
         world_size: number of ranks; all of them must call it.
+        pad_token: as of `caption_loss_sum`.
     """
-    tokens = (labels != PAD_TOKEN).sum()
+    tokens = (labels != pad_token).sum()
     if world_size > 1:
         dist.all_reduce(tokens)
     return tokens.clamp(min=1)  # a sum of nothing is 0, and 0 / 1 is no NaN
