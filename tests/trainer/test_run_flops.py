@@ -110,7 +110,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         pytest.param(EVERY_STEP, id="scoring"),
         pytest.param([*EVERY_STEP, *MICRO], id="scoring is the first pass"),
         pytest.param(
-            [*EVERY_STEP, *MICRO, "online.scoring.image_size=16", "trainer.grad_checkpointing=true"],
+            [*EVERY_STEP, *MICRO, "online.scoring.image_size=16",
+             "trainer.grad_checkpointing=true"],
             id="cheap scoring",
         ),
         pytest.param([*SCORER, *MICRO, "trainer.grad_checkpointing=true"], id="scorer"),

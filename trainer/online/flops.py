@@ -8,7 +8,8 @@ similarities, selection, and the optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -124,15 +125,31 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 class _TotalFlops(FlopCounterMode):
-    """Counts without asking which module an operator belongs to.
+    """Counts without asking which module an operator belongs to, and convolutions by their groups.
 
-    torch's hooks for that fail where a parameter is the input of a module: the queries of attention
-    pooling in timm's SigLIP and PE towers, and in CoCa.
+    torch's hooks for modules fail where a parameter is the input of one: the queries of attention
+    pooling in timm's SigLIP and PE towers, and in CoCa. Its count of the gradient of weights takes
+    every convolution for one of a single group: a thousand times too much of a depthwise one.
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        backward = {torch.ops.aten.convolution_backward: _convolution_backward}
+        super().__init__(display=False, custom_mapping=backward)
         self.mod_tracker: Any = _NoModules()
+
+
+def _convolution_backward(
+    gradient: Sequence[int],
+    inputs: Sequence[int],
+    weight: Sequence[int],
+    *others: Any,
+    **named: Any,
+) -> int:
+    """Each gradient takes as much as the forward: a product of a weight for a place of a map."""
+    _, _, _, _, transposed, _, _, (of_inputs, of_weight, _) = others
+    places = inputs if transposed else gradient
+    forward = 2 * places[0] * math.prod(weight) * math.prod(places[2:])
+    return forward * (of_inputs + of_weight)
 
 
 class _NoModules:
