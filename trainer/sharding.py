@@ -44,7 +44,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         )
     ranks = mesh["data_parallel"]
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for block in list(_blocks(model)):
+    for block in list(sharded_blocks(model)):
         fully_shard(block, mesh=ranks)
     fully_shard(model, mesh=ranks, ignored_params=scalars)
     for name in ("encode_image", "encode_text"):
@@ -54,13 +54,13 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def sharded_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """What lists of modules hold; lists inside of that, as T5's blocks have them, stay whole."""
     if isinstance(module, nn.ModuleList):
         yield from module
         return
     for part in module.children():
-        yield from _blocks(part)
+        yield from sharded_blocks(part)
 
 
 def _average_gradient(parameter: Tensor) -> None:

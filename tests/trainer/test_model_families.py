@@ -19,6 +19,8 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from omegaconf import DictConfig
+from open_clip.hf_model import HFTextEncoder
 from timm.models import model_entrypoint, register_model
 from timm.models.vitamin import VitCfg, VitConvCfg
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -29,16 +31,21 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model, save_model_folder
+from siftclip.datamodules.demo_pool import DemoData
 from siftclip.datamodules.towers import LockConfig, enable_grad_checkpointing, lock_towers
 from siftclip.eval.encoding import EncodeOptions, Encoder
 from siftclip.eval.evaluation_mode import evaluation_mode
+from siftclip.eval.text_encoding import check_tokens
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.compilation import compile_towers
 from siftclip.trainer.layer_decay import layer_scales
 from siftclip.trainer.losses import ContrastiveObjective, LossInputs, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
 from siftclip.trainer.online.scoring import ScoringConfig
 from siftclip.trainer.optim import OptimConfig, make_optimizer
+from siftclip.trainer.sharding import sharded_blocks
 from siftclip.trainer.step import Objective, StepContext, compute_gradients
+from siftclip.trainer.training import train_stage
 
 __all__: list[str] = []  # timm adds the names that are registered here
 
@@ -225,7 +232,7 @@ def build(hub: Path) -> Callable[[str], ClipModel]:
     def build_one(name: str) -> ClipModel:
         torch.manual_seed(0)
         with quiet():
-            architecture = json.loads(FAMILIES[name].replace("HUB", str(hub)))
+            architecture = json.loads(FAMILIES[name].replace("HUB/", f"{hub}/"))
             clip = load_clip_model("small", architecture=architecture)
         clip.model.output_dict = True  # type: ignore[assignment]
         return clip
@@ -399,3 +406,153 @@ def test_micro_batches_are_two_passes(name: str, build: Callable[[str], ClipMode
     parts = [batch_of(clip, rows) for rows in (slice(0, 2), slice(2, 4))]
     counted = training_flops(clip.model, **sizes) + first
     assert counted * len(CAPTIONS) == step_flops(clip.model, *parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "loss", "flops"),
+    [
+        ("mt5-base-ViT-B-32", "clip", 2e9),
+        ("roberta-ViT-B-32", "clip", 2e9),
+        ("coca_roberta-ViT-B-32", "coca", 3e10),
+    ],
+)
+def test_a_run_with_a_text_tower_of_hugging_face(
+    name: str,
+    loss: str,
+    flops: float,
+    hub: Path,
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    demo_data: DemoData,
+) -> None:
+    options = ["selector=random", "selector.fraction=1", f"loss={loss}", f"budget.flops={flops}"]
+    options += [f"eval.root={demo_data.tasks}", "eval.tasks=[digit]"]
+    config = compose("train", [*base, *options])
+    config.model.name = name
+    config.model.architecture = json.loads(FAMILIES[name].replace("HUB/", f"{hub}/"))
+    run = train_stage(config)
+    summary = run.summary
+    assert summary is not None
+    assert 0 < summary["flops"] <= flops
+    sample = summary["flops"] / summary["trained_samples"]
+    with quiet():
+        clip = load_clip_model(str(run.path))
+    assert sample == training_flops(clip.model, context_length=77)
+    assert run.results.is_file()
+
+
+# ---- captions of a CoCa whose text tower has a vocabulary of its own ----------------------------
+COCA_ROBERTA = "coca_roberta-ViT-B-32"
+
+
+def test_a_decoder_writes_all_tokens_of_its_text_tower(
+    build: Callable[[str], ClipModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert build(COCA_ROBERTA).model.text_decoder.text_projection.shape == (32, 49408)  # type: ignore[union-attr]
+    original = HFTextEncoder.__init__
+
+    def larger(self: HFTextEncoder, *args: Any, **named: Any) -> None:
+        original(self, *args, **named)
+        self.vocab_size = 50265  # as of roberta-base
+
+    monkeypatch.setattr(HFTextEncoder, "__init__", larger)
+    clip = build(COCA_ROBERTA)
+    projection: Any = clip.model.text_decoder.text_projection  # type: ignore[union-attr]
+    assert projection.shape == (32, 50265)
+    assert float(projection.detach().std()) == pytest.approx(32**-0.5, rel=0.01)
+    save_model_folder(clip, tmp_path)
+    assert clip.config["model_cfg"]["text_cfg"]["vocab_size"] == 50265
+    with quiet():
+        again: Any = load_clip_model(str(tmp_path)).model
+    assert torch.equal(again.text_decoder.text_projection, projection)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_padding_is_no_token_of_a_caption(build: Callable[[str], ClipModel]) -> None:
+    clip = build(COCA_ROBERTA)
+    model: Any = clip.model.eval()
+    batch = batch_of(clip)
+    with torch.no_grad():
+        outputs = model(batch.images, batch.tokens)
+        losses = nn.functional.cross_entropy(
+            outputs["logits"].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
+        )
+    pad = clip.tokenizer.tokenizer.pad_token_id  # type: ignore[attr-defined]
+    assert pad == 1
+    written = (batch.tokens[:, 1:] != pad).flatten()
+    assert 0 < int(written.sum()) < written.numel()
+    objective = Objective(loss=SoftmaxLoss(), caption_weight=1.0)
+    terms = compute_gradients(model, objective, [batch], StepContext())
+    torch.testing.assert_close(terms["caption_loss"], losses[written].mean())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_with_too_few_outputs_is_refused(
+    hub: Path, base: list[str], compose: Callable[..., DictConfig]
+) -> None:
+    options = ["selector=random", "selector.fraction=1", "loss=coca"]
+    config = compose("train", [*base, *options])
+    architecture = json.loads(FAMILIES[COCA_ROBERTA].replace("HUB/", f"{hub}/"))
+    architecture["text_cfg"]["vocab_size"] = 9
+    config.model.architecture = architecture
+    with pytest.raises(InputError, match=r"can write 9 tokens, and its tokenizer makes 14\."):
+        train_stage(config)
+
+
+# ---- what depends on modules of other packages --------------------------------------------------
+def test_blocks_inside_of_blocks_are_sharded_once(build: Callable[[str], ClipModel]) -> None:
+    model = build("mt5-base-ViT-B-32").model
+    blocks = {id(block) for block in sharded_blocks(model)}
+    assert len(blocks) == 4  # two of each tower
+    for block in sharded_blocks(model):
+        assert not blocks & {id(part) for part in block.modules() if part is not block}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "is_random"),
+    [
+        ("ViT-B-16", False),
+        ("ViT-B-16-SigLIP", False),
+        ("convnext_base", True),  # stochastic depth
+        ("roberta-ViT-B-32", True),
+        ("mt5-base-ViT-B-32", True),
+        ("nllb-clip-base", True),
+    ],
+)
+def test_what_is_random_is_not_compiled_with_micro_batches(
+    name: str, is_random: bool, build: Callable[[str], ClipModel]
+) -> None:
+    model = build(name).model
+    if is_random:
+        with pytest.raises(InputError, match="would drop different parts"):
+            compile_towers(model, micro_batches=True, backend="eager")
+    else:
+        compile_towers(model, micro_batches=True, backend="eager")
+
+
+def test_tokens_of_another_model_are_refused(build: Callable[[str], ClipModel]) -> None:
+    model = build("roberta-ViT-B-32").model
+    check_tokens(model, torch.full((2, 77), 13))
+    with pytest.raises(InputError, match="gives the token 14, and the model has 14"):
+        check_tokens(model, torch.full((2, 77), 14))
+    with pytest.raises(InputError, match="gives 515 tokens a text, and the model takes 514"):
+        check_tokens(model, torch.full((2, 515), 13))
+    relative = build("mt5-base-ViT-B-32").model
+    check_tokens(relative, torch.full((2, 2000), 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "lock", "message"),
+    [
+        ("nllb-clip-base", {"text_unlocked_layers": 1}, "can only lock all of it. Set it to 0"),
+        ("bert with cls_pooler", {"text_unlocked_layers": 1}, "does not know the layers"),
+        ("mt5-base-ViT-B-32", {"text_freeze_layer_norm": False}, "has no effect"),
+    ],
+)
+def test_locks_that_open_clip_cannot_set_say_so(
+    name: str, lock: dict[str, Any], message: str, build: Callable[[str], ClipModel]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        lock_towers(build(name).model, LockConfig(text=True, **lock))
