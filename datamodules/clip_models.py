@@ -18,6 +18,8 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -130,9 +132,7 @@ def load_clip_model(
                     aug_cfg=dict(augmentation) if augmentation else None,
                     **chosen,
                 )
-                tokenizer = open_clip.get_tokenizer(
-                    source, context_length=chosen.get("force_context_length")
-                )
+                tokenizer = _tokenizer(source, architecture, chosen.get("force_context_length"))
         except InputError:
             raise
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
@@ -144,7 +144,7 @@ def load_clip_model(
         log.info("%s.", line)
     check_supported(model, chosen)
     if tag is None and (architecture is not None or not source.startswith(SCHEMES)):
-        _initialise_decoder(model)
+        _initialise_decoder(model, model_cfg["text_cfg"])
     if file is not None:
         load_weights(model, file, weights=weights)
     if pretrained_image is not None:
@@ -161,6 +161,24 @@ def load_clip_model(
             "preprocess_cfg": dict(model.visual.preprocess_cfg),
         },
     )
+
+
+def _tokenizer(
+    source: str, architecture: Mapping[str, Any] | None, context_length: int | None
+) -> Tokenizer:
+    """The tokenizer of a model: of a new architecture, the one that it names.
+
+    open_clip looks for it beside a config that lies in a folder, whatever the config says.
+    """
+    text = {} if architecture is None else architecture["text_cfg"]
+    if text.get("hf_tokenizer_name"):
+        return HFTokenizer(
+            text["hf_tokenizer_name"],
+            context_length=context_length or text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            tokenizer_mode=text.get("tokenizer_mode"),
+            **text.get("tokenizer_kwargs", {}),
+        )
+    return open_clip.get_tokenizer(source, context_length=context_length)
 
 
 def holds_weights(name: str) -> bool:
@@ -204,15 +222,28 @@ def _tower_needs(
     return {f"model.pretrained_{tower}={path!r}": found}
 
 
-def _initialise_decoder(model: torch.nn.Module) -> None:
+def _initialise_decoder(model: torch.nn.Module, text_cfg: dict[str, Any]) -> None:
     """Give the text decoder of a random CoCa the projection that open_clip (3.3) leaves undefined.
 
     It is memory as it was found, at times NaN: the decoder's `init_parameters`, which has this
     standard deviation, is never called (https://github.com/mlfoundations/open_clip/pull/551).
+
+    A text tower of Hugging Face has a vocabulary of its own, and open_clip gives the decoder that
+    of CLIP: it gets an output for every token, which `text_cfg` then says.
     """
-    projection: Any = getattr(getattr(model, "text_decoder", None), "text_projection", None)
-    if projection is not None:
-        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+    decoder: Any = getattr(model, "text_decoder", None)
+    if decoder is None:
+        return
+    width, tokens = decoder.text_projection.shape
+    text: Any = model.text
+    if (
+        isinstance(text, HFTextEncoder)
+        and "vocab_size" not in text_cfg
+        and text.vocab_size > tokens
+    ):
+        text_cfg["vocab_size"] = text.vocab_size
+        decoder.text_projection = torch.nn.Parameter(torch.empty(width, text.vocab_size))
+    torch.nn.init.normal_(decoder.text_projection, std=width**-0.5)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torch import nn
@@ -83,6 +84,7 @@ def lock_towers(model: nn.Module, config: LockConfig) -> None:
                 list(clip.visual.parameters()),
             )
         if config.text:
+            _check_layer_norms(clip, config)
             _lock(
                 lambda: clip.lock_text_tower(
                     unlocked_layers=config.text_unlocked_layers,
@@ -120,6 +122,9 @@ def enable_grad_checkpointing(
         if isinstance(clip.visual, TimmModel):  # open_clip would only warn
             clip.visual.trunk.set_grad_checkpointing(True)
         clip.set_grad_checkpointing(True)
+        if isinstance(getattr(clip, "text", None), HFTextEncoder):
+            # Older transformers' default loses the gradients behind locked embeddings.
+            clip.text.transformer.gradient_checkpointing_enable({"use_reentrant": False})
     except Exception as error:  # timm asserts, Hugging Face raises ValueError
         raise InputError(
             f"{option}: a tower of this model has no gradient checkpointing ({error}). "
@@ -130,6 +135,11 @@ def enable_grad_checkpointing(
 def _lock(call: Any, option: str, unlocked: int, parameters: list[nn.Parameter]) -> None:
     try:
         call()
+    except KeyError as error:  # open_clip looks the layers up in a table of its own
+        raise InputError(
+            f"{option}={unlocked}: open_clip does not know the layers of this tower, and can only "
+            "lock all of it. Set it to 0."
+        ) from error
     except Exception as error:  # open_clip asserts; a timm or Hugging Face tower raises more
         raise InputError(
             f"{option.rpartition('_unlocked')[0]}: open_clip cannot lock this tower so: {error}"
@@ -138,6 +148,17 @@ def _lock(call: Any, option: str, unlocked: int, parameters: list[nn.Parameter])
         raise InputError(
             f"{option} must be less than the number of groups of layers, or nothing is locked. "
             f"Got {unlocked}."
+        )
+
+
+def _check_layer_norms(clip: Any, config: LockConfig) -> None:
+    text = getattr(clip, "text", None)
+    if config.text_freeze_layer_norm or not isinstance(text, HFTextEncoder):
+        return  # open_clip refuses it for its own towers
+    if not any("LayerNorm" in name.split(".") for name, _ in text.named_parameters()):
+        raise InputError(
+            "model.lock.text_freeze_layer_norm=false has no effect: open_clip finds no layer norms "
+            "in this text tower. Set it to true."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -92,6 +93,8 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     """
     tower: Any = getattr(model, "text", model)
     table = getattr(tower, "token_embedding", None)
+    if isinstance(tower, HFTextEncoder):
+        table = tower.transformer.get_input_embeddings()
     if isinstance(table, nn.Embedding):
         highest = int(tokens.max())
         if highest >= table.num_embeddings:
@@ -100,8 +103,8 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
                 f"the model has {table.num_embeddings}. Name the model's own tokenizer in "
                 "text_cfg.hf_tokenizer_name, or another model."
             )
-    limit = getattr(tower, "context_length", None)
-    if limit is not None and tokens.shape[1] > limit:
+    limit = getattr(tower, "context_length", None)  # 0: relative positions, as T5 has them
+    if limit and tokens.shape[1] > limit:
         raise InputError(
             f"The tokenizer does not belong to the model: it gives {tokens.shape[1]} tokens a "
             f"text, and the model takes {limit}."

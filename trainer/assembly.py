@@ -20,9 +20,12 @@ from siftclip.trainer.stages import SelectOutcome, plain
 
 
 def new_model(config: DictConfig) -> ClipModel:
-    """The model of a run with its initial weights, which are a function of the seed."""
+    """The model of a run as it is trained, with its initial weights: a function of the seed."""
     lightning.seed_everything(config.seed, verbose=False)
-    return clip_model_from(config.model, "model")
+    clip = clip_model_from(config.model, "model")
+    if config.trainer.grad_checkpointing:  # here, so that what it costs is counted
+        enable_grad_checkpointing(clip.model)
+    return clip
 
 
 def training_module(
@@ -33,9 +36,7 @@ def training_module(
     budget: Budget,
     online: Online | None = None,
 ) -> ClipTraining:
-    """What a run of this budget trains."""
-    if config.trainer.grad_checkpointing:
-        enable_grad_checkpointing(clip.model)
+    """What a run of this budget trains: a model of `new_model`."""
     if config.trainer.compile:
         compile_towers(clip.model, micro_batches=config.trainer.micro_batch_size is not None)
     return ClipTraining(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import PatchDropout
+from timm.layers import DropPath
+from timm.layers import PatchDropout as TimmPatchDropout
 from torch import nn
 
 from siftclip.selectors.errors import InputError
@@ -38,6 +41,11 @@ def compile_towers(
 
 
 def _is_random(module: nn.Module) -> bool:
-    if isinstance(module, PatchDropout):
+    if isinstance(module, (PatchDropout, TimmPatchDropout)):
         return bool(module.prob > 0)
+    if isinstance(module, DropPath):
+        return bool(module.drop_prob > 0)
+    if isinstance(module, HFTextEncoder):  # some of its modules hold no more than the number
+        numbers = module.config.to_dict()
+        return any("drop" in name and bool(value) for name, value in numbers.items())
     return isinstance(module, nn.Dropout) and module.p > 0

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -36,12 +35,11 @@ from siftclip.datamodules.streaming import (
     make_loader,
 )
 from siftclip.selectors.errors import require_int
-from siftclip.trainer.assembly import data_module_from, training_module
+from siftclip.trainer.assembly import data_module_from, new_model, training_module
 from siftclip.trainer.budget import Budget, budget_from
 from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_trainer
-from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.module import ClipTraining
 from siftclip.trainer.objective import open_loss_data
 from siftclip.trainer.progress import TrainingBar
@@ -96,8 +94,7 @@ def bench_stage(config: DictConfig) -> BenchOutcome:
     require_int("seed", config.seed, minimum=0)
     selected = select_stage(config)
     share_cores(options.num_workers)
-    lightning.seed_everything(config.seed, verbose=False)
-    clip = clip_model_from(config.model, "model")
+    clip = new_model(config)
     batch = budget.global_batch_size
     measured = Budget(samples_seen=(WARM_UP_STEPS + steps) * batch, global_batch_size=batch)
     loss_data = open_loss_data(config, selected)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from siftclip.datamodules.batches import Batch
@@ -168,7 +169,7 @@ def objective_from(
         InputError: loss, model and teacher do not go together.
     """
     loss = config.loss
-    _check_model(loss.name, clip.model)
+    _check_model(loss.name, clip)
     fixed_scale = loss.get("logit_scale")
     if fixed_scale is not None:
         _fix_logit_scale(clip.model, fixed_scale)
@@ -207,7 +208,8 @@ def _loss_from(loss: DictConfig, teacher_scale: float, rows: np.ndarray) -> Cont
     return SoftmaxLoss()
 
 
-def _check_model(name: str, model: nn.Module) -> None:
+def _check_model(name: str, clip: ClipModel) -> None:
+    model: Any = clip.model
     has_captions = hasattr(model, "text_decoder")
     if has_captions != (name == "coca"):
         raise InputError(
@@ -218,6 +220,13 @@ def _check_model(name: str, model: nn.Module) -> None:
                 else "has no text decoder: use loss=clip."
             )
         )
+    if has_captions and isinstance(clip.tokenizer, HFTokenizer):
+        outputs, tokens = model.text_decoder.text_projection.shape[1], len(clip.tokenizer.tokenizer)
+        if outputs < tokens:
+            raise InputError(
+                f"loss=coca: the text decoder of this model can write {outputs} tokens, and its "
+                f"tokenizer makes {tokens}. Set model.architecture.text_cfg.vocab_size={tokens}."
+            )
     if name == "siglip" and getattr(model, "logit_bias", None) is None:
         raise InputError(
             "loss=siglip needs a model with a logit bias: model.options.init_logit_bias=-10 and "

@@ -65,7 +65,8 @@ def steps_within(limit: Limit, parts: RunParts) -> int:
         parts: of the run.
 
     Raises:
-        InputError: it ends before the first step does, or lasts for more than `MAX_STEPS`.
+        InputError: it ends before the first step does, or lasts for more than `MAX_STEPS`; or it
+            is one of FLOPs, which cannot be counted.
     """
     plan_of = step_planner(parts)
     of_plan: Callable[[StepPlan, int], float]  # of its steps, and so many versions
@@ -74,6 +75,13 @@ def steps_within(limit: Limit, parts: RunParts) -> int:
     else:
         online = build_online(parts, total_steps=1)
         of_version = _embedded_samples(online)
+
+        if limit.unit == "flops" and online.cost.flops is None:
+            raise InputError(
+                f"budget.flops={limit.amount:g} needs the FLOPs of a sample, which could not be "
+                "counted (see the warning above). Use budget.loaded_samples, budget.seconds or "
+                "scale.samples_seen."
+            )
 
         def of_plan(plan: StepPlan, versions: int) -> float:
             costs = replace(online.cost, plan=plan, embedded=lambda step: versions * of_version)

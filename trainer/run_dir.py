@@ -116,9 +116,10 @@ class RunDir:
     def cost_line(self) -> str:
         """What a finished run has cost, in a line."""
         found = self.summary or {}
+        flops = f"{found['flops']:.3g}" if "flops" in found else "unknown"
         return (
             f"{found['trained_samples']:,.0f} samples trained, {found['loaded_samples']:,.0f} "
-            f"loaded; {found['flops']:.3g} FLOPs; {found['train_seconds']:.1f} s, of these waiting "
+            f"loaded; {flops} FLOPs; {found['train_seconds']:.1f} s, of these waiting "
             f"{found['data_wait_seconds']:.1f}, scoring {found['scoring_seconds']:.1f}, selecting "
             f"{found['selection_seconds']:.1f}"
         )

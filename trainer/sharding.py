@@ -44,16 +44,23 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         )
     ranks = mesh["data_parallel"]
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                fully_shard(block, mesh=ranks)
+    for block in list(sharded_blocks(model)):
+        fully_shard(block, mesh=ranks)
     fully_shard(model, mesh=ranks, ignored_params=scalars)
     for name in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, name)
     for parameter in scalars:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def sharded_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """What lists of modules hold; lists inside of that, as T5's blocks have them, stay whole."""
+    if isinstance(module, nn.ModuleList):
+        yield from module
+        return
+    for part in module.children():
+        yield from sharded_blocks(part)
 
 
 def _average_gradient(parameter: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -101,7 +102,7 @@ def compute_gradients(
             has_captions=caption_share is not None,
         )
         if caption_share is not None:
-            terms["caption_loss"] = caption_share * _caption_sum(outputs, batch)
+            terms["caption_loss"] = caption_share * _caption_sum(model, outputs, batch)
         total = _total(terms)
         context.backward(total)
         return {**{name: value.detach() for name, value in terms.items()}, "loss": total.detach()}
@@ -149,7 +150,7 @@ def _cached_gradients(
                 outputs["text_features"], gradients["text"][mine]
             )
             if caption_share is not None:
-                caption = caption_share * _caption_sum(outputs, batch)
+                caption = caption_share * _caption_sum(model, outputs, batch)
                 values["caption_loss"] = values.get("caption_loss", 0) + caption.detach()
                 surrogate = surrogate + caption
             if last:
@@ -234,12 +235,26 @@ def _caption_share(
     return (
         objective.caption_weight
         * context.world_size
-        / caption_tokens(labels, world_size=context.world_size, weights=_weights(micro_batches))
+        / caption_tokens(
+            labels,
+            world_size=context.world_size,
+            weights=_weights(micro_batches),
+            pad_token=_pad_token(model),
+        )
     )
 
 
-def _caption_sum(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-    return caption_loss_sum(outputs["logits"], outputs["labels"], batch.weights)
+def _caption_sum(model: nn.Module, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    return caption_loss_sum(
+        outputs["logits"], outputs["labels"], batch.weights, pad_token=_pad_token(model)
+    )
+
+
+def _pad_token(model: nn.Module) -> int:
+    tower: Any = model.text
+    is_hugging_face = isinstance(tower, HFTextEncoder)
+    pad_token: int = tower.config.pad_token_id if is_hugging_face else tower.pad_id
+    return pad_token
 
 
 def _cast(model: nn.Module, images: Tensor) -> Tensor:

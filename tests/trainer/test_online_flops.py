@@ -76,6 +76,29 @@ def test_a_resnet_against_the_formula() -> None:
     )
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_a_convolution_is_two_forwards_whatever_its_groups(
+    groups: int, transposed: bool
+) -> None:
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    first, second = nn.Conv2d(3, 8, 1), kind(8, 16, 3, stride=2, groups=groups)
+    model = clip(VIT)
+    model.visual = Images(first, second)
+    side = 32 if transposed else 15  # places that weights are multiplied with
+    expected = 2 * side * side * 8 * 16 * 9 // groups
+    alone = 2 * 32 * 32 * 3 * 8
+    assert forward_flops(model) - text_forward() == expected + alone
+    assert training_flops(model) - 3 * text_forward() == 3 * expected + 2 * alone
+
+
+class Images(nn.Sequential):
+    image_size = 32
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).mean(dim=(2, 3))  # type: ignore[no-any-return]
+
+
 def test_other_inputs() -> None:
     model = clip(VIT)
     shorter = transformer_forward(5, TEXT_WIDTH, 3) + 2 * TEXT_WIDTH * DIM

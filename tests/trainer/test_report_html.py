@@ -7,11 +7,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from siftclip.trainer.compare.collect import Comparison
 from siftclip.trainer.compare.report import html, plot
+from siftclip.trainer.compare.tables import cost_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -80,6 +82,15 @@ def test_page_has_no_scripts_and_asks_the_network_for_nothing(comparison: Compar
     assert "<script" not in page
     assert not re.search(r"(src|href)\s*=", page)
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_costs_that_are_not_known_are_unknown(comparison: Comparison) -> None:
+    comparison.runs.loc[0, "scoring_flops"] = np.nan  # one seed of the first arm
+    header, first, second = cost_rows(comparison)
+    place = header.index("scoring TFLOP")
+    assert (first[place - 1], first[place], second[place]) == ("1", "unknown", "1")
+    del comparison.runs["scoring_flops"]
+    assert [row[place] for row in cost_rows(comparison)[1:]] == ["unknown", "unknown"]
 
 
 def test_positions_on_the_axis(comparison: Comparison) -> None:

@@ -92,7 +92,8 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
 def cost_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
 
-    Published comparisons count by one of them, and which one decides who wins.
+    Published comparisons count by one of them, and which one decides who wins. FLOPs that a run of
+    the arm does not know are unknown.
     """
     rows = [
         [
@@ -119,7 +120,7 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
                 seed_count(comparison, arm),
                 str(own["online"].iloc[0]) if len(own) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
-                *(number(value, ".3g") for value in flops),
+                *("unknown" if len(own) and pd.isna(v) else number(v, ".3g") for v in flops),
                 *(number(means[name], ",.0f") for name in seconds),
             ]
         )

@@ -19,8 +19,8 @@ from siftclip.datamodules.step_plan import StepPlan
 class SampleFlops:
     """FLOPs of the models for one sample; a multiplication and an addition are two."""
 
-    training: int  # forward and backward of the learner, and of a scorer that is trained beside it
-    repeated: int = 0  # a second forward of the learner, where micro-batches need one
+    training: int  # of the learner, its live teacher, and a scorer that is trained beside it
+    repeated: int = 0  # a forward of the learner more, where micro-batches need one
     scoring: int = 0  # forward passes of all models that judge a sample of a super-batch
     embedding: int = 0  # forward of the learner, where the pool is embedded again
 
@@ -30,7 +30,7 @@ class CostModel:
     """Counts of a plan. `embedded` gives how many samples were embedded anew up to a step."""
 
     plan: StepPlan
-    flops: SampleFlops
+    flops: SampleFlops | None  # None: they could not be counted
     scores_after_reading: bool  # a super-batch that is read is scored by models
     reuses_forward: bool = False  # that scoring forward is the first one of micro-batches
     embedded: Callable[[int], int] = lambda step: 0
@@ -47,18 +47,26 @@ class CostModel:
             object.__setattr__(self, name, np.concatenate([[0], np.cumsum(counts)]))
 
     def at(self, step: int) -> dict[str, float]:
-        """Costs of the first `step` steps, by their names in logs and reports."""
+        """Costs of the first `step` steps, by their names in logs and reports.
+
+        FLOPs that are not known have no entry.
+        """
         embedded = self.embedded(step)
         trained = step * self.plan.trained
         scored = int(self._scored[step])
-        repeated = float(self._repeated[step]) * self.flops.repeated
-        training_flops = float(trained) * self.flops.training + repeated
-        scoring_flops = float(scored) * self.flops.scoring + float(embedded) * self.flops.embedding
-        return {
+        samples = {
             "drawn_samples": float(self.plan.starts[step]),
             "loaded_samples": float(self._loaded[step] + embedded),
             "scored_samples": float(scored + embedded),
             "trained_samples": float(trained),
+        }
+        if self.flops is None:
+            return samples
+        repeated = float(self._repeated[step]) * self.flops.repeated
+        training_flops = float(trained) * self.flops.training + repeated
+        scoring_flops = float(scored) * self.flops.scoring + float(embedded) * self.flops.embedding
+        return {
+            **samples,
             "training_flops": training_flops,
             "scoring_flops": scoring_flops,
             "flops": training_flops + scoring_flops,

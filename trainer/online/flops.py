@@ -8,15 +8,19 @@ similarities, selection, and the optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from siftclip.datamodules.clip_models import ClipModel
 from siftclip.selectors.errors import require_int
 from siftclip.trainer.online.scoring import (
     ScoringConfig,
@@ -27,12 +31,30 @@ from siftclip.trainer.online.scoring import (
 
 SAMPLES = 2  # batch norms in training refuse one value a channel
 
+ImageSize = int | tuple[int, int]  # pixels a side, or height and width
+
+
+class InputSizes(TypedDict):
+    """What a sample of a batch measures."""
+
+    image_size: ImageSize
+    context_length: int  # tokens
+
+
+def input_sizes(clip: ClipModel) -> InputSizes:
+    """What the transform and the tokenizer of a model make of a sample."""
+    size = clip.config["preprocess_cfg"]["size"]
+    return {
+        "image_size": size if isinstance(size, int) else (int(size[0]), int(size[1])),
+        "context_length": clip.tokenizer(["a"]).shape[1],
+    }
+
 
 def forward_flops(
     model: nn.Module,
     *,
     scoring: ScoringConfig | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     context_length: int | None = None,
 ) -> int:
     """FLOPs of the forward of one sample through both towers, without gradients.
@@ -42,9 +64,10 @@ def forward_flops(
 
     Args:
         model: the bare open_clip model, left as it was found; not sharded.
-        scoring: of `scoring_features`; None for a plain forward.
-        image_size: pixels a side; None for the model's own.
-        context_length: tokens of a caption; None for the model's own.
+        scoring: of `scoring_features`; None for a plain forward in evaluation mode.
+        image_size: of the images; None for the model's own.
+        context_length: tokens of a caption; None for the model's own, and of a text tower of
+            Hugging Face, which takes captions of any length, for that of open_clip's tokenizers.
     """
     config = scoring or ScoringConfig()
     images, tokens = _blank_samples(model, image_size, context_length)
@@ -54,18 +77,19 @@ def forward_flops(
 
 
 def training_flops(
-    model: nn.Module, *, image_size: int | None = None, context_length: int | None = None
+    model: nn.Module, *, image_size: ImageSize | None = None, context_length: int | None = None
 ) -> int:
     """FLOPs of forward and backward of one sample, in training mode.
 
     They are measured: about 3 times the forward, less what needs no gradient, such as the images,
-    or the weights of a locked tower. What gradient checkpointing computes again is counted, a
-    second forward of micro-batches is not.
+    or the weights of a locked tower. What gradient checkpointing computes again is counted, and
+    what patch dropout leaves out is not. The first forward of micro-batches is `forward_flops` in
+    training mode.
 
     Args:
         model: the bare open_clip model, left as it was found; not sharded.
-        image_size: pixels a side; None for the model's own.
-        context_length: tokens of a caption; None for the model's own.
+        image_size: as of `forward_flops`.
+        context_length: as of `forward_flops`.
     """
     images, tokens = _blank_samples(model, image_size, context_length)
     with (
@@ -94,15 +118,52 @@ def _counting() -> Iterator[FlopCounterMode]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), _TotalFlops() as counter:
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class _TotalFlops(FlopCounterMode):
+    """Counts without asking which module an operator belongs to, and convolutions by their groups.
+
+    torch's hooks for modules fail where a parameter is the input of one: the queries of attention
+    pooling in timm's SigLIP and PE towers, and in CoCa. Its count of the gradient of weights takes
+    every convolution for one of a single group: a thousand times too much of a depthwise one.
+    """
+
+    def __init__(self) -> None:
+        backward = {torch.ops.aten.convolution_backward: _convolution_backward}
+        super().__init__(display=False, custom_mapping=backward)
+        self.mod_tracker: Any = _NoModules()
+
+
+def _convolution_backward(
+    gradient: Sequence[int],
+    inputs: Sequence[int],
+    weight: Sequence[int],
+    *others: Any,
+    **named: Any,
+) -> int:
+    """Each gradient takes as much as the forward: a product of a weight for a place of a map."""
+    _, _, _, _, transposed, _, _, (of_inputs, of_weight, _) = others
+    places = inputs if transposed else gradient
+    forward = 2 * places[0] * math.prod(weight) * math.prod(places[2:])
+    return forward * (of_inputs + of_weight)
+
+
+class _NoModules:
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 @contextmanager
 def _kept_gradients(model: nn.Module) -> Iterator[None]:
-    # not autograd.grad, with which the counter fails where a parameter is a module's input (CoCa)
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.grad = None
@@ -118,17 +179,22 @@ def _has_graph(value: object) -> bool:
 
 
 def _blank_samples(
-    model: nn.Module, image_size: int | None, context_length: int | None
+    model: nn.Module, image_size: ImageSize | None, context_length: int | None
 ) -> tuple[Tensor, Tensor]:
     """Images [SAMPLES, 3, h, w] in the type of the weights, and tokens; on the model's device."""
     clip: Any = model
-    for option, value in (("image_size", image_size), ("context_length", context_length)):
-        if value is not None:
-            require_int(option, value, minimum=1)
-    weight = next(clip.visual.parameters())
-    size = image_size or clip.visual.image_size
+    tower = getattr(clip, "text", clip)
+    limit = DEFAULT_CONTEXT_LENGTH if isinstance(tower, HFTextEncoder) else tower.context_length
+    size = clip.visual.image_size if image_size is None else image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    length = context_length or getattr(clip, "text", clip).context_length
+    length = limit if context_length is None else context_length
+    for option, value in (
+        ("image_size", height),
+        ("image_size", width),
+        ("context_length", length),
+    ):
+        require_int(option, value, minimum=1)
+    weight = next(clip.visual.parameters())
     images = torch.zeros(SAMPLES, 3, height, width, device=weight.device, dtype=weight.dtype)
     tokens = torch.full((SAMPLES, length), 2, device=weight.device)  # neither padding nor the first
     return images, tokens

@@ -148,8 +148,8 @@ class Forecast:
             f"samples: {record['drawn_samples']:,.0f} drawn, "
             f"{record['loaded_samples']:,.0f} loaded, "
             f"{record['scored_samples']:,.0f} scored, {record['trained_samples']:,.0f} trained",
-            f"FLOPs of models: {record['training_flops']:.3g} training, "
-            f"{record['scoring_flops']:.3g} scoring",
+            f"FLOPs of models: {_number(record.get('training_flops'))} training, "
+            f"{_number(record.get('scoring_flops'))} scoring",
         ]
         if saving > 0:
             enough = max(1, round(record["steps"] * (1 - saving)))
@@ -158,6 +158,10 @@ class Forecast:
                 f"{record['steps']:,} plain ones ({saving:.0%} fewer)"
             )
         return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

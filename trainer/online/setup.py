@@ -28,7 +28,7 @@ from siftclip.trainer.models import clip_model_from, model_files
 from siftclip.trainer.objective import LossData, same_tokens
 from siftclip.trainer.online.cost import CostModel, SampleFlops
 from siftclip.trainer.online.diagnostics import Diagnostics, read_kinds
-from siftclip.trainer.online.flops import forward_flops, training_flops
+from siftclip.trainer.online.flops import forward_flops, input_sizes
 from siftclip.trainer.online.in_loop import CachedFirstStage, InLoopSelection, StepDraw
 from siftclip.trainer.online.live import CachedModel, LiveFeatures, ScoredModel, model_logits
 from siftclip.trainer.online.losses_seen import LossesSeen
@@ -46,6 +46,7 @@ from siftclip.trainer.online.options import (
 from siftclip.trainer.online.pool_embedding import PoolEmbedder
 from siftclip.trainer.online.record import RECORD_NAME, ChosenRows
 from siftclip.trainer.online.reselection import Reselection
+from siftclip.trainer.online.sample_flops import Judge, counted, learner_flops, selecting_flops
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scorer import OnlineScorer
 from siftclip.trainer.online.scoring import ScoringConfig, check_scoring, scoring_is_forward
@@ -87,8 +88,8 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
         return _every_step(parts, total_steps)
     plan = StepPlan.plain(parts.global_batch_size, total_steps)
     learner = Learner(weights="learner" if cadence == "once" else parts.config.online.weights)
-    flops = _training_flops(parts)
     if cadence == "once":
+        flops = counted(lambda: _learner_flops(parts))
         cost = CostModel(plan=plan, flops=flops, scores_after_reading=False)
         return Online(plan=plan, cost=cost, source=parts.source, learner=learner)
     reselection, losses = _reselection(parts, plan, learner)
@@ -98,9 +99,14 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
             cadence,
             plan.steps,
         )
+
+    def sample_flops() -> SampleFlops:
+        embedding = forward_flops(parts.clip.model, **input_sizes(parts.clip))
+        return replace(_learner_flops(parts), embedding=embedding)
+
     cost = CostModel(
         plan=plan,
-        flops=replace(flops, embedding=forward_flops(parts.clip.model)),
+        flops=counted(sample_flops),
         scores_after_reading=False,
         embedded=reselection.embedded_samples,
     )
@@ -147,18 +153,19 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
     return {**identity, "code": code, "files": parts}
 
 
-def _training_flops(parts: RunParts) -> SampleFlops:
-    """Of the learner and a live teacher; the first forward of micro-batches comes on top."""
-    teacher = OmegaConf.select(parts.config, "loss.teacher.model")
-    taught = 0
-    if teacher is not None and teacher.name is not None:
-        taught = forward_flops(clip_model_from(teacher, "loss.teacher.model", trained=True).model)
+def _learner_flops(parts: RunParts) -> SampleFlops:
+    """Of the learner and a live teacher."""
+    node = OmegaConf.select(parts.config, "loss.teacher.model")
+    teacher = None
+    if node is not None and node.name is not None:
+        teacher = clip_model_from(node, "loss.teacher.model", trained=True)
+    return learner_flops(parts.clip, micro_batches=_cuts_batches(parts), teacher=teacher)
+
+
+def _cuts_batches(parts: RunParts) -> bool:
+    """Whether a rank's batch is several micro-batches."""
     micro_batch = parts.config.trainer.micro_batch_size
-    several = micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
-    return SampleFlops(
-        training=training_flops(parts.clip.model) + taught,
-        repeated=forward_flops(parts.clip.model) if several else 0,
-    )
+    return micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
 
 
 # ---- every step ----------------------------------------------------------------------------------
@@ -277,7 +284,6 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         )
 
     learner = Learner(weights=online.weights)
-    flops = _training_flops(parts)
     diagnostics, record = _diagnostics(parts), None
     if online.diagnostics.record_chosen:
         record = ChosenRows(
@@ -286,7 +292,11 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
     if chooses_before_reading(config, selector):
         return Online(
             plan=plan,
-            cost=CostModel(plan=plan, flops=flops, scores_after_reading=False),
+            cost=CostModel(
+                plan=plan,
+                flops=counted(lambda: _learner_flops(parts)),
+                scores_after_reading=False,
+            ),
             source=source,
             learner=learner,
             first_stage=first_stage(selector, needs, schedule),
@@ -296,21 +306,21 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
     scoring = ScoringConfig(**plain(online.scoring))
     check_scoring(model, scoring)
     live: list[LiveFeatures] = []
+    judges: list[Judge] = []
+    small: ClipModel | None = None
     scorer: OnlineScorer | None = None
-    training, scoring_flops = flops.training, 0
     carried = needs.features
     if needs.of_model(LEARNER):
         live.append(ScoredModel(name=LEARNER, model=learner, config=scoring))
-        scoring_flops += forward_flops(model, scoring=scoring)
+        judges.append(Judge(parts.clip, scoring))
     if needs.of_model(REFERENCE):
-        reference, forward = _reference(parts, scoring, told[REFERENCE])
+        reference, judge = _reference(parts, scoring, told[REFERENCE])
         live.append(reference)
-        scoring_flops += forward
+        judges += [] if judge is None else [judge]
     if needs.of_model(SCORER):
-        scorer, small, forward = _scorer(parts)
-        live.append(small)
-        scoring_flops += forward
-        training += training_flops(scorer.model)
+        scorer, small, features = _scorer(parts)
+        live.append(features)
+        judges.append(Judge(small, features.config))
     carried = carried - {f"{m.name}_{kind}" for m in live for kind in ("img", "txt")}
     cached = {key for m in live if isinstance(m, CachedModel) for key in m.keys} | carried
     first = None
@@ -324,6 +334,11 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         and config.trainer.micro_batch_size is not None
         and scoring_is_forward(model, scoring)
     )
+
+    def sample_flops() -> SampleFlops:
+        cuts = _cuts_batches(parts)
+        return selecting_flops(_learner_flops(parts), judges, scorer=small, micro_batches=cuts)
+
     in_loop = InLoopSelection(
         draw=step_draw(selector, schedule),
         plan=plan,
@@ -337,7 +352,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         plan=plan,
         cost=CostModel(
             plan=plan,
-            flops=replace(flops, training=training, scoring=scoring_flops),
+            flops=counted(sample_flops),
             scores_after_reading=True,
             reuses_forward=reuses_forward,
         ),
@@ -382,14 +397,16 @@ def _check_cached(source: PoolSource, keys: Mapping[str, str]) -> None:
             raise InputError(str(error).replace("features.name", option)) from None
 
 
-def _reference(parts: RunParts, scoring: ScoringConfig, told: Logits) -> tuple[LiveFeatures, int]:
-    """The reference, and FLOPs of its forward of a sample."""
+def _reference(
+    parts: RunParts, scoring: ScoringConfig, told: Logits
+) -> tuple[LiveFeatures, Judge | None]:
+    """The reference, and its model where it is not cached."""
     node = parts.config.online.reference
     if node.model.name is None:
         aliases = reference_aliases(parts.config)
         keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
         _check_cached(parts.source, aliases)
-        return CachedModel(name=REFERENCE, keys=keys, told=told), 0
+        return CachedModel(name=REFERENCE, keys=keys, told=told), None
     clip = clip_model_from(node.model, "online.reference.model", trained=True)
     _check_inputs(parts.clip, clip, "online.reference.model")
     frozen = clip.model.eval().requires_grad_(False)
@@ -401,12 +418,12 @@ def _reference(parts: RunParts, scoring: ScoringConfig, told: Logits) -> tuple[L
             config=plain_scoring,
             image_size=_image_size(clip),
         ),
-        forward_flops(frozen),
+        Judge(clip, plain_scoring),
     )
 
 
-def _scorer(parts: RunParts) -> tuple[OnlineScorer, LiveFeatures, int]:
-    """The small scorer, its features, and FLOPs of its forward of a sample."""
+def _scorer(parts: RunParts) -> tuple[OnlineScorer, ClipModel, ScoredModel]:
+    """The small scorer, its model, and its features."""
     config = parts.config
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -420,7 +437,7 @@ def _scorer(parts: RunParts) -> tuple[OnlineScorer, LiveFeatures, int]:
         config=ScoringConfig(),
         image_size=size,
     )
-    return scorer, features, forward_flops(clip.model)
+    return scorer, clip, features
 
 
 def _image_size(clip: ClipModel) -> int:
