@@ -191,6 +191,8 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
     there = torch.tensor(int(is_first and (folder / MANIFEST_NAME).is_file()))
     if int(source.ranks.sum(there)):
         selection = read_selection(folder)
+        for text in selection.manifest.get("warnings", ()):
+            source.warn(text)
     else:
         selection = run_selection(selector, name, parameters, source)
         available = metadata_coverage(pool)

@@ -64,7 +64,7 @@ class StepDraw:
         choice = draw(self.selector, source, asked)
         if not uniform:
             return choice
-        kept = add_uniform(choice.multiplicities, source.uids, asked, uniform)
+        kept = add_uniform(choice.multiplicities, source.uids, asked, uniform, choice.scores)
         return Choice(multiplicities=kept, scores=choice.scores)
 
 
