@@ -184,9 +184,7 @@ def test_soft_cap_repeats_as_the_paper_does_with_the_logits_as_scores(temperatur
     paper = [soft_cap_of_the_paper(logits, 2000, 1, 0.15, generator) for _ in range(5)]
     distinct = np.array([np.count_nonzero(counts) for counts in paper])
     assert abs(np.count_nonzero(ours) - distinct.mean()) < 6 * distinct.std(ddof=1) + 10
-    of_the_score = soft_cap(
-        logits, uids, 2000, penalty=0.15 / temperature, batch_samples=1, seed=2
-    )
+    of_the_score = soft_cap(logits, uids, 2000, penalty=0.15 / temperature, batch_samples=1, seed=2)
     assert temperature == 1 or np.count_nonzero(of_the_score) > distinct.max() + 200
     # the mean logit of a draw: repeats fall on the same samples
     means = np.array([counts @ logits / 2000 for counts in paper])
@@ -309,7 +307,10 @@ def test_fractions_count_the_pool() -> None:
         (lambda: SoftCapSampling(seed=0, fraction=0.0), "selector.rule.fraction must be above 0"),
         (lambda: SoftCapSampling(seed=0, count=1, penalty=-1), "penalty must be at least 0"),
         (lambda: SoftCapSampling(seed=0, count=1, batch_samples=0), "batch_samples must be an"),
-        (lambda: SoftCapSampling(seed=0, count=1, batch_samples="few"), "batch_samples must be auto"),
+        (
+            lambda: SoftCapSampling(seed=0, count=1, batch_samples="few"),
+            "batch_samples must be auto",
+        ),
         (lambda: HardCapSampling(seed=0, count=1, cap=0), "selector.rule.cap must be an integer"),
         (lambda: HardCapSampling(seed=-1, count=1), "selector.rule.seed must be an integer"),
         (lambda: HardCapSampling(seed=0, count=1, temperature=0), "temperature must be above 0"),
