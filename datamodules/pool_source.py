@@ -54,11 +54,11 @@ QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 def summarise(scores: np.ndarray) -> dict[str, float]:
-    """Quantiles of the scores that are not NaN, by name (`q50` is the median)."""
-    judged = scores[~np.isnan(scores)]
-    if len(judged) == 0:
+    """Quantiles of the scores that are finite, by name (`q50` is the median)."""
+    finite = scores[np.isfinite(scores)]
+    if len(finite) == 0:
         return {}
-    values = np.quantile(judged.astype(np.float64), QUANTILES)
+    values = np.quantile(finite.astype(np.float64), QUANTILES)
     return {f"q{100 * q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}
 
 
@@ -132,6 +132,7 @@ class PoolSource(Source):
         self._lists: dict[ExternalColumn, ListColumn] = {}
         self._sizes: np.ndarray | None = None
         self.reports: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
 
     def has_features(self, keys: tuple[str, ...]) -> bool:
         """Whether one of the feature sets has all of these arrays."""
@@ -262,6 +263,7 @@ class PoolSource(Source):
         if isinstance(selector, ScoreSelector) and choice.scores is not None:
             # of a composition, NaN also stands for what an earlier stage has dropped
             record["unjudged_samples"] = int(np.isnan(choice.scores).sum())
+            record["never_samples"] = int(np.isneginf(choice.scores).sum())
         if choice.scores is not None:
             record["score_quantiles"] = summarise(choice.scores)
             record["score_quantiles_kept"] = summarise(choice.scores[kept])
@@ -273,6 +275,12 @@ class PoolSource(Source):
                 "max": float(weights.max()),
             }
         self.reports.append(record)
+
+    def warn(self, text: str) -> None:
+        """See `Source`: once for each text, which selections carry in their manifest."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            super().warn(text)
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
         return tqdm(

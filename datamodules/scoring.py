@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -13,17 +12,14 @@ import numpy as np
 import siftclip
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.selection import Selection, make_selection
-from siftclip.selectors.base import ScoreSelector, Selector, run
-
-log = logging.getLogger(__name__)
+from siftclip.selectors.base import ScoreSelector, Selector, run, score_faults
 
 
 def score_pool(selector: ScoreSelector, source: PoolSource) -> np.ndarray:
     """Score every sample of a pool: float32 [n], NaN where a sample cannot be judged."""
     scores = selector.scores(source)
-    unjudged = int(np.isnan(scores).sum())
-    if unjudged and source.ranks.rank == 0:
-        log.warning("%d of %d samples have no score and cannot be selected", unjudged, len(scores))
+    for text in score_faults(scores):
+        source.warn(text)
     source.say_what_was_reused()
     return scores
 
@@ -45,18 +41,11 @@ def run_selection(
     """Select from a pool, and note what was kept, why, and at which cost."""
     pool = source.pool
     source.reports.clear()
+    source.warnings.clear()
     cpu_start = time.process_time()
     choice = run(selector, source)
     source.say_what_was_reused()
     *members, whole = source.reports
-    for record in source.reports if source.ranks.rank == 0 else ():
-        if record.get("unjudged_samples"):
-            log.warning(
-                "%s: %d of %d samples have no score and cannot be selected",
-                record["selector"],
-                record["unjudged_samples"],
-                record["samples"],
-            )
     manifest = {
         "selector": name,
         "parameters": _finite(parameters),
@@ -66,10 +55,12 @@ def run_selection(
         "kept_distinct": whole["kept_distinct"],
         "kept_fraction": whole["kept_distinct"] / len(pool),
         "unjudged_samples": whole.get("unjudged_samples", 0),
+        "never_samples": whole.get("never_samples", 0),  # of score -inf
         "score_quantiles_pool": whole.get("score_quantiles", {}),
         "score_quantiles_kept": whole.get("score_quantiles_kept", {}),
         **({"weights": whole["weights"]} if "weights" in whole else {}),
         "members": members,  # of a composition, in the order in which they have decided
+        "warnings": list(source.warnings),
         "cost": {
             "seconds": whole["seconds"],
             "cpu_seconds": time.process_time() - cpu_start,

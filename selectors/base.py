@@ -22,7 +22,7 @@ from torch import Tensor
 from siftclip.selectors.description import ARGUMENTS
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import sum_arrays
-from siftclip.selectors.rules import Rule, Threshold, TopFraction
+from siftclip.selectors.rules import Rule, Threshold, TopFraction, can_be_kept
 from siftclip.selectors.source import (
     Chunk,
     ExternalColumn,
@@ -48,6 +48,8 @@ __all__ = [
     "draw",
     "run",
 ]
+
+_NEARLY_ALL = 0.99  # of the samples: a selector that keeps so many, or drops so many, says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,20 +116,60 @@ def check_choice(owner: str, choice: Choice, *, samples: int, weighs: bool = Fal
 
 
 def run(selector: Selector, source: Source) -> Choice:
-    """Let a selector decide, check its answer, and report it to the source.
+    """Let a selector decide, check its answer, report it to the source, and say what is odd.
+
+    Every selector comes by here, the members of a composition too.
 
     Raises:
         TypeError, ValueError: the selector broke its contract; a fault of its code.
     """
     start = time.perf_counter()
+    owner = type(selector).__name__
     choice = check_choice(
-        type(selector).__name__,
-        selector.select(source),
-        samples=len(source),
-        weighs=selector.weighs,
+        owner, selector.select(source), samples=len(source), weighs=selector.weighs
     )
     source.report(selector, choice, len(source), time.perf_counter() - start)
+    for text in oddities(selector, choice, len(source.whole)):
+        source.warn(f"{owner}: {text}")
     return choice
+
+
+def score_faults(scores: np.ndarray) -> list[str]:
+    """How many of the scores, float [n], exclude their samples from every selection, in words."""
+    unjudged, never = int(np.isnan(scores).sum()), int(np.isneginf(scores).sum())
+    found = []
+    if unjudged:
+        found.append(f"{unjudged} of {len(scores)} samples have no score and cannot be selected")
+    if never:
+        found.append(f"{never} of {len(scores)} samples have the score -inf and are never kept")
+    return found
+
+
+def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]:
+    """What a user should know of a choice: bad scores, a rule without effect, a missed number.
+
+    Args:
+        selector: that has made the choice.
+        choice: of n samples, which earlier stages have left of the pool.
+        pool_samples: of the whole pool.
+    """
+    samples = len(choice.multiplicities)
+    if not samples:
+        return []
+    asked = selector.asked_samples(samples, pool_samples)
+    kept, distinct = int(choice.multiplicities.sum()), np.count_nonzero(choice.multiplicities)
+    found = selector.faults(samples, pool_samples)
+    if choice.scores is not None and isinstance(selector, ScoreSelector):
+        found += score_faults(choice.scores)
+    share = f"{distinct} of {samples} samples ({100 * distinct / samples:.3g} %)"
+    if distinct >= _NEARLY_ALL * samples:
+        if not selector.keeps_all and kept == distinct:
+            found.append(f"keeps {share}: it changes next to nothing")
+    elif asked is not None and kept < min(asked, samples):
+        found.append(f"keeps {kept} samples where {asked} were asked for: no others can be kept")
+    elif asked is None and distinct < (1 - _NEARLY_ALL) * samples:
+        found.append(f"keeps {share}")
+    return found
 
 
 def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:
@@ -142,6 +184,14 @@ def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:
         owner, selector.draw(source, sub_batch), samples=len(source), weighs=selector.weighs
     )
     check_draw(owner, choice.multiplicities, sub_batch)
+    if (
+        choice.scores is not None
+        and not can_be_kept(choice.scores[choice.multiplicities > 0]).all()
+    ):
+        source.warn(
+            f"{owner}: a super-batch has too few samples with a score above -inf. The sub-batch is "
+            "filled up with samples without a score, or of score -inf, since it has a fixed size."
+        )
     return choice
 
 
@@ -184,6 +234,28 @@ class Selector(ABC):
         It is asked before any work, so that losses that cannot use weights are refused in time.
         """
         return False
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it was asked to keep every sample."""
+        return bool(getattr(getattr(self, "rule", None), "keeps_all", False))
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int | None:
+        """How many it was asked to keep, repetitions counted; None: it decides by itself.
+
+        By default its `rule` says so, if it has one.
+
+        Args:
+            left_samples: of the source that it is to select from.
+            pool_samples: of the whole pool.
+        """
+        asked = getattr(getattr(self, "rule", None), "asked_samples", None)
+        return None if asked is None else int(asked(left_samples, pool_samples))
+
+    def faults(self, left_samples: int, pool_samples: int) -> list[str]:
+        """What makes its parameters meaningless for so many samples; by default its rule's."""
+        found = getattr(getattr(self, "rule", None), "faults", None)
+        return [] if found is None else list(found(left_samples, pool_samples))
 
     @abstractmethod
     def select(self, source: Source) -> Choice:
@@ -249,6 +321,9 @@ class ScoreSelector(Selector):
 
     def score(self, chunk: Chunk) -> Tensor:
         """The scores of a chunk, float32 [n], higher is better; NaN means "cannot be judged".
+
+        -inf means "never": no rule keeps it, even where it would need it to reach its fraction.
+        +inf is the best. A statistic of scores leaves all three out.
 
         Each number depends on its own sample and on what `fit` gathered, not on its chunk. Samples
         that are not `chunk.usable()` get NaN from the caller, whatever is answered for them.

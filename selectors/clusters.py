@@ -10,10 +10,12 @@ from torch import Tensor
 
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
 from siftclip.selectors.blocks import joined
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, require_int, require_int_or_auto
 from siftclip.selectors.kmeans import assign, fit_kmeans
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.source import Memo
+
+_MOST_CLUSTERS = 0.2  # of the samples: with more, most are alone or nearly
 
 
 class Clustering(Protocol):
@@ -32,29 +34,77 @@ class KMeans:
     def __init__(
         self,
         *,
-        clusters: int,
+        clusters: int | str,
         seed: int,
         iterations: int = 20,
         sample: int | None = None,
         spherical: bool = True,
+        samples_per_cluster: int | None = None,
+        most_clusters: int | None = None,
     ) -> None:
-        """See `fit_kmeans`."""
-        self.clusters = require_int("selector.clustering.clusters", clusters, minimum=1)
+        """See `fit_kmeans`.
+
+        Args:
+            clusters: how many, or "auto": as many as leave each `samples_per_cluster` on average.
+            seed: see there, as the others.
+            iterations: at most so many.
+            sample: cluster so many samples only.
+            spherical: whether centroids are scaled to unit norm.
+            samples_per_cluster: with "auto": on average; there is at least one cluster, ...
+            most_clusters: ... and at most so many, if given.
+        """
+        self.clusters = require_int_or_auto("selector.clustering.clusters", clusters)
+        self.samples_per_cluster = None
+        if samples_per_cluster is not None:
+            self.samples_per_cluster = require_int(
+                "selector.clustering.samples_per_cluster", samples_per_cluster, minimum=1
+            )
+        self.most_clusters = None
+        if most_clusters is not None:
+            self.most_clusters = require_int(
+                "selector.clustering.most_clusters", most_clusters, minimum=1
+            )
+        if clusters == "auto" and samples_per_cluster is None:
+            raise InputError(
+                "selector.clustering.clusters=auto needs selector.clustering.samples_per_cluster, "
+                "such as 8800 for SemDeDup. Got null."
+            )
         self.seed = require_int("selector.clustering.seed", seed, minimum=0)
         self.iterations = require_int("selector.clustering.iterations", iterations, minimum=0)
         self.spherical = spherical
         self.sample = None
         if sample is not None:
-            self.sample = require_int("selector.clustering.sample", sample, minimum=clusters)
+            fewest = self.clusters if isinstance(self.clusters, int) else 1
+            self.sample = require_int("selector.clustering.sample", sample, minimum=fewest)
+
+    def count(self, samples: int) -> int:
+        """How many clusters there are of so many samples."""
+        if isinstance(self.clusters, int):
+            return self.clusters
+        scaled = max(1, round(samples / (self.samples_per_cluster or 1)))
+        return scaled if self.most_clusters is None else min(scaled, self.most_clusters)
 
     def files(self) -> tuple[FeatureFile, ...]:
         return ()
 
     def centroids(self, source: Source, key: str) -> Tensor:
+        clusters = self.count(len(source))
+        if self.sample is not None and self.sample < clusters:
+            raise InputError(
+                f"selector.clustering.sample must be at least the number of clusters, {clusters} "
+                f"of {len(source)} samples. Got {self.sample}."
+            )
+        if clusters > _MOST_CLUSTERS * len(source) > 0:
+            source.warn(
+                f"KMeans: selector.clustering.clusters={clusters} leaves {len(source)} samples "
+                "mostly alone in their clusters, where nothing is like them. Use "
+                "selector.clustering.clusters=auto with "
+                "selector.clustering.samples_per_cluster, or far fewer"
+            )
         return fit_kmeans(
             source,
             key,
-            clusters=self.clusters,
+            clusters=clusters,
             seed=self.seed,
             iterations=self.iterations,
             sample=self.sample,

@@ -96,13 +96,13 @@ def rank_sum(
     weights as `sum_rank`; there, equal scores get their ranks by the order of the files.
 
     Args:
-        scores: k arrays float [n]; a sample with a NaN gets NaN, and has no rank in the others.
+        scores: k arrays float [n]. A sample with -inf in one gets -inf, whatever the weight, and
+            else one with a NaN gets NaN; neither has a rank in the others.
         uids: uint64 [n, 2], which decide between equal scores.
         weights: k finite numbers.
     """
-    judged = np.flatnonzero(~np.isnan(np.stack(scores)).any(0))
-    total = np.full(len(uids), np.nan)
-    total[judged] = 0.0
+    total = _verdicts(scores)
+    judged = np.flatnonzero(total == 0.0)
     for values, weight in zip(scores, weights, strict=True):
         total[judged] += weight * ordinal_ranks(values[judged], uids[judged])
     return total
@@ -112,25 +112,39 @@ def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
     """The weighted sum of standardised scores: float64 [n].
 
     Every score is brought to mean 0 and standard deviation 1 (a constant one to 0) over the
-    samples that all scores judge. This is the form of M-FLYT (arXiv 2503.08805), whose weights are
-    learned. A score that is not finite says nothing here, and gives NaN.
+    samples for which all scores are finite. This is the form of M-FLYT (arXiv 2503.08805), whose
+    weights are learned.
 
     Args:
-        scores: k arrays float [n].
+        scores: k arrays float [n]. A sample with -inf in one gets -inf, whatever the weight, and
+            else one with a NaN gets NaN. +inf gives +inf, or -inf with a negative weight.
         weights: k finite numbers.
     """
-    judged = np.isfinite(np.stack(scores)).all(0)
-    total = np.full(len(judged), np.nan)
-    total[judged] = 0.0
-    if not judged.any():
-        return total
+    total = _verdicts(scores)
+    judged = total == 0.0
+    finite = np.isfinite(np.stack(scores)).all(0)
     for values, weight in zip(scores, weights, strict=True):
+        best = judged & np.isposinf(values)
+        if weight < 0:
+            total[best] = -np.inf
+        elif weight > 0:
+            total[best & (total > -np.inf)] = np.inf
+        if not finite.any():
+            continue
         # Sums over sorted values do not depend on the order of the samples, not even by rounding.
-        ordered = np.sort(values[judged]).astype(np.float64)
+        ordered = np.sort(values[finite]).astype(np.float64)
         mean = ordered.mean()
         spread = np.sqrt(np.square(ordered - mean).mean()) if ordered[0] < ordered[-1] else np.inf
-        total[judged] += weight * ((values[judged] - mean) / spread)
+        here = judged & np.isfinite(values)
+        total[here] += weight * ((values[here] - mean) / spread)
     return total
+
+
+def _verdicts(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """-inf where one of the scores is -inf, else NaN where one is NaN, else 0: float64 [n]."""
+    values = np.stack(scores)
+    unjudged = np.where(np.isnan(values).any(0), np.nan, 0.0)
+    return np.where(np.isneginf(values).any(0), -np.inf, unjudged)
 
 
 class Then(Selector):
@@ -298,7 +312,7 @@ class Combined(ScoreSelector):
 
     @abstractmethod
     def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
-        """Scores float32 [n] of each selector -> float64 [n], NaN where one is NaN."""
+        """Scores float32 [n] of each selector -> float64 [n], -inf or NaN where one is."""
 
     def combined(self, source: Source) -> np.ndarray:
         """The score of every sample before it is rounded to float32: float64 [n]."""

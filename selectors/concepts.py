@@ -253,9 +253,16 @@ class ConceptBalance(Selector):
     def requires(self) -> Requirements:
         return Requirements(lists=self.concepts)
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.fraction == 1
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
+        return int(counted(self.of, left_samples, pool_samples) * self.fraction)
+
     def select(self, source: Source) -> Choice:
         """Choose of all samples as of a single group."""
-        count = int(counted(self.of, len(source), len(source.whole)) * self.fraction)
+        count = self.asked_samples(len(source), len(source.whole))
         return self._choose(source, SubBatch(samples=min(count, len(source))))
 
     def draw(self, source: Source, sub_batch: SubBatch) -> Choice:

@@ -189,7 +189,7 @@ class DensityPruning(Selector):
         quotas = allocate(
             cluster_shares(complexity, self.temperature),
             sizes,
-            min(self.rule.count(len(source), len(source.whole)), int(sizes.sum())),
+            min(self.rule.asked_samples(len(source), len(source.whole)), int(sizes.sum())),
             minimum=self.minimum,
         )
         orders = {"hard": cosines, "easy": -cosines}

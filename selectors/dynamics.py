@@ -6,16 +6,12 @@ fewer than a smaller one. The paper's schedule was not at hand: the power law us
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 
 from siftclip.selectors.base import Choice, ExternalColumn, Requirements, Selector, Source
 from siftclip.selectors.errors import InputError, require_fraction, require_int
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.quota import keep_top_of_each
-
-log = logging.getLogger(__name__)
 
 
 def power_quotas(sizes: np.ndarray, total: int, *, alpha: float, max_repeats: int) -> np.ndarray:
@@ -113,22 +109,26 @@ class DynamicClusterSampling(Selector):
     def requires(self) -> Requirements:
         return Requirements(column=self.clusters)
 
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
+        return int(pool_samples * self.fraction)
+
     def select(self, source: Source) -> Choice:
         """Draw an epoch; the fraction counts the samples of the whole pool."""
         names = source.take(source.rows, self.requires).column
         if names is None:
             raise ValueError("the source lacks the column of DynamicClusterSampling.requires")
-        known = np.flatnonzero(~np.isnan(names))
-        if len(known) < len(names) and source.ranks.rank == 0:
-            log.warning(
-                "DynamicClusterSampling: %d of %d samples have no cluster and are left out",
-                len(names) - len(known),
-                len(names),
+        known = np.flatnonzero(np.isfinite(names))
+        if len(known) < len(names):
+            source.warn(
+                f"DynamicClusterSampling: {len(names) - len(known)} of {len(names)} samples have "
+                "no cluster and are left out"
             )
         _, clusters, sizes = np.unique(names[known], return_inverse=True, return_counts=True)
-        total = int(len(source.whole) * self.fraction)
         quotas = power_quotas(
-            sizes.astype(np.int64), total, alpha=self.alpha, max_repeats=self.max_repeats
+            sizes.astype(np.int64),
+            self.asked_samples(len(source), len(source.whole)),
+            alpha=self.alpha,
+            max_repeats=self.max_repeats,
         )
         kept = np.zeros(len(source), dtype=np.int64)
         kept[known] = sample_clusters(clusters, source.uids[known], quotas, seed=self.seed)

@@ -29,6 +29,17 @@ def require_int(option: str, value: object, *, minimum: int) -> int:
     return value
 
 
+def require_int_or_auto(option: str, value: object, *, minimum: int = 1) -> int | str:
+    """Return `value` if it is "auto", or else as `require_int`: what scales with the pool."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str):
+        raise InputError(
+            f"{option} must be auto or an integer of at least {minimum}. Got {value!r}."
+        )
+    return require_int(option, value, minimum=minimum)
+
+
 def require_finite(option: str, value: object) -> float:
     """Return `value` as a finite float; `option` is the name that the user wrote."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -31,7 +31,7 @@ class External(ScoreSelector):
                 `f0` and `f1` (the uid, u8) and `column`; or a DataComp subset `.npy`, in which
                 repeated uids mean repeated samples. None means the parquet files of the pool's own
                 metadata, such as for the column `clip_l14_similarity_score`.
-            column: the score to select by, higher is better; None for a subset.
+            column: the score to select by, higher is better, -inf for "never"; None for a subset.
             fraction: see `ScoreSelector`; only with a column.
             threshold: see `ScoreSelector`; only with a column.
             rule: see `ScoreSelector`; only with a column.
@@ -62,4 +62,8 @@ class External(ScoreSelector):
     def score(self, chunk: Chunk) -> Tensor:
         if chunk.column is None:
             raise ValueError("the chunk lacks the column that External.requires names")
-        return torch.from_numpy(chunk.column.astype(np.float32))
+        # A number that float32 cannot hold is not infinite: it neither wins nor loses for ever.
+        largest = np.finfo(np.float32).max
+        finite = np.clip(chunk.column, -largest, largest)
+        values = np.where(np.isinf(chunk.column), chunk.column, finite)
+        return torch.from_numpy(values.astype(np.float32))

@@ -63,7 +63,7 @@ class JEST(Selector):
         """Draw the fraction, from all samples as one group."""
         if not len(source):
             return Choice(multiplicities=np.zeros(0, dtype=np.int64))
-        count = min(len(source), self.rule.count(len(source), len(source.whole)))
+        count = min(len(source), self.rule.asked_samples(len(source), len(source.whole)))
         return self.draw(source, SubBatch(samples=count, seed=self.seed))
 
     @torch.no_grad()

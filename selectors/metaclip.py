@@ -11,7 +11,7 @@ import numpy as np
 
 from siftclip.selectors.base import Choice, Requirements, Selector, Source, Task
 from siftclip.selectors.datacomp_filters import captions_of
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, require_int, require_int_or_auto
 from siftclip.selectors.hashing import mix64
 from siftclip.selectors.languages import read_list
 from siftclip.selectors.noise import noise, noise_state
@@ -128,6 +128,9 @@ def parse_entries(path: str, text: str) -> list[str]:
     return distinct
 
 
+_SAMPLES_PER_T = 80_000  # of the pool, as published: t is 20,000 for 1.6 G pairs
+
+
 class MetaClip(Selector):
     """Keep the captions that match a metadata list, with at most about `t` for each entry.
 
@@ -136,17 +139,18 @@ class MetaClip(Selector):
     each task are kept, about 16 bytes a sample.
     """
 
-    def __init__(self, *, entries: str, t: int, seed: int) -> None:
+    def __init__(self, *, entries: str, seed: int, t: int | str = "auto") -> None:
         """Set the list and the balance.
 
         Args:
             entries: a file with the metadata list, `.json` or one entry a line.
-            t: matches of an entry that are kept on average, at most; at least 1. The paper takes
-                20,000 for 400 M pairs (from 1.6 G), and 170,000 for 2.5 G.
             seed: any integer of at least 0.
+            t: matches of an entry that are kept on average, at most; at least 1. The paper takes
+                20,000 for 400 M pairs (from 1.6 G), and 170,000 for 2.5 G. "auto": an 80,000th of
+                the samples, as in the first.
         """
         self.entries = entries
-        self.t = require_int("selector.t", t, minimum=1)
+        self.t = require_int_or_auto("selector.t", t)
         self.seed = require_int("selector.seed", seed, minimum=0)
 
     @property
@@ -163,7 +167,16 @@ class MetaClip(Selector):
         counts = np.zeros(len(entries), dtype=np.int64)
         for task in mine:
             counts += np.bincount(_matches(memo, task)[0], minlength=len(entries))
-        probabilities = keep_probabilities(sum_arrays(source.ranks, counts), self.t)
+        counts = sum_arrays(source.ranks, counts)
+        scaled = max(1, round(len(source) / _SAMPLES_PER_T))
+        t = self.t if isinstance(self.t, int) else scaled
+        if t >= counts.max() > 0:
+            source.warn(
+                f"MetaClip: no entry has more than selector.t={t} matches (the most frequent one "
+                f"has {counts.max()}), so that nothing is balanced. Use selector.t=auto ({scaled} "
+                "here)"
+            )
+        probabilities = keep_probabilities(counts, t)
         states = entry_state(entries)
         kept = np.zeros(len(source), dtype=np.int64)
         for task in mine:

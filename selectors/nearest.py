@@ -168,6 +168,11 @@ class NearestRank(ScoreSelector):
         return Requirements(features=(self.key,), files=(self.target,))
 
     def fit(self, source: Source) -> None:
+        if self.neighbours >= len(source) > 0:
+            source.warn(
+                f"NearestRank: selector.neighbours={self.neighbours} puts all {len(source)} "
+                "samples into every list, so that none is left out; use fewer"
+            )
         self._ranks, _ = target_ranks(source, self.key, self.target, neighbours=self.neighbours)
 
     def score_task(self, source: Source, task: Task) -> Tensor:
@@ -200,7 +205,7 @@ class NearestUnion(Selector):
         return Requirements(features=(self.key,), files=(self.target,))
 
     def select(self, source: Source) -> Choice:
-        budget = self.rule.count(len(source), len(source.whole))
+        budget = self.rule.asked_samples(len(source), len(source.whole))
         targets = sum(len(piece) for piece in source.file(self.target))
         # Lists overlap: four times the entries mostly suffice. Where not, longer ones are made.
         neighbours = max(1, min(len(source), -(-4 * budget // max(1, targets))))

@@ -117,6 +117,12 @@ class NegCLIPLoss(ScoreSelector):
         parts = {part.name: part.rows for part in source.parts(self.requires)}
         if self.partition == "global":
             parts = {"pool": np.concatenate([*parts.values(), np.empty(0, dtype=np.int64)])}
+        if pass_number == 1 and max(map(len, parts.values()), default=0) <= self.batch_size:
+            source.warn(
+                f"NegCLIPLoss: selector.batch_size={self.batch_size} holds every file whole, so "
+                f"that all {self.passes} passes compare the same pairs. selector.passes=1 gives "
+                "the same scores for less"
+            )
         step = max(1, TASK_SAMPLES // self.batch_size) * self.batch_size
         tasks = []
         for name, rows in parts.items():

@@ -139,7 +139,7 @@ class Screening:
         if isinstance(self._rule, Threshold):
             # as the rule compares
             return undecided(scores, errors, threshold=float(np.float32(self._rule.threshold)))
-        count = self._rule.count(len(scores), len(self._source.whole))
+        count = self._rule.asked_samples(len(scores), len(self._source.whole))
         return undecided(scores, errors, count=count)
 
     def _screened_scores(self) -> tuple[np.ndarray, np.ndarray]:

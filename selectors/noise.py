@@ -7,6 +7,7 @@ import numpy as np
 from siftclip.selectors.hashing import mix64, seed_state, uid_hashes
 
 _PURPOSE = 0x5AFE_C0DE_D1CE_0001  # other numbers than those of uniform_score with the same seed
+_FAR = 100.0  # between two logits: Gumbel noise of 52 bits is between -4 and 37
 
 
 def noise_state(uids: np.ndarray, seed: int) -> np.ndarray:
@@ -27,3 +28,17 @@ def noise(state: np.ndarray, draw: int) -> np.ndarray:
 def gumbel(state: np.ndarray, draw: int) -> np.ndarray:
     """Independent standard Gumbel numbers for a draw: float64 [n]."""
     return -np.log(-np.log(noise(state, draw)))
+
+
+def bounded_logits(logits: np.ndarray, *, penalties: float = 0.0) -> np.ndarray:
+    """Logits with a finite number for +inf, so far above all others that no noise makes it good.
+
+    So what has +inf is drawn first, and at random among its like, as in the limit of a large logit.
+
+    Args:
+        logits: float [n], above -inf.
+        penalties: what one may lose on the way, at most.
+    """
+    best = np.isposinf(logits)
+    top = logits[~best].max(initial=-np.inf) if not best.all() else 0.0
+    return np.where(best, top + _FAR + penalties, logits).astype(np.float64)

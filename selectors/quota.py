@@ -7,7 +7,7 @@ import numpy as np
 from siftclip.selectors.base import Choice, Requirements, ScoreSelector, Selector, Source
 from siftclip.selectors.compose import require_selectors, union
 from siftclip.selectors.errors import InputError, require_choice, require_fraction, require_int
-from siftclip.selectors.rules import counted
+from siftclip.selectors.rules import can_be_kept, counted
 
 
 def proportional_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def keep_top_of_each(
     Of equal scores at a cut, the smaller uids are kept.
 
     Args:
-        scores: float [n], no NaN.
+        scores: float [n], above -inf.
         uids: uint64 [n, 2].
         clusters: int64 [n], in [0, c).
         quotas: int64 [c], at most the size of the cluster.
@@ -139,25 +139,32 @@ class QuotaPerCluster(Selector):
         return union((self.selector, self.clusters))
 
     def select(self, source: Source) -> Choice:
-        """Keep the best; a sample that lacks a score or a cluster counts for nothing."""
+        """Keep the best; a sample without a score above -inf or a cluster counts for nothing."""
         scores, names = self.selector.scores(source), self.clusters.scores(source)
-        judged = np.flatnonzero(~np.isnan(scores) & ~np.isnan(names))
+        judged = np.flatnonzero(can_be_kept(scores) & np.isfinite(names))
         _, clusters, sizes = np.unique(names[judged], return_inverse=True, return_counts=True)
         kept = np.zeros(len(source), dtype=np.int64)
         kept[judged] = keep_top_of_each(
             scores[judged],
             source.uids[judged],
             clusters,
-            self._quotas(sizes.astype(np.int64), counted(self.of, len(source), len(source.whole))),
+            self._quotas(
+                sizes.astype(np.int64), self.asked_samples(len(source), len(source.whole))
+            ),
         )
         return Choice(multiplicities=kept, scores=scores)
 
-    def _quotas(self, sizes: np.ndarray, samples: int) -> np.ndarray:
-        if self.per_cluster is not None:
-            return np.minimum(sizes, self.per_cluster)
-        if self.count is not None:
-            total = self.count
-        else:
-            total = int(samples * (self.fraction or 0.0))
+    @property
+    def keeps_all(self) -> bool:
+        return self.fraction == 1
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int | None:
+        if self.fraction is not None:
+            return int(counted(self.of, left_samples, pool_samples) * self.fraction)
+        return self.count
+
+    def _quotas(self, sizes: np.ndarray, total: int | None) -> np.ndarray:
+        if total is None:
+            return np.minimum(sizes, self.per_cluster or 0)
         share = proportional_quotas if self.quotas == "proportional" else equal_quotas
         return share(sizes, total)

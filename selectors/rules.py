@@ -1,4 +1,8 @@
-"""Rules turn scores into multiplicities. NaN is never kept; ties are broken by uid."""
+"""Rules turn scores into multiplicities; ties are broken by uid.
+
+A score of -inf says "never", and NaN "cannot be judged": no rule keeps either, and where a rule
+would need them to reach its number, it keeps fewer. +inf is the best there is.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,17 @@ from siftclip.selectors.errors import (
 class Rule(Protocol):
     """Scores float32 [n] and uids uint64 [n, 2] -> multiplicities int64 [n].
 
-    `pool_samples` is the size of the whole pool, of which earlier stages may have left n.
+    `pool_samples` is the size of the whole pool, of which earlier stages may have left n. What a
+    rule says of itself by `keeps_all`, `asked_samples` and `faults` is explained by the properties
+    of `siftclip.selectors.base.Selector` that have these names; it may lack them.
     """
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray: ...
+
+
+def can_be_kept(scores: np.ndarray) -> np.ndarray:
+    """Which samples may be kept at all: bool [n], not those with NaN or -inf."""
+    return scores > -np.inf
 
 
 def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
@@ -29,7 +40,7 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
 
     Of equal scores at the cut, the smaller uids are kept, so that the answer depends neither on
     the order of the samples nor on how they were cut into chunks. With fewer than `count` scores
-    that are not NaN, all of these are kept.
+    above -inf, all of these are kept.
 
     Args:
         scores: float [n].
@@ -37,14 +48,14 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
         count: how many, at least 0.
     """
     kept = np.zeros(len(scores), dtype=np.int64)
-    judged = np.flatnonzero(~np.isnan(scores))
-    count = min(count, len(judged))
+    able = np.flatnonzero(can_be_kept(scores))
+    count = min(count, len(able))
     if count == 0:
         return kept
-    values = scores[judged]
+    values = scores[able]
     cut = np.partition(values, len(values) - count)[len(values) - count]
-    kept[judged[values > cut]] = 1
-    ties = judged[values == cut]
+    kept[able[values > cut]] = 1
+    ties = able[values == cut]
     order = np.lexsort((uids[ties, 1], uids[ties, 0]))
     kept[ties[order[: count - int(kept.sum())]]] = 1
     return kept
@@ -59,7 +70,7 @@ class TopFraction:
     """Keep exactly int(n * fraction) samples, the best: the VAS and negCLIPLoss convention.
 
     n counts every sample of the pool, or every one that earlier stages have left, also those whose
-    score is NaN. DataComp's `get_threshold` keeps one more, and all ties at the cut.
+    score is NaN or -inf. DataComp's `get_threshold` keeps one more, and all ties at the cut.
     """
 
     def __init__(self, fraction: float, of: str = "pool") -> None:
@@ -67,12 +78,16 @@ class TopFraction:
         self.fraction = require_fraction("selector.fraction", fraction)
         self.of = require_choice("selector.of", of, ("pool", "left"))
 
-    def count(self, left_samples: int, pool_samples: int) -> int:
+    @property
+    def keeps_all(self) -> bool:
+        return self.fraction == 1
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
         """How many samples that is, of so many that are left of a pool."""
         return int(counted(self.of, left_samples, pool_samples) * self.fraction)
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
-        return keep_top(scores, uids, self.count(len(scores), pool_samples))
+        return keep_top(scores, uids, self.asked_samples(len(scores), pool_samples))
 
 
 class TopCount:
@@ -80,6 +95,9 @@ class TopCount:
 
     def __init__(self, count: int) -> None:
         self.count = require_int("selector.rule.count", count, minimum=0)
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
+        return self.count
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         return keep_top(scores, uids, self.count)
@@ -91,7 +109,7 @@ class DataCompFraction:
     The threshold is the score at position int(n * fraction), counted from 0 in descending order,
     and every score of at least that is kept: one sample more than `TopFraction`, and all ties at
     the cut. n counts as in `TopFraction`. The released code fails where that position does not
-    exist, as for a fraction of 1; here all samples with a score are then kept.
+    exist, as for a fraction of 1; here all samples with a score above -inf are then kept.
     """
 
     def __init__(self, fraction: float, of: str = "pool") -> None:
@@ -99,17 +117,27 @@ class DataCompFraction:
         self.fraction = require_fraction("selector.rule.fraction", fraction)
         self.of = require_choice("selector.rule.of", of, ("pool", "left"))
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.fraction == 1
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
+        """How many samples that is at least, without what is tied with the last of them."""
+        counted_samples = counted(self.of, left_samples, pool_samples)
+        return min(counted_samples, int(counted_samples * self.fraction) + 1)
+
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
-        judged = scores[~np.isnan(scores)]
+        able = can_be_kept(scores)
+        judged = scores[able]
         position = int(counted(self.of, len(scores), pool_samples) * self.fraction)
         if position >= len(judged):
-            return (~np.isnan(scores)).astype(np.int64)
+            return able.astype(np.int64)
         threshold = np.partition(judged, len(judged) - 1 - position)[len(judged) - 1 - position]
         return (scores >= threshold).astype(np.int64)
 
 
 class Threshold:
-    """Keep the samples with score >= threshold, compared in float32."""
+    """Keep the samples with score >= threshold, a finite number, compared in float32."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = require_finite("selector.threshold", threshold)

@@ -1,7 +1,8 @@
 """Rules that draw samples at random, with probabilities that their scores give.
 
 All noise is a pure function of (seed, draw, uid), so that an answer depends neither on the order of
-the samples nor on a global random state. A score that is not finite is never drawn.
+the samples nor on a global random state. A score of NaN or -inf is never drawn, and +inf before all
+that are finite.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from siftclip.selectors.errors import (
     require_finite,
     require_fraction,
     require_int,
+    require_int_or_auto,
     require_positive,
 )
-from siftclip.selectors.noise import gumbel, hashes, noise, noise_state
-from siftclip.selectors.rules import counted, keep_top
+from siftclip.selectors.noise import bounded_logits, gumbel, hashes, noise, noise_state
+from siftclip.selectors.rules import can_be_kept, counted, keep_top
 
 _BLOCK = 1 << 15  # samples at a time: their numbers stay in the processor's cache
+_DRAWS_PER_BATCH = 1280  # of Soft Cap Sampling as published: 128 M draws in batches of 100,000
 
 
 def draw_without_replacement(
@@ -33,12 +36,14 @@ def draw_without_replacement(
     softmax(logits) without replacement (Gumbel top-k, arXiv 1903.06059).
 
     Args:
-        logits: float [n]; not finite: never drawn.
+        logits: float [n]; NaN and -inf: never drawn; +inf: drawn first.
         uids: uint64 [n, 2].
         count: how many; all that can be drawn where these are fewer.
         seed: any integer of at least 0.
     """
-    keys = np.where(np.isfinite(logits), logits, np.nan) + gumbel(noise_state(uids, seed), 0)
+    able = np.flatnonzero(can_be_kept(logits))
+    keys = np.full(len(logits), np.nan)
+    keys[able] = bounded_logits(logits[able]) + gumbel(noise_state(uids[able], seed), 0)
     return keep_top(keys, uids, count)
 
 
@@ -54,27 +59,30 @@ def soft_cap(
     """Soft Cap Sampling (arXiv 2503.08805): multiplicities int64 [n] that sum to `total`.
 
     Until there are `total`: draw a batch from softmax(logits) without replacement, and lower the
-    logits of what was drawn by `penalty`. The released code draws with `numpy.random.choice`; here
-    a batch has the largest logit + Gumbel noise, which is the same distribution.
+    logits of what was drawn by `penalty`. The paper has no temperature: what enters the softmax is
+    the score itself, from which its code takes the penalty. It draws with `numpy.random.choice`;
+    here a batch has the largest logit + Gumbel noise, which is the same distribution.
 
     Most samples cannot be in a batch, whatever their logit: their uniform number is compared with
     a bound that changes only when the sample is drawn, and only what passes gets a Gumbel number.
     The answer is that of the full computation, at one multiplicative hash a sample and batch.
 
     Args:
-        logits: float [n]; not finite: never drawn.
+        logits: float [n]; NaN and -inf: never drawn; +inf: in every batch that has room.
         uids: uint64 [n, 2].
         total: sum of the multiplicities; 0 where no sample can be drawn.
-        penalty: at least 0.
+        penalty: at least 0, taken from what enters the softmax.
         batch_samples: distinct samples of a draw; all that can be drawn where these are fewer.
         seed: any integer of at least 0.
     """
-    able = np.flatnonzero(np.isfinite(logits))
+    able = np.flatnonzero(can_be_kept(logits))
     drawn = np.zeros(len(logits), dtype=np.int64)
     if not len(able):
         return drawn
     batch_samples = min(batch_samples, len(able))
-    start, able_uids = logits[able].astype(np.float64), uids[able]
+    most_draws = -(-total // batch_samples)  # of one sample
+    start = bounded_logits(logits[able], penalties=penalty * most_draws)
+    able_uids = uids[able]
     state, counts = noise_state(able_uids, seed), np.zeros(len(able), dtype=np.int64)
     everyone = np.arange(len(able))
     cut, bounds = np.inf, _bounds(start, np.inf)  # of the keys that a batch may have
@@ -129,18 +137,18 @@ def hard_cap(
     arrival belongs to each sample below the cap with its share of their rates, as it must.
 
     Args:
-        logits: float [n]; not finite: never drawn.
+        logits: float [n]; NaN and -inf: never drawn; +inf: `cap` times, before all others.
         uids: uint64 [n, 2].
         total: sum of the multiplicities; `cap` times what can be drawn where that is less.
         cap: at least 1.
         seed: any integer of at least 0.
     """
-    able = np.flatnonzero(np.isfinite(logits))
+    able = np.flatnonzero(can_be_kept(logits))
     drawn = np.zeros(len(logits), dtype=np.int64)
     if total >= cap * len(able):
         drawn[able] = cap
         return drawn
-    rates, able_uids = logits[able].astype(np.float64), uids[able]
+    rates, able_uids = bounded_logits(logits[able]), uids[able]
     state = noise_state(able_uids, seed)
     until, step = _expected_end(rates, total, cap), 0.25
     while True:
@@ -221,7 +229,7 @@ class _Draws:
         """Multiplicities may sum to more than the pool."""
         return require_positive("selector.rule.fraction", fraction)
 
-    def total(self, left_samples: int, pool_samples: int) -> int:
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
         """How many are drawn, of so many that are left of a pool."""
         if self.count is not None:
             return self.count
@@ -237,39 +245,66 @@ class SoftmaxSampling(_Draws):
     def checked_fraction(self, fraction: object) -> float:
         return require_fraction("selector.rule.fraction", fraction)
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.fraction == 1
+
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
-        return draw_without_replacement(
-            self.logits(scores), uids, self.total(len(scores), pool_samples), seed=self.seed
-        )
+        count = self.asked_samples(len(scores), pool_samples)
+        return draw_without_replacement(self.logits(scores), uids, count, seed=self.seed)
 
 
 class SoftCapSampling(_Draws):
-    """Soft Cap Sampling (arXiv 2503.08805), whose scores are logits: samples are repeated."""
+    """Soft Cap Sampling (arXiv 2503.08805), whose scores are logits: samples are repeated.
+
+    With a temperature, the logits are scores / temperature, and the penalty is taken from these: a
+    draw makes a sample exp(-penalty) times as likely, whatever the scale of the scores. The paper's
+    temperature is 1, where the logit is the score.
+    """
 
     def __init__(
-        self, *, penalty: float = 0.15, batch_samples: int = 100_000, **draws: Any
+        self, *, penalty: float = 0.15, batch_samples: int | str = "auto", **draws: Any
     ) -> None:
         """Set the repetition.
 
         Args:
             penalty: what a draw takes from a logit; the larger, the fewer repetitions. At least 0.
-            batch_samples: distinct samples that are drawn at once. Published: 100,000 of
-                128,000,000 draws; keep that ratio on a smaller pool.
+            batch_samples: distinct samples that are drawn at once. "auto": as published, a 1,280th
+                of the draws (100,000 of 128,000,000), at least 1.
             **draws: `seed`, `fraction` or `count`, `temperature` and `of`.
         """
         super().__init__(**draws)
         self.penalty = require_finite("selector.rule.penalty", penalty)
         if self.penalty < 0:
             raise InputError(f"selector.rule.penalty must be at least 0. Got {penalty!r}.")
-        self.batch_samples = require_int("selector.rule.batch_samples", batch_samples, minimum=1)
+        self.batch_samples = require_int_or_auto("selector.rule.batch_samples", batch_samples)
+
+    def _batch_samples(self, total: int) -> int:
+        if isinstance(self.batch_samples, int):
+            return self.batch_samples
+        return max(1, total // _DRAWS_PER_BATCH)
+
+    def faults(self, left_samples: int, pool_samples: int) -> list[str]:
+        """What makes the rule meaningless for so many samples that are left of a pool."""
+        total = self.asked_samples(left_samples, pool_samples)
+        batch = self._batch_samples(total)
+        if total < 2 or batch < min(total, left_samples):
+            return []
+        return [
+            f"a batch of selector.rule.batch_samples={batch} takes "
+            f"{'all draws' if batch >= total else 'every sample'} at once, so that no sample is "
+            "repeated more than others, whatever its score. Use selector.rule.batch_samples=auto "
+            f"({max(1, total // _DRAWS_PER_BATCH)} here)."
+        ]
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
+        total = self.asked_samples(len(scores), pool_samples)
         return soft_cap(
             self.logits(scores),
             uids,
-            self.total(len(scores), pool_samples),
+            total,
             penalty=self.penalty,
-            batch_samples=self.batch_samples,
+            batch_samples=self._batch_samples(total),
             seed=self.seed,
         )
 
@@ -286,7 +321,7 @@ class HardCapSampling(_Draws):
         return hard_cap(
             self.logits(scores),
             uids,
-            self.total(len(scores), pool_samples),
+            self.asked_samples(len(scores), pool_samples),
             cap=self.cap,
             seed=self.seed,
         )

@@ -7,6 +7,7 @@ on the ranks nor on the size of chunks.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,8 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, Ranks
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and the share of a rank
 
@@ -250,6 +253,11 @@ class Source(ABC):
         """Take note of what a selector has made of `samples` samples. Default: nothing."""
         return None
 
+    def warn(self, text: str) -> None:
+        """Tell the user what is odd about a choice; every rank calls it with the same text."""
+        if self.ranks.rank == 0:
+            log.warning("%s", text)
+
 
 class RestrictedSource(Source):
     """Some samples of another source."""
@@ -288,6 +296,9 @@ class RestrictedSource(Source):
 
     def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
         self.whole.report(selector, choice, samples, seconds)
+
+    def warn(self, text: str) -> None:
+        self.source.warn(text)
 
     def memo(self, selector: object) -> Memo:
         return self.whole.memo((selector, self.rows))

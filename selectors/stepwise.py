@@ -51,6 +51,13 @@ class StepwiseRemoval(Selector):
     def requires(self) -> Requirements:
         return Requirements(features=(f"{self.features}_img",))
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.fraction == 1
+
+    def asked_samples(self, left_samples: int, pool_samples: int) -> int:
+        return int(self.fraction * pool_samples)
+
     @abstractmethod
     def criterion(self, source: Source, samples: Samples) -> Criterion:
         """What decides in a run."""
@@ -67,7 +74,9 @@ class StepwiseRemoval(Selector):
         samples = Samples(type(self).__name__, source, self.requires)
         removal = np.where(samples.squared_norms > 0, self.steps, -1).astype(np.int32)
         left = np.flatnonzero(removal == self.steps)
-        sizes = remaining_samples(len(left), int(self.fraction * len(source.whole)), self.steps)
+        sizes = remaining_samples(
+            len(left), self.asked_samples(len(source), len(source.whole)), self.steps
+        )
         criterion = self.criterion(source, samples)
         every = max(1, self.steps // CHECKPOINTS)
         start, kept = last_checkpoint(source, memo, range(every, self.steps, every))

@@ -17,8 +17,8 @@ import numpy as np
 
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.hashing import uniform_score
-from siftclip.selectors.noise import gumbel, noise_state
-from siftclip.selectors.rules import keep_top
+from siftclip.selectors.noise import bounded_logits, gumbel, noise_state
+from siftclip.selectors.rules import can_be_kept, keep_top
 
 _PURPOSE_UNIFORM = 0x756E69666F726D  # keeps these numbers apart from other uses of the seed
 
@@ -68,7 +68,8 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
 
     Without a temperature, or with 0, the largest scores. With one, samples are drawn without
     replacement from softmax(scores / temperature), as the largest scores / temperature plus Gumbel
-    noise (arXiv 1903.06059). A sample whose score is NaN comes after all others, -inf before these.
+    noise (arXiv 1903.06059). A sub-batch has its size in any case: where a group has too few scores
+    above -inf, samples without a score (NaN) fill it up, and those of -inf come last of all.
 
     Args:
         scores: float [n].
@@ -77,17 +78,22 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
     """
     keys = scores.astype(np.float64)
     if sub_batch.temperature:
-        keys = keys / sub_batch.temperature + gumbel(noise_state(uids, sub_batch.seed), 0)
+        able = can_be_kept(keys)
+        noise = gumbel(noise_state(uids[able], sub_batch.seed), 0)
+        keys[able] = bounded_logits(keys[able] / sub_batch.temperature) + noise
     kept = np.zeros(len(keys), dtype=np.int64)
     groups = sub_batch.group_slices(len(keys))
     for group, quota in zip(groups, sub_batch.quotas.tolist(), strict=True):
         own = keys[group]
-        found = keep_top(own, uids[group], quota)
-        missing = quota - int(found.sum())
-        if missing:  # too few can be judged
-            blank = np.where(np.isnan(own), 0.0, np.nan)
-            found += keep_top(blank, uids[group], missing)
-        kept[group] = found
+        tiers = (
+            own,
+            np.where(np.isnan(own), 0.0, np.nan),
+            np.where(own == -np.inf, 0.0, np.nan),
+        )
+        for tier in tiers:
+            missing = quota - int(kept[group].sum())
+            if missing:
+                kept[group] += keep_top(tier, uids[group], missing)
     return kept
 
 
@@ -103,7 +109,12 @@ def share_over_groups(total: int, groups: int, turn: int = 0) -> np.ndarray:
 
 
 def add_uniform(
-    kept: np.ndarray, uids: np.ndarray, uniform_samples: np.ndarray, *, seed: int
+    kept: np.ndarray,
+    uids: np.ndarray,
+    uniform_samples: np.ndarray,
+    *,
+    seed: int,
+    scores: np.ndarray | None = None,
 ) -> np.ndarray:
     """A sub-batch with uniformly random samples of each group added, of those not kept yet.
 
@@ -112,9 +123,15 @@ def add_uniform(
         uids: uint64 [n, 2].
         uniform_samples: int64 [groups], how many of each group; see `share_over_groups`.
         seed: of the sub-batch.
+        scores: float [n]; what has NaN or -inf there comes last here, too.
     """
-    scores = np.where(kept > 0, np.nan, uniform_score(uids, seed ^ _PURPOSE_UNIFORM))
-    return kept + draw_by_score(scores, uids, SubBatch.of_quotas(uniform_samples))
+    draws = uniform_score(uids, seed ^ _PURPOSE_UNIFORM).astype(np.float64)
+    if scores is not None:
+        draws = np.where(
+            can_be_kept(scores), draws, np.where(np.isnan(scores), -1.0, -2.0) + draws / 2
+        )
+    quotas = SubBatch.of_quotas(uniform_samples)
+    return kept + draw_by_score(np.where(kept > 0, np.nan, draws), uids, quotas)
 
 
 def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:

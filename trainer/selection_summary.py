@@ -62,6 +62,8 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
         )
     if manifest["unjudged_samples"]:
         lines.append(f"no score   {manifest['unjudged_samples']} samples")
+    if manifest.get("never_samples"):
+        lines.append(f"never      {manifest['never_samples']} samples with the score -inf")
     if overlap is not None:
         lines.append(f"overlap    {100 * overlap:.1f} % of them CLIP score would keep, too")
     ranks = f" on {cost['ranks']} ranks" if cost["ranks"] > 1 else ""

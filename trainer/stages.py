@@ -212,6 +212,8 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
             selection = read_selection(folder)
             if ranks.rank == 0:
                 say_reused("the selection", path)
+            for text in selection.manifest.get("warnings", ()):
+                source.warn(text)
         else:
             selection = run_selection(selector, name, parameters, source)
             available = metadata_coverage(pool)

@@ -132,10 +132,12 @@ def test_then_has_the_scores_of_its_last_stage_alone() -> None:
 def rank_sum_slowly(
     scores: list[list[float]], uids: list[tuple[int, int]], weights: list[float]
 ) -> list[float]:
-    """Count for each sample how many others it is better than."""
+    """Count for each sample how many others it is better than; -inf says never."""
     n = len(uids)
+    never = [any(column[i] == -math.inf for column in scores) for i in range(n)]
     judged = [i for i in range(n) if not any(math.isnan(column[i]) for column in scores)]
-    total = [math.nan] * n
+    judged = [i for i in judged if not never[i]]
+    total = [-math.inf if never[i] else math.nan for i in range(n)]
     for i in judged:
         total[i] = 0.0
         for column, weight in zip(scores, weights, strict=True):
@@ -184,8 +186,14 @@ def test_mix_equals_slow_twin(rows: list[tuple[float, float]], seed: int) -> Non
     judged = [row for row in rows if all(math.isfinite(value) for value in row)]
     expected = []
     for row in rows:
-        if row not in judged:
+        if -math.inf in row:
+            expected.append(-math.inf)
+            continue
+        if any(map(math.isnan, row)):
             expected.append(math.nan)
+            continue
+        if math.inf in row:  # the second score counts against a sample
+            expected.append(-math.inf if row[1] == math.inf else math.inf)
             continue
         total = 0.0
         for place, weight in enumerate(weights):

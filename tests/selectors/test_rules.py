@@ -41,7 +41,7 @@ def keep_top_slowly(scores: np.ndarray, uids: np.ndarray, count: int) -> list[in
     for _ in range(count):
         best = None
         for i in range(len(scores)):
-            if kept[i] or math.isnan(scores[i]):
+            if kept[i] or math.isnan(scores[i]) or scores[i] == -math.inf:
                 continue
             if best is None or (-scores[i], *uids[i].tolist()) < (
                 -scores[best],
@@ -151,9 +151,10 @@ def test_datacomp_fraction_equals_slow_twin(
     uids = make_uids(len(scores), seed=0)
     for of, samples in (("pool", len(values) + removed), ("left", len(values))):
         kept = DataCompFraction(fraction, of=of)(scores, uids, len(values) + removed)
-        descending = sorted((float(s) for s in scores if not math.isnan(s)), reverse=True)
+        descending = sorted((float(s) for s in scores if s > -math.inf), reverse=True)
         position = int(samples * fraction)
-        threshold = descending[position] if position < len(descending) else -math.inf
+        # where there is no such position, all that may be kept are
+        threshold = (descending[position:] or descending[-1:] or [math.inf])[0]
         assert kept.dtype == np.int64
         assert kept.tolist() == [int(float(s) >= threshold) for s in scores]
 

@@ -119,15 +119,18 @@ def test_soft_cap_has_the_probabilities_of_its_definition() -> None:
 def soft_cap_slowly(
     logits: np.ndarray, uids: np.ndarray, total: int, penalty: float, batch: int, seed: int
 ) -> list[int]:
-    """Sort all keys in every draw, and lower the logits in place."""
+    """Sort all keys in every draw, and lower the logits in place; +inf comes before all others."""
     state = noise_state(uids, seed)
-    able = [i for i in range(len(logits)) if math.isfinite(logits[i])]
-    current = [float(x) for x in logits]
+    able = [i for i in range(len(logits)) if logits[i] > -math.inf]
+    best = [x == math.inf for x in logits]
+    current = [0.0 if x == math.inf else float(x) for x in logits]
     counts, left, draw = [0] * len(logits), total, 0
     while left > 0 and able:
         size = min(batch, len(able), left)
         numbers = gumbel(state, draw)
-        order = sorted(able, key=lambda i: (-(current[i] + numbers[i]), *uids[i].tolist()))
+        order = sorted(
+            able, key=lambda i: (not best[i], -(current[i] + numbers[i]), *uids[i].tolist())
+        )
         for i in order[:size]:
             counts[i] += 1
             current[i] -= penalty
@@ -151,6 +154,63 @@ def test_soft_cap_of_many_draws_equals_slow_twin() -> None:
     uids = make_uids(3000, seed=4)
     counts = soft_cap(logits, uids, 6000, penalty=0.4, batch_samples=100, seed=9)
     assert counts.tolist() == soft_cap_slowly(logits, uids, 6000, 0.4, 100, 9)
+
+
+def soft_cap_of_the_paper(
+    scores: np.ndarray, total: int, batch: int, penalty: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Soft Cap Sampling as published: softmax, a batch without replacement, the penalty.
+
+    There is no temperature: the score is what enters the softmax, and what the penalty is taken of.
+    """
+    before_softmax, counts = scores.copy(), np.zeros(len(scores), dtype=np.int64)
+    while counts.sum() < total:
+        chances = np.exp(before_softmax - before_softmax.max())
+        size = min(batch, total - int(counts.sum()))
+        drawn = generator.choice(len(scores), size=size, replace=False, p=chances / chances.sum())
+        counts[drawn] += 1
+        before_softmax[drawn] -= penalty
+    return counts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_soft_cap_repeats_as_the_paper_does_with_the_logits_as_scores(temperature: float) -> None:
+    """With a temperature the penalty is taken from score / temperature, not from the score."""
+    generator = np.random.default_rng(5)
+    logits, uids = generator.standard_normal(2000) * 1.5, make_uids(2000)
+    scores = (logits * temperature).astype(np.float32)
+    rule = SoftCapSampling(fraction=1.0, penalty=0.15, temperature=temperature, seed=2)
+    ours = rule(scores, uids, 2000)
+    paper = [soft_cap_of_the_paper(logits, 2000, 1, 0.15, generator) for _ in range(5)]
+    distinct = np.array([np.count_nonzero(counts) for counts in paper])
+    assert abs(np.count_nonzero(ours) - distinct.mean()) < 6 * distinct.std(ddof=1) + 10
+    of_the_score = soft_cap(logits, uids, 2000, penalty=0.15 / temperature, batch_samples=1, seed=2)
+    assert temperature == 1 or np.count_nonzero(of_the_score) > distinct.max() + 200
+    # the mean logit of a draw: repeats fall on the same samples
+    means = np.array([counts @ logits / 2000 for counts in paper])
+    assert abs(ours @ logits / 2000 - means.mean()) < 6 * means.std(ddof=1) + 0.02
+
+
+def test_batches_of_soft_cap_are_a_1280th_of_the_draws() -> None:
+    scores, uids = np.random.default_rng(0).standard_normal(300).astype(np.float32), make_uids(300)
+    for count, batch in ((12_800, 10), (2559, 1), (100, 1)):
+        auto = SoftCapSampling(count=count, seed=1)(scores, uids, 300)
+        given = SoftCapSampling(count=count, seed=1, batch_samples=batch)(scores, uids, 300)
+        assert auto.tolist() == given.tolist()
+    assert auto.max() > 1
+
+
+@pytest.mark.parametrize(
+    ("batch_samples", "fraction", "words"),
+    [(100_000, 1.0, "all draws"), (100, 3.0, "every sample"), (99, 3.0, None), ("auto", 1.0, None)],
+)
+def test_a_batch_that_prevents_repetition_is_told(
+    batch_samples: Any, fraction: float, words: str | None
+) -> None:
+    rule = SoftCapSampling(fraction=fraction, batch_samples=batch_samples, seed=0)
+    told = rule.faults(100, 100)
+    assert [bool(words and words in text) for text in told] == [True] * (words is not None)
+    assert all("batch_samples=auto" in text for text in told)
 
 
 def test_a_larger_penalty_repeats_less() -> None:
@@ -193,11 +253,12 @@ def test_hard_cap_has_the_probabilities_of_drawing_one_by_one() -> None:
 def test_hard_cap_keeps_its_promises(values: list[float], total: int, cap: int, seed: int) -> None:
     logits, uids = np.array(values, dtype=np.float32), make_uids(len(values), seed)
     counts = hard_cap(logits, uids, total, cap=cap, seed=seed)
-    able = np.isfinite(logits)
+    able, best = logits > -math.inf, logits == math.inf
     assert counts.dtype == np.int64
     assert counts.sum() == min(total, cap * able.sum())
     assert counts.max() <= cap
     assert not counts[~able].any()
+    assert counts[best].sum() == min(total, cap * best.sum())
     shuffle = np.random.default_rng(seed).permutation(len(values))
     shuffled = hard_cap(logits[shuffle], uids[shuffle], total, cap=cap, seed=seed)
     assert np.array_equal(shuffled, counts[shuffle])
@@ -212,8 +273,10 @@ def test_hard_cap_bears_extreme_logits() -> None:
 def test_draws_do_not_depend_on_order(values: list[float], count: int, seed: int) -> None:
     logits, uids = np.array(values, dtype=np.float32), make_uids(len(values), seed)
     kept = draw_without_replacement(logits, uids, count, seed=seed)
-    assert kept.sum() == min(count, np.isfinite(logits).sum())
-    assert not kept[~np.isfinite(logits)].any()
+    able, best = logits > -math.inf, logits == math.inf
+    assert kept.sum() == min(count, able.sum())
+    assert not kept[~able].any()
+    assert kept[best].sum() == min(count, best.sum())
     shuffle = np.random.default_rng(seed).permutation(len(values))
     assert np.array_equal(
         draw_without_replacement(logits[shuffle], uids[shuffle], count, seed=seed), kept[shuffle]
@@ -244,6 +307,10 @@ def test_fractions_count_the_pool() -> None:
         (lambda: SoftCapSampling(seed=0, fraction=0.0), "selector.rule.fraction must be above 0"),
         (lambda: SoftCapSampling(seed=0, count=1, penalty=-1), "penalty must be at least 0"),
         (lambda: SoftCapSampling(seed=0, count=1, batch_samples=0), "batch_samples must be an"),
+        (
+            lambda: SoftCapSampling(seed=0, count=1, batch_samples="few"),
+            "batch_samples must be auto",
+        ),
         (lambda: HardCapSampling(seed=0, count=1, cap=0), "selector.rule.cap must be an integer"),
         (lambda: HardCapSampling(seed=-1, count=1), "selector.rule.seed must be an integer"),
         (lambda: HardCapSampling(seed=0, count=1, temperature=0), "temperature must be above 0"),

@@ -24,16 +24,16 @@ def score_quantiles(scores: np.ndarray, kept: np.ndarray) -> dict[str, float]:
     """Quantiles of the scores of what was chosen and of what was rejected.
 
     Args:
-        scores: float [B]; NaN is left out.
+        scores: float [B]; what is not finite is left out.
         kept: bool [B].
 
     Returns:
         `score_chosen_q10`, `_q50`, `_q90`, and the same for `score_rejected`; none where no sample
-        has a score.
+        has a finite score.
     """
     found = {}
     for name, mask in (("chosen", kept), ("rejected", ~kept)):
-        values = scores[mask & ~np.isnan(scores)]
+        values = scores[mask & np.isfinite(scores)]
         if len(values):
             quantiles = np.percentile(values.astype(np.float64), QUANTILES)
             for percent, value in zip(QUANTILES, quantiles, strict=True):

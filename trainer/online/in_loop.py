@@ -63,7 +63,9 @@ class StepDraw:
         choice = draw(self.selector, source, asked)
         if not uniform.any():
             return choice
-        kept = add_uniform(choice.multiplicities, source.uids, uniform, seed=self.seed)
+        kept = add_uniform(
+            choice.multiplicities, source.uids, uniform, seed=self.seed, scores=choice.scores
+        )
         weights = choice.weights
         if weights is not None:  # what is drawn uniformly stands for itself
             weights = np.where(choice.multiplicities > 0, weights, np.float32(1))

@@ -505,7 +505,7 @@ def _diagnostics(parts: RunParts) -> Diagnostics:
     if node.clusters is not None:
         option = "online.diagnostics.clusters"
         found = read_column(pool, Path(node.clusters), "cluster", option=option)
-        clusters = np.where(np.isnan(found), -1, found).astype(np.int64)
+        clusters = np.where(np.isfinite(found), found, -1).astype(np.int64)
     if node.truth is not None:
         kinds, names = read_kinds(pool, Path(node.truth))
     return Diagnostics(len(pool), offline=offline, clusters=clusters, kinds=kinds, kind_names=names)

@@ -84,6 +84,9 @@ class SuperBatchSource(MemorySource):
         if not features:
             self.device = data.source.device
 
+    def warn(self, text: str) -> None:
+        self.data.source.warn(text)  # which says it once, not at every step
+
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
         for values in super().file(file):
             yield values.to(self.device)  # which was not known when the file was read
