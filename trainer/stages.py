@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.files import identity_hash
+from siftclip.datamodules.order import rows_digest
 from siftclip.datamodules.pool import (
     Coverage,
     Pool,
@@ -36,6 +37,7 @@ from siftclip.datamodules.selection import (
 from siftclip.datamodules.storage import default_cache
 from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.agreement import require_same
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
 
@@ -197,6 +199,11 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
         if available is not None:
             selection.manifest["pool"]["metadata_samples"] = available.named
             selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
+        require_same(
+            source.ranks,
+            [rows_digest(selection.uids, selection.multiplicities, selection.weights)],
+            ["samples for the selection"],
+        )
         if is_first:
             write_selection(selection, folder)
         source.ranks.barrier()
