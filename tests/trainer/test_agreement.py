@@ -164,7 +164,7 @@ def test_ranks_that_disagree_end_the_run(
     cached = [*EVERY_STEP, "selector@online.selector=easy_reference"]
     version = ["online=every_n_steps", "online.every_n_steps=2", "selector@online.selector=random"]
     options: dict[str, list[str]] = {
-        "order": random,
+        "order": [*random, "data.num_workers=1"],
         "first stage": [*random, *cached],
         "in the loop": [*random, *EVERY_STEP],
         "version": [*random, *version],
