@@ -73,17 +73,20 @@ class Batch:
 class StepBatch:
     """The batch of one step on one rank, in the micro-batches that the device takes at a time.
 
+    `digest` stands for what all ranks together read at the step, for them to compare; 0 with one.
+
     Neither a list nor a dataclass, so that Lightning hands it on as it is.
     """
 
-    __slots__ = ("micro_batches",)
+    __slots__ = ("digest", "micro_batches")
 
-    def __init__(self, micro_batches: Sequence[Batch]) -> None:
-        self.micro_batches = micro_batches
+    def __init__(self, micro_batches: Sequence[Batch], digest: int = 0) -> None:
+        self.micro_batches, self.digest = micro_batches, digest
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """The batch on another device."""
-        return StepBatch([b.to(device, non_blocking=non_blocking) for b in self.micro_batches])
+        moved = [b.to(device, non_blocking=non_blocking) for b in self.micro_batches]
+        return StepBatch(moved, self.digest)
 
 
 @dataclass(slots=True, kw_only=True)

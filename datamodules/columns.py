@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from siftclip.datamodules.files import content_digest, file_stamp
 from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
-from siftclip.datamodules.selection import read_subset
+from siftclip.datamodules.selection import WEIGHTS_NAME, read_subset
 from siftclip.datamodules.uids import from_structured
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import ExternalColumn, ListColumn
@@ -111,6 +111,15 @@ def read_column(
         raise InputError(f"{option}.path must be an existing file. Got {str(path)!r}.")
     if name is None:
         uids, counts = read_subset(path)
+        weights = path.with_name(WEIGHTS_NAME)
+        if weights.is_file():
+            log.warning(
+                "%s holds no weights; %s, beside it, has those of its samples. To train with them "
+                "set loss.weights.path=%s",
+                path,
+                weights.name,
+                weights,
+            )
         values = counts.astype(np.float64)
     elif path.suffix == ".npy":
         uids, values = _read_structured(path, name, option)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from siftclip.datamodules.order import (
     check_chosen,
     rank_slice,
     require_window,
+    rows_digest,
 )
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
@@ -58,6 +59,9 @@ class OrderSampler(Sampler[list[Request]]):
     plan: StepPlan | None = None  # of steps that draw more than they train on
     first_stage: FirstStage | None = None  # of such a plan
     micro_batch: int | None = None
+    weights: np.ndarray | None = None  # float32 by the pool's rows, of the samples in the loss
+    # Of the steps that were asked for and not trained on yet, what all ranks read: see `StepBatch`.
+    digests: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         mine = rank_slice(self.global_batch, rank=self.rank, world_size=self.world_size)
@@ -76,6 +80,9 @@ class OrderSampler(Sampler[list[Request]]):
     def __iter__(self) -> Iterator[list[Request]]:
         for step in range(self.start_step, self.total_steps):
             positions, rows = self._read_at(step)
+            if self.world_size > 1:
+                weights = None if self.weights is None else self.weights[rows]
+                self.digests[step] = rows_digest(rows, weights)
             mine = rank_slice(len(rows), rank=self.rank, world_size=self.world_size)
             requests = list(zip(positions[mine].tolist(), rows[mine].tolist(), strict=True))
             start = 0
@@ -187,7 +194,7 @@ class StepLoader:
                 parts = list(islice(batches, len(sampler.parts(step))))
                 if not parts:
                     return
-                yield StepBatch(parts)
+                yield StepBatch(parts, sampler.digests.pop(step, 0))
                 step += 1
             del batches, loader  # ends its processes before a version may start others
 
@@ -359,6 +366,7 @@ class StreamDataModule(LightningDataModule):
                 plan=self.plan,
                 first_stage=self.first_stage,
                 micro_batch=self.micro_batch_size,
+                weights=version.weights,
             )
             dataset = replace(self.dataset, substitutes=version.rows, weights=version.weights)
             return make_loader(dataset, sampler, self.loader, pin_memory=pin_memory), sampler

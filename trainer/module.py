@@ -19,6 +19,8 @@ from siftclip.datamodules.model_weights import CONFIG_KEY
 from siftclip.datamodules.order import derive_generator
 from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.selectors.errors import InputError, require_finite, require_int
+from siftclip.selectors.ranks import OneRank, ProcessGroup
+from siftclip.trainer.agreement import RankAgreement
 from siftclip.trainer.ema import ModelEma
 from siftclip.trainer.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.online.in_loop import Chosen
@@ -102,6 +104,7 @@ class ClipTraining(LightningModule):
         self.max_skipped_fraction = max_skipped_fraction
         self.online = online
         self.model_config = model_config
+        self.agreement = RankAgreement()
         self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
         self.evaluated: dict[str, float] = {}  # what EvaluateDuring found last; the bar shows it
         self._skipped_before = 0.0  # in the processes before this one
@@ -161,6 +164,7 @@ class ClipTraining(LightningModule):
             group["lr"] = group["base_lr"] * factor
         bare.zero_grad(set_to_none=True)
         chosen = self._choose(batch)
+        self.agreement.note(self.global_step, read=batch.digest, trained=chosen.digest)
         before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
         generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
@@ -192,6 +196,8 @@ class ClipTraining(LightningModule):
         step = self.global_step
         if self.ema is not None:
             self.ema.update(self.model, step)
+        if self.agreement.is_due(step, self.total_steps):
+            self.agreement.check(OneRank() if self._world_size == 1 else ProcessGroup(self.device))
         # Here, before the checkpoint of this step: a run that is killed after that would lack it.
         if step % self.log_every_n_steps == 0 or step == self.total_steps:
             self._log_window(step)

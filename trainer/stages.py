@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.identities import say_reused, say_why_not
 from siftclip.datamodules.locks import LOCK_NAME, locked
+from siftclip.datamodules.order import rows_digest
 from siftclip.datamodules.pool import (
     Coverage,
     Pool,
@@ -39,6 +40,7 @@ from siftclip.datamodules.storage import default_cache
 from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.selectors.ranks import Ranks, of_first_rank
+from siftclip.trainer.agreement import require_same
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
 
@@ -220,6 +222,11 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
             if available is not None:
                 selection.manifest["pool"]["metadata_samples"] = available.named
                 selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
+            require_same(
+                ranks,
+                [rows_digest(selection.uids, selection.multiplicities, selection.weights)],
+                ["samples for the selection"],
+            )
             if ranks.rank == 0:
                 write_selection(selection, folder)
             ranks.barrier()

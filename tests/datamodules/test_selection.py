@@ -236,7 +236,11 @@ def test_lost_changed_or_foreign_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_weights_by_row_are_read_as_weights_of_the_loss(
-    load_pool: Callable[..., Pool], write_pool: Make, make_samples: Make, tmp_path: Path
+    load_pool: Callable[..., Pool],
+    write_pool: Make,
+    make_samples: Make,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pool = load_pool(write_pool(make_samples(6)))
     weights = np.float32([1, 2, 3, 4, 5, 6])
@@ -247,5 +251,7 @@ def test_weights_by_row_are_read_as_weights_of_the_loss(
     assert found.tolist() == [1, 1, 3, 4, 1, 6]
     assert row_weights(make_selection(pool.uids, kept, {}), pool) is None
     write_selection(selection, tmp_path)
+    assert read_column(pool, tmp_path / "selection.npy", None, option="selector").tolist()[2] == 2
+    assert f"set loss.weights.path={tmp_path / 'weights.npy'}" in caplog.text
     column = read_column(pool, tmp_path / "weights.npy", "weight", option="loss.weights")
     assert np.array_equal(column, [1, np.nan, 3, 4, np.nan, 6], equal_nan=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from siftclip.datamodules.batches import Batch, pick
-from siftclip.datamodules.order import derive_seeds, rank_slice
+from siftclip.datamodules.order import derive_seeds, rank_slice, rows_digest
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan, part_sizes
 from siftclip.selectors.base import Choice, Selector, SubBatch, draw
@@ -36,6 +36,9 @@ class Chosen:
 
     batches: Sequence[Batch]  # micro-batches
     learner_features: Pair | None = None  # of these samples, if the scoring forward gives them
+    digest: int = (
+        0  # of what all ranks train on, for them to compare; 0 where that is all they read
+    )
     scoring_seconds: float = 0.0
     selection_seconds: float = 0.0
 
@@ -141,6 +144,7 @@ class InLoopSelection:
         return Chosen(
             batches=batches,
             learner_features=reused,
+            digest=0 if world_size == 1 else rows_digest(kept, choice.weights),
             scoring_seconds=scored - start,
             selection_seconds=selected - scored,
         )

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.datamodules.order import rows_digest
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.selection import (
     MANIFEST_NAME,
@@ -48,6 +49,7 @@ from siftclip.selectors.source import (
     RestrictedSource,
     Source,
 )
+from siftclip.trainer.agreement import require_same
 
 log = logging.getLogger(__name__)
 
@@ -308,6 +310,8 @@ class Reselection:
             weights=weights,
         )
         rows, _ = expand_rows(selection, self.source.pool)
+        digest = rows_digest(rows, selection.weights)
+        require_same(self.ranks, [digest], [f"samples of selection {number}, from step {start} on"])
         if self.ranks.rank == 0:
             write_selection(selection, folder)
             if features is not None:
