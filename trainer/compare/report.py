@@ -47,8 +47,8 @@ def resolution_note(comparison: Comparison) -> str:
     note = (
         f"Values are percent, mean ± standard deviation over {count} seeds. Differences below "
         "about two standard deviations may be noise: another seed of the same method moves the "
-        f"values as much. An exact test of two arms, with {count} seeds of each, has no p value below "
-        f"{least:.2g}"
+        f"values as much. An exact test of two arms, with {count} seeds of each, has no p value "
+        f"below {least:.2g}"
     )
     return (
         f"{note}, so no difference is significant at 5 %." if least > SIGNIFICANCE else f"{note}."
