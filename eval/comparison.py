@@ -231,7 +231,8 @@ class Comparison:
                 f"With {self.resamples:,} resamples no p value is small enough for {tests} tests: "
                 "take more (diff.resamples)."
             )
-        if any(one.p_holm is not None for one in (*self.tasks, *self.averages)):
+        tested = any(one.p_holm is not None for one in (*self.tasks, *self.averages))
+        if tested:
             lines.append(
                 "p: how often models that are equally good would differ by as much, by resampling "
                 f"the test images {self.resamples:,} times; so it is never below {least:.2g}, nor "
@@ -240,8 +241,7 @@ class Comparison:
                 "from the images that one model only has right, for accuracies; rows that share an "
                 "image count together; not corrected."
             )
-            lines.append(_CAVEAT)
-        lines += self._about_methods()
+        lines += self._about_methods() or ([_CAVEAT] if tested else [])
         return [line for text in lines for line in wrapped(text)]
 
     def _within_seeds(self, differences: Sequence[Difference]) -> list[str]:

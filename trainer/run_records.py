@@ -44,9 +44,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise InputError(f"{path} must be the configuration of a run: {problem}.") from None
+        raise InputError(f"{path} is not the configuration of a run: {problem}.") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} must be the configuration of a run. Got {reprlib.repr(config)}.")
+        raise InputError(f"{path} is not the configuration of a run: {reprlib.repr(config)}.")
     return config
 
 

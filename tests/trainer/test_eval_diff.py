@@ -224,5 +224,5 @@ def test_a_damaged_neighbour_is_left_out(
     assert found.seeds is not None
     assert found.seeds.runs_a == 3  # the other run of seed 1
     assert f"{random[1]} is not looked at as another seed" in caplog.text
-    with pytest.raises(InputError, match=r"config\.yaml must be the configuration of a run"):
+    with pytest.raises(InputError, match=r"config\.yaml is not the configuration of a run"):
         diff_stage(config(random[1], clip[0]))
