@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from siftclip.eval.aggregates import averages, group_members, named_values
@@ -34,6 +35,7 @@ from siftclip.eval.safe_tables import (
     text_table,
     wrapped,
 )
+from siftclip.eval.seed_comparison import SeedComparison, SeedDifference, compare_seeds
 from siftclip.selectors.errors import InputError, require_int
 
 SIGNIFICANCE = 0.05
@@ -42,8 +44,15 @@ _HEADER = ("a", "b", "b - a", "95 % interval", "Holm p", "p")
 _WIDTHS = (6, 6, 7, 18, 7, 6, 8)
 _RIGHT = (1, 2, 3, 5, 6, 7)
 _NARROW_COLUMNS = 6  # the task, and what a verdict rests on
+_SEED_HEADER = ("by seed", "method of a", "method of b", "b - a", "Holm p", "p")
+_NARROW_SEED_COLUMNS = 4
 _NAMES_SHOWN = 12
 _NAME_WIDTH = 40
+_HEADLINE = "This compares two models, not the two methods that made them"
+_SAME_HEADLINE = (
+    "These are two seeds of one method: whatever differs is the doing of the seed, however sure a "
+    "test on images is of it."
+)
 _CAVEAT = (
     "This is about these two models on other test images of the same kind, not about the methods "
     "that made them: another seed of training moves the values too. To compare methods, train "
@@ -112,14 +121,53 @@ class Comparison:
     only_b: tuple[str, ...]
     asked_otherwise: tuple[str, ...]  # tasks whose labels or texts were not the same for both
     resamples: int
+    failed: Mapping[str, str] = field(default_factory=dict)  # why a task failed, by `a: TASK`
+    seeds: SeedComparison | None = None  # with other seeds of a or b, where there are any
+
+    def headline(self) -> str:
+        """What is compared, and by how much seeds alone move these tasks where that is known."""
+        if self.seeds is not None and self.seeds.same_method:
+            return f"{_SAME_HEADLINE} {self._seed_sentence()}".rstrip()
+        moved = self._seed_sentence()
+        if not moved:
+            return (
+                f"{_HEADLINE}: one seed of each, so there is no estimate of the variance between "
+                "seeds (diff.seeds_a and diff.seeds_b name other seeds)."
+            )
+        return f"{_HEADLINE}. {moved}"
+
+    def _seed_sentence(self) -> str:
+        if self.seeds is None:
+            return ""
+        moved = [
+            (one.between_seeds, one.title)
+            for one in self.seeds.tasks
+            if one.between_seeds is not None
+        ]
+        if not moved:
+            return ""
+        largest, title = max(moved)
+        return (
+            f"Seeds alone: two runs of one method differ by {fmean(size for size, _ in moved):.4f} "
+            f"on a task on average, by {largest:.4f} on {printable(title)} "
+            f"({self._seed_counts()})."
+        )
+
+    def _seed_counts(self) -> str:
+        if self.seeds is None or self.seeds.same_method:
+            return f"{0 if self.seeds is None else self.seeds.runs_a} seeds"
+        return f"{self.seeds.runs_a} seeds of a's method, {self.seeds.runs_b} of b's"
 
     def table(self) -> str:
         """For people: differences by family and of averages, what was not tested, and a verdict.
 
+        Above all what is compared, and below the methods by their seeds, where there are several.
+
         As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
         the last two columns are left out. All characters are printable.
         """
-        lines = [*wrapped(f"a = {self.name_a}"), *wrapped(f"b = {self.name_b}"), ""]
+        lines = [*wrapped(f"a = {self.name_a}"), *wrapped(f"b = {self.name_b}")]
+        lines += [*wrapped(self.headline()), ""]
         rows: list[Sequence[str] | str] = []
         for family in by_family(one.family or "" for one in self.tasks):
             rows.append(FAMILY_TITLES.get(family, family))
@@ -132,7 +180,10 @@ class Comparison:
             lines += ["", *_table(("average", *_HEADER, "tasks"), of_averages, widths)]
         if table_width() < NARROW:
             lines += wrapped("(p and McNemar: in a wider terminal, or with diff.output=FILE.csv)")
+        lines += self._seed_table()
         lines.append("")
+        for task, message in self.failed.items():
+            lines += wrapped(f"failed in {task}: {message}")
         for name, keys in (("a", self.only_a), ("b", self.only_b)):
             if keys:
                 lines += wrapped(f"only in {name}: {', '.join(keys)}")
@@ -148,11 +199,31 @@ class Comparison:
             lines += wrapped(f"not tested: {', '.join(keys)}: {reason}")
         return "\n".join([*lines, *self.verdict()])
 
+    def _seed_table(self) -> list[str]:
+        """The methods by their seeds, if one of them has several."""
+        seeds = self.seeds
+        if seeds is None or seeds.same_method or max(seeds.runs_a, seeds.runs_b) < 2:
+            return []
+        rows = [
+            (
+                one.title,
+                _mean_text(one.values_a),
+                _mean_text(one.values_b),
+                number_text(one.value, _SIGNED),
+                _p_text(one.p_holm) + ("*" if _is_sure(one) else " "),
+                _p_text(one.p_value),
+            )
+            for one in (*seeds.tasks, *seeds.averages)
+        ]
+        columns = _NARROW_SEED_COLUMNS if table_width() < NARROW else len(_SEED_HEADER)
+        shown = [row[:columns] for row in rows]
+        return ["", *text_table(_SEED_HEADER[:columns], shown, right=(1, 2, 3, 4, 5))]
+
     def verdict(self) -> list[str]:
         """Sentences: what b wins and loses, what the p values are, and what they do not say."""
-        lines = _conclusion("tasks", self.tasks)
+        lines = _conclusion("tasks", self.tasks) + self._within_seeds(self.tasks)
         if self.averages:
-            lines += _conclusion("averages", self.averages)
+            lines += _conclusion("averages", self.averages) + self._within_seeds(self.averages)
         tests = sum(one.p_holm is not None for one in self.tasks)
         least = 2 / (self.resamples + 1)
         if tests * least > SIGNIFICANCE:
@@ -160,20 +231,77 @@ class Comparison:
                 f"With {self.resamples:,} resamples no p value is small enough for {tests} tests: "
                 "take more (diff.resamples)."
             )
-        if any(one.p_holm is not None for one in (*self.tasks, *self.averages)):
+        tested = any(one.p_holm is not None for one in (*self.tasks, *self.averages))
+        if tested:
             lines.append(
                 "p: how often models that are equally good would differ by as much, by resampling "
                 f"the test images {self.resamples:,} times; so it is never below {least:.2g}, nor "
                 "below McNemar's. Holm p: p corrected for the number of tasks, or of averages; go "
                 f"by this one, * marks those of at most {SIGNIFICANCE}. McNemar: an exact p value "
-                "from the images that one model only has right, for accuracies; not corrected."
+                "from the images that one model only has right, for accuracies; rows that share an "
+                "image count together; not corrected."
             )
-            lines.append(_CAVEAT)
+        lines += self._about_methods() or ([_CAVEAT] if tested else [])
         return [line for text in lines for line in wrapped(text)]
 
+    def _within_seeds(self, differences: Sequence[Difference]) -> list[str]:
+        """Which of the significant differences are no larger than those that seeds alone make."""
+        known = {} if self.seeds is None or self.seeds.same_method else self.seeds.by_key
+        small = [
+            one.title
+            for one in differences
+            if one.significant
+            and one.key in known
+            and known[one.key].made_by_seeds(one.value or 0.0)
+        ]
+        if not small:
+            return []
+        return [
+            f"no larger than what another seed of the same method makes (95 %): {_listed(small)}"
+        ]
+
+    def _about_methods(self) -> list[str]:
+        """What can be said about the methods, with seeds as the units."""
+        seeds = self.seeds
+        if seeds is None or seeds.same_method or max(seeds.runs_a, seeds.runs_b) < 2:
+            return []
+        least = seeds.least_p_value
+        start = f"methods, by {seeds.runs_a} seeds of a's and {seeds.runs_b} of b's: "
+        if least > SIGNIFICANCE:
+            return [
+                f"{start}an exact test over so few seeds has no p value below {least:.2g}, so "
+                "nothing can be said at 5 %. Train more seeds: 4 of each have 0.029."
+            ]
+        lines = []
+        for what, differences in (("tasks", seeds.tasks), ("averages", seeds.averages)):
+            tested = [one for one in differences if one.p_holm is not None]
+            sure = [one for one in tested if _is_sure(one)]
+            if not tested:
+                continue
+            lines.append(
+                f"{start}{len(sure)} of {len(tested)} differences of {what} are significant at 5 % "
+                "after Holm's correction (permutations of the seeds)"
+            )
+            if len(tested) * least > SIGNIFICANCE:
+                lines.append(
+                    f"So few seeds have no p value below {least:.2g}, which is not small enough "
+                    f"for {len(tested)} tests: train more, or name fewer with eval.tasks."
+                )
+            for name, sign in (("b", 1), ("a", -1)):
+                won = [one.title for one in sure if sign * one.value > 0]
+                lines += [f"{name}'s method is better on {_listed(won)}"] if won else []
+        return lines
+
     def records(self) -> list[dict[str, Any]]:
-        """A row a task, then a row an average, see `Difference.record`."""
-        return [one.record() for one in (*self.tasks, *self.averages)]
+        """One row per task, then one per average, see `Difference.record`, with those of seeds.
+
+        seeds_a and seeds_b count the runs; mean_a and mean_b are over them, seed_sd is the standard
+        deviation between seeds of one method, p_seeds and p_seeds_holm compare the methods.
+        """
+        known = {} if self.seeds is None else self.seeds.by_key
+        return [
+            one.record() | _seed_record(known.get(one.key)) for one in (*self.tasks, *self.averages)
+        ]
 
 
 def compare_results(
@@ -185,6 +313,9 @@ def compare_results(
     name_b: str = "the second model",
     resamples: int = PAIRED_RESAMPLES,
     seed: int = 0,
+    seeds_a: Sequence[Sequence[TaskResult]] = (),
+    seeds_b: Sequence[Sequence[TaskResult]] = (),
+    same_method: bool = False,
 ) -> Comparison:
     """Test model b against model a, on each task that both have and on averages.
 
@@ -200,6 +331,9 @@ def compare_results(
         name_b: what to call the second one.
         resamples: at least 1.
         seed: of the resamples.
+        seeds_a: results of other seeds of a's method, see `compare_seeds`.
+        seeds_b: of b's.
+        same_method: whether a and b are two seeds of one method, of which `seeds_a` has the rest.
 
     Raises:
         InputError: no task is shared, a model has two results of a task, or see `averages`. What
@@ -219,7 +353,7 @@ def compare_results(
         for key in shared
     ]
     comparable = [one.key for one in tasks if one.comparable]
-    of_averages = _compare_averages(
+    of_averages, members_by_key = _compare_averages(
         {key: all_a[key] for key in comparable},
         {key: all_b[key] for key in comparable},
         {
@@ -228,6 +362,14 @@ def compare_results(
             if any(member.partition(":")[0] in shared for member in members)
         },
         {one.key: one.test for one in tasks if one.test is not None},
+    )
+    by_seed = compare_seeds(
+        [a, *([b] if same_method else []), *seeds_a],
+        [b, *seeds_b],
+        {key: titles[key] for key in comparable},
+        members_by_key,
+        same_method=same_method,
+        level=SIGNIFICANCE,
     )
     return Comparison(
         name_a=name_a,
@@ -238,6 +380,7 @@ def compare_results(
         only_b=tuple(key for key in all_b if key not in all_a),
         asked_otherwise=tuple(key for key in shared if _asked_otherwise(all_a[key], all_b[key])),
         resamples=resamples,
+        seeds=by_seed,
     )
 
 
@@ -277,7 +420,8 @@ def _obstacle(a: TaskResult, b: TaskResult) -> str:
     if len(names) > 1 and MAIN_METRIC not in names:  # the name in files of other tools
         return f"the main metrics differ: {a.main_metric_name} and {b.main_metric_name}"
     if (a.main_metric is None) != (b.main_metric is None):
-        return f"the metric is not defined for {'a' if a.main_metric is None else 'b'}"
+        name, lacking = ("a", a) if a.main_metric is None else ("b", b)
+        return f"the metric is not defined for {name}" + (lacking.note and f": {lacking.note}")
     if a.samples != b.samples and a.samples and b.samples:
         return f"the test sets differ: {a.samples:,} and {b.samples:,} samples"
     return ""
@@ -288,15 +432,19 @@ def _compare_averages(
     b: Mapping[str, TaskResult],
     groups: Mapping[str, Sequence[str]],
     tests: Mapping[str, PairedTest],
-) -> list[Difference]:
-    """Averages over the tasks of which there are results that can be compared."""
+) -> tuple[list[Difference], dict[str, tuple[str, ...]]]:
+    """Averages over the tasks that can be compared, and their members by key."""
     metrics_a, metrics_b = _shared_metrics(a, b), _shared_metrics(b, a)
     of_a = averages({k: one.main_metric for k, one in a.items()}, groups, metrics=metrics_a)
     of_b = averages({k: one.main_metric for k, one in b.items()}, groups, metrics=metrics_b)
-    return [
+    by_key = {
+        f"average/{name}": average
+        for name, average in zip(named_values(of_a), of_a.values(), strict=True)
+    }
+    differences = [
         Difference(
-            key=f"average/{name}",
-            title=name,
+            key=key,
+            title=key.removeprefix("average/"),
             family=None,
             metric=None,
             value_a=average.value,
@@ -305,8 +453,9 @@ def _compare_averages(
             note=f"{len(average.present)} of {len(average.present) + len(average.missing)}",
             test=compare_average(tests, [main_member(member, a) for member in average.present]),
         )
-        for name, average in zip(named_values(of_a), of_a.values(), strict=True)
+        for key, average in by_key.items()
     ]
+    return differences, {key: one.present for key, one in by_key.items() if one.present}
 
 
 def _shared_metrics(
@@ -374,11 +523,33 @@ def _conclusion(what: str, differences: Sequence[Difference]) -> list[str]:
         f"{what}: {len(sure)} of {len(tested)} differences are significant at 5 % after Holm's "
         f"correction, {len(won)} for b and {len(lost)} for a"
     ]
-    lines += [f"b is better on {_listed(won)}"] if won else []
-    lines += [f"a is better on {_listed(lost)}"] if lost else []
+    lines += [f"model b is better on {_listed(won)}"] if won else []
+    lines += [f"model a is better on {_listed(lost)}"] if lost else []
     if not sure:
-        lines.append("Neither is shown to be better; that does not show that they are equal.")
+        lines.append("Neither model is shown to be better, which may be noise, or too few images.")
     return lines
+
+
+def _is_sure(one: SeedDifference) -> bool:
+    return one.p_holm is not None and one.p_holm <= SIGNIFICANCE
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    """`0.6210 ± 0.0200 (3)`, or `0.6210 (1)`."""
+    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{fmean(values):.4f}{spread} ({len(values)})"
+
+
+def _seed_record(one: SeedDifference | None) -> dict[str, Any]:
+    return {
+        "seeds_a": None if one is None else len(one.values_a),
+        "seeds_b": None if one is None else len(one.values_b),
+        "mean_a": None if one is None else fmean(one.values_a),
+        "mean_b": None if one is None else fmean(one.values_b),
+        "seed_sd": None if one is None else one.seed_deviation,
+        "p_seeds": None if one is None else one.p_value,
+        "p_seeds_holm": None if one is None else one.p_holm,
+    }
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from siftclip.trainer.evaluation import eval_stage, log_records, tasks_from
 from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import checkpoint_options, clip_model_from
 from siftclip.trainer.run_dir import METRICS_NAME, RunDir
-from siftclip.trainer.run_records import read_metrics
+from siftclip.trainer.run_records import read_config, read_metrics
 from siftclip.trainer.stages import plain
 
 FOLDER = "eval_watch"
@@ -119,7 +119,7 @@ def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
 
 def _load(run: RunDir, checkpoint: Path, weights: str) -> ClipModel | None:
     """The model of a checkpoint; None if the training has removed the file in between."""
-    config = OmegaConf.load(run.path / "config.yaml")
+    config = OmegaConf.create(read_config(run.path / "config.yaml"))
     initial = dict.fromkeys(("pretrained_image", "pretrained_text"))  # the checkpoint has both
     changed = {"pretrained": str(checkpoint), "weights": weights, **initial}
     model = OmegaConf.merge(config.model, changed, {"options": checkpoint_options(config.model)})

@@ -39,6 +39,7 @@ from siftclip.datamodules.model_weights import (
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.models import checkpoint_options
 from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.run_records import read_config
 from siftclip.trainer.stages import plain
 
 INFO_NAME = "info.pkl"
@@ -200,11 +201,13 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
 
 def _run_config(run: RunDir) -> DictConfig:
     try:
-        config = OmegaConf.load(run.path / "config.yaml")
+        config = OmegaConf.create(read_config(run.path / "config.yaml"))
         if isinstance(config, DictConfig) and "name" in config.model:
             return config
         problem = "it has no model.name"
-    except Exception as error:  # yaml and omegaconf raise many kinds for a damaged file
+    except InputError:
+        raise
+    except Exception as error:  # omegaconf raises many kinds for a damaged file
         problem = str(error)
     raise InputError(f"{run.path / 'config.yaml'} is not the configuration of a run: {problem}.")
 

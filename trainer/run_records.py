@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from siftclip.datamodules.files import read_json, read_jsonl
 from siftclip.eval.result_checks import require_count, require_number, require_share, require_text
 from siftclip.selectors.errors import InputError
@@ -15,6 +17,7 @@ _TEXTS = ("selector", "selection", "pool", "online")
 _COUNTS = ("seed", "steps", "trained_samples", "requested_samples", "selected_samples")
 _AMOUNTS = ("_samples", "_seconds", "flops", "passes", "_time")  # ends of names
 _SHARE = "/share_"
+_MAX_DEPTH = 100  # of YAML
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -24,6 +27,39 @@ def read_summary(path: Path) -> dict[str, Any]:
         InputError: the file is missing or damaged, or a number in it cannot be.
     """
     return _checked(path, read_json(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        InputError: the file is missing or damaged, or has aliases, with which a small file can grow
+            without end.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        _require_plain(text)
+        config = yaml.load(text, Loader=yaml.CSafeLoader)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path} is not the configuration of a run: {problem}.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the configuration of a run: {reprlib.repr(config)}.")
+    return config
+
+
+def _require_plain(text: str) -> None:
+    """Raise ValueError for YAML that must not be loaded: the loader is recursive and in C."""
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, which Siftclip never writes")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -167,6 +167,14 @@ def test_broken_features_are_counted(value: float) -> None:
         predict_classes(features, torch.eye(4), chunk_samples=2)
 
 
+def test_one_broken_prompt_breaks_all_samples() -> None:
+    features = F.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    classifier = torch.eye(4)
+    classifier[:, 1] = math.nan
+    with pytest.raises(InputError, match="Those of 9 of 9 samples"):
+        predict_classes(features, classifier, chunk_samples=2)
+
+
 def test_no_samples() -> None:
     with pytest.raises(InputError, match="at least one sample"):
         predict_classes(torch.empty(0, 4), torch.eye(4))

@@ -93,14 +93,19 @@ def test_a_planted_difference_is_found() -> None:
     assert low < record["difference"] < high
     text = " ".join(found.verdict())
     correction = "differences are significant at 5 % after Holm's correction"
-    assert text.startswith(f"tasks: 1 of 4 {correction}, 1 for b and 0 for a b is better on Birds ")
-    assert f"averages: 2 of 2 {correction}, 2 for b and 0 for a b is better on all, wings " in text
+    assert text.startswith(
+        f"tasks: 1 of 4 {correction}, 1 for b and 0 for a model b is better on Birds "
+    )
+    assert (
+        f"averages: 2 of 2 {correction}, 2 for b and 0 for a model b is better on all, wings "
+        in text
+    )
     assert "resampling the test images 2,000 times; so it is never below 0.001, nor" in " ".join(
         text.split()
     )
     assert "train several seeds of each (siftclip compare)" in " ".join(text.split())
     worse = compare_results(b, a, GROUPS, resamples=2000, seed=3)
-    assert "0 for b and 1 for a a is better on Birds " in " ".join(worse.verdict())
+    assert "0 for b and 1 for a model a is better on Birds " in " ".join(worse.verdict())
     assert "shown to be better" not in text
     assert worse.tasks[0].value == -(found.tasks[0].value or 0)
 
@@ -171,9 +176,11 @@ def test_tasks_without_main_metric_are_no_fault() -> None:
 TABLE = r"""
 a = first
 b = second\n
+This compares two models, not the two methods that made them: one seed of each, so there is no
+  estimate of the variance between seeds (diff.seeds_a and diff.seeds_b name other seeds).
 
 task                  a       b    b - a  95 % interval        Holm p       p   McNemar
-Own tasks
+Custom tasks
   Birds          0.2500  0.7500  +0.5000  -                        -        -         -
   Cars           0.5000  0.5000  +0.0000  [+0.0000, +0.0000]  1.0000   1.0000    1.0000
 
@@ -184,12 +191,13 @@ only in a: dogs
 only in b: frogs
 not tested: birds: what the metric is made of is not kept for both models
 tasks: 0 of 1 differences are significant at 5 % after Holm's correction, 0 for b and 0 for a
-Neither is shown to be better; that does not show that they are equal.
+Neither model is shown to be better, which may be noise, or too few images.
 averages: no difference was tested
 p: how often models that are equally good would differ by as much, by resampling the test images 100
   times; so it is never below 0.02, nor below McNemar's. Holm p: p corrected for the number of
   tasks, or of averages; go by this one, * marks those of at most 0.05. McNemar: an exact p value
-  from the images that one model only has right, for accuracies; not corrected.
+  from the images that one model only has right, for accuracies; rows that share an image count
+  together; not corrected.
 This is about these two models on other test images of the same kind, not about the methods that
   made them: another seed of training moves the values too. To compare methods, train several seeds
   of each (siftclip compare).
@@ -210,6 +218,98 @@ def test_table() -> None:
     groups = {"all": ["birds", "cars", "dogs"]}
     found = compare_results(a, b, groups, name_a="first", name_b="second\n", resamples=100)
     assert found.table() == TABLE
+
+
+def make_seeds(count: int, better: float = 0.0, spread: float = 0.05) -> list[list[TaskResult]]:
+    """Runs of one method: seeds move the accuracy on each task."""
+    rng = np.random.default_rng(count)
+    runs = []
+    for _ in range(count):
+        shares = np.clip(0.5 + better + spread * rng.standard_normal(len(KEYS)), 0, 1)
+        runs.append(
+            [make_result(key, rng.random(300) < p) for key, p in zip(KEYS, shares, strict=True)]
+        )
+    return runs
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_headline_says_that_models_are_compared() -> None:
+    a, b = make_models(0.5)
+    alone = compare_results(a, b, GROUPS, resamples=200)
+    assert alone.headline().startswith("This compares two models, not the two methods")
+    assert "no estimate of the variance between seeds" in alone.headline()
+    record = alone.records()[0]
+    assert (record["seeds_a"], record["seed_sd"], record["p_seeds"]) == (1, None, None)
+    others = make_seeds(3)
+    some = compare_results(a, b, GROUPS, resamples=200, seeds_a=others[:2])
+    text = one_line(some.table())
+    assert "Seeds alone: two runs of one method differ by 0.0" in text
+    assert "(3 seeds of a's method, 1 of b's)" in text
+    assert some.records()[0]["seed_sd"] > 0
+    assert some.records()[0]["p_value"] == alone.records()[0]["p_value"]
+    assert "nothing can be said at 5 %" in text  # 1 / 4
+    whole = {key: np.mean([run[0].main_metric for run in [a, *others[:2]]]) for key in ["birds"]}
+    assert some.records()[0]["mean_a"] == pytest.approx(whole["birds"])
+
+
+def test_two_seeds_of_one_method() -> None:
+    a, b, *others = make_seeds(5, spread=0.2)
+    found = compare_results(a, b, GROUPS, resamples=500, seeds_a=others, same_method=True)
+    assert any(one.significant for one in found.tasks)  # they are different models
+    text = one_line(found.table())
+    assert "These are two seeds of one method: whatever differs is the doing of the seed" in text
+    assert "(5 seeds)" in text
+    assert "methods, by" not in text
+    assert all(one.p_value is None for one in (found.seeds.tasks if found.seeds else ()))
+
+
+def test_methods_are_tested_by_their_seeds() -> None:
+    runs_a, runs_b = make_seeds(8), make_seeds(9, better=0.2)[:8]
+    found = compare_results(
+        runs_a[0], runs_b[0], GROUPS, resamples=200, seeds_a=runs_a[1:], seeds_b=runs_b[1:]
+    )
+    text = one_line(found.table())
+    assert "methods, by 8 seeds of a's and 8 of b's: 4 of 4 differences of tasks are" in text
+    assert "b's method is better on Birds, Cars, Dogs, Frogs" in text
+    assert "b's method is better on all, wings" in text
+    by_key = {record["task"]: record for record in found.records()}
+    average = by_key["average/all"]
+    assert (average["seeds_a"], average["seeds_b"]) == (8, 8)
+    assert average["mean_b"] - average["mean_a"] == pytest.approx(0.2, abs=0.05)
+    assert average["p_seeds"] < 0.001
+    assert len(found.table().splitlines()[-1]) <= 100
+
+
+def test_differences_that_seeds_alone_make_are_named() -> None:
+    runs_a, runs_b = make_seeds(4, spread=0.15), make_seeds(5, spread=0.15)
+    found = compare_results(
+        runs_a[0], runs_b[0], {}, resamples=2000, seeds_a=runs_a[1:], seeds_b=runs_b[1:4]
+    )
+    named = [one for one in found.tasks if one.significant]
+    assert named
+    text = one_line(found.table())
+    start = "no larger than what another seed of the same method makes (95 %): "
+    assert start + ", ".join(one.title for one in named) in text
+    assert "which is not small enough for 4 tests" in text  # 2 / 70 of 4 + 4 seeds
+
+
+def test_a_method_is_compared_where_its_seeds_have_the_same_task() -> None:
+    a, b = make_models(0.0)
+    others = make_seeds(2)
+    others[0][0] = replace(others[0][0], samples=7)
+    others[0][1] = replace(others[0][1], metrics={MAIN_METRIC: None})
+    del others[1][2]
+    found = compare_results(
+        a, b, {"all": KEYS, "top": ["birds:acc5"]}, resamples=50, seeds_a=others
+    )
+    assert found.seeds is not None
+    counts = {one.key: len(one.values_a) for one in found.seeds.by_key.values()}
+    assert counts == {
+        "birds": 2, "cars": 2, "dogs": 2, "frogs": 3, "average/all": 1, "average/top": 2,
+    }  # fmt: skip
 
 
 def test_tables_are_narrow() -> None:
@@ -244,7 +344,7 @@ def test_many_names_are_shortened() -> None:
         b.append(replace(more, key=f"t{i}", dataset=f"t{i}"))
     found = compare_results(a, b, {}, resamples=2000)
     text = " ".join(" ".join(found.verdict()).split())
-    assert "15 for b and 0 for a b is better on t0, t1, " in text
+    assert "15 for b and 0 for a model b is better on t0, t1, " in text
     assert "t10, t11 and 3 more " in text
 
 
@@ -254,8 +354,10 @@ def test_a_narrow_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Non
     a, b = ([replace(one, dataset=one.key * 20 + one.key) for one in each] for each in (a, b))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = compare_results(a, b, GROUPS, resamples=200).table()
+    seeds = {f"seeds_{name}": make_seeds(3) for name in "ab"}
+    text = compare_results(a, b, GROUPS, resamples=200, **seeds).table()  # type: ignore[arg-type]
     assert max(map(display_width, text.splitlines())) <= min(100, max(72, columns))
+    assert "method of b" in text
     header = next(line for line in text.splitlines() if line.startswith("task"))
     assert "Holm p" in header
     assert ("McNemar" in header) == (columns >= 92) == ("in a wider terminal" not in text)

@@ -21,7 +21,7 @@ from siftclip.eval.paired_tests import (
     sign_flip_p_value,
     swapped_differences,
 )
-from siftclip.eval.resampling import interval
+from siftclip.eval.resampling import interval, poisson_weights
 from siftclip.selectors.errors import InputError
 
 
@@ -314,6 +314,16 @@ def test_swaps_against_all_of_them() -> None:
     np.testing.assert_array_equal(first_rows, drawn[:10])
 
 
+def test_swaps_and_multiplicities_are_drawn_apart() -> None:
+    """With one stream, the units that a resample lacks would be those that are swapped, or not."""
+    a, b = share(np.zeros(8)), share(np.arange(8) == 0)
+    swapped = swapped_differences(a, b, make_units(8), resamples=4000, seed=0)
+    assert swapped is not None
+    weights = poisson_weights(make_units(8), 4000, seed=0)[:, 0]
+    assert abs(np.corrcoef(swapped, weights)[0, 1]) < 0.05
+    assert abs(np.corrcoef(swapped, weights & 1)[0, 1]) < 0.05
+
+
 def test_no_swaps_where_many_units_differ() -> None:
     none, some, more = (share(np.arange(200) < few) for few in (0, 99, 100))
     opposite = share(np.arange(200) >= 99)
@@ -332,6 +342,9 @@ def test_permutation_p_value_against_arithmetic() -> None:
     drawn = np.array([-0.3, 0.1, 0.2, 0.3 + 1e-15, 0.0, np.nan])
     assert permutation_p_value(-0.3, drawn) == 3 / 6
     assert permutation_p_value(0.4, drawn) == 1 / 6
+    assert (
+        permutation_p_value(0.3, np.array([0.3 - 1e-15])) == 1
+    )  # the same, summed in another order
     assert permutation_p_value(0.0, drawn) == 1
     assert permutation_p_value(np.nan, drawn) is None
     assert permutation_p_value(0.1, np.array([0.1, np.nan, np.nan])) is None

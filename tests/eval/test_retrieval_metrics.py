@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
 from siftclip.eval.outcomes import Metrics
-from siftclip.eval.retrieval_metrics import fixed_point, hit_probability, retrieval_metrics
+from siftclip.eval.retrieval_metrics import (
+    fixed_point,
+    hit_probability,
+    require_unit_length,
+    retrieval_metrics,
+)
 from siftclip.selectors.errors import InputError
 
 
@@ -219,3 +224,16 @@ def test_no_captions() -> None:
     none = np.array([], dtype=np.int64)
     with pytest.raises(InputError, match="at least one caption"):
         retrieval_metrics(torch.eye(2), torch.eye(2), none, none)
+
+
+@pytest.mark.parametrize(
+    ("length", "is_fine"), [(0.995, True), (1.005, True), (0.98, False), (1.02, False)]
+)
+def test_lengths_near_1(length: float, is_fine: bool) -> None:
+    features = unit_vectors(4, 8, seed=0)
+    features[2] *= length
+    if is_fine:
+        require_unit_length("The features", features)
+    else:
+        with pytest.raises(InputError, match=r"The features must be .* of length 1\. 1 of 4 are"):
+            require_unit_length("The features", features)

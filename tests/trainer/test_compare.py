@@ -23,7 +23,7 @@ from siftclip.eval.results import append_failure
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
 from siftclip.trainer.compare.collect import ArmRun, Comparison, _truth, collect
-from siftclip.trainer.compare.report import html, markdown
+from siftclip.trainer.compare.report import html, markdown, resolution_note
 from siftclip.trainer.compare.tables import (
     as_markdown,
     cost_rows,
@@ -34,6 +34,7 @@ from siftclip.trainer.compare.tables import (
     spread,
 )
 from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.seed_runs import other_seeds
 
 Compose = Callable[..., DictConfig]
 
@@ -372,6 +373,27 @@ def test_truth_counts_samples_as_often_as_they_are_trained_on(tmp_path: Path) ->
     runs = [ArmRun(arm="a", seed=0, run=RunDir(path=tmp_path / "none"))]
     shares = _truth(truth, {("a", 0): selection}, runs)
     assert shares.loc["a"].to_dict() == {"clean": 5 / 8, "copy": 2 / 8, "wrong": 1 / 8}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "expected"),
+    [
+        (1, "from one seed: no estimate of the variance. This compares models, not methods"),
+        (3, "no p value below 0.1, so no difference is significant at 5 %."),
+        (4, "no p value below 0.029."),
+    ],
+)
+def test_the_note_says_what_so_many_seeds_can_show(seeds: int, expected: str) -> None:
+    comparison = replace(make_comparison({"a": [0.4, 0.5]}), seeds=tuple(range(seeds)))
+    assert expected in resolution_note(comparison)
+
+
+def test_runs_of_an_arm_are_seeds_of_one_method(compared: Compared) -> None:
+    runs = [RunDir(path=path) for path in sorted((compared.outputs / "train").iterdir())]
+    for run in runs:
+        others = other_seeds(run)
+        assert len(others) == 1
+        assert others[0].path.name.split("-s")[0] == run.path.name.split("-s")[0]
 
 
 def test_cells() -> None:

@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from siftclip.datamodules.files import write_json
 from siftclip.eval.outcomes import Outcomes
-from siftclip.eval.results import MAIN_METRIC, TaskResult, append_result
+from siftclip.eval.preparation import TaskFailure
+from siftclip.eval.results import (
+    MAIN_METRIC,
+    TaskResult,
+    append_failure,
+    append_result,
+    read_results,
+)
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.eval_diff import RESULTS_NAME, diff_stage
+from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.seed_runs import other_seeds
 
 
 def write_run(folder: Path, keys: str, seed: int) -> Path:
@@ -40,9 +50,10 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return write_run(tmp_path / "a", "xyz", 0), write_run(tmp_path / "b", "yzw", 1)
 
 
-def config(a: Path, b: Path, **eval_options: Any) -> Any:
+def config(a: Path, b: Path, seeds_a: Any = None, seeds_b: Any = None, **eval_options: Any) -> Any:
     settings = {"groups": {}, "tasks": None, "suite": None, **eval_options}
     diff = {"a": str(a), "b": str(b), "resamples": 100, "output": None}
+    diff |= {"seeds_a": seeds_a, "seeds_b": seeds_b}
     return OmegaConf.create({"diff": diff, "eval": settings})
 
 
@@ -114,3 +125,104 @@ def test_the_differences_as_a_file(runs: tuple[Path, Path], tmp_path: Path) -> N
         settings.diff.output = str(wrong)
         with pytest.raises(InputError, match=r"diff\.output must be a file that ends with \.csv"):
             diff_stage(settings)
+
+
+def test_tasks_that_failed_are_named(runs: tuple[Path, Path]) -> None:
+    append_failure(runs[1] / RESULTS_NAME, TaskFailure(key="x", message="0.tar is damaged."))
+    found = diff_stage(config(*runs))
+    assert found.failed == {"b: x": "0.tar is damaged."}
+    assert "failed in b: x: 0.tar is damaged." in found.table()
+
+
+METHOD = {"pool": {"root": "p"}, "selector": {"name": "random"}, "optim": {"lr": 0.1}}
+
+
+def finish(folder: Path, seed: int, **changes: Any) -> Path:
+    """Make a folder of results a finished run."""
+    settings = {"seed": seed, **METHOD, "output_dir": str(folder), **changes}
+    settings["selector"] = {**settings["selector"], "seed": seed}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    write_json(folder / "summary.json", {"seed": seed, "pool": "abc"})
+    return folder
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> tuple[list[Path], list[Path]]:
+    """Runs of two methods, with 3 seeds each, and others beside them."""
+    random = [
+        finish(write_run(tmp_path / f"random-s{seed}-{seed:08d}", "xy", seed), seed)
+        for seed in range(3)
+    ]
+    clip_score = {"selector": {"name": "clip_score"}}
+    clip = [
+        finish(
+            write_run(tmp_path / f"clip-s{seed}-{seed:08d}", "xy", 10 + seed), seed, **clip_score
+        )
+        for seed in range(3)
+    ]
+    finish(write_run(tmp_path / "random-s5-00000005", "xy", 5), 5, optim={"lr": 0.2})
+    finish(write_run(tmp_path / "random-s6-00000006", "xy", 6), 6, pool={"root": "q"})
+    (finish(write_run(tmp_path / "random-s7-00000007", "xy", 7), 7) / "summary.json").unlink()
+    write_json(
+        finish(write_run(tmp_path / "random-s8-00000008", "xy", 8), 8) / "summary.json",
+        {"seed": 8, "pool": "another"},
+    )
+    finish(write_run(tmp_path / "random-s1-99999999", "xy", 9), 1)  # on another machine, say
+    return random, clip
+
+
+def test_other_seeds_are_the_runs_beside_it(seeds: tuple[list[Path], list[Path]]) -> None:
+    random, clip = seeds
+    assert [run.path for run in other_seeds(RunDir(path=random[0]))] == random[1:]
+    assert [run.path for run in other_seeds(RunDir(path=clip[2]))] == clip[:2]
+    found = diff_stage(config(random[0], clip[0]))
+    assert found.seeds is not None
+    assert (found.seeds.runs_a, found.seeds.runs_b, found.seeds.same_method) == (3, 3, False)
+    means = [np.mean([float(r.main_metric or 0) for r in by_run]) for by_run in zip(
+        *(read_results(run / RESULTS_NAME) for run in random), strict=True
+    )]  # fmt: skip
+    assert [record["mean_a"] for record in found.records()] == pytest.approx(means)
+    assert "nothing can be said at 5 %" in " ".join(found.table().split())
+    none = diff_stage(config(random[0], clip[0], seeds_a=[], seeds_b=[]))
+    assert none.seeds is not None
+    assert (none.seeds.runs_a, none.seeds.runs_b) == (1, 1)
+    alone = diff_stage(config(random[0] / RESULTS_NAME, clip[0], seeds_b=str(clip[2])))
+    assert alone.seeds is not None
+    assert (alone.seeds.runs_a, alone.seeds.runs_b) == (3, 2)
+
+
+def test_two_seeds_of_one_method(seeds: tuple[list[Path], list[Path]]) -> None:
+    random, _ = seeds
+    found = diff_stage(config(random[1], random[2]))
+    assert found.seeds is not None
+    assert (found.seeds.runs_a, found.seeds.same_method) == (3, True)
+    assert "two seeds of one method" in found.headline()
+    itself = diff_stage(config(random[1], random[1]))
+    assert itself.seeds is not None
+    assert not itself.seeds.same_method
+
+
+def test_seeds_that_are_named_wrongly(seeds: tuple[list[Path], list[Path]]) -> None:
+    random, clip = seeds
+    for wrong in ([str(random[0])], [str(clip[0])], [str(random[1])] * 2):
+        with pytest.raises(InputError, match=r"diff\.seeds_a must name other runs than diff\.a"):
+            diff_stage(config(random[0], clip[0], seeds_a=wrong))
+    with pytest.raises(InputError, match=r"diff\.seeds_b must name a run directory"):
+        diff_stage(config(random[0], clip[0], seeds_b=["nowhere"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [1]\nb: *a\n", "[" * 60_000 + "]" * 60_000, "{", "- 1", "\x00", "x: !!python/x 1"],
+)
+def test_a_damaged_neighbour_is_left_out(
+    seeds: tuple[list[Path], list[Path]], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    random, clip = seeds
+    (random[1] / "config.yaml").write_text(text)
+    found = diff_stage(config(random[0], clip[0]))
+    assert found.seeds is not None
+    assert found.seeds.runs_a == 3  # the other run of seed 1
+    assert f"{random[1]} is not looked at as another seed" in caplog.text
+    with pytest.raises(InputError, match=r"config\.yaml is not the configuration of a run"):
+        diff_stage(config(random[1], clip[0]))

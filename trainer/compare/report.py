@@ -10,6 +10,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.datamodules.files import atomic_path, write_text
+from siftclip.eval.comparison import SIGNIFICANCE
+from siftclip.eval.seed_comparison import least_p_value
 from siftclip.trainer.compare.collect import Comparison
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,
@@ -36,11 +38,21 @@ TEMPLATE_NAME = "report.html.j2"
 
 def resolution_note(comparison: Comparison) -> str:
     """What the numbers of the tables are, and which differences they can show."""
-    if len(comparison.seeds) == 1:
-        return "Values are percent, from one seed: how far they scatter is not known."
+    count = len(comparison.seeds)
+    if count == 1:
+        return (
+            "Values are percent, from one seed: no estimate of the variance. This compares models, "
+            "not methods: another seed of the same method moves the values too."
+        )
+    least = least_p_value(count, count)
+    note = (
+        f"Values are percent, mean ± standard deviation over {count} seeds. Differences below "
+        "about two standard deviations may be noise: another seed of the same method moves the "
+        f"values as much. An exact test of two arms, with {count} seeds of each, has no p value "
+        f"below {least:.2g}"
+    )
     return (
-        "Values are percent, mean ± standard deviation over seeds. With few seeds, differences "
-        "below about two standard deviations are not resolved."
+        f"{note}, so no difference is significant at 5 %." if least > SIGNIFICANCE else f"{note}."
     )
 
 
