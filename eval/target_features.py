@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.feature_files import ACTIVATION_ARRAY, MODEL_ARRAY
 from siftclip.datamodules.files import read_npz_all, write_npz
-from siftclip.datamodules.model_record import fingerprint
+from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.preparation import TaskData, prepare_tasks
@@ -26,7 +27,7 @@ def embed_tasks(
     An npz holds unit vectors, float16 as in a pool: `img` [n, d], of images; `class_txt` [C, d],
     of class names as zero-shot classification uses them, the mean over the task's templates;
     `txt` [n, d], of the first caption of each image. Tasks with classes have no `txt`, retrieval
-    has no `class_txt`. `model` says which weights they are of.
+    has no `class_txt`. `model` says which weights they are of, `activation` how these were used.
 
     Args:
         clip: the model with its transform and tokenizer.
@@ -45,7 +46,8 @@ def embed_tasks(
             )
     model_hash = fingerprint(clip)
     paths = {task.name: folder / _file_name(task) for task in tasks}
-    missing = [task for task in tasks if not _is_there(paths[task.name], model_hash)]
+    activation = np.asarray(model_record(clip)["activation"])
+    missing = [task for task in tasks if not _is_there(paths[task.name], model_hash, activation)]
     prepared = prepare_tasks(missing)
     for failure in prepared.failures:
         raise InputError(failure.message)
@@ -57,7 +59,8 @@ def embed_tasks(
             features_of_sets = encoder.image_sets(prepared.table, sets)
             for one, rows, found in zip(prepared.data, sets, features_of_sets, strict=True):
                 arrays = _arrays(one, rows, found, texts)
-                write_npz(paths[one.task.name], model=np.asarray(model_hash), **arrays)
+                arrays |= {MODEL_ARRAY: np.asarray(model_hash), ACTIVATION_ARRAY: activation}
+                write_npz(paths[one.task.name], **arrays)
     return [*paths.values()]
 
 
@@ -65,8 +68,14 @@ def _file_name(task: Task) -> str:
     return f"{task.name.replace('/', '-')}-{task.split}.npz"  # DataComp's keys have slashes
 
 
-def _is_there(path: Path, model_hash: str) -> bool:
-    return path.is_file() and str(read_npz_all(path).get("model")) == model_hash
+def _is_there(path: Path, model_hash: str, activation: np.ndarray) -> bool:
+    """Whether a file is of this model; one without a record of the activation gets it then."""
+    arrays = read_npz_all(path) if path.is_file() else {}
+    if str(arrays.get(MODEL_ARRAY)) != model_hash:
+        return False
+    if ACTIVATION_ARRAY not in arrays:
+        write_npz(path, **arrays, **{ACTIVATION_ARRAY: activation})
+    return True
 
 
 def _arrays(
