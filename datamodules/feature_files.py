@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
 
 CHANGED = "Start again when nothing writes to it."
+MODEL_ARRAY, ACTIVATION_ARRAY = "model", "activation"  # of the files of `siftclip target`
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
+
+log = logging.getLogger(__name__)
 
 
 def feature_paths(file: FeatureFile) -> list[Path]:
@@ -69,6 +74,7 @@ def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]
 
 def _open(path: Path, key: str | None) -> Tensor:
     if path.suffix == ".npz":
+        _warn_of_unknown_activation(path)
         return _from_numpy(path, map_npz_array(path, _only_key(path, key)))
     try:
         if path.suffix == ".npy":
@@ -92,14 +98,31 @@ def _open(path: Path, key: str | None) -> Tensor:
     return found[chosen]
 
 
+@cache
+def _warn_of_unknown_activation(path: Path) -> None:
+    """Say once of a target that an earlier version made, maybe with a wrong activation."""
+    names = _names(path)
+    if MODEL_ARRAY in names and ACTIVATION_ARRAY not in names:
+        log.warning(
+            "%s was made by an earlier version of siftclip, which gave some models another "
+            "activation than their weights need and kept no record of it. The siftclip target "
+            "command that made it checks it, and makes it again if it is wrong.",
+            path,
+        )
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return sorted(file.files)
+    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors
+        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+
+
 def _only_key(path: Path, key: str | None) -> str:
     if key is not None:
         return key
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = sorted(file.files)
-    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    names = _names(path)
     if len(names) != 1:
         raise InputError(f"{path}: name one of its arrays {names}.")
     return names[0]

@@ -164,7 +164,8 @@ def check_activation(folder: Path) -> None:
                 f"{folder} holds features of {name} that an earlier version of siftclip made with "
                 f"{activation_name(built)}, while the weights {tag!r} were trained with "
                 f"{activation_name(not built)}: they are those of another model. Delete that "
-                "folder and embed again, or choose another features.name."
+                "folder and embed again, or choose another features.name. Targets of that model "
+                "have the same fault: siftclip target makes them again."
             )
 
 

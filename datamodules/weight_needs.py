@@ -215,10 +215,7 @@ def fit_options(
             )
         quick_gelu = wanted
         if wanted != default:
-            lines.append(
-                f"{trained}. {name} is built with it, though its name stands for "
-                f"{activation_name(default)}"
-            )
+            lines.append(f"{trained}. {name} is built with it, not with {activation_name(default)}")
     if quick_gelu != default:
         fitted["quick_gelu"] = quick_gelu
     if asked is None:

@@ -238,7 +238,8 @@ def _resume(
     if ranks.rank == 0 and path.exists():
         if len(own) < len(results):
             gone = len(results) - len(own)
-            log.warning("%s: %d results of another model are removed", path, gone)
+            differs = "its weights, activation, preprocessing or tokenizer differ"
+            log.warning("%s: %d results of another model are removed (%s)", path, gone, differs)
         if len(valid) < len(own):
             changed = ", ".join(sorted({r.key for r in own} - {r.key for r in valid}))
             log.warning("%s: results of tasks that have changed are removed: %s", path, changed)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.feature_files import ACTIVATION_ARRAY, MODEL_ARRAY
 from siftclip.datamodules.files import read_npz_all, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused, when
-from siftclip.datamodules.model_record import fingerprint
+from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.identities import tars_stamp, task_identity
@@ -41,7 +42,8 @@ def embed_tasks(
     An npz holds unit vectors, float16 as in a pool: `img` [n, d], of images; `class_txt` [C, d],
     of class names as zero-shot classification uses them, the mean over the task's templates;
     `txt` [n, d], of the first caption of each image. Tasks with classes have no `txt`, retrieval
-    has no `class_txt`. `model` says which weights they are of, `identity` what they depend on.
+    has no `class_txt`. `model` says which weights they are of, `activation` how these were used, and
+    `identity` what all of it depends on.
 
     Args:
         clip: the model with its transform and tokenizer.
@@ -62,6 +64,7 @@ def embed_tasks(
             )
     model_hash = fingerprint(clip)
     paths = {task.name: folder / _file_name(task) for task in tasks}
+    activation = np.asarray(model_record(clip)["activation"])
     _check_others(folder, set(paths.values()), model_hash)
     prepared = prepare_tasks(tasks)
     for failure in prepared.failures:
@@ -80,13 +83,9 @@ def embed_tasks(
             features_of_sets = encoder.image_sets(prepared.table, sets)
             for one, rows, found in zip(prepared.data, sets, features_of_sets, strict=True):
                 arrays = _arrays(one, rows, found, texts)
+                arrays |= {MODEL_ARRAY: np.asarray(model_hash), ACTIVATION_ARRAY: activation}
                 identity = json.dumps(identities[one.task.name], sort_keys=True)
-                write_npz(
-                    paths[one.task.name],
-                    model=np.asarray(model_hash),
-                    identity=np.asarray(identity),
-                    **arrays,
-                )
+                write_npz(paths[one.task.name], identity=np.asarray(identity), **arrays)
     return [*paths.values()]
 
 
@@ -119,7 +118,7 @@ def _is_there(path: Path, identity: dict[str, Any]) -> bool:
 def _check_others(folder: Path, own: set[Path], model: str) -> None:
     """Look at the files of a folder that are not of the tasks which are asked for."""
     others = sorted(set(folder.glob("*.npz")) - own) if folder.is_dir() else []
-    foreign = [path.name for path in others if str(read_npz_all(path).get("model")) != model]
+    foreign = [path.name for path in others if str(read_npz_all(path).get(MODEL_ARRAY)) != model]
     if foreign:
         raise InputError(
             f"{folder} holds features of another model ({', '.join(foreign[:3])}), which a "

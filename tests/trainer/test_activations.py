@@ -17,11 +17,20 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 import siftclip
 from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.datamodules.demo_pool import DemoData
-from siftclip.datamodules.files import identity_hash, read_json, read_npz, write_json
+from siftclip.datamodules.feature_files import _warn_of_unknown_activation, read_feature_file
+from siftclip.datamodules.files import (
+    identity_hash,
+    read_json,
+    read_npz,
+    read_npz_all,
+    write_json,
+    write_npz,
+)
 from siftclip.datamodules.model_record import fingerprint
 from siftclip.datamodules.reader import SampleReader
 from siftclip.eval.results import read_results
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.source import FeatureFile
 from siftclip.trainer import eval_watch, training
 from siftclip.trainer.embedding import embed_stage
 from siftclip.trainer.eval_watch import watch_stage
@@ -137,14 +146,38 @@ def test_evaluation_takes_the_model_of_the_tag(
 
 
 def test_targets_are_features_of_the_same_model(
-    base: list[str], compose: Compose, weights: Path, demo_data: DemoData, tmp_path: Path
+    base: list[str],
+    compose: Compose,
+    weights: Path,
+    demo_data: DemoData,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     target = ["target.tasks=[digit]", f"target.root={demo_data.tasks}", "target.split=test"]
     config = compose("target", [*base[1:], *OPENAI, "features.name=b32", *target])
     _, (path,) = target_stage(config)
-    assert str(np.load(path)["model"]) == fingerprint(
-        load_clip_model("ViT-B-32", pretrained="openai")
-    )
+    arrays = read_npz_all(path)
+    right = load_clip_model("ViT-B-32", pretrained="openai")
+    assert str(arrays["model"]) == fingerprint(right)
+    assert str(arrays["activation"]) == "QuickGELU"
+
+    def read() -> int:
+        caplog.clear()
+        _warn_of_unknown_activation.cache_clear()
+        list(read_feature_file(FeatureFile(path=str(path), key="img"), 100))
+        return len(caplog.records)
+
+    assert read() == 0
+    del arrays["activation"]  # as earlier versions wrote it
+    for model in (arrays["model"], np.asarray("of GELU")):
+        old = arrays | {"model": model, "img": arrays["img"] * (model == arrays["model"])}
+        write_npz(path, **old)
+        assert read() == 1
+        assert "was made by an earlier version of siftclip" in caplog.text
+        target_stage(config)
+        assert read() == 0
+        again = read_npz_all(path)
+        assert str(again["activation"]) == "QuickGELU"
+        assert np.array_equal(again["img"], arrays["img"])
 
 
 def test_training_keeps_the_activation(
