@@ -42,8 +42,8 @@ def embed_tasks(
     An npz holds unit vectors, float16 as in a pool: `img` [n, d], of images; `class_txt` [C, d],
     of class names as zero-shot classification uses them, the mean over the task's templates;
     `txt` [n, d], of the first caption of each image. Tasks with classes have no `txt`, retrieval
-    has no `class_txt`. `model` says which weights they are of, `activation` how these were used, and
-    `identity` what all of it depends on.
+    has no `class_txt`. `model` says which weights they are of, `activation` how these were used,
+    and `identity` what all of it depends on.
 
     Args:
         clip: the model with its transform and tokenizer.
