@@ -399,7 +399,7 @@ class StreamDataModule(LightningDataModule):
 
         def open_loader(version: SelectionVersion, step: int) -> tuple[StreamLoader, OrderSampler]:
             order, stop = self._order_of(version), min(version.stop_step, self.total_steps)
-            if trainer.is_global_zero:
+            if trainer.global_rank == 0:
                 self.copies_fraction = warn_of_copies(order, first_step=step, steps=stop - step)
             sampler = OrderSampler(
                 order=order,
