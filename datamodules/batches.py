@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.image_transform import ImageTransform, ResizeBackend
-from siftclip.datamodules.order import derive_seeds, substitute
+from siftclip.datamodules.order import DrawnRequests, Substitutes, derive_seeds
 from siftclip.datamodules.reader import (
     BadSampleError,
     ChangedTarError,
@@ -46,6 +46,7 @@ class Batch:
     valid: Tensor  # bool [b]; False where a bad sample was not replaced
     references: dict[str, Tensor] = field(default_factory=dict)  # cached features [b, d] by key
     weights: Tensor | None = None  # float32 [b], of the samples in the loss; None: all alike
+    copies: bool = False  # the batch of all ranks may hold a sample twice; the same on all ranks
     faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
     retries: int = 0  # reads that had to be repeated
     failure: str = ""  # why the run cannot go on; the rest means nothing then
@@ -100,8 +101,8 @@ class SampleDataset(Dataset[Batch]):
         tokenizer: of the captions.
         seed: of the augmentation and of the substitutes.
         resize: see `siftclip.datamodules.image_transform`.
-        substitutes: int64 [n], the rows to replace bad samples from; None keeps bad samples as
-            zeros marked invalid, which embedding wants.
+        substitutes: int64 [n], the rows to replace bad samples from, each once, sorted; None keeps
+            bad samples as zeros marked invalid, which embedding wants.
         references: cached features that batches carry along.
         weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
     """
@@ -134,6 +135,7 @@ class SampleDataset(Dataset[Batch]):
 
     def _load(self, requests: Sequence[Request]) -> Batch:
         positions, rows = np.asarray(requests, dtype=np.int64).T
+        replacing: Substitutes | None = None  # of a bad sample, made when there is one
         seeds = derive_seeds(positions, self.seed, _PURPOSE_AUGMENT).tolist()
         images: Tensor | None = None
         valid = torch.zeros(len(rows), dtype=torch.bool)
@@ -159,12 +161,9 @@ class SampleDataset(Dataset[Batch]):
                         break
                     if attempt == SUBSTITUTE_ATTEMPTS:
                         self._give_up(faults[index])
-                    row = substitute(
-                        self.substitutes,
-                        seed=self.seed,
-                        position=int(positions[index]),
-                        attempt=attempt,
-                    )
+                    replacing = replacing or self._replacing(self.substitutes, requests)
+                    place = int(positions[index]) - replacing.start
+                    row = replacing.row(place, attempt)
                     ((_, raw),) = self.reader.read(np.asarray([row]))
         if images is None:
             prepared = self._images.prepare(self._images.blank())
@@ -181,6 +180,7 @@ class SampleDataset(Dataset[Batch]):
                 for key, values in features.gather(rows).items()
             },
             weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
+            copies=isinstance(requests, DrawnRequests) and requests.copies,
             faults=tuple(fault for found in faults for fault in found),
         )
 
@@ -194,6 +194,12 @@ class SampleDataset(Dataset[Batch]):
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         return self._images.prepare(image), caption
+
+    def _replacing(self, distinct: np.ndarray, requests: Sequence[Request]) -> Substitutes:
+        if not isinstance(requests, DrawnRequests):  # they are all that is read at a time
+            rows = np.array([row for _, row in requests])
+            requests = DrawnRequests(requests, start=requests[0][0], drawn=rows, copies=False)
+        return Substitutes(distinct, requests.drawn, seed=self.seed, start=requests.start)
 
     def _give_up(self, faults: Sequence[Fault]) -> None:
         cause, place = faults[-1]
@@ -235,6 +241,7 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
             for key in parts[0].references
         },
         weights=None if parts[0].weights is None else joined(lambda part: part.weights),  # type: ignore[arg-type,return-value]  # all have them
+        copies=parts[0].copies,
     )
 
 

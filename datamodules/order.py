@@ -3,22 +3,28 @@
 The selection's rows are shuffled anew for every pass, the passes are laid end to end, and global
 batch s is the samples [s * b, (s + 1) * b) of that endless sequence. So every batch is full, no
 sample of a pass is dropped, and the position in the data follows from the step alone.
+
+What a step draws holds no sample twice, where a selection and the size of a draw allow it: see
+`siftclip.datamodules.copies`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from siftclip.datamodules.copies import CutPass, count_copies
 from siftclip.selectors.errors import InputError, require_int
 
 # How often a pass goes through the tars, at most, to keep repetitions of a sample apart.
 MAX_ROUNDS = 8
 _PURPOSE_ORDER = 1
 _PURPOSE_SUBSTITUTE = 2
+_NONE = np.empty(0, dtype=np.int64)
 
 
 def derive_generator(*words: int) -> np.random.Generator:
@@ -91,24 +97,149 @@ class SampleOrder:
     first_position: int = 0  # in the sequence of all samples of the run, where these rows begin
     shard_of_row: np.ndarray | None = None  # int32, for all rows of the pool
     window_shards: int | None = None  # see `shuffle`
+    starts: np.ndarray | None = None  # int64, where draws begin; None: at each global batch
     _pass: int = field(default=-1, init=False, repr=False)  # the pass whose order is kept
-    _order: np.ndarray = field(
-        default_factory=lambda: np.empty(0, np.int64), init=False, repr=False
-    )
+    _order: np.ndarray = field(default_factory=lambda: _NONE, init=False, repr=False)
+    distinct: np.ndarray = field(init=False, repr=False)  # int64, each row once, sorted
+    most_copies: int = field(init=False)  # of a row, at most
+    largest_draw: int = field(init=False)
+    _smallest_draw: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = np.flatnonzero(np.diff(self.rows, prepend=self.rows[0] - 1))
+        self.distinct = self.rows[first] if len(first) < len(self.rows) else self.rows
+        self.most_copies = int(np.diff(first, append=len(self.rows)).max())
+        sizes = self._draw_sizes()
+        self.largest_draw, self._smallest_draw = int(sizes.max()), int(sizes.min())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a pass is long enough to keep the copies of each sample in different draws.
+
+        If so no draw holds a sample twice, provided that all draws are equally large; of unequal
+        ones a few may.
+        """
+        return self.most_copies * self.largest_draw <= len(self.rows)
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether it is certain that no draw holds a sample twice."""
+        return self.has_room and self.largest_draw == self._smallest_draw
+
+    def moves_samples(self, stop: int) -> bool:
+        """Whether samples up to a position may stand elsewhere than in the plain shuffles."""
+        passes = range(1, -(-(stop - self.first_position) // len(self.rows)))
+        return self.most_copies > 1 or any(self._begun(number) for number in passes)
+
+    def copies_fraction(self, first_step: int, steps: int, *, most_samples: int) -> float:
+        """The share of the draws of some steps that hold a sample twice.
+
+        Known exactly where none or each does; otherwise counted, on the first draws.
+
+        Args:
+            first_step: to look at.
+            steps: how many there are.
+            most_samples: to look at, about; one draw at least.
+        """
+        if self.is_distinct:
+            return 0.0
+        if self._smallest_draw > len(self.distinct):
+            return 1.0
+        with_copies = looked_at = position = 0
+        while looked_at < steps and position < most_samples:
+            start, size = self._draw(first_step + looked_at)
+            with_copies += count_copies(self.span(start, size)[1]) > 0
+            looked_at, position = looked_at + 1, position + size
+        return with_copies / looked_at
+
+    def _draw(self, step: int) -> tuple[int, int]:
+        """Where the draw of a step begins, and how many samples it has."""
+        if self.starts is None:
+            return step * self.global_batch, self.global_batch
+        return int(self.starts[step]), int(self.starts[step + 1] - self.starts[step])
+
+    def _draw_sizes(self) -> np.ndarray:
+        if self.starts is None:
+            return np.array([self.global_batch])
+        return np.diff(self.starts[np.searchsorted(self.starts, self.first_position) :])
+
+    def _first(self, number: int) -> int:
+        """Where a pass begins."""
+        return self.first_position + number * len(self.rows)
+
+    def _cuts(self, number: int) -> np.ndarray:
+        """Where draws begin inside a pass, counted from its own beginning, int64."""
+        first, stop = self._first(number), self._first(number + 1)
+        if self.starts is None:
+            size = self.global_batch
+            return np.arange((first // size + 1) * size, stop, size) - first
+        at, end = np.searchsorted(self.starts, [first + 1, stop])
+        return self.starts[at:end] - first
+
+    def _begun(self, number: int) -> int:
+        """How many samples of the pass before are in the draw in which a pass begins.
+
+        0 if that draw is too large to hold all samples once.
+        """
+        first = self._first(number)
+        if self.starts is None:
+            start, size = first - first % self.global_batch, self.global_batch
+        else:
+            at = int(np.searchsorted(self.starts, first, side="right")) - 1
+            if at == len(self.starts) - 1:
+                return 0  # behind the last draw
+            start, size = self._draw(at)
+        return 0 if size > len(self.distinct) else first - start
+
+    def _whole_draws(self, number: int) -> int:
+        """How many draws lie in a pass as a whole, its first draw not counted."""
+        return len(self._cuts(number)) - (self._begun(number + 1) > 0)
+
+    def _end_moves(self, number: int) -> bool:
+        """Whether the last draw of a pass takes part in exchanges for the sake of the first one.
+
+        Else what the next pass begins with does not depend on the passes before this one.
+        """
+        return self._begun(number) > 0 and self._whole_draws(number) < self.most_copies
 
     def _rows_of_pass(self, number: int) -> np.ndarray:
         if number != self._pass:
-            generator = derive_generator(self.seed, number, self.selection_version, _PURPOSE_ORDER)
-            self._order, self._pass = (
-                shuffle(
-                    self.rows,
-                    generator,
-                    shard_of_row=self.shard_of_row,
-                    window_shards=self.window_shards,
-                ),
-                number,
-            )
+            at = number
+            while (
+                self._begun(at) and at - 1 != self._pass and (at == number or self._end_moves(at))
+            ):
+                at -= 1
+            order = self._order if at - 1 == self._pass else _NONE
+            while at <= number:
+                begun = self._begun(at) if len(order) else 0
+                order = self._make(at, order[len(order) - begun :])
+                at += 1
+            self._order, self._pass = order, number
         return self._order
+
+    def _make(self, number: int, before: np.ndarray) -> np.ndarray:
+        """The rows of a pass in order, when a draw has begun with those before it."""
+        generator = derive_generator(self.seed, number, self.selection_version, _PURPOSE_ORDER)
+        rows = shuffle(
+            self.rows,
+            generator,
+            shard_of_row=self.shard_of_row,
+            window_shards=self.window_shards,
+        )
+        if self._smallest_draw > len(self.distinct):
+            return rows  # there is no way
+        cuts, repeats = self._cuts(number), self.most_copies > 1
+        if self._end_moves(number) or not len(before):
+            whole = CutPass(rows, cuts, before=before)
+            whole.separate(repeats=repeats, partners=range(whole.draws), chains=self.has_room)
+            return rows
+        if repeats:
+            alone = CutPass(rows, cuts, before=_NONE)
+            alone.separate(repeats=True, partners=range(alone.draws), chains=self.has_room)
+        partners = range(1, 1 + self._whole_draws(number))
+        border = CutPass(rows, cuts, before=before)
+        border.separate(repeats=False, partners=partners, chains=self.has_room)
+        return rows
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the sequence and rows of global batch `step`, both int64 [global_batch]."""
@@ -190,7 +321,55 @@ def require_window(window_shards: object) -> int | None:
     return require_int("data.shuffle_window_shards", window_shards, minimum=1)
 
 
-def substitute(rows: np.ndarray, *, seed: int, position: int, attempt: int) -> int:
-    """The row that replaces a bad sample at `position`, on the given attempt (0, 1, ...)."""
-    generator = derive_generator(seed, position, attempt, _PURPOSE_SUBSTITUTE)
-    return int(rows[generator.integers(len(rows))])
+class DrawnRequests(list[tuple[int, int]]):
+    """Some of the (position, row) that a step reads, and what each of its readers must know."""
+
+    def __init__(
+        self, requests: Iterable[tuple[int, int]], *, start: int, drawn: np.ndarray, copies: bool
+    ) -> None:
+        """Take requests.
+
+        Args:
+            requests: of one reader.
+            start: position at which the draw begins.
+            drawn: int64, the rows of all of it.
+            copies: whether what the step trains on may hold a sample twice.
+        """
+        super().__init__(requests)
+        self.start, self.drawn, self.copies = start, drawn, copies
+
+
+class Substitutes:
+    """What replaces the bad samples of a draw: samples that it does not hold, each another one.
+
+    That is so for the first attempt in a selection of at least two draws, for the second in one of
+    three, and so on. Later attempts take any sample, as do those in smaller selections.
+    """
+
+    def __init__(self, distinct: np.ndarray, drawn: np.ndarray, *, seed: int, start: int) -> None:
+        """Take a draw.
+
+        Args:
+            distinct: int64 [n], the rows of the selection, each once, sorted.
+            drawn: int64 [d], the rows of the draw.
+            seed: of the run.
+            start: position at which the draw begins.
+        """
+        self.start, held = start, np.unique(drawn)
+        places = np.searchsorted(distinct, held)
+        places = places[distinct[np.minimum(places, len(distinct) - 1)] == held]
+        self._left_before = places - np.arange(len(places))  # of the others, by drawn row
+        self._others = len(distinct) - len(places)
+        self._distinct, self._size, self._seed = distinct, len(drawn), seed
+        generator = derive_generator(seed, start, _PURPOSE_SUBSTITUTE)
+        self._shift = int(generator.integers(max(1, self._others)))
+
+    def row(self, place: int, attempt: int) -> int:
+        """The row that replaces the sample at a place of the draw, on an attempt (0, 1, ...)."""
+        if self._others < (attempt + 1) * self._size:
+            words = (self._seed, self.start + place, attempt, _PURPOSE_SUBSTITUTE)
+            number = int(derive_generator(*words).integers(len(self._distinct)))
+        else:
+            number = (self._shift + place + attempt * self._size) % self._others
+            number += int(np.searchsorted(self._left_before, number, side="right"))
+        return int(self._distinct[number])

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from siftclip.datamodules.batches import Batch, Request, SampleDataset, StepBatch
 from siftclip.datamodules.clip_models import Tokenizer, Transform
+from siftclip.datamodules.copies import count_copies
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.image_transform import ResizeBackend
 from siftclip.datamodules.loader_process import first_item, leave_process_group
 from siftclip.datamodules.order import (
+    DrawnRequests,
     FirstStage,
     SampleOrder,
     check_chosen,
@@ -37,6 +39,8 @@ from siftclip.selectors.errors import InputError, require_int
 
 log = logging.getLogger(__name__)
 
+ROOM_DRAWS = 4  # a selection has for three attempts at each bad sample, see `Substitutes`
+COUNTED_SAMPLES = 1_000_000  # of an order, for the share of batches that hold copies
 FIRST_SAMPLES = 1000  # judged together: few samples say little of a rate
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -79,23 +83,40 @@ class OrderSampler(Sampler[list[Request]]):
 
     def __iter__(self) -> Iterator[list[Request]]:
         for step in range(self.start_step, self.total_steps):
-            positions, rows = self._read_at(step)
+            drawn_positions, drawn = self._drawn_at(step)
+            positions, rows = self._read_of(step, drawn_positions, drawn)
             if self.world_size > 1:
                 weights = None if self.weights is None else self.weights[rows]
                 self.digests[step] = rows_digest(rows, weights)
             mine = rank_slice(len(rows), rank=self.rank, world_size=self.world_size)
             requests = list(zip(positions[mine].tolist(), rows[mine].tolist(), strict=True))
-            start = 0
+            start, copies = 0, self._may_hold_copies(drawn, rows)
             for size in self.parts(step):
-                yield requests[start : start + size]
+                part = requests[start : start + size]
+                first = int(drawn_positions[0])
+                yield DrawnRequests(part, start=first, drawn=drawn, copies=copies)
                 start += size
 
-    def _read_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and rows of the samples that all ranks together read at a step."""
+    def _may_hold_copies(self, drawn: np.ndarray, rows: np.ndarray) -> bool:
+        """Whether what is read may hold a sample twice, by itself or where a bad one is replaced.
+
+        Every rank gets the same answer.
+        """
+        if len(self.order.distinct) < ROOM_DRAWS * len(drawn):
+            return True
+        return not self.order.is_distinct and count_copies(rows) > 0
+
+    def _drawn_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and rows of the samples that all ranks together draw at a step."""
         if self.plan is None:
             return self.order.batch(step)
-        wanted = int(self.plan.read[step])
-        positions, rows = self.order.span(int(self.plan.starts[step]), int(self.plan.drawn[step]))
+        return self.order.span(int(self.plan.starts[step]), int(self.plan.drawn[step]))
+
+    def _read_of(
+        self, step: int, positions: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and rows of those that are read."""
+        wanted = len(rows) if self.plan is None else int(self.plan.read[step])
         if self.first_stage is None or wanted == len(rows):
             return positions, rows
         chosen = check_chosen(
@@ -267,6 +288,32 @@ def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None)
         )
 
 
+def warn_of_copies(order: SampleOrder, *, first_step: int, steps: int) -> float:
+    """Say so if batches hold a sample several times; the share of the batches that do.
+
+    That of a long run is counted on its first batches, unless it is known to be 0 or 1.
+    """
+    fraction = order.copies_fraction(first_step, steps, most_samples=COUNTED_SAMPLES)
+    if fraction:
+        counts_all = steps * order.largest_draw <= COUNTED_SAMPLES
+        repeated = f" among {len(order.rows)}, one of them {order.most_copies} times"
+        fits = min(len(order.distinct), len(order.rows) // order.most_copies)
+        log.warning(
+            "%s%.3g %% of the batches hold a sample twice or more: a step draws %d samples, and "
+            "the selection has %d different ones%s. Copies are no negatives of each other, so that "
+            "samples have fewer of them than the batch is large. With draws of %d or fewer none "
+            "would meet: lower scale.global_batch_size (or what super-batches drop), or select "
+            "more",
+            "" if fraction == 1 or counts_all else "about ",
+            100 * fraction,
+            order.largest_draw,
+            len(order.distinct),
+            "" if order.most_copies == 1 else repeated,
+            fits,
+        )
+    return fraction
+
+
 class StreamDataModule(LightningDataModule):
     """Streams a selection into training, from the step which the trainer is at."""
 
@@ -314,22 +361,23 @@ class StreamDataModule(LightningDataModule):
         """
         super().__init__()
         pixels = require_int("data.max_image_pixels", max_image_pixels, minimum=1)
-        self.dataset = SampleDataset(
-            reader=SampleReader(pool=pool, max_image_pixels=pixels),
-            transform=transform,
-            tokenizer=tokenizer,
-            seed=seed,
-            substitutes=rows,
-            references=references,
-            weights=weights,
-            resize=resize,
-        )
         self.order = SampleOrder(
             rows=rows,
             seed=seed,
             global_batch=global_batch_size,
             shard_of_row=pool.shard_of_row,
             window_shards=require_window(window_shards),
+            starts=None if plan is None else plan.starts,
+        )
+        self.dataset = SampleDataset(
+            reader=SampleReader(pool=pool, max_image_pixels=pixels),
+            transform=transform,
+            tokenizer=tokenizer,
+            seed=seed,
+            substitutes=self.order.distinct,
+            references=references,
+            weights=weights,
+            resize=resize,
         )
         warn_of_small_cache(pool, rows, self.order.window_shards)
         self.global_batch_size = global_batch_size
@@ -345,6 +393,7 @@ class StreamDataModule(LightningDataModule):
         self.faults = FaultLog()
         self.loaded_samples = 0
         self.retries = 0
+        self.copies_fraction = 0.0  # of the batches of this version, that hold a sample twice
 
     def train_dataloader(self) -> StepLoader:
         trainer = self.trainer
@@ -356,11 +405,14 @@ class StreamDataModule(LightningDataModule):
         pin_memory = trainer.strategy.root_device.type == "cuda"
 
         def open_loader(version: SelectionVersion, step: int) -> tuple[StreamLoader, OrderSampler]:
+            order, stop = self._order_of(version), min(version.stop_step, self.total_steps)
+            if trainer.global_rank == 0:
+                self.copies_fraction = warn_of_copies(order, first_step=step, steps=stop - step)
             sampler = OrderSampler(
-                order=self._order_of(version),
+                order=order,
                 global_batch=self.global_batch_size,
                 start_step=step,
-                total_steps=min(version.stop_step, self.total_steps),
+                total_steps=stop,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 plan=self.plan,
@@ -368,7 +420,7 @@ class StreamDataModule(LightningDataModule):
                 micro_batch=self.micro_batch_size,
                 weights=version.weights,
             )
-            dataset = replace(self.dataset, substitutes=version.rows, weights=version.weights)
+            dataset = replace(self.dataset, substitutes=order.distinct, weights=version.weights)
             return make_loader(dataset, sampler, self.loader, pin_memory=pin_memory), sampler
 
         return StepLoader(
@@ -431,11 +483,19 @@ class StreamDataModule(LightningDataModule):
             "seed": self.order.seed,
             "selection_version": self.order.selection_version,
             "window_shards": self.order.window_shards,
+            **({"copies_apart": True} if self._moves_samples else {}),
             "global_batch": self.global_batch_size,
             "drawn": None
             if self.plan is None
             else hashlib.sha256(self.plan.starts.tobytes()).hexdigest()[:16],
         }
+
+    @property
+    def _moves_samples(self) -> bool:
+        """Whether this order is not that of versions that did not keep copies apart."""
+        steps = self.total_steps
+        stop = steps * self.global_batch_size if self.plan is None else self.plan.starts[steps]
+        return self.order.moves_samples(int(stop))
 
     def account(self, batch: Batch) -> None:
         """Count a batch's bad samples of this rank, and stop the run if there are too many.

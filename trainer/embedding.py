@@ -39,11 +39,12 @@ from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
 from siftclip.selectors.errors import InputError, require_bool, require_int
-from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks, of_first_rank
+from siftclip.selectors.ranks import of_first_rank
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.run_dir import is_rank_zero
+from siftclip.trainer.selection_ranks import ranks_of
 from siftclip.trainer.stages import features_folder, plain, pool_from
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def embed_stage(config: DictConfig) -> Path:
     share_cores(loader_options(config).num_workers)
     fabric = make_fabric(config)
     fabric.launch()
-    ranks: Ranks = OneRank() if fabric.world_size == 1 else ProcessGroup(fabric.device)
+    ranks = ranks_of(fabric)
     paths = [feature_path(folder, pool, shard) for shard in range(len(pool.shards))]
     reuse = require_bool("reuse", config.reuse)
     complete = reuse and all(path.exists() for path in [folder / MANIFEST_NAME, *paths])

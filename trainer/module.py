@@ -291,6 +291,7 @@ class ClipTraining(LightningModule):
         if data is not None:
             self.latest["data/bad_samples"] = float(data.faults.samples)
             self.latest["data/retries"] = float(data.retries)
+            self.latest["data/copies_fraction"] = data.copies_fraction
         if self.online is not None:
             self.latest.update(self.online.metrics(step))
         for logger in self.trainer.loggers:

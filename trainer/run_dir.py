@@ -113,6 +113,11 @@ class RunDir:
             found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
         return found
 
+    def copies_fraction(self) -> float:
+        """The share of batches that held a sample twice, of the selection that had the most."""
+        records = read_metrics(self.path / METRICS_NAME)
+        return max((record.get("data/copies_fraction", 0.0) for record in records), default=0.0)
+
     def cost_line(self) -> str:
         """What a finished run has cost, in a line."""
         found = self.summary or {}

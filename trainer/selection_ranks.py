@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
 
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.launch import device_count, find_launch, resolve_devices
+
+if TYPE_CHECKING:
+    from lightning import Fabric
 
 
 def selection_ranks(config: DictConfig, *, may_launch: bool) -> tuple[Ranks, torch.device]:
@@ -29,6 +33,9 @@ def selection_ranks(config: DictConfig, *, may_launch: bool) -> tuple[Ranks, tor
 
     fabric = make_fabric(config)
     fabric.launch()
-    if fabric.world_size == 1:
-        return OneRank(), fabric.device
-    return ProcessGroup(fabric.device), fabric.device
+    return ranks_of(fabric), fabric.device
+
+
+def ranks_of(fabric: Fabric) -> Ranks:
+    """The processes that Fabric has started or joined."""
+    return OneRank() if fabric.world_size == 1 else ProcessGroup(fabric.device)

@@ -193,6 +193,7 @@ def _loss_inputs(
         logit_scale=scale,
         logit_bias=bias,
         rows=torch.cat([batch.rows for batch in micro_batches]),
+        copies=any(batch.copies for batch in micro_batches),
         weights=_weights(micro_batches),
         teacher_image=_unit([pair[0] for pair in taught]),
         teacher_text=_unit([pair[1] for pair in taught]),

@@ -414,6 +414,7 @@ def _conclude(
             "passes": drawn / len(selected.rows),
             "selected_samples": len(selected.selection),
             "coverage": selected.coverage.fraction,
+            "copies_fraction": run.copies_fraction(),
             "offline_selection_seconds": round(manifest["cost"]["seconds"], 3),
             **{name: round(value, 3) for name, value in run.seconds().items()},
         }

@@ -17,7 +17,7 @@ from PIL import Image
 
 from siftclip.datamodules.batches import Batch, SampleDataset
 from siftclip.datamodules.clip_models import Tokenizer, Transform
-from siftclip.datamodules.order import SampleOrder, substitute
+from siftclip.datamodules.order import SampleOrder, Substitutes
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.streaming import (
     LoaderOptions,
@@ -107,7 +107,8 @@ def test_bad_sample_is_counted_and_replaced(
     ((cause, place),) = batch.faults
     assert cause.startswith(CAUSES[defect])
     assert place == "00000000.tar:000000004"
-    replacement = substitute(others, seed=7, position=101, attempt=0)
+    replacement = Substitutes(others, np.array([3, 4, 5]), seed=7, start=100).row(1, 0)
+    assert replacement not in (3, 4, 5)
     assert batch.rows.tolist() == [3, replacement, 5]
     assert batch.valid.all()
     expected = dataset.__getitems__([(101, replacement)])
@@ -136,19 +137,26 @@ def test_samples_of_a_deleted_tar_are_bad_and_a_shortened_one_is_an_error(
 
 
 def run(
-    dataset: SampleDataset, *, num_workers: int, world_size: int, steps: int = 3
+    dataset: SampleDataset,
+    *,
+    num_workers: int,
+    world_size: int,
+    steps: int = 3,
+    global_batch: int = 8,
+    micro_batch: int | None = None,
 ) -> list[Batch]:
     """The batches of all steps and ranks, in order."""
-    order = SampleOrder(rows=np.arange(12), seed=7, global_batch=8)
+    order = SampleOrder(rows=np.arange(12), seed=7, global_batch=global_batch)
     ranks = []
     for rank in range(world_size):
         sampler = OrderSampler(
             order=order,
-            global_batch=8,
+            global_batch=global_batch,
             start_step=0,
             total_steps=steps,
             rank=rank,
             world_size=world_size,
+            micro_batch=micro_batch,
         )
         options = LoaderOptions(num_workers=num_workers)
         loader = make_loader(dataset, sampler, options, pin_memory=False)
@@ -173,6 +181,31 @@ def test_replacement_keeps_batches_full_and_is_the_same_everywhere(
     shown = {row for batch in expected for row in batch.rows.tolist()}
     assert shown == set(range(12)) - {1, 6, 7, 11}
     assert len(faults) >= 8  # two passes meet each of the four, substitutes may be bad as well
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, None), (2, 1)])
+def test_no_replacement_is_in_the_batch_already(
+    spoilt_pool: Callable[..., Pool],
+    make_dataset: MakeDataset,
+    world_size: int,
+    micro_batch: int | None,
+) -> None:
+    """Nor in another rank's part of it, nor in another micro-batch."""
+    dataset = make_dataset(spoilt_pool({1: "not an image", 7: "cut image", 11: "not UTF-8"}))
+    parts = run(
+        dataset,
+        num_workers=0,
+        world_size=world_size,
+        steps=24,
+        global_batch=4,
+        micro_batch=micro_batch,
+    )
+    rows = np.array([row for part in parts for row in part.rows.tolist()]).reshape(24, 4)
+    assert sum(len(part.faults) for part in parts) > 20
+    copies = [4 - len(set(batch)) for batch in rows.tolist()]
+    # a second attempt has no place of its own where a selection has but three draws
+    assert sum(copies) <= sum(len(part.faults) > 1 for part in parts)
+    assert all(part.copies for part in parts)  # so that the losses look
 
 
 def test_without_substitutes_bad_samples_are_marked(

@@ -15,7 +15,7 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Case:
     make: Callable[[], ContrastiveObjective]
     weighted: bool = False
     bias: bool = True
+    copies: bool = False  # samples are in the batch several times, on other ranks as well
     batch: int = BATCH
     tile: tuple[int, int] = (3, 5)
 
@@ -93,6 +94,8 @@ def cases() -> list[Case]:
         Case(name="distill in one tile", make=lambda: DistillLoss(20.0), tile=dense),
         Case(name="softmax without bias", make=SoftmaxLoss, bias=False),
         Case(name="softmax, few samples", make=SoftmaxLoss, batch=4),  # one a rank of four
+        *(replace(case, name=f"{case.name}, copies", copies=True) for case in both),
+        Case(name="siglip, copies", make=SigLipLoss, copies=True),
         *(
             Case(name=f"siglip {dist_impl}", make=lambda d=dist_impl: SigLipLoss(d))
             for dist_impl in ("bidir", "shift", "reduce", "gather")
@@ -113,6 +116,8 @@ def make_step(case: Case, step: int) -> Step:
         "teacher_text": F.normalize(normal(3), dim=1),
         "rows": 100 + torch.randperm(len(SELECTED), generator=generator)[: case.batch],
     }
+    if case.copies:
+        columns["rows"] = 100 + (columns["rows"] - 100) * 5 // 8
     if case.weighted:
         # The first rank's samples weigh nothing but one, those of the others up to 3.
         columns["weights"] = torch.rand(case.batch, generator=generator).double() * 3
@@ -146,12 +151,14 @@ class ContrastiveStep:
     """A loss outside of the network that DDP wraps, so that DDP keeps its hands off the buffers."""
 
     objective: ContrastiveObjective
+    copies: bool
 
     def __call__(
         self, network: nn.Module, columns: dict[str, Tensor], rank: int, world_size: int
     ) -> Tensor:
         extra = {name: value for name, value in columns.items() if name not in ("images", "texts")}
-        inputs = LossInputs(**network(columns), **extra, rank=rank, world_size=world_size)
+        ranks = {"rank": rank, "world_size": world_size}
+        inputs = LossInputs(**network(columns), **extra, **ranks, copies=self.copies)
         return torch.stack(list(self.objective(inputs).values())).sum()
 
 
@@ -234,7 +241,7 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
     for case in cases():
         tiles.CPU_TILE = case.tile
         steps = [make_step(case, step) for step in range(STEPS)]
-        step = ContrastiveStep(objective=case.make())
+        step = ContrastiveStep(objective=case.make(), copies=case.copies)
         compare(case.name, Towers(bias=case.bias), step, steps, rank, world_size)
         checked.append(case.name)
     torch.manual_seed(6)

@@ -215,6 +215,8 @@ def test_rank_that_starts_late_still_embeds_its_whole_share(
         autocast=nullcontext,
     )
     monkeypatch.setattr(embedding, "make_fabric", lambda config: late)
+    second = SimpleNamespace(rank=1, size=2, sum=lambda values: values)
+    monkeypatch.setattr(embedding, "ranks_of", lambda fabric: second)
     written.parent.mkdir()
     written.touch()
     folder = embed_stage(compose("embed", options))

@@ -11,6 +11,7 @@ from siftclip.trainer.losses.collectives import (
     log_sum_exp_over_ranks,
     sum_to_owner,
 )
+from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
 from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.paired import paired_expectation, paired_log_sum_exp
@@ -48,10 +49,12 @@ class DistillLoss(ContrastiveObjective):
         """`contrastive_loss` and `distill_loss`, each times its weight."""
         teacher_image, teacher_text = require_teacher(inputs, "DistillLoss")
         rank, world_size = inputs.rank, inputs.world_size
+        copies = Copies.of(inputs)
         student = paired_terms(
             inputs.image_features,
             inputs.text_features,
             inputs.logit_scale,
+            copies=copies,
             rank=rank,
             world_size=world_size,
         )
@@ -59,6 +62,7 @@ class DistillLoss(ContrastiveObjective):
             student,
             teacher_image * self.teacher_logit_scale,
             teacher_text,
+            copies=copies,
             rank=rank,
             world_size=world_size,
         )
@@ -77,6 +81,7 @@ def distillation(
     teacher_image: Tensor,
     teacher_text: Tensor,
     *,
+    copies: Copies | None = None,
     rank: int,
     world_size: int,
 ) -> Tensor:
@@ -86,6 +91,7 @@ def distillation(
         student: of this rank's samples.
         teacher_image: float [b, e], times the teacher's logit scale.
         teacher_text: float [b, e].
+        copies: of the batch, which the teacher's softmaxes leave out as those of the student do.
         rank: of this process.
         world_size: number of ranks.
 
@@ -94,10 +100,16 @@ def distillation(
     """
     with torch.no_grad():
         all_text = gather_features(teacher_text, rank=rank, world_size=world_size)
-        row_lse, partial = paired_log_sum_exp(teacher_image, all_text)
+        row_lse, partial = paired_log_sum_exp(teacher_image, all_text, copies=copies)
         column_lse = log_sum_exp_over_ranks(partial, world_size=world_size)
     row_mean, column_partial = paired_expectation(
-        student.image, student.all_text, teacher_image, all_text, row_lse, column_lse
+        student.image,
+        student.all_text,
+        teacher_image,
+        all_text,
+        row_lse,
+        column_lse,
+        copies=copies,
     )
     column_mean = sum_to_owner(column_partial, rank=rank, world_size=world_size)
     log_sum_exps = student.cross_entropies() + student.own

@@ -27,6 +27,9 @@ class LossInputs:
     """Scalar or [1], added to every logit."""
     rows: Tensor | None = None
     """int64 [b], the rows of the pool that the samples are."""
+    copies: bool = False
+    """Whether a row may be in the batch of all ranks more than once; the same on every rank. Pairs
+    of a sample with its copies are then left out."""
     weights: Tensor | None = None
     """float [b], at least 0; the loss becomes the mean over all ranks with these weights."""
     teacher_image: Tensor | None = None

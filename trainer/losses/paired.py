@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from siftclip.trainer.losses.copies import LEFT_OUT, Copies
 from siftclip.trainer.losses.tiles import fits_one_tile, tile_shape, tiles
 
 Tile = tuple[int, int]
 
-# In place of a logit that is left out. Finite, so that a row without any other has gradients of
-# zero rather than NaN, and far below every logit, so that its exponential is zero beside any.
-_LEFT_OUT = -1e30
-
 
 def paired_log_sum_exp(
-    image: Tensor, text: Tensor, *, skip_diagonal: int | None = None, tile: Tile | None = None
+    image: Tensor,
+    text: Tensor,
+    *,
+    skip_diagonal: int | None = None,
+    copies: Copies | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exps of rows and columns of image @ text.T.
 
@@ -35,6 +37,7 @@ def paired_log_sum_exp(
         image: float [b, d].
         text: float [B, d].
         skip_diagonal: leave the logits (i, i + skip_diagonal) out; None takes all.
+        copies: whose logits are left out as well.
         tile: rows and columns of a tile; by default those of the device.
 
     Returns:
@@ -44,10 +47,10 @@ def paired_log_sum_exp(
     shape = tile or tile_shape(image.device)
     if fits_one_tile(len(image), len(text), shape):
         logits = image @ text.T
-        if skip_diagonal is not None:
-            logits.diagonal(skip_diagonal).fill_(_LEFT_OUT)
+        everything = (slice(0, len(image)), slice(0, len(text)))
+        _leave_out(logits, *everything, skip_diagonal, copies)
         return logits.logsumexp(1), logits.logsumexp(0)
-    return _PairedLogSumExp.apply(image, text, skip_diagonal, shape)
+    return _PairedLogSumExp.apply(image, text, skip_diagonal, copies, shape)
 
 
 def paired_expectation(
@@ -58,6 +61,7 @@ def paired_expectation(
     row_lse: Tensor,
     column_lse: Tensor,
     *,
+    copies: Copies | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The means of the logits image @ text.T under the softmaxes of a teacher's.
@@ -69,6 +73,7 @@ def paired_expectation(
         teacher_text: float [B, e].
         row_lse: float [b], of the rows of the teacher's logits.
         column_lse: float [B], of the whole columns of the teacher's logits, over all ranks.
+        copies: that the teacher's logits leave out.
         tile: rows and columns of a tile; by default those of the device.
 
     Returns:
@@ -80,27 +85,35 @@ def paired_expectation(
     if fits_one_tile(len(image), len(text), shape):
         with torch.no_grad():
             teacher_logits = teacher_image @ teacher_text.T
+            everything = (slice(0, len(image)), slice(0, len(text)))
+            _leave_out(teacher_logits, *everything, None, copies)
             by_row = (teacher_logits - row_lse[:, None]).exp_()
             by_column = teacher_logits.sub_(column_lse).exp_()
         logits = image @ text.T
         return (by_row * logits).sum(1), (by_column * logits).sum(0)
-    return _PairedExpectation.apply(image, text, *teacher, shape)
+    return _PairedExpectation.apply(image, text, *teacher, copies, shape)
 
 
 class _PairedLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, skip_diagonal: int | None, tile: Tile
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        skip_diagonal: int | None,
+        copies: Copies | None,
+        tile: Tile,
     ) -> tuple[Tensor, Tensor]:
         row_lse = image.new_full((len(image),), -torch.inf)
         column_lse = image.new_full((len(text),), -torch.inf)
         scratch = _scratch(image, tile)
         for rows, columns in tiles(len(image), len(text), tile):
-            logits = _tile_logits(image, text, rows, columns, skip_diagonal, scratch)
+            logits = _tile_logits(image, text, rows, columns, scratch)
+            _leave_out(logits, rows, columns, skip_diagonal, copies)
             row_lse[rows] = torch.logaddexp(row_lse[rows], logits.logsumexp(1))
             column_lse[columns] = torch.logaddexp(column_lse[columns], logits.logsumexp(0))
         ctx.save_for_backward(image, text, row_lse, column_lse)
-        ctx.skip_diagonal, ctx.tile = skip_diagonal, tile
+        ctx.left_out, ctx.tile = (skip_diagonal, copies), tile
         return row_lse, column_lse
 
     @staticmethod
@@ -108,7 +121,7 @@ class _PairedLogSumExp(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         image, text, row_lse, column_lse = ctx.saved_tensors
         softmaxes = (image, text, row_lse, column_lse)
-        return *_pull_back(ctx, image, text, softmaxes, gradients, ctx.skip_diagonal), None, None
+        return *_pull_back(ctx, image, text, softmaxes, gradients), *[None] * 3
 
 
 class _PairedExpectation(torch.autograd.Function):
@@ -121,28 +134,28 @@ class _PairedExpectation(torch.autograd.Function):
         teacher_text: Tensor,
         row_lse: Tensor,
         column_lse: Tensor,
+        copies: Copies | None,
         tile: Tile,
     ) -> tuple[Tensor, Tensor]:
         row_mean = image.new_zeros(len(image))
         column_mean = image.new_zeros(len(text))
         scratch, teacher_scratch, product = (_scratch(image, tile) for _ in range(3))
         for rows, columns in tiles(len(image), len(text), tile):
-            logits = _tile_logits(image, text, rows, columns, None, scratch)
-            teacher = _tile_logits(
-                teacher_image, teacher_text, rows, columns, None, teacher_scratch
-            )
+            logits = _tile_logits(image, text, rows, columns, scratch)
+            teacher = _tile_logits(teacher_image, teacher_text, rows, columns, teacher_scratch)
+            _leave_out(teacher, rows, columns, None, copies)
             by_row = torch.sub(teacher, row_lse[rows, None], out=_part(product, teacher.shape))
             row_mean[rows] += by_row.exp_().mul_(logits).sum(1)
             column_mean[columns] += teacher.sub_(column_lse[columns]).exp_().mul_(logits).sum(0)
         ctx.save_for_backward(image, text, teacher_image, teacher_text, row_lse, column_lse)
-        ctx.tile = tile
+        ctx.left_out, ctx.tile = (None, copies), tile
         return row_mean, column_mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         image, text, *softmaxes = ctx.saved_tensors
-        return *_pull_back(ctx, image, text, softmaxes, gradients, None), *[None] * 5
+        return *_pull_back(ctx, image, text, softmaxes, gradients), *[None] * 6
 
 
 def _pull_back(
@@ -151,7 +164,6 @@ def _pull_back(
     text: Tensor,
     softmaxes: Any,
     gradients: tuple[Tensor, ...],
-    skip_diagonal: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of image and text, where that of logit (i, j) is a sum of two softmaxes.
 
@@ -164,7 +176,8 @@ def _pull_back(
     text_gradient = torch.zeros_like(text) if ctx.needs_input_grad[1] else None
     scratch, by_column_scratch = _scratch(image, ctx.tile), _scratch(image, ctx.tile)
     for rows, columns in tiles(len(image), len(text), ctx.tile):
-        by_row = _tile_logits(first, second, rows, columns, skip_diagonal, scratch)
+        by_row = _tile_logits(first, second, rows, columns, scratch)
+        _leave_out(by_row, rows, columns, *ctx.left_out)
         by_column = torch.sub(
             by_row, column_lse[columns], out=_part(by_column_scratch, by_row.shape)
         )
@@ -183,16 +196,21 @@ def _tile_logits(
     text: Tensor,
     rows: slice,
     columns: slice,
-    skip_diagonal: int | None,
     scratch: Tensor,
 ) -> Tensor:
     shape = torch.Size((rows.stop - rows.start, columns.stop - columns.start))
-    logits = torch.mm(image[rows], text[columns].T, out=_part(scratch, shape))
+    return torch.mm(image[rows], text[columns].T, out=_part(scratch, shape))
+
+
+def _leave_out(
+    logits: Tensor, rows: slice, columns: slice, skip_diagonal: int | None, copies: Copies | None
+) -> None:
     if skip_diagonal is not None:
         first_column = rows.start + skip_diagonal - columns.start
-        if -shape[0] < first_column < shape[1]:
-            logits.diagonal(first_column).fill_(_LEFT_OUT)
-    return logits
+        if -len(logits) < first_column < logits.shape[1]:
+            logits.diagonal(first_column).fill_(LEFT_OUT)
+    if copies is not None:
+        logits.masked_fill_(copies.mask(rows, columns), LEFT_OUT)
 
 
 def _scratch(like: Tensor, tile: Tile) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siftclip.selectors.errors import InputError, require_finite, require_fraction
 from siftclip.trainer.losses.collectives import gather_features
+from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
 from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.softmax import paired_terms
@@ -25,10 +26,11 @@ class ReferenceGuidedLoss(ContrastiveObjective):
 
         log(epsilon + mean over j != i of exp(scale * m_ij)).
 
-    The scale is that of the model for both similarities; the authors train with a constant one of
-    100. Compared with their code: the mean divides by N also inside the moving average (theirs by
-    N + 1 there, by N in the gradient), and both directions are averaged (theirs are added up, and
-    averaged only in the gradient of the temperature).
+    Copies of a sample are not among its others. The scale is that of the model for both
+    similarities; the authors train with a constant one of 100. Compared with their code: the mean
+    divides by N also inside the moving average (theirs by N + 1 there, by N in the gradient), and
+    both directions are averaged (theirs are added up, and averaged only in the gradient of the
+    temperature).
 
     Args:
         selected_rows: int64 [n], the rows of the pool that are trained on; needed for gamma < 1.
@@ -95,26 +97,34 @@ class ReferenceGuidedLoss(ContrastiveObjective):
                 "ReferenceGuidedLoss compares a sample with the others of its batch and needs a "
                 "global batch of at least 2 samples. Got 1."
             )
+        copies = Copies.of(inputs)
         pairs = paired_terms(
             torch.cat([inputs.image_features, reference_image], dim=1),
             torch.cat([inputs.text_features, -reference_text], dim=1),
             inputs.logit_scale,
+            copies=copies,
             rank=inputs.rank,
             world_size=inputs.world_size,
         )
-        epsilon = 1 / others if self.epsilon is None else self.epsilon
-        log_means = pairs.margins - math.log(others)
-        log_means = torch.logaddexp(log_means, log_means.new_tensor(math.log(epsilon)))
+        log_others: float | Tensor = math.log(others)
+        if copies is not None:  # a sample without any other has a margin of nothing, too
+            log_others = copies.others().clamp(min=1).to(pairs.margins.dtype).log()
+        log_epsilon = -log_others if self.epsilon is None else math.log(self.epsilon)
+        log_means = pairs.margins - log_others
+        log_means = torch.logaddexp(log_means, log_means.new_zeros(()) + log_epsilon)
         if self.selected_rows is not None and self.training:
             average = self._update(log_means.detach(), inputs)
             # The gradient of exp(log mean), divided by the average instead of by the mean.
             factor = (log_means.detach() - average).exp_()
             log_means = average + factor * (log_means - log_means.detach())
-        loss = mean_over_ranks(log_means.mean(0), inputs.weights, world_size=inputs.world_size)
-        if self.rho is None:
-            loss = loss + math.log(others)
-        else:
+        losses = log_means.mean(0)
+        if self.rho is None and copies is not None:
+            losses = losses + log_others
+        loss = mean_over_ranks(losses, inputs.weights, world_size=inputs.world_size)
+        if self.rho is not None:
             loss = (loss + self.rho) / inputs.logit_scale
+        elif copies is None:
+            loss = loss + log_others
         return {"contrastive_loss": keep_bias(loss, inputs.logit_bias)}
 
     @torch.no_grad()

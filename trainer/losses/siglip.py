@@ -9,6 +9,8 @@ from open_clip.loss import SigLipLoss as OpenClipSigLipLoss
 from torch import Tensor
 
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.losses.collectives import gather_features
+from siftclip.trainer.losses.copies import Copies, copies_softplus
 from siftclip.trainer.losses.inputs import LossInputs
 from siftclip.trainer.losses.objective import ContrastiveObjective
 
@@ -16,7 +18,7 @@ DistImpl = Literal["bidir", "shift", "reduce", "gather"]
 
 
 class SigLipLoss(ContrastiveObjective):
-    """The sigmoid loss of all pairs, divided by the number of images.
+    """The sigmoid loss of all pairs but those of copies, divided by the number of images.
 
     Args:
         dist_impl: how texts reach the other ranks. "bidir" passes them on to both neighbours,
@@ -60,4 +62,12 @@ class SigLipLoss(ContrastiveObjective):
         loss = self.loss(
             inputs.image_features, inputs.text_features, inputs.logit_scale, inputs.logit_bias
         )
+        copies = Copies.of(inputs)
+        if copies is not None:  # their terms, as open_clip adds them up, are taken out again
+            all_text = gather_features(
+                inputs.text_features, rank=inputs.rank, world_size=inputs.world_size
+            )
+            scaled = inputs.image_features * inputs.logit_scale
+            terms = copies_softplus(scaled, all_text, inputs.logit_bias, copies)
+            loss = loss - terms / len(scaled)
         return {"contrastive_loss": loss}

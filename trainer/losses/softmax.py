@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from siftclip.trainer.losses.collectives import gather_features, log_sum_exp_to_owner
+from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs
 from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.paired import paired_log_sum_exp
@@ -37,7 +38,13 @@ class PairedTerms:
 
 
 def paired_terms(
-    image: Tensor, text: Tensor, scale: Tensor | float, *, rank: int, world_size: int
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    *,
+    copies: Copies | None = None,
+    rank: int,
+    world_size: int,
 ) -> PairedTerms:
     """Own logits and margins of this rank's samples against those of all ranks.
 
@@ -49,13 +56,16 @@ def paired_terms(
         image: float [b, d], of this rank.
         text: float [b, d], of this rank.
         scale: of the logits.
+        copies: that are left out of the margins.
         rank: of this process.
         world_size: number of ranks.
     """
     scaled = image * scale
     all_text = gather_features(text, rank=rank, world_size=world_size)
     own = (scaled * text).sum(1)
-    by_image, partial = paired_log_sum_exp(scaled, all_text, skip_diagonal=rank * len(image))
+    by_image, partial = paired_log_sum_exp(
+        scaled, all_text, skip_diagonal=rank * len(image), copies=copies
+    )
     by_text = log_sum_exp_to_owner(partial, rank=rank, world_size=world_size)
     return PairedTerms(
         image=scaled, all_text=all_text, own=own, margins=torch.stack([by_image, by_text]) - own
@@ -67,7 +77,8 @@ class SoftmaxLoss(ContrastiveObjective):
 
     Equals open_clip's ClipLoss(local_loss=True, gather_with_grad=True), whose other combinations
     give wrong gradients, without its matrices of logits. Sample weights make it a weighted mean;
-    a sample of weight 0 still is a negative of the others. A logit bias has no effect.
+    a sample of weight 0 still is a negative of the others. A sample is no negative of its copies.
+    A logit bias has no effect.
     """
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
@@ -77,6 +88,7 @@ class SoftmaxLoss(ContrastiveObjective):
             inputs.image_features,
             inputs.text_features,
             inputs.logit_scale,
+            copies=Copies.of(inputs),
             rank=rank,
             world_size=world_size,
         )

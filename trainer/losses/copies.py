@@ -1,0 +1,76 @@
+"""Copies of a sample in one batch: pairs that are no negatives, and so left out of the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from siftclip.trainer.losses.collectives import gather_features
+from siftclip.trainer.losses.inputs import LossInputs
+from siftclip.trainer.losses.tiles import tile_shape, tiles
+
+# In place of a logit that is left out. Finite, so that a row without any other has gradients of
+# zero rather than NaN, and far below every logit, so that its exponential is zero beside any.
+LEFT_OUT = -1e30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """Where images and texts of one sample meet that are not its own pair (i, i + offset)."""
+
+    rows: Tensor
+    """int64 [b], the rows of the pool that this rank's images are of."""
+    all_rows: Tensor
+    """int64 [B], of all texts."""
+    offset: int
+
+    @classmethod
+    def of(cls, inputs: LossInputs) -> Copies | None:
+        """Of a batch that may hold a sample twice; None for others, which cost nothing."""
+        if not inputs.copies or inputs.rows is None:
+            return None
+        return cls(
+            rows=inputs.rows,
+            all_rows=gather_features(inputs.rows, rank=inputs.rank, world_size=inputs.world_size),
+            offset=inputs.rank * len(inputs.rows),
+        )
+
+    def mask(self, rows: slice, columns: slice) -> Tensor:
+        """Which logits of a tile are of copies, bool."""
+        found = self.rows[rows, None] == self.all_rows[columns]
+        first_column = rows.start + self.offset - columns.start
+        if -len(found) < first_column < found.shape[1]:
+            found.diagonal(first_column).fill_(False)
+        return found
+
+    def others(self) -> Tensor:
+        """How many other samples each of this rank is compared with, int64 [b]."""
+        ranked = self.all_rows.sort().values
+        first = torch.searchsorted(ranked, self.rows)
+        last = torch.searchsorted(ranked, self.rows, right=True)
+        return len(ranked) - (last - first)
+
+
+def copies_softplus(image: Tensor, all_text: Tensor, bias: Tensor, copies: Copies) -> Tensor:
+    """The sum of softplus(logit) over the pairs of copies, a scalar; made tile by tile.
+
+    Args:
+        image: float [b, d], times the logit scale.
+        all_text: float [B, d].
+        bias: scalar, added to each logit.
+        copies: of the batch.
+    """
+
+    def of_tile(image: Tensor, text: Tensor, bias: Tensor, rows: slice, columns: slice) -> Tensor:
+        logits = image @ text.T + bias
+        return F.softplus(logits).masked_fill(~copies.mask(rows, columns), 0).sum()
+
+    total = image.new_zeros(())
+    for rows, columns in tiles(len(image), len(all_text), tile_shape(image.device)):
+        part = (image[rows], all_text[columns], bias, rows, columns)
+        total = total + checkpoint(of_tile, *part, use_reentrant=False)
+    return total
