@@ -132,6 +132,7 @@ def compact_pool(
         "version": COMPACT_VERSION,
         "selection": selection.digest,
         "pool": pool.fingerprint,
+        "members": pool.members_digest,
         "shard_samples": shard_samples,
     }
     done = _finished_shards(folder, identity, names)
@@ -378,7 +379,9 @@ def _finished_shards(
             )
         return {}
     manifest: dict[str, Any] = read_json(path)
-    found_identity = {key: manifest.get(key) for key in identity}
+    # Earlier versions did not note the members of the pool's tars.
+    noted = {"members": identity["members"], **manifest}
+    found_identity = {key: noted.get(key) for key in identity}
     if found_identity != identity:
         raise InputError(
             f"compact.output={str(folder)!r} holds another compaction: its {MANIFEST_NAME} says "

@@ -38,6 +38,7 @@ _WORDS = {
     "budget": "the budget",
     "data": "how samples are loaded",
     "tars": "the tars",
+    "members": "the images and captions of the pool",
     "model": "the model",
     "task": "the task",
     "precision": "the precision",

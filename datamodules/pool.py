@@ -75,6 +75,7 @@ class Pool:
     hidden: FaultLog  # pairs inside a sample, by more dots in their names, that are not used
     key_split: KeySplit  # the dot that ends the key in the names of the tars' members
     fingerprint: str  # changes with names and sizes of tars and the uids, not with their place
+    members_digest: str  # changes with the place or the size of any image or caption
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -284,6 +285,9 @@ def _write_table(
     for shard, length in zip(shards, lengths, strict=True):
         digest.update(f"{shard.name}:{length}:{shard.size_bytes}\n".encode())
     digest.update(columns["uids"].tobytes())
+    members = hashlib.sha256()
+    for name in ARRAY_FIELDS[2:]:
+        members.update(columns[name].tobytes())
     columns["sorted_uids"], columns["sorted_rows"] = table.sorted_uids, table.rows
     hidden = FaultLog()
     for index in indices:
@@ -291,6 +295,7 @@ def _write_table(
     notes = {
         "pool": root,
         "fingerprint": digest.hexdigest()[:16],
+        "members": members.hexdigest()[:16],
         "derived_uids": sum(index.derived_uids for index in indices),
         "repeated_uids": samples - len(columns["uids"]) + sum(i.repeated for i in indices),
         "key_split": key_split,
@@ -346,6 +351,7 @@ def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) ->
         hidden=FaultLog.from_state(notes["hidden"]),
         key_split=notes["key_split"],
         fingerprint=notes["fingerprint"],
+        members_digest=notes["members"],
         **columns,
     )
 

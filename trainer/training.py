@@ -82,6 +82,7 @@ def run_identity(
         {
             "selection": selected.selection.digest,
             "pool": selected.pool.fingerprint,
+            "members": selected.pool.members_digest,
             "model": {**plain(config.model), "files": model_files(config.model)},
             "activations": activations_of_weights(config),
             "optim": plain(config.optim),
