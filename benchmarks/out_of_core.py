@@ -76,6 +76,7 @@ def open_uids(folder: Path) -> Pool:
         hidden=FaultLog(),
         key_split="first_dot",
         fingerprint=folder.name,
+        members_digest="",
         **places,
     )
 
