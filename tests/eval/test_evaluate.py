@@ -546,6 +546,19 @@ def test_results_of_tars_that_were_replaced_are_not_taken(
     assert sorted(result.key for result in read_results(path)) == ["few", "things"]
 
 
+def test_a_result_that_is_nan_is_not_kept(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, evaluated: list[str]
+) -> None:
+    path = tmp_path / "r.jsonl"
+    few, things = (task for task in tasks if task.name in ("few", "things"))
+    before = run(clip, [few, things], results_path=path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[1]["metrics"]["main_metric"] = math.nan
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run(clip, [few, things], results_path=path)[1].main_metric == before[1].main_metric
+    assert evaluated == ["few", "things", "things"]
+
+
 def test_a_finished_task_is_on_disk_when_the_run_dies(
     tasks: list[Task], clip: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
