@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.assembly import new_model
 from siftclip.trainer.losses import ContrastiveObjective, LossInputs
 from siftclip.trainer.module import ClipTraining
 from siftclip.trainer.online import sample_flops
@@ -123,6 +124,14 @@ def test_the_costs_are_those_of_the_steps(
     run = train_stage(compose("train", [*base, *SHORT, *options]))
     assert run.summary is not None
     assert run.summary["flops"] == counted()
+
+
+def test_a_new_model_has_its_checkpointing_on_when_it_is_counted(
+    base: list[str], compose: Compose
+) -> None:
+    model: Any = new_model(compose("train", [*base, "trainer.grad_checkpointing=true"])).model
+    assert model.visual.transformer.grad_checkpointing
+    assert not new_model(compose("train", base)).model.transformer.grad_checkpointing  # type: ignore[union-attr]
 
 
 def test_a_live_teacher_and_reference_are_counted(
