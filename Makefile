@@ -6,13 +6,26 @@
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 STAMP = .venv/.installed
 
-.PHONY: demo test setup lint constraints clean moved
+# Products and sums of which the CPU decides the last bits.
+NUMERICAL = $(addprefix tests/selectors/test_,$(addsuffix .py,clip_score clipcov clipcov_greedy \
+        covariance density image_based jest joint_sampling kmeans learnability low_similarities \
+        nearest negcliploss normsim optimal_design pair_log_sums pair_losses running_covariance \
+        semdedup vas vas_d)) \
+    $(addprefix tests/trainer/test_losses_,paired.py reference.py values.py) \
+    $(addprefix tests/eval/test_,class_metrics.py logistic_fit.py retrieval_metrics.py)
+
+.PHONY: demo test test-avx2 setup lint constraints clean moved
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The numerical tests as on a CPU without AVX-512, VNNI, bf16 and AMX, and with other BLAS kernels.
+test-avx2: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
+	    .venv/bin/python -m pytest -n 2 --dist worksteal $(NUMERICAL)
 
 setup: $(STAMP)
 

@@ -162,10 +162,10 @@ def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]
     if choice.scores is not None and isinstance(selector, ScoreSelector):
         found += score_faults(choice.scores)
     share = f"{distinct} of {samples} samples ({100 * distinct / samples:.3g} %)"
-    if distinct >= _NEARLY_ALL * samples:
-        if not selector.keeps_all and kept == distinct:
+    if distinct >= _NEARLY_ALL * samples and kept == distinct:
+        if not selector.keeps_all:
             found.append(f"keeps {share}: it changes next to nothing")
-    elif asked is not None and kept < min(asked, samples):
+    elif asked is not None and kept < asked:
         found.append(f"keeps {kept} samples where {asked} were asked for: no others can be kept")
     elif asked is None and distinct < (1 - _NEARLY_ALL) * samples:
         found.append(f"keeps {share}")

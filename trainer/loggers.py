@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import netrc
 import os
 import re
@@ -44,7 +45,9 @@ class FileLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        record = {"step": step, "time": round(time.time(), 3), **metrics}
+        # JSON has neither NaN nor infinity, and a metric without a value must not end a training.
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3), **values}
         append_jsonl(self.folder / METRICS_NAME, record)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

@@ -388,3 +388,46 @@ def test_weights_are_part_of_the_selection(pool: Pool, source_of: Make) -> None:
             "max": rows.max() + 1,
         }
     assert "weights" not in plain.manifest
+
+
+class Rejecting(ScoreSelector):
+    """-inf for every second row, +inf for the first, NaN for the last."""
+
+    def score(self, chunk: Chunk) -> Tensor:
+        scores = np.where(chunk.rows % 2, -np.inf, chunk.rows / 20)
+        scores[chunk.rows == 0] = np.inf
+        scores[chunk.rows == 18] = np.nan
+        return torch.from_numpy(scores.astype(np.float32))
+
+
+def test_a_selection_from_infinite_scores_is_written_and_told(
+    pool: Pool, source_of: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    selection = run(Rejecting(fraction=0.9), source_of(pool))
+    assert len(selection) == 9
+    manifest = selection.manifest
+    assert (manifest["never_samples"], manifest["unjudged_samples"]) == (10, 1)
+    assert manifest["score_quantiles_pool"] == summarise(np.arange(2, 18, 2, np.float32) / 20)
+    assert manifest["score_quantiles_kept"] == manifest["score_quantiles_pool"]
+    assert manifest["warnings"] == [
+        "Rejecting: 1 of 20 samples have no score and cannot be selected",
+        "Rejecting: 10 of 20 samples have the score -inf and are never kept",
+        "Rejecting: keeps 9 samples where 18 were asked for: no others can be kept",
+    ]
+    assert all(text in caplog.text for text in manifest["warnings"])
+    write_selection(selection, tmp_path / "written")  # NaN and infinity would be an error
+
+
+def test_scores_without_a_finite_one_have_no_quantiles() -> None:
+    assert summarise(np.array([np.nan, np.inf, -np.inf], np.float32)) == {}
+
+
+def test_a_warning_is_given_once(pool: Pool, source_of: Make, caplog: Any) -> None:
+    source = source_of(pool)
+    for _ in range(3):
+        source.warn("odd")
+        source.restrict(np.arange(3)).warn("odd")
+    assert caplog.text.count("odd") == 1
+    source.ranks = type("Second", (), {"rank": 1, "size": 2})()
+    source.warn("of the first rank alone")
+    assert "alone" not in caplog.text

@@ -230,7 +230,13 @@ MANY = list(range(1000))
         (Given(np.zeros(0), threshold=0.1), [int(i < 4) for i in MANY], ["keeps 4 of 1000"]),
         (Given(np.zeros(0), rule=TopCount(2000)), [1] * 1000, ["changes next to nothing"]),
         (Given(np.zeros(0), rule=SoftCapSampling(fraction=1.0, seed=0)), [2] * 1000, []),
+        (Given(np.zeros(0), fraction=0.3), [int(i < 500) for i in MANY], ["where 600 were asked"]),
         (Given(np.zeros(0), rule=DataCompFraction(1.0)), [1] * 1000, []),
+        (
+            Given(np.zeros(0), rule=HardCapSampling(fraction=2.0, cap=2, seed=0)),
+            [2] * 1000,
+            ["keeps 2000 samples where 4000 were asked for"],
+        ),
         (
             Given(np.zeros(0), rule=SoftCapSampling(fraction=0.5, batch_samples=100_000, seed=0)),
             [1] * 1000,

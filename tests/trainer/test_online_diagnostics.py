@@ -49,6 +49,15 @@ def test_quantiles_of_chosen_and_rejected() -> None:
     )
 
 
+def test_quantiles_are_of_finite_scores() -> None:
+    scores = np.array([0.1, np.inf, -np.inf, np.nan, 0.3, 0.5, -np.inf])
+    kept = np.array([1, 1, 0, 0, 1, 0, 0], dtype=bool)
+    finite = score_quantiles(np.array([0.1, 0.3, 0.5]), np.array([True, True, False]))
+    assert score_quantiles(scores, kept) == finite
+    assert len(finite) == 6
+    assert score_quantiles(scores[1:3], np.array([True, False])) == {}
+
+
 @pytest.mark.parametrize("kept", ["xxx", "---", "xx-"])
 def test_no_quantiles_where_there_are_no_scores(kept: str) -> None:
     found = score_quantiles(np.array([1, 1, NAN], dtype=np.float32), bools(kept))
