@@ -251,18 +251,38 @@ def test_features_of_another_file_are_an_error(
             reader.gather(wanted)
 
 
-def test_features_that_are_deleted_while_they_are_mapped(
+@pytest.fixture
+def features(
     make_samples: Make, write_pool: Make, write_metadata: Make, load_pool: Make, tmp_path: Path
-) -> None:
+) -> RowFeatures:
+    """`l14_img` of a pool of eight samples."""
     samples = make_samples(8)
     pool = load_pool(write_pool(samples))
-    write_metadata(tmp_path / "metadata", [sample.uid for sample in samples])
-    store = open_features(pool, folder=tmp_path / "metadata", keys=("l14_img",), max_bad_fraction=0)
-    features = RowFeatures.build(store, ("l14_img",), len(pool))
+    folder = tmp_path / "metadata"
+    write_metadata(folder, [sample.uid for sample in samples])
+    store = open_features(pool, folder=folder, keys=("l14_img",), max_bad_fraction=0)
+    return RowFeatures.build(store, ("l14_img",), len(pool))
+
+
+def test_features_that_are_deleted_while_they_are_mapped(features: RowFeatures) -> None:
     expected = features.gather(np.arange(8))["l14_img"]
-    for part in store.parts:
-        part.path.unlink()
+    for path in features.paths:
+        path.unlink()
     assert features.gather(np.arange(8))["l14_img"].equal(expected)
+
+
+def test_features_that_change_while_they_are_read(
+    features: RowFeatures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_file = RowFeatures._read_file
+
+    def read_and_change(self: RowFeatures, part: int, key: str, positions: Any) -> Any:
+        os.utime(self.paths[part])
+        return read_file(self, part, key, positions)
+
+    monkeypatch.setattr(RowFeatures, "_read_file", read_and_change)
+    with pytest.raises(InputError, match=r"\.npz has changed since it was first read"):
+        features.gather(np.arange(8))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])

@@ -157,3 +157,22 @@ def test_empty_archive_is_whole(
     assert len(index) == 0
     assert not index.truncated
     assert index.uids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("kind", b"0KMDxLS")
+@pytest.mark.parametrize(
+    "field", [b"\x80" + b"\xff" * 11, b"\x80" + b"\x00" * 3 + b"\x7f" * 8, b"\xff" * 12]
+)
+def test_sizes_beyond_all_files_count_as_cut(
+    index_tar: Callable[[Path], ShardIndex], small_tar: Path, kind: int, field: bytes
+) -> None:
+    """As GNU tar writes numbers that octal digits have no room for."""
+    data = bytearray(small_tar.read_bytes())
+    at = 1536  # the header of the first caption
+    data[at + 124 : at + 136], data[at + 156] = field, kind
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    small_tar.write_bytes(data)
+    index = index_tar(small_tar)
+    assert index.truncated or kind in b"KMDS"
+    assert (index.image_offsets_bytes + index.image_sizes_bytes <= len(data)).all()
