@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -37,12 +38,38 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 log = logging.getLogger(__name__)
 
-# Record locks do not keep a process from itself; a fork inherits the table, but not the locks.
-_own: dict[str, int] = {}  # process id by the path of the lock's file
-
 
 class HeldError(InputError):
     """Another process writes there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lock."""
+
+    pid: int
+    host: str
+    since: str
+    command: str
+
+    @classmethod
+    def of_this_process(cls) -> Holder:
+        # Options may hold secrets, such as a storage's key: only the words before them.
+        words = takewhile(lambda word: "=" not in word and "://" not in word, sys.argv[1:])
+        return cls(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            since=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+            command=shlex.join(["siftclip", *words]),
+        )
+
+    def __str__(self) -> str:
+        return f"by process {self.pid} on {self.host} since {self.since} ({self.command})"
+
+
+# Record locks do not keep a process from itself, and a process that closes any handle of the file
+# gives its lock up: it must not even read it. A fork inherits the table, but not the locks.
+_own: dict[str, Holder] = {}  # by the path of the lock's file
 
 
 @contextmanager
@@ -93,22 +120,18 @@ def lock_beside(path: Path) -> Path:
 
 
 def describe_holder(path: Path) -> str:
-    """Who holds a lock, as its file says: `by PID on HOST since TIME (COMMAND)`."""
+    """Who else holds a lock, as its file says: "by process PID on HOST since TIME (COMMAND)"."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            f"by process {int(holder['pid'])} on {holder['host']} since {holder['since']} "
-            f"({holder['command']})"
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # it is just writing it, or just gone
+        return str(Holder(**json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):  # it is just writing it, or just gone
         return "by another process"
 
 
 def _take(path: Path) -> tuple[int | None, int, str]:
     """An open file with the lock, the state, and words about what is in the way."""
     name = str(path)
-    if _own.get(name) == os.getpid():
-        return None, _HELD, describe_holder(path)  # closing another handle would free the lock
+    if name in _own and _own[name].pid == os.getpid():
+        return None, _HELD, str(_own[name])
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,13 +152,14 @@ def _take(path: Path) -> tuple[int | None, int, str]:
         if _is_at(path, handle):
             break
         os.close(handle)  # its holder has deleted the file meanwhile
+    holder = Holder.of_this_process()
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, _holder(), 0)
+        os.pwrite(handle, (json.dumps(asdict(holder)) + "\n").encode(), 0)
     except OSError as error:
         _give_back(path, handle)
         return None, _FAULT, f"{path}: {error.strerror or error}"
-    _own[name] = os.getpid()
+    _own[name] = holder
     return handle, _FREE, ""
 
 
@@ -155,15 +179,3 @@ def _is_at(path: Path, handle: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
-
-
-def _holder() -> bytes:
-    # Options may hold secrets, such as a storage's key: only the words before them.
-    words = takewhile(lambda word: "=" not in word and "://" not in word, sys.argv[1:])
-    holder = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-        "command": shlex.join(["siftclip", *words]),
-    }
-    return (json.dumps(holder) + "\n").encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -63,6 +64,16 @@ def test_one_trains_a_run_and_a_killed_one_does_not_block_it(
     assert set(steps(run)) == set(range(1, 101))
     # what the killed one had logged after its last checkpoint is there once more, nothing else
     assert sum(count > 1 for count in steps(run).values()) <= 5
+
+
+def test_all_ranks_of_the_second_command_end(
+    base: list[str], cli: Completed, tmp_path: Path
+) -> None:
+    with locked(tmp_path / "run" / LOCK_NAME, owner="another"):
+        second = cli("train", *base, f"run_dir={tmp_path / 'run'}", ranks=2)
+    assert second.returncode != 0
+    assert f"is being written by process {os.getpid()} on" in second.stderr
+    assert "is being written by another command" in second.stderr  # the other rank
 
 
 def test_two_comparisons_share_an_arm(
