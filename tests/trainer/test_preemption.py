@@ -349,7 +349,7 @@ def test_a_stop_ends_the_comparison(
 ) -> None:
     started: list[int] = []
 
-    def stopped(config: DictConfig) -> RunDir:
+    def stopped(config: DictConfig, *, wait: bool) -> RunDir:
         started.append(config.seed)
         raise TrainingStopped(signal.SIGINT, step=3, total_steps=9)
 

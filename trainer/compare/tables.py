@@ -89,6 +89,11 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _flops(value: float, *, complete: bool) -> str:
+    """A number of FLOPs; that they could not be counted is no missing run."""
+    return "unknown" if complete and pd.isna(value) else number(value, ".3g")
+
+
 def cost_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
 
@@ -120,7 +125,7 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
                 seed_count(comparison, arm),
                 str(own["online"].iloc[0]) if len(own) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
-                *("unknown" if len(own) and pd.isna(v) else number(v, ".3g") for v in flops),
+                *(_flops(value, complete=len(own) == len(comparison.seeds)) for value in flops),
                 *(number(means[name], ",.0f") for name in seconds),
             ]
         )
