@@ -368,6 +368,9 @@ class _Evaluator:
             return
         ids = self._image_ids(table, np.unique(np.concatenate(sets)))
         known = cache.known(ids)
+        count = int(known[np.unique(np.concatenate(sets))].sum())
+        if count and self.ranks.rank == 0:
+            log.info("reused the features of %d images (eval.cache_dir)", count)
         fresh = encoder.image_sets(table, [rows[~known[rows]] for rows in sets])
         for rows, new in zip(sets, fresh, strict=True):
             sound = np.asarray([row not in new.faults for row in range(len(new.ids))], bool)
