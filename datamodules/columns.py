@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from siftclip.datamodules.files import content_digest, file_stamp
-from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
+from siftclip.datamodules.metadata import Metadata, read_metadata
+from siftclip.datamodules.pool import Pool, metadata_tables
 from siftclip.datamodules.selection import WEIGHTS_NAME, read_subset
 from siftclip.datamodules.uids import from_structured
 from siftclip.selectors.errors import InputError
@@ -136,10 +136,9 @@ def read_column(
 
 
 def _read_parquet(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:
-    uids, valid, faults = read_metadata_uids(path)
-    _require_column(path, name, option)
+    uids, valid, faults, _, columns = _with_column(path, name, option)
     try:
-        values = pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
+        values = columns[name].to_numpy().astype(np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{option}.column={name!r} of {path} must hold numbers: {error}."
@@ -156,10 +155,8 @@ def _read_lists(path: Path, name: str | None) -> tuple[np.ndarray, ListColumn]:
         raise InputError(
             f"selector.path must be an existing .parquet file, for lists. Got {str(path)!r}."
         )
-    uids, valid, faults = read_metadata_uids(path)
-    _require_column(path, name, "selector")
-    column = pq.read_table(path, columns=[name])[name].combine_chunks()
-    lists = _lists_of(column, f"selector.column={name!r} of {path}")
+    uids, valid, faults, _, columns = _with_column(path, name, "selector")
+    lists = _lists_of(columns[name].combine_chunks(), f"selector.column={name!r} of {path}")
     if faults.samples:
         log.warning("%s: left out %s", path, faults.summary())
         uids, lists = uids[valid], lists.take(np.flatnonzero(valid))
@@ -189,13 +186,14 @@ def _lists_of(column: pa.Array, owner: str) -> ListColumn:
     return ListColumn(values, kept[ends])
 
 
-def _require_column(path: Path, name: str | None, option: str) -> None:
-    """Check that a parquet file has a column."""
-    schema = pq.read_schema(path)
-    if name not in schema.names:
+def _with_column(path: Path, name: str | None, option: str) -> Metadata:
+    """A parquet file with a column, which must be there."""
+    read = read_metadata(path, [] if name is None else [name])
+    if name not in read.names:
         raise InputError(
-            f"{option}.column={name!r} is not a column of {path}. It has {schema.names}."
+            f"{option}.column={name!r} is not a column of {path}. It has {read.names}."
         )
+    return read
 
 
 def _read_structured(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:

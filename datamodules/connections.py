@@ -7,7 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -36,6 +36,13 @@ _connections: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _of_parents: list[Any] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _of_parents.extend(_connections.values()))
+
+
+class Answer(NamedTuple):
+    """The bytes of a range."""
+
+    data: bytes
+    is_checked: bool  # the answer says that they are of the version that was indexed
 
 
 class WholeFileError(OSError):
@@ -94,20 +101,26 @@ def version_of(fields: Mapping[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> None:
-    """Check a description of a file, or the headers of an answer; what they lack is not checked.
+def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> bool:
+    """Check a description of a file, or the headers of an answer.
+
+    Returns:
+        Whether they say the version: False if it is not known from them.
 
     Raises:
         ChangedError: it is another file than when the pool was opened.
     """
     field, value = shard.version
-    if fields.get(field) is not None and str(fields[field]) != value:
+    if fields.get(field) is None:
+        return not field  # there is none that could be said
+    if str(fields[field]) != value:
         raise ChangedError
+    return True
 
 
 async def read_ranges(
     filesystem: AsyncFileSystem, spans: Sequence[Span], *, on_condition: bool
-) -> list[bytes | BaseException]:
+) -> list[Answer | BaseException]:
     """The bytes of ranges, read at the same time; the error in the place of one that failed.
 
     Args:
@@ -118,25 +131,19 @@ async def read_ranges(
     """
     gate = asyncio.Semaphore(CONCURRENT_READS)
 
-    async def read(span: Span) -> bytes:
-        shard, start, end = span
-        if start == end:
-            return b""
+    async def read(span: Span) -> Answer:
+        if span.start_bytes == span.end_bytes:
+            return Answer(b"", is_checked=True)
         async with gate:
             if isinstance(filesystem, HTTPFileSystem):
                 reading = _read_http_range(filesystem, span, on_condition)
             elif _is_s3(filesystem):
                 reading = _read_s3_range(filesystem, span, on_condition)
             else:
-                reading = filesystem._cat_file(shard.path, start=start, end=end)
+                reading = _read_range(filesystem, span)
             return await asyncio.wait_for(reading, READ_TIMEOUT_SECONDS)
 
     return await asyncio.gather(*map(read, spans), return_exceptions=True)
-
-
-def checks_versions(filesystem: Any) -> bool:
-    """Whether each answer of a file system says which version of a file it is of."""
-    return isinstance(filesystem, HTTPFileSystem) or _is_s3(filesystem)
 
 
 def _is_s3(filesystem: Any) -> bool:
@@ -150,7 +157,13 @@ def _condition(shard: ShardFile, on_condition: bool) -> str | None:
     return value if on_condition and field == "ETag" and not value.startswith("W/") else None
 
 
-async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition: bool) -> bytes:
+async def _read_range(filesystem: AsyncFileSystem, span: Span) -> Answer:
+    shard, start, end = span
+    data = await filesystem._cat_file(shard.path, start=start, end=end)
+    return Answer(data, is_checked=False)
+
+
+async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition: bool) -> Answer:
     """As the file system does it, but without a body that is not the range."""
     shard, start, end = span
     session = await filesystem.set_session()
@@ -169,14 +182,14 @@ async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition:
         if answer.status == 416:  # inside of the file that was indexed
             raise ChangedError
         filesystem._raise_not_found_for_status(answer, shard.path)
-        require_version(shard, answer.headers)
+        is_checked = require_version(shard, answer.headers)
         if answer.status != 206:
             raise WholeFileError(f"the answer to a range request has status {answer.status}")
         require_range(span, answer.headers.get("Content-Range", ""))
-        return bytes(await answer.read())
+        return Answer(await answer.read(), is_checked)
 
 
-async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> bytes:
+async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> Answer:
     shard, start, end = span
     bucket, key, version = filesystem.split_path(shard.path)
     options = {} if version is None else {"VersionId": version}
@@ -195,9 +208,9 @@ async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> byt
             raise ChangedError from None
         raise
     try:
-        require_version(shard, answer)
+        is_checked = require_version(shard, answer)
         require_range(span, answer.get("ContentRange", ""))
-        return bytes(await answer["Body"].read())
+        return Answer(await answer["Body"].read(), is_checked)
     finally:
         answer["Body"].close()
 

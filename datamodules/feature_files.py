@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.file_identity import FileIdentity
+from siftclip.datamodules.file_identity import START_AGAIN, FileIdentity
 from siftclip.datamodules.files import content_digest, identity_hash
 from siftclip.datamodules.row_features import map_npz_array
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
 
-CHANGED = "Start again when nothing writes to it."
 MODEL_ARRAY, ACTIVATION_ARRAY = "model", "activation"  # of the files of `siftclip target`
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
 
@@ -65,10 +64,10 @@ def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]
                 f"It holds {values.dtype} {list(values.shape)}."
             )
         for start in range(0, len(values), chunk_samples):
-            identity.require(path, CHANGED)  # a map of what was cut off would end the process
+            identity.require(path, START_AGAIN)  # a map of what was cut off would end the process
             # a copy, because a map of the file is read-only
             chunk = values[start : start + chunk_samples].clone()
-            identity.require(path, CHANGED)
+            identity.require(path, START_AGAIN)
             yield chunk
 
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.feature_source import MANIFEST_NAME, check_sources
-from siftclip.datamodules.file_identity import FileIdentity
-from siftclip.datamodules.files import file_stamp, read_json, read_npy_header, read_npz
-from siftclip.datamodules.pool import Coverage, Pool, read_metadata_uids
+from siftclip.datamodules.file_identity import START_AGAIN, FileIdentity
+from siftclip.datamodules.files import read_json, read_npy_header, read_npz
+from siftclip.datamodules.metadata import read_metadata_uids
+from siftclip.datamodules.pool import Coverage, Pool
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
     covered = np.zeros(len(pool), dtype=bool)
     named = 0
     for path in paths:
-        identity = FileIdentity.of(path)  # first: what is read later must be of this file
+        files = [file for file in (path, path.with_suffix(".parquet")) if file.exists()]
+        identities = [FileIdentity.of(file) for file in files]  # first: what is read is of these
         uids, valid, part_faults = _read_uids(path)
         faults.merge(part_faults)
         rows = pool.table.find(uids)
@@ -106,15 +108,15 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
         parts.append(
             FeaturePart(
                 path=path,
-                identity=identity,
+                identity=identities[0],
                 uids=len(uids),
                 positions=positions,
                 rows=rows[positions],
             )
         )
-        for file in (path, path.with_suffix(".parquet")):
-            if file.exists():
-                digest.update(f"{file_stamp(file)}\n".encode())
+        for file, identity in zip(files, identities, strict=True):
+            identity.require(file, START_AGAIN)
+            digest.update(f"{identity.stamp(file.name)}\n".encode())
     faults.check(owner=f"features {folder}", total=named, max_bad_fraction=max_bad_fraction)
     present = int(covered.sum())
     store = FeatureStore(

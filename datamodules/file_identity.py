@@ -13,6 +13,7 @@ from pathlib import Path
 
 from siftclip.selectors.errors import InputError
 
+START_AGAIN = "Start again when nothing writes to it."  # a way out
 _PROBES = 8
 _PROBE_BYTES = 4096
 
@@ -56,6 +57,10 @@ class FileIdentity:
         if status.st_mtime_ns != self.modified_ns or status.st_size != self.size_bytes:
             return False
         return status.st_ino == self.inode or probe(file, status.st_size) == self.probe
+
+    def stamp(self, name: str) -> list[str | int]:
+        """What stands for a file, with its name, in JSON: see `files.file_stamp`."""
+        return [name, self.size_bytes, self.modified_ns, self.probe]
 
     def require(self, path: Path | str, way_out: str) -> None:
         """Check that what lies at a path is this file still. Costs one stat.

@@ -179,8 +179,7 @@ def file_stamp(path: Path) -> list[Any]:
     Name, size in bytes, time of the last change in ns, and a hash of blocks, the last among them:
     there an npz has the checksums of its arrays, and a parquet file its statistics.
     """
-    identity = FileIdentity.of(path)
-    return [path.name, identity.size_bytes, identity.modified_ns, identity.probe]
+    return FileIdentity.of(path).stamp(path.name)
 
 
 def content_digest(path: Path) -> str:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from siftclip.datamodules.files import atomic_path
-from siftclip.datamodules.pool import Pool, metadata_tables, read_metadata_uids
+from siftclip.datamodules.metadata import read_metadata
+from siftclip.datamodules.pool import Pool, metadata_tables
 from siftclip.datamodules.tar_walk import TruncatedTarError, walk_tar
 from siftclip.selectors.errors import InputError
 
@@ -35,11 +35,9 @@ def read_image_sizes(pool: Pool, *, progress: bool) -> np.ndarray:
 def _from_metadata(pool: Pool, paths: list[Path]) -> np.ndarray:
     sizes = np.full((len(pool), 2), -1, dtype=np.int64)
     for path in reversed(paths):  # of a uid that comes twice, the first row counts
-        names = pq.read_schema(path).names
+        uids, valid, _, names, table = read_metadata(path, COLUMNS)
         if not set(COLUMNS) <= set(names):
             raise InputError(f"{path} must have the columns {COLUMNS}. It has {names}.")
-        uids, valid, _ = read_metadata_uids(path)
-        table = pq.read_table(path, columns=list(COLUMNS))
         values = np.stack([table[name].fill_null(-1).to_numpy() for name in COLUMNS], axis=1)
         rows = np.where(valid, pool.table.find(uids), -1)
         present = np.flatnonzero(rows >= 0)[::-1]

@@ -34,7 +34,7 @@ LOCK_NAME = ".lock"  # of a folder
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 3.0  # before a word is said about waiting
 _FREE, _HELD, _FAULT = 0, 1, 2
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _take(path: Path) -> tuple[int | None, int, str]:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:  # EAGAIN or EACCES: POSIX allows both
+            if error.errno not in WITHOUT_LOCKS:  # EAGAIN or EACCES: POSIX allows both
                 os.close(handle)
                 return None, _HELD, describe_holder(path)
             log.warning(

@@ -174,7 +174,9 @@ class SampleOrder:
             size = self.global_batch
             return np.arange((first // size + 1) * size, stop, size) - first
         at, end = np.searchsorted(self.starts, [first + 1, stop])
-        return self.starts[at:end] - first
+        # What nobody draws any more is cut as the rest: it shall be able to take as many copies.
+        behind = np.arange(self.starts[-1] + self.largest_draw, stop, self.largest_draw)
+        return np.concatenate([self.starts[at:end], behind[behind > first]]) - first
 
     def _begun(self, number: int) -> int:
         """How many samples of the pass before are in the draw in which a pass begins.

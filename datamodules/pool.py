@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import read_json, write_json
 from siftclip.datamodules.locks import locked
+from siftclip.datamodules.metadata import read_metadata_uids
 from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, identify_shards, is_url
 from siftclip.datamodules.tar_index import (
     ARRAY_FIELDS,
@@ -39,7 +37,7 @@ from siftclip.datamodules.tar_index import (
     load_shard_index,
 )
 from siftclip.datamodules.tar_walk import KeySplit, require_key_split
-from siftclip.datamodules.uids import UidTable, parse_uid_bytes
+from siftclip.datamodules.uids import UidTable
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -367,34 +365,6 @@ def _map_array(path: Path) -> np.ndarray:
         raise InputError(
             f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."
         ) from None
-
-
-def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
-    """The uids of a metadata parquet: uint64 [n, 2], a bool [n] of which are valid, and faults.
-
-    Raises:
-        InputError: the file is not parquet or has no column `uid`.
-    """
-    try:
-        column = pq.read_table(path, columns=["uid"])["uid"].combine_chunks()
-        texts = column.cast(pa.large_binary())
-    except Exception as error:  # pyarrow raises ArrowInvalid, KeyError and OSError for bad files
-        raise InputError(f"{path} must be a parquet file with a column 'uid': {error}.") from None
-    whole = pc.equal(pc.binary_length(texts), 32).fill_null(False)
-    data = np.zeros((len(column), 32), dtype=np.uint8)
-    kept = texts.filter(whole)
-    starts = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset : kept.offset + 1]
-    if len(kept):
-        content = np.frombuffer(kept.buffers()[2], dtype=np.uint8)
-        data[whole.to_numpy(zero_copy_only=False)] = content[starts[0] :][: 32 * len(kept)].reshape(
-            -1, 32
-        )
-    uids, valid = parse_uid_bytes(data)
-    faults = FaultLog()
-    for i in np.flatnonzero(~valid):
-        faults.add("with a uid that is not 32 hexadecimal digits", f"{path.name}, row {i}")
-    uids[~valid] = 0
-    return uids, valid, faults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

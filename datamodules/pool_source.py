@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from siftclip.datamodules.columns import column_stamp, read_pool_column, read_pool_lists
 from siftclip.datamodules.feature_files import feature_file_stamp, read_feature_file
 from siftclip.datamodules.features import FeatureStore, join_features
+from siftclip.datamodules.file_identity import START_AGAIN, has_changed
 from siftclip.datamodules.files import identity_hash, read_npz_all, write_json, write_npz
 from siftclip.datamodules.identities import (
     kept_identity,
@@ -24,8 +25,8 @@ from siftclip.datamodules.identities import (
     say_why_not,
     selector_identity,
 )
-from siftclip.datamodules.image_sizes import read_image_sizes
-from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.image_sizes import COLUMNS, read_image_sizes
+from siftclip.datamodules.pool import Pool, metadata_tables
 from siftclip.datamodules.reader import (
     BadSampleError,
     ChangedTarError,
@@ -50,6 +51,7 @@ from siftclip.selectors.source import (
 )
 
 IDENTITY_NAME = "identity.json"
+_SIZES = ExternalColumn(path=None, column=COLUMNS[0])  # stands for both, which one file has
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -128,6 +130,7 @@ class PoolSource(Source):
         self._stores: dict[Path | None, FeatureStore] = {}
         self._checked: dict[tuple[str, ...], FeatureStore] = {}
         self._features: dict[Path, RowFeatures] = {}
+        self._stamps_of: dict[ExternalColumn | FeatureFile, Any] = {}  # when first looked at
         self._columns: dict[ExternalColumn, np.ndarray] = {}
         self._lists: dict[ExternalColumn, ListColumn] = {}
         self._sizes: np.ndarray | None = None
@@ -180,9 +183,7 @@ class PoolSource(Source):
             lists = self._all_lists(requires.lists).take(rows)
         sizes = None
         if requires.sizes:
-            if self._sizes is None:
-                self._sizes = read_image_sizes(self.pool, progress=self._shows_bars())
-            sizes = self._sizes[rows]
+            sizes = self._all_sizes()[rows]
         return Chunk(
             rows=rows,
             uids=self.uids[rows],
@@ -211,7 +212,9 @@ class PoolSource(Source):
                 yield current.result()
 
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
+        self._stamp(file)
         for values in read_feature_file(file, self.chunk_samples):
+            self._require_same(file)
             yield values.to(self.device)
 
     def memo(self, selector: object) -> Memo:
@@ -308,6 +311,8 @@ class PoolSource(Source):
         ruled = isinstance(selector, ScoreSelector) and not with_rule
         needs = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
         named = [column for need in needs for column in (need.column, need.lists)]
+        if any(need.sizes for need in needs) and metadata_tables(self.pool):
+            named.append(_SIZES)
         columns = dict.fromkeys(column for column in named if column is not None)
         files = dict.fromkeys(file for need in needs for file in need.files)
         of_selector = selector_identity(selector, without=("rule",) if ruled else ())
@@ -318,11 +323,33 @@ class PoolSource(Source):
                 "pool": self.pool.fingerprint,
                 "tars": self._stamps(needs),
                 "features": self._fingerprints([need.features for need in needs]),
-                "columns": [column_stamp(self.pool, column) for column in columns],
-                "targets": [feature_file_stamp(file) for file in files],
+                "columns": [self._stamp(column) for column in columns],
+                "targets": [self._stamp(file) for file in files],
                 "samples": None if rows is None else describe(rows),
             },
         )
+
+    def _stamp(self, external: ExternalColumn | FeatureFile) -> Any:
+        """What stands for a column or a target in what is kept, from now on."""
+        if external not in self._stamps_of:
+            self._stamps_of[external] = self._stamp_now(external)
+        return self._stamps_of[external]
+
+    def _stamp_now(self, external: ExternalColumn | FeatureFile) -> Any:
+        if isinstance(external, FeatureFile):
+            return feature_file_stamp(external)
+        return column_stamp(self.pool, external)
+
+    @contextmanager
+    def _unchanged(self, column: ExternalColumn) -> Iterator[None]:
+        self._stamp(column)
+        yield
+        self._require_same(column)
+
+    def _require_same(self, external: ExternalColumn | FeatureFile) -> None:
+        """Check that what was read is what is kept under its stamp: a stat for each file."""
+        if self._stamp_now(external) != self._stamps_of[external]:
+            raise has_changed(external.path or self.pool.root, START_AGAIN)
 
     def _stamps(self, needs: Sequence[Requirements]) -> str | None:
         """Of the tars, if a selector reads captions or images' headers; None if none does."""
@@ -362,13 +389,25 @@ class PoolSource(Source):
 
     def _column(self, column: ExternalColumn) -> np.ndarray:
         if column not in self._columns:
-            self._columns[column] = read_pool_column(self.pool, column)
+            with self._unchanged(column):
+                values = read_pool_column(self.pool, column)
+            self._columns[column] = values
         return self._columns[column]
 
     def _all_lists(self, column: ExternalColumn) -> ListColumn:
         if column not in self._lists:
-            self._lists[column] = read_pool_lists(self.pool, column)
+            with self._unchanged(column):
+                lists = read_pool_lists(self.pool, column)
+            self._lists[column] = lists
         return self._lists[column]
+
+    def _all_sizes(self) -> np.ndarray:
+        if self._sizes is None:
+            in_metadata = bool(metadata_tables(self.pool))  # else in the tars, which are checked
+            with self._unchanged(_SIZES) if in_metadata else nullcontext():
+                sizes = read_image_sizes(self.pool, progress=self._shows_bars())
+            self._sizes = sizes
+        return self._sizes
 
     def _captions(self, rows: np.ndarray) -> list[str]:
         reader = SampleReader(pool=self.pool, max_image_pixels=1)

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from siftclip.datamodules.connections import (
     CONTENT_FIELDS,
     DISK_FULL,
+    Answer,
     ConditionError,
     WholeFileError,
-    checks_versions,
     connect,
     describe_error,
     is_permanent,
@@ -57,7 +57,7 @@ ATTEMPTS = 6  # with the pauses below, a server may be away for 8 seconds
 FIRST_PAUSE_SECONDS = 0.25  # doubled after every attempt
 GROUP_BYTES = 64 << 20  # fetched together and held in memory
 BLOCK_BYTES = 8 << 20  # of a tar that is read from its beginning to its end
-CHECK_SECONDS = 60.0  # a tar's version is asked for so often, where answers do not tell it
+CHECK_SECONDS = 60.0  # a tar's version is asked for so often, where answers do not say it
 
 
 class RemoteStorage:
@@ -389,22 +389,28 @@ class RemoteStorage:
 
     def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
         """The answers to one attempt, each of the version that its tar has, or an error."""
-        filesystem = self._filesystem
-        answers = self._ask(filesystem, spans)
+        answers = self._ask(self._filesystem, spans)
         refused = next((s for s, a in zip(spans, answers, strict=True) if _is_refused(a)), None)
         try:
             if refused is not None and self._is_there(refused.shard):
                 self._on_condition = False  # the server has it, and does not understand conditions
                 return self._try(spans)
-            if not checks_versions(filesystem):
-                gone = {s for s in {span.shard for span in spans} if not self._is_known(s)}
-                return [
-                    ChangedError() if span.shard in gone else answer
-                    for span, answer in zip(spans, answers, strict=True)
-                ]
+            unchecked = {
+                span.shard
+                for span, answer in zip(spans, answers, strict=True)
+                if isinstance(answer, Answer) and not answer.is_checked
+            }
+            gone = {shard for shard in unchecked if not self._is_known(shard)}
         except StorageError as error:
             return [error] * len(spans)
-        return answers
+        return [
+            ChangedError()
+            if span.shard in gone
+            else answer.data
+            if isinstance(answer, Answer)
+            else answer
+            for span, answer in zip(spans, answers, strict=True)
+        ]
 
     def _is_known(self, shard: ShardFile) -> bool:
         """As `_is_there`, but what was asked for a short while ago is not asked for again."""
@@ -415,7 +421,7 @@ class RemoteStorage:
         self._checked[shard] = now
         return is_there
 
-    def _ask(self, filesystem: Any, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
+    def _ask(self, filesystem: Any, spans: Sequence[Span]) -> Sequence[Answer | BaseException]:
         try:
             if isinstance(filesystem, AsyncFileSystem):
                 return list(
@@ -429,7 +435,11 @@ class RemoteStorage:
                 )
             shards, starts, ends = zip(*spans, strict=True)
             paths = [shard.path for shard in shards]
-            return list(filesystem.cat_ranges(paths, list(starts), list(ends), on_error="return"))
+            answers = filesystem.cat_ranges(paths, list(starts), list(ends), on_error="return")
+            return [
+                Answer(answer, is_checked=False) if isinstance(answer, bytes) else answer
+                for answer in answers
+            ]
         except Exception as error:  # what a file system does not return
             return [error] * len(spans)
 
@@ -500,7 +510,7 @@ class _SequentialTar:
         return answer
 
 
-def _is_refused(answer: bytes | BaseException) -> bool:
+def _is_refused(answer: Answer | BaseException) -> bool:
     return isinstance(answer, ConditionError)
 
 

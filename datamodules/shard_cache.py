@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
 
 from filelock import FileLock
 
 from siftclip.datamodules.files import atomic_path
+from siftclip.datamodules.locks import WITHOUT_LOCKS
 from siftclip.datamodules.storage import ShardFile
 from siftclip.selectors.errors import InputError
 
@@ -49,16 +50,17 @@ class ShardCache:
                 f"pool.shard_cache_gb must hold at least one tar. {shard.name} has "
                 f"{shard.size_bytes / 1e9:.3f} GB, the cache {self.limit_bytes / 1e9:.3f} GB."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of this tar: others are fetched at the same time
+        # of this tar: others are fetched at the same time
+        with _lock(path.with_name(f"{path.name}.lock")) as is_ours:
             if self._is_whole(path, shard):
                 return path
-            for left in self.folder.glob(f".{escape(path.name)}.*.tmp"):
-                left.unlink()  # by a process that was killed: the lock is ours
+            if is_ours:
+                for left in self.folder.glob(f".{escape(path.name)}.*.tmp"):
+                    left.unlink()  # by a process that was killed
             with ExitStack() as room, atomic_path(path) as temporary:
                 download(temporary)
                 # kept until the copy has its name, so that the limit holds at any time
-                room.enter_context(FileLock(self.folder / "room.lock"))
+                room.enter_context(_lock(self.folder / "room.lock"))
                 self._make_room(shard.size_bytes)
                 self._touch(temporary)
         return path
@@ -92,6 +94,33 @@ class ShardCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Keep other processes and threads out; False where the file system has no locks.
+
+    Then two may copy the same tar, each to a name of its own, and pass the limit by some tars.
+
+    Raises:
+        InputError: no file can be written there.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise InputError(
+                f"The copies of tars cannot be kept: {path}: {error.strerror}. Set pool.cache_dir "
+                "to a folder that can be written."
+            ) from None
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:

@@ -106,6 +106,7 @@ class FileServer:
     shifted: int = 0  # answered with the bytes behind those that were asked for, and says so
     conditions: str = "kept"  # or "ignored", or "refused", each of them
     stated: bool = True  # False: no Content-Range
+    stamps_ranges: bool = True  # False: the stamp is for HEAD and for whole files alone
     hangs: int = 0  # not answered before `released`
     answering: int = 0  # requests at the moment
     aborted: int = 0  # bodies that a client did not want
@@ -196,6 +197,8 @@ class _Handler(SimpleHTTPRequestHandler):
                 start, end = start + 512, end + 512
             if self.served.stated:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            if not self.served.stamps_ranges:
+                headers.pop(self.served.stamp, None)
             code, data = 206, data[start:end]
         self.send(code, headers, data, cut=self.served.take("cuts"))
 

@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from siftclip.datamodules import file_identity, tar_index
+from siftclip.datamodules.columns import read_pool_column, read_pool_lists
 from siftclip.datamodules.feature_files import read_feature_file
 from siftclip.datamodules.features import open_features
 from siftclip.datamodules.file_identity import FileIdentity
+from siftclip.datamodules.image_sizes import read_image_sizes
 from siftclip.datamodules.pool import Pool, open_pool
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.reader import ChangedTarError, RawSample, SampleReader
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.storage import LocalStorage
+from siftclip.selectors.base import Chunk, ScoreSelector
 from siftclip.selectors.errors import InputError
-from siftclip.selectors.source import FeatureFile, Requirements
+from siftclip.selectors.source import ExternalColumn, FeatureFile, Requirements
 
 Make = Callable[..., Any]
 ROWS = np.arange(20)
@@ -325,3 +331,122 @@ def test_identity_of_what_is_no_file(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(InputError, match=rf"cannot be read: {reason}"):
             FileIdentity.of(path)
+
+
+# ---- parquet files, and what is kept of them --------------------------------------------------
+
+
+def write_metadata_table(path: Path, uids: Sequence[str], first: int) -> None:
+    values = list(range(first, first + len(uids)))
+    columns = {"uid": uids, "score": values, "original_width": values, "original_height": values}
+    new = path.with_suffix(".new")
+    pq.write_table(pa.table(columns), new)
+    new.replace(path)
+
+
+@pytest.fixture
+def with_metadata(make_samples: Make, write_pool: Make, load_pool: Make) -> tuple[Pool, list[str]]:
+    """A pool of eight samples whose metadata has a number and a size of each."""
+    samples = make_samples(8)
+    pool = load_pool(write_pool(samples))
+    (Path(pool.root) / "metadata").mkdir()
+    uids = [sample.uid for sample in samples]
+    write_metadata_table(Path(pool.root) / "metadata" / "a.parquet", uids, 0)
+    return pool, uids
+
+
+READERS: dict[str, Callable[[Pool], Any]] = {
+    "column": lambda pool: read_pool_column(pool, SCORE),
+    "lists": lambda pool: read_pool_lists(pool, SCORE),
+    "sizes": lambda pool: read_image_sizes(pool, progress=False),
+    "features": lambda pool: open_features(
+        pool, folder=pool.storage.metadata(), keys=("x",), max_bad_fraction=0
+    ),
+}
+SCORE = ExternalColumn(path=None, column="score")
+
+
+@pytest.mark.parametrize("change", ["replaced", "written in place"])
+@pytest.mark.parametrize("kind", READERS)
+def test_parquet_that_changes_while_it_is_read(
+    with_metadata: tuple[Pool, list[str]], monkeypatch: pytest.MonkeyPatch, kind: str, change: str
+) -> None:
+    """The rows of another file have other uids: no number may be joined with those."""
+    pool, uids = with_metadata
+    path = Path(pool.root) / "metadata" / "a.parquet"
+    np.savez(path.with_suffix(".npz"), x=np.zeros((8, 2), dtype=np.float16))
+    read, old = READERS[kind], path.read_bytes()
+    read(pool)
+    write_metadata_table(path, uids[::-1], 0)
+    new = path.read_bytes()
+    path.write_bytes(old)
+
+    class Changing(pq.ParquetFile):
+        def read(self, *arguments: Any, **options: Any) -> Any:
+            table = super().read(*arguments, **options)
+            CHANGES[change](path, new)
+            return table
+
+    monkeypatch.setattr(pq, "ParquetFile", Changing)
+    with pytest.raises(InputError, match=r"a\.parquet has changed since it was first read\. Start"):
+        read(pool)
+
+
+def make_source(pool: Pool, folder: Path) -> PoolSource:
+    return PoolSource(
+        pool,
+        features=[None],
+        scores_root=folder,
+        chunk_samples=100,
+        max_bad_fraction=0,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["column", "lists", "sizes", "target"])
+def test_what_is_kept_was_read_of_what_it_is_kept_under(
+    with_metadata: tuple[Pool, list[str]], tmp_path: Path, kind: str
+) -> None:
+    """A file that changes between the two makes an answer that belongs to neither."""
+    pool, uids = with_metadata
+    target = FeatureFile(path=str(tmp_path / "target.npy"))
+    np.save(target.path, np.zeros((8, 2), dtype=np.float32))
+    requires = {
+        "column": Requirements(column=SCORE),
+        "lists": Requirements(lists=SCORE),
+        "sizes": Requirements(sizes=True),
+        "target": Requirements(files=(target,)),
+    }[kind]
+
+    def read(source: PoolSource) -> object:
+        if kind == "target":
+            return list(source.file(target))
+        return source.take(np.arange(8), requires)
+
+    selector = Reads(requires)
+    before = make_source(pool, tmp_path)
+    identity = before.identity(selector)
+    if kind == "target":
+        np.save(target.path, np.ones((8, 2), dtype=np.float32))
+    else:
+        write_metadata_table(Path(pool.root) / "metadata" / "a.parquet", uids, 100)
+    with pytest.raises(InputError, match="has changed since it was first read"):
+        read(before)
+    after = make_source(pool, tmp_path)
+    read(after)
+    assert after.identity(selector) != identity
+
+
+class Reads(ScoreSelector):
+    """A selector that reads what it is told."""
+
+    def __init__(self, requires: Requirements) -> None:
+        super().__init__(fraction=0.5)
+        self._requires = requires
+
+    @property
+    def requires(self) -> Requirements:
+        return self._requires
+
+    def score(self, chunk: Chunk) -> torch.Tensor:
+        return torch.zeros(len(chunk.rows))

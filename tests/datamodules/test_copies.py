@@ -202,3 +202,14 @@ def test_a_pass_goes_through_its_tars_as_before(window: int | None) -> None:
     sources = [np.flatnonzero(plain == row) for row in shown[moved]]
     distance = [np.abs(places - place).min() for place, places in zip(moved, sources, strict=True)]
     assert max(distance) < 3 * 150
+
+
+def test_last_pass_of_a_plan_is_cut_behind_its_last_draw_too() -> None:
+    """Else all that no step draws any more would be one draw, which cannot take two copies."""
+    rows = np.repeat(np.arange(7), [1, 3, 1, 3, 3, 1, 1])
+    plan = StepPlan.plain(4, 4)  # ends one draw behind the beginning of the second pass
+    for seed in range(200):
+        order = SampleOrder(rows=rows, seed=seed, global_batch=4, starts=plan.starts)
+        assert order.is_distinct
+        draws = order.span(0, 16)[1].reshape(4, 4)
+        assert [count_copies(draw) for draw in draws] == [0] * 4

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftclip.datamodules.pool import Pool, make_storage, metadata_coverage, read_metadata_uids
+from siftclip.datamodules.metadata import read_metadata_uids
+from siftclip.datamodules.pool import Pool, make_storage, metadata_coverage
 from siftclip.selectors.errors import InputError
 
 Make = Callable[..., Any]

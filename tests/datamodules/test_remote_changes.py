@@ -98,6 +98,28 @@ def test_weak_tag_is_compared_and_not_asked_for(
     assert_changed(read(pool), expected)
 
 
+@pytest.mark.parametrize("stamp", ["ETag", "Last-Modified"])
+def test_version_that_ranges_do_not_say_is_asked_for(
+    root: Path,
+    other: bytes,
+    file_server: Any,
+    load_pool: Make,
+    open_remote: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    stamp: str,
+) -> None:
+    """Once in a while, as of file systems whose answers never say it."""
+    file_server.conditions, file_server.stamp = "ignored", stamp
+    file_server.stamps_ranges = False
+    pool, expected = open_remote(f"{file_server.url}/pool"), read(load_pool(root))
+    file_server.requests.clear()
+    assert [read(pool) for _ in range(3)] == [expected] * 3
+    assert len(file_server.of_tars("HEAD")) <= 2
+    put(root, other)
+    monkeypatch.setattr(remote_storage, "CHECK_SECONDS", 0.0)
+    assert_changed(read(pool), expected)
+
+
 def test_size_of_the_file_is_part_of_the_answer(
     root: Path, other: bytes, file_server: Any, load_pool: Make, open_remote: Make
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -238,3 +240,31 @@ def test_process_killed_in_a_download_leaves_nothing_that_counts_or_blocks(tmp_p
     assert log == [(file.name, "1")]
     assert copies(cache.folder) == [content(file)]
     assert temporaries(cache.folder) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Tars are copied all the same, and what another process is just writing is left alone."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    cache, file = ShardCache(tmp_path / "shards", limit_bytes=200), shard(0, 60)
+    others = tmp_path / "shards" / f".{cache._path(file).name}.1.tmp"
+    others.parent.mkdir()
+    others.write_bytes(b"half")
+    assert cache.fetch(file, writer(file, [])).read_bytes() == content(file)
+    assert others.exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    cache = ShardCache(tmp_path / "shards", limit_bytes=200)
+    with pytest.raises(InputError, match=r"kept: .*Read-only file system\. Set pool\.cache_dir"):
+        cache.fetch(shard(0, 60), writer(shard(0, 60), []))

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
-from siftclip.datamodules.pool import read_metadata_uids
+from siftclip.datamodules.metadata import read_metadata
 from siftclip.datamodules.selection import Selection, read_selection
 from siftclip.datamodules.uids import UidTable
 from siftclip.eval.aggregates import result_averages
@@ -244,11 +243,10 @@ def _truth(
     Of a run that selects at every step, among those that it was trained on at the steps that its
     log describes.
     """
-    uids, valid, _ = read_metadata_uids(path)
-    names = pq.read_schema(path).names
+    uids, valid, _, names, columns = read_metadata(path, ["kind"])
     if "kind" not in names:
         raise InputError(f"compare.truth={str(path)!r} must have a column 'kind'. It has {names}.")
-    kinds = pq.read_table(path, columns=["kind"])["kind"].to_pandas()[valid].reset_index(drop=True)
+    kinds = columns["kind"].to_pandas()[valid].reset_index(drop=True)
     table = UidTable.build(uids[valid])
     rows = {}
     for (arm, seed), selection in selections.items():

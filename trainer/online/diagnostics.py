@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.pool import Pool, read_metadata_uids
+from siftclip.datamodules.metadata import read_metadata
+from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.uids import UidTable
 from siftclip.selectors.errors import InputError
 
@@ -225,11 +225,10 @@ def read_kinds(pool: Pool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     Raises:
         InputError: a column is missing, there are too many kinds, or no sample is found.
     """
-    uids, valid, _ = read_metadata_uids(path)
-    columns = pq.read_schema(path).names
-    if "kind" not in columns:
-        raise InputError(f"The truth file {path} must have a column 'kind'. It has {columns}.")
-    kinds = pd.Categorical(pq.read_table(path, columns=["kind"])["kind"].to_pandas()[valid])
+    uids, valid, _, names, columns = read_metadata(path, ["kind"])
+    if "kind" not in names:
+        raise InputError(f"The truth file {path} must have a column 'kind'. It has {names}.")
+    kinds = pd.Categorical(columns["kind"].to_pandas()[valid])
     if len(kinds.categories) > np.iinfo(np.int16).max:
         raise InputError(
             f"The column 'kind' of the truth file {path} has {len(kinds.categories)} different "
