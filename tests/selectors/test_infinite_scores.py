@@ -144,8 +144,8 @@ def test_the_uniform_part_of_a_sub_batch_takes_minus_infinity_last(
     values: list[float], seed: int
 ) -> None:
     scores, uids = np.array(values), make_source(8).uids
-    asked = SubBatch(samples=1, groups=2, seed=seed)
-    kept = add_uniform(draw_by_score(scores, uids, asked), uids, asked, 2, scores)
+    chosen = draw_by_score(scores, uids, SubBatch(samples=1, groups=2, seed=seed))
+    kept = add_uniform(chosen, uids, np.array([2, 2]), seed=seed, scores=scores)
     for group in (slice(0, 4), slice(4, 8)):
         able = scores[group] > -np.inf
         assert kept[group].sum() == 3
@@ -155,10 +155,9 @@ def test_the_uniform_part_of_a_sub_batch_takes_minus_infinity_last(
 def test_a_uniform_part_is_uniform_among_what_can_be_kept() -> None:
     source = make_source(400)
     scores = np.where(np.arange(400) % 2, -np.inf, 1.0)
-    asked = SubBatch(samples=0, seed=3)
     none = np.zeros(400, dtype=np.int64)
-    kept = add_uniform(none, source.uids, asked, 100, scores)
-    plain = add_uniform(none, source.uids, asked, 400)
+    kept = add_uniform(none, source.uids, np.array([100]), seed=3, scores=scores)
+    plain = add_uniform(none, source.uids, np.array([400]), seed=3)
     assert plain.all()
     assert kept[::2].sum() == 100
     halves = kept[::2][:100].sum()
