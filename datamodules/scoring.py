@@ -69,4 +69,6 @@ def run_selection(
         },
         "siftclip": siftclip.__version__,
     }
-    return make_selection(pool.uids, choice.multiplicities, manifest, weights=choice.weights)
+    return make_selection(
+        pool.uids, choice.multiplicities, manifest, weights=choice.weights, scores=choice.scores
+    )

@@ -17,6 +17,7 @@ from siftclip.datamodules.files import atomic_path, read_json, write_json
 from siftclip.datamodules.pool import Coverage, Pool
 from siftclip.datamodules.uids import UID_DTYPE, from_structured, sort_uids, to_structured
 from siftclip.selectors.errors import InputError
+from siftclip.selectors.rules import can_be_kept
 
 SUBSET_NAME = "selection.npy"
 WEIGHTS_NAME = "weights.npy"
@@ -59,16 +60,23 @@ def make_selection(
     manifest: dict[str, Any],
     *,
     weights: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
 ) -> Selection:
     """Build a selection from distinct uids, uint64 [n, 2], and multiplicities, int64 [n].
 
-    `weights` are float32 [n] of all of them; those of what is not kept are left out.
+    `weights` are float32 [n] of all of them; those of what is not kept are left out. `scores`,
+    float [n], only tell why nothing is kept.
 
     Raises:
         InputError: nothing is kept.
     """
     kept = np.flatnonzero(multiplicities)
     if len(kept) == 0:
+        if scores is not None and len(scores) and not can_be_kept(scores).any():
+            raise InputError(
+                f"The selection keeps none of {len(uids)} samples: each of them has no score (NaN) "
+                "or the score -inf, which says never. Look at what the scores are made from."
+            )
         raise InputError(
             f"The selection keeps none of {len(uids)} samples. Raise selector.fraction, or lower "
             "selector.threshold, or look at the scores' quantiles with `siftclip score`."

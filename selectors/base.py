@@ -169,7 +169,26 @@ def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]
         found.append(f"keeps {kept} samples where {asked} were asked for: no others can be kept")
     elif asked is None and distinct < (1 - _NEARLY_ALL) * samples:
         found.append(f"keeps {share}")
+    elif distinct < (1 - _NEARLY_ALL) * min(samples, kept):
+        found.append(f"keeps {share}, each {kept / distinct:.3g} times on average")
+    if choice.scores is not None and kept and isinstance(selector, ScoreSelector):
+        found += _ties_at_cut(choice.scores, choice.multiplicities > 0)
     return found
+
+
+def _ties_at_cut(scores: np.ndarray, kept: np.ndarray) -> list[str]:
+    """Whether the order of uids, and not the scores, float [n], has decided about most samples."""
+    lowest = scores[kept].min()
+    equal = scores == lowest
+    if np.nanmax(scores[~kept], initial=-np.inf) > lowest:  # random draws: no cut
+        return []
+    above, ties, dropped = kept & ~equal, int(equal.sum()), int((equal & ~kept).sum())
+    if not dropped or 2 * int(above.sum()) >= int(kept.sum()):
+        return []
+    return [
+        f"{ties} of {len(scores)} samples have the same score, {lowest:g}, of which "
+        f"{ties - dropped} are kept: their uids decide, and not the score"
+    ]
 
 
 def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:

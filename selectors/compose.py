@@ -17,6 +17,7 @@ from siftclip.selectors.base import (
     product_of_weights,
     run,
 )
+from siftclip.selectors.description import nested
 from siftclip.selectors.errors import InputError, require_finite
 
 S = TypeVar("S", bound=Selector)
@@ -71,6 +72,27 @@ def require_selectors(option: str, selectors: Selectors, kind: type[S]) -> tuple
                 "weights, or put this one into a composition of choices, such as Then."
             )
     return tuple(named.values())
+
+
+def require_independent(option: str, selectors: Sequence[Selector]) -> None:
+    """Refuse members, at any depth, that weigh samples and draw with the same seed.
+
+    Weights multiply, which is right for draws that know nothing of each other. With equal draws, a
+    sample that survives one survives the other, and its weight is too large.
+    """
+    seeds: dict[int, str] = {}
+    for member in nested(selectors, Selector):  # type: ignore[type-abstract]
+        seed = getattr(member, "seed", None)
+        if not member.weighs or not isinstance(seed, int):
+            continue
+        name = type(member).__name__
+        if seed in seeds:
+            raise InputError(
+                f"{option}: {seeds[seed]} and {name} both weigh what they keep at random, and have "
+                f"the same seed={seed}, so that their draws are equal and the product of their "
+                "weights is too large. Give each another seed."
+            )
+        seeds[seed] = name
 
 
 def ordinal_ranks(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
@@ -157,6 +179,7 @@ class Then(Selector):
     def __init__(self, *, stages: Selectors) -> None:
         """Give the stages, in order. Their fractions are `of` the pool, or of what is left."""
         self.stages = require_selectors("selector.stages", stages, Selector)  # type: ignore[type-abstract]
+        require_independent("selector.stages", self.stages)
 
     @property
     def requires(self) -> Requirements:
@@ -210,11 +233,11 @@ class _Together(Selector):
 
 
 class And(_Together):
-    """What every selector keeps, as often as the one that keeps it least; weights multiply.
+    """What every selector keeps, as often as the one that keeps it least; weights multiply."""
 
-    With several that prune at random, give each another seed: where their draws are the same, the
-    product of their weights is too large.
-    """
+    def __init__(self, *, selectors: Selectors) -> None:
+        super().__init__(selectors=selectors)
+        require_independent("selector.selectors", self.selectors)
 
     def join(self, choices: Sequence[Choice]) -> Choice:
         return Choice(
@@ -229,8 +252,18 @@ class Or(_Together):
     Of several that keep a sample so often, the smallest weight counts. A weight above 1 stands for
     samples that were dropped by chance; where another selector keeps a sample for certain, there is
     nothing to make up for. (Of several that prune the same samples at random, no rule is without a
-    bias here: what one has dropped does not say with which probability.)
+    bias here: what one has dropped does not say with which probability. A warning says so.)
     """
+
+    def faults(self, left_samples: int, pool_samples: int) -> list[str]:
+        weighing = [type(member).__name__ for member in self.selectors if member.weighs]
+        if len(weighing) < 2:
+            return []
+        return [
+            f"{' and '.join(weighing)} weigh what they keep, and a sample that several of them "
+            "prune at random counts too much: what one has dropped does not say with which "
+            "probability. Put them one after another (Then), or weigh with one of them"
+        ]
 
     def join(self, choices: Sequence[Choice]) -> Choice:
         kept = np.maximum.reduce([choice.multiplicities for choice in choices])
@@ -268,6 +301,14 @@ class Minus(Selector):
     @property
     def weighs(self) -> bool:
         return self.keep.weighs
+
+    def faults(self, left_samples: int, pool_samples: int) -> list[str]:
+        if not self.remove.weighs:
+            return []
+        return [
+            f"selector.remove={type(self.remove).__name__} weighs what it keeps, and that goes: "
+            "what is left is what it would prune at random, and no weights make up for the rest"
+        ]
 
     def select(self, source: Source) -> Choice:
         kept = run(self.keep, source)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from siftclip.selectors.base import Choice, ExternalColumn, Requirements, Selector, Source, SubBatch
-from siftclip.selectors.errors import InputError, require_choice, require_fraction
+from siftclip.selectors.errors import InputError, require_choice, require_fraction, require_text
 from siftclip.selectors.quota import equal_quotas
 from siftclip.selectors.rules import counted
 from siftclip.selectors.source import ListColumn
@@ -242,7 +242,7 @@ class ConceptBalance(Selector):
             of: what n counts: the samples of the whole "pool", or those that earlier stages have
                 "left".
         """
-        if path is not None and not path.endswith(".parquet"):
+        if path is not None and not require_text("selector.path", path).endswith(".parquet"):
             raise InputError(f"selector.path must end in .parquet, or be null. Got {path!r}.")
         self.concepts = ExternalColumn(path=path, column=column)
         self.fraction = require_fraction("selector.fraction", fraction)

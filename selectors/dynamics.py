@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from siftclip.selectors.base import Choice, ExternalColumn, Requirements, Selector, Source
-from siftclip.selectors.errors import InputError, require_fraction, require_int
+from siftclip.selectors.errors import InputError, require_fraction, require_int, require_text
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.quota import keep_top_of_each
 
@@ -97,7 +97,9 @@ class DynamicClusterSampling(Selector):
                 the shares as they are, near 0 they are nearly equal.
             max_repeats: a sample is used at most so often in an epoch.
         """
-        if path is not None and not path.endswith((".npy", ".parquet")):
+        if path is not None and not require_text("selector.path", path).endswith(
+            (".npy", ".parquet")
+        ):
             raise InputError(f"selector.path must end in .parquet or .npy. Got {path!r}.")
         self.clusters = ExternalColumn(path=path, column=column)
         self.seed = require_int("selector.seed", seed, minimum=0)

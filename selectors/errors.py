@@ -55,6 +55,16 @@ def require_positive(option: str, value: object) -> float:
     return number
 
 
+def require_text(option: str, value: object) -> str:
+    """Return `value` if it is text; `option` is the name that the user wrote."""
+    if not isinstance(value, str):
+        raise InputError(
+            f"{option} must be text. Got {value!r}, which YAML reads as a number or a truth value: "
+            f"quote it, as in '{option}=\"{value}\"'."
+        )
+    return value
+
+
 def require_choice(option: str, value: object, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`; `option` is the name that the user wrote."""
     if value not in choices:

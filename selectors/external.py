@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, ExternalColumn, Requirements, ScoreSelector
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, require_text
 from siftclip.selectors.rules import AsGiven, Rule
 
 
@@ -37,7 +37,9 @@ class External(ScoreSelector):
             rule: see `ScoreSelector`; only with a column.
             of: see `ScoreSelector`.
         """
-        if path is not None and not path.endswith((".npy", ".parquet")):
+        if path is not None and not require_text("selector.path", path).endswith(
+            (".npy", ".parquet")
+        ):
             raise InputError(f"selector.path must end in .parquet or .npy. Got {path!r}.")
         is_subset = path is not None and path.endswith(".npy") and column is None
         if is_subset and (fraction, threshold, rule) != (None, None, None):

@@ -9,6 +9,10 @@ from siftclip.selectors.errors import InputError, require_fraction, require_int
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.source import TRAINING_LOSS
 
+# Other noise than that of a rule which draws with the same seed: what has survived one draw must
+# not know how another will end.
+_DRAW = 0x496E666F
+
 
 def prune_learned(
     losses: np.ndarray, uids: np.ndarray, *, ratio: float, seed: int
@@ -40,7 +44,7 @@ def prune_learned(
         # the mean of equal numbers may be rounded up, and must not be above all of them
         mean = min(losses[known].mean(), losses[known].max())
         learned = known & (losses < mean)
-    dropped = learned & (noise(noise_state(uids, seed), 0) < ratio)
+    dropped = learned & (noise(noise_state(uids, seed), _DRAW) < ratio)
     weights = np.where(learned & ~dropped, 1 / (1 - ratio), 1.0)
     return (~dropped).astype(np.int64), weights.astype(np.float32)
 

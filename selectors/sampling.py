@@ -24,6 +24,7 @@ from siftclip.selectors.noise import bounded_logits, gumbel, hashes, noise, nois
 from siftclip.selectors.rules import can_be_kept, counted, keep_top
 
 _BLOCK = 1 << 15  # samples at a time: their numbers stay in the processor's cache
+_FEWEST_BATCHES = 10  # of Soft Cap Sampling: with fewer, its scores hardly matter
 _DRAWS_PER_BATCH = 1280  # of Soft Cap Sampling as published: 128 M draws in batches of 100,000
 
 
@@ -287,14 +288,18 @@ class SoftCapSampling(_Draws):
     def faults(self, left_samples: int, pool_samples: int) -> list[str]:
         """What makes the rule meaningless for so many samples that are left of a pool."""
         total = self.asked_samples(left_samples, pool_samples)
-        batch = self._batch_samples(total)
-        if total < 2 or batch < min(total, left_samples):
+        batch, auto = self._batch_samples(total), max(1, total // _DRAWS_PER_BATCH)
+        batches = -(-total // batch)
+        if batch == auto or (batch < left_samples and batches >= _FEWEST_BATCHES):
             return []
+        if batch >= min(total, left_samples):
+            taken = "all draws" if batch >= total else "every sample"
+            effect = f"takes {taken} at once, so that no sample is repeated more than others"
+        else:
+            effect = f"leaves {batches} batches, so that no sample is repeated more often"
         return [
-            f"a batch of selector.rule.batch_samples={batch} takes "
-            f"{'all draws' if batch >= total else 'every sample'} at once, so that no sample is "
-            "repeated more than others, whatever its score. Use selector.rule.batch_samples=auto "
-            f"({max(1, total // _DRAWS_PER_BATCH)} here)."
+            f"a batch of selector.rule.batch_samples={batch} {effect}, whatever its score. Use "
+            f"selector.rule.batch_samples=auto ({auto} here)"
         ]
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.blocks import usable_rows
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, require_text
 from siftclip.selectors.ranks import OneRank, Ranks
 
 T = TypeVar("T")
@@ -89,6 +89,12 @@ class ExternalColumn:
     path: str | None
     column: str | None
 
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            require_text("selector.path", self.path)
+        if self.column is not None:
+            require_text("selector.column", self.column)
+
 
 # The contrastive loss of each sample when it was trained on last; NaN before. In training only.
 TRAINING_LOSS = ExternalColumn(path=None, column="training_loss")
@@ -104,6 +110,11 @@ class FeatureFile:
 
     path: str
     key: str | None = None
+
+    def __post_init__(self) -> None:
+        require_text("path", self.path)
+        if self.key is not None:
+            require_text("key", self.key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,6 +83,15 @@ def test_digest_is_that_of_the_files_content_and_stays() -> None:
 def test_selection_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"keeps none of 2 samples. Raise selector.fraction"):
         select({(1, 2): 0, (3, 4): 0})
+    with pytest.raises(
+        InputError, match=r"none of 2 samples: each of them has no score \(NaN\) or"
+    ):
+        make_selection(
+            np.arange(4, dtype=np.uint64).reshape(2, 2),
+            np.zeros(2, dtype=np.int64),
+            {},
+            scores=np.array([-np.inf, np.nan]),
+        )
 
 
 @pytest.mark.parametrize("change", ["drop", "repeat", "other"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -56,3 +57,11 @@ def test_chunk_without_the_column_is_a_fault_of_the_engine() -> None:
     chunk = Chunk(rows=rows, uids=np.zeros((2, 2), np.uint64))
     with pytest.raises(ValueError, match="lacks the column"):
         External(path="a.npy").score(chunk)
+
+
+def test_names_that_yaml_reads_as_numbers_are_explained() -> None:
+    for column in (math.inf, 12, True):
+        with pytest.raises(InputError, match=r"selector\.column must be text\. Got .*quote it"):
+            External(path=None, column=column, fraction=0.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"selector\.path must be text\. Got 7"):
+        External(path=7, column="a", fraction=0.5)  # type: ignore[arg-type]

@@ -144,9 +144,8 @@ def test_the_uniform_part_of_a_sub_batch_takes_minus_infinity_last(
     values: list[float], seed: int
 ) -> None:
     scores, uids = np.array(values), make_source(8).uids
-    asked = SubBatch(samples=1, groups=2, seed=seed)
-    drawn = draw_by_score(scores, uids, asked)
-    kept = add_uniform(drawn, uids, np.array([2, 2]), seed=seed, scores=scores)
+    chosen = draw_by_score(scores, uids, SubBatch(samples=1, groups=2, seed=seed))
+    kept = add_uniform(chosen, uids, np.array([2, 2]), seed=seed, scores=scores)
     for group in (slice(0, 4), slice(4, 8)):
         able = scores[group] > -np.inf
         assert kept[group].sum() == 3
@@ -242,6 +241,21 @@ MANY = list(range(1000))
             [1] * 1000,
             ["takes all draws at once", "changes next to nothing"],
         ),
+        (
+            Given(np.zeros(0), rule=SoftCapSampling(fraction=0.5, batch_samples=400, seed=0)),
+            [int(i < 400) + int(i < 600) for i in MANY],
+            ["batch_samples=400 leaves 3 batches, so that no sample is repeated more often"],
+        ),
+        (
+            Given(np.zeros(0), rule=SoftCapSampling(fraction=0.5, batch_samples=100, seed=0)),
+            [2 * int(i < 500) for i in MANY],
+            [],
+        ),
+        (
+            Given(np.zeros(0), rule=SoftCapSampling(fraction=0.5, seed=0)),
+            [1000 * int(i == 1) for i in MANY],
+            ["keeps 1 of 1000 samples (0.1 %), each 1e+03 times on average"],
+        ),
     ],
 )
 def test_selectors_without_effect_say_so(
@@ -251,6 +265,26 @@ def test_selectors_without_effect_say_so(
     assert len(told) == len(expected), told
     for text, words in zip(told, expected, strict=True):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "told"),
+    [
+        ([0.0] * 10, [1] * 3 + [0] * 7, "10 of 10 samples have the same score, 0, of which 3"),
+        ([5.0] + [0.0] * 9, [1] * 3 + [0] * 7, "9 of 10 samples have the same score, 0, of"),
+        ([5.0, 4.0] + [0.0] * 8, [1] * 3 + [0] * 7, None),  # most are decided by their scores
+        ([9.0, 8.0, 7.0, 0.0, math.nan], [1, 1, 0, 0, 0], None),
+        ([0.0, 0.0, -math.inf, math.nan], [1, 1, 0, 0], None),  # all that can be kept
+        ([0.0, 0.0, 5.0, 0.0], [1, 0, 0, 1], None),  # drawn at random
+    ],
+)
+def test_cuts_through_equal_scores_are_told(
+    scores: list[float], kept: list[int], told: str | None
+) -> None:
+    texts = oddities(Given(np.zeros(0), fraction=0.3), choice_of(kept, scores), 10)
+    found = [text for text in texts if "have the same score" in text]
+    assert len(found) == (told is not None)
+    assert not found or str(told) in found[0]
 
 
 def test_members_of_a_composition_say_so_too(caplog: pytest.LogCaptureFixture) -> None:

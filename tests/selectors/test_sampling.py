@@ -202,7 +202,13 @@ def test_batches_of_soft_cap_are_a_1280th_of_the_draws() -> None:
 
 @pytest.mark.parametrize(
     ("batch_samples", "fraction", "words"),
-    [(100_000, 1.0, "all draws"), (100, 3.0, "every sample"), (99, 3.0, None), ("auto", 1.0, None)],
+    [
+        (100_000, 1.0, "all draws"),
+        (100, 3.0, "every sample"),
+        (99, 3.0, "4 batches"),
+        (30, 3.0, None),
+        ("auto", 1.0, None),
+    ],
 )
 def test_a_batch_that_prevents_repetition_is_told(
     batch_samples: Any, fraction: float, words: str | None

@@ -18,6 +18,7 @@ from siftclip.selectors.compose import And, Minus, Mix, Or, RankSum, Then
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.infobatch import InfoBatch
 from siftclip.selectors.quota import QuotaPerCluster
+from siftclip.selectors.sampling import SoftmaxSampling
 from siftclip.selectors.source import TRAINING_LOSS, Chunk, MemorySource
 from siftclip.selectors.uniform import Uniform
 
@@ -125,20 +126,67 @@ def test_composition_weighs_if_a_member_does() -> None:
     assert not Then(stages=[plain, plain]).weighs
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_infobatch_in_a_composition_stays_without_bias(order: int) -> None:
-    """The mean over epochs of multiplicity times weight is 1 for every sample that may be kept."""
-    samples, epochs = 40, 3000
-    losses = np.linspace(0.0, 1.0, samples)
-    first = Weighed(np.arange(samples) % 4 > 0)
-    total = np.zeros(samples)
+THREE_OF_FOUR = (np.arange(40) % 4 > 0).astype(np.int64)
+
+
+def mean_counts(selector: Selector, *, epochs: int = 3000) -> np.ndarray:
+    """The mean over epochs of multiplicity times weight, by sample, float64 [40]."""
+    total = np.zeros(40)
     for epoch in range(epochs):
-        uids = np.random.default_rng(epoch).integers(0, 2**63, (samples, 2)).astype(np.uint64)
-        source = MemorySource(Chunk(rows=np.arange(samples), uids=uids, column=losses))
-        choice = run(Then(stages=[first, InfoBatch(seed=0, ratio=0.75)][::order]), source)
-        assert choice.weights is not None
-        total += choice.multiplicities * choice.weights
-    np.testing.assert_allclose(total / epochs, np.arange(samples) % 4 > 0, atol=0.2)
+        uids = np.random.default_rng(epoch).integers(0, 2**63, (40, 2)).astype(np.uint64)
+        chunk = Chunk(rows=np.arange(40), uids=uids, column=np.linspace(0.0, 1.0, 40))
+        choice = selector.select(MemorySource(chunk))
+        weights = 1.0 if choice.weights is None else choice.weights
+        total += choice.multiplicities * weights
+    return total / epochs
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda some, prune: Then(stages=[some, prune]), THREE_OF_FOUR),
+        (lambda some, prune: Then(stages=[prune, some]), THREE_OF_FOUR),
+        (lambda some, prune: And(selectors=[some, prune]), THREE_OF_FOUR),
+        (lambda some, prune: Or(selectors=[some, prune]), 1),
+        (lambda some, prune: Minus(keep=prune, remove=some), 1 - THREE_OF_FOUR),
+        (lambda some, prune: Then(stages=[prune, InfoBatch(seed=1)]), 1),
+        (lambda some, prune: And(selectors=[InfoBatch(seed=1), prune]), 1),
+    ],
+)
+def test_infobatch_in_a_composition_stays_without_bias(make: Any, expected: Any) -> None:
+    """Every sample that may be kept counts 1 on average."""
+    selector = make(Weighed(THREE_OF_FOUR), InfoBatch(seed=0, ratio=0.75))
+    np.testing.assert_allclose(mean_counts(selector), np.broadcast_to(expected, 40), atol=0.25)
+
+
+def test_infobatch_after_a_random_rule_of_the_same_seed_stays_without_bias() -> None:
+    half = SoftmaxSampling(fraction=0.5, seed=0, temperature=1e6)  # of all, at random
+    stages = [Uniform(seed=0, rule=half), InfoBatch(seed=0, ratio=0.75)]
+    np.testing.assert_allclose(mean_counts(Then(stages=stages)), 0.5, atol=0.15)
+
+
+def test_equal_draws_of_members_that_weigh_are_refused() -> None:
+    first, second, third = InfoBatch(seed=7), InfoBatch(seed=7, ratio=0.2), InfoBatch(seed=8)
+    message = "InfoBatch and InfoBatch both weigh .* have the same seed=7"
+    for selectors in ([first, second], [first, Then(stages=[third, second])]):
+        with pytest.raises(InputError, match=message):
+            Then(stages=selectors)
+        with pytest.raises(InputError, match=message):
+            And(selectors=selectors)
+    And(selectors=[first, third, Uniform(seed=7, fraction=0.5)])
+
+
+def test_compositions_that_cannot_make_up_for_a_bias_say_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weigher, plain = Weighed([1, 1, 0], [1.0, 2.0, 1.0]), Weighed([0, 1, 0])
+    run(Or(selectors=[weigher, plain]), source_of(3))
+    run(Minus(keep=weigher, remove=plain), source_of(3))
+    assert "at random" not in caplog.text
+    run(Or(selectors=[weigher, plain, weigher]), source_of(3))
+    assert "Or: Weighed and Weighed weigh what they keep, and a sample that" in caplog.text
+    run(Minus(keep=plain, remove=weigher), source_of(3))
+    assert "Minus: selector.remove=Weighed weighs what it keeps, and that goes" in caplog.text
 
 
 def test_contract_of_compositions_that_weigh() -> None:

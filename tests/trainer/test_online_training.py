@@ -64,10 +64,14 @@ def same_weights(first: RunDir, second: RunDir) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_filter_ratio_0_is_plain_training_to_the_bit(base: list[str], compose: Compose) -> None:
+def test_filter_ratio_0_is_plain_training_to_the_bit(
+    base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = ["selector=random", "selector.fraction=1"]
     once = train_stage(compose("train", [*base, *whole]))
+    assert "has no effect" not in caplog.text
     off = train_stage(compose("train", [*base, *JEST, "online.schedule.filter_ratio=0"]))
+    assert "so that online.selector has no effect" in caplog.text
     assert losses(off) == losses(once)
     assert same_weights(off, once)
     late = ["online.schedule.warmup_steps=4", "trainer.log_every_n_steps=1"]

@@ -308,6 +308,7 @@ class Reselection:
                 **report,
             },
             weights=weights,
+            scores=choice.scores,
         )
         rows, _ = expand_rows(selection, self.source.pool)
         digest = rows_digest(rows, selection.weights)

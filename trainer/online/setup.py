@@ -204,6 +204,13 @@ def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
     """Say so where whole samples and equal groups are far from what the schedule asks for."""
     config, batch = parts.config, parts.global_batch_size
     schedule, groups = schedule_from(config), _groups(parts)
+    if (plan.drawn == plan.trained).all() and plan.steps > 1:
+        log.warning(
+            "online.schedule.filter_ratio=%s: every step trains on all that it loads, so that "
+            "online.selector has no effect. It is 1 - online.selector.fraction where it is null",
+            schedule.filter_ratio,
+        )
+        return
     fraction = schedule.largest_uniform_fraction()
     if fraction and round(fraction * batch) == 0:
         log.warning(
