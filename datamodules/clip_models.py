@@ -98,6 +98,7 @@ def load_clip_model(
     asked = check_options(options or {})
     with tempfile.TemporaryDirectory() as temporary:
         if architecture is not None:
+            _check_label(name, pretrained)
             config = {"model_cfg": copy.deepcopy(dict(architecture)), "preprocess_cfg": {}}
             write_json(Path(temporary) / CONFIG_NAME, config)
             source = f"local-dir:{temporary}"
@@ -106,6 +107,8 @@ def load_clip_model(
         # Files are loaded below: open_clip ignores them with some sources, and says less.
         tag = pretrained if pretrained is not None and _is_tag(source, pretrained) else None
         file = None if tag is not None else pretrained
+        if file is not None and not Path(file).is_file():
+            raise InputError(f"model.pretrained={file!r} is not a file.")
         if weights != "auto" and file is None:
             raise InputError(
                 f"model.weights={weights!r} chooses within a checkpoint file, so it needs "
@@ -217,6 +220,9 @@ def _tower_needs(
     )
     if has_own:
         found = replace(found or WeightNeeds(says=""), quick_gelu=None)
+    if found is not None:
+        part = "vision_cfg" if tower == "image" else "text_cfg"
+        found = replace(found, model_cfg={k: v for k, v in found.model_cfg.items() if k == part})
     if tower == "text" and found is not None:
         found = replace(found, image={})
     return {f"model.pretrained_{tower}={path!r}": found}
@@ -296,6 +302,24 @@ def _resolve(name: str, pretrained: str | None) -> str:
                 f"Got {pretrained!r}.{hint}"
             )
     return name
+
+
+def _check_label(name: str, pretrained: str | None) -> None:
+    """Say that an architecture is built where the name stands for another model.
+
+    Raises:
+        InputError: a model of a hub, or a tag, is asked for.
+    """
+    label = "model.architecture is set, with which model.name is only a label."
+    for_name = "Set model.architecture=null (for siftclip train: model=open_clip)"
+    if name.startswith(SCHEMES):
+        raise InputError(f"model.name={name!r} would not be read: {label} {for_name}.")
+    if pretrained is not None and _is_tag(name, pretrained):
+        raise InputError(
+            f"model.pretrained={pretrained!r} is a tag of open_clip's {name}: {label} {for_name}."
+        )
+    if name in open_clip.list_models() or holds_weights(name):
+        log.warning("model.name=%r is not what is built: %s %s for it", name, label, for_name)
 
 
 def _is_tag(source: str, pretrained: str) -> bool:

@@ -18,19 +18,26 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from siftclip.datamodules.files import read_json
+from siftclip.datamodules.model_options import configured
 from siftclip.datamodules.model_weights import CONFIG_KEY, read_config
 from siftclip.selectors.errors import InputError
 
 CONFIG_NAME = "open_clip_config.json"
 IMAGE_KEYS = ("mean", "std", "interpolation", "resize_mode")
 QUICKGELU_SUFFIX = "-quickgelu"  # of the names that open_clip has for both activations
+_TOWERS = {"vision_cfg": asdict(CLIPVisionCfg()), "text_cfg": asdict(CLIPTextCfg())}
+# Of the towers: for training alone, or about weights that are loaded over.
+_NO_PART_OF_WEIGHTS = {"patch_dropout", "output_tokens", "timm_model_pretrained"} | {
+    *("hf_model_pretrained", "timm_drop", "timm_drop_path")
+}
 _CACHED_REPOSITORY = re.compile(r"models--([^/]+?)--([^/]+)")
 # OpenAI's downloads have the names of models, which anybody's files may have.
 _ANYBODYS_NAMES = "openaipublic"
@@ -43,6 +50,7 @@ class WeightNeeds:
     says: str  # who knows, for messages
     quick_gelu: bool | None = None  # None: nobody says
     image: Mapping[str, Any] = field(default_factory=dict)  # by `image_mean` and other options
+    model_cfg: Mapping[str, Any] = field(default_factory=dict)  # open_clip's; empty: not known
 
 
 def activation_name(quick_gelu: bool) -> str:
@@ -54,7 +62,9 @@ def needs_of_tag(name: str, tag: str) -> WeightNeeds:
     """What open_clip's weights `tag` of the built-in model `name` need.
 
     The table names QuickGELU alone. Where it says nothing the configuration of the name counts,
-    with which the weights were trained: `roberta-ViT-B-32` has had QuickGELU from its first day.
+    with which the weights were trained. That is the case of `roberta-ViT-B-32` alone, of which
+    open_clip warns too: it has had QuickGELU from its first day, and the accuracy that open_clip
+    publishes for that configuration (61.71 % on ImageNet) is the one of its authors (61.7 %).
     """
     entry = open_clip.get_pretrained_cfg(name, tag)
     config = open_clip.get_model_config(name) or {}
@@ -138,7 +148,9 @@ def _needs_of_config(
         quick_gelu, says = listed.quick_gelu, listed.says
     if not isinstance(quick_gelu, bool | None):
         raise InputError(f"{owner}: quick_gelu must be true or false. Got {quick_gelu!r}.")
-    return WeightNeeds(says=says, quick_gelu=bool(quick_gelu), image=_image_options(images))
+    return WeightNeeds(
+        says=says, quick_gelu=bool(quick_gelu), image=_image_options(images), model_cfg=model
+    )
 
 
 def _image_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +246,41 @@ def fit_options(
                     f"({need.says}). model.options.{key}={options[key]} is taken"
                 )
             fitted.setdefault(key, value)
+    built_cfg = configured(model_cfg, fitted)
+    for what, need in known.items():
+        others = _differences(need.model_cfg, built_cfg, options)
+        if others:
+            lines.append(
+                f"{what}: these weights were trained with another architecture than they get here "
+                f"({need.says}): {'; '.join(others)}"
+            )
     return fitted, lines
+
+
+def _differences(
+    trained: Mapping[str, Any], built: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[str]:
+    """What of the towers differs from how weights were trained, though the weights may fit.
+
+    Other sizes of images and texts are interpolated, heads and pooling are in no shape at all.
+    What an option asks for is no news.
+    """
+    lines = []
+    for part, defaults in _TOWERS.items():
+        if part not in trained or part not in built:
+            continue
+        ours, theirs = ({**defaults, **cfg[part]} for cfg in (built, trained))
+        for key in sorted(ours.keys() & theirs.keys() - _NO_PART_OF_WEIGHTS):
+            was, now = (
+                _pair(cfg[key]) if key == "image_size" else cfg[key] for cfg in (theirs, ours)
+            )
+            if was != now and options.get(f"force_{key}") is None:
+                lines.append(f"{part}.{key}={was}, not {now}")
+    return lines
+
+
+def _pair(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value, value]
 
 
 def _twin(name: str) -> str | None:

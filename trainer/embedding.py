@@ -39,7 +39,7 @@ from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
 from siftclip.selectors.errors import InputError, require_bool, require_int
-from siftclip.selectors.ranks import of_first_rank
+from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
@@ -108,6 +108,8 @@ def embed_stage(config: DictConfig) -> Path:
     complete = complete and not any(is_stale(path, pool, n) for n, path in enumerate(paths))
     lock = locked(folder / LOCK_NAME, owner=f"The features {folder}", ranks=ranks, wait=True)
     with nullcontext() if of_first_rank(ranks, complete) else lock:
+        if not reuse:
+            _remove(paths, ranks)
         _claim(folder, _manifest(config, clip, pool), reuse=reuse)
         _embed(config, clip, pool, folder, fabric)
     return folder
@@ -237,6 +239,14 @@ def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]
             },
         ),
     }
+
+
+def _remove(paths: list[Path], ranks: Ranks) -> None:
+    """Remove what is embedded again, before a new manifest would speak for it after a kill."""
+    if ranks.rank == 0:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    of_first_rank(ranks, True)  # nobody writes before that
 
 
 def _claim(folder: Path, manifest: dict[str, Any], *, reuse: bool) -> None:

@@ -291,6 +291,9 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms see the batch once more; their running statistics must not move twice."""
     buffers = running_statistics(model)
     before = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -380,3 +381,72 @@ def test_weights_agree_or_are_refused_in_any_order() -> None:
     for needs in ({"a": yes, "b": no}, {"a": no, "b": yes}):
         with pytest.raises(InputError, match=r"^b: .*, and a with the other activation"):
             fit_options({}, needs, {}, "x")
+
+
+# ---- the architecture ---------------------------------------------------------------------------
+
+HEADS = {**VISION, "head_width": 8}
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ({"text_cfg": {**TEXT, "context_length": 5}}, "text_cfg.context_length=5, not 8"),
+        ({"text_cfg": {**TEXT, "pool_type": "last"}}, "text_cfg.pool_type=last, not argmax"),
+        ({"text_cfg": {**TEXT, "no_causal_mask": True}}, "text_cfg.no_causal_mask=True, not False"),
+        ({"vision_cfg": HEADS}, "vision_cfg.head_width=8, not 16"),
+        ({"vision_cfg": {**VISION, "image_size": 32}}, r"vision_cfg.image_size=\[32, 32\], not \["),
+        (
+            {"text_cfg": {**TEXT, "tokenizer_kwargs": {"clean": "lower"}}},
+            r"text_cfg.tokenizer_kwargs=\{'clean': 'lower'\}, not None",
+        ),
+    ],
+)
+def test_weights_of_another_architecture_that_fit_all_the_same_are_named(
+    trained: dict[str, Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = load_clip_model("x", architecture={**SMALL, **trained})
+    file = tmp_path / "trained.pt"
+    torch.save({"state_dict": clip.model.state_dict(), "open_clip_config": clip.config}, file)
+    (part,) = trained
+    tower = "image" if part == "vision_cfg" else "text"
+    with caplog.at_level(logging.INFO):
+        load_clip_model("x", architecture=SMALL, pretrained=str(file))
+        load_clip_model("x", architecture=SMALL, **{f"pretrained_{tower}": str(file)})
+        lines = lines_of(caplog)
+        assert [bool(re.search(f"another architecture .*: {words}", line)) for line in lines] == [
+            True,
+            True,
+        ]
+        caplog.clear()
+        load_clip_model("x", architecture={**SMALL, **trained}, pretrained=str(file))
+        other = "text" if tower == "image" else "image"
+        load_clip_model("x", architecture=SMALL, **{f"pretrained_{other}": str(file)})
+        assert lines_of(caplog) == []
+
+
+def test_an_architecture_that_an_option_asks_for_is_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = load_clip_model("x", architecture=SMALL)
+    file = tmp_path / "trained.pt"
+    torch.save({"state_dict": clip.model.state_dict(), "open_clip_config": clip.config}, file)
+    options = {"force_image_size": 32, "force_context_length": 5, "force_patch_dropout": 0.5}
+    with caplog.at_level(logging.INFO):
+        load_clip_model("x", architecture=SMALL, pretrained=str(file), options=options)
+    assert lines_of(caplog) == []
+
+
+def test_a_name_beside_an_architecture_is_not_taken_for_a_model(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("ViT-B-32", str(saved)):
+        load_clip_model(name, architecture=SMALL)
+        assert "is not what is built: model.architecture is set" in caplog.text
+        caplog.clear()
+    load_clip_model("mine", architecture=SMALL)
+    assert caplog.text == ""
+    with pytest.raises(InputError, match=r"'openai' is a tag of .* Set model.architecture=null"):
+        load_clip_model("ViT-B-32", architecture=SMALL, pretrained="openai")
+    with pytest.raises(InputError, match=r"name='hf-hub:a/b' would not be read"):
+        load_clip_model("hf-hub:a/b", architecture=SMALL)

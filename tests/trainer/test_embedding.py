@@ -100,6 +100,30 @@ def test_features_of_another_model_are_not_mixed(
         embed_stage(compose("embed", [*embed_options, f"features.model.name={tmp_path / 'other'}"]))
 
 
+def test_a_replacement_that_is_killed_leaves_no_features_of_before(
+    embed_options: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = compose("embed", embed_options)
+    folder = embed_stage(config)
+    (path,) = folder.glob("*.npz")
+    before = path.read_bytes()
+    torch.manual_seed(5)
+    other = load_clip_model("other", architecture=plain(config.model.architecture))
+    save_model_folder(other, tmp_path / "other")
+    options = [*embed_options, f"features.model.name={tmp_path / 'other'}"]
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    replacing = compose("embed", [*options, "reuse=false"])
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embed_stage(replacing)
+    embed_stage(compose("embed", options))
+    assert path.read_bytes() != before
+
+
 def test_features_of_another_precision_are_not_mixed(
     embed_options: list[str], compose: Compose
 ) -> None:

@@ -180,6 +180,24 @@ def test_the_model_is_left_as_it_was(count: Any) -> None:
     assert others == [None] * len(others)
 
 
+@pytest.mark.parametrize(
+    "count", [training_flops, lambda m: forward_flops(m, scoring=ScoringConfig(mode="train"))]
+)
+def test_a_failure_leaves_the_model_as_it_was(count: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = clip(RESNET).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(*args: Any, **named: Any) -> None:
+        raise RuntimeError("not this tower")
+
+    monkeypatch.setattr(model, "encode_text", fail)  # called after the image tower
+    with pytest.raises(RuntimeError, match="not this tower"):
+        count(model)
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_tuples_and_half_precision() -> None:
     model = clip(VIT)
     whole = forward_flops(model), training_flops(model)
