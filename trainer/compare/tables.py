@@ -113,14 +113,19 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
             name: run_means(comparison, arm, name)
             for name in ("steps", *counts, "training_flops", "scoring_flops", *seconds)
         }
-        flops = (means[f"{name}_flops"] / 1e12 for name in ("training", "scoring"))
+        flops = [
+            "unknown"
+            if len(own) and own.reindex(columns=[name])[name].isna().any()
+            else number(means[name] / 1e12, ".3g")
+            for name in ("training_flops", "scoring_flops")
+        ]
         rows.append(
             [
                 arm,
                 seed_count(comparison, arm),
                 str(own["online"].iloc[0]) if len(own) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
-                *("unknown" if len(own) and pd.isna(v) else number(v, ".3g") for v in flops),
+                *flops,
                 *(number(means[name], ",.0f") for name in seconds),
             ]
         )
