@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,18 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} must be a JSON file: {error}.") from None
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        InputError: the file is missing, or is not a JSON object.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise InputError(f"{path} must be a JSON object. Got {reprlib.repr(record)}.")
+    return record
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record as a line of JSON, in one write.
 
@@ -96,11 +109,27 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON in UTF-8, or ValueError."""
+    """JSON in UTF-8, with or without a mark at its start, or ValueError."""
+    text = data.decode("utf-8-sig")
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # of Python, with advice for programmers
+            raise ValueError("a number in it has thousands of digits") from None
+        raise
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a name is there twice, of which only one would count."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(
+            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+        )
+        raise ValueError(f"it has {reprlib.repr(twice)} twice")
+    return record
 
 
 def _mend_last_line(file: IO[bytes]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from siftclip.datamodules.files import atomic_path, read_json, write_json
+from siftclip.datamodules.files import atomic_path, read_json_object, write_json
 from siftclip.datamodules.pool import Coverage, Pool
 from siftclip.datamodules.uids import UID_DTYPE, from_structured, sort_uids, to_structured
 from siftclip.selectors.errors import InputError
@@ -144,7 +144,7 @@ def read_selection(folder: Path) -> Selection:
     Raises:
         InputError: a file is missing, or the subset is not the one that the manifest describes.
     """
-    manifest = read_json(folder / MANIFEST_NAME)
+    manifest = read_json_object(folder / MANIFEST_NAME)
     uids, multiplicities = read_subset(folder / SUBSET_NAME)
     digest = manifest.pop("digest", None)
     weights = _read_weights(folder / WEIGHTS_NAME, uids)

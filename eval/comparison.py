@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, stdev
 from typing import Any
 
 from siftclip.eval.aggregates import averages, group_members, named_values
@@ -21,35 +20,40 @@ from siftclip.eval.report import (
     interval_text,
     main_member,
     number_text,
+    p_text,
     results_by_key,
     shown_titles,
 )
 from siftclip.eval.results import MAIN_METRIC, TaskResult
 from siftclip.eval.safe_tables import (
     NARROW,
-    NOTHING,
-    cut,
     display_width,
+    listed,
     printable,
     table_width,
     text_table,
     wrapped,
 )
-from siftclip.eval.seed_comparison import SeedComparison, SeedDifference, compare_seeds
+from siftclip.eval.seed_comparison import SIGNIFICANCE, SeedComparison, compare_seeds
+from siftclip.eval.seed_texts import (
+    SIGNED,
+    about_methods,
+    seed_record,
+    seed_sentence,
+    seed_table,
+    within_seeds,
+)
 from siftclip.selectors.errors import InputError, require_int
 
-SIGNIFICANCE = 0.05
-_SIGNED = "+.4f"
 _HEADER = ("a", "b", "b - a", "95 % interval", "Holm p", "p")
 _WIDTHS = (6, 6, 7, 18, 7, 6, 8)
 _RIGHT = (1, 2, 3, 5, 6, 7)
 _NARROW_COLUMNS = 6  # the task, and what a verdict rests on
-_SEED_HEADER = ("by seed", "method of a", "method of b", "b - a", "Holm p", "p")
-_NARROW_SEED_COLUMNS = 4
-_NAMES_SHOWN = 12
-_NAME_WIDTH = 40
 _HEADLINE = "This compares two models, not the two methods that made them"
-_SAME_HEADLINE = (
+_SAME_MODEL = (
+    "Both are results of one model, whose weights are equal: whatever differs is how it was asked."
+)
+_SAME_METHOD = (
     "These are two seeds of one method: whatever differs is the doing of the seed, however sure a "
     "test on images is of it."
 )
@@ -123,40 +127,21 @@ class Comparison:
     resamples: int
     failed: Mapping[str, str] = field(default_factory=dict)  # why a task failed, by `a: TASK`
     seeds: SeedComparison | None = None  # with other seeds of a or b, where there are any
+    same_model: bool = False  # whether the weights are equal, so that no method is compared
 
     def headline(self) -> str:
         """What is compared, and by how much seeds alone move these tasks where that is known."""
+        if self.same_model:
+            return _SAME_MODEL
+        moved = seed_sentence(self.seeds)
         if self.seeds is not None and self.seeds.same_method:
-            return f"{_SAME_HEADLINE} {self._seed_sentence()}".rstrip()
-        moved = self._seed_sentence()
+            return f"{_SAME_METHOD} {moved}".rstrip()
         if not moved:
             return (
                 f"{_HEADLINE}: one seed of each, so there is no estimate of the variance between "
                 "seeds (diff.seeds_a and diff.seeds_b name other seeds)."
             )
         return f"{_HEADLINE}. {moved}"
-
-    def _seed_sentence(self) -> str:
-        if self.seeds is None:
-            return ""
-        moved = [
-            (one.between_seeds, one.title)
-            for one in self.seeds.tasks
-            if one.between_seeds is not None
-        ]
-        if not moved:
-            return ""
-        largest, title = max(moved)
-        return (
-            f"Seeds alone: two runs of one method differ by {fmean(size for size, _ in moved):.4f} "
-            f"on a task on average, by {largest:.4f} on {printable(title)} "
-            f"({self._seed_counts()})."
-        )
-
-    def _seed_counts(self) -> str:
-        if self.seeds is None or self.seeds.same_method:
-            return f"{0 if self.seeds is None else self.seeds.runs_a} seeds"
-        return f"{self.seeds.runs_a} seeds of a's method, {self.seeds.runs_b} of b's"
 
     def table(self) -> str:
         """For people: differences by family and of averages, what was not tested, and a verdict.
@@ -180,7 +165,7 @@ class Comparison:
             lines += ["", *_table(("average", *_HEADER, "tasks"), of_averages, widths)]
         if table_width() < NARROW:
             lines += wrapped("(p and McNemar: in a wider terminal, or with diff.output=FILE.csv)")
-        lines += self._seed_table()
+        lines += seed_table(self.seeds)
         lines.append("")
         for task, message in self.failed.items():
             lines += wrapped(f"failed in {task}: {message}")
@@ -199,31 +184,14 @@ class Comparison:
             lines += wrapped(f"not tested: {', '.join(keys)}: {reason}")
         return "\n".join([*lines, *self.verdict()])
 
-    def _seed_table(self) -> list[str]:
-        """The methods by their seeds, if one of them has several."""
-        seeds = self.seeds
-        if seeds is None or seeds.same_method or max(seeds.runs_a, seeds.runs_b) < 2:
-            return []
-        rows = [
-            (
-                one.title,
-                _mean_text(one.values_a),
-                _mean_text(one.values_b),
-                number_text(one.value, _SIGNED),
-                _p_text(one.p_holm) + ("*" if _is_sure(one) else " "),
-                _p_text(one.p_value),
-            )
-            for one in (*seeds.tasks, *seeds.averages)
-        ]
-        columns = _NARROW_SEED_COLUMNS if table_width() < NARROW else len(_SEED_HEADER)
-        shown = [row[:columns] for row in rows]
-        return ["", *text_table(_SEED_HEADER[:columns], shown, right=(1, 2, 3, 4, 5))]
-
     def verdict(self) -> list[str]:
         """Sentences: what b wins and loses, what the p values are, and what they do not say."""
-        lines = _conclusion("tasks", self.tasks) + self._within_seeds(self.tasks)
+        lines = _conclusion("tasks", self.tasks) + within_seeds(
+            _significant(self.tasks), self.seeds
+        )
         if self.averages:
-            lines += _conclusion("averages", self.averages) + self._within_seeds(self.averages)
+            lines += _conclusion("averages", self.averages)
+            lines += within_seeds(_significant(self.averages), self.seeds)
         tests = sum(one.p_holm is not None for one in self.tasks)
         least = 2 / (self.resamples + 1)
         if tests * least > SIGNIFICANCE:
@@ -241,56 +209,9 @@ class Comparison:
                 "from the images that one model only has right, for accuracies; rows that share an "
                 "image count together; not corrected."
             )
-        lines += self._about_methods() or ([_CAVEAT] if tested else [])
+        one_method = self.same_model or (self.seeds is not None and self.seeds.same_method)
+        lines += about_methods(self.seeds) or ([_CAVEAT] if tested and not one_method else [])
         return [line for text in lines for line in wrapped(text)]
-
-    def _within_seeds(self, differences: Sequence[Difference]) -> list[str]:
-        """Which of the significant differences are no larger than those that seeds alone make."""
-        known = {} if self.seeds is None or self.seeds.same_method else self.seeds.by_key
-        small = [
-            one.title
-            for one in differences
-            if one.significant
-            and one.key in known
-            and known[one.key].made_by_seeds(one.value or 0.0)
-        ]
-        if not small:
-            return []
-        return [
-            f"no larger than what another seed of the same method makes (95 %): {_listed(small)}"
-        ]
-
-    def _about_methods(self) -> list[str]:
-        """What can be said about the methods, with seeds as the units."""
-        seeds = self.seeds
-        if seeds is None or seeds.same_method or max(seeds.runs_a, seeds.runs_b) < 2:
-            return []
-        least = seeds.least_p_value
-        start = f"methods, by {seeds.runs_a} seeds of a's and {seeds.runs_b} of b's: "
-        if least > SIGNIFICANCE:
-            return [
-                f"{start}an exact test over so few seeds has no p value below {least:.2g}, so "
-                "nothing can be said at 5 %. Train more seeds: 4 of each have 0.029."
-            ]
-        lines = []
-        for what, differences in (("tasks", seeds.tasks), ("averages", seeds.averages)):
-            tested = [one for one in differences if one.p_holm is not None]
-            sure = [one for one in tested if _is_sure(one)]
-            if not tested:
-                continue
-            lines.append(
-                f"{start}{len(sure)} of {len(tested)} differences of {what} are significant at 5 % "
-                "after Holm's correction (permutations of the seeds)"
-            )
-            if len(tested) * least > SIGNIFICANCE:
-                lines.append(
-                    f"So few seeds have no p value below {least:.2g}, which is not small enough "
-                    f"for {len(tested)} tests: train more, or name fewer with eval.tasks."
-                )
-            for name, sign in (("b", 1), ("a", -1)):
-                won = [one.title for one in sure if sign * one.value > 0]
-                lines += [f"{name}'s method is better on {_listed(won)}"] if won else []
-        return lines
 
     def records(self) -> list[dict[str, Any]]:
         """One row per task, then one per average, see `Difference.record`, with those of seeds.
@@ -300,7 +221,7 @@ class Comparison:
         """
         known = {} if self.seeds is None else self.seeds.by_key
         return [
-            one.record() | _seed_record(known.get(one.key)) for one in (*self.tasks, *self.averages)
+            one.record() | seed_record(known.get(one.key)) for one in (*self.tasks, *self.averages)
         ]
 
 
@@ -345,7 +266,7 @@ def compare_results(
     if not shared:
         raise InputError(
             "Two models must have results of at least one task in common to be compared. "
-            f"{name_a} has {_listed([*all_a])}; {name_b} has {_listed([*all_b])}."
+            f"{name_a} has {listed([*all_a])}; {name_b} has {listed([*all_b])}."
         )
     titles = shown_titles([all_a[key] for key in shared])
     tasks = [
@@ -369,7 +290,6 @@ def compare_results(
         {key: titles[key] for key in comparable},
         members_by_key,
         same_method=same_method,
-        level=SIGNIFICANCE,
     )
     return Comparison(
         name_a=name_a,
@@ -381,6 +301,7 @@ def compare_results(
         asked_otherwise=tuple(key for key in shared if _asked_otherwise(all_a[key], all_b[key])),
         resamples=resamples,
         seeds=by_seed,
+        same_model=_same_model(a, b),
     )
 
 
@@ -408,6 +329,11 @@ def _compare(a: TaskResult, b: TaskResult, resamples: int, seed: int) -> Differe
         note=obstacle or untested,
         test=test,
     )
+
+
+def _same_model(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> bool:
+    models = {one.model for one in (*a, *b)}
+    return len(models) == 1 and None not in models
 
 
 def _asked_otherwise(a: TaskResult, b: TaskResult) -> bool:
@@ -487,10 +413,10 @@ def _cells(one: Difference) -> tuple[str, ...]:
         one.title,
         number_text(one.value_a),
         number_text(one.value_b),
-        number_text(one.value, _SIGNED),
-        interval_text(None if test is None else test.interval, _SIGNED),
-        _p_text(one.p_holm) + ("*" if one.significant else " "),
-        _p_text(None if test is None else test.p_value),
+        number_text(one.value, SIGNED),
+        interval_text(None if test is None else test.interval, SIGNED),
+        p_text(one.p_holm) + ("*" if one.significant else " "),
+        p_text(None if test is None else test.p_value),
     )
 
 
@@ -503,13 +429,11 @@ def _table(
 
 
 def _mcnemar(one: Difference) -> str:
-    return _p_text(None if one.test is None else one.test.mcnemar_p_value)
+    return p_text(None if one.test is None else one.test.mcnemar_p_value)
 
 
-def _p_text(p_value: float | None) -> str:
-    if p_value is None:
-        return NOTHING
-    return "<1e-4" if p_value < 1e-4 else f"{p_value:.4f}"
+def _significant(differences: Sequence[Difference]) -> list[tuple[str, str, float]]:
+    return [(one.key, one.title, one.value or 0.0) for one in differences if one.significant]
 
 
 def _conclusion(what: str, differences: Sequence[Difference]) -> list[str]:
@@ -523,36 +447,8 @@ def _conclusion(what: str, differences: Sequence[Difference]) -> list[str]:
         f"{what}: {len(sure)} of {len(tested)} differences are significant at 5 % after Holm's "
         f"correction, {len(won)} for b and {len(lost)} for a"
     ]
-    lines += [f"model b is better on {_listed(won)}"] if won else []
-    lines += [f"model a is better on {_listed(lost)}"] if lost else []
+    lines += [f"model b is better on {listed(won)}"] if won else []
+    lines += [f"model a is better on {listed(lost)}"] if lost else []
     if not sure:
         lines.append("Neither model is shown to be better, which may be noise, or too few images.")
     return lines
-
-
-def _is_sure(one: SeedDifference) -> bool:
-    return one.p_holm is not None and one.p_holm <= SIGNIFICANCE
-
-
-def _mean_text(values: Sequence[float]) -> str:
-    """`0.6210 ± 0.0200 (3)`, or `0.6210 (1)`."""
-    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{fmean(values):.4f}{spread} ({len(values)})"
-
-
-def _seed_record(one: SeedDifference | None) -> dict[str, Any]:
-    return {
-        "seeds_a": None if one is None else len(one.values_a),
-        "seeds_b": None if one is None else len(one.values_b),
-        "mean_a": None if one is None else fmean(one.values_a),
-        "mean_b": None if one is None else fmean(one.values_b),
-        "seed_sd": None if one is None else one.seed_deviation,
-        "p_seeds": None if one is None else one.p_value,
-        "p_seeds_holm": None if one is None else one.p_holm,
-    }
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(cut(printable(name), _NAME_WIDTH) for name in names[:_NAMES_SHOWN])
-    more = len(names) - _NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown

@@ -38,6 +38,7 @@ from siftclip.eval.results import (
     TaskResult,
     append_failure,
     append_result,
+    outcomes_path,
     read_kept,
     write_lines,
 )
@@ -155,7 +156,11 @@ def evaluate_tasks(
             )
         wanted = tasks.without(set(done))
         if done and results_path is not None and ranks.rank == 0:
-            say_reused(f"the results of {len(done)} of {len(identities)} tasks", results_path)
+            # the file of the lines is written again each time, those of the outcomes are not
+            files = [outcomes_path(results_path, key) for key in done]
+            files = [file for file in files if file.exists()] or [results_path]
+            oldest = min(files, key=lambda file: file.stat().st_mtime)
+            say_reused(f"the results of {len(done)} of {len(identities)} tasks", oldest)
         _require_agreement(ranks, [identity, *(identities[one.task.name] for one in wanted.data)])
         evaluator = _Evaluator(
             clip,
@@ -260,15 +265,14 @@ def _resume(
 
 def _read_own(path: Path) -> KeptResults:
     """What a file holds that we have written; of two results of a task, the last."""
-    kept = read_kept(path)
+    kept = read_kept(path, latest=True)
     foreign = [result.key for result in kept.results if result.model is None]
     if foreign:
         raise InputError(
             f"{path} holds a result for {foreign[0]!r} that does not say which model it is of, so "
             "Siftclip has not written it. Name another file for the results."
         )
-    by_key = {result.key: result for result in kept.results}
-    return replace(kept, results=tuple(by_key.values()))
+    return kept
 
 
 def _with_interval(result: TaskResult, options: EvalOptions, ranks: Ranks) -> TaskResult:

@@ -249,6 +249,13 @@ def number_text(value: float | None, form: str = ".4f") -> str:
     return NOTHING if value is None else f"{value:{form}}"
 
 
+def p_text(p_value: float | None) -> str:
+    """Four decimals, `<1e-4`, or `-`."""
+    if p_value is None:
+        return NOTHING
+    return "<1e-4" if p_value < 1e-4 else f"{p_value:.4f}"
+
+
 def interval_text(interval: Interval | None, form: str = ".4f") -> str:
     """`[0.1234, 0.2345]`, or `-`."""
     return NOTHING if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"

@@ -17,7 +17,11 @@ import numpy as np
 from siftclip.eval.outcomes import Outcomes, Statistic
 
 # Metrics that are shares, by a word of their names in all tools; others only have to be finite.
-_SHARE = re.compile(r"acc|recall|precision|jaccard|f1|toxicity|main_metric", re.IGNORECASE)
+_SHARE = re.compile(
+    r"acc|recall|precision|jaccard|f1|toxicity|main_metric|auc|auroc|fraction|share", re.IGNORECASE
+)
+_LARGEST = 1e100  # of any number: sums and squares of such stay finite
+_LARGEST_COUNT = 2**53  # whole numbers up to here are exact as floats
 _COUNT = "count_"
 _ROUNDING = 1e-6
 _HITS_ROUNDING = 1e-3  # sums of float32 probabilities over the captions of an image
@@ -36,10 +40,17 @@ _LEAST = {"cell": -1, "label": 0, "predicted": 0}
 
 
 def require_number(name: str, value: object, *, least: float = -math.inf) -> float:
-    """Return `value`, a finite number of at least `least`."""
+    """Return `value`, a number of at least `least` whose absolute value is at most 1e100."""
+    number = _finite(name, value, least)
+    if not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"{name} must lie in [-1e100, 1e100]. Got {reprlib.repr(number)}")
+    return number
+
+
+def _finite(name: str, value: object, least: float = -math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number. Got {reprlib.repr(value)}")
-    if not least <= value < math.inf:
+    if not least <= value < math.inf or value == -math.inf:
         rule = "finite" if least == -math.inf else f"finite and at least {least:g}"
         raise ValueError(f"{name} must be {rule}. Got {reprlib.repr(value)}")
     return value
@@ -47,7 +58,7 @@ def require_number(name: str, value: object, *, least: float = -math.inf) -> flo
 
 def require_share(name: str, value: object) -> float:
     """Return `value`, a number in [0, 1]."""
-    number = require_number(name, value)
+    number = _finite(name, value)
     if not 0.0 <= number <= 1.0:
         raise ValueError(
             f"{name} must be a share in [0, 1], not a percentage. Got {reprlib.repr(number)}"
@@ -56,10 +67,12 @@ def require_share(name: str, value: object) -> float:
 
 
 def require_count(name: str, value: object, *, least: int = 0) -> int:
-    """Return `value`, a whole number of at least `least`, as an int."""
+    """Return `value`, a whole number from `least` to 2**53, as an int."""
     number = require_number(name, value, least=least)
-    if number != int(number):
-        raise ValueError(f"{name} must be a whole number. Got {reprlib.repr(number)}")
+    if number != int(number) or number > _LARGEST_COUNT:
+        raise ValueError(
+            f"{name} must be a whole number of at most 2**53. Got {reprlib.repr(number)}"
+        )
     return int(number)
 
 

@@ -19,6 +19,8 @@ WIDTH = 100  # columns of a terminal that a table takes at most
 LEAST_WIDTH = 72  # also in narrower terminals
 NARROW = 92  # below this, tables leave columns out
 NOTHING = "-"  # a cell without a value
+_NAMES_SHOWN = 12  # in a sentence
+_NAME_WIDTH = 40  # there
 _LEAST_NAME = 12  # columns of the first column, also where a table gets wider
 _INDENT, _GAP, _CUT = "  ", "  ", "..."
 # The start of what a spreadsheet may take for a cell, also where it splits at another separator
@@ -148,6 +150,13 @@ def cut(text: str, width: int) -> str:
         else:
             end += 1
     return text[:start] + _CUT + text[end:]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence, long ones cut; of more than twelve, the number of the others."""
+    shown = ", ".join(cut(printable(name), _NAME_WIDTH) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def wrapped(text: str) -> list[str]:

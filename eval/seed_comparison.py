@@ -18,6 +18,7 @@ from siftclip.eval.aggregates import PARTIAL_SUFFIX, averages
 from siftclip.eval.paired_tests import holm
 from siftclip.eval.results import TaskResult
 
+SIGNIFICANCE = 0.05
 _ALL_SPLITS = 200_000  # up to which all ways to split the seeds are tried
 _DRAWN_SPLITS = 20_000
 _TWO_SIDED_95 = 1.96
@@ -39,6 +40,11 @@ class SeedDifference:
     def value(self) -> float:
         """The mean over the seeds of b less that of a."""
         return fmean(self.values_b) - fmean(self.values_a)
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is at 5 %, after Holm's correction."""
+        return self.p_holm is not None and self.p_holm <= SIGNIFICANCE
 
     @property
     def seed_deviation(self) -> float | None:
@@ -82,6 +88,11 @@ class SeedComparison:
     averages: tuple[SeedDifference, ...]
 
     @property
+    def compares_methods(self) -> bool:
+        """Whether there are two methods, and several seeds of one of them."""
+        return not self.same_method and max(self.runs_a, self.runs_b) > 1
+
+    @property
     def by_key(self) -> dict[str, SeedDifference]:
         """Tasks and averages."""
         return {one.key: one for one in (*self.tasks, *self.averages)}
@@ -99,7 +110,7 @@ def compare_seeds(
     groups: Mapping[str, Sequence[str]],
     *,
     same_method: bool = False,
-    level: float = 0.05,
+    level: float = SIGNIFICANCE,
 ) -> SeedComparison:
     """Compare two methods on tasks and averages, with a run of each seed as a unit.
 

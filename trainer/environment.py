@@ -7,6 +7,7 @@ on, and `sessions.jsonl` has a line for each session after which something was a
 from __future__ import annotations
 
 import platform
+import reprlib
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from siftclip.datamodules.files import append_jsonl, read_json, read_jsonl, write_json
+from siftclip.datamodules.files import append_jsonl, read_json_object, read_jsonl, write_json
+from siftclip.selectors.errors import InputError
 
 VERSIONS_NAME = "versions.json"
 SESSIONS_NAME = "sessions.jsonl"
@@ -126,12 +128,24 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
 
 
 def environments(folder: Path) -> list[Environment]:
-    """What the sessions of a run were computed with, in their order; none if it does not say."""
+    """What the sessions of a run were computed with, in their order; none if it does not say.
+
+    Raises:
+        InputError: a file is damaged.
+    """
     first = folder / VERSIONS_NAME
     if not first.is_file():
         return []
-    later = [record["environment"] for record in read_jsonl(folder / SESSIONS_NAME)]
-    return [read_json(first), *later]
+    later: list[Environment] = []
+    for record in read_jsonl(folder / SESSIONS_NAME):
+        session = record.get("environment")
+        if not isinstance(session, dict):
+            raise InputError(
+                f"{folder / SESSIONS_NAME} must have an environment in each line. "
+                f"Got {reprlib.repr(session)}."
+            )
+        later.append(session)
+    return [read_json_object(first), *later]
 
 
 def mixed(runs: Mapping[str, Sequence[Environment]]) -> dict[str, dict[str, list[str]]]:

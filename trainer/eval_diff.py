@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,8 @@ from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.run_dir import RESULTS_NAME, RunDir
 from siftclip.trainer.seed_runs import other_seeds, run_of, same_method
 from siftclip.trainer.stages import plain
+
+log = logging.getLogger(__name__)
 
 
 def diff_stage(config: DictConfig) -> Comparison:
@@ -35,13 +38,18 @@ def diff_stage(config: DictConfig) -> Comparison:
     kept = {name: _read(config, name, file) for name, file in files.items()}
     a, b = _chosen(config, *(list(kept[name].results) for name in ("a", "b")))
     runs = {name: run_of(file) for name, file in files.items()}
+    models = {name: _models(one.results) for name, one in kept.items()}
     of_one_method = (
         runs["a"] is not None
         and runs["b"] is not None
-        and runs["a"].path.resolve() != runs["b"].path.resolve()
+        and models["a"].isdisjoint(models["b"])
         and same_method(runs["a"], runs["b"])
     )
-    seeds = {name: _seeds(config, name, files, runs[name]) for name in files}
+    seeds = _seeds(config, files, runs, models["a"] | models["b"])
+    if of_one_method:
+        seeds = {"a": [*seeds["a"], *seeds["b"]], "b": []}
+    elif not models["a"].isdisjoint(models["b"]):
+        seeds = {"a": [], "b": []}  # one model has one seed
     comparison = replace(
         compare_results(
             a,
@@ -51,7 +59,7 @@ def diff_stage(config: DictConfig) -> Comparison:
             name_b=str(config.diff.b),
             resamples=resamples,
             seeds_a=seeds["a"],
-            seeds_b=[] if of_one_method else seeds["b"],  # those of a, once more
+            seeds_b=seeds["b"],
             same_method=of_one_method,
         ),
         failed={
@@ -96,25 +104,73 @@ def _read(config: DictConfig, name: str, file: Path) -> KeptResults:
     return kept
 
 
+def _models(results: Sequence[TaskResult]) -> set[str]:
+    """What models results are of, as far as they say."""
+    return {one.model for one in results if one.model is not None}
+
+
 def _seeds(
-    config: DictConfig, name: str, files: Mapping[str, Path], run: RunDir | None
-) -> list[list[TaskResult]]:
-    """Results of other seeds of a side: of runs that are named, or that lie beside it."""
-    option = f"diff.seeds_{name}"
-    given = plain(config.diff[f"seeds_{name}"])
-    compared = {file.resolve() for file in files.values()}
-    if given is None:
-        others = [] if run is None else [other.results for other in other_seeds(run)]
-        return [read_results(file) for file in others if file.resolve() not in compared]
-    named = [
-        _results_file(option, value) for value in ([given] if isinstance(given, str) else given)
-    ]
-    places = [file.resolve() for file in named]
-    if len({*places}) < len(places) or not compared.isdisjoint(places):
-        raise InputError(
-            f"{option} must name other runs than diff.a and diff.b, each once. Got {given}."
+    config: DictConfig,
+    files: Mapping[str, Path],
+    runs: Mapping[str, RunDir | None],
+    compared: set[str],
+) -> dict[str, list[list[TaskResult]]]:
+    """Results of other seeds of each side: of runs that are named, or that lie beside it.
+
+    Each model counts once: a copy of a run is no other seed.
+
+    Args:
+        config: of the command.
+        files: of the results, by side.
+        runs: that they are of, if they are.
+        compared: the models of the two sides.
+    """
+    seeds: dict[str, list[list[TaskResult]]] = {}
+    places = {file.resolve() for file in files.values()}
+    models = {*compared}
+    for name, run in runs.items():
+        option = f"diff.seeds_{name}"
+        given = plain(config.diff[option.removeprefix("diff.")])
+        if given is not None:
+            others = [_results_file(option, value) for value in _run_names(option, given)]
+        else:
+            others = [] if run is None else [other.results for other in other_seeds(run)]
+            others = [file for file in others if file.resolve() not in places]
+        seeds[name] = []
+        for file in others:
+            results = read_results(file)
+            known = file.resolve() in places or not models.isdisjoint(_models(results))
+            if given is not None and known:
+                raise InputError(
+                    f"{option} must name other runs than diff.a and diff.b, and each model once. "
+                    f"{file.parent} is there already, or is a copy of one that is."
+                )
+            if given is not None and run is not None:
+                _warn_of_another_method(option, run, file)
+            if not known:
+                seeds[name].append(results)
+                places.add(file.resolve())
+                models |= _models(results)
+    return seeds
+
+
+def _run_names(option: str, given: object) -> list[str]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{option} must be a list of run directories: [RUN,RUN]. Got {given!r}.")
+    return names
+
+
+def _warn_of_another_method(option: str, run: RunDir, file: Path) -> None:
+    other = run_of(file)
+    if other is not None and not same_method(run, other):
+        log.warning(
+            "%s: the configuration of %s differs from that of %s in more than the seed, so that "
+            "it may be of another method",
+            option,
+            other.path,
+            run.path,
         )
-    return [read_results(file) for file in named]
 
 
 def _chosen(

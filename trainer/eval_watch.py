@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,10 +120,16 @@ def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
 
 def _load(run: RunDir, checkpoint: Path, weights: str) -> ClipModel | None:
     """The model of a checkpoint; None if the training has removed the file in between."""
-    config = OmegaConf.create(read_config(run.path / "config.yaml"))
+    path = run.path / "config.yaml"
+    settings = read_config(path).get("model")
+    if not isinstance(settings, dict) or "name" not in settings or "${" in str(settings):
+        raise InputError(  # a run's configuration is written with all references resolved
+            f"{path} must hold the model of a run, with a name. Got {reprlib.repr(settings)}."
+        )
+    node = OmegaConf.create(settings)
     initial = dict.fromkeys(("pretrained_image", "pretrained_text"))  # the checkpoint has both
     changed = {"pretrained": str(checkpoint), "weights": weights, **initial}
-    model = OmegaConf.merge(config.model, changed, {"options": checkpoint_options(config.model)})
+    model = OmegaConf.merge(node, changed, {"options": checkpoint_options(node)})
     try:
         return clip_model_from(model, "model", trained=True)
     except InputError:

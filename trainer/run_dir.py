@@ -25,11 +25,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
-from siftclip.datamodules.files import read_json, write_json, write_text
+from siftclip.datamodules.files import read_json_object, write_json, write_text
 from siftclip.datamodules.locks import LOCK_NAME
 from siftclip.datamodules.selection import Selection, write_selection
 from siftclip.trainer.budget import Budget
-from siftclip.trainer.run_records import read_budget, read_metrics, read_summary
+from siftclip.trainer.run_records import read_budget, read_metrics, read_summary, require_shown
 
 METRICS_NAME = "metrics.jsonl"
 RESULTS_NAME = "eval_results.jsonl"
@@ -85,6 +85,17 @@ class RunDir:
         path = self.path / SUMMARY_NAME
         return read_summary(path) if path.is_file() else None
 
+    @property
+    def shown_summary(self) -> dict[str, Any]:
+        """The summary of a finished run, with all that reports show.
+
+        Raises:
+            InputError: it is not finished, or its summary lacks something.
+        """
+        summary = self.summary or {}
+        require_shown(self.path / SUMMARY_NAME, summary)
+        return summary
+
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint to continue from: the one of the highest step."""
         found = list(self.checkpoints.glob("step-*.ckpt"))
@@ -120,7 +131,7 @@ class RunDir:
 
     def cost_line(self) -> str:
         """What a finished run has cost, in a line."""
-        found = self.summary or {}
+        found = self.shown_summary
         flops = f"{found['flops']:.3g}" if "flops" in found else "unknown"
         return (
             f"{found['trained_samples']:,.0f} samples trained, {found['loaded_samples']:,.0f} "
@@ -176,7 +187,7 @@ class RunDir:
     def identity(self) -> dict[str, Any] | None:
         """What the run depends on; None if nothing was run here, or by an earlier version."""
         path = self.path / IDENTITY_NAME
-        return read_json(path) if path.is_file() else None
+        return read_json_object(path) if path.is_file() else None
 
     def set_aside(self) -> Path:
         """Move all files, so that the run can begin anew; returns the folder that has them now.

@@ -15,6 +15,11 @@ from siftclip.selectors.errors import InputError
 
 _TEXTS = ("selector", "selection", "pool", "online")
 _COUNTS = ("seed", "steps", "trained_samples", "requested_samples", "selected_samples")
+_SHOWN = (
+    *("online", "steps", "trained_samples", "loaded_samples", "selected_samples", "coverage"),
+    *("passes", "train_seconds", "data_wait_seconds", "scoring_seconds", "selection_seconds"),
+)
+_WAY_OUT = "Delete it, and the command that trained the run writes it again."
 _AMOUNTS = ("_samples", "_seconds", "flops", "passes", "_time")  # ends of names
 _SHARE = "/share_"
 _MAX_DEPTH = 100  # of YAML
@@ -27,6 +32,16 @@ def read_summary(path: Path) -> dict[str, Any]:
         InputError: the file is missing or damaged, or a number in it cannot be.
     """
     return _checked(path, read_json(path))
+
+
+def require_shown(path: Path, summary: Mapping[str, Any]) -> None:
+    """Raise InputError unless a summary has all that reports show of a finished run."""
+    missing = [name for name in _SHOWN if name not in summary]
+    if missing:
+        raise InputError(
+            f"{path} must hold the summary of a finished run, but {missing[0]} is missing. "
+            f"{_WAY_OUT}"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -112,9 +127,7 @@ def _checked(path: Path, record: object) -> dict[str, Any]:
             else:
                 _check_amount(name, value)
     except ValueError as error:
-        raise InputError(
-            f"{path} cannot be: {error}. Delete it, and the same command writes it again."
-        ) from None
+        raise InputError(f"{path} cannot be: {error}. {_WAY_OUT}") from None
     return record
 
 

@@ -111,6 +111,13 @@ def test_tampered_subset_is_refused(tmp_path: Path, change: str) -> None:
         read_selection(tmp_path)
 
 
+def test_a_manifest_is_an_object(tmp_path: Path) -> None:
+    write_selection(select({(1, 2): 1}), tmp_path)
+    (tmp_path / "selection.json").write_text("[]")
+    with pytest.raises(InputError, match=r"selection\.json must be a JSON object\. Got \[\]"):
+        read_selection(tmp_path)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"selection.json does not exist"):
         read_selection(tmp_path)

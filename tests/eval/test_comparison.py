@@ -16,7 +16,7 @@ KEYS = ("birds", "cars", "dogs", "frogs")
 GROUPS = {"all": [*KEYS], "wings": ["birds"]}
 
 
-def make_result(key: str, hits: np.ndarray, metric: str = "acc1") -> TaskResult:
+def make_result(key: str, hits: np.ndarray, model: str = "m", metric: str = "acc1") -> TaskResult:
     value = float(hits.mean())
     return TaskResult(
         key=key,
@@ -26,7 +26,7 @@ def make_result(key: str, hits: np.ndarray, metric: str = "acc1") -> TaskResult:
         samples=len(hits),
         interval=None,
         seconds=1.0,
-        model="m",
+        model=model,
         outcomes=Outcomes(statistic="mean", arrays={"value": hits.astype(np.float32)}),
         units=np.arange(len(hits), dtype=np.uint64) + np.uint64(1000 * KEYS.index(key)),
     )
@@ -41,8 +41,8 @@ def make_models(better: float, n: int = 300) -> tuple[list[TaskResult], list[Tas
         other = np.where(rng.random(n) < 0.1, rng.random(n) < 0.5, hits)
         if key == "birds":
             other |= rng.random(n) < better
-        a.append(make_result(key, hits))
-        b.append(make_result(key, other))
+        a.append(make_result(key, hits, "a"))
+        b.append(make_result(key, other, "b"))
     return a, b
 
 
@@ -60,6 +60,8 @@ def test_a_model_does_not_differ_from_itself() -> None:
         assert not one.significant
         assert one.test.interval == (0, 0)
     assert found.verdict()[0].startswith("tasks: 0 of 4 differences are significant")
+    assert found.headline().startswith("Both are results of one model, whose weights are equal")
+    assert "seed" not in one_line(found.table())
 
 
 def test_models_that_are_equally_good_do_not_differ() -> None:
@@ -211,9 +213,9 @@ def test_table() -> None:
         make_result("dogs", np.array([1, 0])),
     ]
     b = [
-        without_outcomes(make_result("birds", np.array([1, 1, 1, 0]))),
-        make_result("cars", np.array([1, 0])),
-        make_result("frogs", np.array([1, 0])),
+        without_outcomes(make_result("birds", np.array([1, 1, 1, 0]), "b")),
+        make_result("cars", np.array([1, 0]), "b"),
+        make_result("frogs", np.array([1, 0]), "b"),
     ]
     groups = {"all": ["birds", "cars", "dogs"]}
     found = compare_results(a, b, groups, name_a="first", name_b="second\n", resamples=100)
@@ -224,10 +226,13 @@ def make_seeds(count: int, better: float = 0.0, spread: float = 0.05) -> list[li
     """Runs of one method: seeds move the accuracy on each task."""
     rng = np.random.default_rng(count)
     runs = []
-    for _ in range(count):
+    for number in range(count):
         shares = np.clip(0.5 + better + spread * rng.standard_normal(len(KEYS)), 0, 1)
         runs.append(
-            [make_result(key, rng.random(300) < p) for key, p in zip(KEYS, shares, strict=True)]
+            [
+                make_result(key, rng.random(300) < p, f"seed {number}")
+                for key, p in zip(KEYS, shares, strict=True)
+            ]
         )
     return runs
 

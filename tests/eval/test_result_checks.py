@@ -102,7 +102,9 @@ def test_what_is_written_is_read(tmp_path: Path, statistic: str) -> None:
         ({"samples": True}, r"samples must be a number\. Got True"),
         ({"samples": 5}, r"samples is 5, but its outcomes are of 6"),
         ({"seconds": -1}, r"seconds must be finite and at least 0"),
+        ({"samples": 1e300}, r"samples must lie in|whole number of at most 2\*\*53"),
         ({"seconds": math.nan}, r"seconds must be finite"),
+        ({"seconds": 10**400}, r"seconds must lie in \[-1e100, 1e100\]"),
         ({"interval": ["a", "b"]}, r"interval must be a number\. Got 'a'"),
         ({"interval": [0.1]}, r"interval must be two numbers"),
         ({"interval": {"0": 1}}, r"interval must be two numbers"),
@@ -121,6 +123,11 @@ def test_what_is_written_is_read(tmp_path: Path, statistic: str) -> None:
         ({"metrics": {"text_retrieval_recall@5": 50}}, r"must be a share in \[0, 1\], not a perc"),
         ({"metrics": {"count_slide:3": 1.5}}, r"count_slide:3 must be a whole number"),
         ({"metrics": {"l2": math.inf}}, r"metrics\.l2 must be finite"),
+        ({"metrics": {"l2": -math.inf}}, r"metrics\.l2 must be finite"),
+        ({"metrics": {"l2": 1e308}}, r"metrics\.l2 must lie in \[-1e100, 1e100\]"),
+        ({"metrics": {"l2": 10**400}}, r"metrics\.l2 must lie in"),
+        ({"metrics": {"roc_auc": 7.0}}, r"metrics\.roc_auc must be a share"),
+        ({"metrics": {"count_x": 10**20}}, r"count_x must be a whole number of at most 2\*\*53"),
         ({"metrics": {"acc1": 0.5, "main_metric": 0.4}}, r"main_metric is 0\.4, but acc1 is 0\.5"),
         ({"metrics": {"acc1": 0.5, "main_metric": None}}, r"main_metric is None, but acc1 is 0\.5"),
         ({"metrics": {"main_metric": 0.4}, "interval": None}, r"is not of the result"),
@@ -138,13 +145,35 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, changes: Arrays, message: st
 
 @pytest.mark.parametrize(
     "data",
-    [b"\xff\xfe\n{}\n", b"[" * 100_000 + b"\n{}\n", b"\0\0\n{}\n", b"[]\n", b'"x"\n', b"1\n"],
+    [
+        *(b"\xff\xfe\n{}\n", b"[" * 100_000 + b"\n{}\n", b"\0\0\n{}\n", b"[]\n", b'"x"\n', b"1\n"),
+        b'{"metrics": {"acc1": 0.1, "acc1": 0.9}}\n',
+        b'{"samples": ' + b"9" * 5000 + b"}\n",
+        '{"key": "a"}\n'.encode("utf-16"),
+    ],
 )
 def test_damaged_lines(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"r\.jsonl, line 1, (is not JSON|must be a JSON object)"):
         read_results(path)
+
+
+def test_a_mark_at_the_start_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert [result.key for result in read_results(path)] == ["a"]
+
+
+def test_a_task_has_one_result(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path)
+    write(path, seconds=2.0)
+    with pytest.raises(InputError, match=r"r\.jsonl, line 2: .* 'a' has two\. Delete one"):
+        read_kept(path)
+    (last,) = read_kept(path, latest=True).results
+    assert last.seconds == 2.0
 
 
 @pytest.mark.parametrize("nan", [{"main_metric": math.nan}, {"main_metric": 0.5, "acc1": math.nan}])

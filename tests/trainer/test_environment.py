@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.environment import (
     CODE,
     MACHINE,
@@ -38,6 +40,21 @@ def test_a_session_elsewhere_is_noted(tmp_path: Path) -> None:
     keep_environment(tmp_path, there, step=0)  # the run begins anew
     assert environments(tmp_path) == [there]
     assert environments(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("versions.json", "[]"),
+        ("sessions.jsonl", "{}\n"),
+        ("sessions.jsonl", '{"environment": 1}\n'),
+    ],
+)
+def test_damaged_records_are_one_line(tmp_path: Path, name: str, text: str) -> None:
+    keep_environment(tmp_path, {"git": "a"}, step=0)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name} must "):
+        environments(tmp_path)
 
 
 def test_runs_that_were_computed_differently_are_told_apart() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,15 +198,47 @@ def test_two_seeds_of_one_method(seeds: tuple[list[Path], list[Path]]) -> None:
     assert found.seeds is not None
     assert (found.seeds.runs_a, found.seeds.same_method) == (3, True)
     assert "two seeds of one method" in found.headline()
-    itself = diff_stage(config(random[1], random[1]))
-    assert itself.seeds is not None
-    assert not itself.seeds.same_method
+    assert "To compare methods" not in found.table()
+    named = diff_stage(config(random[1], random[2], seeds_a=[], seeds_b=[str(random[0])]))
+    assert named.seeds is not None
+    assert (named.seeds.runs_a, named.seeds.same_method) == (3, True)
+
+
+def test_one_model_is_no_seed_of_itself(seeds: tuple[list[Path], list[Path]]) -> None:
+    random, clip = seeds
+    copy = random[0].with_name("copy")
+    shutil.copytree(random[0], copy)
+    for other in (random[0], copy):
+        itself = diff_stage(config(random[0], other))
+        assert itself.seeds is not None
+        assert (itself.seeds.runs_a, itself.seeds.same_method) == (1, False)
+        assert "Both are results of one model" in itself.headline()
+        assert "method" not in " ".join(itself.verdict())
+    with pytest.raises(
+        InputError, match=r"each model once\. .*copy is there already, or is a copy"
+    ):
+        diff_stage(config(random[0], clip[0], seeds_a=[str(copy)]))
+    with pytest.raises(InputError, match=r"diff\.seeds_b must name other runs .* each model once"):
+        diff_stage(config(random[0], clip[0], seeds_a=[str(clip[1])], seeds_b=[str(clip[1])]))
+
+
+def test_named_seeds_of_another_method_are_told(
+    seeds: tuple[list[Path], list[Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    random, clip = seeds
+    diff_stage(config(random[0], clip[0], seeds_a=[str(random[1])], seeds_b=[str(clip[1])]))
+    assert "another method" not in caplog.text
+    diff_stage(config(random[0], clip[0], seeds_a=[str(clip[2])]))
+    assert f"{clip[2]} differs from that of {random[0]} in more than the seed" in caplog.text
 
 
 def test_seeds_that_are_named_wrongly(seeds: tuple[list[Path], list[Path]]) -> None:
     random, clip = seeds
     for wrong in ([str(random[0])], [str(clip[0])], [str(random[1])] * 2):
         with pytest.raises(InputError, match=r"diff\.seeds_a must name other runs than diff\.a"):
+            diff_stage(config(random[0], clip[0], seeds_a=wrong))
+    for wrong in (3, {"x": 1}, [["a"]]):
+        with pytest.raises(InputError, match=r"diff\.seeds_a must be a list of run directories"):
             diff_stage(config(random[0], clip[0], seeds_a=wrong))
     with pytest.raises(InputError, match=r"diff\.seeds_b must name a run directory"):
         diff_stage(config(random[0], clip[0], seeds_b=["nowhere"]))

@@ -162,3 +162,14 @@ def test_a_checkpoint_that_is_removed_in_between(
 def test_wrong_options(wrong: str, message: str, options: list[str], compose: Compose) -> None:
     with pytest.raises(InputError, match=message):
         list(watch_stage(compose("eval_watch", [*options, wrong])))
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "model: 3", "model: {precision: fp32}", "model: {name: '${oc.env:HOME}'}"]
+)
+def test_a_configuration_without_a_model(
+    text: str, options: list[str], run: RunDir, compose: Compose
+) -> None:
+    (run.path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml must hold the model of a run, with a name"):
+        list(watch_stage(compose("eval_watch", options)))

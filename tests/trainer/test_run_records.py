@@ -48,6 +48,15 @@ def test_summary(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         _ = run.summary
 
 
+def test_a_summary_that_lacks_what_is_shown(tmp_path: Path) -> None:
+    run = RunDir(path=tmp_path)
+    run.finish(SUMMARY)
+    with pytest.raises(
+        InputError, match=r"summary\.json must .* but online is missing\. Delete it"
+    ):
+        run.cost_line()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -76,6 +85,8 @@ def test_budget(tmp_path: Path, text: str, message: str) -> None:
         ({"step": 2, "train/batch_time": -0.1}, r"train/batch_time must be finite and at least 0"),
         ({"step": 2, "online/share_clean": 7.0}, r"online/share_clean must be a share"),
         ({"step": 2, "train/loss": "nan"}, r"train/loss must be a number"),
+        ({"step": 10**400}, r"record 2, cannot be: step must lie in"),
+        ({"step": 2, "train/batch_time": 1e308}, r"train/batch_time must lie in"),
     ],
 )
 def test_log(tmp_path: Path, record: dict[str, Any], message: str) -> None:

@@ -49,10 +49,10 @@ class CompareOutcome:
     def require_complete(self) -> None:
         """Raise InputError if runs or tasks failed, once all else is done and printed."""
         if self.failed:
+            shown = "; ".join(self.failed[:_FAILED_SHOWN]).rstrip(".")
             raise InputError(
                 f"The comparison is not complete, {len(self.failed)} runs or tasks failed: "
-                f"{'; '.join(self.failed[:_FAILED_SHOWN])}. The report says what; the same command "
-                "tries them again."
+                f"{shown}. The report says what; the same command tries them again."
             )
 
 

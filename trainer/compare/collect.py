@@ -220,7 +220,7 @@ def _columns(wanted: list[str], averages: list[str], tasks: list[str]) -> tuple[
 
 
 def _run_record(run: ArmRun) -> dict[str, Any]:
-    return {"run": str(run.run.path), **(run.run.summary or {}), "arm": run.arm, "seed": run.seed}
+    return {"run": str(run.run.path), **run.run.shown_summary, "arm": run.arm, "seed": run.seed}
 
 
 def _overlap(selections: dict[str, Selection]) -> pd.DataFrame:

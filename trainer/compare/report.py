@@ -10,8 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.datamodules.files import atomic_path, write_text
-from siftclip.eval.comparison import SIGNIFICANCE
-from siftclip.eval.seed_comparison import least_p_value
+from siftclip.eval.seed_comparison import SIGNIFICANCE, least_p_value
 from siftclip.trainer.compare.collect import Comparison
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,

@@ -89,11 +89,6 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _flops(value: float, *, complete: bool) -> str:
-    """A number of FLOPs; that they could not be counted is no missing run."""
-    return "unknown" if complete and pd.isna(value) else number(value, ".3g")
-
-
 def cost_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
 
@@ -118,14 +113,19 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
             name: run_means(comparison, arm, name)
             for name in ("steps", *counts, "training_flops", "scoring_flops", *seconds)
         }
-        flops = (means[f"{name}_flops"] / 1e12 for name in ("training", "scoring"))
+        flops = [
+            "unknown"
+            if len(own) and own.reindex(columns=[name])[name].isna().any()
+            else number(means[name] / 1e12, ".3g")
+            for name in ("training_flops", "scoring_flops")
+        ]
         rows.append(
             [
                 arm,
                 seed_count(comparison, arm),
                 str(own["online"].iloc[0]) if len(own) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
-                *(_flops(value, complete=len(own) == len(comparison.seeds)) for value in flops),
+                *flops,
                 *(number(means[name], ",.0f") for name in seconds),
             ]
         )
