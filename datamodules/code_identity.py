@@ -2,7 +2,8 @@
 
 A class depends on its own module, and on what that imports of the same project: the modules of its
 package, and those beside it that belong to no installed distribution. Of other distributions the
-version counts. Torch, numpy and the like are left out: they move answers by rounding alone.
+version counts. Torch, numpy and the like are left out: they move answers by rounding alone. Files
+beside a module that its text names, such as lists of words, count with their content.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,8 +24,9 @@ from importlib.metadata import (
 )
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
+from siftclip.datamodules.files import content_digest
 from siftclip.selectors.plugins import GROUP
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,15 @@ log = logging.getLogger(__name__)
 OURS = "siftclip"
 _NUMERICS = ("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow")
 _INSTALLED = ("site-packages", "dist-packages")
-_CONSTANTS = (bool, int, float, str, bytes, tuple, frozenset, type(None))
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
+_CODE = (".py", ".pyc", ".so", ".pyd")
+_LONGEST_NAME = 256  # of a file; longer texts are sentences
+
+
+class _Text(ast.Constant):
+    """A constant of a module's text that is a text."""
+
+    value: str
 
 
 def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
@@ -49,9 +60,10 @@ def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
     todo = list(loaded_ns)
     while todo:
         name = todo.pop()
-        digest, imported = _module_identity(name, loaded_ns[name])
+        digest, imported, data_files = _module_identity(name, loaded_ns[name])
         if digest is not None:
             identity[name] = digest
+        identity |= {f"{name}: {path.name}": content_digest(path) for path in data_files}
         identity |= _distribution_of(name)
         for other in imported:
             if other not in loaded_ns:
@@ -88,6 +100,8 @@ def _is_followed(name: str, importer: str) -> bool:
     if _top(name) == OURS or not _is_own(name):
         return False
     if _top(name) == _top(importer):
+        return True
+    if _distribution_of(name) and _distribution_of(name) == _distribution_of(importer):
         return True
     path = _source_file(name)
     return path is not None and not set(path.parts) & set(_INSTALLED)
@@ -132,17 +146,28 @@ def _source_file(name: str) -> Path | None:
     return path.resolve() if path is not None and path.is_file() else None
 
 
-def _module_identity(name: str, loaded_ns: int) -> tuple[str | None, tuple[str, ...]]:
-    """What stands for a module, and the modules that it imports."""
+def _module_identity(
+    name: str, loaded_ns: int
+) -> tuple[str | None, tuple[str, ...], tuple[Path, ...]]:
+    """What stands for a module, the modules that it imports, and the files that it names."""
     path, module = _source_file(name), sys.modules.get(name)
     if path is None:
-        return (None, ()) if module is None else (_in_memory(module), ())
+        return (None if module is None else _in_memory(module)), (), ()
     status = path.stat()
-    digest, imported = _read(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    digest, imported, texts = _read(path, name, *stamp)
     if status.st_mtime_ns > loaded_ns and module is not None:
         _warn_of_change(path)
         digest = _in_memory(module)
-    return digest, imported
+    return digest, imported, () if _top(name) == OURS else _data_files(path.parent, texts)
+
+
+def _data_files(folder: Path, texts: Iterable[str]) -> tuple[Path, ...]:
+    """The files in or below a folder of code that texts of the code name, but for code."""
+    inside = [text for text in texts if (folder / text).is_dir()]
+    places = [folder, *(folder / text for text in inside)]
+    paths = {place / text for place in places for text in texts if not text.endswith(_CODE)}
+    return tuple(sorted(path for path in paths if path.is_file()))
 
 
 @functools.lru_cache(maxsize=64)  # once a file
@@ -155,8 +180,8 @@ def _warn_of_change(path: Path) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(path: Path, name: str, *_stamp: int) -> tuple[str, tuple[str, ...]]:
-    """The digest of a module's file, and the modules that it imports.
+def _read(path: Path, name: str, *_stamp: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The digest of a module's file, the modules that it imports, and texts that may name files.
 
     Args:
         path: of the file.
@@ -165,12 +190,24 @@ def _read(path: Path, name: str, *_stamp: int) -> tuple[str, tuple[str, ...]]:
     """
     data = path.read_bytes()
     names: tuple[str, ...] = ()
+    texts: set[str] = set()
     if path.suffix == ".py":
         try:
-            names = tuple(_imports(ast.parse(data), name, path.name == "__init__.py"))
+            tree = ast.parse(data)
+            names = tuple(_imports(tree, name, path.name == "__init__.py"))
+            texts = {node.value for node in ast.walk(tree) if _may_name_a_file(node)}
         except SyntaxError:  # edited since it was imported
             names = ()
-    return hashlib.sha256(data).hexdigest(), names
+    return hashlib.sha256(data).hexdigest(), names, tuple(sorted(texts))
+
+
+def _may_name_a_file(node: ast.AST) -> TypeGuard[_Text]:
+    """Whether a node of a module's text is a constant that is a relative name in a folder."""
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return False
+    text = node.value
+    is_relative = text[:1] not in ("", "/") and text.isprintable() and not text.startswith("..")
+    return is_relative and len(text) < _LONGEST_NAME and text != "."
 
 
 def _imports(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:
@@ -181,15 +218,27 @@ def _imports(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:
             for alias in node.names:
                 yield from _with_parents(alias.name)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([base] if base else [])])
+            base = _absolute("." * node.level + (node.module or ""), package)
             if base:
                 yield from _with_parents(base)
                 yield from (
                     full for alias in node.names if _is_module(full := f"{base}.{alias.name}")
                 )
+        elif isinstance(node, ast.Call) and node.args:
+            called = node.func
+            caller = getattr(called, "attr", None) or getattr(called, "id", None)
+            text = getattr(node.args[0], "value", None)
+            if caller in ("import_module", "__import__") and isinstance(text, str):
+                yield from _with_parents(_absolute(text, package))
+
+
+def _absolute(name: str, package: str) -> str:
+    """The full name of a module, of which a relative one begins with a dot for each level."""
+    level = len(name) - len(name.lstrip("."))
+    if not level:
+        return name
+    above = package.split(".")[: len(package.split(".")) - level + 1]
+    return ".".join(part for part in (*above, name[level:]) if part)
 
 
 def _with_parents(name: str) -> Iterator[str]:
@@ -210,24 +259,61 @@ def _is_module(name: str) -> bool:
 
 
 def _in_memory(module: ModuleType) -> str:
-    """A digest of the functions of a loaded module and of the constants that they use."""
+    """A digest of the functions and classes of a loaded module and of its constants."""
     functions: dict[str, FunctionType] = {}
+    constants: dict[str, str] = {}
     for name, value in vars(module).items():
-        members = vars(value) if isinstance(value, type) else {"": value}
-        for member, item in members.items():
-            plain = getattr(item, "fget", getattr(item, "__func__", item))
-            if isinstance(plain, FunctionType) and plain.__module__ == module.__name__:
-                functions[f"{name}.{member}"] = plain
-    used = {name for item in functions.values() for name in item.__code__.co_names}
+        is_its_class = isinstance(value, type) and value.__module__ == module.__name__
+        for member, item in vars(value).items() if is_its_class else [("", value)]:
+            plain = _behind_decorators(item)
+            if isinstance(plain, FunctionType):
+                if plain.__module__ == module.__name__:
+                    functions[f"{name}.{member}"] = plain
+            elif _is_constant(item) and not member.startswith("__") and member != "loaded_ns":
+                constants[f"{name}.{member}"] = _constant_text(item)
+    used = {part for item in functions.values() for part in _names(item.__code__)}
     constants = {
-        name: value
-        for name, value in vars(module).items()
-        if name in used and isinstance(value, _CONSTANTS)
+        name: text
+        for name, text in constants.items()
+        if not name.endswith(".") or name[:-1] in used
     }
     codes = {name: _described_code(item.__code__) for name, item in functions.items()}
     defaults = {name: (item.__defaults__, item.__kwdefaults__) for name, item in functions.items()}
     text = repr([sorted(codes.items()), sorted(constants.items()), sorted(defaults.items())])
     return "in memory: " + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _behind_decorators(item: Any) -> Any:
+    """The function that a property, a method or a decorated function was made from."""
+    for name in ("fget", "__func__", "func"):
+        item = getattr(item, name, item)
+    return inspect.unwrap(item) if callable(item) else item
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value is made of constants alone, also in lists, sets and dictionaries."""
+    if isinstance(value, dict):
+        return all(_is_constant(item) for pair in value.items() for item in pair)
+    if isinstance(value, (list, set, tuple, frozenset)):
+        return all(_is_constant(item) for item in value)
+    return isinstance(value, _CONSTANTS)
+
+
+def _constant_text(value: Any) -> str:
+    """The text of a constant, in which the items of sets have an order."""
+    if isinstance(value, dict):
+        return repr([(_constant_text(k), _constant_text(v)) for k, v in value.items()])
+    if isinstance(value, (list, tuple)):
+        return repr([_constant_text(item) for item in value])
+    if isinstance(value, (set, frozenset)):
+        return repr(sorted(_constant_text(item) for item in value))
+    return repr(value)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that some code uses, with the functions inside it."""
+    inner = [_names(value) for value in code.co_consts if isinstance(value, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _described_code(code: CodeType) -> list[Any]:

@@ -216,6 +216,15 @@ def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> None:
             )
 
 
+def is_readable(path: Path) -> bool:
+    """Whether an npz is whole, as far as its headers and its table of contents tell."""
+    try:
+        _headers(path)
+    except InputError:
+        return False
+    return True
+
+
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of each array of an npz, by its key."""
     try:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import siftclip
 from siftclip.datamodules.code_identity import code_identity
-from siftclip.datamodules.files import content_digest, read_json
+from siftclip.datamodules.files import content_digest, file_stamp, identity_hash, read_json
 from siftclip.selectors.description import Behind, describe
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of identities: 1 knew neither code nor the content of files
+_FILES_OF_A_FOLDER = 10_000  # that are looked at; pools have more
 _LOOKED_AT = 200  # kept results among which the nearest is looked for
 _WORDS = {
     "selector": "the selector's parameters",
@@ -74,7 +76,11 @@ def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[s
 
 
 def named_files(texts: Iterable[str]) -> dict[str, str]:
-    """The digests of the files among some texts, each by its text. Folders do not count."""
+    """What stands for the files and folders among some texts, each by its text.
+
+    Of a file that is its digest. Of a folder, which needs a slash in its text to be taken for one,
+    it is a hash of the stamps of its files, because it may be large.
+    """
     digests = {}
     for text in sorted(texts):
         path = Path(text)
@@ -82,9 +88,28 @@ def named_files(texts: Iterable[str]) -> dict[str, str]:
         try:
             if looks_like_one and path.is_file():
                 digests[text] = content_digest(path)
-        except OSError:  # a name that is too long, or a file that is not ours to read
+            elif "/" in text and text.strip("/.") and looks_like_one and path.is_dir():
+                digests[text] = _folder_stamp(path)
+        except (OSError, InputError):  # a name that is too long, or a file that is not ours to read
             continue
     return digests
+
+
+def _folder_stamp(folder: Path) -> str:
+    """Changes with the files below a folder, but for hidden ones, such as caches of a pool."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
+    files = list(islice(shown, _FILES_OF_A_FOLDER + 1))
+    if len(files) > _FILES_OF_A_FOLDER:
+        log.warning(
+            "%s holds more than %d files: a change of theirs is not noticed, so compute again with "
+            "reuse=false when you change one",
+            folder,
+            _FILES_OF_A_FOLDER,
+        )
+        return "too many files"
+    stamps = [[name.as_posix(), *file_stamp(folder / name)[1:]] for name in sorted(files)]
+    return identity_hash({"files": stamps})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

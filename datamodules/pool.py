@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.files import read_json, write_json
+from siftclip.datamodules.files import identity_hash, read_json, write_json
 from siftclip.datamodules.locks import locked
 from siftclip.datamodules.metadata import read_metadata_uids
 from siftclip.datamodules.storage import LocalStorage, ShardFile, Storage, identify_shards, is_url
@@ -85,6 +85,11 @@ class Pool:
     def root(self) -> str:
         """The folder or URL, as the user gave it."""
         return self.storage.root
+
+    @property
+    def tars_stamp(self) -> str:
+        """Changes with the sizes and the times of the tars, also where a copy has others."""
+        return identity_hash({shard.name: shard.stamp for shard in self.shards})
 
     def place(self, row: int) -> str:
         """`<tar>:<key>` of a row, for messages."""

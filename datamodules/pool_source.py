@@ -78,7 +78,10 @@ class FolderMemo:
             return None
         if name not in self.written:
             self.reused[name] = path
-        return read_npz_all(path)
+        try:
+            return read_npz_all(path)
+        except InputError as error:  # all ranks must see the same, so it is not passed over here
+            raise InputError(f"{error} Delete it, or compute again with reuse=false.") from None
 
     def put(self, name: str, **arrays: np.ndarray) -> None:
         write_npz(self.folder / f"{name}.npz", **arrays)
@@ -355,7 +358,7 @@ class PoolSource(Source):
         """Of the tars, if a selector reads captions or images' headers; None if none does."""
         if not any(need.captions or need.sizes for need in needs):
             return None
-        return identity_hash({shard.name: shard.stamp for shard in self.pool.shards})
+        return self.pool.tars_stamp
 
     def _fingerprints(self, keys_of_members: list[tuple[str, ...]]) -> list[str]:
         """Of the feature sets that the members of a selector read."""

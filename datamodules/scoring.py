@@ -42,6 +42,7 @@ def run_selection(
     pool = source.pool
     source.reports.clear()
     source.warnings.clear()
+    identity = source.identity(selector, with_rule=True)  # before the selector changes itself
     cpu_start = time.process_time()
     choice = run(selector, source)
     source.say_what_was_reused()
@@ -50,7 +51,7 @@ def run_selection(
         "selector": name,
         "parameters": _finite(parameters),
         "pool": {"root": str(pool.root), "fingerprint": pool.fingerprint, "samples": len(pool)},
-        "identity": source.identity(selector, with_rule=True),
+        "identity": identity,
         "kept_samples": whole["kept_samples"],
         "kept_distinct": whole["kept_distinct"],
         "kept_fraction": whole["kept_distinct"] / len(pool),

@@ -142,12 +142,16 @@ def read_selection(folder: Path) -> Selection:
     """Read what `write_selection` wrote.
 
     Raises:
-        InputError: a file is missing, or the subset is not the one that the manifest describes.
+        InputError: a file is missing or damaged, or the subset is not the one that the manifest
+            describes.
     """
-    manifest = read_json_object(folder / MANIFEST_NAME)
-    uids, multiplicities = read_subset(folder / SUBSET_NAME)
+    try:
+        manifest = read_json_object(folder / MANIFEST_NAME)
+        uids, multiplicities = read_subset(folder / SUBSET_NAME)
+        weights = _read_weights(folder / WEIGHTS_NAME, uids)
+    except InputError as error:
+        raise InputError(f"{error} Delete the folder {folder} and select again.") from None
     digest = manifest.pop("digest", None)
-    weights = _read_weights(folder / WEIGHTS_NAME, uids)
     selection = Selection(
         uids=uids, multiplicities=multiplicities, manifest=manifest, weights=weights
     )

@@ -6,6 +6,7 @@ differently. `siftclip.datamodules.identities` says what else a kept answer depe
 
 from __future__ import annotations
 
+import copyreg
 import enum
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ class Behind:
 
     code: set[type | FunctionType] = field(default_factory=set)
     texts: set[str] = field(default_factory=set)
+    open: list[int] = field(default_factory=list)  # ids of the objects that are being described
 
 
 def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ...] = ()) -> Any:
@@ -39,7 +41,8 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
 
     The public attributes of an object are its parameters. What begins with an underscore is state
     that follows from them; arguments of a selector's constructor that it keeps in such attributes
-    alone are parameters, too. Of objects that are not ours all attributes count.
+    alone, or that differ from the attribute of their name, are parameters, too. Of objects that are
+    not ours all attributes count, or what pickle would keep of those that say so themselves.
 
     Args:
         value: of any type.
@@ -66,6 +69,8 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
         return {"bytes": hashlib.sha256(value).hexdigest()}
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
+    if isinstance(value, ModuleType):
+        return {"module": value.__name__}
     if isinstance(value, (type, FunctionType)) and "<" not in value.__qualname__:
         behind.code.add(value)
         return _name(value)
@@ -92,14 +97,28 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
 
 
 def _described_object(value: Any, behind: Behind, without: tuple[str, ...]) -> dict[str, Any]:
-    attributes = _attributes(value)
-    if attributes is None or isinstance(value, (type, FunctionType)):
+    if id(value) in behind.open:  # it contains itself
+        return {"again": behind.open.index(id(value))}
+    behind.open.append(id(value))
+    try:
+        return _described_parts(value, behind, without)
+    finally:
+        behind.open.pop()
+
+
+def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> dict[str, Any]:
+    attributes = None if isinstance(value, (type, FunctionType)) else _attributes(value)
+    ours = type(value).__module__.partition(".")[0] == "siftclip" or ARGUMENTS in (attributes or {})
+    pickled = None if ours else _pickled(value)
+    if pickled is not None:
+        behind.code.add(type(value))
+        return {"class": _name(type(value)), "pickled": describe(pickled, behind)}
+    if attributes is None:
         raise TypeError(
             f"a {type(value).__name__} cannot be a parameter of a selector: {value!r}. Keep it in "
             "an attribute that begins with an underscore, and what decides about it in others."
         )
     behind.code.add(type(value))
-    ours = type(value).__module__.partition(".")[0] == "siftclip" or ARGUMENTS in attributes
     chosen = {
         name: item
         for name, item in attributes.items()
@@ -109,11 +128,48 @@ def _described_object(value: Any, behind: Behind, without: tuple[str, ...]) -> d
     private = {
         name: item
         for name, item in attributes.get(ARGUMENTS, {}).items()
-        if name not in attributes and not ("rule" in attributes and name in _OF_THE_RULE)
+        if not ("rule" in attributes and name in _OF_THE_RULE)
+        and (name not in attributes or _differs(item, attributes[name]))
     }
     if private:
         described["arguments"] = describe(private, behind)
     return {"class": _name(type(value)), **described}
+
+
+def _differs(argument: Any, attribute: Any) -> bool:
+    """Whether an attribute may hold less than the argument of its name that it was made from."""
+    if argument is attribute:
+        return False
+    try:
+        return bool(describe(argument) != describe(attribute))
+    except TypeError:  # such as an iterator, of which the attribute has the items
+        return False
+
+
+def _pickled(value: Any) -> list[Any] | None:
+    """What pickle would keep of an object whose class says itself what that is; else None.
+
+    Such as a regular expression, a date, a generator of random numbers, a table. Nothing is called
+    but the object's own code, and nothing is read from anywhere.
+    """
+    kind = type(value)
+    if isinstance(value, (type, FunctionType)):
+        return None
+    reduce = copyreg.dispatch_table.get(kind)
+    own = ("__reduce__", "__reduce_ex__", "__getstate__")
+    if reduce is None and all(
+        getattr(kind, name, None) is getattr(object, name, None) for name in own
+    ):
+        return None
+    try:
+        parts = value.__reduce_ex__(2) if reduce is None else reduce(value)
+    except Exception:  # a class may refuse in any way
+        return None
+    if isinstance(parts, str):  # the name of something that is no class of a project
+        return None
+    builder, *rest = parts
+    name = getattr(builder, "__qualname__", type(builder).__qualname__)
+    return [name, *(list(part) if isinstance(part, Iterator) else part for part in rest)]
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
@@ -156,15 +212,27 @@ def _name(value: type | FunctionType) -> str:
 
 
 def nested(value: Any, kind: type[T]) -> Iterator[T]:
-    """The objects of a kind in a value and its public attributes: a composition's members."""
+    """The objects of a kind in a value, its public attributes and its constructor's arguments.
+
+    Each once: a composition's members, wherever it keeps them.
+    """
+    return _nested(value, kind, set())
+
+
+def _nested(value: Any, kind: type[T], seen: set[int]) -> Iterator[T]:
+    if isinstance(value, (str, bytes, np.ndarray, Tensor)) or id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, kind):
         yield value
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
-            yield from nested(item, kind)
-    elif hasattr(value, "__dict__"):
-        for name, item in vars(value).items():
-            if not name.startswith("_"):
-                yield from nested(item, kind)
+            yield from _nested(item, kind, seen)
+        return
+    is_code = isinstance(value, (type, ModuleType, FunctionType))
+    attributes = {} if is_code else _attributes(value) or {}
+    for name, item in attributes.items():
+        if name == ARGUMENTS or not name.startswith("_"):
+            yield from _nested(item, kind, seen)

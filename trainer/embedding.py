@@ -30,7 +30,7 @@ from siftclip.datamodules.feature_source import (
     is_stale,
     shard_source,
 )
-from siftclip.datamodules.features import check_activation
+from siftclip.datamodules.features import check_activation, is_readable
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused
 from siftclip.datamodules.locks import LOCK_NAME, locked
@@ -43,7 +43,6 @@ from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.run_dir import is_rank_zero
 from siftclip.trainer.selection_ranks import ranks_of
 from siftclip.trainer.stages import features_folder, plain, pool_from
 
@@ -105,12 +104,11 @@ def embed_stage(config: DictConfig) -> Path:
     paths = [feature_path(folder, pool, shard) for shard in range(len(pool.shards))]
     reuse = require_bool("reuse", config.reuse)
     complete = reuse and all(path.exists() for path in [folder / MANIFEST_NAME, *paths])
+    complete = complete and all(is_readable(path) for path in paths)
     complete = complete and not any(is_stale(path, pool, n) for n, path in enumerate(paths))
     lock = locked(folder / LOCK_NAME, owner=f"The features {folder}", ranks=ranks, wait=True)
     with nullcontext() if of_first_rank(ranks, complete) else lock:
-        if not reuse:
-            _remove(paths, ranks)
-        _claim(folder, _manifest(config, clip, pool), reuse=reuse)
+        _claim(folder, _manifest(config, clip, pool), ranks, reuse=reuse)
         _embed(config, clip, pool, folder, fabric)
     return folder
 
@@ -187,6 +185,15 @@ def _write_shard(
 def _shards_to_embed(folder: Path, pool: Pool, share: list[int]) -> list[int]:
     """Those of some shards without features of their tar as it is now; says what is reused."""
     there = [shard for shard in share if feature_path(folder, pool, shard).exists()]
+    damaged = {shard for shard in there if not is_readable(feature_path(folder, pool, shard))}
+    if damaged:
+        names = ", ".join(pool.shards[shard].name for shard in sorted(damaged)[:3])
+        log.warning(
+            "the features of %d tars are damaged (such as of %s): they are made again",
+            len(damaged),
+            names,
+        )
+    there = [shard for shard in there if shard not in damaged]
     stale = {shard for shard in there if is_stale(feature_path(folder, pool, shard), pool, shard)}
     if stale:
         names = ", ".join(pool.shards[shard].name for shard in sorted(stale)[:3])
@@ -241,36 +248,43 @@ def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]
     }
 
 
-def _remove(paths: list[Path], ranks: Ranks) -> None:
-    """Remove what is embedded again, before a new manifest would speak for it after a kill."""
-    if ranks.rank == 0:
-        for path in paths:
-            path.unlink(missing_ok=True)
-    of_first_rank(ranks, True)  # nobody writes before that
+def _claim(folder: Path, manifest: dict[str, Any], ranks: Ranks, *, reuse: bool) -> None:
+    """Write the manifest before the first shard, or check that the one there is the same.
 
-
-def _claim(folder: Path, manifest: dict[str, Any], *, reuse: bool) -> None:
-    """Write the manifest before the first shard, or check that the one there is the same."""
+    Without reuse the features that are there go first: a run that is cut off would leave some of
+    them beside new ones, under the new manifest.
+    """
     path = folder / MANIFEST_NAME
-    if not (path.exists() and reuse):
-        if is_rank_zero():
-            write_json(path, manifest)
-        return
-    check_activation(folder)
-    kept = read_json(path)
-    reasons = differences_of_features(kept, manifest)
-    if reasons:
+    kept = of_first_rank(ranks, path.exists())
+    others = sorted(folder.glob("*.npz"))
+    if not kept and of_first_rank(ranks, bool(others)):
         raise InputError(
-            f"{folder} holds features that differ in {' and '.join(reasons)} (see {MANIFEST_NAME} "
-            "there). Choose another features.name or features.root, or replace them with "
-            "reuse=false."
+            f"{folder} holds features without a {MANIFEST_NAME} that says what they are of. Delete "
+            "them, or choose another features.name or features.root."
         )
+    if kept and reuse:
+        check_activation(folder)
+        reasons = differences_of_features(read_json(path), manifest)
+        if reasons:
+            raise InputError(
+                f"{folder} holds features that differ in {' and '.join(reasons)} (see "
+                f"{MANIFEST_NAME} there). Choose another features.name or features.root, or "
+                "replace them with reuse=false."
+            )
+        return
+    if ranks.rank == 0:
+        for old in others:
+            old.unlink()
+        write_json(path, manifest)
+    ranks.barrier()  # the others look for features
 
 
-def differences_of_features(kept: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+def differences_of_features(kept: Any, manifest: dict[str, Any]) -> list[str]:
     """In what kept features differ from those that a manifest describes, in words."""
+    if not isinstance(kept, dict):
+        return ["all that they are of, which it does not say"]
     identity = kept.get("identity")
-    if identity is not None:
+    if isinstance(identity, dict):
         return differences(identity, manifest["identity"])
     # An earlier version, whose precision may be "auto": bf16 on the GPUs that have it.
     keys = ["weights", "pool", *(["precision"] if kept.get("precision") != "auto" else [])]

@@ -10,13 +10,21 @@ import platform
 import reprlib
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from siftclip.datamodules.files import append_jsonl, read_json_object, read_jsonl, write_json
+from siftclip.datamodules.files import (
+    append_jsonl,
+    content_digest,
+    identity_hash,
+    read_json_object,
+    read_jsonl,
+    write_json,
+)
 from siftclip.selectors.errors import InputError
 
 VERSIONS_NAME = "versions.json"
@@ -36,8 +44,11 @@ PACKAGES = (
 # What decides about results beyond rounding, and what moves them by rounding, which grows: on
 # another processor, or with another number of threads, a run is as far from this as another seed
 # after some 200 steps.
-CODE = ("git", "siftclip", "torch", "open_clip_torch", "torchvision", "lightning")
+CODE = ("git", "siftclip", "source", "torch", "open_clip_torch", "torchvision", "lightning")
+TARS = "tars"  # of the pool: their sizes and times
 MACHINE = ("cpu", "cpu_capability", "gpu", "threads", "ranks", "precision")
+
+FOLDERS = ("selectors", "datamodules", "eval", "trainer")  # of Siftclip's code
 
 Environment = dict[str, Any]
 
@@ -51,6 +62,7 @@ def environment(*, ranks: int, loader_workers: int, precision: str) -> Environme
         precision: as it was resolved.
     """
     found: Environment = {"python": platform.python_version(), "git": git_commit()}
+    found["source"] = source_digest()
     found["platform"] = platform.platform()
     for package in PACKAGES:
         try:
@@ -89,14 +101,28 @@ def gpu_models() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, with `-dirty`; None when installed."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of the checkout that this code runs from, with `-dirty`; None when installed.
+
+    Also where it is installed below somebody's checkout, which is of other code.
+    """
+    file = Path(__file__).resolve()
+    git = ["git", "-C", str(file.parent)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", file.name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        for command in (is_tracked, describe):
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+@cache
+def source_digest() -> str:
+    """Twelve digits that stand for the text of Siftclip itself; two edits of a commit differ."""
+    root = Path(__file__).resolve().parents[1]
+    paths = sorted(path for name in FOLDERS for path in (root / name).rglob("*.py"))
+    return identity_hash({str(path.relative_to(root)): content_digest(path) for path in paths})
 
 
 def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
@@ -119,7 +145,7 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
     before = environments(folder)[-1]
     changed = [
         f"{name} {now.get(name)}, before {before.get(name)}"
-        for name in (*CODE, *MACHINE)
+        for name in (*CODE, *MACHINE, TARS)
         if now.get(name) != before.get(name)
     ]
     if changed:

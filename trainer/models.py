@@ -17,9 +17,11 @@ from siftclip.datamodules.clip_models import (
     load_clip_model,
 )
 from siftclip.datamodules.files import content_digests
+from siftclip.datamodules.identities import named_files
 from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.datamodules.towers import LockConfig, lock_towers
 from siftclip.datamodules.weight_needs import activation_name, needs_of_tag, wrong_activation
+from siftclip.selectors.description import Behind, describe
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.stages import plain
 
@@ -36,9 +38,12 @@ def model_files(node: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """
     files = {}
     for option in ("name", "pretrained", "pretrained_image", "pretrained_text"):
-        place = Path(str(node.get(option)))
+        place = Path(str(node.get(option)).removeprefix("local-dir:"))
         inside = place / MODEL_FOLDER  # of a run directory
         files[option] = content_digests(inside if inside.is_dir() else place)
+    behind = Behind()
+    describe(plain(node.get("architecture")), behind)
+    files["architecture"] = named_files(behind.texts)  # towers and tokenizers in local folders
     return {option: digests for option, digests in files.items() if digests}
 
 

@@ -24,6 +24,7 @@ from siftclip.datamodules.locks import locked
 from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.model_record import model_record
 from siftclip.datamodules.order import rank_slice, require_window
+from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.streaming import count_micro_batches
 from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError, require_int
@@ -34,6 +35,7 @@ from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.environment import (
     CODE,
+    TARS,
     Environment,
     environment,
     environments,
@@ -98,19 +100,23 @@ def run_identity(
     )
 
 
-def run_environment(config: DictConfig) -> Environment:
-    """What this session computes with."""
+def run_environment(config: DictConfig, pool: Pool) -> Environment:
+    """What this session computes with, and which tars it reads."""
     options = loader_options(config)
     share_cores(options.num_workers)
-    return environment(
+    computed_with = environment(
         ranks=expected_world_size(config),
         loader_workers=options.num_workers,
         precision=resolve_precision(config.trainer.precision),
     )
+    return {**computed_with, TARS: pool.tars_stamp}
 
 
 def warn_of_other_code(run: RunDir, now: Environment) -> None:
-    """Say if a finished run was made with other code than this."""
+    """Say if a finished run was made with other code than this, or of tars that may be others.
+
+    A copy of a pool has other times, so that these are no reason to train again.
+    """
     for before in environments(run.path)[-1:]:
         changed = [
             f"{name} {before.get(name)}, here {now.get(name)}"
@@ -122,6 +128,12 @@ def warn_of_other_code(run: RunDir, now: Environment) -> None:
                 "%s was made with other code: %s. reuse=false trains it again.",
                 run.path,
                 "; ".join(changed),
+            )
+        if before.get(TARS) not in (None, now[TARS]):
+            log.warning(
+                "%s was trained on tars that have been written or copied since. If their images or "
+                "captions are others now, train again with reuse=false.",
+                run.path,
             )
 
 
@@ -185,7 +197,7 @@ def train_stage(config: DictConfig, *, wait: bool = False) -> RunDir:
                 return run
     if ranks.rank == 0:
         say_reused("the finished run", run.path / SUMMARY_NAME)
-        warn_of_other_code(run, run_environment(config))
+        warn_of_other_code(run, run_environment(config, selected.pool))
     if config.eval.root is not None:
         share = eval_share(config, may_launch=False)
         eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
@@ -207,7 +219,7 @@ def _train(
     identity: dict[str, Any],
 ) -> None:
     """All that a run is, from where it is."""
-    now = run_environment(config)
+    now = run_environment(config, selected.pool)
     if is_rank_zero():
         if not config.reuse and run.has_started:
             log.info("reuse=false: the run of before is now %s", run.set_aside())
@@ -222,6 +234,7 @@ def _train(
                 step,
                 "; ".join(changed),
             )
+    selected.source.ranks.barrier()  # none looks at the run before the first has begun it
     loggers = make_loggers(
         run.path,
         name=run.path.name,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from siftclip.datamodules.code_identity import code_identity
+from siftclip.datamodules.code_identity import _in_memory, code_identity
 from siftclip.datamodules.files import content_digest, file_stamp, identity_hash, write_json
 from siftclip.datamodules.identities import (
     differences,
@@ -192,7 +192,7 @@ def test_files_that_a_parameter_names_count_by_content(tmp_path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if it had not changed
     assert path.stat().st_size == status.st_size
     assert selector_identity(selector)["files"] != first["files"]
-    assert named_files(["l14", "", ".", str(tmp_path), "a\0b", "x" * 5000, "nothing.npy"]) == {}
+    assert named_files(["l14", "", ".", "/", "../", "a\0b", "x" * 5000, "nothing.npy"]) == {}
 
 
 def test_stamps_see_a_change_in_the_checksums_of_an_npz(tmp_path: Path) -> None:
@@ -238,3 +238,71 @@ def test_differences_are_said_in_words(tmp_path: Path, caplog: pytest.LogCapture
     say_why_not("scores", new, tmp_path.glob("*/identity.json"), like="selector")
     assert "not reused: scores of" in caplog.text
     assert "the code (siftclip.selectors.clip_score); the pool" in caplog.text
+
+
+def test_modules_and_files_that_code_names_in_a_text_count(write: Write, tmp_path: Path) -> None:
+    imports = """import importlib, pathlib; importlib.import_module("helps"); \
+WORDS = pathlib.Path(__file__).parent / "lists" / "words.txt\""""
+    write("mine.py", SELECTOR, imports=imports)
+    write("helps.py", "def f(x): return x")
+    write("lists/words.txt", "a")
+
+    def identity() -> dict[str, str]:
+        return code_identity({load("mine").Mine})
+
+    first = identity()
+    assert {"helps", "mine: words.txt"} <= first.keys()
+    write("lists/words.txt", "b")
+    second = identity()
+    assert {name for name in first if first[name] != second[name]} == {"mine: words.txt"}
+    write("helps.py", "def f(x): return -x")
+    third = identity()
+    assert {name for name in first if second[name] != third[name]} == {"helps"}
+
+
+def test_files_of_a_folder_that_a_parameter_names_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "lists"
+    write_json(folder / "a" / "words.json", 1)
+    first = named_files([str(folder)])
+    write_json(folder / ".cache" / "index.json", 1)
+    assert named_files([str(folder)]) == first  # what tools keep there moves no answer
+    write_json(folder / "a" / "words.json", 2)
+    assert named_files([str(folder)]) != first
+    monkeypatch.setattr("siftclip.datamodules.identities._FILES_OF_A_FOLDER", 0)
+    assert named_files([str(folder)]) == {str(folder): "too many files"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("class A:\n    alpha = 1.0", "class A:\n    alpha = 2.0"),
+        ("@deco\ndef f(x): return x", "@deco\ndef f(x): return -x"),
+        ("TABLE = [1]\ndef f(x): return TABLE", "TABLE = [2]\ndef f(x): return TABLE"),
+        (
+            "class A:\n    @functools.cached_property\n    def f(self): return 1",
+            "class A:\n    @functools.cached_property\n    def f(self): return 2",
+        ),
+        (
+            "SET = {'a', 'b'}\ndef f(x): return [SET for _ in x]",
+            "SET = {'a', 'c'}\ndef f(x): return [SET for _ in x]",
+        ),
+    ],
+)
+def test_code_in_memory_is_told_apart(before: str, after: str) -> None:
+    head = """
+import functools
+def deco(f):
+    @functools.wraps(f)
+    def inner(*args): return f(*args)
+    return inner
+"""
+
+    def digest(text: str) -> str:
+        module = ModuleType("notebook")
+        exec(head + text, module.__dict__)  # noqa: S102 - as a notebook does
+        return _in_memory(module)
+
+    assert digest(before) == digest(before)
+    assert digest(before) != digest(after)

@@ -239,9 +239,43 @@ def test_rank_that_starts_late_still_embeds_its_whole_share(
         autocast=nullcontext,
     )
     monkeypatch.setattr(embedding, "make_fabric", lambda config: late)
-    second = SimpleNamespace(rank=1, size=2, sum=lambda values: values)
+    second = SimpleNamespace(rank=1, size=2, sum=lambda values: values, barrier=lambda: None)
     monkeypatch.setattr(embedding, "ranks_of", lambda fabric: second)
     written.parent.mkdir()
     written.touch()
     folder = embed_stage(compose("embed", options))
     assert {path.stem for path in folder.glob("*.npz")} == {"00000000", "00000001", "00000003"}
+
+
+def test_features_that_say_nothing_or_are_damaged_are_not_taken(
+    embed_options: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = compose("embed", embed_options)
+    folder = embed_stage(config)
+    path = min(folder.glob("*.npz"))
+    content = path.read_bytes()
+    path.write_bytes(content[:300])
+    embed_stage(config)
+    assert "are damaged (such as of" in caplog.text
+    assert path.read_bytes() == content
+    (folder / "features.json").write_text("[]")
+    with pytest.raises(InputError, match="which it does not say"):
+        embed_stage(config)
+    (folder / "features.json").unlink()
+    for options in (embed_options, [*embed_options, "reuse=false"]):
+        with pytest.raises(InputError, match=r"without a features.json .* Delete them"):
+            embed_stage(compose("embed", options))
+
+
+def test_no_old_features_are_left_when_new_ones_are_cut_off(
+    embed_options: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = embed_stage(compose("embed", embed_options))
+    other = [*embed_options, "trainer.precision=bf16-mixed"]
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding, "_embed", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed_stage(compose("embed", [*other, "reuse=false"]))
+    assert list(folder.glob("*.npz")) == []
+    embed_stage(compose("embed", other))
+    assert read_json(folder / "features.json")["precision"] == "bf16-mixed"

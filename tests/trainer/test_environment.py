@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from siftclip.trainer.environment import (
     MACHINE,
     environment,
     environments,
+    git_commit,
     keep_environment,
     mixed,
+    source_digest,
 )
 
 
@@ -65,3 +68,33 @@ def test_runs_that_were_computed_differently_are_told_apart() -> None:
     assert differing["git"] == {str(here["git"]): ["a s0", "b s0", "b s1"], "x": ["b s0"]}
     assert differing["cpu"] == {here["cpu"]: ["a s0", "b s0"], "not recorded": ["b s1"]}
     assert set(differing) == {"git", *MACHINE}
+
+
+def test_the_commit_is_that_of_this_code_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    commit = ["git", "-C", str(tmp_path), *who, "commit", "-qm", "a", "--allow-empty"]
+    subprocess.run(commit, check=True)
+    installed = tmp_path / "site-packages" / "environment.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr("siftclip.trainer.environment.__file__", str(installed))
+    assert git_commit() is None
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    assert git_commit() is not None
+
+
+def test_edits_of_one_commit_are_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "trainer" / "environment.py"
+    file.parent.mkdir()
+    monkeypatch.setattr("siftclip.trainer.environment.__file__", str(file))
+    digests = []
+    for text in ("a = 1", "a = 2", "a = 2"):
+        file.write_text(text)
+        digests.append(source_digest.__wrapped__())
+    assert digests[0] != digests[1] == digests[2]
+    assert "source" in CODE

@@ -143,7 +143,21 @@ def test_files_of_a_model_are_those_that_are_loaded(tmp_path: Path) -> None:
     (run / "model" / "weights").write_text("a")
     (run / "checkpoint").write_text("b")
     assert model_files({"name": str(run), "pretrained": None})["name"].keys() == {"weights"}
+    assert model_files({"name": f"local-dir:{run}"})["name"].keys() == {"weights"}
     assert model_files({"name": "ViT-B-32", "pretrained": "openai"}) == {}
+    architecture = {"text_cfg": {"hf_model_name": str(run)}}
+    first = model_files({"name": "a", "architecture": architecture})
+    (run / "checkpoint").write_text("another one")
+    assert model_files({"name": "a", "architecture": architecture}) != first
+
+
+def test_a_damaged_selection_says_what_to_do(base: list[str], compose: Compose) -> None:
+    config = compose("select", [*base, "selector=random", "selector.fraction=0.5"])
+    folder = select_stage(config).folder
+    for text in ("[]", "null", "{"):
+        (folder / "selection.json").write_text(text)
+        with pytest.raises(InputError, match=r"Delete the folder .* and select again"):
+            select_stage(config)
 
 
 def test_results_are_reused_in_a_line(
