@@ -213,7 +213,7 @@ def test_undeclared_weights_are_refused(base: list[str], compose: Compose, tmp_p
     message = "Undeclared answers with weights and does not declare"
     with pytest.raises(InputError, match=message):
         train_stage(compose("train", [*base, *RANDOM, *target("Undeclared"), "loss=siglip"]))
-    assert not list(tmp_path.glob("outputs/selections/*"))
+    assert not list(tmp_path.glob("outputs/selections/*/*"))
 
 
 def test_compaction_keeps_weights(base: list[str], compose: Compose, tmp_path: Path) -> None:
