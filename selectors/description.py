@@ -108,7 +108,8 @@ def _described_object(value: Any, behind: Behind, without: tuple[str, ...]) -> d
 
 def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> dict[str, Any]:
     attributes = None if isinstance(value, (type, FunctionType)) else _attributes(value)
-    ours = type(value).__module__.partition(".")[0] == "siftclip" or ARGUMENTS in (attributes or {})
+    of_siftclip = type(value).__module__.partition(".")[0] == "siftclip"
+    ours = of_siftclip or ARGUMENTS in (attributes or {})
     pickled = None if ours else _pickled(value)
     if pickled is not None:
         behind.code.add(type(value))
@@ -129,7 +130,7 @@ def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> di
         name: item
         for name, item in attributes.get(ARGUMENTS, {}).items()
         if not ("rule" in attributes and name in _OF_THE_RULE)
-        and (name not in attributes or _differs(item, attributes[name]))
+        and (name not in attributes or (not of_siftclip and _differs(item, attributes[name])))
     }
     if private:
         described["arguments"] = describe(private, behind)
