@@ -209,7 +209,10 @@ class StopOnSignal(Callback):
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # Lightning's handler of SIGTERM would broadcast to ranks that may have ended by now, as
+            # torchrun ends one rank when another has. Its teardown puts the caller's back.
+            if number != signal.SIGTERM or self.stopped_by is None:
+                signal.signal(number, handler)
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -217,7 +220,7 @@ class StopOnSignal(Callback):
             return  # a forked loader process has inherited the handler
         if number == signal.SIGINT == self._received:
             raise KeyboardInterrupt
-        if not self._received:
+        if not self._received and self.stopped_by is None:
             self._received = number
             if self._speaks:
                 again = " A second one ends it at once." if number == signal.SIGINT else ""
