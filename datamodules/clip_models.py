@@ -116,7 +116,11 @@ def load_clip_model(
             )
         try:
             model_cfg = open_clip.get_model_config(source)
-            needs = {} if architecture is not None and file is None else _needs(source, tag, file)
+            needs = (
+                {}
+                if architecture is not None and file is None
+                else _needs(source, tag, file, model_cfg)
+            )
             if pretrained_image is not None:
                 needs |= _tower_needs("image", pretrained_image, model_cfg)
             if pretrained_text is not None:
@@ -189,15 +193,16 @@ def holds_weights(name: str) -> bool:
     return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()
 
 
-def _needs(source: str, tag: str | None, file: str | None) -> dict[str, WeightNeeds | None]:
+def _needs(
+    source: str, tag: str | None, file: str | None, model_cfg: Mapping[str, Any]
+) -> dict[str, WeightNeeds | None]:
     """What a whole model's weights need, by what brings them; nothing for random ones."""
     if tag is not None:
         return {f"model.pretrained={tag!r}": needs_of_tag(source, tag)}
     if file is not None:
         return {f"model.pretrained={file!r}": needs_of_file(file)}
     if source.startswith("hf-hub:"):
-        config = open_clip.get_model_config(source)
-        return {f"model.name={source!r}": needs_of_repository(source, config)}
+        return {f"model.name={source!r}": needs_of_repository(source, model_cfg)}
     if source.startswith("local-dir:"):
         folder = source.removeprefix("local-dir:")
         return {f"model.name={folder!r}": needs_of_folder(Path(folder))}

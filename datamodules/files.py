@@ -225,8 +225,13 @@ def content_digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _content_digest(path: Path, stamp: tuple[int, ...]) -> str:
+    return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content as it is on the disk now, hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -390,7 +390,9 @@ class RemoteStorage:
     def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
         """The answers to one attempt, each of the version that its tar has, or an error."""
         answers = self._ask(self._filesystem, spans)
-        refused = next((s for s, a in zip(spans, answers, strict=True) if _is_refused(a)), None)
+        refused = next(
+            (s for s, a in zip(spans, answers, strict=True) if isinstance(a, ConditionError)), None
+        )
         try:
             if refused is not None and self._is_there(refused.shard):
                 self._on_condition = False  # the server has it, and does not understand conditions
@@ -508,10 +510,6 @@ class _SequentialTar:
         if isinstance(answer, StorageError):
             raise _unreadable(self._shard, answer)
         return answer
-
-
-def _is_refused(answer: Answer | BaseException) -> bool:
-    return isinstance(answer, ConditionError)
 
 
 def _unreadable(file: ShardFile, error: StorageError) -> InputError:

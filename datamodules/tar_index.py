@@ -114,7 +114,8 @@ class _IndexBuilder:
         """Take the next sample of the tar."""
         key, members, start, end = sample
         by_suffix = {member[0]: member for member in members}
-        if len(by_suffix) < len(members):
+        repeats = len(by_suffix) < len(members)
+        if repeats:
             self._count_repeats(sample)
             by_suffix = _first_round(members)
             last = members[len(by_suffix) - 1]
@@ -125,7 +126,7 @@ class _IndexBuilder:
             image = next(present, None)
         text, record = by_suffix.get("txt"), by_suffix.get("json")
         if image is None or text is None:
-            if not sample.repeats():  # else it is counted
+            if not repeats:  # else it is counted
                 self._add_incomplete(sample)
             return
         if len(members) > 3:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from siftclip.datamodules.files import read_json, write_json
+from siftclip.datamodules.files import read_json, sha256_of, write_json
 from siftclip.selectors.errors import InputError
 
 CHECKSUMS_FILE = "checksums.json"
@@ -52,7 +52,7 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileChecksum]:
     """The checksums of files in a folder, by name."""
     return {
         name: FileChecksum(
-            size_bytes=(folder / name).stat().st_size, sha256=hash_file(folder / name)[0]
+            size_bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name)
         )
         for name in names
     }
@@ -124,7 +124,7 @@ def verify_task(folder: Path) -> list[str]:
     return [
         name
         for name, file in sorted(checksums.files.items())
-        if not _fits(folder, name, file) or hash_file(folder / name)[0] != file.sha256
+        if not _fits(folder, name, file) or sha256_of(folder / name) != file.sha256
     ]
 
 

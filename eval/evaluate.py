@@ -370,9 +370,10 @@ class _Evaluator:
         if cache is None:
             yield from encoder.image_sets(table, sets)
             return
-        ids = self._image_ids(table, np.unique(np.concatenate(sets)))
+        wanted = np.unique(np.concatenate(sets))
+        ids = self._image_ids(table, wanted)
         known = cache.known(ids)
-        count = int(known[np.unique(np.concatenate(sets))].sum())
+        count = int(known[wanted].sum())
         if count and self.ranks.rank == 0:
             log.info("reused the features of %d images (eval.cache_dir)", count)
         fresh = encoder.image_sets(table, [rows[~known[rows]] for rows in sets])

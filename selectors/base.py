@@ -33,7 +33,6 @@ from siftclip.selectors.source import (
 )
 from siftclip.selectors.sub_batch import SubBatch, check_draw, draw_by_score
 
-S = TypeVar("S", bound="Selector")
 __all__ = [
     "Choice",
     "Chunk",
@@ -48,6 +47,8 @@ __all__ = [
     "draw",
     "run",
 ]
+
+S = TypeVar("S", bound="Selector")
 
 _NEARLY_ALL = 0.99  # of the samples: a selector that keeps so many, or drops so many, says so
 

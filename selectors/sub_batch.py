@@ -85,15 +85,12 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
     groups = sub_batch.group_slices(len(keys))
     for group, quota in zip(groups, sub_batch.quotas.tolist(), strict=True):
         own = keys[group]
-        tiers = (
-            own,
-            np.where(np.isnan(own), 0.0, np.nan),
-            np.where(own == -np.inf, 0.0, np.nan),
-        )
-        for tier in tiers:
+        kept[group] = keep_top(own, uids[group], quota)
+        for is_next in (np.isnan, np.isneginf):
             missing = quota - int(kept[group].sum())
-            if missing:
-                kept[group] += keep_top(tier, uids[group], missing)
+            if not missing:
+                break
+            kept[group] += keep_top(np.where(is_next(own), 0.0, np.nan), uids[group], missing)
     return kept
 
 

@@ -53,6 +53,24 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
+def root(make_samples: Callable[..., Any], write_pool: Callable[..., Any]) -> Path:
+    """Twenty samples in two tars."""
+    return write_pool(make_samples(20), shards=2)
+
+
+@pytest.fixture
+def other(make_samples: Callable[..., Any], write_tar: Callable[..., Any], root: Path) -> bytes:
+    """A tar as large as the second one, with the same names and sizes and other samples."""
+    samples = make_samples(10, start=10)
+    for sample in samples:
+        sample.image, sample.caption = sample.image[::-1], sample.caption[::-1]
+    members = [member for sample in samples for member in sample.members()]
+    data = write_tar(root.parent / "other.tar", members).read_bytes()
+    assert len(data) == (root / "shards" / "00000001.tar").stat().st_size
+    return data
+
+
+@pytest.fixture
 def make_dataset(transform: Transform, tokenizer: Tokenizer) -> Callable[..., SampleDataset]:
     """`make_dataset(pool, substitutes=rows)`; without it every row of the pool may be one."""
 

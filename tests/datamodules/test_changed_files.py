@@ -34,24 +34,6 @@ Make = Callable[..., Any]
 ROWS = np.arange(20)
 
 
-@pytest.fixture
-def root(make_samples: Make, write_pool: Make) -> Path:
-    """Twenty samples in two tars."""
-    return write_pool(make_samples(20), shards=2)
-
-
-@pytest.fixture
-def other(make_samples: Make, write_tar: Make, root: Path) -> bytes:
-    """A tar as large as the second one, with the same names and sizes and other samples."""
-    samples = make_samples(10, start=10)
-    for sample in samples:
-        sample.image, sample.caption = sample.image[::-1], sample.caption[::-1]
-    members = [member for sample in samples for member in sample.members()]
-    data = write_tar(root.parent / "other.tar", members).read_bytes()
-    assert len(data) == (root / "shards" / "00000001.tar").stat().st_size
-    return data
-
-
 def replace(path: Path, data: bytes) -> None:
     new = path.with_suffix(".new")
     new.write_bytes(data)

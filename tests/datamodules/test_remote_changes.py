@@ -23,22 +23,6 @@ ROWS = np.arange(20)
 CAUSE = "in a tar that has changed since the pool was opened"
 
 
-@pytest.fixture
-def root(make_samples: Make, write_pool: Make) -> Path:
-    """Twenty samples in two tars."""
-    return write_pool(make_samples(20), shards=2)
-
-
-@pytest.fixture
-def other(make_samples: Make, write_tar: Make, root: Path) -> bytes:
-    """A tar as large as the second one, with the same names and sizes and other samples."""
-    samples = make_samples(10, start=10)
-    for sample in samples:
-        sample.image, sample.caption = sample.image[::-1], sample.caption[::-1]
-    members = [member for sample in samples for member in sample.members()]
-    return write_tar(root.parent / "other.tar", members).read_bytes()
-
-
 def put(root: Path, data: bytes, *, seconds: float = 2.0) -> None:
     """Give the second tar other content, and a later time."""
     tar = root / "shards" / "00000001.tar"

@@ -31,12 +31,6 @@ ROWS = np.arange(20)
 
 
 @pytest.fixture
-def root(make_samples: Make, write_pool: Make) -> Path:
-    """Twenty samples in two tars."""
-    return write_pool(make_samples(20), shards=2)
-
-
-@pytest.fixture
 def pool(root: Path, file_server: Any, open_remote: Make) -> Pool:
     """That pool, opened while the server was well."""
     opened = open_remote(f"{file_server.url}/{root.name}")
