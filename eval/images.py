@@ -183,10 +183,16 @@ def _wholes(places: np.ndarray) -> np.ndarray:
 
 def _read(shard: Path, identity: FileIdentity, offset_bytes: int, size_bytes: int) -> bytes:
     with shard.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size_bytes, offset_bytes)
-        if not identity.is_of(file.fileno()):
-            raise has_changed(shard, CHANGED)
-        return data
+        return _read_open(file.fileno(), shard, identity, offset_bytes, size_bytes)
+
+
+def _read_open(
+    descriptor: int, shard: Path, identity: FileIdentity, offset_bytes: int, size_bytes: int
+) -> bytes:
+    data = os.pread(descriptor, size_bytes, offset_bytes)
+    if not identity.is_of(descriptor):  # asked after the reading, which no change may precede
+        raise has_changed(shard, CHANGED)
+    return data
 
 
 def read_images(table: ImageTable) -> Iterator[bytes]:
@@ -196,14 +202,11 @@ def read_images(table: ImageTable) -> Iterator[bytes]:
         InputError: a tar cannot be read, or has changed since it was indexed.
     """
     for number, group in groupby(table.places.tolist(), key=itemgetter(0)):
-        shard = table.shards[number]
+        shard, identity = table.shards[number], table.identities[number]
         try:
             with shard.open("rb", buffering=0) as file:
                 for _, offset, size in group:
-                    data = os.pread(file.fileno(), size, offset)
-                    if not table.identities[number].is_of(file.fileno()):
-                        raise has_changed(shard, CHANGED)
-                    yield data
+                    yield _read_open(file.fileno(), shard, identity, offset, size)
         except OSError as error:
             raise InputError(f"{shard} cannot be read: {error.strerror}.") from None
 

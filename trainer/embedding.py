@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolv
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.selection_ranks import ranks_of
 from siftclip.trainer.stages import features_folder, plain, pool_from
+
+_State = Literal["missing", "damaged", "stale", "kept"]  # stale: of what a tar held before
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +103,13 @@ def embed_stage(config: DictConfig) -> Path:
     fabric = make_fabric(config)
     fabric.launch()
     ranks = ranks_of(fabric)
-    paths = [feature_path(folder, pool, shard) for shard in range(len(pool.shards))]
     reuse = require_bool("reuse", config.reuse)
-    complete = reuse and all(path.exists() for path in [folder / MANIFEST_NAME, *paths])
-    complete = complete and all(is_readable(path) for path in paths)
-    complete = complete and not any(is_stale(path, pool, n) for n, path in enumerate(paths))
+    complete = (
+        ranks.rank == 0  # whose answer counts: the others need not look
+        and reuse
+        and (folder / MANIFEST_NAME).exists()
+        and all(_state(folder, pool, shard) == "kept" for shard in range(len(pool.shards)))
+    )
     lock = locked(folder / LOCK_NAME, owner=f"The features {folder}", ranks=ranks, wait=True)
     with nullcontext() if of_first_rank(ranks, complete) else lock:
         _claim(folder, _manifest(config, clip, pool), ranks, reuse=reuse)
@@ -184,30 +188,42 @@ def _write_shard(
 
 def _shards_to_embed(folder: Path, pool: Pool, share: list[int]) -> list[int]:
     """Those of some shards without features of their tar as it is now; says what is reused."""
-    there = [shard for shard in share if feature_path(folder, pool, shard).exists()]
-    damaged = {shard for shard in there if not is_readable(feature_path(folder, pool, shard))}
+    by_state: dict[_State, list[int]] = {"missing": [], "damaged": [], "stale": [], "kept": []}
+    for shard in share:
+        by_state[_state(folder, pool, shard)].append(shard)
+    damaged, stale, kept = by_state["damaged"], by_state["stale"], by_state["kept"]
     if damaged:
-        names = ", ".join(pool.shards[shard].name for shard in sorted(damaged)[:3])
         log.warning(
             "the features of %d tars are damaged (such as of %s): they are made again",
             len(damaged),
-            names,
+            _names(pool, damaged),
         )
-    there = [shard for shard in there if shard not in damaged]
-    stale = {shard for shard in there if is_stale(feature_path(folder, pool, shard), pool, shard)}
     if stale:
-        names = ", ".join(pool.shards[shard].name for shard in sorted(stale)[:3])
         log.warning(
             "%d tars hold other members than when they were embedded (such as %s): they are "
             "embedded again",
             len(stale),
-            names,
+            _names(pool, stale),
         )
-    reused = [feature_path(folder, pool, shard) for shard in there if shard not in stale]
-    if reused:
-        oldest = min(reused, key=lambda path: path.stat().st_mtime)
-        say_reused(f"the features of {len(reused)} of {len(share)} shards", oldest)
-    return [shard for shard in share if shard not in there or shard in stale]
+    if kept:
+        paths = [feature_path(folder, pool, shard) for shard in kept]
+        oldest = min(paths, key=lambda path: path.stat().st_mtime)
+        say_reused(f"the features of {len(kept)} of {len(share)} shards", oldest)
+    return sorted({*share}.difference(kept))
+
+
+def _state(folder: Path, pool: Pool, shard: int) -> _State:
+    """What there is of a shard's features."""
+    path = feature_path(folder, pool, shard)
+    if not path.exists():
+        return "missing"
+    if not is_readable(path):
+        return "damaged"
+    return "stale" if is_stale(path, pool, shard) else "kept"
+
+
+def _names(pool: Pool, shards: list[int]) -> str:
+    return ", ".join(pool.shards[shard].name for shard in shards[:3])
 
 
 def _loader(

@@ -34,7 +34,7 @@ from siftclip.trainer.step import (
     compute_gradients,
     running_statistics,
 )
-from siftclip.trainer.update import clip_gradients, gradient_norm, step_if_finite
+from siftclip.trainer.update import clip_gradients, gradient_norm, restore_unless, step_if_finite
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +191,7 @@ class ClipTraining(LightningModule):
                 world_size=self._world_size,
             )
         finite = self._update(optimizer, bare, terms)
-        for buffer, value in zip(self._statistics, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, value))
+        restore_unless(finite, self._statistics, before)
         step = self.global_step
         if self.ema is not None:
             self.ema.update(self.model, step)

@@ -117,17 +117,21 @@ class RunDir:
             {"samples_seen": budget.samples_seen, "global_batch_size": budget.global_batch_size},
         )
 
+    def records(self) -> list[dict[str, Any]]:
+        """Of the log so far, see `read_metrics`."""
+        return read_metrics(self.path / METRICS_NAME)
+
     def costs(self) -> dict[str, float]:
         """Samples and FLOPs of the whole run, by name, as the last record of the log has them."""
         found: dict[str, float] = {}
-        for record in read_metrics(self.path / METRICS_NAME):
+        for record in self.records():
             found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
         return found
 
     def copies_fraction(self) -> float:
         """The share of batches that held a sample twice, of the selection that had the most."""
-        records = read_metrics(self.path / METRICS_NAME)
-        return max((record.get("data/copies_fraction", 0.0) for record in records), default=0.0)
+        shares = (record.get("data/copies_fraction", 0.0) for record in self.records())
+        return max(shares, default=0.0)
 
     def cost_line(self) -> str:
         """What a finished run has cost, in a line."""
@@ -143,7 +147,7 @@ class RunDir:
     def shares_chosen(self) -> dict[str, float]:
         """The share of each kind among what was chosen in the loop, mean over the log's steps."""
         found: dict[str, dict[int, float]] = {}
-        for record in read_metrics(self.path / METRICS_NAME):
+        for record in self.records():
             for name, value in record.items():
                 if name.startswith(_SHARE) and not name.endswith("_offered"):
                     found.setdefault(name.removeprefix(_SHARE), {})[record["step"]] = value
@@ -158,9 +162,7 @@ class RunDir:
         have taken without the restart.
         """
         windows = {
-            record["step"]: record
-            for record in read_metrics(self.path / METRICS_NAME)
-            if "train/batch_time" in record
+            record["step"]: record for record in self.records() if "train/batch_time" in record
         }
         steps = sorted(windows)
         lengths = [step - before for step, before in zip(steps, [0, *steps], strict=False)]

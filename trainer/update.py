@@ -72,3 +72,15 @@ def step_if_finite(
     if not finite:
         optimizer.zero_grad(set_to_none=True)
     step()
+
+
+def restore_unless(finite: Tensor, buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Put back what buffers held before a step that is left out, on their device, as the step is.
+
+    Args:
+        finite: bool, a scalar, as of `step_if_finite`.
+        buffers: such as `running_statistics`, which the forward has moved.
+        before: copies of them.
+    """
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(finite, buffer, value))

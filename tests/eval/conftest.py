@@ -6,9 +6,11 @@ import importlib.util
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
+from siftclip.eval.tasks import Task, find_tasks
 
 TINY_CLIP = {
     "embed_dim": 64,
@@ -156,6 +159,31 @@ def task_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task(root / "wds_pairs", "image_caption_selection", samples=9)
     write_task(root / "wds_cues", "association", samples=8)
     return root
+
+
+@pytest.fixture
+def tasks(task_root: Path) -> list[Task]:
+    """The tasks of `task_root`, by name."""
+    return find_tasks(task_root).complete()
+
+
+@pytest.fixture
+def changed_weights(clip: ClipModel) -> Callable[[], AbstractContextManager[None]]:
+    """`with changed_weights():` the model is another one, by one weight."""
+
+    @contextmanager
+    def changed() -> Iterator[None]:
+        parameter: Any = clip.model.visual.attnpool.c_proj.weight  # type: ignore[union-attr]
+        original = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.flatten()[0] += 1
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                parameter.copy_(original)
+
+    return changed
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,7 @@ class Copies:
     def mask(self, rows: slice, columns: slice) -> Tensor:
         """Which logits of a tile are of copies, bool."""
         found = self.rows[rows, None] == self.all_rows[columns]
-        first_column = rows.start + self.offset - columns.start
-        if -len(found) < first_column < found.shape[1]:
-            found.diagonal(first_column).fill_(False)
+        fill_pairs(found, rows, columns, self.offset, value=False)
         return found
 
     def others(self) -> Tensor:
@@ -53,6 +51,15 @@ class Copies:
         first = torch.searchsorted(ranked, self.rows)
         last = torch.searchsorted(ranked, self.rows, right=True)
         return len(ranked) - (last - first)
+
+
+def fill_pairs(
+    tile: Tensor, rows: slice, columns: slice, offset: int, *, value: float | bool
+) -> None:
+    """Fill, in place, what a tile of a matrix [b, B] holds at the places (i, i + offset)."""
+    first_column = rows.start + offset - columns.start
+    if -len(tile) < first_column < tile.shape[1]:
+        tile.diagonal(first_column).fill_(value)
 
 
 def copies_softplus(image: Tensor, all_text: Tensor, bias: Tensor, copies: Copies) -> Tensor:

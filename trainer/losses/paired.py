@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from siftclip.trainer.losses.copies import LEFT_OUT, Copies
+from siftclip.trainer.losses.copies import LEFT_OUT, Copies, fill_pairs
 from siftclip.trainer.losses.tiles import fits_one_tile, tile_shape, tiles
 
 Tile = tuple[int, int]
@@ -206,9 +206,7 @@ def _leave_out(
     logits: Tensor, rows: slice, columns: slice, skip_diagonal: int | None, copies: Copies | None
 ) -> None:
     if skip_diagonal is not None:
-        first_column = rows.start + skip_diagonal - columns.start
-        if -len(logits) < first_column < logits.shape[1]:
-            logits.diagonal(first_column).fill_(LEFT_OUT)
+        fill_pairs(logits, rows, columns, skip_diagonal, value=LEFT_OUT)
     if copies is not None:
         logits.masked_fill_(copies.mask(rows, columns), LEFT_OUT)
 

@@ -26,7 +26,7 @@ from siftclip.trainer.step import (
     compute_gradients,
     running_statistics,
 )
-from siftclip.trainer.update import clip_gradients, gradient_norm, step_if_finite
+from siftclip.trainer.update import clip_gradients, gradient_norm, restore_unless, step_if_finite
 
 
 class OnlineScorer:
@@ -124,8 +124,7 @@ class OnlineScorer:
         if self._optim.grad_clip_norm is not None:
             clip_gradients(parameters, norm, self._optim.grad_clip_norm)
         step_if_finite(optimizer, finite, optimizer.step, on_device=True)
-        for buffer, value in zip(statistics, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, value))
+        restore_unless(finite, statistics, before)
         clamp_logit_scale(model)
         return terms["loss"]
 
