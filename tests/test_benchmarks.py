@@ -45,6 +45,12 @@ def test_benchmarks_of_training(run: Callable[..., str], model_folder: Path) -> 
     assert "scale" in run("large_batch.py", *alone, *options)
 
 
+def test_benchmark_of_the_checks(run: Callable[..., str]) -> None:
+    table = run("checks.py", "--samples", "10_000", "--units", "50", "--rounds", "1")
+    assert "| order of a pass of 10,000 samples | " in table
+    assert "| 38 results of 50 units, read and checked | " in table
+
+
 def test_benchmark_of_the_losses_memory(run: Callable[..., str]) -> None:
     options = ["--threads", "1", "--batch", "64", "--repeats", "1"]
     assert '"bytes"' in run("loss_memory.py", *options, "--side", "open_clip")
