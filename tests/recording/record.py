@@ -154,6 +154,7 @@ COMMANDS = {  # options without which `--cfg job` composes what nobody uses
     "compare": ("experiment=testbed_online",),
 }
 OF_TIME = ("time", "second", "wait", "memory")  # parts of names whose values no run repeats
+_REUSE = re.compile(r"INFO (not )?reused")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d")
 
 
@@ -352,7 +353,7 @@ def reuse(commands: Commands) -> dict[str, list[str]]:
     found = {}
     for name, words in asked.items():
         output, errors = commands.run(*words)
-        lines = [line for line in (output + errors).splitlines() if "reuse" in line]
+        lines = [line for line in (output + errors).splitlines() if _REUSE.match(line)]
         found[name] = [_TIME.sub("TIME", line) for line in lines]
     return found
 
