@@ -47,7 +47,7 @@ def package_files() -> set[str]:
         str(path.relative_to(ROOT))
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in {".py", ".yaml", ".j2"}
+        if path.is_file() and path.suffix in {".py", ".pyi", ".yaml", ".j2", ".json"}
     }
     assert len(found) > 60
     return found
