@@ -8,6 +8,7 @@ the result, so that a later version, and a person, can tell why a result is not 
 from __future__ import annotations
 
 import logging
+import pkgutil
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from itertools import islice
@@ -16,7 +17,7 @@ from typing import Any
 
 from siftclip.datamodules.code_identity import code_identity
 from siftclip.datamodules.files import content_digest, file_stamp, identity_hash, read_json
-from siftclip.selectors.description import Behind, describe
+from siftclip.selectors.description import Behind, describe, stored_name
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,22 @@ def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[s
         "code": code_identity(behind.code),
         "files": named_files(behind.texts),
     }
+
+
+def stored_targets(node: Any) -> Any:
+    """A part of a configuration, in which each `_target_` of ours has the name that is kept.
+
+    So that files of ours may move, and a public name and the place of a class are the same.
+    """
+    if isinstance(node, list):
+        return [stored_targets(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: stored_targets(value) for key, value in node.items()}
+    target = found.get("_target_")
+    if isinstance(target, str) and target.startswith("siftclip."):
+        found["_target_"] = stored_name(pkgutil.resolve_name(target))
+    return found
 
 
 def named_files(texts: Iterable[str]) -> dict[str, str]:

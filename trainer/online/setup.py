@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import column_stamp, read_column
 from siftclip.datamodules.feature_files import feature_file_stamp
-from siftclip.datamodules.identities import selector_identity
+from siftclip.datamodules.identities import selector_identity, stored_targets
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan
@@ -122,7 +122,7 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
 
 def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
     """All of `online` that trained weights depend on, with the files that it reads."""
-    identity: dict[str, Any] = plain(config.online)
+    identity: dict[str, Any] = stored_targets(plain(config.online))
     if config.online.cadence == "once":
         return identity
     for name in ("diagnostics", "batch_size"):  # decide about no weight
