@@ -3,8 +3,8 @@
     python benchmarks/start_up.py --before OTHER/src
 
 Each is a new process. A command runs to its end, `train` to the first thing that it prints. All
-take turns, so that what the machine does besides hits all of them. With `--before` the same
-commands of another checkout take part.
+take turns, so that what the machine does besides hits all of them; their CPU time hardly depends on
+it. With `--before` the same commands of another checkout take part.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import argparse
 import io
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import alternate, describe_machine
+from common import describe_machine
 from PIL import Image
 
 import siftclip
@@ -68,9 +70,12 @@ def write_pool(root: Path) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def start(words: tuple[str, ...], source: Path, folder: Path, *, first_line: bool) -> int:
-    """Run `python *words` to its end, or until it prints something; the answer is 1 process."""
+def start(
+    words: tuple[str, ...], source: Path, folder: Path, *, first_line: bool
+) -> tuple[float, float]:
+    """Run `python *words` to its end, or until it prints something: seconds, and CPU seconds."""
     environment = {**os.environ, "PYTHONPATH": str(source)}
+    begin, cpu = time.perf_counter(), cpu_of_children()
     with subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,
@@ -83,7 +88,13 @@ def start(words: tuple[str, ...], source: Path, folder: Path, *, first_line: boo
             process.stdout.readline()
             process.kill()
         process.stdout.read()
-    return 1
+    return time.perf_counter() - begin, cpu_of_children() - cpu
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -108,19 +119,21 @@ def main() -> None:
             for label, source in sources.items()
             if label == "now" or RUNS[name][:2] == SIFTCLIP
         }
-        alternate(sides, 1)  # byte code is written, files are in memory
-        seconds = alternate(sides, options.rounds)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    torch = medians[f"now: {TORCH}"]
-    print(describe_machine(), f"; medians of {options.rounds} rounds\n")
-    print("| | before, s | now, s | now, beyond torch, s | now, times torch |")
-    print("|---|---:|---:|---:|---:|")
-    for name in names:
-        before, now = medians.get(f"before: {name}"), medians[f"now: {name}"]
-        print(
-            f"| {name} | {'' if before is None else f'{before:.2f}'} | {now:.2f} | "
-            f"{now - torch:.2f} | {now / torch:.2f} |"
-        )
+        for side in sides.values():
+            side()  # byte code is written, files are in memory
+        rounds = [{key: side() for key, side in sides.items()} for _ in range(options.rounds)]
+    print(describe_machine(), f"; medians of {options.rounds} rounds")
+    for number, unit in enumerate(("seconds", "CPU seconds")):
+        print(f"\n| {unit} | before | now | beyond import torch | times import torch |")
+        print("|---|---:|---:|---:|---:|")
+        medians = {key: statistics.median(one[key][number] for one in rounds) for key in sides}
+        torch = medians[f"now: {TORCH}"]
+        for name in names:
+            before, now = medians.get(f"before: {name}"), medians[f"now: {name}"]
+            print(
+                f"| {name} | {'' if before is None else f'{before:.2f}'} | {now:.2f} | "
+                f"{now - torch:.2f} | {now / torch:.2f} |"
+            )
 
 
 if __name__ == "__main__":
