@@ -16,12 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.hf_model import HFTextEncoder
-from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from PIL import Image
-from safetensors.torch import save_file
 
 from siftclip.datamodules.files import atomic_path, write_json
 from siftclip.datamodules.model_options import check_options, check_supported, configured
@@ -95,6 +91,8 @@ def load_clip_model(
         InputError: the name, tag, file or option does not exist, or the weights do not fit, or were
             trained with another activation than an option asks for.
     """
+    import open_clip
+
     asked = check_options(options or {})
     with tempfile.TemporaryDirectory() as temporary:
         if architecture is not None:
@@ -177,6 +175,9 @@ def _tokenizer(
 
     open_clip looks for it beside a config that lies in a folder, whatever the config says.
     """
+    import open_clip
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
+
     text = {} if architecture is None else architecture["text_cfg"]
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(
@@ -245,6 +246,8 @@ def _initialise_decoder(model: torch.nn.Module, text_cfg: dict[str, Any]) -> Non
     decoder: Any = getattr(model, "text_decoder", None)
     if decoder is None:
         return
+    from open_clip.hf_model import HFTextEncoder
+
     width, tokens = decoder.text_projection.shape
     text: Any = model.text
     if (
@@ -286,6 +289,8 @@ def _resolve(name: str, pretrained: str | None) -> str:
         )
     if name.startswith("hf-hub:"):
         return name
+    import open_clip
+
     known = open_clip.list_models()
     if name not in known:
         raise InputError(
@@ -315,6 +320,8 @@ def _check_label(name: str, pretrained: str | None) -> None:
     Raises:
         InputError: a model of a hub, or a tag, is asked for.
     """
+    import open_clip
+
     label = "model.architecture is set, with which model.name is only a label."
     for_name = "Set model.architecture=null (for siftclip train: model=open_clip)"
     if name.startswith(SCHEMES):
@@ -329,6 +336,8 @@ def _check_label(name: str, pretrained: str | None) -> None:
 
 def _is_tag(source: str, pretrained: str) -> bool:
     """Whether `pretrained` is open_clip's name for weights of a built-in model, not a file."""
+    import open_clip
+
     return not source.startswith(SCHEMES) and open_clip.is_pretrained_cfg(source, pretrained)
 
 
@@ -356,6 +365,8 @@ def save_model_folder(
     Raises:
         InputError: a weight is NaN or infinite; nothing is written then.
     """
+    from safetensors.torch import save_file
+
     state = portable_weights(clip.model.state_dict() if weights is None else weights, str(folder))
     hf_tokenizer = getattr(clip.tokenizer, "tokenizer", None)
     if hf_tokenizer is not None and hasattr(hf_tokenizer, "save_pretrained"):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from siftclip.datamodules.files import content_digest, file_stamp
 from siftclip.datamodules.metadata import Metadata, read_metadata
@@ -17,6 +15,9 @@ from siftclip.datamodules.selection import WEIGHTS_NAME, read_subset
 from siftclip.datamodules.uids import from_structured
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import ExternalColumn, ListColumn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +166,9 @@ def _read_lists(path: Path, name: str | None) -> tuple[np.ndarray, ListColumn]:
 
 def _lists_of(column: pa.Array, owner: str) -> ListColumn:
     """The lists of an arrow array of lists or of whole numbers, without nulls."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     kind, items, sizes = column.type, column, np.ones(len(column), dtype=np.int64)
     of_lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if any(is_kind(kind) for is_kind in of_lists):

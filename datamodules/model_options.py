@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
 from siftclip.selectors.errors import InputError
@@ -94,6 +93,8 @@ def check_supported(model: nn.Module, options: Mapping[str, Any]) -> None:
     Raises:
         InputError: an option has no effect on this model, or breaks it.
     """
+    from open_clip.modified_resnet import ModifiedResNet
+
     if options.get("force_patch_dropout") and isinstance(model.visual, ModifiedResNet):
         raise InputError(
             "model.options.force_patch_dropout has no effect: the image tower of this model is a "

@@ -14,15 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from siftclip.selectors.errors import InputError
@@ -127,6 +119,8 @@ def load_weights(
         InputError: see `read_weights`; or the weights are not those of this model.
     """
     if Path(path).suffix in BIG_VISION_SUFFIXES:
+        import open_clip
+
         try:
             open_clip.load_checkpoint(model, str(path))
         except Exception as error:  # numpy and missing keys raise all sorts of errors
@@ -191,6 +185,8 @@ def portable_weights(weights: Mapping[str, Tensor], owner: str) -> dict[str, Ten
 
 def _read_tensors(path: Path) -> Any:
     if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
         return load_file(path)
     # Mapped, so that the optimizer's state in a checkpoint takes no memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -212,6 +208,9 @@ def _tower_part(state: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]:
 
 def _converted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What open_clip's `load_checkpoint` makes of a state dict before it resizes embeddings."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
@@ -228,6 +227,8 @@ def _converted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _resize_embeddings(state: dict[str, Tensor], model: nn.Module) -> None:
     """Interpolate positional embeddings to the model's sizes, in place of `state`."""
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
 

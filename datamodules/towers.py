@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip.hf_model import HFTextEncoder
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -114,6 +111,10 @@ def enable_grad_checkpointing(
     Raises:
         InputError: a tower cannot. open_clip (3.3) silently leaves such a tower as it is.
     """
+    from open_clip.hf_model import HFTextEncoder
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+
     clip: Any = model
     cannot = f"{option}: the image tower of this model has no gradient checkpointing"
     if isinstance(clip.visual, ModifiedResNet):
@@ -152,6 +153,8 @@ def _lock(call: Any, option: str, unlocked: int, parameters: list[nn.Parameter])
 
 
 def _check_layer_norms(clip: Any, config: LockConfig) -> None:
+    from open_clip.hf_model import HFTextEncoder
+
     text = getattr(clip, "text", None)
     if config.text_freeze_layer_norm or not isinstance(text, HFTextEncoder):
         return  # open_clip refuses it for its own towers

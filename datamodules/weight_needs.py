@@ -22,9 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
 from siftclip.datamodules.files import read_json
 from siftclip.datamodules.model_options import configured
 from siftclip.datamodules.model_weights import CONFIG_KEY, read_config
@@ -33,7 +30,6 @@ from siftclip.selectors.errors import InputError
 CONFIG_NAME = "open_clip_config.json"
 IMAGE_KEYS = ("mean", "std", "interpolation", "resize_mode")
 QUICKGELU_SUFFIX = "-quickgelu"  # of the names that open_clip has for both activations
-_TOWERS = {"vision_cfg": asdict(CLIPVisionCfg()), "text_cfg": asdict(CLIPTextCfg())}
 # Of the towers: for training alone, or about weights that are loaded over.
 _NO_PART_OF_WEIGHTS = {"patch_dropout", "output_tokens", "timm_model_pretrained"} | {
     *("hf_model_pretrained", "timm_drop", "timm_drop_path")
@@ -66,6 +62,8 @@ def needs_of_tag(name: str, tag: str) -> WeightNeeds:
     open_clip warns too: it has had QuickGELU from its first day, and the accuracy that open_clip
     publishes for that configuration (61.71 % on ImageNet) is the one of its authors (61.7 %).
     """
+    import open_clip
+
     entry = open_clip.get_pretrained_cfg(name, tag)
     config = open_clip.get_model_config(name) or {}
     quick_gelu = bool(entry.get("quick_gelu", config.get("quick_gelu", False)))
@@ -128,7 +126,11 @@ def wrong_activation(
     Returns:
         Whether it was QuickGELU; None if it was right, or is not known to have been wrong.
     """
-    if pretrained is None or not open_clip.is_pretrained_cfg(name, pretrained):
+    if pretrained is None:
+        return None
+    import open_clip
+
+    if not open_clip.is_pretrained_cfg(name, pretrained):
         return None
     config = open_clip.get_model_config(name) or {}
     built = bool(config.get("quick_gelu") or (options or {}).get("force_quick_gelu"))
@@ -170,6 +172,8 @@ def _listed_needs(path: Path) -> WeightNeeds | None:
 @functools.cache
 def _table() -> dict[str, WeightNeeds]:
     """open_clip's table by repository (`org/name`) and by file name of a download."""
+    import open_clip
+
     table: dict[str, WeightNeeds] = {}
     for name, tag in open_clip.list_pretrained():
         entry, needs = open_clip.get_pretrained_cfg(name, tag), needs_of_tag(name, tag)
@@ -265,8 +269,11 @@ def _differences(
     Other sizes of images and texts are interpolated, heads and pooling are in no shape at all.
     What an option asks for is no news.
     """
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    towers = {"vision_cfg": asdict(CLIPVisionCfg()), "text_cfg": asdict(CLIPTextCfg())}
     lines = []
-    for part, defaults in _TOWERS.items():
+    for part, defaults in towers.items():
         if part not in trained or part not in built:
             continue
         ours, theirs = ({**defaults, **cfg[part]} for cfg in (built, trained))
@@ -285,6 +292,8 @@ def _pair(value: Any) -> list[Any]:
 
 def _twin(name: str) -> str | None:
     """The name of the same architecture with the other activation, if open_clip has one."""
+    import open_clip
+
     plain = name.removesuffix(QUICKGELU_SUFFIX)
     twin = plain if plain != name else f"{name}{QUICKGELU_SUFFIX}"
     return twin if twin in open_clip.list_models() else None

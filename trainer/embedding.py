@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -33,10 +32,10 @@ from siftclip.datamodules.feature_source import (
 from siftclip.datamodules.features import check_activation, is_readable
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused
+from siftclip.datamodules.loader import make_loader
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.streaming import make_loader
 from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
@@ -45,6 +44,9 @@ from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolv
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.selection_ranks import ranks_of
 from siftclip.trainer.stages import features_folder, plain, pool_from
+
+if TYPE_CHECKING:
+    from lightning import Fabric
 
 _State = Literal["missing", "damaged", "stale", "kept"]  # stale: of what a tar held before
 

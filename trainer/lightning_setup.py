@@ -6,20 +6,21 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import Fabric, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
 
-from siftclip.datamodules.streaming import LoaderOptions
+from siftclip.datamodules.loader import LoaderOptions
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.cores import worker_count
 from siftclip.trainer.launch import Devices, cluster_plugins, device_count, resolve_devices
+
+if TYPE_CHECKING:
+    from lightning import Fabric, Trainer
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -67,6 +68,8 @@ def make_trainer(
     Raises:
         InputError: an option of the configuration is not one that Lightning knows.
     """
+    from lightning import Trainer
+
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in _QUIET:
@@ -110,6 +113,8 @@ def make_fabric(config: DictConfig) -> Fabric:
     Raises:
         InputError: an option of the configuration is not one that Lightning knows.
     """
+    from lightning import Fabric
+
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     settings = config.trainer
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
@@ -136,6 +141,8 @@ def _on_cpu(accelerator: str) -> bool:
 def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
     plugins: list[Any] = [*cluster_plugins(os.environ)]
     if precision == "16-mixed" and _on_cpu(accelerator):
+        from lightning.pytorch.plugins.precision import MixedPrecision
+
         # Lightning would train in bf16 instead; torch has a scaler for CPUs.
         return {"plugins": [*plugins, MixedPrecision("16-mixed", device="cpu")]}
     return {"plugins": plugins, "precision": _lightning_precision(precision)}
@@ -157,6 +164,8 @@ def expected_world_size(config: DictConfig) -> int:
 
 
 def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
     if name not in STRATEGIES:
         raise InputError(f"trainer.strategy must be one of {list(STRATEGIES)}. Got {name!r}.")
     several = num_nodes > 1 or (device_count(devices) or 1) > 1

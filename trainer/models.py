@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import (
@@ -104,6 +103,8 @@ def checkpoint_options(node: DictConfig) -> dict[str, Any]:
     name, tag = str(node.name), node.get("pretrained")
     if tag is None or node.get("architecture") is not None:
         return options
+    import open_clip
+
     if not open_clip.is_pretrained_cfg(name, str(tag)):
         return options
     image = needs_of_tag(name, str(tag)).image

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from siftclip.datamodules.batches import Batch
@@ -209,6 +208,8 @@ def _loss_from(loss: DictConfig, teacher_scale: float, rows: np.ndarray) -> Cont
 
 
 def _check_model(name: str, clip: ClipModel) -> None:
+    from open_clip.tokenizer import HFTokenizer
+
     model: Any = clip.model
     has_captions = hasattr(model, "text_decoder")
     if has_captions != (name == "coca"):

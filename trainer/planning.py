@@ -224,13 +224,3 @@ def _version_seconds(parts: RunParts, folder: Path) -> float:
     online.reselection.embed(rows, folder / "embedded", OneRank(), device)
     seconds = (time.perf_counter() - start) * _embedded_samples(online) / len(rows)
     return seconds / parts.world_size
-
-
-def check_plan(config: DictConfig) -> None:
-    """Whether `plan` is a truth value.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not isinstance(config.plan, bool):
-        raise InputError(f"plan must be true or false. Got {config.plan!r}.")

@@ -7,9 +7,8 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import save_model_folder
@@ -25,13 +24,10 @@ from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.model_record import model_record
 from siftclip.datamodules.order import rank_slice, require_window
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.streaming import count_micro_batches
 from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.ranks import Ranks, of_first_rank
-from siftclip.trainer.assembly import data_module_from, new_model, training_module
 from siftclip.trainer.budget import Budget, budget_from, limit_from
-from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.environment import (
     CODE,
@@ -41,7 +37,6 @@ from siftclip.trainer.environment import (
     environments,
     keep_environment,
 )
-from siftclip.trainer.evaluate_during import evaluate_during_from
 from siftclip.trainer.evaluation import eval_share, eval_stage, log_records, tasks_from
 from siftclip.trainer.launch import check_world_size
 from siftclip.trainer.lightning_setup import (
@@ -50,24 +45,21 @@ from siftclip.trainer.lightning_setup import (
     make_trainer,
     resolve_precision,
 )
-from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import activations_of_weights, model_files
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
-from siftclip.trainer.online.planner import Forecast
-from siftclip.trainer.online.setup import (
-    RunParts,
-    build_online,
-    online_identity,
-    warn_of_rounding,
-)
 from siftclip.trainer.optim import OptimConfig
-from siftclip.trainer.planning import forecast, steps_within
-from siftclip.trainer.progress import TrainingBar
 from siftclip.trainer.run_dir import IDENTITY_NAME, SUMMARY_NAME, RunDir, is_rank_zero, step_of
 from siftclip.trainer.schedules import check_schedule
-from siftclip.trainer.sharding import whole_state
 from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
+
+# What imports Lightning or builds models is imported where it is needed: that takes seconds, in
+# which the options have been checked and the selection made.
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from siftclip.trainer.online.planner import Forecast
+    from siftclip.trainer.online.setup import RunParts
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +71,8 @@ def run_identity(
     config: DictConfig, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
+    from siftclip.trainer.online.setup import online_identity
+
     return kept_identity(
         "run",
         {
@@ -185,6 +179,8 @@ def train_stage(config: DictConfig, *, wait: bool = False) -> RunDir:
         InputError: an option or a file is wrong; found before the first step where possible.
     """
     _check_options(config)
+    if is_rank_zero():
+        _say_what_begins(config)
     selected = select_stage(config)
     loss_data = open_loss_data(config, selected)
     identity = run_identity(config, selected, loss_data)
@@ -219,6 +215,8 @@ def _train(
     identity: dict[str, Any],
 ) -> None:
     """All that a run is, from where it is."""
+    from siftclip.trainer.loggers import finish, make_loggers
+
     now = run_environment(config, selected.pool)
     if is_rank_zero():
         if not config.reuse and run.has_started:
@@ -263,6 +261,8 @@ def plan_stage(config: DictConfig) -> Forecast:
     loss_data = open_loss_data(config, selected)
     share_cores(loader_options(config).num_workers)
     parts = _run_parts(config, selected, loss_data, output_root(config))
+    from siftclip.trainer.planning import forecast
+
     return forecast(parts, _resolved_budget(parts))
 
 
@@ -285,9 +285,28 @@ def _check_options(config: DictConfig) -> None:
         tasks_from(config)
 
 
+def _say_what_begins(config: DictConfig) -> None:
+    """Log what the options ask for: known before the pool is opened and large packages imported."""
+    limit, budget = limit_from(config), budget_from(config)
+    length = (
+        f"{budget.total_steps:,} steps" if limit is None else "budget.{}={:g}, steps".format(*limit)
+    )
+    log.info(
+        "options checked: selector %s, seed %d, %s of %s samples, precision %s",
+        config.selector.name,
+        config.seed,
+        length,
+        f"{budget.global_batch_size:,}",
+        resolve_precision(config.trainer.precision),
+    )
+
+
 def _run_parts(
     config: DictConfig, selected: SelectOutcome, loss_data: LossData, folder: Path
 ) -> RunParts:
+    from siftclip.trainer.assembly import new_model
+    from siftclip.trainer.online.setup import RunParts
+
     return RunParts(
         config=config,
         clip=new_model(config),
@@ -305,6 +324,8 @@ def _resolved_budget(parts: RunParts) -> Budget:
     budget, limit = budget_from(config), limit_from(config)
     if limit is None:
         return budget
+    from siftclip.trainer.planning import steps_within
+
     steps = steps_within(limit, parts)
     resolved = Budget(
         samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
@@ -322,6 +343,15 @@ def _fit(
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
+    from siftclip.datamodules.streaming import count_micro_batches
+    from siftclip.trainer.assembly import data_module_from, training_module
+    from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
+    from siftclip.trainer.evaluate_during import evaluate_during_from
+    from siftclip.trainer.loggers import finish
+    from siftclip.trainer.online.setup import build_online, warn_of_rounding
+    from siftclip.trainer.progress import TrainingBar
+    from siftclip.trainer.sharding import whole_state
+
     share_cores(loader_options(config).num_workers)
     parts = _run_parts(config, selected, loss_data, run.path)
     if is_rank_zero():
@@ -383,6 +413,8 @@ def _fit(
 
 def _evaluate(config: DictConfig, run: RunDir, loggers: list[Logger]) -> None:
     """Evaluate the trained model, with all ranks."""
+    from siftclip.trainer.loggers import log_tables
+
     if config.eval.root is None:
         return
     steps = (run.budget() or budget_from(config)).total_steps

@@ -121,7 +121,7 @@ def application(
 
 def _leave(command: str, stop: TrainingStopped) -> NoReturn:
     """End the process as the signal would have done, which also ends a comparison or a sweep."""
-    from siftclip.trainer.run_dir import is_rank_zero  # imports Lightning, as all that trains
+    from siftclip.trainer.run_dir import is_rank_zero  # imports torch, as all that trains
 
     by_submitit = stop.signal not in (signal.SIGINT, signal.SIGTERM)
     if not is_rank_zero():

@@ -11,7 +11,7 @@ from siftclip.trainer.cli.application import application
 @application("demo")
 def main(config: DictConfig) -> None:
     """Run the demo and say what to look at."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.demo import demo_stage
 
     outcome = demo_stage(config, list(HydraConfig.get().overrides.task))

@@ -10,7 +10,7 @@ from siftclip.trainer.cli.application import application
 @application("eval", positional=["model.name", "model.pretrained"])
 def main(config: DictConfig) -> None:
     """Evaluate and print the table."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
     from siftclip.trainer.evaluation import (
         details_folder,

@@ -10,7 +10,7 @@ from siftclip.trainer.cli.application import application
 @application("export")
 def main(config: DictConfig) -> None:
     """Export, and say what was written and how to load it."""
-    # Here, since importing open_clip and Lightning takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.export import describe_export, export_stage
 
     print(describe_export(export_stage(config)))

@@ -15,17 +15,15 @@ from siftclip.trainer.launch import require_launcher
 @application("train")
 def main(config: DictConfig) -> None:
     """Train and say where the run is."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
-    from siftclip.selectors.errors import InputError
+    # Here, since importing torch takes seconds, which `--help` need not cost.
+    from siftclip.selectors.errors import InputError, require_bool
     from siftclip.trainer.evaluation import failed_tasks, run_summary
-    from siftclip.trainer.planning import check_plan
     from siftclip.trainer.run_dir import is_rank_zero
     from siftclip.trainer.training import plan_stage, train_stage
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         require_launcher("train --multirun", config.trainer, os.environ)
-    check_plan(config)
-    if config.plan:
+    if require_bool("plan", config.plan):
         table = plan_stage(config).table()
         if is_rank_zero():
             print(table)

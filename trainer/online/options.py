@@ -22,7 +22,7 @@ from siftclip.selectors.source import TRAINING_LOSS, ExternalColumn, FeatureFile
 from siftclip.trainer.objective import check_weighing
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
-from siftclip.trainer.online.scoring import ScoringConfig
+from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.stages import plain, selector_from
 
 CADENCES = ("once", "every_step", "every_n_steps", "every_epoch")

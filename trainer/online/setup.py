@@ -49,7 +49,8 @@ from siftclip.trainer.online.reselection import Reselection
 from siftclip.trainer.online.sample_flops import Judge, counted, learner_flops, selecting_flops
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scorer import OnlineScorer
-from siftclip.trainer.online.scoring import ScoringConfig, check_scoring, scoring_is_forward
+from siftclip.trainer.online.scoring import check_scoring, scoring_is_forward
+from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.stages import SelectOutcome, plain, selector_from
