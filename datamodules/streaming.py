@@ -35,7 +35,7 @@ from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan, part_sizes
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
 
 log = logging.getLogger(__name__)
 
@@ -136,11 +136,12 @@ def count_micro_batches(rank_batch: int, micro_batch: int | None) -> int:
     """
     if micro_batch is None:
         return 1
-    require_int("trainer.micro_batch_size", micro_batch, minimum=1)
+    require_int("micro_batch_size", micro_batch, minimum=1)
     if rank_batch % micro_batch:
-        raise InputError(
-            f"trainer.micro_batch_size must divide the {rank_batch} samples that each device gets "
-            f"of scale.global_batch_size. Got {micro_batch}."
+        raise ParameterError(
+            f"must divide the {rank_batch} samples that each device gets of the global batch",
+            parameter="micro_batch_size",
+            value=micro_batch,
         )
     return rank_batch // micro_batch
 
@@ -161,8 +162,8 @@ class StreamLoader(DataLoader[Any]):
                     raise
                 raise InputError(
                     f"The loader gives no more samples: {error!r}. Memory may be short "
-                    "(data.num_workers, data.prefetch_batches), or the storage does not answer "
-                    f"within data.timeout_seconds={self.timeout:g}."
+                    "(lower num_workers or prefetch_batches), or the storage does not answer "
+                    f"within timeout_seconds={self.timeout:g}."
                 ) from error
             if batch.failure:
                 raise InputError(batch.failure)
@@ -230,16 +231,22 @@ class LoaderOptions:
     timeout_seconds: float = 600.0  # without a batch, before the run stops; 0 waits for ever
 
     def __post_init__(self) -> None:
-        require_int("data.num_workers", self.num_workers, minimum=0)
-        require_int("data.prefetch_batches", self.prefetch_batches, minimum=1)
+        require_int("num_workers", self.num_workers, minimum=0, owner=self)
+        require_int("prefetch_batches", self.prefetch_batches, minimum=1, owner=self)
         if not 0 <= self.timeout_seconds < float("inf"):
-            raise InputError(
-                f"data.timeout_seconds must be 0 or more. Got {self.timeout_seconds!r}."
+            raise ParameterError(
+                "must be 0 or more",
+                owner=self,
+                parameter="timeout_seconds",
+                value=self.timeout_seconds,
             )
         methods = multiprocessing.get_all_start_methods()
         if self.start_method is not None and self.start_method not in methods:
-            raise InputError(
-                f"data.start_method must be null or one of {methods}. Got {self.start_method!r}."
+            raise ParameterError(
+                f"must be null or one of {methods}",
+                owner=self,
+                parameter="start_method",
+                value=self.start_method,
             )
 
 
@@ -278,8 +285,8 @@ def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None)
     if sum(together) > limit:
         log.warning(
             "pool %s: the cache of %.2f GB is smaller than the %d tars that are shuffled together "
-            "(%.2f GB), so tars are copied again and again. Raise pool.shard_cache_gb, or set "
-            "data.shuffle_window_shards=%d",
+            "(%.2f GB), so tars are copied again and again. Raise the pool's shard_cache_gb, or "
+            "shuffle %d of them together (shuffle_window_shards)",
             pool.root,
             limit / 1e9,
             len(together),
@@ -302,8 +309,7 @@ def warn_of_copies(order: SampleOrder, *, first_step: int, steps: int) -> float:
             "%s%.3g %% of the batches hold a sample twice or more: a step draws %d samples, and "
             "the selection has %d different ones%s. Copies are no negatives of each other, so that "
             "samples have fewer of them than the batch is large. With draws of %d or fewer none "
-            "would meet: lower scale.global_batch_size (or what super-batches drop), or select "
-            "more",
+            "would meet: lower the global batch size (or what super-batches drop), or select more",
             "" if fraction == 1 or counts_all else "about ",
             100 * fraction,
             order.largest_draw,
@@ -360,7 +366,7 @@ class StreamDataModule(LightningDataModule):
             resize: see `siftclip.datamodules.image_transform`.
         """
         super().__init__()
-        pixels = require_int("data.max_image_pixels", max_image_pixels, minimum=1)
+        pixels = require_int("max_image_pixels", max_image_pixels, minimum=1)
         self.order = SampleOrder(
             rows=rows,
             seed=seed,
