@@ -355,7 +355,7 @@ def _similar(name: str, known: list[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, known, n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
 def save_model_folder(

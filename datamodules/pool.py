@@ -123,8 +123,7 @@ def make_storage(
     if not is_url(root):
         if options or shard_cache_gb:
             raise ParameterError(
-                f"{'is' if options else 'must be 0: it is'} for pools behind a URL, and the root "
-                f"{root!r} is a local folder",
+                f"is for pools behind a URL, and the root {root!r} is a local folder",
                 parameter="options" if options else "shard_cache_gb",
             )
         return LocalStorage(root)

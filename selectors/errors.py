@@ -61,9 +61,10 @@ class ParameterError(InputError):
 
     def told_as(self, subject: str) -> str:
         """Return the message with `subject` as the name of what is wrong."""
+        end = "" if self.rule.endswith(".") else "."  # a rule may end with what another error says
         got = "" if self.got is None else f" Got {self.got}."
         way_out = f" {self.way_out}" if self.way_out else ""
-        return f"{subject} {self.rule}.{got}{way_out}"
+        return f"{subject} {self.rule}{end}{got}{way_out}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Go to another process without the owner itself, which may be large."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from siftclip.datamodules.demo_pool import DemoData
 from siftclip.selectors.compose import Then
 from siftclip.selectors.description import describe
 from siftclip.selectors.errors import InputError, ParameterError
-from siftclip.selectors.source import Chunk, MemorySource
+from siftclip.selectors.source import Chunk, Logits, MemorySource
 from siftclip.selectors.vas import Vas
 from siftclip.trainer.build.objects import BuiltObjects
 from siftclip.trainer.build.options import options_of, under
@@ -49,8 +49,14 @@ def told(build: Callable[[], Any]) -> str:
         ([*VAS_CLIP, f"{VAS}.target.path=7"], f"{VAS}.target.path must be text. Got 7."),
         ([*VAS_CLIP, f"{VAS}.target=null"], f"{VAS}: Vas needs exactly one of target and covar"),
         ([*VAS_CLIP, f"{VAS}=3"], f"{VAS} must be a Selector. Got int."),
-        ([*VAS_CLIP, "selector.stages={}"], "selector.stages must name at least one selector"),
-        (["selector=quota", "selector.quotas=fair"], "selector.quotas must be one of proportional"),
+        (
+            [*VAS_CLIP, "~selector.stages", "+selector.stages={}"],
+            "selector.stages must name at least one selector",
+        ),
+        (
+            ["selector=quota", "selector.clusters.path=a.parquet", "selector.quotas=fair"],
+            "selector.quotas must be one of proportional, equal. Got 'fair'.",
+        ),
         (["selector=random", "selector.fraction=2"], "selector.fraction must be a number in the"),
         (["selector=semdedup", "selector.clustering.seed=-1"], "selector.clustering.seed must be"),
         # a rule
@@ -146,12 +152,14 @@ def test_plain_python_names_the_class_and_the_parameter() -> None:
 
 
 # ---- later faults -------------------------------------------------------------------------------
-def memory_source(samples: int = 40) -> MemorySource:
+def memory_source(samples: int = 40, keys: Sequence[str] = ("x_img",)) -> MemorySource:
     generator = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(samples, 4, generator=generator), dim=1)
     uids = np.arange(2 * samples, dtype=np.uint64).reshape(-1, 2)
-    chunk = Chunk(rows=np.arange(samples), uids=uids, features={"x_img": features})
-    return MemorySource(chunk)
+    rows = np.arange(samples)
+    chunk = Chunk(rows=rows, uids=uids, features=dict.fromkeys(keys, features))
+    unbiased = Logits(scale=1.0, has_bias=False)
+    return MemorySource(chunk, logits={"learner": unbiased, "reference": unbiased})
 
 
 def test_a_later_fault_of_a_nested_object_is_told_by_its_option() -> None:
@@ -227,13 +235,9 @@ def test_a_later_fault_in_the_loop_is_told_by_its_option(compose: Compose) -> No
         groups=1,
         seed=0,
     )
-    chunk = memory_source().chunk
-    keys = built.selector.requires.features
-    features = dict.fromkeys(keys, chunk.features["x_img"])
-    source = MemorySource(Chunk(rows=chunk.rows, uids=chunk.uids, features=features))
+    source = memory_source(keys=built.selector.requires.features)
     message = told(lambda: draw(source, 0, 20))
-    assert message.startswith("+online.selector.")
-    assert ".logit_bias of " in message
+    assert message.startswith("online.selector.learner.logit_bias of 'learner' must be given")
 
 
 # ---- as Hydra builds them -----------------------------------------------------------------------
