@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -273,6 +273,24 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple, ListConfig)):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
+
+
+class Keeps:
+    """Keeps what it is given, as a selector of somebody else may do."""
+
+    _arguments: ClassVar[dict[str, Any]] = {}  # so that its attributes count as those of a selector
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+        self.first = next(iter(given.values()))
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 2.5, "a", None], [[1], {"b": [2]}], {"a": {"b": [1, {"c": 2}]}}, [{"d": 1}]]
+)
+def test_what_identifies_an_object_is_that_of_one_that_hydra_builds(given: Any) -> None:
+    node = {"_target_": f"{__name__}.Keeps", "given": given, "other": [1]}
+    assert describe(BuiltObjects().build(node, "selector")) == describe(instantiate(node))
 
 
 def test_members_are_those_that_were_built_and_not_copies() -> None:

@@ -197,7 +197,7 @@ def check_online(config: DictConfig) -> None:
 
 def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> None:
     online = config.online
-    require_draw(selector)
+    require_draw(selector, "online.selector")
     if chooses_before_reading(config, selector):
         _check_weightless(selector, "online.selector")
     schedule_from(config)
@@ -222,7 +222,7 @@ def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> N
             )
         early = online_selector(config, "online.first_stage.selector")
         first, name = early.selector, early.name
-        require_draw(first)
+        require_draw(first, "online.first_stage.selector")
         _check_weightless(first, "online.first_stage.selector")
         found = Needs.of(first)
         if chooses_before_reading(config, selector):
@@ -253,14 +253,22 @@ def _check_weightless(selector: Selector, option: str) -> None:
         )
 
 
-def require_draw(selector: Selector) -> None:
+def require_draw(selector: Selector, option: str) -> None:
     """Check that a selector can choose a sub-batch.
+
+    Args:
+        selector: of the loop.
+        option: the part of the configuration that it was built from.
 
     Raises:
         InputError: it cannot.
     """
     if type(selector).draw is Selector.draw:
-        selector.draw(None, None)  # type: ignore[arg-type]  # it says so
+        raise InputError(
+            f"{option}: {type(selector).__name__} decides by itself how many samples it keeps, and "
+            "cannot be used at every step. Use a selector with scores, or jest; or this one with "
+            "online=every_epoch or online=every_n_steps."
+        )
 
 
 def chooses_before_reading(config: DictConfig, selector: Selector) -> bool:

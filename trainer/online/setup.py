@@ -138,11 +138,11 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
     for node in ("online.selector", "online.first_stage.selector"):
         if OmegaConf.select(config, node) is None:
             continue
-        selector = online_selector(config, node).selector
-        of_selector = selector_identity(selector)
+        built = online_selector(config, node)
+        of_selector = selector_identity(built.selector)
         code |= of_selector["code"]
         parts.append(of_selector["files"])
-        needs = Needs.of(selector)
+        needs = Needs.of(built.selector)
         live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
         if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
             live |= set(needs.of_model(REFERENCE))
@@ -150,8 +150,9 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
         _check_cached(source, keys)
         parts += [source.store((key,)).fingerprint for key in keys.values()]
         parts += [feature_file_stamp(file) for file in needs.files]
-        for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
-            parts += column_stamp(source.pool, column)
+        with built.objects.told_as_options():
+            for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
+                parts += column_stamp(source.pool, column)
     return {**identity, "code": code, "files": parts}
 
 
