@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from siftclip.selectors.source import Chunk, Logits, MemorySource
 from siftclip.selectors.vas import Vas
 from siftclip.trainer.build.objects import BuiltObjects
 from siftclip.trainer.build.options import options_of, under
+from siftclip.trainer.cli.main import main as siftclip
 from siftclip.trainer.online.in_loop import StepDraw
 from siftclip.trainer.online.options import check_online, online_selector
 from siftclip.trainer.online.schedule import Schedule
@@ -139,6 +141,36 @@ def test_selectors_of_the_loop_are_told_by_their_options(
 ) -> None:
     config = compose("train", ["selector=random", "online=every_step", *words])
     assert message in told(lambda: check_online(config))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["select", *VAS_CLIP, f"{VAS}.fraction=2"], f"{VAS}.fraction must be a number in the ran"),
+        (["score", "selector=random", "+selector.sed=1"], "selector.sed is not a parameter of Uni"),
+        (
+            [
+                *("train", "selector=random", "online=every_step", "online.selector.fraction=2"),
+                "selector@online.selector=learnability",
+            ],
+            "online.selector.fraction must be a number in the range (0, 1]",
+        ),
+    ],
+)
+def test_the_command_line_says_so_in_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = ["pool.root=nowhere", f"output_dir={tmp_path}", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["siftclip", *words, *own])
+    with pytest.raises(SystemExit) as stopped:
+        siftclip()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"siftclip {words[0]}: error: {message}")
 
 
 def test_plain_python_names_the_class_and_the_parameter() -> None:
