@@ -29,6 +29,7 @@ ASSIGNMENT = re.compile(r"(?<![\w.&?-])[a-z_][\w.]*=[\w\[.]")
 
 # Texts that look like options and are none.
 ALLOWED = {
+    "compact.json": "the name of a file",
     "features.json": "the name of a file",
     "model.text.": "a prefix of names of weights, for torch",
     "bytes={}-{}": "a header of HTTP",

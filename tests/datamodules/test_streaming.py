@@ -320,7 +320,7 @@ def test_datamodule_refuses_what_cannot_be(
         ("timeout_seconds", -1),
         ("start_method", "clone"),
     ):
-        with pytest.raises(InputError, match=rf"data.{option} must be"):
+        with pytest.raises(InputError, match=rf"LoaderOptions: {option} must be"):
             LoaderOptions(**{"num_workers": 1, option: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"window_shards must be an integer"):
         make_module(pool, rows, transform, tokenizer, window_shards=0)

@@ -121,7 +121,7 @@ def test_refused_groups() -> None:
         match=r"groups\.g must not ask for a metric .* Got 'a:recal'. It has \['acc1', 'acc5'\]",
     ):
         averages({}, {"g": ["a:recal"]}, metrics={"a": {"acc5": 0.2, "acc1": 0.1}})
-    with pytest.raises(InputError, match=r"must not end with ' \(partial\)'"):
+    with pytest.raises(InputError, match=r"do not end with ' \(partial\)'"):
         averages({"a": 1.0}, {"vtab (partial)": ["a"]})
 
 
