@@ -410,7 +410,7 @@ def passes_until_copy_pays(
 def conclude(passes: dict[float, float], *, run_passes: float) -> str:
     """One sentence from the passes after which a copy pays, by keep fraction."""
     paying = [f"{100 * keep:g} %" for keep, after in passes.items() if after < run_passes]
-    run = f"for the {run_passes:.1f} passes of this run (scale.samples_seen)"
+    run = f"for the {run_passes:.1f} passes of this run (its samples seen)"
     if not paying:
         return f"data compact does not pay here at any keep fraction {run}."
     return f"data compact pays here where {', '.join(paying)} of the pool are kept, {run}."

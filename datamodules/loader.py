@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import DataLoader, Sampler
 
 from siftclip.datamodules.loader_process import first_item, leave_process_group
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
 
 if TYPE_CHECKING:
     from siftclip.datamodules.batches import Request, SampleDataset
@@ -28,16 +28,22 @@ class LoaderOptions:
     timeout_seconds: float = 600.0  # without a batch, before the run stops; 0 waits for ever
 
     def __post_init__(self) -> None:
-        require_int("data.num_workers", self.num_workers, minimum=0)
-        require_int("data.prefetch_batches", self.prefetch_batches, minimum=1)
+        require_int("num_workers", self.num_workers, minimum=0, owner=self)
+        require_int("prefetch_batches", self.prefetch_batches, minimum=1, owner=self)
         if not 0 <= self.timeout_seconds < float("inf"):
-            raise InputError(
-                f"data.timeout_seconds must be 0 or more. Got {self.timeout_seconds!r}."
+            raise ParameterError(
+                "must be 0 or more",
+                owner=self,
+                parameter="timeout_seconds",
+                value=self.timeout_seconds,
             )
         methods = multiprocessing.get_all_start_methods()
         if self.start_method is not None and self.start_method not in methods:
-            raise InputError(
-                f"data.start_method must be null or one of {methods}. Got {self.start_method!r}."
+            raise ParameterError(
+                f"must be null or one of {methods}",
+                owner=self,
+                parameter="start_method",
+                value=self.start_method,
             )
 
 
@@ -57,8 +63,8 @@ class StreamLoader(DataLoader[Any]):
                     raise
                 raise InputError(
                     f"The loader gives no more samples: {error!r}. Memory may be short "
-                    "(data.num_workers, data.prefetch_batches), or the storage does not answer "
-                    f"within data.timeout_seconds={self.timeout:g}."
+                    "(lower num_workers or prefetch_batches), or the storage does not answer "
+                    f"within timeout_seconds={self.timeout:g}."
                 ) from error
             if batch.failure:
                 raise InputError(batch.failure)

@@ -33,7 +33,7 @@ from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan, part_sizes
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
 
 if TYPE_CHECKING:
     from siftclip.datamodules.image_transform import ResizeBackend
@@ -135,11 +135,12 @@ def count_micro_batches(rank_batch: int, micro_batch: int | None) -> int:
     """
     if micro_batch is None:
         return 1
-    require_int("trainer.micro_batch_size", micro_batch, minimum=1)
+    require_int("micro_batch_size", micro_batch, minimum=1)
     if rank_batch % micro_batch:
-        raise InputError(
-            f"trainer.micro_batch_size must divide the {rank_batch} samples that each device gets "
-            f"of scale.global_batch_size. Got {micro_batch}."
+        raise ParameterError(
+            f"must divide the {rank_batch} samples that each device gets of the global batch",
+            parameter="micro_batch_size",
+            value=micro_batch,
         )
     return rank_batch // micro_batch
 
@@ -208,8 +209,8 @@ def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None)
     if sum(together) > limit:
         log.warning(
             "pool %s: the cache of %.2f GB is smaller than the %d tars that are shuffled together "
-            "(%.2f GB), so tars are copied again and again. Raise pool.shard_cache_gb, or set "
-            "data.shuffle_window_shards=%d",
+            "(%.2f GB), so tars are copied again and again. Raise the pool's shard_cache_gb, or "
+            "shuffle %d of them together (shuffle_window_shards)",
             pool.root,
             limit / 1e9,
             len(together),
@@ -232,8 +233,7 @@ def warn_of_copies(order: SampleOrder, *, first_step: int, steps: int) -> float:
             "%s%.3g %% of the batches hold a sample twice or more: a step draws %d samples, and "
             "the selection has %d different ones%s. Copies are no negatives of each other, so that "
             "samples have fewer of them than the batch is large. With draws of %d or fewer none "
-            "would meet: lower scale.global_batch_size (or what super-batches drop), or select "
-            "more",
+            "would meet: lower the global batch size (or what super-batches drop), or select more",
             "" if fraction == 1 or counts_all else "about ",
             100 * fraction,
             order.largest_draw,
@@ -290,7 +290,7 @@ class StreamDataModule(LightningDataModule):
             resize: see `siftclip.datamodules.image_transform`.
         """
         super().__init__()
-        pixels = require_int("data.max_image_pixels", max_image_pixels, minimum=1)
+        pixels = require_int("max_image_pixels", max_image_pixels, minimum=1)
         self.order = SampleOrder(
             rows=rows,
             seed=seed,

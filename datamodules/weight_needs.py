@@ -25,7 +25,7 @@ from typing import Any
 from siftclip.datamodules.files import read_json
 from siftclip.datamodules.model_options import configured
 from siftclip.datamodules.model_weights import CONFIG_KEY, read_config
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 CONFIG_NAME = "open_clip_config.json"
 IMAGE_KEYS = ("mean", "std", "interpolation", "resize_mode")
@@ -221,9 +221,12 @@ def fit_options(
         wanted = bool(need.quick_gelu)
         trained = f"{what}: these weights were trained with {activation_name(wanted)} ({need.says})"
         if asked is not None and wanted != bool(asked):
-            raise InputError(
-                f"{trained}, and model.options.force_quick_gelu={str(asked).lower()} would make "
-                "another model of them. Leave that option out."
+            raise ParameterError(
+                f"would make another model of the weights: {trained}",
+                parameter="options.force_quick_gelu",
+                value=asked,
+                got=str(asked).lower(),
+                way_out="Leave that option out.",
             )
         if wanted != bool(next(iter(stated.values())).quick_gelu):
             raise InputError(
@@ -238,7 +241,7 @@ def fit_options(
         built, other = activation_name(quick_gelu), activation_name(not quick_gelu)
         lines += [
             f"{what}: the file does not say its activation. {name} is built with {built}; "
-            f"model.name={twin} has {other}"
+            f"{twin} has {other}"
             for what, need in needs.items()
             if need is None and not stated and (twin := _twin(name)) is not None
         ]
@@ -247,7 +250,7 @@ def fit_options(
             if options.get(key, value) != value:
                 lines.append(
                     f"{what}: these weights were trained with {key.removeprefix('image_')} {value} "
-                    f"({need.says}). model.options.{key}={options[key]} is taken"
+                    f"({need.says}). The option {key}={options[key]} is taken"
                 )
             fitted.setdefault(key, value)
     built_cfg = configured(model_cfg, fitted)

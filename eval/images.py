@@ -278,7 +278,7 @@ class ImageDataset(Dataset[ImageBatch]):
         limit = max(self.max_image_pixels, _LONGEST_ASPECT * side**2)
         if side**2 * max(sides) > limit * min(sides):
             raise BadSampleError(
-                f"with more pixels than data.max_image_pixels once its shorter side has {side}"
+                f"with more pixels than max_image_pixels once its shorter side has {side}"
             )
         try:
             return self.transform.prepare(pixels)

@@ -34,6 +34,7 @@ from siftclip.eval.results import TaskResult, read_kept, read_results
 from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, require_names, with_texts
 from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.selection_ranks import selection_ranks
@@ -61,13 +62,11 @@ def tasks_from(config: DictConfig, *, during: bool = False) -> FoundTasks:
     wanted, option = plain(settings.tasks), "eval.tasks"
     if during and settings.during.tasks is not None:
         wanted, option = plain(settings.during.tasks), "eval.during.tasks"
-    found = find_tasks(
-        _folder(settings.root),
-        wanted,
-        key_split=require_key_split("eval.key_split", settings.key_split),
-        option=option,
-        may_miss=settings.suite is not None,
-    )
+    key_split = require_key_split("eval.key_split", settings.key_split)
+    with options_of({"root": "eval.root", "names": option}):
+        found = find_tasks(
+            _folder(settings.root), wanted, key_split=key_split, may_miss=settings.suite is not None
+        )
     if not found.tasks and not found.damaged:
         raise InputError(
             f"eval.root={settings.root!r} has none of the {len(found.missing)} tasks of "
@@ -75,13 +74,15 @@ def tasks_from(config: DictConfig, *, during: bool = False) -> FoundTasks:
         )
     if not during:
         names = [*found.available, *found.missing]
-        check_groups(plain(settings.groups), names, suite=settings.suite is not None)
+        with options_of(under("eval", "groups")):
+            check_groups(plain(settings.groups), names, suite=settings.suite is not None)
     texts = {"classnames": plain(settings.classnames), "templates": plain(settings.templates)}
     _check_texts(texts, found, others_may_be=during)
     tasks = []
     for task in found.tasks:
         files = {option: Path(by[task.name]) for option, by in texts.items() if task.name in by}
-        tasks.append(with_texts(task, **files) if files else task)
+        with options_of(under("eval", "classnames", "templates")):
+            tasks.append(with_texts(task, **files) if files else task)
     return replace(found, tasks=tuple(tasks if during else _under_protocols(config, tasks)))
 
 
@@ -166,20 +167,22 @@ def eval_options(config: DictConfig) -> EvalOptions:
         InputError: an option is wrong.
     """
     settings = config.eval
-    return EvalOptions(
-        batch_size=settings.batch_size,
-        num_workers=worker_count(config.data.num_workers),
-        precision=str(settings.precision),
-        max_image_pixels=config.data.max_image_pixels,
-        resamples=settings.resamples,
-        cache=Path(settings.cache_dir) if settings.cache_dir and config.reuse else None,
-        probe=ProbeSettings(
-            train_split=str(settings.probe.train_split),
-            few_shot_seeds=tuple(plain(settings.probe.seeds)),
-            options=ProbeOptions(l2=settings.probe.l2),
-        ),
-        progress=config.progress,
-    )
+    workers = worker_count(config.data.num_workers)
+    with options_of(under("eval", "batch_size", "precision", "resamples")):
+        return EvalOptions(
+            batch_size=settings.batch_size,
+            num_workers=workers,
+            precision=str(settings.precision),
+            max_image_pixels=config.data.max_image_pixels,
+            resamples=settings.resamples,
+            cache=Path(settings.cache_dir) if settings.cache_dir and config.reuse else None,
+            probe=ProbeSettings(
+                train_split=str(settings.probe.train_split),
+                few_shot_seeds=tuple(plain(settings.probe.seeds)),
+                options=ProbeOptions(l2=settings.probe.l2),
+            ),
+            progress=config.progress,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,9 +248,9 @@ def eval_stage(
         on_scored=None if details is None else _write_details(config, details),
         wait=wait,
     )
-    summary = summarise(
+    summary = _summary(
+        config,
         evaluation.results,
-        plain(config.eval.groups),
         missing=found.missing,
         failures=evaluation.failures,
         resamples=options.resamples if share.ranks.rank == 0 else 0,
@@ -289,13 +292,7 @@ def _whole(config: DictConfig, path: Path, summary: Summary) -> Summary:
     kept = read_kept(path)
     if _keys(kept.results, kept.failures) == _keys(summary.results, summary.failures):
         return summary
-    return summarise(
-        kept.results,
-        plain(config.eval.groups),
-        missing=summary.missing,
-        failures=kept.failures,
-        resamples=config.eval.resamples,
-    )
+    return _summary(config, kept.results, missing=summary.missing, failures=kept.failures)
 
 
 def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tuple[set[str], ...]:
@@ -305,12 +302,26 @@ def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tup
 def run_summary(config: DictConfig, run: RunDir) -> Summary:
     """What the results file of a run holds."""
     kept = read_kept(run.results)
-    return summarise(
-        kept.results,
-        plain(config.eval.groups),
-        failures=kept.failures,
-        resamples=config.eval.resamples,
-    )
+    return _summary(config, kept.results, failures=kept.failures)
+
+
+def _summary(
+    config: DictConfig,
+    results: Sequence[TaskResult],
+    *,
+    failures: Sequence[TaskFailure],
+    missing: Sequence[str] = (),
+    resamples: int | None = None,
+) -> Summary:
+    """Return `summarise` with what the configuration says; `resamples` in place of its own."""
+    with options_of(under("eval", "groups", "resamples")):
+        return summarise(
+            results,
+            plain(config.eval.groups),
+            missing=missing,
+            failures=failures,
+            resamples=config.eval.resamples if resamples is None else resamples,
+        )
 
 
 def failed_tasks(config: DictConfig, run: RunDir) -> list[str]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.loader import LoaderOptions
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import worker_count
 from siftclip.trainer.launch import Devices, cluster_plugins, device_count, resolve_devices
 
@@ -187,9 +188,12 @@ def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
 def loader_options(config: DictConfig) -> LoaderOptions:
     """How the configuration wants batches to be loaded."""
     data = config.data
-    return LoaderOptions(
-        num_workers=worker_count(data.num_workers),
-        start_method=data.start_method,
-        prefetch_batches=data.prefetch_batches,
-        timeout_seconds=data.timeout_seconds,
-    )
+    workers = worker_count(data.num_workers)
+    names = ("num_workers", "start_method", "prefetch_batches", "timeout_seconds")
+    with options_of(under("data", *names)):
+        return LoaderOptions(
+            num_workers=workers,
+            start_method=data.start_method,
+            prefetch_batches=data.prefetch_batches,
+            timeout_seconds=data.timeout_seconds,
+        )

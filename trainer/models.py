@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from siftclip.datamodules.towers import LockConfig, lock_towers
 from siftclip.datamodules.weight_needs import activation_name, needs_of_tag, wrong_activation
 from siftclip.selectors.description import Behind, describe
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.stages import plain
 
 # Where the configuration of a training has models.
@@ -64,7 +66,8 @@ def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> 
         raise InputError(
             f"{option}.name must name a model: one of open_clip's, a run directory, or a folder."
         )
-    lock = LockConfig(**(plain(node.get("lock")) or {}))  # checked before a model is read
+    with options_of(lock_options(option)):  # checked before a model is read
+        lock = LockConfig(**(plain(node.get("lock")) or {}))
     name = str(node.name)
     pretrained = node.get("pretrained")
     has_weights = pretrained is not None or (
@@ -76,21 +79,29 @@ def clip_model_from(node: DictConfig, option: str, *, trained: bool = False) -> 
             f"{option}.pretrained must be an open_clip tag or a checkpoint file, since "
             f"{option}.name={name!r} brings no weights and random ones would be used. Got null."
         )
-    clip = load_clip_model(
-        name,
-        pretrained=pretrained,
-        architecture=plain(node.get("architecture")),
-        augmentation=plain(node.get("augmentation")),
-        options=plain(node.get("options")),
-        pretrained_image=towers["image"],
-        pretrained_text=towers["text"],
-        weights=require_weights_choice(f"{option}.weights", node.get("weights", "auto")),
-    )
+    weights = require_weights_choice(f"{option}.weights", node.get("weights", "auto"))
+    with options_of(under(option, "name", "pretrained", "options", "weights")):
+        clip = load_clip_model(
+            name,
+            pretrained=pretrained,
+            architecture=plain(node.get("architecture")),
+            augmentation=plain(node.get("augmentation")),
+            options=plain(node.get("options")),
+            pretrained_image=towers["image"],
+            pretrained_text=towers["text"],
+            weights=weights,
+        )
     for tower, locked in (("image", lock.image), ("text", lock.text)):
         if locked and not has_weights and towers[tower] is None:
-            log.warning("model.lock.%s keeps the random weights of that tower", tower)
-    lock_towers(clip.model, lock)
+            log.warning("%s.lock.%s keeps the random weights of that tower", option, tower)
+    with options_of(lock_options(option)):
+        lock_towers(clip.model, lock)
     return clip
+
+
+def lock_options(option: str) -> dict[str, str]:
+    """Return the options of `LockConfig` in a `model` node of the configuration."""
+    return under(f"{option}.lock", *(field.name for field in fields(LockConfig)))
 
 
 def checkpoint_options(node: DictConfig) -> dict[str, Any]:

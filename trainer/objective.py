@@ -22,6 +22,7 @@ from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.selection import row_weights
 from siftclip.selectors.base import Selector, product_of_weights
 from siftclip.selectors.errors import InputError, require_finite
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.losses import (
     ContrastiveObjective,
     DistillLoss,
@@ -134,7 +135,8 @@ def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
         identity["features"] = store.fingerprint
     path = OmegaConf.select(config.loss, "weights.path")
     if path is not None:
-        found = read_column(pool, Path(path), config.loss.weights.column, option="loss.weights")
+        with options_of(under("loss.weights", "path", "column")):
+            found = read_column(pool, Path(path), config.loss.weights.column)
         weights = found.astype(np.float32)
         chosen = weights[rows]
         bad = int((~(np.isfinite(chosen) & (chosen >= 0))).sum())  # NaN: a sample without a weight

@@ -14,6 +14,7 @@ from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.selectors.errors import InputError, require_int
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.stages import pool_cache, pool_from, select_stage
 
 
@@ -79,7 +80,8 @@ def compact_stage(config: DictConfig) -> Compaction:
     require_int("compact.shard_samples", config.compact.shard_samples, minimum=1)
     selected = select_stage(config)
     folder = Path(str(config.compact.output))
-    with locked(folder / LOCK_NAME, owner=f"compact.output={str(folder)!r}"):
+    held = locked(folder / LOCK_NAME, owner=f"compact.output={str(folder)!r}")
+    with held, options_of(under("compact", "shard_samples", folder="output")):
         return compact_pool(
             selected.pool,
             selected.selection,

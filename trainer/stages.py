@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.files import identity_hash
@@ -41,6 +39,8 @@ from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.errors import InputError, require_bool, require_int
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.agreement import require_same
+from siftclip.trainer.build.objects import BuiltObjects
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
 
@@ -69,23 +69,26 @@ def pool_from(config: DictConfig) -> Pool:
             "pool.root must name the folder of the pool, such as pool.root=/data/datacomp_small."
         )
     cache = pool_cache(config)
-    storage = make_storage(
-        str(config.pool.root),
-        cache_dir=cache,
-        options=plain(config.pool.storage_options),
-        shard_cache_gb=config.pool.shard_cache_gb,
-    )
     workers = config.pool.index_workers
-    return open_pool(
-        storage,
-        cache_dir=cache,
-        max_bad_fraction=config.pool.max_bad_fraction,
-        key_split=config.pool.key_split,
-        workers=cores_of_rank()
-        if workers == "auto"
-        else require_int("pool.index_workers", workers, minimum=1),
-        progress=config.progress,
-    )
+    if workers == "auto":
+        workers = cores_of_rank()
+    require_int("pool.index_workers", workers, minimum=1)
+    own = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
+    with options_of(under("pool", *own, options="storage_options")):
+        storage = make_storage(
+            str(config.pool.root),
+            cache_dir=cache,
+            options=plain(config.pool.storage_options),
+            shard_cache_gb=config.pool.shard_cache_gb,
+        )
+        return open_pool(
+            storage,
+            cache_dir=cache,
+            max_bad_fraction=config.pool.max_bad_fraction,
+            key_split=config.pool.key_split,
+            workers=workers,
+            progress=config.progress,
+        )
 
 
 def features_folder(config: DictConfig) -> Path | None:
@@ -97,10 +100,18 @@ def features_folder(config: DictConfig) -> Path | None:
     return pool_cache(config) / "features" / str(config.features.name)
 
 
-def selector_from(
-    config: DictConfig, node: str = "selector"
-) -> tuple[Selector, str, dict[str, Any]]:
-    """The selector, its name, and the parameters that identify it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltSelector:
+    """A selector of the configuration."""
+
+    selector: Selector
+    name: str
+    parameters: dict[str, Any]  # that identify it
+    objects: BuiltObjects  # it and its members, which are told by their options
+
+
+def selector_from(config: DictConfig, node: str = "selector") -> BuiltSelector:
+    """Build the selector of a part of the configuration.
 
     Args:
         config: of the command.
@@ -115,19 +126,14 @@ def selector_from(
         raise InputError(f"The selector needs {needs}; see configs/selector for what they are.")
     parameters: dict[str, Any] = plain(OmegaConf.select(config, node))
     name = str(parameters.pop("name"))
-    try:
-        selector = instantiate(parameters)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise InputError(f"{node}={name}: {cause or error}") from error
+    objects = BuiltObjects()
+    selector = objects.build(parameters, node)
     if not isinstance(selector, Selector):
         raise InputError(
-            f"{node}={name}: {parameters.get('_target_')} must be a subclass of "
-            "siftclip.selectors.base.Selector."
+            f"{node}._target_ must be a subclass of siftclip.selectors.base.Selector. Got "
+            f"{parameters.get('_target_')}."
         )
-    return selector, name, parameters
+    return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
 
 
 def source_from(config: DictConfig, pool: Pool, *, may_launch: bool) -> PoolSource:
@@ -167,17 +173,19 @@ def score_stage(config: DictConfig) -> ScoreOutcome:
     Raises:
         InputError: the selector chooses sets and has no scores, or an option or file is wrong.
     """
-    selector, name, _ = selector_from(config)  # first: it fails without touching a file
+    built = selector_from(config)  # first: it fails without touching a file
+    selector = built.selector
     if not isinstance(selector, ScoreSelector):
         raise InputError(
-            f"selector={name} chooses sets and has no scores of single samples. "
+            f"selector={built.name} chooses sets and has no scores of single samples. "
             "Use siftclip select."
         )
     source = source_from(config, pool_from(config), may_launch=True)
-    folder = source.scores_root / identity_hash(source.identity(selector))
-    there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
-    with nullcontext() if there else _once(folder, "The scores", source.ranks):
-        scores = score_pool(selector, source)
+    with built.objects.told_as_options():
+        folder = source.scores_root / identity_hash(source.identity(selector))
+        there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
+        with nullcontext() if there else _once(folder, "The scores", source.ranks):
+            scores = score_pool(selector, source)
     return ScoreOutcome(source=source, scores=scores, folder=folder)
 
 
@@ -198,9 +206,17 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
 
     With `reuse=false` the selection and the scores behind it are computed again.
     """
-    selector, name, parameters = selector_from(config)  # first: it fails without touching a file
+    built = selector_from(config)  # first: it fails without touching a file
     pool = pool_from(config)
     source = source_from(config, pool, may_launch=may_launch)
+    with built.objects.told_as_options():
+        return _select(config, built, pool, source)
+
+
+def _select(
+    config: DictConfig, built: BuiltSelector, pool: Pool, source: PoolSource
+) -> SelectOutcome:
+    selector, name = built.selector, built.name
     identity = source.identity(selector, with_rule=True)
     root = output_root(config) / "selections"
     folder = root / f"{name}-{identity_hash(identity)}"
@@ -217,7 +233,7 @@ def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutco
             for text in selection.manifest.get("warnings", ()):
                 source.warn(text)
         else:
-            selection = run_selection(selector, name, parameters, source)
+            selection = run_selection(selector, name, built.parameters, source)
             available = metadata_coverage(pool)
             if available is not None:
                 selection.manifest["pool"]["metadata_samples"] = available.named

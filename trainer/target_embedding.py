@@ -14,6 +14,7 @@ from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import TEST_SPLIT, find_tasks
 from siftclip.selectors.errors import InputError, require_bool, require_int
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.evaluation import evaluation_device
 from siftclip.trainer.models import clip_model_from
@@ -33,13 +34,14 @@ def target_stage(config: DictConfig) -> tuple[Path, list[Path]]:
             "target needs the model whose features the pool has: features=open_clip "
             "features.name=NAME features.model.name=MODEL."
         )
-    tasks = find_tasks(
-        Path(config.target.root),
-        plain(config.target.tasks),
-        split=str(config.target.split),
-        key_split=require_key_split("target.key_split", config.target.key_split),
-        option="target.tasks",
-    ).complete()
+    key_split = require_key_split("target.key_split", config.target.key_split)
+    with options_of(under("target", "root", names="tasks")):
+        tasks = find_tasks(
+            Path(config.target.root),
+            plain(config.target.tasks),
+            split=str(config.target.split),
+            key_split=key_split,
+        ).complete()
     tested = [task.name for task in tasks if task.split == TEST_SPLIT]
     if tested:
         log.warning(

@@ -28,6 +28,7 @@ from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.budget import Budget, budget_from, limit_from
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.environment import (
     CODE,
@@ -45,7 +46,7 @@ from siftclip.trainer.lightning_setup import (
     make_trainer,
     resolve_precision,
 )
-from siftclip.trainer.models import activations_of_weights, model_files
+from siftclip.trainer.models import activations_of_weights, lock_options, model_files
 from siftclip.trainer.objective import LossData, check_loss, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
 from siftclip.trainer.optim import OptimConfig
@@ -272,10 +273,13 @@ def _check_options(config: DictConfig) -> None:
     check_online(config)
     limit = limit_from(config)
     loader_options(config)
-    require_window(config.data.shuffle_window_shards)
+    with options_of({"window_shards": "data.shuffle_window_shards"}):
+        require_window(config.data.shuffle_window_shards)
     require_int("seed", config.seed, minimum=0)
-    LockConfig(**(plain(config.model.get("lock")) or {}))
-    check_options(plain(config.model.get("options")) or {})
+    with options_of(lock_options("model")):
+        LockConfig(**(plain(config.model.get("lock")) or {}))
+    with options_of(under("model", "options")):
+        check_options(plain(config.model.get("options")) or {})
     budget = budget_from(config)
     if limit is None:
         check_schedule(OptimConfig(**plain(config.optim)), budget.total_steps)
@@ -388,8 +392,11 @@ def _fit(
     check_world_size(trainer.world_size, os.environ)
     if trainer.world_size != parts.world_size:
         raise RuntimeError(f"{trainer.world_size} ranks train, not {parts.world_size}")
-    share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
-    count_micro_batches(share.stop, config.trainer.micro_batch_size)
+    with options_of(
+        under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
+    ):
+        share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
+        count_micro_batches(share.stop, config.trainer.micro_batch_size)
     data = data_module_from(config, clip, selected, loss_data, budget, online)
     resume = run.latest_checkpoint() if config.reuse else None
     if resume is not None:

@@ -91,7 +91,7 @@ def test_the_same_distribution_twice_on_the_path_is_no_clash(install: Install) -
 )
 def test_broken_plugin_is_named(install: Install, point: str, message: str) -> None:
     install(point)
-    with pytest.raises(InputError, match=f"selector.plugin='broken'.*{message}"):
+    with pytest.raises(InputError, match=f"plug-in 'broken' .*{message}"):
         build_plugin("broken")
 
 

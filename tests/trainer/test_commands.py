@@ -179,13 +179,13 @@ def test_repetitions_of_a_subset_are_multiplicities(
         (["selector.fraction=0"], r"selector.fraction must be a number in the range (0, 1]"),
         (["selector.fraction=1.5"], "Got 1.5"),
         (["selector.fraction=a"], "Got 'a'"),
-        (["selector.threshold=0.2"], "exactly one of selector.fraction, selector.threshold"),
+        (["selector.threshold=0.2"], "selector: ClipScore needs exactly one of fraction, thr"),
         (["selector.fraction=null", "selector.threshold=9"], "keeps none of 240 samples"),
         (["selector=external"], "The selector needs selector.path="),
         (["selector=plugin", "selector.plugin=nope"], "selector.plugin must be one of"),
-        (["features.name=l14"], "asks for the array 'l14_img'"),
+        (["features.name=l14"], "lacks the array 'l14_img'"),
         (["features.root=nowhere"], "No features (*.npz) in nowhere"),
-        (["pool.max_bad_fraction=2"], "max_bad_fraction must be a number in the range (0, 1]"),
+        (["pool.max_bad_fraction=2"], "pool.max_bad_fraction must be a number in the range (0, 1"),
     ],
 )
 def test_each_fault_has_its_message(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +22,7 @@ from siftclip.trainer.objective import check_weighing
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_config import ScoringConfig
-from siftclip.trainer.stages import plain, selector_from
+from siftclip.trainer.stages import BuiltSelector, plain, selector_from
 
 CADENCES = ("once", "every_step", "every_n_steps", "every_epoch")
 LEARNER, REFERENCE, SCORER = "learner", "reference", "scorer"
@@ -64,7 +63,7 @@ def _learns(selector: Selector) -> bool:
     return type(selector).state_dict is not Selector.state_dict
 
 
-def online_selector(config: DictConfig, node: str = "online.selector") -> tuple[Selector, str]:
+def online_selector(config: DictConfig, node: str = "online.selector") -> BuiltSelector:
     """A selector of the loop, in which `features.name` stands for `online.features`.
 
     Raises:
@@ -92,11 +91,7 @@ def online_selector(config: DictConfig, node: str = "online.selector") -> tuple[
             and config.online.schedule.filter_ratio is not None
         ):
             own.fraction = 1.0  # the schedule says it
-    try:
-        selector, name, _ = selector_from(scoped, node)
-    except InputError as error:  # selectors call their options selector.*
-        raise InputError(re.sub(r"(?<![.\w])selector\.", f"{node}.", str(error))) from None
-    return selector, name
+    return selector_from(scoped, node)
 
 
 def kept_fraction(config: DictConfig, node: str) -> float:
@@ -143,8 +138,8 @@ def check_online(config: DictConfig) -> None:
     """
     online = config.online
     require_choice("online.cadence", online.cadence, CADENCES)
-    offline, offline_name, _ = selector_from(config)
-    check_weighing(config, offline, f"selector={offline_name}")
+    offline = selector_from(config)
+    check_weighing(config, offline.selector, f"selector={offline.name}")
     if online.cadence == "once":
         return
     own = {"every_step": "schedule"}.get(online.cadence, "every_n_steps")
@@ -153,7 +148,8 @@ def check_online(config: DictConfig) -> None:
             f"online.cadence={online.cadence} comes with options of its own: write "
             f"online={online.cadence}."
         )
-    selector, name = online_selector(config)
+    built = online_selector(config)
+    selector, name = built.selector, built.name
     needs = Needs.of(selector)
     check_weighing(config, selector, f"online.selector={name}")
     logits = reference_logits(config)
@@ -201,7 +197,7 @@ def check_online(config: DictConfig) -> None:
 
 def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> None:
     online = config.online
-    require_draw(selector)
+    require_draw(selector, "online.selector")
     if chooses_before_reading(config, selector):
         _check_weightless(selector, "online.selector")
     schedule_from(config)
@@ -224,8 +220,9 @@ def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> N
             raise InputError(
                 f"online.first_stage.filter_ratio must be in the range [0, 1). Got {ratio!r}."
             )
-        first, name = online_selector(config, "online.first_stage.selector")
-        require_draw(first)
+        early = online_selector(config, "online.first_stage.selector")
+        first, name = early.selector, early.name
+        require_draw(first, "online.first_stage.selector")
         _check_weightless(first, "online.first_stage.selector")
         found = Needs.of(first)
         if chooses_before_reading(config, selector):
@@ -256,14 +253,22 @@ def _check_weightless(selector: Selector, option: str) -> None:
         )
 
 
-def require_draw(selector: Selector) -> None:
+def require_draw(selector: Selector, option: str) -> None:
     """Check that a selector can choose a sub-batch.
+
+    Args:
+        selector: of the loop.
+        option: the part of the configuration that it was built from.
 
     Raises:
         InputError: it cannot.
     """
     if type(selector).draw is Selector.draw:
-        selector.draw(None, None)  # type: ignore[arg-type]  # it says so
+        raise InputError(
+            f"{option}: {type(selector).__name__} decides by itself how many samples it keeps, and "
+            "cannot be used at every step. Use a selector with scores, or jest; or this one with "
+            "online=every_epoch or online=every_n_steps."
+        )
 
 
 def chooses_before_reading(config: DictConfig, selector: Selector) -> bool:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import column_stamp, read_column
 from siftclip.datamodules.feature_files import feature_file_stamp
+from siftclip.datamodules.features import MissingArrayError
 from siftclip.datamodules.identities import selector_identity, stored_targets
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.row_features import RowFeatures
@@ -23,6 +24,7 @@ from siftclip.selectors.base import ScoreSelector
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import TRAINING_LOSS, Logits
 from siftclip.selectors.uniform import Uniform
+from siftclip.trainer.build.options import options_of
 from siftclip.trainer.lightning_setup import expected_world_size, loader_options
 from siftclip.trainer.models import clip_model_from, model_files
 from siftclip.trainer.objective import LossData, same_tokens
@@ -53,7 +55,7 @@ from siftclip.trainer.online.scoring import check_scoring, scoring_is_forward
 from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.optim import OptimConfig
-from siftclip.trainer.stages import SelectOutcome, plain, selector_from
+from siftclip.trainer.stages import BuiltSelector, SelectOutcome, plain, selector_from
 
 log = logging.getLogger(__name__)
 
@@ -137,11 +139,11 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
     for node in ("online.selector", "online.first_stage.selector"):
         if OmegaConf.select(config, node) is None:
             continue
-        selector = online_selector(config, node)[0]
-        of_selector = selector_identity(selector)
+        built = online_selector(config, node)
+        of_selector = selector_identity(built.selector)
         code |= of_selector["code"]
         parts.append(of_selector["files"])
-        needs = Needs.of(selector)
+        needs = Needs.of(built.selector)
         live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
         if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
             live |= set(needs.of_model(REFERENCE))
@@ -149,8 +151,9 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
         _check_cached(source, keys)
         parts += [source.store((key,)).fingerprint for key in keys.values()]
         parts += [feature_file_stamp(file) for file in needs.files]
-        for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
-            parts += column_stamp(source.pool, column)
+        with built.objects.told_as_options():
+            for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
+                parts += column_stamp(source.pool, column)
     return {**identity, "code": code, "files": parts}
 
 
@@ -186,7 +189,7 @@ def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
     if config.online.cadence != "every_step":
         return lambda total_steps, steps: StepPlan.plain(batch, len(steps))
     groups, schedule = _groups(parts), schedule_from(config)
-    unread = chooses_before_reading(config, online_selector(config)[0])
+    unread = chooses_before_reading(config, online_selector(config).selector)
     keep = 1.0
     if config.online.first_stage.selector is not None:
         keep -= float(config.online.first_stage.filter_ratio)
@@ -255,7 +258,8 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         _groups(parts),
         step_plan(parts, total_steps),
     )
-    selector, _ = online_selector(config)
+    built = online_selector(config)
+    selector = built.selector
     needs = Needs.of(selector)
     losses = _losses_seen(source, needs)
     ratio = schedule.filter_ratio
@@ -265,9 +269,10 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
             f"the {plan.trained} samples of scale.global_batch_size. Raise it, or set it to 0."
         )
 
-    def step_draw(chosen: Any, schedule: Schedule) -> StepDraw:
+    def step_draw(chosen: BuiltSelector, schedule: Schedule) -> StepDraw:
         return StepDraw(
-            selector=chosen,
+            selector=chosen.selector,
+            objects=chosen.objects,
             schedule=schedule,
             total_steps=total_steps,
             groups=groups,
@@ -280,7 +285,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
     aliases = reference_aliases(config)
     told = {REFERENCE: reference_logits(config)}
 
-    def first_stage(chosen: Any, of: Needs, schedule: Schedule) -> CachedFirstStage:
+    def first_stage(chosen: BuiltSelector, of: Needs, schedule: Schedule) -> CachedFirstStage:
         keys = {key: aliases.get(key, key) for key in sorted(of.features)}
         _check_cached(source, keys)
         return CachedFirstStage(
@@ -307,7 +312,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
             ),
             source=source,
             learner=learner,
-            first_stage=first_stage(selector, needs, schedule),
+            first_stage=first_stage(built, needs, schedule),
             diagnostics=diagnostics,
             record=record,
         )
@@ -333,9 +338,9 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
     cached = {key for m in live if isinstance(m, CachedModel) for key in m.keys} | carried
     first = None
     if online.first_stage.selector is not None:
-        early, _ = online_selector(config, "online.first_stage.selector")
+        early = online_selector(config, "online.first_stage.selector")
         course = Schedule(filter_ratio=0.0)
-        first = first_stage(early, Needs.of(early), course)
+        first = first_stage(early, Needs.of(early.selector), course)
     reuses_forward = (
         needs.of_model(LEARNER) != ()
         and online.weights == "learner"
@@ -348,7 +353,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         return selecting_flops(_learner_flops(parts), judges, scorer=small, micro_batches=cuts)
 
     in_loop = InLoopSelection(
-        draw=step_draw(selector, schedule),
+        draw=step_draw(built, schedule),
         plan=plan,
         live=live,
         carried=tuple(sorted(carried)),
@@ -398,11 +403,13 @@ def _check_cached(source: PoolSource, keys: Mapping[str, str]) -> None:
     for name, key in keys.items():
         try:
             source.store((key,))
-        except InputError as error:
+        except MissingArrayError as error:
             if name == key:
                 raise
-            option = "online.reference.features.name"
-            raise InputError(str(error).replace("features.name", option)) from None
+            raise InputError(
+                f"online.reference.features.name asks for the array {error.key!r}, which "
+                f"{error.path} lacks. It holds {error.there}."
+            ) from None
 
 
 def _reference(
@@ -504,15 +511,17 @@ def _diagnostics(parts: RunParts) -> Diagnostics:
     offline = clusters = kinds = None
     names: tuple[str, ...] = ()
     if node.offline is not None:
-        option = "online.diagnostics.offline"
-        offline = read_column(pool, Path(node.offline), "score", option=option).astype(np.float32)
+        with options_of({"path": "online.diagnostics.offline"}):
+            offline = read_column(pool, Path(node.offline), "score").astype(np.float32)
     else:
-        selector, _, _ = selector_from(parts.config)
+        built = selector_from(parts.config)
+        selector = built.selector
         if isinstance(selector, ScoreSelector) and not isinstance(selector, Uniform):
-            offline = selector.scores(parts.source)  # kept by the select stage
+            with built.objects.told_as_options():
+                offline = selector.scores(parts.source)  # kept by the select stage
     if node.clusters is not None:
-        option = "online.diagnostics.clusters"
-        found = read_column(pool, Path(node.clusters), "cluster", option=option)
+        with options_of({"path": "online.diagnostics.clusters"}):
+            found = read_column(pool, Path(node.clusters), "cluster")
         clusters = np.where(np.isfinite(found), found, -1).astype(np.int64)
     if node.truth is not None:
         kinds, names = read_kinds(pool, Path(node.truth))
@@ -527,8 +536,8 @@ def _reselection(
 ) -> tuple[Reselection, LossesSeen | None]:
     config, source = parts.config, parts.source
     online = config.online
-    selector, _ = online_selector(config)
-    needs = Needs.of(selector)
+    built = online_selector(config)
+    needs = Needs.of(built.selector)
     losses = _losses_seen(source, needs)
     live_keys = needs.of_model(LEARNER)
     aliases = reference_aliases(config)
@@ -544,7 +553,8 @@ def _reselection(
         progress=config.progress,
     )
     reselection = Reselection(
-        selector=selector,
+        selector=built.selector,
+        objects=built.objects,
         source=source,
         rows=parts.selected.rows,
         folder=parts.folder / VERSIONS_FOLDER,
