@@ -237,8 +237,8 @@ def test_a_later_fault_of_a_column_is_told_by_the_option_of_its_selector(
     assert told(lambda: select_stage(config)).startswith("selector.column must be a column of ")
     assert told(lambda: score_stage(config)).startswith("selector.column must be a column of ")
     stages = (
-        "{half: {_target_: siftclip.selectors.uniform.Uniform, seed: 1, fraction: 0.5}, "
-        "best: {_target_: siftclip.selectors.external.External, path: null, column: nothing, "
+        "{half: {_target_: siftclip.selectors.Uniform, seed: 1, fraction: 0.5}, "
+        "best: {_target_: siftclip.selectors.External, path: null, column: nothing, "
         "fraction: 0.1}}"
     )
     config = compose(
@@ -328,7 +328,7 @@ def test_what_identifies_an_object_is_that_of_one_that_hydra_builds(given: Any) 
 def test_members_are_those_that_were_built_and_not_copies() -> None:
     node = {
         "_target_": "siftclip.selectors.compose.Or",
-        "selectors": [{"_target_": "siftclip.selectors.uniform.Uniform", "seed": 0, "fraction": 1}],
+        "selectors": [{"_target_": "siftclip.selectors.Uniform", "seed": 0, "fraction": 1}],
     }
     objects = BuiltObjects()
     built = objects.build(node, "selector")
