@@ -29,7 +29,7 @@ LARGE = (
 REFUSED: Mapping[str, tuple[list[str], str]] = {
     "index": ([], "pool.root must name"),
     "embed": ([], "features.model.name must name"),
-    "target": (["target.root=nowhere"], "nowhere is not a folder"),
+    "target": (["target.root=nowhere"], "target.root must be a folder"),
     "score": ([], "pool.root must name"),
     "select": ([], "pool.root must name"),
     "train": ([], "pool.root must name"),
