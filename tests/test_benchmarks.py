@@ -27,6 +27,7 @@ def run(run_python: Any, tmp_path: Path) -> Callable[..., str]:
     return start
 
 
+@pytest.mark.slow
 def test_benchmark_pool_and_its_measurements(run: Callable[..., str], tmp_path: Path) -> None:
     pool = str(tmp_path / "pool")
     options = ["--samples", "600", "--shard-samples", "200", "--workers", "1"]
@@ -51,6 +52,7 @@ def test_benchmark_of_the_checks(run: Callable[..., str]) -> None:
     assert "| 38 results of 50 units, read and checked | " in table
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_losses_memory(run: Callable[..., str]) -> None:
     options = ["--threads", "1", "--batch", "64", "--repeats", "1"]
     assert '"bytes"' in run("loss_memory.py", *options, "--side", "open_clip")
@@ -103,6 +105,7 @@ def test_ours_keeps_what_the_plain_formula_keeps(selector_speed: Any, method: st
     assert len(np.setxor1d(ours, plain)) <= 2, "more than a tie at the cut"
 
 
+@pytest.mark.slow
 def test_selectors_out_of_core(run: Callable[..., str], tmp_path: Path) -> None:
     folder = str(tmp_path / "features")
     run("make_features.py", folder, "--samples", "3000", "--dim", "32")
