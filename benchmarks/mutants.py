@@ -168,28 +168,30 @@ def module_name(path: Path) -> str:
 def tests_by_module() -> dict[str, list[str]]:
     """The test files of each module: what imports it, else what imports those that import it.
 
-    Those that bear its name come first, then small ones.
+    Those that bear its name come first, then those of its package, then what takes most from it.
     """
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     importers: dict[str, set[str]] = defaultdict(set)
     for path in files:
         for name in imported(path):
             importers[name].add(module_name(path))
-    testing: dict[str, set[Path]] = defaultdict(set)
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        for name in imported(path):
-            testing[name].add(path)
+    tests = {path: imported(path) for path in (ROOT / "tests").rglob("test_*.py")}
     found = {}
     for module in map(module_name, files):
         word = module.rpartition(".")[2].removesuffix("_command")
-        paths = testing[module] or set().union(*(testing[name] for name in importers[module]))
-        paths |= {path for paths in testing.values() for path in paths if word in path.stem}
-        found[module] = [
-            path.relative_to(ROOT).as_posix()
-            for path in sorted(
-                paths, key=lambda path, word=word: (word not in path.stem, path.stat().st_size)
-            )
-        ]
+        own = {path for path, names in tests.items() if module in names}
+        near = own or {path for path, names in tests.items() if names & importers[module]}
+        near |= {path for path in tests if word in path.stem}
+
+        def place(
+            path: Path, module: str = module, word: str = word
+        ) -> tuple[bool, bool, int, str]:
+            taken = sum(name.startswith(f"{module}.") for name in tests[path])
+            is_other = module.split(".")[1] not in path.parts
+            return word not in path.stem, is_other, -taken, path.name
+
+        ordered = sorted(near, key=place)
+        found[module] = [path.relative_to(ROOT).as_posix() for path in ordered]
     return found
 
 
