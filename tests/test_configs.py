@@ -199,6 +199,7 @@ def test_nothing_was_overlooked() -> None:
     assert len(OPTIONS) + len(COMMANDS) + 1 == len(list(CONFIGS.rglob("*.y*ml"))) >= 33
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose_with_every_option(command: str) -> None:
     assert resolved(composed(command))["seed"] == 0

@@ -157,6 +157,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_end_the_run(
     base: list[str], compose: Compose, launch: Cli, tmp_path: Path
 ) -> None:
