@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,6 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
+from siftclip.trainer.settings.read_command import read_command
+from siftclip.trainer.settings.store import register
+
+T = TypeVar("T")
 
 CONFIGS = "pkg://siftclip.configs"
 # Hydra's options whose value is the next word
@@ -45,18 +49,19 @@ _VALUE_ERRORS = ("Config group override must be", "Only one of --run", "The --re
 
 
 def application(
-    command: str, *, positional: Sequence[str] = ()
-) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Turn `stage(config)` into the main function of a command, configured by `<command>.yaml`.
+    command: str, kind: type[T], *, positional: Sequence[str] = ()
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+    """Turn `stage(settings)` into the main function of a command, configured by `<command>.yaml`.
 
     A blank in the command, such as `data compact`, is `_` in the name of the file.
 
     Args:
         command: as it is typed.
+        kind: what the stage takes.
         positional: the options that words without `=` stand for, in order.
     """
 
-    def decorate(stage: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(stage: Callable[[T], None]) -> Callable[[], None]:
         def main() -> None:
             # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,7 +73,7 @@ def application(
                 _set_full_error(before)  # also in a job of submitit, which is another process
                 sys.argv = full_arguments  # Lightning starts the other ranks with these
                 try:
-                    stage(config)
+                    stage(read_command(kind, config))
                 except (InputError, OmegaConfBaseException) as error:
                     if before == "1":
                         raise
@@ -90,6 +95,7 @@ def application(
                         )
                     raise SystemExit(INTERRUPTED) from None
 
+            register()
             # Hydra reads sys.argv itself; it must not take the command for an override.
             typed = _overrides(full_arguments, command)
             words = _named(command, typed, positional)
