@@ -91,16 +91,11 @@ def embed_stage(settings: EmbedCommand) -> Path:
             many samples are bad.
     """
     features, common = settings.features, settings.common
-    if features.model is None:
-        raise InputError(
-            "embed needs a model: features=open_clip features.name=NAME features.model.name=MODEL. "
-            "The features that a pool's metadata brings need no embedding."
-        )
+    folder = features_folder(features, settings.pool)
+    if features.model is None or folder is None:
+        raise RuntimeError("settings without a model are refused where they are read")
     clip = clip_model_from(features.model, trained=True)
     pool = pool_from(settings.pool, progress=common.progress)
-    folder = features_folder(features, settings.pool)
-    if folder is None:
-        raise RuntimeError("features with a model always have a folder")
     share_cores(loader_options(settings.data).num_workers)
     fabric = make_fabric(settings.trainer)
     fabric.launch()

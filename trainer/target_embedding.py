@@ -11,7 +11,6 @@ from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import TEST_SPLIT, find_tasks
-from siftclip.selectors.errors import InputError
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.evaluation import evaluation_device
 from siftclip.trainer.models import clip_model_from
@@ -28,10 +27,7 @@ def target_stage(settings: TargetCommand) -> tuple[Path, list[Path]]:
     """
     features, target, common = settings.features, settings.target, settings.common
     if features.model is None:
-        raise InputError(
-            "target needs the model whose features the pool has: features=open_clip "
-            "features.name=NAME features.model.name=MODEL."
-        )
+        raise RuntimeError("settings without a model are refused where they are read")
     tasks = find_tasks(
         Path(target.root),
         target.tasks,

@@ -125,7 +125,7 @@ def test_score_then_select_reuses_the_scores(
 def test_selection_is_described(base: list[str], compose: Compose) -> None:
     config = compose("select", [*base, "selector.fraction=0.3"])
     outcome = select_stage(config)
-    text = describe_selection(outcome, clip_score_overlap(config, outcome))
+    text = describe_selection(outcome, clip_score_overlap(config.features.name, outcome))
     assert "overlap    100.0 % of them CLIP score would keep, too" in text
     assert "cost       " in text
     assert "kept       72 samples, 72 distinct (30.0 %)" in text
@@ -139,7 +139,7 @@ def test_overlap_with_clip_score(base: list[str], compose: Compose) -> None:
     outcome = select_stage(config)
     clip = select_stage(compose("select", [*base, "selector.fraction=0.25"]))
     expected = len(np.intersect1d(outcome.rows, clip.rows)) / len(outcome.rows)
-    assert clip_score_overlap(config, outcome) == expected
+    assert clip_score_overlap(config.features.name, outcome) == expected
     assert 0 < expected < 1
     other = compose("select", [*base, "selector=random", "features.name=none"])
     assert clip_score_overlap(other, select_stage(other)) is None

@@ -42,7 +42,8 @@ from siftclip.trainer.layer_decay import layer_scales
 from siftclip.trainer.losses import ContrastiveObjective, LossInputs, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
 from siftclip.trainer.online.scoring import ScoringConfig
-from siftclip.trainer.optim import OptimConfig, make_optimizer
+from siftclip.trainer.optim import make_optimizer
+from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.sharding import sharded_blocks
 from siftclip.trainer.step import Objective, StepContext, compute_gradients
 from siftclip.trainer.training import train_stage
@@ -50,7 +51,7 @@ from siftclip.trainer.training import train_stage
 __all__: list[str] = []  # timm adds the names that are registered here
 
 CAPTIONS = ["a photo of a cat", "two dogs", "the very small car", "of"]
-OPTIM = OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.1, warmup_steps=0)
+OPTIM = OptimSettings(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.1, warmup_steps=0)
 
 # ---- what is small in a tower of timm, by the module that defines it ----------------------------
 STEM = VitCfg(

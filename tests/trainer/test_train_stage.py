@@ -22,9 +22,10 @@ from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.selection import read_selection
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import Budget
-from siftclip.trainer.optim import OptimConfig, parameter_groups
+from siftclip.trainer.optim import parameter_groups
 from siftclip.trainer.schedules import lr_factor
-from siftclip.trainer.stages import plain, select_stage
+from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.stages import select_stage
 from siftclip.trainer.training import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -68,7 +69,7 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
     run = train_stage(config)
     selected = select_stage(config)
     torch.manual_seed(config.seed)
-    clip = load_clip_model("twin", architecture=plain(config.model.architecture))
+    clip = load_clip_model("twin", architecture=to_plain(config.model.architecture))
     dataset = SampleDataset(
         reader=SampleReader(pool=selected.pool, max_image_pixels=10**6),
         transform=clip.train_transform,
@@ -77,7 +78,7 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
         substitutes=selected.rows,
     )
     order = SampleOrder(rows=selected.rows, seed=config.seed, global_batch=16)
-    optim = OptimConfig(**plain(config.optim))
+    optim = config.optim
     optimizer = torch.optim.AdamW(
         parameter_groups(clip.model, optim), betas=(0.9, 0.98), eps=1e-4, fused=False
     )

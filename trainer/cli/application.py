@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
 from siftclip.trainer.settings.read_command import read_command
-from siftclip.trainer.settings.store import register
+from siftclip.trainer.settings.store import composing, register
 
 T = TypeVar("T")
 
@@ -339,7 +339,7 @@ def _options(command: str, choices: list[str]) -> dict[str, bool]:
         choices: overrides that choose configurations; left out if they do not compose.
     """
     name = command.replace(" ", "_")
-    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         try:
             config = hydra.compose(name, overrides=choices, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError):

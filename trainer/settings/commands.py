@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings, ScaleSettings
@@ -12,7 +13,7 @@ from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.lightning import LoggerSettings, TrainerSettings
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.marks import Needs
-from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.model import NAME_NEEDS, ModelSettings
 from siftclip.trainer.settings.online import OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
@@ -71,6 +72,13 @@ class EmbedCommand(PoolSections):
     data: DataSettings
     trainer: TrainerSettings
 
+    def __post_init__(self) -> None:
+        _require_model(
+            self.features,
+            "embed needs a model: features=open_clip features.name=NAME features.model.name=MODEL. "
+            "The features that a pool's metadata brings need no embedding.",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetCommand:
@@ -81,6 +89,13 @@ class TargetCommand:
     data: DataSettings
     trainer: TrainerSettings
     target: TargetSettings
+
+    def __post_init__(self) -> None:
+        _require_model(
+            self.features,
+            "target needs the model whose features the pool has: features=open_clip "
+            "features.name=NAME features.model.name=MODEL.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +191,18 @@ class DemoCommand:
 
     common: CommonSettings
     demo: DemoSettings
+
+
+def _require_model(features: FeaturesSettings, message: str) -> None:
+    """Check that there is a model to embed with.
+
+    Raises:
+        InputError: there is none, with the message; or it has no name.
+    """
+    if features.model is None:
+        raise InputError(message)
+    if features.model.name is None:
+        raise InputError(f"{features.model.PLACE}.name {NAME_NEEDS.text}")
 
 
 COMMANDS: dict[str, type] = {

@@ -34,6 +34,11 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Late:
+    """Left open (???), and null to the commands that can do without."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rare:
     """Not listed, and not part of any record, while it is null: `+NAME=VALUE` sets it."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.marks import Needs, Rare
+from siftclip.trainer.settings.marks import Late, Needs, Rare
 from siftclip.trainer.settings.rules import (
     Fault,
     Type,
@@ -71,12 +71,16 @@ class Reader:
         if groups and isinstance(value, Mapping):
             kind = self._chosen(groups, value, option)
             return None if kind is None else self._group(kind, value, option)
+        missing = next(_unset_within(value), None)
+        if missing is not None:
+            self._missing(hint, missing, option)
+            return None
         found = list(faults(hint, value, option))
         self.faults += found
         return None if found else _with_tuples(hint, value)
 
     def _missing(self, hint: Any, value: Unset, option: str) -> None:
-        if not self.needed:
+        if not self.needed or mark_of(hint, Late) is not None:
             return
         needs = mark_of(hint, Needs)
         reason = value.reason or (needs.text if needs else "must be given.")
@@ -130,6 +134,15 @@ def listed(kind: type) -> set[str]:
     return {name for name, hint in hints(kind).items() if mark_of(hint, Rare) is None}
 
 
+def _unset_within(value: Any) -> Iterator[Unset]:
+    """What has no value inside lists and mappings."""
+    if isinstance(value, Unset):
+        yield value
+    elif isinstance(value, list | Mapping):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _unset_within(inner)
+
+
 def _with_tuples(hint: Any, value: Any) -> Any:
     """Lists as the tuples that the annotation asks for."""
     for one in alternatives(hint):
@@ -141,12 +154,3 @@ def _with_tuples(hint: Any, value: Any) -> Any:
             if len(parts) == 2:
                 return {name: _with_tuples(parts[1], inner) for name, inner in value.items()}
     return value
-
-
-def walk(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The options of plain values with their dotted names."""
-    if isinstance(values, Mapping):
-        for name, inner in values.items():
-            yield from walk(inner, joined(prefix, str(name)))
-    else:
-        yield prefix, values

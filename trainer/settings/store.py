@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
 
 from siftclip.trainer.settings import data, evaluation, lightning, loss, online, tools
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
-from siftclip.trainer.settings.marks import Follows, Rare
+from siftclip.trainer.settings.marks import Follows, Late, Rare
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
@@ -126,6 +128,8 @@ def _default_of(one: Any, hint: Any) -> Any:
     follows = mark_of(hint, Follows)
     if follows is not None:
         return f"${{{follows.option}}}"
+    if mark_of(hint, Late) is not None:
+        return "???"
     if one.default is not MISSING:
         return to_plain(one.default)
     kinds = [alternative.plain for alternative in alternatives(hint) if alternative.is_group]
@@ -134,6 +138,14 @@ def _default_of(one: Any, hint: Any) -> Any:
     if kinds:  # also where a field of it follows another option, so that it has no default itself
         return node_of(kinds[0])
     return "???" if one.default_factory is MISSING else to_plain(one.default_factory())
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Inside, `hydra.compose` composes siftclip's commands, as the console script does."""
+    register()
+    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+        yield
 
 
 @functools.cache
