@@ -14,7 +14,7 @@ NUMERICAL = $(addprefix tests/selectors/test_,$(addsuffix .py,clip_score clipcov
     $(addprefix tests/trainer/test_losses_,paired.py reference.py values.py) \
     $(addprefix tests/eval/test_,class_metrics.py logistic_fit.py retrieval_metrics.py)
 
-.PHONY: demo test test-avx2 setup lint constraints clean moved
+.PHONY: demo test test-avx2 record same-answers setup lint constraints clean moved
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
@@ -26,6 +26,14 @@ test: $(STAMP)
 test-avx2: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
 	    .venv/bin/python -m pytest -n 2 --dist worksteal $(NUMERICAL)
+
+# What selectors, runs and evaluations answer, read again as a diff of tests/recording.
+record: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/recording/record.py tests/recording
+
+# Says that changed code of selectors answers as before; refused where the recording differs.
+same-answers: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/recording/same_answers.py $(ARGS)
 
 setup: $(STAMP)
 

@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import (
     PackageNotFoundError,
     entry_points,
@@ -26,7 +26,9 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeGuard
 
+import siftclip
 from siftclip.datamodules.files import content_digest
+from siftclip.datamodules.kept_code import kept_code
 from siftclip.selectors.plugins import GROUP
 
 log = logging.getLogger(__name__)
@@ -50,13 +52,40 @@ def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
 
     `{"my_package.scores": "<SHA-256>", "my_distribution": "1.2"}`. Classes of the standard library
     and of torch stand for nothing. Of a module that no file holds, as in a notebook, and of one
-    whose file has changed since it was loaded, the functions in memory count.
+    whose file has changed since it was loaded, the functions in memory count. Built-in modules
+    stand for what their answers are kept under, see `kept_code`.
     """
     loaded_ns: dict[str, int] = {}  # by module: when it was loaded, as far as its classes know
     for item in _with_bases(code):
         at = vars(item).get("loaded_ns", sys.maxsize)
         loaded_ns[item.__module__] = min(at, loaded_ns.get(item.__module__, sys.maxsize))
-    identity: dict[str, str] = {}
+    built_in = [name for name in loaded_ns if _top(name) == OURS]
+    own = {name: at for name, at in loaded_ns.items() if _top(name) != OURS}
+    identity = {OURS: kept_code().siftclip, **_identity_of(own)}
+    as_they_are: dict[str, str] = {}
+    for name in built_in:
+        digests = _identity_of({name: loaded_ns[name]})
+        kept = kept_code().stands_for(name, digests)
+        if kept is None:
+            as_they_are |= {**digests, OURS: siftclip.__version__}
+        else:
+            identity |= kept
+    identity |= as_they_are
+    return dict(sorted(identity.items()))
+
+
+def built_in_code(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Digests of built-in modules and of what each imports, by their names of today."""
+    return {name: _identity_of({name: sys.maxsize}) for name in names}
+
+
+def _identity_of(loaded_ns: Mapping[str, int]) -> dict[str, str]:
+    """Digests and versions of modules and what they import.
+
+    Args:
+        loaded_ns: by module, when it was loaded, in ns since the epoch.
+    """
+    loaded_ns, identity = dict(loaded_ns), {}
     todo = list(loaded_ns)
     while todo:
         name = todo.pop()
@@ -72,7 +101,7 @@ def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
                     todo.append(other)
                 else:
                     identity |= _distribution_of(other)
-    return dict(sorted(identity.items()))
+    return identity
 
 
 def _with_bases(code: Iterable[type | FunctionType]) -> Iterator[type | FunctionType]:
@@ -96,7 +125,7 @@ def _is_own(name: str) -> bool:
 def _is_followed(name: str, importer: str) -> bool:
     """Whether the text of a module counts for one that imports it, and not only its version."""
     if _top(importer) == OURS:  # a method and the kernels that it imports
-        return name.startswith(f"{OURS}.selectors")
+        return name.startswith(f"{OURS}.selectors") or _is_shared(name)
     if _top(name) == OURS or not _is_own(name):
         return False
     if _top(name) == _top(importer):
@@ -105,6 +134,12 @@ def _is_followed(name: str, importer: str) -> bool:
         return True
     path = _source_file(name)
     return path is not None and not set(path.parts) & set(_INSTALLED)
+
+
+def _is_shared(name: str) -> bool:
+    """Whether a module is one that all packages of Siftclip share, such as `siftclip.errors`."""
+    path = _source_file(name)
+    return path is not None and path.parent == Path(siftclip.__file__).parent and name != OURS
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import siftclip
 from siftclip.datamodules.code_identity import code_identity
 from siftclip.datamodules.files import content_digest, file_stamp, identity_hash, read_json
 from siftclip.selectors.description import Behind, describe
@@ -70,7 +69,7 @@ def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[s
     parameters = describe(selector, behind, without=without)
     return {
         "selector": parameters,
-        "code": {"siftclip": siftclip.__version__, **code_identity(behind.code)},
+        "code": code_identity(behind.code),
         "files": named_files(behind.texts),
     }
 

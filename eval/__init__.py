@@ -1,1 +1,8 @@
-"""How good a model is: zero-shot tasks on disk, metrics, results."""
+"""How good a model is: zero-shot tasks on disk, metrics, results.
+
+The public names are in `__init__.pyi`. Each is imported when it is first asked for.
+"""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -4,6 +4,8 @@ This folder is the package `siftclip.selectors`. It shares its name with the sta
 `selectors`, which subprocess, asyncio and multiprocessing import. When the repository root is first
 on `sys.path` (`python -c`, `python -m`, notebooks), plain `import selectors` arrives here; the
 branch below then hands over to the standard library.
+
+The public names are in `__init__.pyi`. Each is imported when it is first asked for.
 """
 
 if __name__ == "selectors":  # pragma: no cover - runs in child processes only
@@ -20,3 +22,7 @@ if __name__ == "selectors":  # pragma: no cover - runs in child processes only
     _module = importlib.util.module_from_spec(_spec)
     sys.modules["selectors"] = _module
     _spec.loader.exec_module(_module)
+else:
+    from lazy_loader import attach_stub
+
+    __getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.aliases import old_name
+
 T = TypeVar("T")
 
 ARGUMENTS = "_arguments"  # where a selector records what its constructor was given
@@ -209,7 +211,8 @@ def _described_array(value: np.ndarray | Tensor) -> dict[str, Any]:
 
 
 def _name(value: type | FunctionType) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+    """What a class or function is called in what is kept: by the name that its module had first."""
+    return f"{old_name(value.__module__)}.{value.__qualname__}"
 
 
 def nested(value: Any, kind: type[T]) -> Iterator[T]:

@@ -174,10 +174,12 @@ def test_torchrun_starts_two_ranks(tmp_path: Path) -> None:
 
 
 # ---- the five folders are the package -----------------------------------------------------------
-def test_src_holds_only_links() -> None:
+def test_src_holds_links_and_what_all_folders_share() -> None:
     package = ROOT / "src" / "siftclip"
+    shared = {path.name for path in package.glob("*.py")}
+    assert "__init__.py" in shared
     found = {path.name for path in package.iterdir()} - {"__pycache__"}
-    assert found == {"__init__.py", "py.typed", *FOLDERS}
+    assert found == {"py.typed", *shared, *FOLDERS}
     for folder in FOLDERS:
         assert (package / folder).is_symlink()
         assert os.readlink(package / folder) == f"../../{folder}"

@@ -47,10 +47,17 @@ def package_files() -> set[str]:
         str(path.relative_to(ROOT))
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in {".py", ".yaml", ".j2"}
+        if path.is_file() and path.suffix in {".py", ".pyi", ".yaml", ".j2", ".json"}
     }
     assert len(found) > 60
     return found
+
+
+def shared_files() -> set[str]:
+    """The files of the package itself, which the lists in pyproject.toml name one by one."""
+    found = {path.name for path in (ROOT / "src" / "siftclip").iterdir() if not path.is_symlink()}
+    assert {"__init__.py", "py.typed", "aliases.py"} <= found
+    return found - {"__pycache__"}
 
 
 def wheel_names(wheel: Path) -> set[str]:
@@ -86,11 +93,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = wheel_names(wheel)
     expected = {f"siftclip/{name}" for name in package_files()}
     assert not expected - names
-    assert {"siftclip/__init__.py", "siftclip/py.typed"} <= names
     assert {name.split("/")[0] for name in names} == {"siftclip", f"siftclip-{VERSION}.dist-info"}
     assert {name.split("/")[1] for name in names if name.startswith("siftclip/")} == {
-        "__init__.py",
-        "py.typed",
+        *shared_files(),
         *FOLDERS,
     }
 
@@ -102,6 +107,7 @@ def test_wheel_of_the_sdist_is_the_same(dist: Path, wheel: Path, tmp_path: Path)
         for member in archive:
             archive.extract(member, tmp_path, filter="data")
     assert not package_files() - names
+    assert not {f"src/siftclip/{name}" for name in shared_files()} - names
     unpacked = tmp_path / f"siftclip-{VERSION}"
     run("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), cwd=unpacked)
     assert wheel_names(tmp_path / wheel.name) == wheel_names(wheel)

@@ -1,1 +1,8 @@
-"""How a CLIP is trained: Lightning module, loss, schedule, run directories, commands."""
+"""How a CLIP is trained: Lightning module, loss, schedule, run directories, commands.
+
+The public names are in `__init__.pyi`. Each is imported when it is first asked for.
+"""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from siftclip.datamodules.batches import Batch, Request, SampleDataset
+from siftclip.datamodules.batches import Request
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.feature_source import (
@@ -35,11 +35,11 @@ from siftclip.datamodules.identities import differences, kept_identity, say_reus
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import make_loader
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
+from siftclip.trainer.embedding_batches import embed_batch, embedding_dataset
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.selection_ranks import ranks_of
@@ -144,32 +144,6 @@ def _embed(
         max_bad_fraction=settings.pool.max_bad_fraction,
     )
     fabric.barrier()  # the features are complete when any rank returns
-
-
-@torch.no_grad()
-def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Unit image and text features of a batch, float16 [b, d] on the CPU; NaN for bad samples.
-
-    float16 is how DataComp stores features.
-    """
-    image = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
-    text = model.encode_text(batch.tokens, normalize=True)  # type: ignore[operator]
-    invalid = ~batch.valid[:, None]
-    return (
-        image.masked_fill(invalid, torch.nan).half().cpu(),
-        text.masked_fill(invalid, torch.nan).half().cpu(),
-    )
-
-
-def embedding_dataset(clip: ClipModel, pool: Pool, *, max_image_pixels: int) -> SampleDataset:
-    """A pool's samples as they are evaluated; bad ones stay in their places, marked invalid."""
-    return SampleDataset(
-        reader=SampleReader(pool=pool, max_image_pixels=max_image_pixels),
-        transform=clip.eval_transform,
-        tokenizer=clip.tokenizer,
-        seed=0,  # the eval transform draws nothing
-        substitutes=None,
-    )
 
 
 def _write_shard(

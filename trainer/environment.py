@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import siftclip
 from siftclip.datamodules.files import (
     append_jsonl,
     content_digest,
@@ -122,7 +123,9 @@ def source_digest() -> str:
     """Twelve digits that stand for the text of Siftclip itself; two edits of a commit differ."""
     root = Path(__file__).resolve().parents[1]
     paths = sorted(path for name in FOLDERS for path in (root / name).rglob("*.py"))
-    return identity_hash({str(path.relative_to(root)): content_digest(path) for path in paths})
+    digests = {str(path.relative_to(root)): content_digest(path) for path in paths}
+    shared = sorted(Path(siftclip.__file__).parent.glob("*.py"))  # in a checkout not below the root
+    return identity_hash(digests | {path.name: content_digest(path) for path in shared})
 
 
 def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:

@@ -13,3 +13,7 @@ _here = _Path(__file__).resolve().parent
 _root = _here.parent.parent
 if _here == _root / "src" / "siftclip":
     __path__.insert(0, str(_root))
+
+from siftclip.aliases import install as _install  # noqa: E402 - found once __path__ is complete
+
+_install()

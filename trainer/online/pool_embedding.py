@@ -22,7 +22,7 @@ from siftclip.datamodules.streaming import LoaderOptions, make_loader
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks
-from siftclip.trainer.embedding import embed_batch, embedding_dataset
+from siftclip.trainer.embedding_batches import embed_batch, embedding_dataset
 
 LEARNER = "learner"  # the arrays are learner_img and learner_txt
 

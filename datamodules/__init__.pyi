@@ -1,0 +1,26 @@
+# The public names, imported when they are first asked for.
+from .clip_models import ClipModel as ClipModel
+from .clip_models import load_clip_model as load_clip_model
+from .clip_models import save_model_folder as save_model_folder
+from .compaction import compact_pool as compact_pool
+from .features import FeatureStore as FeatureStore
+from .features import open_features as open_features
+from .image_transform import ImageTransform as ImageTransform
+from .pool import Pool as Pool
+from .pool import make_storage as make_storage
+from .pool import open_pool as open_pool
+from .pool_source import PoolSource as PoolSource
+from .reader import SampleReader as SampleReader
+from .scoring import run_selection as run_selection
+from .scoring import score_pool as score_pool
+from .selection import Selection as Selection
+from .selection import expand_rows as expand_rows
+from .selection import make_selection as make_selection
+from .selection import read_selection as read_selection
+from .selection import read_subset as read_subset
+from .selection import write_selection as write_selection
+from .selection import write_subset as write_subset
+from .storage import LocalStorage as LocalStorage
+from .streaming import LoaderOptions as LoaderOptions
+from .streaming import SelectionVersion as SelectionVersion
+from .streaming import StreamDataModule as StreamDataModule
