@@ -38,10 +38,14 @@ class Stored:
     defaults: Sequence[Any] = ()  # Hydra's defaults list
     beside: Mapping[str, Any] = field(default_factory=dict)  # what it also sets, from the top on
 
+    def own_values(self) -> dict[str, Any]:
+        """The defaults of the group in this configuration."""
+        values = {**node_of(self.kind), **self.changes}
+        return {name: value for name, value in values.items() if name not in self.left_out}
+
     def node(self) -> dict[str, Any]:
         """What the file would hold."""
-        values = {**node_of(self.kind), **self.changes}
-        values = {name: value for name, value in values.items() if name not in self.left_out}
+        values = self.own_values()
         if self.beside:
             values = {str(self.group): values, **self.beside}
         return {"defaults": [*self.defaults], **values} if self.defaults else values
