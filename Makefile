@@ -14,7 +14,7 @@ NUMERICAL = $(addprefix tests/selectors/test_,$(addsuffix .py,clip_score clipcov
     $(addprefix tests/trainer/test_losses_,paired.py reference.py values.py) \
     $(addprefix tests/eval/test_,class_metrics.py logistic_fit.py retrieval_metrics.py)
 
-.PHONY: demo test test-avx2 record same-answers setup lint constraints clean moved
+.PHONY: demo docs test test-avx2 record same-answers setup lint constraints clean moved
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
@@ -34,6 +34,10 @@ record: $(STAMP)
 # Says that changed code of selectors answers as before; refused where the recording differs.
 same-answers: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/recording/same_answers.py $(ARGS)
+
+# docs/options.md, from the dataclasses in trainer/settings/.
+docs: $(STAMP)
+	.venv/bin/python -m siftclip.trainer.settings.reference docs/options.md
 
 setup: $(STAMP)
 

@@ -21,6 +21,7 @@ from siftclip.trainer.cli.application import _named
 from siftclip.trainer.cli.main import COMMANDS
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.settings.composed import plain_tree
+from siftclip.trainer.settings.help import register_resolvers
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.reader import read
 from siftclip.trainer.settings.store import STORED, composing
@@ -158,8 +159,9 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 def template(command: str) -> str:
     """What `siftclip COMMAND --help` prints, before Hydra fills in the names."""
+    register_resolvers()
     config = OmegaConf.load(CONFIGS / f"{config_name(command)}.yaml")
-    return str(OmegaConf.to_container(config, resolve=False)["hydra"]["help"]["template"])
+    return str(config.hydra.help.template)
 
 
 def examples(command: str) -> list[list[str]]:

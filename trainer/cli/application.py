@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
+from siftclip.trainer.settings.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing, register
 
@@ -96,6 +97,7 @@ def application(
                     raise SystemExit(INTERRUPTED) from None
 
             register()
+            register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
             typed = _overrides(full_arguments, command)
             words = _named(command, typed, positional)

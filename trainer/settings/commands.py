@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.budget import budget_from
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings, ScaleSettings
@@ -14,7 +15,7 @@ from siftclip.trainer.settings.lightning import LoggerSettings, TrainerSettings
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.marks import Needs
 from siftclip.trainer.settings.model import NAME_NEEDS, ModelSettings
-from siftclip.trainer.settings.online import OnlineSettings
+from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
 from siftclip.trainer.settings.selector import SelectorNode
@@ -162,6 +163,27 @@ class TrainCommand(SelectSections):
     scale: ScaleSettings
     budget: Annotated[BudgetSettings, _BUDGET]
     composed: Composed
+
+    def __post_init__(self) -> None:
+        """Check what groups must be together, and needs neither a file nor a selector.
+
+        Raises:
+            InputError: an option does not go with one of another group.
+        """
+        budget_from(self.scale)
+        online = self.online
+        if isinstance(online, OnceSettings):
+            return
+        if online.weights == "ema" and self.optim.ema_decay is None:
+            raise InputError(
+                "online.weights=ema needs an average of the weights: set optim.ema_decay."
+            )
+        is_scaled = isinstance(online, EveryStepSettings) and online.scoring.image_size is not None
+        if is_scaled and self.trainer.strategy == "fsdp":
+            raise InputError(
+                "online.scoring.image_size does not go with trainer.strategy=fsdp, whose position "
+                "embeddings are sharded. Use trainer.strategy=ddp, or set it to null."
+            )
 
     @property
     def evaluation(self) -> EvalSections:

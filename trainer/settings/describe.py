@@ -246,16 +246,19 @@ def _example(hint: Any, default: Any, name: str) -> str:
     """A value that the option can have, another one than its default if that is easily said."""
     kinds = alternatives(hint)
     for one in kinds:
-        if one.origin is Literal and len(get_args(one.plain)) > 1:
-            return str(next(choice for choice in get_args(one.plain) if choice != default))
+        others = [choice for choice in get_args(one.plain) if choice != default]
+        if one.origin is Literal and others:
+            return str(others[0])
     if any(one.plain is bool for one in kinds):
         return "false" if default is True else "true"
     if any(one.plain in (int, float) for one in kinds):
         number = isinstance(default, int | float) and not isinstance(default, bool)
         below_one = any(type(mark).__name__ in ("Le", "Lt") for one in kinds for mark in one.marks)
         return as_typed(default) if number else "0.5" if below_one else "2"
-    if any(one.origin is tuple for one in kinds):
-        return "[a,b]" if any(get_args(one.plain)[:1] == (str,) for one in kinds) else "[0,1]"
+    for one in kinds:
+        if one.origin is tuple:
+            elements = alternatives(get_args(one.plain)[0])
+            return "[a,b]" if any(element.plain is str for element in elements) else "[1,2]"
     if mark_of(hint, Late) is None and isinstance(default, str) and default != OPEN:
         return default
     if name.rpartition(".")[2] in _PATHS:

@@ -122,6 +122,13 @@ class ScheduleSettings(Section):
     stop: Share = 1.0
     """Share of training from which on steps are plain ones."""
 
+    def check(self) -> None:
+        if self.start >= self.stop:
+            raise InputError(
+                "online.schedule.start must be below online.schedule.stop. Got "
+                f"{self.start!r} and {self.stop!r}."
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringSettings(Section):

@@ -31,7 +31,7 @@ class CompareSettings(Section):
     """One run per arm and seed."""
 
     arms: Annotated[
-        Mapping[str, tuple[str, ...]], Open(), Example("{half: [selector.fraction=0.5]}")
+        Mapping[str, tuple[str, ...]], Open(), Example('{half: ["selector.fraction=0.5"]}')
     ] = field(default_factory=dict)
     """NAME: a list of overrides, which come after those of the command line."""
 
