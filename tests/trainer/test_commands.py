@@ -185,7 +185,7 @@ def test_repetitions_of_a_subset_are_multiplicities(
         (["selector=plugin", "selector.plugin=nope"], "selector.plugin must be one of"),
         (["features.name=l14"], "asks for the array 'l14_img'"),
         (["features.root=nowhere"], "No features (*.npz) in nowhere"),
-        (["pool.max_bad_fraction=2"], "max_bad_fraction must be a number in the range (0, 1]"),
+        (["pool.max_bad_fraction=2"], "pool.max_bad_fraction must be in the range [0, 1]"),
     ],
 )
 def test_each_fault_has_its_message(

@@ -129,9 +129,8 @@ def test_all_ranks_take_part(
 def test_faults_are_found_before_training(
     wrong: str, message: str, options: list[str], compose: Compose, tmp_path: Path
 ) -> None:
-    config = compose("train", [*options, "eval.during.every_n_steps=2", wrong])
     with pytest.raises(InputError, match=message):
-        train_stage(config)
+        train_stage(compose("train", [*options, "eval.during.every_n_steps=2", wrong]))
     assert not list(tmp_path.glob("outputs/train/*/checkpoints/*"))
 
 

@@ -88,17 +88,17 @@ def test_uniform_choice_equals_training_on_that_subset(base: list[str], compose:
     config = compose("train", [*base, *UNIFORM, "optim.eps=1e-4"])
     run = train_stage(config)
     selected = select_stage(config)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.common.seed)
     clip = load_clip_model("twin", architecture=to_plain(config.model.architecture))
     clip.model.output_dict = True  # type: ignore[assignment]
     dataset = SampleDataset(
         reader=SampleReader(pool=selected.pool, max_image_pixels=10**6),
         transform=clip.train_transform,
         tokenizer=clip.tokenizer,
-        seed=config.seed,
+        seed=config.common.seed,
         substitutes=selected.rows,
     )
-    order = SampleOrder(rows=selected.rows, seed=config.seed, global_batch=32)
+    order = SampleOrder(rows=selected.rows, seed=config.common.seed, global_batch=32)
     optim = config.optim
     optimizer = make_optimizer(clip.model, optim, fused=True)
     found = []
@@ -361,9 +361,8 @@ def test_cached_selectors_choose_before_anything_is_read(
 def test_first_stage_narrows_what_is_scored(base: list[str], compose: Compose) -> None:
     first = ["selector@online.first_stage.selector=easy_reference"]
     options = [*JEST, *first, "online.first_stage.filter_ratio=0.5"]
-    config = compose("train", [*base, *options])
-    config.online.first_stage.selector.loss = "softmax"
-    last = records(train_stage(config))[6]
+    options.append("online.first_stage.selector.loss=softmax")
+    last = records(train_stage(compose("train", [*base, *options])))[6]
     names = ("drawn", "loaded", "scored", "trained")
     found = [last[f"cost/{name}_samples"] for name in names]
     assert found == [8 * 96, 4 * 96, 4 * 96, 96]

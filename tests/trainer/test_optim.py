@@ -11,7 +11,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from siftclip.selectors.errors import InputError
@@ -22,6 +21,7 @@ from siftclip.trainer.optim import (
     make_optimizer,
     parameter_groups,
 )
+from siftclip.trainer.settings.store import STORED
 
 REQUIRED: dict[str, Any] = {
     "lr": 5e-4,
@@ -261,8 +261,8 @@ def test_scale_is_clamped(start: float, end: float) -> None:
 
 
 def test_defaults_are_those_of_the_configuration() -> None:
-    path = Path(__file__).parents[2] / "configs" / "optim" / "adamw.yaml"
-    values = yaml.safe_load(path.read_text())
+    (adamw,) = (stored for stored in STORED if stored.group == "optim")
+    values = adamw.node()
     assert set(values) == set(OptimSettings.__slots__)
     config = OptimSettings(**{name: values[name] for name in REQUIRED})
     for name, value in values.items():
