@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from siftclip.datamodules.clip_models import Tokenizer, Transform
-from siftclip.datamodules.image_transform import ImageTransform, ResizeBackend
 from siftclip.datamodules.order import DrawnRequests, Substitutes, derive_seeds
 from siftclip.datamodules.reader import (
     BadSampleError,
@@ -28,6 +28,9 @@ from siftclip.datamodules.reader import (
 )
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.selectors.errors import InputError
+
+if TYPE_CHECKING:
+    from siftclip.datamodules.image_transform import ImageTransform, ResizeBackend
 
 SUBSTITUTE_ATTEMPTS = 20
 _PURPOSE_AUGMENT = 3
@@ -118,6 +121,8 @@ class SampleDataset(Dataset[Batch]):
     _images: ImageTransform = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        from siftclip.datamodules.image_transform import ImageTransform
+
         self._images = ImageTransform(self.transform, self.resize)
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:

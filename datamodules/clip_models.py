@@ -16,12 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.hf_model import HFTextEncoder
-from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from PIL import Image
-from safetensors.torch import save_file
 
 from siftclip.datamodules.files import atomic_path, write_json
 from siftclip.datamodules.model_options import check_options, check_supported, configured
@@ -42,7 +38,7 @@ from siftclip.datamodules.weight_needs import (
     needs_of_repository,
     needs_of_tag,
 )
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +91,8 @@ def load_clip_model(
         InputError: the name, tag, file or option does not exist, or the weights do not fit, or were
             trained with another activation than an option asks for.
     """
+    import open_clip
+
     asked = check_options(options or {})
     with tempfile.TemporaryDirectory() as temporary:
         if architecture is not None:
@@ -108,11 +106,14 @@ def load_clip_model(
         tag = pretrained if pretrained is not None and _is_tag(source, pretrained) else None
         file = None if tag is not None else pretrained
         if file is not None and not Path(file).is_file():
-            raise InputError(f"model.pretrained={file!r} is not a file.")
+            rule = "must be a tag of open_clip or an existing file"
+            raise ParameterError(rule, parameter="pretrained", value=file)
         if weights != "auto" and file is None:
-            raise InputError(
-                f"model.weights={weights!r} chooses within a checkpoint file, so it needs "
-                f"model.pretrained=FILE.ckpt. Got model.pretrained={pretrained!r}."
+            raise ParameterError(
+                "chooses within a checkpoint file, which pretrained must name",
+                parameter="weights",
+                value=weights,
+                got=f"{weights!r} and pretrained={pretrained!r}",
             )
         try:
             model_cfg = open_clip.get_model_config(source)
@@ -144,7 +145,7 @@ def load_clip_model(
             raise
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
             raise InputError(
-                f"model.name={name!r} with model.pretrained={pretrained!r} could not be built by "
+                f"The model {name!r} with pretrained={pretrained!r} could not be built by "
                 f"open_clip: {error}"
             ) from error
     for line in lines:
@@ -177,6 +178,9 @@ def _tokenizer(
 
     open_clip looks for it beside a config that lies in a folder, whatever the config says.
     """
+    import open_clip
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
+
     text = {} if architecture is None else architecture["text_cfg"]
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(
@@ -198,14 +202,14 @@ def _needs(
 ) -> dict[str, WeightNeeds | None]:
     """What a whole model's weights need, by what brings them; nothing for random ones."""
     if tag is not None:
-        return {f"model.pretrained={tag!r}": needs_of_tag(source, tag)}
+        return {f"pretrained={tag!r}": needs_of_tag(source, tag)}
     if file is not None:
-        return {f"model.pretrained={file!r}": needs_of_file(file)}
+        return {f"pretrained={file!r}": needs_of_file(file)}
     if source.startswith("hf-hub:"):
-        return {f"model.name={source!r}": needs_of_repository(source, model_cfg)}
+        return {f"name={source!r}": needs_of_repository(source, model_cfg)}
     if source.startswith("local-dir:"):
         folder = source.removeprefix("local-dir:")
-        return {f"model.name={folder!r}": needs_of_folder(Path(folder))}
+        return {f"name={folder!r}": needs_of_folder(Path(folder))}
     return {}
 
 
@@ -230,7 +234,7 @@ def _tower_needs(
         found = replace(found, model_cfg={k: v for k, v in found.model_cfg.items() if k == part})
     if tower == "text" and found is not None:
         found = replace(found, image={})
-    return {f"model.pretrained_{tower}={path!r}": found}
+    return {f"pretrained_{tower}={path!r}": found}
 
 
 def _initialise_decoder(model: torch.nn.Module, text_cfg: dict[str, Any]) -> None:
@@ -245,6 +249,8 @@ def _initialise_decoder(model: torch.nn.Module, text_cfg: dict[str, Any]) -> Non
     decoder: Any = getattr(model, "text_decoder", None)
     if decoder is None:
         return
+    from open_clip.hf_model import HFTextEncoder
+
     width, tokens = decoder.text_projection.shape
     text: Any = model.text
     if (
@@ -280,31 +286,40 @@ def _resolve(name: str, pretrained: str | None) -> str:
                 raise InputError(f"The model folder {candidate} holds no weights ({WEIGHTS_NAME}).")
             return f"local-dir:{candidate}"
     if name.startswith("local-dir:") or folder.is_dir():
-        raise InputError(
-            f"model.name={name!r} must be a run directory with a {MODEL_FOLDER}/ folder, or a "
-            f"folder with {CONFIG_NAME}. Neither was found there: has its training finished?"
+        raise ParameterError(
+            f"must be a run directory with a {MODEL_FOLDER}/ folder, or a folder with "
+            f"{CONFIG_NAME}",
+            parameter="name",
+            value=name,
+            way_out="Neither was found there: has its training finished?",
         )
     if name.startswith("hf-hub:"):
         return name
+    import open_clip
+
     known = open_clip.list_models()
     if name not in known:
-        raise InputError(
-            f"model.name must be one of open_clip's {len(known)} models (python -c 'import "
-            f"open_clip; print(open_clip.list_models())'), a folder, or hf-hub:org/repo. "
-            f"Got {name!r}.{_similar(name, known)}"
+        raise ParameterError(
+            f"must be one of open_clip's {len(known)} models (python -c 'import open_clip; "
+            "print(open_clip.list_models())'), a folder, or hf-hub:org/repo",
+            parameter="name",
+            value=name,
+            way_out=_similar(name, known),
         )
     if pretrained is not None and not Path(pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not open_clip.is_pretrained_cfg(name, pretrained):  # it also takes Laion2B-S34B-B79K
             other = name.removesuffix(QUICKGELU_SUFFIX)
             hint = (
-                f" These are weights with GELU: set model.name={other}."
+                f"These are weights with GELU: set the name to {other}."
                 if other != name and open_clip.is_pretrained_cfg(other, pretrained)
                 else ""
             )
-            raise InputError(
-                f"model.pretrained must be an existing file or one of {tags} for {name}. "
-                f"Got {pretrained!r}.{hint}"
+            raise ParameterError(
+                f"must be an existing file or one of {tags} for {name}",
+                parameter="pretrained",
+                value=pretrained,
+                way_out=hint,
             )
     return name
 
@@ -315,20 +330,29 @@ def _check_label(name: str, pretrained: str | None) -> None:
     Raises:
         InputError: a model of a hub, or a tag, is asked for.
     """
-    label = "model.architecture is set, with which model.name is only a label."
-    for_name = "Set model.architecture=null (for siftclip train: model=open_clip)"
+    import open_clip
+
+    label = "an architecture is given, with which the name is only a label"
+    for_name = "Leave the architecture out (null)"
     if name.startswith(SCHEMES):
-        raise InputError(f"model.name={name!r} would not be read: {label} {for_name}.")
+        raise ParameterError(
+            f"would not be read: {label}", parameter="name", value=name, way_out=f"{for_name}."
+        )
     if pretrained is not None and _is_tag(name, pretrained):
-        raise InputError(
-            f"model.pretrained={pretrained!r} is a tag of open_clip's {name}: {label} {for_name}."
+        raise ParameterError(
+            f"is a tag of open_clip's {name}, which is not built: {label}",
+            parameter="pretrained",
+            value=pretrained,
+            way_out=f"{for_name}.",
         )
     if name in open_clip.list_models() or holds_weights(name):
-        log.warning("model.name=%r is not what is built: %s %s for it", name, label, for_name)
+        log.warning("The model %r is not what is built: %s. %s for it", name, label, for_name)
 
 
 def _is_tag(source: str, pretrained: str) -> bool:
     """Whether `pretrained` is open_clip's name for weights of a built-in model, not a file."""
+    import open_clip
+
     return not source.startswith(SCHEMES) and open_clip.is_pretrained_cfg(source, pretrained)
 
 
@@ -340,7 +364,7 @@ def _similar(name: str, known: list[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, known, n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
 def save_model_folder(
@@ -356,6 +380,8 @@ def save_model_folder(
     Raises:
         InputError: a weight is NaN or infinite; nothing is written then.
     """
+    from safetensors.torch import save_file
+
     state = portable_weights(clip.model.state_dict() if weights is None else weights, str(folder))
     hf_tokenizer = getattr(clip.tokenizer, "tokenizer", None)
     if hf_tokenizer is not None and hasattr(hf_tokenizer, "save_pretrained"):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from siftclip.datamodules.files import content_digest, file_stamp
 from siftclip.datamodules.metadata import Metadata, read_metadata
 from siftclip.datamodules.pool import Pool, metadata_tables
 from siftclip.datamodules.selection import WEIGHTS_NAME, read_subset
 from siftclip.datamodules.uids import from_structured
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 from siftclip.selectors.source import ExternalColumn, ListColumn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,7 @@ def read_pool_column(pool: Pool, column: ExternalColumn) -> np.ndarray:
     paths = _paths(pool, column)
     values = np.full(len(pool), np.nan)
     for path in reversed(paths):  # of a uid that several files have, the first counts
-        found = read_column(
-            pool, path, column.column, option="selector", must_match=len(paths) == 1
-        )
+        found = read_column(pool, path, column.column, owner=column, must_match=len(paths) == 1)
         values = np.where(np.isnan(found), values, found)
     return values
 
@@ -55,7 +54,7 @@ def read_pool_lists(pool: Pool, column: ExternalColumn) -> ListColumn:
     paths = _paths(pool, column)
     values, sizes, rows = [], [], []
     for path in paths:
-        uids, lists = _read_lists(path, column.column)
+        uids, lists = _read_lists(path, column.column, column)
         found = pool.table.find(uids)
         log.info("%s: %d of %d uids are in the pool", path, int((found >= 0).sum()), len(uids))
         if len(paths) == 1 and not (found >= 0).any():
@@ -83,15 +82,18 @@ def _paths(pool: Pool, column: ExternalColumn) -> list[Path]:
         return [Path(column.path)]
     paths = metadata_tables(pool)
     if not paths:
-        raise InputError(
-            f"selector.path is null, which means the pool's metadata; {pool.root} has none. Name a "
-            "parquet file."
+        raise ParameterError(
+            f"must name a parquet file: null stands for the metadata of the pool, and {pool.root} "
+            "has none",
+            owner=column,
+            parameter="path",
+            got="null",
         )
     return paths
 
 
 def read_column(
-    pool: Pool, path: Path, name: str | None, *, option: str, must_match: bool = True
+    pool: Pool, path: Path, name: str | None, *, owner: object = None, must_match: bool = True
 ) -> np.ndarray:
     """The external numbers of each row of the pool, float64 [n], NaN where there is none.
 
@@ -101,30 +103,29 @@ def read_column(
         pool: whose rows are wanted.
         path: see `ExternalColumn`.
         name: the column; None for a subset, whose numbers are how often it has a uid.
-        option: the node of the configuration that has `path` and `column`, for messages.
+        owner: whose parameters `path` and `column` are, for messages; see `ParameterError`.
         must_match: whether a file without any uid of the pool is an error.
 
     Raises:
         InputError: the file is missing or damaged, or none of its uids is in the pool.
     """
     if not path.is_file():
-        raise InputError(f"{option}.path must be an existing file. Got {str(path)!r}.")
+        rule = "must be an existing file"
+        raise ParameterError(rule, owner=owner, parameter="path", value=str(path))
     if name is None:
         uids, counts = read_subset(path)
         weights = path.with_name(WEIGHTS_NAME)
         if weights.is_file():
             log.warning(
-                "%s holds no weights; %s, beside it, has those of its samples. To train with them "
-                "set loss.weights.path=%s",
+                "%s holds no weights; %s, beside it, has those of its samples, to train with",
                 path,
                 weights.name,
-                weights,
             )
         values = counts.astype(np.float64)
     elif path.suffix == ".npy":
-        uids, values = _read_structured(path, name, option)
+        uids, values = _read_structured(path, name, owner)
     else:
-        uids, values = _read_parquet(path, name, option)
+        uids, values = _read_parquet(path, name, owner)
     rows = pool.table.find(uids)
     present = rows >= 0
     log.info("%s: %d of %d uids are in the pool", path, int(present.sum()), len(uids))
@@ -135,28 +136,29 @@ def read_column(
     return column
 
 
-def _read_parquet(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:
-    uids, valid, faults, _, columns = _with_column(path, name, option)
+def _read_parquet(path: Path, name: str, owner: object) -> tuple[np.ndarray, np.ndarray]:
+    uids, valid, faults, _, columns = _with_column(path, name, owner)
     try:
         values = columns[name].to_numpy().astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{option}.column={name!r} of {path} must hold numbers: {error}."
-        ) from None
+        raise _column_error(f"must hold numbers in {path}: {error}", owner, name) from None
     if faults.samples:
         log.warning("%s: left out %s", path, faults.summary())
         uids, values = uids[valid], values[valid]
     return uids, values
 
 
-def _read_lists(path: Path, name: str | None) -> tuple[np.ndarray, ListColumn]:
+def _column_error(rule: str, owner: object, name: str | None) -> ParameterError:
+    return ParameterError(rule, owner=owner, parameter="column", value=name)
+
+
+def _read_lists(path: Path, name: str | None, owner: object) -> tuple[np.ndarray, ListColumn]:
     """The uids of a parquet file that are valid, uint64 [m, 2], and a list for each."""
     if path.suffix != ".parquet" or not path.is_file():
-        raise InputError(
-            f"selector.path must be an existing .parquet file, for lists. Got {str(path)!r}."
-        )
-    uids, valid, faults, _, columns = _with_column(path, name, "selector")
-    lists = _lists_of(columns[name].combine_chunks(), f"selector.column={name!r} of {path}")
+        rule = "must be an existing .parquet file, for lists"
+        raise ParameterError(rule, owner=owner, parameter="path", value=str(path))
+    uids, valid, faults, _, columns = _with_column(path, name, owner)
+    lists = _lists_of(columns[name].combine_chunks(), f"The column {name!r} of {path}")
     if faults.samples:
         log.warning("%s: left out %s", path, faults.summary())
         uids, lists = uids[valid], lists.take(np.flatnonzero(valid))
@@ -165,6 +167,9 @@ def _read_lists(path: Path, name: str | None) -> tuple[np.ndarray, ListColumn]:
 
 def _lists_of(column: pa.Array, owner: str) -> ListColumn:
     """The lists of an arrow array of lists or of whole numbers, without nulls."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     kind, items, sizes = column.type, column, np.ones(len(column), dtype=np.int64)
     of_lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if any(is_kind(kind) for is_kind in of_lists):
@@ -186,33 +191,39 @@ def _lists_of(column: pa.Array, owner: str) -> ListColumn:
     return ListColumn(values, kept[ends])
 
 
-def _with_column(path: Path, name: str | None, option: str) -> Metadata:
+def _with_column(path: Path, name: str | None, owner: object) -> Metadata:
     """A parquet file with a column, which must be there."""
     read = read_metadata(path, [] if name is None else [name])
     if name not in read.names:
-        raise InputError(
-            f"{option}.column={name!r} is not a column of {path}. It has {read.names}."
+        raise ParameterError(
+            f"must be a column of {path}",
+            owner=owner,
+            parameter="column",
+            value=name,
+            way_out=f"It has {read.names}.",
         )
     return read
 
 
-def _read_structured(path: Path, name: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_structured(path: Path, name: str, owner: object) -> tuple[np.ndarray, np.ndarray]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is not a readable npy file: {error}.") from None
     fields = array.dtype.fields or {}
     if array.ndim != 1 or not {"f0", "f1", name} <= set(fields):
-        raise InputError(
-            f"{option}.column={name!r}: {path} must be a one-dimensional structured array with the "
-            f"fields f0, f1 (the uid, u8) and {name}. It has {array.dtype} {array.shape}."
+        raise ParameterError(
+            f"needs {path} to be a one-dimensional structured array with the fields f0, f1 (the "
+            f"uid, u8) and {name}",
+            owner=owner,
+            parameter="column",
+            value=name,
+            way_out=f"It has {array.dtype} {array.shape}.",
         )
     if (
         any(fields[half][0] != np.uint64 for half in ("f0", "f1"))
         or fields[name][0].kind not in "fiu"
     ):
-        raise InputError(
-            f"{option}.column={name!r} of {path} must hold numbers, and f0 and f1 u8. "
-            f"It has {array.dtype}."
-        )
+        rule = f"must hold numbers in {path}, and f0 and f1 u8, and it has {array.dtype}"
+        raise _column_error(rule, owner, name)
     return from_structured(array), array[name].astype(np.float64)

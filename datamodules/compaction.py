@@ -38,7 +38,7 @@ from siftclip.datamodules.storage import StorageError
 from siftclip.datamodules.tar_index import IMAGE_SUFFIXES
 from siftclip.datamodules.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError, walk_tar
 from siftclip.datamodules.uids import derive_uid, format_uid
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
 
 MANIFEST_NAME = "compact.json"
 SHARDS_FOLDER = "shards"
@@ -124,7 +124,7 @@ def compact_pool(
         InputError: the folder holds something else or lacks the space, or too many samples are bad.
     """
     start = time.perf_counter()
-    require_int("compact.shard_samples", shard_samples, minimum=1)
+    require_int("shard_samples", shard_samples, minimum=1)
     rows = np.unique(expand_rows(selection, pool)[0])
     parts = np.split(rows, np.arange(shard_samples, len(rows), shard_samples))
     names = [f"{number:08d}.tar" for number in range(len(parts))]
@@ -365,17 +365,20 @@ def _finished_shards(
         InputError: the folder holds another compaction, or other files.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"compact.output must be a folder. {folder} is a file.")
+        rule = "must be a folder, and it is a file"
+        raise ParameterError(rule, parameter="folder", value=str(folder))
     path = folder / MANIFEST_NAME
     _delete_leftovers(path)
     if not path.is_file():
         entries = folder.iterdir() if folder.exists() else ()
         found = sorted(entry.name for entry in entries if entry.name != LOCK_NAME)
         if found:
-            raise InputError(
-                f"compact.output must be a new or an empty folder. {folder} holds "
-                f"{', '.join(found[:5])}{' and more' if len(found) > 5 else ''}, but no "
-                f"{MANIFEST_NAME}."
+            raise ParameterError(
+                "must be a new or an empty folder",
+                parameter="folder",
+                value=str(folder),
+                way_out=f"It holds {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}, "
+                f"but no {MANIFEST_NAME}.",
             )
         return {}
     manifest: dict[str, Any] = read_json(path)
@@ -383,10 +386,12 @@ def _finished_shards(
     noted = {"members": identity["members"], **manifest}
     found_identity = {key: noted.get(key) for key in identity}
     if found_identity != identity:
-        raise InputError(
-            f"compact.output={str(folder)!r} holds another compaction: its {MANIFEST_NAME} says "
-            f"{_short(found_identity)}, this one is {_short(identity)}. Name another folder, or "
-            "delete that one."
+        raise ParameterError(
+            f"holds another compaction: its {MANIFEST_NAME} says {_short(found_identity)}, this "
+            f"one is {_short(identity)}",
+            parameter="folder",
+            value=str(folder),
+            way_out="Name another folder, or delete that one.",
         )
     for own in (
         folder / SUBSET_NAME,
@@ -397,8 +402,8 @@ def _finished_shards(
     strangers = sorted({entry.name for entry in (folder / SHARDS_FOLDER).glob("*")} - {*names})
     if strangers:
         raise InputError(
-            f"compact.output: {folder / SHARDS_FOLDER} must hold nothing but the tars of this "
-            f"compaction. It holds {', '.join(strangers[:5])}. Move this elsewhere."
+            f"{folder / SHARDS_FOLDER} must hold nothing but the tars of this compaction. It holds "
+            f"{', '.join(strangers[:5])}. Move this elsewhere."
         )
     shards = [NewShard.from_state(state) for state in manifest["shards"]]
     return {s.name: s for s in shards if _has_size(folder / SHARDS_FOLDER / s.name, s.size_bytes)}
@@ -421,7 +426,9 @@ def _has_size(path: Path, size_bytes: int) -> bool:
 def _require_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise InputError(
-            f"compact.output={str(folder)!r} needs {needed_bytes / 1e9:.2f} GB. Its disk has "
-            f"{free_bytes / 1e9:.2f} GB left. Name a folder elsewhere, or keep less."
+        raise ParameterError(
+            f"needs {needed_bytes / 1e9:.2f} GB, and its disk has {free_bytes / 1e9:.2f} GB left",
+            parameter="folder",
+            value=str(folder),
+            way_out="Name a folder elsewhere, or keep less.",
         )

@@ -18,7 +18,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 
 from siftclip.datamodules.storage import ChangedError, ShardFile, Span, StorageError
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import ParameterError
 
 READ_TIMEOUT_SECONDS = 120.0  # of one attempt at a range; of silence while a file is copied
 CONCURRENT_READS = 64
@@ -80,9 +80,10 @@ def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
             next(iter(braceexpand(root))), skip_instance_cache=True, **options
         )
     except (ImportError, ValueError, TypeError) as error:
-        raise InputError(
-            f"pool.root={root!r} with the pool.storage_options {sorted(storage_options)} "
-            f"cannot be read by fsspec: {error}."
+        raise ParameterError(
+            f"cannot be read by fsspec with the storage options {sorted(storage_options)}: {error}",
+            parameter="root",
+            value=root,
         ) from None
     if scheme in ("s3", "s3a"):
         filesystem.retries = 1

@@ -23,6 +23,7 @@ from siftclip.datamodules.batches import Request, SampleDataset
 from siftclip.datamodules.compaction import write_shard
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.image_transform import ImageTransform
+from siftclip.datamodules.loader import StreamLoader
 from siftclip.datamodules.order import SampleOrder, derive_generator
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import (
@@ -31,7 +32,6 @@ from siftclip.datamodules.reader import (
     SampleReader,
     decode_caption,
 )
-from siftclip.datamodules.streaming import StreamLoader
 
 KEEP_FRACTIONS = (1.0, 0.5, 0.3, 0.1)
 COPY_BYTES = 256 << 20  # written at most to find out what writing costs
@@ -410,7 +410,7 @@ def passes_until_copy_pays(
 def conclude(passes: dict[float, float], *, run_passes: float) -> str:
     """One sentence from the passes after which a copy pays, by keep fraction."""
     paying = [f"{100 * keep:g} %" for keep, after in passes.items() if after < run_passes]
-    run = f"for the {run_passes:.1f} passes of this run (scale.samples_seen)"
+    run = f"for the {run_passes:.1f} passes of this run (its samples seen)"
     if not paying:
         return f"data compact does not pay here at any keep fraction {run}."
     return f"data compact pays here where {', '.join(paying)} of the pool are kept, {run}."

@@ -14,10 +14,9 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,6 +25,9 @@ from siftclip.datamodules.digit_scenes import derive_generator, split_digits
 from siftclip.datamodules.files import atomic_path, read_json, write_json, write_text
 from siftclip.datamodules.uids import parse_uids, sort_uids, to_structured
 from siftclip.selectors.errors import InputError, require_int
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MARKER_NAME = "demo_data.json"
 OWN_FOLDERS = ("pool", "teacher", "eval", "truth", "subsets")
@@ -102,6 +104,8 @@ def write_pool(
     Returns:
         The uids, in the order of the samples.
     """
+    import pandas as pd
+
     records: list[dict[str, object]] = []
 
     def members(first: int) -> Iterator[tuple[str, bytes]]:
@@ -160,6 +164,8 @@ def _write_parquet(path: Path, table: pd.DataFrame) -> None:
 
 def write_truth(data: DemoData, samples: Sequence[Sample], uids: Sequence[str]) -> None:
     """Write what each sample of the pool is, and the subset of those worth training on."""
+    import pandas as pd
+
     truth = pd.DataFrame(
         {
             "uid": uids,

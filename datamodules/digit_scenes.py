@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_digits
 
 IMAGE_SIZE = 32
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -162,6 +161,8 @@ def split_digits(seed: int, fractions: tuple[float, ...]) -> tuple[DigitImages, 
     Returns:
         One set for each fraction, rows ascending. What rounding leaves over goes to the last one.
     """
+    from sklearn.datasets import load_digits
+
     source = load_digits()
     pixels = np.round(source.images * (255 / 16)).astype(np.uint8)
     rng = derive_generator(seed, "digit split")

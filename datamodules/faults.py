@@ -65,5 +65,5 @@ class FaultLog:
             raise InputError(
                 f"{owner}: {self.samples} of {total} samples are bad, more than "
                 f"max_bad_fraction={max_bad_fraction} allows: {self.summary()}. "
-                "Repair or remove these samples, or allow more with pool.max_bad_fraction=..."
+                "Repair or remove these samples, or allow more with max_bad_fraction."
             )

@@ -10,8 +10,10 @@ import hashlib
 import logging
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +37,21 @@ class FeaturePart:
     uids: int  # rows of the npz
     positions: np.ndarray  # int64 [m], rows of the npz whose sample is in the pool
     rows: np.ndarray  # int64 [m], their rows in the pool
+
+
+class MissingArrayError(InputError):
+    """A feature set lacks an array that is asked for."""
+
+    def __init__(self, key: str, path: Path, there: Sequence[str]) -> None:
+        """Name the array, the file, and what the file holds."""
+        self.key, self.path, self.there = key, path, there
+        super().__init__(
+            f"{path} lacks the array {key!r}, which begins with the name of its feature set. It "
+            f"holds {there}."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.path, self.there)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +103,8 @@ def join_features(pool: Pool, *, folder: Path | None, max_bad_fraction: float) -
     paths = sorted(folder.glob("*.npz")) if folder.is_dir() else []
     if not paths:
         raise InputError(
-            f"No features (*.npz) in {folder}. Make them with `siftclip embed`, or point "
-            "features.root at a folder that has some."
+            f"No features (*.npz) in {folder}. Make them with `siftclip embed`, or name a folder "
+            "that has some."
         )
     check_sources(folder, paths, pool)
     digest = hashlib.sha256()
@@ -166,8 +183,8 @@ def check_activation(folder: Path) -> None:
                 f"{folder} holds features of {name} that an earlier version of siftclip made with "
                 f"{activation_name(built)}, while the weights {tag!r} were trained with "
                 f"{activation_name(not built)}: they are those of another model. Delete that "
-                "folder and embed again, or choose another features.name. Targets of that model "
-                "have the same fault: siftclip target makes them again."
+                "folder and embed again, or choose another name for the feature set. Targets of "
+                "that model have the same fault: siftclip target makes them again."
             )
 
 
@@ -201,10 +218,7 @@ def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> None:
     headers = _headers(path)
     for key in keys:
         if key not in headers:
-            raise InputError(
-                f"features.name asks for the array {key!r}, which {path} lacks. "
-                f"It holds {sorted(headers)}."
-            )
+            raise MissingArrayError(key, path, sorted(headers))
         shape, dtype = headers[key]
         if dtype.kind != "f":
             raise InputError(f"{path}: the array {key!r} must hold floats. Its dtype is {dtype}.")

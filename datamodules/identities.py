@@ -8,6 +8,7 @@ the result, so that a later version, and a person, can tell why a result is not 
 from __future__ import annotations
 
 import logging
+import pkgutil
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from itertools import islice
@@ -16,7 +17,7 @@ from typing import Any
 
 from siftclip.datamodules.code_identity import code_identity
 from siftclip.datamodules.files import content_digest, file_stamp, identity_hash, read_json
-from siftclip.selectors.description import Behind, describe
+from siftclip.selectors.description import Behind, describe, stored_name
 from siftclip.selectors.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,22 @@ def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[s
     }
 
 
+def stored_targets(node: Any) -> Any:
+    """A part of a configuration, in which each `_target_` of ours has the name that is kept.
+
+    So that files of ours may move, and a public name and the place of a class are the same.
+    """
+    if isinstance(node, list):
+        return [stored_targets(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: stored_targets(value) for key, value in node.items()}
+    target = found.get("_target_")
+    if isinstance(target, str) and target.startswith("siftclip."):
+        found["_target_"] = stored_name(pkgutil.resolve_name(target))
+    return found
+
+
 def named_files(texts: Iterable[str]) -> dict[str, str]:
     """What stands for the files and folders among some texts, each by its text.
 
@@ -101,8 +118,8 @@ def _folder_stamp(folder: Path) -> str:
     files = list(islice(shown, _FILES_OF_A_FOLDER + 1))
     if len(files) > _FILES_OF_A_FOLDER:
         log.warning(
-            "%s holds more than %d files: a change of theirs is not noticed, so compute again with "
-            "reuse=false when you change one",
+            "%s holds more than %d files: a change of theirs is not noticed, so compute again, "
+            "without reuse, when you change one",
             folder,
             _FILES_OF_A_FOLDER,
         )
@@ -135,7 +152,7 @@ def when(path: Path) -> str:
 
 def say_reused(what: str, path: Path) -> None:
     """Say in a line what is reused, from when, and how to have it computed again."""
-    log.info("reused %s of %s (%s); reuse=false computes again", what, when(path), path)
+    log.info("reused %s of %s (%s); without reuse it is computed again", what, when(path), path)
 
 
 def say_why_not(what: str, new: Mapping[str, Any], kept: Iterable[Path], *, like: str) -> None:

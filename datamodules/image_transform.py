@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional
 
 from siftclip.datamodules.clip_models import Transform
 from siftclip.datamodules.reader import decode_image, decode_pixels
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import ParameterError
 
 ResizeBackend = Literal["pillow", "torch"]
 RESIZE_BACKENDS = ("pillow", "torch")
@@ -51,7 +51,8 @@ class ImageTransform:
             InputError: `resize` is unknown, or `torch` does not know a step of this transform.
         """
         if resize not in RESIZE_BACKENDS:
-            raise InputError(f"data.resize must be one of {RESIZE_BACKENDS}. Got {resize!r}.")
+            rule = f"must be one of {RESIZE_BACKENDS}"
+            raise ParameterError(rule, parameter="resize", value=resize)
         self.transform = transform
         self.normalize = _last_normalize(transform)
         self.on_tensors = resize == "torch"
@@ -60,9 +61,11 @@ class ImageTransform:
             steps = [t for t in transform.transforms[:-2] if not _changes_nothing(t)]
         if self.on_tensors:
             if self.normalize is None:
-                raise InputError(
-                    "data.resize=torch needs a transform that ends with ToTensor and Normalize, as "
-                    "open_clip's do. Use data.resize=pillow."
+                raise ParameterError(
+                    "needs a transform that ends with ToTensor and Normalize, as open_clip's do",
+                    parameter="resize",
+                    value=resize,
+                    way_out="Use pillow.",
                 )
             steps = [_on_tensors(step) for step in steps]
         self.steps = tuple(steps)
@@ -132,9 +135,11 @@ def _on_tensors(step: Any) -> Callable[[Tensor], Tensor]:
         return _Resize(step)
     if type(step) is CenterCrop:
         return step  # picks pixels: the same on both
-    raise InputError(
-        f"data.resize=torch does not know the step {type(step).__name__} of this model's "
-        "transform. Use data.resize=pillow."
+    raise ParameterError(
+        f"does not know the step {type(step).__name__} of this model's transform",
+        parameter="resize",
+        value="torch",
+        way_out="Use pillow.",
     )
 
 

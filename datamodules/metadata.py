@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.file_identity import START_AGAIN, FileIdentity
 from siftclip.datamodules.uids import parse_uid_bytes
 from siftclip.selectors.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _UID = "uid"
 
@@ -35,6 +35,9 @@ def read_metadata(path: Path, columns: Sequence[str] = ()) -> Metadata:
     Raises:
         InputError: the file is not parquet, has no column `uid`, or changes while it is read.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     identity = FileIdentity.of(path)
     try:
         with pq.ParquetFile(path, pre_buffer=True) as file:
@@ -59,6 +62,8 @@ def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
 
 
 def _parse_uids(texts: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray, FaultLog]:
+    import pyarrow.compute as pc
+
     whole = pc.equal(pc.binary_length(texts), 32).fill_null(False)
     data = np.zeros((len(texts), 32), dtype=np.uint8)
     kept = texts.filter(whole)

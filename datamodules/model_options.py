@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import ParameterError
 
 
 def _is_number(value: object) -> bool:
@@ -77,12 +76,14 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            raise InputError(
-                f"model.options.{name} is unknown; the options are {', '.join(OPTIONS)}."
+            raise ParameterError(
+                "is unknown",
+                parameter=f"options.{name}",
+                way_out=f"The options are {', '.join(OPTIONS)}.",
             )
         valid, rule = OPTIONS[name]
         if value is not None and not valid(value):
-            raise InputError(f"model.options.{name} must be {rule}. Got {value!r}.")
+            raise ParameterError(f"must be {rule}", parameter=f"options.{name}", value=value)
     chosen = {name: value for name, value in options.items() if value is not None}
     # open_clip adds some of them to tuples.
     return {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
@@ -94,17 +95,20 @@ def check_supported(model: nn.Module, options: Mapping[str, Any]) -> None:
     Raises:
         InputError: an option has no effect on this model, or breaks it.
     """
+    from open_clip.modified_resnet import ModifiedResNet
+
     if options.get("force_patch_dropout") and isinstance(model.visual, ModifiedResNet):
-        raise InputError(
-            "model.options.force_patch_dropout has no effect: the image tower of this model is a "
-            "ResNet, without patches."
+        raise ParameterError(
+            "has no effect: the image tower of this model is a ResNet, without patches",
+            parameter="options.force_patch_dropout",
         )
     length = options.get("force_context_length")
     decoder = getattr(model, "text_decoder", None)
     if length is not None and decoder is not None and length > decoder.context_length:
-        raise InputError(
-            f"model.options.force_context_length must be at most {decoder.context_length}, the "
-            f"context of this model's text decoder. Got {length}."
+        raise ParameterError(
+            f"must be at most {decoder.context_length}, the context of this model's text decoder",
+            parameter="options.force_context_length",
+            value=length,
         )
 
 

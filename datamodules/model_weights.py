@@ -14,18 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 Weights = Literal["auto", "ema", "raw"]
 Tower = Literal["image", "text"]
@@ -50,22 +42,19 @@ CONFIG_KEY = "open_clip_config"  # where our checkpoints say what model their we
 NAMED_KEYS = 5  # a message names so many keys; a wrong file has hundreds
 
 
-def require_weights_choice(option: str, value: object) -> Weights:
-    """Return `value` as one of auto, ema, raw; `option` is the name that the user wrote."""
+def require_weights_choice(parameter: str, value: object) -> Weights:
+    """Return `value`, a parameter of that name, as one of auto, ema, raw."""
     for known in WEIGHTS:
         if value == known:
             return known
-    raise InputError(f"{option} must be one of {list(WEIGHTS)}. Got {value!r}.")
+    raise ParameterError(f"must be one of {list(WEIGHTS)}", parameter=parameter, value=value)
 
 
-def read_weights(
-    path: str | Path, *, option: str = "model.pretrained", weights: Weights = "auto"
-) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, weights: Weights = "auto") -> dict[str, Tensor]:
     """Read the state dict of a checkpoint, under open_clip's names.
 
     Args:
         path: open_clip's `.pt`, a bare state dict, safetensors, or a Lightning `.ckpt` of ours.
-        option: what the user named the file with, for messages.
         weights: of a checkpoint with a moving average: `auto` and `ema` take the average, `raw`
             what the optimizer trained. Other files hold raw weights only.
 
@@ -73,20 +62,17 @@ def read_weights(
         InputError: the file is missing, damaged, would run code, or lacks the average asked for.
     """
     if not Path(path).is_file():
-        raise InputError(f"{option}={str(path)!r} is not a file.")
+        raise InputError(f"{path} is not a file.")
     try:
         content = _read_tensors(Path(path))
         state = content.get("state_dict", content)
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it is not a state dict")
     except Exception as error:  # damaged files raise anything from KeyError to UnpicklingError
-        raise _unfit(option, path, _reason(error)) from error
+        raise _unfit(path, _reason(error)) from error
     averaged = _below(state, EMA_PREFIX)
     if weights == "ema" and not averaged:
-        raise InputError(
-            f"{option}={str(path)!r} holds no moving average of the weights (ema). "
-            "Take raw or auto."
-        )
+        raise InputError(f"{path} holds no moving average of the weights (ema). Take raw or auto.")
     if averaged and weights != "raw":
         return averaged
     for prefix in (LIGHTNING_PREFIX, DISTRIBUTED_PREFIX):
@@ -114,7 +100,6 @@ def load_weights(
     model: nn.Module,
     path: str | Path,
     *,
-    option: str = "model.pretrained",
     weights: Weights = "auto",
 ) -> None:
     """Load all weights of `model` from a file, in place, with the conversions of open_clip.
@@ -127,19 +112,21 @@ def load_weights(
         InputError: see `read_weights`; or the weights are not those of this model.
     """
     if Path(path).suffix in BIG_VISION_SUFFIXES:
+        import open_clip
+
         try:
             open_clip.load_checkpoint(model, str(path))
         except Exception as error:  # numpy and missing keys raise all sorts of errors
-            raise _unfit(option, path, _reason(error)) from error
+            raise _unfit(path, _reason(error)) from error
         return
-    state = read_weights(path, option=option, weights=weights)
+    state = read_weights(path, weights=weights)
     try:
         state = _converted(model, state)
         _require_same_keys(model.state_dict(), state)
         _resize_embeddings(state, model)
         model.load_state_dict(state)
     except Exception as error:  # wrong shapes, also inside open_clip's conversions
-        raise _unfit(option, path, _reason(error)) from error
+        raise _unfit(path, _reason(error)) from error
 
 
 def load_tower_weights(
@@ -154,8 +141,7 @@ def load_tower_weights(
     Raises:
         InputError: see `read_weights`; or the weights are not those of this tower.
     """
-    option = f"model.pretrained_{tower}"
-    part = _tower_part(read_weights(path, option=option, weights=weights), tower)
+    part = _tower_part(read_weights(path, weights=weights), tower)
     target: Any = model.visual if tower == "image" else getattr(model, "text", model)
     # The built-in CLIP is its own text tower, without a prefix and with more in it.
     in_model = "visual." if tower == "image" else "" if target is model else "text."
@@ -166,7 +152,7 @@ def load_tower_weights(
         _resize_embeddings(state, model)
         target.load_state_dict(_below(state, in_model), strict=False)
     except Exception as error:  # wrong shapes, also inside open_clip's conversions
-        raise _unfit(option, path, _reason(error), what=f"the {tower} tower") from error
+        raise _unfit(path, _reason(error), what=f"the {tower} tower") from error
 
 
 def portable_weights(weights: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
@@ -184,13 +170,15 @@ def portable_weights(weights: Mapping[str, Tensor], owner: str) -> dict[str, Ten
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(
                 f"{owner}: the weights {key!r} hold NaN or infinity, so they are not written. "
-                "Training has diverged; try a lower optim.lr or bf16 instead of fp16."
+                "Training has diverged; try a lower learning rate, or bf16 instead of fp16."
             )
     return state
 
 
 def _read_tensors(path: Path) -> Any:
     if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
         return load_file(path)
     # Mapped, so that the optimizer's state in a checkpoint takes no memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -212,6 +200,9 @@ def _tower_part(state: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]:
 
 def _converted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What open_clip's `load_checkpoint` makes of a state dict before it resizes embeddings."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
@@ -228,6 +219,8 @@ def _converted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _resize_embeddings(state: dict[str, Tensor], model: nn.Module) -> None:
     """Interpolate positional embeddings to the model's sizes, in place of `state`."""
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
 
@@ -263,11 +256,11 @@ def _reason(error: Exception) -> str:
             return "it is damaged, or no checkpoint of PyTorch"
         return (
             f"it holds more than tensors ({other[1]}), and reading that could run code. Whoever "
-            "made the file can write the tensors alone: torch.save(model.state_dict(), path)"
+            "made the file can write the tensors alone: those of the model's state_dict()"
         )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "\n".join([*lines[: NAMED_KEYS + 1], *(["..."] if len(lines) > NAMED_KEYS + 1 else [])])
 
 
-def _unfit(option: str, path: str | Path, reason: str, *, what: str = "this model") -> InputError:
-    return InputError(f"{option}={str(path)!r} does not hold the weights of {what}: {reason}")
+def _unfit(path: str | Path, reason: str, *, what: str = "this model") -> InputError:
+    return InputError(f"{path} does not hold the weights of {what}: {reason}")

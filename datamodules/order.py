@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from siftclip.datamodules.copies import CutPass, count_copies
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
 
 # How often a pass goes through the tars, at most, to keep repetitions of a sample apart.
 MAX_ROUNDS = 8
@@ -308,19 +308,20 @@ def rank_slice(global_batch: int, *, rank: int, world_size: int) -> slice:
         InputError: the global batch cannot be split evenly.
     """
     if global_batch % world_size:
-        raise InputError(
-            f"scale.global_batch_size must be a multiple of the {world_size} devices, so that all "
-            f"get equally many samples. Got {global_batch}."
+        raise ParameterError(
+            f"must be a multiple of the {world_size} devices, so that all get equally many samples",
+            parameter="global_batch",
+            value=global_batch,
         )
     local = global_batch // world_size
     return slice(rank * local, (rank + 1) * local)
 
 
 def require_window(window_shards: object) -> int | None:
-    """`data.shuffle_window_shards`, checked."""
+    """Return how many shards are shuffled together, checked; None: all."""
     if window_shards is None:
         return None
-    return require_int("data.shuffle_window_shards", window_shards, minimum=1)
+    return require_int("window_shards", window_shards, minimum=1)
 
 
 class DrawnRequests(list[tuple[int, int]]):

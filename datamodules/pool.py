@@ -38,7 +38,7 @@ from siftclip.datamodules.tar_index import (
 )
 from siftclip.datamodules.tar_walk import KeySplit, require_key_split
 from siftclip.datamodules.uids import UidTable
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +118,13 @@ def make_storage(
     if root.startswith("file://"):
         root = root.removeprefix("file://")
     if not 0 <= shard_cache_gb < float("inf"):
-        raise InputError(f"pool.shard_cache_gb must be 0 or more. Got {shard_cache_gb}.")
+        rule = "must be 0 or more"
+        raise ParameterError(rule, parameter="shard_cache_gb", value=shard_cache_gb)
     if not is_url(root):
         if options or shard_cache_gb:
-            raise InputError(
-                "pool.storage_options and pool.shard_cache_gb are for pools behind a URL. "
-                f"pool.root={root!r} is a local folder."
+            raise ParameterError(
+                f"is for pools behind a URL, and the root {root!r} is a local folder",
+                parameter="options" if options else "shard_cache_gb",
             )
         return LocalStorage(root)
     from siftclip.datamodules.remote_storage import RemoteStorage  # half a second: local pools wait
@@ -157,7 +158,7 @@ def open_pool(
     Raises:
         InputError: there is no pool, a tar cannot be read, or too many samples are bad.
     """
-    require_key_split("pool.key_split", key_split)
+    require_key_split("key_split", key_split)
     # each rule in a folder of its own, so that runs with different ones leave each other's alone
     places = cache_dir / ("index" if key_split == "first_dot" else f"index_{key_split}")
     shards = identify_shards(storage.shards(), places)
@@ -183,12 +184,12 @@ def open_pool(
     if len(pool) == 0:
         reason = f" Left out: {pool.faults.summary()}." if pool.faults.samples else ""
         raise InputError(
-            f"pool.root={pool.root!r} holds {len(shards)} tars without one sample.{reason}"
+            f"The pool {pool.root} holds {len(shards)} tars without one sample.{reason}"
         )
     if pool.hidden.samples:
         log.warning(
             "pool %s: %s by more dots in their names are part of another sample and not used; with "
-            "pool.key_split=last_dot they are samples",
+            "last_dot as the key split they are samples",
             pool.root,
             pool.hidden.summary(),
         )

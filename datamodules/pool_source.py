@@ -81,7 +81,7 @@ class FolderMemo:
         try:
             return read_npz_all(path)
         except InputError as error:  # all ranks must see the same, so it is not passed over here
-            raise InputError(f"{error} Delete it, or compute again with reuse=false.") from None
+            raise InputError(f"{error} Delete it, or compute again without reuse.") from None
 
     def put(self, name: str, **arrays: np.ndarray) -> None:
         write_npz(self.folder / f"{name}.npz", **arrays)

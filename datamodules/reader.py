@@ -192,7 +192,7 @@ class SampleReader:
         """Ranges of tars, in the order of their places, each with its number."""
         too_large = sizes > self.max_member_bytes
         for number in np.flatnonzero(too_large).tolist():
-            yield number, BadSampleError("with more bytes than data.max_image_pixels allows")
+            yield number, BadSampleError("with more bytes than max_image_pixels allows")
         sizes = np.where(too_large, 0, sizes)
         for number, part in read_ranges(self.pool, shards, starts, sizes):
             if too_large[number]:
@@ -278,7 +278,7 @@ def _decode_pillow(data: bytes, max_image_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > max_image_pixels:
-            raise BadSampleError("with more pixels than data.max_image_pixels")
+            raise BadSampleError("with more pixels than max_image_pixels")
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except BadSampleError:

@@ -49,7 +49,7 @@ from siftclip.datamodules.storage import (
     changed_file_error,
 )
 from siftclip.datamodules.tar_walk import LocalTar, TarSource
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 log = logging.getLogger(__name__)
 
@@ -131,19 +131,24 @@ class RemoteStorage:
         except InputError:
             raise
         except Exception as error:  # every file system raises its own
-            raise InputError(
-                f"pool.root={self.root!r} cannot be listed: {type(error).__name__}: {error}. {hint}"
+            raise ParameterError(
+                f"cannot be listed: {type(error).__name__}: {error}",
+                parameter="root",
+                value=self.root,
+                way_out=hint,
             ) from None
         if not found:
-            raise InputError(
-                f"pool.root={self.root!r} must hold webdataset tars (*.tar), there or in shards/. "
-                f"It holds none. {hint}"
+            raise ParameterError(
+                "must hold webdataset tars (*.tar), there or in shards/",
+                parameter="root",
+                value=self.root,
+                way_out=f"It holds none. {hint}",
             )
         for shard, other in pairwise(found):
             if shard.name == other.name:
                 raise InputError(
-                    f"The tars of a pool must have different names. pool.root={self.root!r} has "
-                    f"{shard.path} and {other.path}."
+                    f"The tars of a pool must have different names. {self.root} has {shard.path} "
+                    f"and {other.path}."
                 )
         if not all(shard.version[0] for shard in found):
             log.warning(
@@ -244,8 +249,8 @@ class RemoteStorage:
         if missing > 0.9 * free:
             raise InputError(
                 f"{cost}, which do not fit on the disk of {self._folder} ({free / 1e9:.2f} GB "
-                "free). Limit what is kept with pool.shard_cache_gb=..., and read neighbours "
-                "together with data.shuffle_window_shards=..."
+                "free). Limit what is kept (shard_cache_gb of the pool), and read neighbours "
+                "together (shuffle_window_shards of the data)."
             )
         log.warning("%s. The tars are kept in %s.", cost, cache.folder)
         return cache
@@ -297,7 +302,7 @@ class RemoteStorage:
             if getattr(error, "errno", None) in DISK_FULL:
                 raise InputError(
                     f"{file.path} cannot be copied: the disk of {path.parent} is full. "
-                    "pool.shard_cache_gb says how much may be kept there."
+                    "The pool's shard_cache_gb says how much may be kept there."
                 ) from None
             self._note(file.path, failed=True)
             raise StorageError(describe_error(error)) from None

@@ -78,8 +78,8 @@ def make_selection(
                 "or the score -inf, which says never. Look at what the scores are made from."
             )
         raise InputError(
-            f"The selection keeps none of {len(uids)} samples. Raise selector.fraction, or lower "
-            "selector.threshold, or look at the scores' quantiles with `siftclip score`."
+            f"The selection keeps none of {len(uids)} samples. Raise the selector's fraction, or "
+            "lower its threshold, or look at the scores' quantiles with `siftclip score`."
         )
     order = kept[sort_uids(uids[kept])]
     return Selection(

@@ -15,7 +15,7 @@ from filelock import FileLock
 from siftclip.datamodules.files import atomic_path
 from siftclip.datamodules.locks import WITHOUT_LOCKS
 from siftclip.datamodules.storage import ShardFile
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 _COPIES = f"*-{'[0-9a-f]' * 12}.tar"  # other tars in the folder are not ours to delete
 
@@ -46,9 +46,10 @@ class ShardCache:
         if self._is_whole(path, shard):
             return path
         if shard.size_bytes > self.limit_bytes:
-            raise InputError(
-                f"pool.shard_cache_gb must hold at least one tar. {shard.name} has "
-                f"{shard.size_bytes / 1e9:.3f} GB, the cache {self.limit_bytes / 1e9:.3f} GB."
+            raise ParameterError(
+                f"must hold at least one tar. {shard.name} has {shard.size_bytes / 1e9:.3f} GB, "
+                f"the cache {self.limit_bytes / 1e9:.3f} GB",
+                parameter="shard_cache_gb",
             )
         # of this tar: others are fetched at the same time
         with _lock(path.with_name(f"{path.name}.lock")) as is_ours:
@@ -112,8 +113,8 @@ def _lock(path: Path) -> Iterator[bool]:
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise InputError(
-                f"The copies of tars cannot be kept: {path}: {error.strerror}. Set pool.cache_dir "
-                "to a folder that can be written."
+                f"The copies of tars cannot be kept: {path}: {error.strerror}. Name another cache "
+                "folder (cache_dir of the pool), which can be written."
             ) from None
         yield False
         return

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from siftclip.datamodules.file_identity import FileIdentity
 from siftclip.datamodules.files import read_json, write_json
 from siftclip.datamodules.tar_walk import LocalTar, TarSource
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 METADATA_SUFFIXES = (".parquet", ".npz")
 _PROBES_NAME = "probes.json"
@@ -151,12 +151,15 @@ class LocalStorage:
         """
         root = Path(self.root)
         if not root.is_dir():
-            raise InputError(f"pool.root must be an existing folder or a URL. Got {self.root!r}.")
+            rule = "must be an existing folder or a URL"
+            raise ParameterError(rule, parameter="root", value=self.root)
         paths = sorted(root.glob("shards/*.tar")) or sorted(root.glob("*.tar"))
         if not paths:
-            raise InputError(
-                f"pool.root={self.root!r} must hold webdataset tars (*.tar), there or in shards/. "
-                "It holds none."
+            raise ParameterError(
+                "must hold webdataset tars (*.tar), there or in shards/",
+                parameter="root",
+                value=self.root,
+                way_out="It holds none.",
             )
         return tuple(_local_shard(path) for path in paths)
 

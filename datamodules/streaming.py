@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from siftclip.datamodules.batches import Batch, Request, SampleDataset, StepBatch
 from siftclip.datamodules.clip_models import Tokenizer, Transform
 from siftclip.datamodules.copies import count_copies
 from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.image_transform import ResizeBackend
-from siftclip.datamodules.loader_process import first_item, leave_process_group
+from siftclip.datamodules.loader import LoaderOptions, StreamLoader, make_loader
 from siftclip.datamodules.order import (
     DrawnRequests,
     FirstStage,
@@ -35,15 +33,16 @@ from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan, part_sizes
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
+
+if TYPE_CHECKING:
+    from siftclip.datamodules.image_transform import ResizeBackend
 
 log = logging.getLogger(__name__)
 
 ROOM_DRAWS = 4  # a selection has for three attempts at each bad sample, see `Substitutes`
 COUNTED_SAMPLES = 1_000_000  # of an order, for the share of batches that hold copies
 FIRST_SAMPLES = 1000  # judged together: few samples say little of a rate
-
-StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,37 +135,14 @@ def count_micro_batches(rank_batch: int, micro_batch: int | None) -> int:
     """
     if micro_batch is None:
         return 1
-    require_int("trainer.micro_batch_size", micro_batch, minimum=1)
+    require_int("micro_batch_size", micro_batch, minimum=1)
     if rank_batch % micro_batch:
-        raise InputError(
-            f"trainer.micro_batch_size must divide the {rank_batch} samples that each device gets "
-            f"of scale.global_batch_size. Got {micro_batch}."
+        raise ParameterError(
+            f"must divide the {rank_batch} samples that each device gets of the global batch",
+            parameter="micro_batch_size",
+            value=micro_batch,
         )
     return rank_batch // micro_batch
-
-
-class StreamLoader(DataLoader[Any]):
-    """A loader whose failures say what to do, in place of a worker's traceback."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator is all it needs
-        batches = super().__iter__()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                # A worker that dies while it hands over a batch leaves a broken connection.
-                if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-                    raise
-                raise InputError(
-                    f"The loader gives no more samples: {error!r}. Memory may be short "
-                    "(data.num_workers, data.prefetch_batches), or the storage does not answer "
-                    f"within data.timeout_seconds={self.timeout:g}."
-                ) from error
-            if batch.failure:
-                raise InputError(batch.failure)
-            yield batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,51 +196,6 @@ class StepLoader:
             del batches, loader  # ends its processes before a version may start others
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderOptions:
-    """How batches get from the tars to the trainer; none of it changes what they hold."""
-
-    num_workers: int  # loader processes a rank; 0 loads in the training process
-    start_method: StartMethod | None = None  # of these processes; None is the platform's default
-    prefetch_batches: int = 2  # that each of them works ahead
-    timeout_seconds: float = 600.0  # without a batch, before the run stops; 0 waits for ever
-
-    def __post_init__(self) -> None:
-        require_int("data.num_workers", self.num_workers, minimum=0)
-        require_int("data.prefetch_batches", self.prefetch_batches, minimum=1)
-        if not 0 <= self.timeout_seconds < float("inf"):
-            raise InputError(
-                f"data.timeout_seconds must be 0 or more. Got {self.timeout_seconds!r}."
-            )
-        methods = multiprocessing.get_all_start_methods()
-        if self.start_method is not None and self.start_method not in methods:
-            raise InputError(
-                f"data.start_method must be null or one of {methods}. Got {self.start_method!r}."
-            )
-
-
-def make_loader(
-    dataset: SampleDataset,
-    sampler: Sampler[list[Request]],
-    options: LoaderOptions,
-    *,
-    pin_memory: bool,
-) -> StreamLoader:
-    """A loader whose workers read, decode and tokenise whole batches."""
-    parallel = options.num_workers > 0
-    return StreamLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=first_item,
-        num_workers=options.num_workers,
-        multiprocessing_context=options.start_method if parallel else None,
-        prefetch_factor=options.prefetch_batches if parallel else None,
-        timeout=options.timeout_seconds if parallel else 0,
-        worker_init_fn=leave_process_group if parallel else None,
-        pin_memory=pin_memory,
-    )
-
-
 def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None) -> None:
     """Say so if tars of a remote pool will be copied again and again.
 
@@ -278,8 +209,8 @@ def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None)
     if sum(together) > limit:
         log.warning(
             "pool %s: the cache of %.2f GB is smaller than the %d tars that are shuffled together "
-            "(%.2f GB), so tars are copied again and again. Raise pool.shard_cache_gb, or set "
-            "data.shuffle_window_shards=%d",
+            "(%.2f GB), so tars are copied again and again. Raise the pool's shard_cache_gb, or "
+            "shuffle %d of them together (shuffle_window_shards)",
             pool.root,
             limit / 1e9,
             len(together),
@@ -302,8 +233,7 @@ def warn_of_copies(order: SampleOrder, *, first_step: int, steps: int) -> float:
             "%s%.3g %% of the batches hold a sample twice or more: a step draws %d samples, and "
             "the selection has %d different ones%s. Copies are no negatives of each other, so that "
             "samples have fewer of them than the batch is large. With draws of %d or fewer none "
-            "would meet: lower scale.global_batch_size (or what super-batches drop), or select "
-            "more",
+            "would meet: lower the global batch size (or what super-batches drop), or select more",
             "" if fraction == 1 or counts_all else "about ",
             100 * fraction,
             order.largest_draw,
@@ -360,7 +290,7 @@ class StreamDataModule(LightningDataModule):
             resize: see `siftclip.datamodules.image_transform`.
         """
         super().__init__()
-        pixels = require_int("data.max_image_pixels", max_image_pixels, minimum=1)
+        pixels = require_int("max_image_pixels", max_image_pixels, minimum=1)
         self.order = SampleOrder(
             rows=rows,
             seed=seed,

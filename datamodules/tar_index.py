@@ -36,7 +36,7 @@ _NAMES_SHOWN = 3  # of a sample's members, in messages
 SHARED_NAME = "that share the name of another sample in their tar"
 DOTTED_NAMES = (
     "whose names differ only behind their first dot, where webdataset's rule ends the key; with "
-    "pool.key_split=last_dot each of them is a sample"
+    "last_dot as the key split each of them is a sample"
 )
 
 # What a shard's index holds for each of its samples.

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 BLOCK_BYTES = 512
 MAX_CONTENT_BYTES = 1 << 24  # what a header may make us read: a name, or a sample's JSON
@@ -37,12 +37,13 @@ _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_NAME = re.compile(r"^__[^/]*__($|/)")  # not samples, by webdataset's rule
 
 
-def require_key_split(option: str, value: object) -> KeySplit:
-    """Return `value` if it is one of `KEY_SPLITS`; `option` is the name that the user wrote."""
+def require_key_split(parameter: str, value: object) -> KeySplit:
+    """Return `value`, a parameter of that name, if it is one of `KEY_SPLITS`."""
     for key_split in KEY_SPLITS:
         if value == key_split:
             return key_split
-    raise InputError(f"{option} must be one of {', '.join(KEY_SPLITS)}. Got {value!r}.")
+    rule = f"must be one of {', '.join(KEY_SPLITS)}"
+    raise ParameterError(rule, parameter=parameter, value=value)
 
 
 class TruncatedTarError(Exception):

@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip.hf_model import HFTextEncoder
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_bool, require_int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,22 +26,17 @@ class LockConfig:
 
     def __post_init__(self) -> None:
         for name in ("image", "image_freeze_bn_stats", "text", "text_freeze_layer_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(
-                    f"model.lock.{name} must be true or false. Got {getattr(self, name)!r}."
-                )
+            require_bool(name, getattr(self, name), owner=self)
         for name in ("image_unlocked_groups", "text_unlocked_layers"):
-            require_int(f"model.lock.{name}", getattr(self, name), minimum=0)
+            require_int(name, getattr(self, name), minimum=0, owner=self)
         if not self.image and (self.image_unlocked_groups or self.image_freeze_bn_stats):
-            raise InputError(
-                "model.lock.image_unlocked_groups and model.lock.image_freeze_bn_stats have no "
-                "effect without model.lock.image=true."
-            )
+            raise self._without_effect("image", "image_unlocked_groups and image_freeze_bn_stats")
         if not self.text and (self.text_unlocked_layers or not self.text_freeze_layer_norm):
-            raise InputError(
-                "model.lock.text_unlocked_layers and model.lock.text_freeze_layer_norm have no "
-                "effect without model.lock.text=true."
-            )
+            raise self._without_effect("text", "text_unlocked_layers and text_freeze_layer_norm")
+
+    def _without_effect(self, tower: str, parameters: str) -> ParameterError:
+        rule = f"must be true, or {parameters} have no effect"
+        return ParameterError(rule, owner=self, parameter=tower, value=False)
 
 
 def lock_towers(model: nn.Module, config: LockConfig) -> None:
@@ -61,25 +53,25 @@ def lock_towers(model: nn.Module, config: LockConfig) -> None:
     if not config.image and not config.text:
         return
     if not hasattr(model, "lock_image_tower"):
-        raise InputError(
-            f"model.lock: open_clip cannot lock the towers of {type(model).__name__} models."
-        )
+        raise InputError(f"open_clip cannot lock the towers of {type(model).__name__} models.")
     clip: Any = model
     with warnings.catch_warnings():
         # open_clip 3.3 imports timm's helpers from where they used to be.
         warnings.filterwarnings("ignore", "Importing from timm", FutureWarning)
         if config.image:
             if config.image_freeze_bn_stats and not _has_batch_norm(clip.visual):
-                raise InputError(
-                    "model.lock.image_freeze_bn_stats has no effect: the image tower of this "
-                    "model has no batch norm."
+                raise ParameterError(
+                    "has no effect: the image tower of this model has no batch norm",
+                    owner=config,
+                    parameter="image_freeze_bn_stats",
                 )
             _lock(
                 lambda: clip.lock_image_tower(
                     unlocked_groups=config.image_unlocked_groups,
                     freeze_bn_stats=config.image_freeze_bn_stats,
                 ),
-                "model.lock.image_unlocked_groups",
+                config,
+                "image_unlocked_groups",
                 config.image_unlocked_groups,
                 list(clip.visual.parameters()),
             )
@@ -90,7 +82,8 @@ def lock_towers(model: nn.Module, config: LockConfig) -> None:
                     unlocked_layers=config.text_unlocked_layers,
                     freeze_layer_norm=config.text_freeze_layer_norm,
                 ),
-                "model.lock.text_unlocked_layers",
+                config,
+                "text_unlocked_layers",
                 config.text_unlocked_layers,
                 list(text_parameters(clip)),
             )
@@ -106,18 +99,20 @@ def text_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def enable_grad_checkpointing(
-    model: nn.Module, *, option: str = "trainer.grad_checkpointing"
-) -> None:
+def enable_grad_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass, in both towers: less memory, more time.
 
     Raises:
-        InputError: a tower cannot. open_clip (3.3) silently leaves such a tower as it is.
+        ParameterError: a tower cannot; the parameter is called `grad_checkpointing`. open_clip
+            (3.3) silently leaves such a tower as it is.
     """
+    from open_clip.hf_model import HFTextEncoder
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+
     clip: Any = model
-    cannot = f"{option}: the image tower of this model has no gradient checkpointing"
     if isinstance(clip.visual, ModifiedResNet):
-        raise InputError(f"{cannot} (open_clip's ModifiedResNet). Set it to false.")
+        raise _no_checkpointing("the image tower", "open_clip's ModifiedResNet")
     try:
         if isinstance(clip.visual, TimmModel):  # open_clip would only warn
             clip.visual.trunk.set_grad_checkpointing(True)
@@ -126,39 +121,57 @@ def enable_grad_checkpointing(
             # Older transformers' default loses the gradients behind locked embeddings.
             clip.text.transformer.gradient_checkpointing_enable({"use_reentrant": False})
     except Exception as error:  # timm asserts, Hugging Face raises ValueError
-        raise InputError(
-            f"{option}: a tower of this model has no gradient checkpointing ({error}). "
-            "Set it to false."
-        ) from error
+        raise _no_checkpointing("a tower", str(error)) from error
 
 
-def _lock(call: Any, option: str, unlocked: int, parameters: list[nn.Parameter]) -> None:
+def _no_checkpointing(tower: str, reason: str) -> ParameterError:
+    return ParameterError(
+        f"cannot be true: {tower} of this model has no gradient checkpointing ({reason})",
+        parameter="grad_checkpointing",
+        way_out="Set it to false.",
+    )
+
+
+def _lock(
+    call: Any, config: LockConfig, parameter: str, unlocked: int, weights: list[nn.Parameter]
+) -> None:
     try:
         call()
     except KeyError as error:  # open_clip looks the layers up in a table of its own
-        raise InputError(
-            f"{option}={unlocked}: open_clip does not know the layers of this tower, and can only "
-            "lock all of it. Set it to 0."
+        raise ParameterError(
+            "must be 0: open_clip does not know the layers of this tower, and can only lock all of "
+            "it",
+            owner=config,
+            parameter=parameter,
+            value=unlocked,
         ) from error
     except Exception as error:  # open_clip asserts; a timm or Hugging Face tower raises more
-        raise InputError(
-            f"{option.rpartition('_unlocked')[0]}: open_clip cannot lock this tower so: {error}"
+        raise ParameterError(
+            f"cannot be true: open_clip cannot lock this tower so: {error}",
+            owner=config,
+            parameter=parameter.partition("_")[0],
         ) from error
-    if all(parameter.requires_grad for parameter in parameters):
-        raise InputError(
-            f"{option} must be less than the number of groups of layers, or nothing is locked. "
-            f"Got {unlocked}."
+    if all(weight.requires_grad for weight in weights):
+        raise ParameterError(
+            "must be less than the number of groups of layers, or nothing is locked",
+            owner=config,
+            parameter=parameter,
+            value=unlocked,
         )
 
 
 def _check_layer_norms(clip: Any, config: LockConfig) -> None:
+    from open_clip.hf_model import HFTextEncoder
+
     text = getattr(clip, "text", None)
     if config.text_freeze_layer_norm or not isinstance(text, HFTextEncoder):
         return  # open_clip refuses it for its own towers
     if not any("LayerNorm" in name.split(".") for name, _ in text.named_parameters()):
-        raise InputError(
-            "model.lock.text_freeze_layer_norm=false has no effect: open_clip finds no layer norms "
-            "in this text tower. Set it to true."
+        raise ParameterError(
+            "must be true: open_clip finds no layer norms in this text tower",
+            owner=config,
+            parameter="text_freeze_layer_norm",
+            value=False,
         )
 
 

@@ -22,18 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
 from siftclip.datamodules.files import read_json
 from siftclip.datamodules.model_options import configured
 from siftclip.datamodules.model_weights import CONFIG_KEY, read_config
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 CONFIG_NAME = "open_clip_config.json"
 IMAGE_KEYS = ("mean", "std", "interpolation", "resize_mode")
 QUICKGELU_SUFFIX = "-quickgelu"  # of the names that open_clip has for both activations
-_TOWERS = {"vision_cfg": asdict(CLIPVisionCfg()), "text_cfg": asdict(CLIPTextCfg())}
 # Of the towers: for training alone, or about weights that are loaded over.
 _NO_PART_OF_WEIGHTS = {"patch_dropout", "output_tokens", "timm_model_pretrained"} | {
     *("hf_model_pretrained", "timm_drop", "timm_drop_path")
@@ -66,6 +62,8 @@ def needs_of_tag(name: str, tag: str) -> WeightNeeds:
     open_clip warns too: it has had QuickGELU from its first day, and the accuracy that open_clip
     publishes for that configuration (61.71 % on ImageNet) is the one of its authors (61.7 %).
     """
+    import open_clip
+
     entry = open_clip.get_pretrained_cfg(name, tag)
     config = open_clip.get_model_config(name) or {}
     quick_gelu = bool(entry.get("quick_gelu", config.get("quick_gelu", False)))
@@ -128,7 +126,11 @@ def wrong_activation(
     Returns:
         Whether it was QuickGELU; None if it was right, or is not known to have been wrong.
     """
-    if pretrained is None or not open_clip.is_pretrained_cfg(name, pretrained):
+    if pretrained is None:
+        return None
+    import open_clip
+
+    if not open_clip.is_pretrained_cfg(name, pretrained):
         return None
     config = open_clip.get_model_config(name) or {}
     built = bool(config.get("quick_gelu") or (options or {}).get("force_quick_gelu"))
@@ -170,6 +172,8 @@ def _listed_needs(path: Path) -> WeightNeeds | None:
 @functools.cache
 def _table() -> dict[str, WeightNeeds]:
     """open_clip's table by repository (`org/name`) and by file name of a download."""
+    import open_clip
+
     table: dict[str, WeightNeeds] = {}
     for name, tag in open_clip.list_pretrained():
         entry, needs = open_clip.get_pretrained_cfg(name, tag), needs_of_tag(name, tag)
@@ -217,9 +221,12 @@ def fit_options(
         wanted = bool(need.quick_gelu)
         trained = f"{what}: these weights were trained with {activation_name(wanted)} ({need.says})"
         if asked is not None and wanted != bool(asked):
-            raise InputError(
-                f"{trained}, and model.options.force_quick_gelu={str(asked).lower()} would make "
-                "another model of them. Leave that option out."
+            raise ParameterError(
+                f"would make another model of the weights: {trained}",
+                parameter="options.force_quick_gelu",
+                value=asked,
+                got=str(asked).lower(),
+                way_out="Leave that option out.",
             )
         if wanted != bool(next(iter(stated.values())).quick_gelu):
             raise InputError(
@@ -234,7 +241,7 @@ def fit_options(
         built, other = activation_name(quick_gelu), activation_name(not quick_gelu)
         lines += [
             f"{what}: the file does not say its activation. {name} is built with {built}; "
-            f"model.name={twin} has {other}"
+            f"{twin} has {other}"
             for what, need in needs.items()
             if need is None and not stated and (twin := _twin(name)) is not None
         ]
@@ -243,7 +250,7 @@ def fit_options(
             if options.get(key, value) != value:
                 lines.append(
                     f"{what}: these weights were trained with {key.removeprefix('image_')} {value} "
-                    f"({need.says}). model.options.{key}={options[key]} is taken"
+                    f"({need.says}). The option {key}={options[key]} is taken"
                 )
             fitted.setdefault(key, value)
     built_cfg = configured(model_cfg, fitted)
@@ -265,8 +272,11 @@ def _differences(
     Other sizes of images and texts are interpolated, heads and pooling are in no shape at all.
     What an option asks for is no news.
     """
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    towers = {"vision_cfg": asdict(CLIPVisionCfg()), "text_cfg": asdict(CLIPTextCfg())}
     lines = []
-    for part, defaults in _TOWERS.items():
+    for part, defaults in towers.items():
         if part not in trained or part not in built:
             continue
         ours, theirs = ({**defaults, **cfg[part]} for cfg in (built, trained))
@@ -285,6 +295,8 @@ def _pair(value: Any) -> list[Any]:
 
 def _twin(name: str) -> str | None:
     """The name of the same architecture with the other activation, if open_clip has one."""
+    import open_clip
+
     plain = name.removesuffix(QUICKGELU_SUFFIX)
     twin = plain if plain != name else f"{name}{QUICKGELU_SUFFIX}"
     return twin if twin in open_clip.list_models() else None

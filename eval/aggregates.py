@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.eval.results import TaskResult
 from siftclip.eval.tasks import require_names
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import ParameterError
 
 PARTIAL_SUFFIX = " (partial)"
 _PROTOCOL = re.compile(r"^(linear_probe|few_shot_[0-9]+)/")  # as tasks of probes are named
@@ -53,21 +53,26 @@ def group_members(groups: object) -> dict[str, list[str]]:
             that of a partial average.
     """
     if not isinstance(groups, Mapping):
-        raise InputError(
-            "eval.groups must be names of averages with their tasks, such as "
-            f"{{small: [mnist, cifar10]}}. Got {groups!r}."
+        raise ParameterError(
+            "must be names of averages with their tasks, such as {small: [mnist, cifar10]}",
+            parameter="groups",
+            value=groups,
         )
     found = {}
     for name, given in groups.items():
-        members = require_names(f"eval.groups.{name}", given)
+        members = require_names(f"groups.{name}", given)
         if not members:
-            raise InputError(f"eval.groups.{name} must name at least one task. It is empty.")
+            rule = "must name at least one task"
+            raise ParameterError(rule, parameter=f"groups.{name}", value=given)
         if not isinstance(name, str):
-            raise InputError(f"Names in eval.groups must be texts. Got {name!r}.")
+            rule = "must have names that are texts"
+            raise ParameterError(rule, parameter="groups", value=name)
         if name.endswith(PARTIAL_SUFFIX):
-            raise InputError(
-                f"Names in eval.groups must not end with {PARTIAL_SUFFIX!r}, which marks averages "
-                f"over a part of the tasks. Got {name!r}."
+            raise ParameterError(
+                f"must have names that do not end with {PARTIAL_SUFFIX!r}, which marks averages "
+                "over a part of the tasks",
+                parameter="groups",
+                value=name,
             )
         found[name] = members
     return found
@@ -89,10 +94,12 @@ def check_groups(groups: Mapping[str, Sequence[str]], known: Collection[str], su
             task = _PROTOCOL.sub("", member.partition(":")[0])
             if task not in possible and not suite:
                 close = get_close_matches(task, possible, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise InputError(
-                    f"eval.groups.{name} must name tasks that are there or DataComp's. Got "
-                    f"{member!r}.{hint} There are {sorted(known)}."
+                hint = f"Did you mean {close[0]!r}? " if close else ""
+                raise ParameterError(
+                    "must name tasks that are there or DataComp's",
+                    parameter=f"groups.{name}",
+                    value=member,
+                    way_out=f"{hint}There are {sorted(known)}.",
                 )
 
 
@@ -158,9 +165,11 @@ def _member_value(
         if task not in metrics:
             return None
         if metric not in metrics[task]:
-            raise InputError(
-                f"eval.groups.{group}: {member!r} asks for a metric that {task} does not have. "
-                f"It has {sorted(metrics[task])}."
+            raise ParameterError(
+                f"must not ask for a metric that {task} does not have",
+                parameter=f"groups.{group}",
+                value=member,
+                way_out=f"It has {sorted(metrics[task])}.",
             )
         value = metrics[task][metric]
     else:

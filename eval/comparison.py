@@ -139,7 +139,7 @@ class Comparison:
         if not moved:
             return (
                 f"{_HEADLINE}: one seed of each, so there is no estimate of the variance between "
-                "seeds (diff.seeds_a and diff.seeds_b name other seeds)."
+                "seeds (seeds_a and seeds_b name other seeds)."
             )
         return f"{_HEADLINE}. {moved}"
 
@@ -164,7 +164,9 @@ class Comparison:
         if of_averages:
             lines += ["", *_table(("average", *_HEADER, "tasks"), of_averages, widths)]
         if table_width() < NARROW:
-            lines += wrapped("(p and McNemar: in a wider terminal, or with diff.output=FILE.csv)")
+            lines += wrapped(
+                "(p and McNemar: in a wider terminal, or in the file of the comparison)"
+            )
         lines += seed_table(self.seeds)
         lines.append("")
         for task, message in self.failed.items():
@@ -197,7 +199,7 @@ class Comparison:
         if tests * least > SIGNIFICANCE:
             lines.append(
                 f"With {self.resamples:,} resamples no p value is small enough for {tests} tests: "
-                "take more (diff.resamples)."
+                "take more."
             )
         tested = any(one.p_holm is not None for one in (*self.tasks, *self.averages))
         if tested:

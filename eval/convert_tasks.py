@@ -25,9 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from siftclip.datamodules.files import atomic_path, write_text
 from siftclip.eval.checksums import (
     CHECKSUMS_FILE,
@@ -260,6 +257,9 @@ def _is_hidden(path: Path, source: Path) -> bool:
 
 
 def _read_parquet(path: Path) -> Iterator[_Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path) as file:

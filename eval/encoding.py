@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.image_transform import ImageTransform
 from siftclip.eval.agreement import share_texts
 from siftclip.eval.images import ImageBatch, ImageDataset, ImageTable, only_item
 from siftclip.eval.text_encoding import (
@@ -74,6 +73,8 @@ class Encoder:
     """
 
     def __init__(self, clip: ClipModel, options: EncodeOptions, ranks: Ranks | None = None) -> None:
+        from siftclip.datamodules.image_transform import ImageTransform
+
         self.clip = clip
         self.options = options
         self.ranks: Ranks = OneRank() if ranks is None else ranks

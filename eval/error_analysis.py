@@ -12,11 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from siftclip.datamodules.files import atomic_path
@@ -32,6 +30,9 @@ from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.safe_tables import write_csv_records, write_csv_rows
 from siftclip.eval.task_samples import TaskSamples, tar_of
 from siftclip.eval.tasks import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_CONFUSION_CLASSES = 1000
 ENDINGS = ("predictions.parquet", "classes.csv", "confusion.csv")
@@ -67,6 +68,9 @@ def write_predictions(folder: Path, scored: ScoredTask) -> Path | None:
     Returns:
         The file, or None for tasks of which nothing is kept by sample: FairFace and UTKFace.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     samples = scored.samples
     columns = _prediction_columns(scored)
     if columns is None:
@@ -192,6 +196,8 @@ def _multilabel(samples: TaskSamples, outcomes: Outcomes) -> Columns:
 
 
 def _lists(rows: np.ndarray) -> pa.FixedSizeListArray:
+    import pyarrow as pa
+
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 

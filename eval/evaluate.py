@@ -45,7 +45,7 @@ from siftclip.eval.results import (
 from siftclip.eval.task_samples import TaskSamples
 from siftclip.eval.task_scores import TaskScores, TaskTexts, score_task
 from siftclip.eval.tasks import Task
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError, ParameterError, require_int
 from siftclip.selectors.ranks import OneRank, Ranks, sum_arrays
 
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -72,13 +72,12 @@ class EvalOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        require_int("eval.batch_size", self.batch_size, minimum=1)
-        require_int("eval.num_workers", self.num_workers, minimum=0)
-        require_int("eval.resamples", self.resamples, minimum=0)
+        require_int("batch_size", self.batch_size, minimum=1, owner=self)
+        require_int("num_workers", self.num_workers, minimum=0, owner=self)
+        require_int("resamples", self.resamples, minimum=0, owner=self)
         if self.precision not in PRECISIONS:
-            raise InputError(
-                f"eval.precision must be one of {[*PRECISIONS]}. Got {self.precision!r}."
-            )
+            rule = f"must be one of {[*PRECISIONS]}"
+            raise ParameterError(rule, owner=self, parameter="precision", value=self.precision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +202,7 @@ def _require_agreement(ranks: Ranks, identities: Sequence[str]) -> None:
     if other:
         raise InputError(
             f"All ranks must evaluate the same model on the same tasks and see the same results "
-            f"so far. The ranks {other} differ from the first: are eval.root and the file of the "
+            f"so far. The ranks {other} differ from the first: are the tasks and the file of the "
             "results on a disk that all machines share?"
         )
 
@@ -375,7 +374,7 @@ class _Evaluator:
         known = cache.known(ids)
         count = int(known[wanted].sum())
         if count and self.ranks.rank == 0:
-            log.info("reused the features of %d images (eval.cache_dir)", count)
+            log.info("reused the kept features of %d images", count)
         fresh = encoder.image_sets(table, [rows[~known[rows]] for rows in sets])
         for rows, new in zip(sets, fresh, strict=True):
             sound = np.asarray([row not in new.faults for row in range(len(new.ids))], bool)

@@ -52,7 +52,7 @@ class FeatureCache:
             try:
                 write_npz(self.folder / f"{name}.npz", ids=ids, features=features)
             except OSError as error:  # a full disk shall not cost the results
-                log.warning("eval.cache_dir: %s. These features are not kept.", error)
+                log.warning("%s: %s. These features are not kept.", self.folder, error)
 
 
 class SharedCache:

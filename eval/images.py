@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from siftclip.datamodules.file_identity import FileIdentity, has_changed
-from siftclip.datamodules.image_transform import ImageTransform
 from siftclip.datamodules.reader import BadSampleError
 from siftclip.eval.task_samples import CHANGED, TaskSamples
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.hashing import mix64
+
+if TYPE_CHECKING:
+    from siftclip.datamodules.image_transform import ImageTransform
 
 _PROBE_BYTES = 64
 _PROBED_SIZES = 64  # of each two tasks
@@ -276,7 +278,7 @@ class ImageDataset(Dataset[ImageBatch]):
         limit = max(self.max_image_pixels, _LONGEST_ASPECT * side**2)
         if side**2 * max(sides) > limit * min(sides):
             raise BadSampleError(
-                f"with more pixels than data.max_image_pixels once its shorter side has {side}"
+                f"with more pixels than max_image_pixels once its shorter side has {side}"
             )
         try:
             return self.transform.prepare(pixels)

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.signal import convolve  # type: ignore[import-untyped]
-from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
 
 from siftclip.eval.outcomes import Outcomes
 from siftclip.eval.resampling import interval, joint_replicates, point_value
@@ -224,6 +222,9 @@ def sign_flip_p_value(differences: np.ndarray) -> float:
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
+    from scipy.signal import convolve  # type: ignore[import-untyped]
+    from scipy.stats import binom, binomtest  # type: ignore[import-untyped]
+
     if len(sizes) == 1:
         return float(binomtest(int((differences > 0).sum()), int(counts[0])).pvalue)
     # chances of (sum + S) / 2 = 0, ..., S, where S is the greatest sum

@@ -150,7 +150,7 @@ def _train_task(task: Task, split: str) -> Task:
     if not (task.root / split).is_dir():
         raise InputError(
             f"{task.root} must have the split {split!r} for a {task.protocol}. Download or export "
-            "it, or name another with eval.probe.train_split."
+            "it, or name another one to fit on (train_split)."
         )
     train = replace(read_task(task.root, split=split, key_split=task.key_split), special=None)
     tested = {_file_id(shard) for shard in task.shards}
@@ -159,7 +159,7 @@ def _train_task(task: Task, split: str) -> Task:
         raise InputError(
             f"{task.root}: a {task.protocol} must not be fitted on what it is tested on. "
             f"{shared[0]} is in the split {task.split!r}, too ({len(shared)} of "
-            f"{len(train.shards)} tars are). Name another split with eval.probe.train_split."
+            f"{len(train.shards)} tars are). Name another split to fit on (train_split)."
         )
     return train
 

@@ -89,7 +89,7 @@ def count_in_train(test_ids: np.ndarray, train_ids: np.ndarray, task: Task) -> i
         raise InputError(
             f"{task.root}: a {task.protocol} must not be fitted on what it is tested on. All "
             f"{shared:,} images of {task.split!r} are in the train split, too. Name another split "
-            "with eval.probe.train_split."
+            "to fit on (train_split)."
         )
     return shared
 

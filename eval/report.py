@@ -157,7 +157,7 @@ def summarise(
     Raises:
         InputError: a task has two results, or see `averages`.
     """
-    require_int("eval.resamples", resamples, minimum=0)
+    require_int("resamples", resamples, minimum=0)
     groups = group_members(groups)
     by_key = results_by_key(results)
     found = result_averages(by_key.values(), groups)

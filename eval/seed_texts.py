@@ -95,7 +95,7 @@ def about_methods(seeds: SeedComparison | None) -> list[str]:
         if len(tested) * least > SIGNIFICANCE:
             lines.append(
                 f"So few seeds have no p value below {least:.2g}, which is not small enough "
-                f"for {len(tested)} tests: train more, or name fewer with eval.tasks."
+                f"for {len(tested)} tests: train more, or name fewer tasks."
             )
         for name, sign in (("b", 1), ("a", -1)):
             won = [one.title for one in sure if sign * one.value > 0]

@@ -59,8 +59,8 @@ def embed_tasks(
     for task in tasks:
         if not task.has_classes and task.kind != "retrieval":
             raise InputError(
-                f"target.tasks: {task.name} is a task of the kind {task.kind}. Targets are images "
-                "with class names or captions."
+                f"{task.name} is a task of the kind {task.kind}. Targets are images with class "
+                "names or captions."
             )
     model_hash = fingerprint(clip)
     paths = {task.name: folder / _file_name(task) for task in tasks}
@@ -123,7 +123,7 @@ def _check_others(folder: Path, own: set[Path], model: str) -> None:
         raise InputError(
             f"{folder} holds features of another model ({', '.join(foreign[:3])}), which a "
             "selector would read together with those of this one. Delete them, or name another "
-            "target.folder or features.name."
+            "folder or feature set."
         )
     if others:
         names = ", ".join(path.name for path in others[:3])

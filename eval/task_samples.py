@@ -157,8 +157,7 @@ def _require_one_sample(sample: TarSample, task: Task, place: str) -> None:
     if sample.hidden_pairs(IMAGE_SUFFIXES, (LABEL_SUFFIXES[task.kind],)):
         raise InputError(
             f"{place}: several samples have one key, which webdataset ends at the first dot: "
-            f"{listed}. End it at the last dot with eval.key_split=last_dot (of siftclip target, "
-            "target.key_split)."
+            f"{listed}. End it at the last dot: last_dot as the key split."
         )
 
 

@@ -29,7 +29,7 @@ from typing import Literal, get_args
 
 from siftclip.datamodules.tar_walk import KeySplit
 from siftclip.eval.known_tasks import known_task
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 TaskKind = Literal[
     "classification", "multilabel", "retrieval", "image_caption_selection", "association"
@@ -102,11 +102,11 @@ class FoundTasks:
         return list(self.tasks)
 
 
-def require_names(option: str, value: object) -> list[str]:
+def require_names(parameter: str, value: object) -> list[str]:
     """Return `value` as a list of names; one name may stand without a list.
 
     Args:
-        option: the name that the user wrote.
+        parameter: its name, for messages.
         value: a text, or a sequence of texts, which may be empty.
 
     Raises:
@@ -114,9 +114,8 @@ def require_names(option: str, value: object) -> list[str]:
     """
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, Sequence) or not all(isinstance(n, str) and n.strip() for n in names):
-        raise InputError(
-            f"{option} must be a name, or a list of names such as [cifar10,mnist]. Got {value!r}."
-        )
+        rule = "must be a name, or a list of names such as [cifar10,mnist]"
+        raise ParameterError(rule, parameter=parameter, value=value)
     return list(names)
 
 
@@ -127,7 +126,6 @@ def find_tasks(
     split: str = TEST_SPLIT,
     key_split: KeySplit = "first_dot",
     may_miss: bool = False,
-    option: str = "eval.tasks",
 ) -> FoundTasks:
     """The tasks below a folder, or the one task whose folder this is.
 
@@ -140,27 +138,34 @@ def find_tasks(
         split: the folder inside a task that holds the tars.
         key_split: the dot that ends a sample's key in the names of its members.
         may_miss: whether a name may have no folder, as with a suite that is there in part.
-        option: where the user wrote the names.
 
     Raises:
         InputError: there is no task at all, or `names` are no names, or one is unknown or given
             twice. Tasks that were not chosen are not looked at.
     """
     if not root.is_dir():
-        raise InputError(
-            f"eval.root must be a folder of tasks, or one task. {root} is not a folder."
-        )
-    chosen = None if names is None else require_names(option, names)
+        rule = "must be a folder of tasks, or one task"
+        raise ParameterError(rule, parameter="root", value=str(root))
+    chosen = None if names is None else require_names("names", names)
     if chosen == []:
-        raise InputError(f"{option} must name at least one task, or be null for all.")
+        rule = "must name at least one task, or be null for all"
+        raise ParameterError(rule, parameter="names", value=names)
     twice = [name for name, count in Counter(chosen or ()).items() if count > 1]
     if twice:
-        raise InputError(f"{option} must name each task once. Got {twice} more than once.")
+        raise ParameterError(
+            "must name each task once",
+            parameter="names",
+            value=names,
+            got=f"{twice} more than once",
+        )
     folders = [root] if _is_task_folder(root, split) else _walk(root, split)
     if not folders:
-        raise InputError(
-            f"eval.root must hold task folders named {FOLDER_PREFIX}<task>, or, if it is one task, "
-            f"{split}/{NSHARDS_FILE}. There is neither in {root}."
+        raise ParameterError(
+            f"must hold task folders named {FOLDER_PREFIX}<task>, or, if it is one task, "
+            f"{split}/{NSHARDS_FILE}",
+            parameter="root",
+            value=str(root),
+            way_out="There is neither.",
         )
     by_name: dict[str, Path] = {}
     damaged = dict[str, str]()
@@ -175,9 +180,8 @@ def find_tasks(
     wanted = sorted(by_name) if chosen is None else chosen
     missing = [name for name in wanted if name not in by_name]
     if missing and not may_miss:
-        raise InputError(
-            f"{option} must name tasks in {root}: {sorted(by_name)}. Got {missing[0]!r}."
-        )
+        rule = f"must name tasks in {root}: {sorted(by_name)}"
+        raise ParameterError(rule, parameter="names", value=missing[0])
     tasks = list[Task]()
     damaged = {name: message for name, message in damaged.items() if name in wanted}
     for name in wanted:
@@ -200,7 +204,7 @@ def _walk(folder: Path, split: str) -> list[Path]:
     try:
         folders = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError as error:
-        raise InputError(f"eval.root: {folder} cannot be read: {error.strerror}.") from None
+        raise InputError(f"{folder} cannot be read: {error.strerror}.") from None
     for inner in folders:
         if inner.name.startswith((FOLDER_PREFIX, ".")) or _is_task_folder(inner, split):
             found += [] if inner.name.startswith(".") else [inner]
@@ -256,33 +260,38 @@ def with_texts(
         InputError: the task has no classes, or there are more or fewer names than it has.
     """
     if classnames is not None:
-        option = f"eval.classnames.{task.name}"
-        names = _read_asked(option, classnames, task, _read_lines)
+        parameter = f"classnames.{task.name}"
+        names = _read_asked(parameter, classnames, task, _read_lines)
         if len(names) != len(task.classnames):
-            raise InputError(
-                f"{option}: {classnames} must have a line for each of the {len(task.classnames)} "
-                f"classes of {task.name}. It has {len(names)}."
+            raise ParameterError(
+                f"must have a line for each of the {len(task.classnames)} classes of {task.name}",
+                parameter=parameter,
+                value=str(classnames),
+                way_out=f"It has {len(names)}.",
             )
         task = replace(task, classnames=names)
     if templates is not None:
-        option = f"eval.templates.{task.name}"
-        task = replace(task, templates=_read_asked(option, templates, task, read_templates))
+        parameter = f"templates.{task.name}"
+        task = replace(task, templates=_read_asked(parameter, templates, task, read_templates))
     return task
 
 
 def _read_asked(
-    option: str, path: Path, task: Task, read: Callable[[Path], tuple[str, ...]]
+    parameter: str, path: Path, task: Task, read: Callable[[Path], tuple[str, ...]]
 ) -> tuple[str, ...]:
-    """What a file holds that an option names; errors name the option too."""
+    """Return what a file holds that a parameter names; errors name the parameter too."""
     if not task.has_classes:
-        raise InputError(f"{option} must be of a task with classes. This is a {task.kind} task.")
+        rule = f"must be of a task with classes, and this is a {task.kind} task"
+        raise ParameterError(rule, parameter=parameter, value=str(path))
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
-        raise InputError(f"{option} must name a text file. {path} {problem}.")
+        rule = f"must name a text file, and {path} {problem}"
+        raise ParameterError(rule, parameter=parameter)
     try:
         return read(path)
     except InputError as error:
-        raise InputError(f"{option}: {error}") from None
+        rule = "cannot be used"
+        raise ParameterError(rule, parameter=parameter, got=str(path), way_out=str(error)) from None
 
 
 def _read_text(path: Path) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -91,6 +90,8 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     Raises:
         InputError: it gives tokens that the model does not have, or another length.
     """
+    from open_clip.hf_model import HFTextEncoder
+
     tower: Any = getattr(model, "text", model)
     table = getattr(tower, "token_embedding", None)
     if isinstance(tower, HFTextEncoder):

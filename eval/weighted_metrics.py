@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
 from siftclip.eval.outcomes import Statistic
 
@@ -190,6 +189,8 @@ def _sums(
     factors: np.ndarray | None = None,
 ) -> np.ndarray:
     """The sums by group over rows of a matrix [m, R] times their factors: float64 [count, R]."""
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+
     if factors is None:
         factors = np.ones(len(rows), dtype=matrix.dtype)
     product = csr_matrix((factors, (groups, rows)), shape=(count, len(matrix))) @ matrix

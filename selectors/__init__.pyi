@@ -23,7 +23,6 @@ from .datacomp_filters import HasEntity as HasEntity
 from .datacomp_filters import IsLanguage as IsLanguage
 from .density import DensityPruning as DensityPruning
 from .dynamics import DynamicClusterSampling as DynamicClusterSampling
-from .errors import InputError as InputError
 from .external import External as External
 from .image_based import ImageBased as ImageBased
 from .infobatch import InfoBatch as InfoBatch

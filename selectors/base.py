@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.description import ARGUMENTS
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 from siftclip.selectors.ranks import sum_arrays
-from siftclip.selectors.rules import Rule, Threshold, TopFraction, can_be_kept
+from siftclip.selectors.rules import Rule, can_be_kept, threshold_rule, top_fraction
 from siftclip.selectors.source import (
     Chunk,
     ExternalColumn,
@@ -294,8 +294,8 @@ class Selector(ABC):
         """
         raise InputError(
             f"{type(self).__name__} decides by itself how many samples it keeps, and cannot be "
-            "used at every step. Use a selector with scores, or jest; or this one with "
-            "online=every_epoch or online=every_n_steps."
+            "used at every step. Use a selector with scores, or Jest; or this one once, every "
+            "epoch or every N steps."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,9 +332,7 @@ class ScoreSelector(Selector):
             of: what n counts: the samples of the whole "pool", or those that earlier stages have
                 "left".
         """
-        self.rule = make_rule(
-            type(self).__name__, fraction=fraction, threshold=threshold, rule=rule, of=of
-        )
+        self.rule = make_rule(self, fraction=fraction, threshold=threshold, rule=rule, of=of)
 
     def fit(self, source: Source) -> None:
         """Gather what scoring needs from one or more passes over the input. Default: nothing."""
@@ -437,25 +435,28 @@ def _of_all_ranks(source: Source, tasks: Sequence[Task], values: np.ndarray) -> 
 
 
 def make_rule(
-    owner: str,
+    owner: object,
     *,
     fraction: float | None,
     threshold: float | None,
     rule: Rule | None,
     of: str = "pool",
 ) -> Rule:
-    """The rule that a score selector was asked for; exactly one of the three must be given."""
+    """Build the rule that a score selector asks for; exactly one of the three must be given."""
     options = {"fraction": fraction, "threshold": threshold, "rule": rule}
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
-        raise InputError(
-            f"{owner} needs exactly one of selector.fraction, selector.threshold and "
-            f"selector.rule. Got {' and '.join(given) or 'none of them'}; set the others to null."
+        raise ParameterError(
+            "needs exactly one of fraction, threshold and rule",
+            owner=owner,
+            value={name: options[name] for name in given},
+            got=" and ".join(given) or "none of them",
+            way_out="Set the others to null.",
         )
     if fraction is not None:
-        return TopFraction(fraction, of=of)
+        return top_fraction(owner, fraction, of)
     if of != "pool":
-        raise InputError(f"{owner}: selector.of={of!r} belongs to selector.fraction.")
+        raise ParameterError("belongs to fraction", owner=owner, parameter="of", value=of)
     if threshold is not None:
-        return Threshold(threshold)
+        return threshold_rule(owner, threshold)
     return cast(Rule, rule)

@@ -18,7 +18,7 @@ from siftclip.selectors.clipcov_terms import (
 )
 from siftclip.selectors.clusters import Clustering
 from siftclip.selectors.errors import (
-    InputError,
+    ParameterError,
     require_choice,
     require_finite,
     require_int_or_auto,
@@ -26,7 +26,7 @@ from siftclip.selectors.errors import (
 from siftclip.selectors.latent_classes import LatentClasses, find_classes, read_labels
 from siftclip.selectors.most_similar import most_similar
 from siftclip.selectors.ranks import SCALE, sum_arrays
-from siftclip.selectors.rules import TopFraction
+from siftclip.selectors.rules import top_fraction
 from siftclip.selectors.source import Memo
 
 _INTERVAL_OF_PICKS = 200 * 1000 / 283_780  # of a class: the notebook's, with its 1,000 classes
@@ -98,27 +98,34 @@ class ClipCov(Selector):
             InputError: an option is out of range, or two contradict each other.
         """
         if (labels is None) == (clustering is None):
-            raise InputError(
-                "ClipCov needs exactly one of selector.labels and selector.clustering. Got "
-                f"{'neither' if labels is None else 'both'}; set the other to null."
+            raise ParameterError(
+                "needs exactly one of labels and clustering",
+                owner=self,
+                value={"labels": labels, "clustering": clustering},
+                got="neither" if labels is None else "both",
+                way_out="Set the other to null.",
             )
         self.features = features
-        self.rule = TopFraction(fraction, of=of)
+        self.rule = top_fraction(self, fraction, of)
         self.labels = labels
         self.clustering = clustering
-        self.interval = require_int_or_auto("selector.interval", interval)
-        self.charge = require_choice("selector.charge", charge, ("cumulative", "once"))
+        self.interval = require_int_or_auto("interval", interval, owner=self)
+        self.charge = require_choice("charge", charge, ("cumulative", "once"), owner=self)
         self.threshold = None
         if threshold is not None:
-            self.threshold = require_finite("selector.threshold", threshold)
-        self.cross_weight = require_finite("selector.cross_weight", cross_weight)
-        self.self_weight = require_finite("selector.self_weight", self_weight)
-        self.label_weight = require_finite("selector.label_weight", label_weight)
-        self.inter_class_weight = require_finite("selector.inter_class_weight", inter_class_weight)
+            self.threshold = require_finite("threshold", threshold, owner=self)
+        self.cross_weight = require_finite("cross_weight", cross_weight, owner=self)
+        self.self_weight = require_finite("self_weight", self_weight, owner=self)
+        self.label_weight = require_finite("label_weight", label_weight, owner=self)
+        self.inter_class_weight = require_finite(
+            "inter_class_weight", inter_class_weight, owner=self
+        )
         if labels is None and self.label_weight != 0:
-            raise InputError(
-                "ClipCov: selector.label_weight must be 0 with selector.clustering, because "
-                f"clusters have no name. Got {self.label_weight}."
+            raise ParameterError(
+                "must be 0 with clustering, because clusters have no name",
+                owner=self,
+                parameter="label_weight",
+                value=self.label_weight,
             )
 
     @property
@@ -147,7 +154,7 @@ class ClipCov(Selector):
 
     def _find_classes(self, source: Source, memo: Memo) -> tuple[LatentClasses, Tensor | None]:
         """The class of each sample, and the features of class names float32 [c, d]."""
-        names = None if self.labels is None else read_labels("ClipCov", source, self.labels)
+        names = None if self.labels is None else read_labels(self, source, self.labels)
         if names is not None:
             centres = names
         elif self.clustering is not None:
@@ -300,8 +307,8 @@ class ClipCov(Selector):
         most = int(np.bincount(members.classes[picked]).max(initial=0))
         if budget and most + 1 < interval:
             source.warn(
-                f"ClipCov: no class has selector.interval={interval} picks (the most are {most}), "
-                "so that no score was ever updated: these are the best by their first scores. Use "
-                f"selector.interval=auto ({scaled} here)"
+                f"ClipCov: no class has interval={interval} picks (the most are {most}), so that "
+                "no score was ever updated: these are the best by their first scores. Let interval "
+                f"be auto ({scaled} here)"
             )
         return picked

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from siftclip.selectors.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
 from siftclip.selectors.blocks import joined
-from siftclip.selectors.errors import InputError, require_int, require_int_or_auto
+from siftclip.selectors.errors import (
+    InputError,
+    ParameterError,
+    require_int,
+    require_int_or_auto,
+)
 from siftclip.selectors.kmeans import assign, fit_kmeans
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.source import Memo
@@ -53,29 +58,30 @@ class KMeans:
             samples_per_cluster: with "auto": on average; there is at least one cluster, ...
             most_clusters: ... and at most so many, if given.
         """
-        self.clusters = require_int_or_auto("selector.clustering.clusters", clusters)
+        self.clusters = require_int_or_auto("clusters", clusters, owner=self)
         self.samples_per_cluster = None
         if samples_per_cluster is not None:
             self.samples_per_cluster = require_int(
-                "selector.clustering.samples_per_cluster", samples_per_cluster, minimum=1
+                "samples_per_cluster", samples_per_cluster, minimum=1, owner=self
             )
         self.most_clusters = None
         if most_clusters is not None:
-            self.most_clusters = require_int(
-                "selector.clustering.most_clusters", most_clusters, minimum=1
-            )
+            self.most_clusters = require_int("most_clusters", most_clusters, minimum=1, owner=self)
         if clusters == "auto" and samples_per_cluster is None:
-            raise InputError(
-                "selector.clustering.clusters=auto needs selector.clustering.samples_per_cluster, "
-                "such as 8800 for SemDeDup. Got null."
+            raise ParameterError(
+                "must be given where clusters is auto, such as 8800 for SemDeDup",
+                owner=self,
+                parameter="samples_per_cluster",
+                value=None,
+                got="null",
             )
-        self.seed = require_int("selector.clustering.seed", seed, minimum=0)
-        self.iterations = require_int("selector.clustering.iterations", iterations, minimum=0)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
+        self.iterations = require_int("iterations", iterations, minimum=0, owner=self)
         self.spherical = spherical
         self.sample = None
         if sample is not None:
             fewest = self.clusters if isinstance(self.clusters, int) else 1
-            self.sample = require_int("selector.clustering.sample", sample, minimum=fewest)
+            self.sample = require_int("sample", sample, minimum=fewest, owner=self)
 
     def count(self, samples: int) -> int:
         """How many clusters there are of so many samples."""
@@ -90,16 +96,17 @@ class KMeans:
     def centroids(self, source: Source, key: str) -> Tensor:
         clusters = self.count(len(source))
         if self.sample is not None and self.sample < clusters:
-            raise InputError(
-                f"selector.clustering.sample must be at least the number of clusters, {clusters} "
-                f"of {len(source)} samples. Got {self.sample}."
+            raise ParameterError(
+                f"must be at least the number of clusters, {clusters} of {len(source)} samples",
+                owner=self,
+                parameter="sample",
+                value=self.sample,
             )
         if clusters > _MOST_CLUSTERS * len(source) > 0:
             source.warn(
-                f"KMeans: selector.clustering.clusters={clusters} leaves {len(source)} samples "
-                "mostly alone in their clusters, where nothing is like them. Use "
-                "selector.clustering.clusters=auto with "
-                "selector.clustering.samples_per_cluster, or far fewer"
+                f"KMeans: clusters={clusters} leaves {len(source)} samples mostly alone in their "
+                "clusters, where nothing is like them. Let clusters be auto and set "
+                "samples_per_cluster, or take far fewer"
             )
         return fit_kmeans(
             source,

@@ -18,12 +18,12 @@ from siftclip.selectors.base import (
     run,
 )
 from siftclip.selectors.description import nested
-from siftclip.selectors.errors import InputError, require_finite
+from siftclip.selectors.errors import ParameterError, require_finite
 
 S = TypeVar("S", bound=Selector)
 
-# In their order; names serve to address them, as in selector.stages.normsim.fraction=0.2, and are
-# no parameters of the selection.
+# In their order; names serve to address them, as in `stages.normsim.fraction`, and are no
+# parameters of the selection.
 Selectors = Iterable[Any] | Mapping[str, Any]
 
 
@@ -51,30 +51,53 @@ def merge(needs: Sequence[Requirements]) -> Requirements:
     )
 
 
-def require_selectors(option: str, selectors: Selectors, kind: type[S]) -> tuple[S, ...]:
-    """Return `selectors` as a tuple if there is at least one, and each of them is a `kind`.
+def require_selectors(
+    owner: object, parameter: str, selectors: Selectors, kind: type[S]
+) -> tuple[S, ...]:
+    """Return the items of a parameter as a tuple if there is one, and each of them is a `kind`.
 
-    Of `ScoreSelector`s, scores alone are used, so that one that weighs samples is refused.
+    See `require_selector`.
     """
     named = selectors if isinstance(selectors, Mapping) else dict(enumerate(selectors))
     if not named:
-        raise InputError(f"{option} must name at least one selector. Got none.")
-    for name, selector in named.items():
-        if not isinstance(selector, kind):
-            raise InputError(
-                f"{option}.{name} must be a {kind.__name__}. Got {type(selector).__name__}; "
-                f"in a configuration it needs a _target_ that names such a class."
-            )
-        if issubclass(kind, ScoreSelector) and selector.weighs:
-            raise InputError(
-                f"{option}.{name}: {type(selector).__name__} weighs what it keeps, and here its "
-                "scores alone count, so that its weights would be lost. Use a selector without "
-                "weights, or put this one into a composition of choices, such as Then."
-            )
-    return tuple(named.values())
+        rule = "must name at least one selector"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=selectors, got="none")
+    return tuple(
+        require_selector(owner, f"{parameter}.{name}", selector, kind)
+        for name, selector in named.items()
+    )
 
 
-def require_independent(option: str, selectors: Sequence[Selector]) -> None:
+def require_selector(owner: object, parameter: str, selector: object, kind: type[S]) -> S:
+    """Return a parameter of `owner` if it is a `kind`.
+
+    Of `ScoreSelector`s, scores alone are used, so that one that weighs samples is refused.
+    """
+    given = type(selector).__name__
+    if not isinstance(selector, kind):
+        raise ParameterError(
+            f"must be a {kind.__name__}",
+            owner=owner,
+            parameter=parameter,
+            value=selector,
+            got=given,
+            way_out="In a configuration it needs a _target_ that names such a class.",
+        )
+    if issubclass(kind, ScoreSelector) and selector.weighs:
+        raise ParameterError(
+            "must not weigh what it keeps: here its scores alone count, and its weights would be "
+            "lost",
+            owner=owner,
+            parameter=parameter,
+            value=selector,
+            got=given,
+            way_out="Use a selector without weights, or put this one into a composition of "
+            "choices, such as Then.",
+        )
+    return selector
+
+
+def require_independent(owner: object, parameter: str, selectors: Sequence[Selector]) -> None:
     """Refuse members, at any depth, that weigh samples and draw with the same seed.
 
     Weights multiply, which is right for draws that know nothing of each other. With equal draws, a
@@ -87,10 +110,13 @@ def require_independent(option: str, selectors: Sequence[Selector]) -> None:
             continue
         name = type(member).__name__
         if seed in seeds:
-            raise InputError(
-                f"{option}: {seeds[seed]} and {name} both weigh what they keep at random, and have "
-                f"the same seed={seed}, so that their draws are equal and the product of their "
-                "weights is too large. Give each another seed."
+            raise ParameterError(
+                f"must draw with different seeds: {seeds[seed]} and {name} both weigh what they "
+                f"keep at random, and have the same seed={seed}, so that their draws are equal and "
+                "the product of their weights is too large",
+                owner=owner,
+                parameter=parameter,
+                way_out="Give each another seed.",
             )
         seeds[seed] = name
 
@@ -178,8 +204,8 @@ class Then(Selector):
 
     def __init__(self, *, stages: Selectors) -> None:
         """Give the stages, in order. Their fractions are `of` the pool, or of what is left."""
-        self.stages = require_selectors("selector.stages", stages, Selector)  # type: ignore[type-abstract]
-        require_independent("selector.stages", self.stages)
+        self.stages = require_selectors(self, "stages", stages, Selector)  # type: ignore[type-abstract]
+        require_independent(self, "stages", self.stages)
 
     @property
     def requires(self) -> Requirements:
@@ -214,7 +240,7 @@ class _Together(Selector):
     """Selectors that see the same samples."""
 
     def __init__(self, *, selectors: Selectors) -> None:
-        self.selectors = require_selectors("selector.selectors", selectors, Selector)  # type: ignore[type-abstract]
+        self.selectors = require_selectors(self, "selectors", selectors, Selector)  # type: ignore[type-abstract]
 
     @property
     def requires(self) -> Requirements:
@@ -237,7 +263,7 @@ class And(_Together):
 
     def __init__(self, *, selectors: Selectors) -> None:
         super().__init__(selectors=selectors)
-        require_independent("selector.selectors", self.selectors)
+        require_independent(self, "selectors", self.selectors)
 
     def join(self, choices: Sequence[Choice]) -> Choice:
         return Choice(
@@ -288,11 +314,8 @@ class Minus(Selector):
     """
 
     def __init__(self, *, keep: Selector, remove: Selector) -> None:
-        self.keep, self.remove = require_selectors(
-            "selector",
-            {"keep": keep, "remove": remove},
-            Selector,  # type: ignore[type-abstract]
-        )
+        self.keep = require_selector(self, "keep", keep, Selector)  # type: ignore[type-abstract]
+        self.remove = require_selector(self, "remove", remove, Selector)  # type: ignore[type-abstract]
 
     @property
     def requires(self) -> Requirements:
@@ -306,8 +329,9 @@ class Minus(Selector):
         if not self.remove.weighs:
             return []
         return [
-            f"selector.remove={type(self.remove).__name__} weighs what it keeps, and that goes: "
-            "what is left is what it would prune at random, and no weights make up for the rest"
+            f"what it removes with, {type(self.remove).__name__}, weighs what it keeps, and that "
+            "goes: what is left is what it would prune at random, and no weights make up for the "
+            "rest"
         ]
 
     def select(self, source: Source) -> Choice:
@@ -338,14 +362,17 @@ class Combined(ScoreSelector):
             **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
         """
         super().__init__(**rule)
-        self.selectors = require_selectors("selector.selectors", selectors, ScoreSelector)
+        self.selectors = require_selectors(self, "selectors", selectors, ScoreSelector)
         given = [1.0] * len(self.selectors) if weights is None else list(weights)
         if len(given) != len(self.selectors):
-            raise InputError(
-                f"selector.weights must be one number for each of {len(self.selectors)} "
-                f"selectors. Got {len(given)}."
+            raise ParameterError(
+                f"must be one number for each of {len(self.selectors)} selectors",
+                owner=self,
+                parameter="weights",
+                value=weights,
+                got=str(len(given)),
             )
-        self.weights = tuple(require_finite("selector.weights", weight) for weight in given)
+        self.weights = tuple(require_finite("weights", weight, owner=self) for weight in given)
 
     @property
     def requires(self) -> Requirements:

@@ -12,7 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from siftclip.selectors.base import Choice, ExternalColumn, Requirements, Selector, Source, SubBatch
-from siftclip.selectors.errors import InputError, require_choice, require_fraction, require_text
+from siftclip.selectors.errors import (
+    InputError,
+    require_choice,
+    require_fraction,
+    require_suffix,
+)
 from siftclip.selectors.quota import equal_quotas
 from siftclip.selectors.rules import counted
 from siftclip.selectors.source import ListColumn
@@ -242,12 +247,11 @@ class ConceptBalance(Selector):
             of: what n counts: the samples of the whole "pool", or those that earlier stages have
                 "left".
         """
-        if path is not None and not require_text("selector.path", path).endswith(".parquet"):
-            raise InputError(f"selector.path must end in .parquet, or be null. Got {path!r}.")
+        require_suffix("path", path, (".parquet",), owner=self)
         self.concepts = ExternalColumn(path=path, column=column)
-        self.fraction = require_fraction("selector.fraction", fraction)
-        self.mode = require_choice("selector.mode", mode, ("diversity", "frequency"))
-        self.of = require_choice("selector.of", of, ("pool", "left"))
+        self.fraction = require_fraction("fraction", fraction, owner=self)
+        self.mode = require_choice("mode", mode, ("diversity", "frequency"), owner=self)
+        self.of = require_choice("of", of, ("pool", "left"), owner=self)
 
     @property
     def requires(self) -> Requirements:
@@ -269,7 +273,7 @@ class ConceptBalance(Selector):
         """Choose of each group; `diversity` takes no temperature."""
         if self.mode == "diversity" and sub_batch.temperature:
             raise InputError(
-                "ConceptBalance with selector.mode=diversity chooses step by step and has no "
+                "ConceptBalance chooses step by step where its mode is diversity, and has no "
                 f"temperature. Got {sub_batch.temperature!r}; set it to null."
             )
         return self._choose(source, sub_batch)

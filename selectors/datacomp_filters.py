@@ -16,7 +16,7 @@ from siftclip.selectors.captions import (
     long_captions,
     tokenized_captions,
 )
-from siftclip.selectors.errors import InputError, require_finite, require_int
+from siftclip.selectors.errors import ParameterError, require_finite, require_int
 from siftclip.selectors.languages import (
     LanguageIdentifier,
     Lexicon,
@@ -76,12 +76,13 @@ class BasicFilter(Predicate):
             max_aspect: of its longer side to its shorter one.
         """
         super().__init__()
-        self.min_words = require_int("selector.min_words", min_words, minimum=0)
-        self.min_characters = require_int("selector.min_characters", min_characters, minimum=0)
-        self.min_side = require_int("selector.min_side", min_side, minimum=1)
-        self.max_aspect = require_finite("selector.max_aspect", max_aspect)
+        self.min_words = require_int("min_words", min_words, minimum=0, owner=self)
+        self.min_characters = require_int("min_characters", min_characters, minimum=0, owner=self)
+        self.min_side = require_int("min_side", min_side, minimum=1, owner=self)
+        self.max_aspect = require_finite("max_aspect", max_aspect, owner=self)
         if self.max_aspect < 1:
-            raise InputError(f"selector.max_aspect must be at least 1. Got {max_aspect!r}.")
+            rule = "must be at least 1"
+            raise ParameterError(rule, owner=self, parameter="max_aspect", value=max_aspect)
 
     @property
     def requires(self) -> Requirements:
@@ -102,8 +103,8 @@ class CaptionFilter(Predicate):
     def __init__(self, *, min_tokens: int = 2, min_characters: int = 6) -> None:
         """Set the limits, of fastText's tokens and of characters; the defaults are DataComp's."""
         super().__init__()
-        self.min_tokens = require_int("selector.min_tokens", min_tokens, minimum=0)
-        self.min_characters = require_int("selector.min_characters", min_characters, minimum=0)
+        self.min_tokens = require_int("min_tokens", min_tokens, minimum=0, owner=self)
+        self.min_characters = require_int("min_characters", min_characters, minimum=0, owner=self)
 
     def holds(self, chunk: Chunk) -> np.ndarray:
         return tokenized_captions(
@@ -126,12 +127,12 @@ class HasEntity(Predicate):
         self._offsets: frozenset[int] = frozenset()
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
-        _, digest = read_list("selector.entities", self.entities)
+        _, digest = read_list(self.entities, owner=self, parameter="entities")
         return source.tasks(self.requires, label=f"{digest}-")
 
     def fit(self, source: Source) -> None:
-        text, _ = read_list("selector.entities", self.entities)
-        self._offsets = parse_offsets("selector.entities", self.entities, text)
+        text, _ = read_list(self.entities, owner=self, parameter="entities")
+        self._offsets = parse_offsets(self.entities, text)
 
     def holds(self, chunk: Chunk) -> np.ndarray:
         return captions_with_entities(captions_of(chunk), self.lexicon, self._offsets)

@@ -14,14 +14,14 @@ from torch import Tensor
 from siftclip.selectors.base import Choice, Requirements, Selector, Source
 from siftclip.selectors.clusters import Clustering, assign_all
 from siftclip.selectors.errors import (
-    InputError,
+    ParameterError,
     require_choice,
     require_int,
     require_positive,
 )
 from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.ranks import SCALE
-from siftclip.selectors.rules import TopFraction
+from siftclip.selectors.rules import top_fraction
 
 
 def centroid_distances(centroids: Tensor, *, neighbours: int = 20) -> np.ndarray:
@@ -70,7 +70,9 @@ def cluster_shares(complexity: np.ndarray, temperature: float) -> np.ndarray:
     return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
 
-def allocate(shares: np.ndarray, sizes: np.ndarray, total: int, *, minimum: int = 1) -> np.ndarray:
+def allocate(
+    shares: np.ndarray, sizes: np.ndarray, total: int, *, minimum: int = 1, owner: object = None
+) -> np.ndarray:
     """How many samples each cluster contributes, int64 [k], with the sum `total`.
 
     Minimises sum_j (x_j - total * shares_j)^2 subject to sum_j x_j = total and
@@ -84,16 +86,20 @@ def allocate(shares: np.ndarray, sizes: np.ndarray, total: int, *, minimum: int 
         sizes: int64 [k], of the clusters.
         total: how many to keep, at most the sum of the sizes.
         minimum: of each cluster that is larger than this.
+        owner: whose parameter the minimum is, for the message.
 
     Raises:
-        InputError: the minima add up to more than the total.
+        ParameterError: the minima add up to more than the total.
     """
     lower = np.clip(sizes - 1, 0, minimum)
     if lower.sum() > total:
-        raise InputError(
-            f"Density-based pruning cannot keep {minimum} of each of {np.count_nonzero(lower)} "
-            f"clusters within {total} samples. Use fewer clusters, a larger selector.fraction, or "
-            "a smaller selector.minimum."
+        raise ParameterError(
+            f"is too large: so many of each of {np.count_nonzero(lower)} clusters do not fit into "
+            f"{total} samples",
+            owner=owner,
+            parameter="minimum",
+            value=minimum,
+            way_out="Lower it, keep a larger fraction, or use fewer clusters.",
         )
     wanted = shares * total
     low, high = float((wanted - sizes).min(initial=0)), float((wanted - lower).max(initial=0))
@@ -165,12 +171,12 @@ class DensityPruning(Selector):
             of: what n counts: the "pool", or what earlier stages have "left".
         """
         self.key, self.clustering = key, clustering
-        self.rule = TopFraction(fraction, of=of)
-        self.temperature = require_positive("selector.temperature", temperature)
-        self.keep = require_choice("selector.keep", keep, ("hard", "easy", "random"))
-        self.minimum = require_int("selector.minimum", minimum, minimum=0)
-        self.neighbours = require_int("selector.neighbours", neighbours, minimum=1)
-        self.seed = require_int("selector.seed", seed, minimum=0)
+        self.rule = top_fraction(self, fraction, of)
+        self.temperature = require_positive("temperature", temperature, owner=self)
+        self.keep = require_choice("keep", keep, ("hard", "easy", "random"), owner=self)
+        self.minimum = require_int("minimum", minimum, minimum=0, owner=self)
+        self.neighbours = require_int("neighbours", neighbours, minimum=1, owner=self)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
 
     @property
     def requires(self) -> Requirements:
@@ -191,6 +197,7 @@ class DensityPruning(Selector):
             sizes,
             min(self.rule.asked_samples(len(source), len(source.whole)), int(sizes.sum())),
             minimum=self.minimum,
+            owner=self,
         )
         orders = {"hard": cosines, "easy": -cosines}
         order = orders.get(self.keep)

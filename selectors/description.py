@@ -58,7 +58,7 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
     behind = Behind() if behind is None else behind
     if isinstance(value, enum.Enum):
         behind.code.add(type(value))
-        return f"{_name(type(value))}.{value.name}"
+        return f"{stored_name(type(value))}.{value.name}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no infinity
     if isinstance(value, str):
@@ -75,7 +75,7 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
         return {"module": value.__name__}
     if isinstance(value, (type, FunctionType)) and "<" not in value.__qualname__:
         behind.code.add(value)
-        return _name(value)
+        return stored_name(value)
     if isinstance(value, (np.ndarray, Tensor)):
         return _described_array(value)
     if isinstance(value, Mapping):
@@ -94,7 +94,7 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
         return {"method": value.__name__, "of": describe(value.__self__, behind)}
     if isinstance(value, torch.nn.Module):
         behind.code.add(type(value))
-        return {"class": _name(type(value)), "weights": describe(value.state_dict(), behind)}
+        return {"class": stored_name(type(value)), "weights": describe(value.state_dict(), behind)}
     return _described_object(value, behind, without)
 
 
@@ -115,7 +115,7 @@ def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> di
     pickled = None if ours else _pickled(value)
     if pickled is not None:
         behind.code.add(type(value))
-        return {"class": _name(type(value)), "pickled": describe(pickled, behind)}
+        return {"class": stored_name(type(value)), "pickled": describe(pickled, behind)}
     if attributes is None:
         raise TypeError(
             f"a {type(value).__name__} cannot be a parameter of a selector: {value!r}. Keep it in "
@@ -136,7 +136,7 @@ def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> di
     }
     if private:
         described["arguments"] = describe(private, behind)
-    return {"class": _name(type(value)), **described}
+    return {"class": stored_name(type(value)), **described}
 
 
 def _differs(argument: Any, attribute: Any) -> bool:
@@ -210,7 +210,7 @@ def _described_array(value: np.ndarray | Tensor) -> dict[str, Any]:
     return {"array": [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]}
 
 
-def _name(value: type | FunctionType) -> str:
+def stored_name(value: type | FunctionType) -> str:
     """What a class or function is called in what is kept: by the name that its module had first."""
     return f"{old_name(value.__module__)}.{value.__qualname__}"
 

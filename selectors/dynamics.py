@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from siftclip.selectors.base import Choice, ExternalColumn, Requirements, Selector, Source
-from siftclip.selectors.errors import InputError, require_fraction, require_int, require_text
+from siftclip.selectors.errors import require_fraction, require_int, require_suffix
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.quota import keep_top_of_each
 
@@ -97,15 +97,12 @@ class DynamicClusterSampling(Selector):
                 the shares as they are, near 0 they are nearly equal.
             max_repeats: a sample is used at most so often in an epoch.
         """
-        if path is not None and not require_text("selector.path", path).endswith(
-            (".npy", ".parquet")
-        ):
-            raise InputError(f"selector.path must end in .parquet or .npy. Got {path!r}.")
+        require_suffix("path", path, (".parquet", ".npy"), owner=self)
         self.clusters = ExternalColumn(path=path, column=column)
-        self.seed = require_int("selector.seed", seed, minimum=0)
-        self.fraction = require_fraction("selector.fraction", fraction)
-        self.alpha = require_fraction("selector.alpha", alpha)
-        self.max_repeats = require_int("selector.max_repeats", max_repeats, minimum=1)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
+        self.fraction = require_fraction("fraction", fraction, owner=self)
+        self.alpha = require_fraction("alpha", alpha, owner=self)
+        self.max_repeats = require_int("max_repeats", max_repeats, minimum=1, owner=self)
 
     @property
     def requires(self) -> Requirements:

@@ -1,79 +1,264 @@
-"""The one exception for faults of the user's input, and the checks that raise it."""
+"""The exceptions for faults of the user's input, and the checks that raise them."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_NOTHING: Any = object()  # no value belongs to the message
 
 
 class InputError(ValueError):
-    """A file or an option is not what it must be.
+    """A file or a parameter is not what it must be.
 
-    The message names the owner (command or class), the option or file, the rule, the value and,
+    The message names the owner (class or command), the parameter or file, the rule, the value and,
     where there is one, the way out. The command line prints it without a traceback.
     """
 
 
-def require_fraction(option: str, value: object) -> float:
-    """Return `value` as a float in (0, 1]; `option` is the name that the user wrote."""
+class ParameterError(InputError):
+    """A parameter of an object or a function is not what it must be.
+
+    The message is for Python: "Vas: fraction must be above 0. Got -1." Whoever knows which option
+    the parameter was read from tells the same with its name, see `told_as`.
+
+    Attributes:
+        owner: whose parameter it is: an object, a class, a function or a name; None if the name of
+            the parameter says all.
+        parameter: its name, that of an item with the item's behind a dot; None where several do not
+            go together, which `rule` names.
+        rule: what holds for it, as the rest of a sentence that begins with the parameter, or else
+            with the owner.
+        value: what was given; `got` is how the message says it.
+        way_out: what to do, as one or more sentences; may be empty.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        *,
+        owner: object = None,
+        parameter: str | None = None,
+        value: Any = _NOTHING,
+        got: str | None = None,
+        way_out: str = "",
+    ) -> None:
+        self.owner, self.parameter, self.rule = owner, parameter, rule
+        self.value = None if value is _NOTHING else value
+        self.got = repr(value) if got is None and value is not _NOTHING else got
+        self.way_out = way_out
+        super().__init__(rule)
+
+    def __str__(self) -> str:
+        names = (name_of(self.owner), self.parameter)
+        return self.told_as(": ".join(name for name in names if name))
+
+    def told_as(self, subject: str) -> str:
+        """Return the message with `subject` as the name of what is wrong."""
+        end = "" if self.rule.endswith(".") else "."  # a rule may end with what another error says
+        got = "" if self.got is None else f" Got {self.got}."
+        way_out = f" {self.way_out}" if self.way_out else ""
+        return f"{subject} {self.rule}{end}{got}{way_out}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to another process without the owner itself, which may be large."""
+        words = {
+            "owner": name_of(self.owner),
+            "parameter": self.parameter,
+            "got": self.got,
+            "way_out": self.way_out,
+        }
+        return _from_words, (self.rule, words)
+
+
+def _from_words(rule: str, words: Mapping[str, Any]) -> ParameterError:
+    return ParameterError(rule, **words)
+
+
+def name_of(owner: object) -> str:
+    """Return what messages call the owner of a parameter: its class; "" for None."""
+    if owner is None or isinstance(owner, str):
+        return owner or ""
+    return str(getattr(owner, "__name__", type(owner).__name__))
+
+
+def call_by_name(
+    target: Callable[..., T],
+    parameters: Mapping[str, Any],
+    *,
+    through: Callable[..., T] | None = None,
+) -> T:
+    """Call a class or a function with keyword arguments.
+
+    Args:
+        target: the class or function.
+        parameters: the arguments by name.
+        through: what to call in its place, if it is wrapped.
+
+    Raises:
+        ParameterError: it does not take one of them, or needs another.
+    """
+    _check_names(target, parameters, checks_rest=not takes_any(target))
+    try:
+        return (through or target)(**parameters)
+    except TypeError:  # what a `**` takes is expected to have a name that a base class knows
+        _check_names(target, parameters, checks_rest=True)
+        raise
+
+
+def _check_names(
+    target: Callable[..., Any], given: Mapping[str, Any], *, checks_rest: bool
+) -> None:
+    try:
+        own, known = _signature(target), parameters_of(target)
+    except (TypeError, ValueError):  # some that are written in C tell nothing
+        return
+    for name in given if checks_rest else ():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            names = f"Its parameters are {', '.join(known)}." if known else "It has none."
+            raise ParameterError(
+                f"is not a parameter of {name_of(target)}",
+                owner=target,
+                parameter=name,
+                way_out=f"Did you mean {close[0]}?" if close else names,
+            )
+    for name, parameter in own.items():
+        is_needed = parameter.kind in _NAMED and parameter.default is parameter.empty
+        if is_needed and name not in given:
+            rule = f"must be given: {name_of(target)} needs it"
+            raise ParameterError(rule, owner=target, parameter=name)
+
+
+def takes_any(target: Callable[..., Any]) -> bool:
+    """Whether a class or a function takes keyword arguments of any name, with a `**`."""
+    try:
+        parameters = _signature(target).values()
+    except (TypeError, ValueError):
+        return True
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def parameters_of(target: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what a function or a class can be given.
+
+    Where a constructor hands on the rest with a `**`, what its base class takes belongs to it.
+
+    Raises:
+        TypeError, ValueError: it does not tell.
+    """
+    kinds = target.__mro__ if isinstance(target, type) else (target,)
+    names: dict[str, None] = {}
+    for kind in kinds:
+        if isinstance(kind, type) and "__init__" not in vars(kind) and kind is not target:
+            continue
+        parameters = _signature(kind).values()
+        names |= {parameter.name: None for parameter in parameters if parameter.kind in _NAMED}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return tuple(names)
+
+
+def _signature(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function, or of the constructor of a class, by name."""
+    if isinstance(target, type) and target.__init__ is not object.__init__:  # type: ignore[misc]
+        parameters = dict(inspect.signature(target.__init__).parameters)  # type: ignore[misc]
+        parameters.pop(next(iter(parameters)))  # the object itself
+        return parameters
+    return dict(inspect.signature(target).parameters)
+
+
+# ---- checks of one value: `parameter` is its name, `owner` as in `ParameterError` ----------------
+def require_fraction(parameter: str, value: object, *, owner: object = None) -> float:
+    """Return `value` as a float in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-        raise InputError(
-            f"{option} must be a number in the range (0, 1], for example 0.3. Got {value!r}."
-        )
+        rule = "must be a number in the range (0, 1], for example 0.3"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
     return float(value)
 
 
-def require_int(option: str, value: object, *, minimum: int) -> int:
-    """Return `value` as an int of at least `minimum`; `option` is the name that the user wrote."""
+def require_int(parameter: str, value: object, *, minimum: int, owner: object = None) -> int:
+    """Return `value` as an int of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{option} must be an integer of at least {minimum}. Got {value!r}.")
+        rule = f"must be an integer of at least {minimum}"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
     return value
 
 
-def require_int_or_auto(option: str, value: object, *, minimum: int = 1) -> int | str:
+def require_int_or_auto(
+    parameter: str, value: object, *, minimum: int = 1, owner: object = None
+) -> int | str:
     """Return `value` if it is "auto", or else as `require_int`: what scales with the pool."""
     if value == "auto":
         return "auto"
     if isinstance(value, str):
-        raise InputError(
-            f"{option} must be auto or an integer of at least {minimum}. Got {value!r}."
-        )
-    return require_int(option, value, minimum=minimum)
+        rule = f"must be auto or an integer of at least {minimum}"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
+    return require_int(parameter, value, minimum=minimum, owner=owner)
 
 
-def require_finite(option: str, value: object) -> float:
-    """Return `value` as a finite float; `option` is the name that the user wrote."""
+def require_finite(parameter: str, value: object, *, owner: object = None) -> float:
+    """Return `value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{option} must be a finite number. Got {value!r}.")
+        raise ParameterError(
+            "must be a finite number", owner=owner, parameter=parameter, value=value
+        )
     return float(value)
 
 
-def require_positive(option: str, value: object) -> float:
-    """Return `value` as a finite float above 0; `option` is the name that the user wrote."""
-    number = require_finite(option, value)
+def require_positive(parameter: str, value: object, *, owner: object = None) -> float:
+    """Return `value` as a finite float above 0."""
+    number = require_finite(parameter, value, owner=owner)
     if number <= 0:
-        raise InputError(f"{option} must be above 0. Got {value!r}.")
+        raise ParameterError("must be above 0", owner=owner, parameter=parameter, value=value)
     return number
 
 
-def require_text(option: str, value: object) -> str:
-    """Return `value` if it is text; `option` is the name that the user wrote."""
+def require_text(parameter: str, value: object, *, owner: object = None) -> str:
+    """Return `value` if it is text."""
     if not isinstance(value, str):
-        raise InputError(
-            f"{option} must be text. Got {value!r}, which YAML reads as a number or a truth value: "
-            f"quote it, as in '{option}=\"{value}\"'."
+        raise ParameterError(
+            "must be text",
+            owner=owner,
+            parameter=parameter,
+            value=value,
+            way_out="YAML reads it as a number or a truth value where it stands without quotes: "
+            f'quote it, as in "{value}".',
         )
     return value
 
 
-def require_choice(option: str, value: object, choices: tuple[str, ...]) -> str:
-    """Return `value` if it is one of `choices`; `option` is the name that the user wrote."""
+def require_suffix(
+    parameter: str, value: object, suffixes: tuple[str, ...], *, owner: object = None
+) -> str | None:
+    """Return `value` if it is None, or the name of a file that ends in one of `suffixes`."""
+    if value is None:
+        return None
+    path = require_text(parameter, value, owner=owner)
+    if not path.endswith(suffixes):
+        rule = f"must end in {' or '.join(suffixes)}, or be null"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=path)
+    return path
+
+
+def require_choice(
+    parameter: str, value: object, choices: tuple[str, ...], *, owner: object = None
+) -> str:
+    """Return `value` if it is one of `choices`."""
     if value not in choices:
-        raise InputError(f"{option} must be one of {', '.join(choices)}. Got {value!r}.")
+        rule = f"must be one of {', '.join(choices)}"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
     return str(value)
 
 
-def require_bool(option: str, value: object) -> bool:
-    """Return `value` if it is true or false; `option` is the name that the user wrote."""
+def require_bool(parameter: str, value: object, *, owner: object = None) -> bool:
+    """Return `value` if it is true or false."""
     if not isinstance(value, bool):
-        raise InputError(f"{option} must be true or false. Got {value!r}.")
+        raise ParameterError("must be true or false", owner=owner, parameter=parameter, value=value)
     return value

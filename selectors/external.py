@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.base import Chunk, ExternalColumn, Requirements, ScoreSelector
-from siftclip.selectors.errors import InputError, require_text
+from siftclip.selectors.errors import ParameterError, require_suffix
 from siftclip.selectors.rules import AsGiven, Rule
 
 
@@ -37,21 +37,20 @@ class External(ScoreSelector):
             rule: see `ScoreSelector`; only with a column.
             of: see `ScoreSelector`.
         """
-        if path is not None and not require_text("selector.path", path).endswith(
-            (".npy", ".parquet")
-        ):
-            raise InputError(f"selector.path must end in .parquet or .npy. Got {path!r}.")
+        require_suffix("path", path, (".parquet", ".npy"), owner=self)
         is_subset = path is not None and path.endswith(".npy") and column is None
         if is_subset and (fraction, threshold, rule) != (None, None, None):
-            raise InputError(
-                f"selector.path={path!r} without a column is a finished subset, so "
-                "selector.fraction, selector.threshold and selector.rule must be null. Got "
-                f"fraction={fraction!r}, threshold={threshold!r}, rule={rule!r}."
+            raise ParameterError(
+                "is a finished subset without a column, so fraction, threshold and rule must be "
+                "null",
+                owner=self,
+                parameter="path",
+                value=path,
+                got=f"{path!r}, fraction={fraction!r}, threshold={threshold!r}, rule={rule!r}",
             )
         if not is_subset and column is None:
-            raise InputError(
-                f"selector.column must name a column of {path or 'the metadata'}. Got null."
-            )
+            must = f"must name a column of {path or 'the metadata'}"
+            raise ParameterError(must, owner=self, parameter="column", got="null")
         if is_subset:
             rule = AsGiven()
         super().__init__(fraction=fraction, threshold=threshold, rule=rule, of=of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from siftclip.selectors.base import Choice, Requirements, Selector, Source
-from siftclip.selectors.errors import InputError, require_fraction, require_int
+from siftclip.selectors.errors import ParameterError, require_fraction, require_int
 from siftclip.selectors.noise import noise, noise_state
 from siftclip.selectors.source import TRAINING_LOSS
 
@@ -67,13 +67,11 @@ class InfoBatch(Selector):
             seed: of the draws.
             ratio: the probability that a sample with a loss below the mean is dropped, in (0, 1).
         """
-        self.seed = require_int("selector.seed", seed, minimum=0)
-        self.ratio = require_fraction("selector.ratio", ratio)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
+        self.ratio = require_fraction("ratio", ratio, owner=self)
         if self.ratio == 1:
-            raise InputError(
-                "selector.ratio must be below 1: no weight makes up for samples that are always "
-                f"dropped. Got {ratio!r}."
-            )
+            rule = "must be below 1: no weight makes up for samples that are always dropped"
+            raise ParameterError(rule, owner=self, parameter="ratio", value=ratio)
 
     @property
     def requires(self) -> Requirements:

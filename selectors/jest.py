@@ -15,7 +15,7 @@ from siftclip.selectors.errors import require_choice, require_int
 from siftclip.selectors.joint_sampling import Judge, joint_sample
 from siftclip.selectors.learnability import ModelFeatures, required_features, signed_models
 from siftclip.selectors.pair_losses import LOSSES
-from siftclip.selectors.rules import TopFraction
+from siftclip.selectors.rules import top_fraction
 
 
 class JEST(Selector):
@@ -47,16 +47,16 @@ class JEST(Selector):
             of: what n counts: the samples of the whole "pool", or those that are "left".
             seed: of the draws in `select`; a sub-batch brings its own.
         """
-        signed_models(type(self).__name__, learner, reference)
+        signed_models(self, learner, reference)
         self.learner, self.reference = learner, reference
-        self.loss = require_choice("selector.loss", loss, tuple(LOSSES))
-        self.chunks = require_int("selector.chunks", chunks, minimum=1)
-        self.rule = TopFraction(fraction, of=of)
-        self.seed = require_int("selector.seed", seed, minimum=0)
+        self.loss = require_choice("loss", loss, tuple(LOSSES), owner=self)
+        self.chunks = require_int("chunks", chunks, minimum=1, owner=self)
+        self.rule = top_fraction(self, fraction, of)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
 
     @property
     def requires(self) -> Requirements:
-        models = signed_models(type(self).__name__, self.learner, self.reference)
+        models = signed_models(self, self.learner, self.reference)
         return required_features(models)
 
     def select(self, source: Source) -> Choice:
@@ -90,7 +90,7 @@ class JEST(Selector):
                 logits=model.logits(source, biased=self.loss == "sigmoid"),
                 sign=sign,
             )
-            for sign, model in signed_models(type(self).__name__, self.learner, self.reference)
+            for sign, model in signed_models(self, self.learner, self.reference)
         ]
         kept, scores = joint_sample(
             judges,

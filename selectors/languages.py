@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 
 _CACHED_WORDS = 1 << 20
 
@@ -62,15 +62,21 @@ class FastText(_Loaded):
 
     def load(self) -> Any:
         if not Path(self.path).is_file():
-            raise InputError(
-                f"FastText: path={self.path!r} is not a file. Download lid.176.bin from "
-                f"https://fasttext.cc/docs/en/language-identification.html."
+            raise ParameterError(
+                "must be an existing file",
+                owner=self,
+                parameter="path",
+                value=self.path,
+                way_out="Download lid.176.bin from "
+                "https://fasttext.cc/docs/en/language-identification.html.",
             )
         fasttext = _import("fasttext", "fasttext-wheel")
         try:
             return fasttext.load_model(self.path)
         except ValueError as error:
-            raise InputError(f"FastText cannot read path={self.path!r}: {error}") from error
+            raise ParameterError(
+                f"cannot be read: {error}", owner=self, parameter="path", value=self.path
+            ) from error
 
     def __call__(self, captions: Sequence[str]) -> list[str | None]:
         labels, _ = self.model().predict([one_line(text) for text in captions], k=1)
@@ -126,20 +132,26 @@ def is_language(
     return np.array([found == language for found in identifier(captions)], dtype=bool)
 
 
-def read_list(option: str, path: str) -> tuple[str, str]:
-    """The text of a file that the user wrote, and a digest that tells when it has changed.
+def read_list(path: str, *, owner: object, parameter: str) -> tuple[str, str]:
+    """Return the text of a file that the user wrote, and a digest that tells when it has changed.
 
     A path alone would let a killed run go on with what it had worked out for another text.
+
+    Args:
+        path: of the file.
+        owner, parameter: where the path comes from, as in `ParameterError`.
     """
     try:
         data = Path(path).read_bytes()
         return data.decode("utf-8"), hashlib.blake2b(data, digest_size=8).hexdigest()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option}={path!r} cannot be read: {error}.") from error
+        raise ParameterError(
+            f"cannot be read: {error}", owner=owner, parameter=parameter, value=path
+        ) from error
 
 
-def parse_offsets(option: str, path: str, text: str) -> frozenset[int]:
-    """The WordNet offsets of a list of synsets such as n02084071, one a line.
+def parse_offsets(path: str, text: str) -> frozenset[int]:
+    """Return the WordNet offsets of a list of synsets such as n02084071, one a line.
 
     The released code of DataComp drops the letter, the part of speech; so does this.
     """
@@ -147,7 +159,7 @@ def parse_offsets(option: str, path: str, text: str) -> frozenset[int]:
     wrong = [line for line in lines if not (line[1:].isascii() and line[1:].isdigit())]
     if wrong or not lines:
         raise InputError(
-            f"{option}={path!r} must have one WordNet synset a line, such as n02084071. "
+            f"{path} must have one WordNet synset a line, such as n02084071. "
             f"Got {wrong[0][:40] if wrong else 'an empty file'!r}."
         )
     return frozenset(int(line[1:]) for line in lines)

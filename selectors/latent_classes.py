@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.blocks import joined, usable_rows
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import ParameterError
 from siftclip.selectors.kmeans import UNIT, whole_numbers
 from siftclip.selectors.ranks import sum_arrays
 from siftclip.selectors.source import FeatureFile, Memo, Requirements, Source, Task
@@ -43,19 +43,24 @@ class LatentClasses:
         return others_of(self.image_means), others_of(self.text_means)
 
 
-def read_labels(owner: str, source: Source, file: FeatureFile) -> Tensor:
-    """The rows of a file of class-name features, float32 [c, d].
+def read_labels(owner: object, source: Source, file: FeatureFile) -> Tensor:
+    """Return the rows of a file of class-name features, the parameter `labels` of `owner`.
+
+    They are float32 [c, d].
 
     Raises:
-        InputError: there is none, or one is zero or not finite.
+        ParameterError: there is none, or one is zero or not finite.
     """
     labels = joined(rows.float() for rows in source.file(file))
     faulty = ~usable_rows(labels)
     if len(labels) == 0 or bool(faulty.any()):
         what = f"row {int(faulty.nonzero()[0])} is zero or not finite" if len(labels) else "no rows"
-        raise InputError(
-            f"{owner}: selector.labels must be features of class names, one finite row a class. "
-            f"Got {what} in {file.path}."
+        raise ParameterError(
+            "must be features of class names, one finite row a class",
+            owner=owner,
+            parameter="labels",
+            value=file,
+            got=f"{what} in {file.path}",
         )
     return labels
 

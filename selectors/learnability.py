@@ -15,7 +15,7 @@ from torch import Tensor
 
 from siftclip.selectors.base import Requirements, ScoreSelector, Source, Task
 from siftclip.selectors.errors import (
-    InputError,
+    ParameterError,
     require_choice,
     require_finite,
     require_positive,
@@ -38,9 +38,9 @@ class ModelFeatures:
 
     def __post_init__(self) -> None:
         if self.logit_scale is not None:
-            require_positive(f"the logit_scale of the features {self.name!r}", self.logit_scale)
+            require_positive("logit_scale", self.logit_scale, owner=self)
         if self.logit_bias is not None:
-            require_finite(f"the logit_bias of the features {self.name!r}", self.logit_bias)
+            require_finite("logit_bias", self.logit_bias, owner=self)
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -61,17 +61,20 @@ class ModelFeatures:
             known = source.logits(self.name)
             scale = known.scale if scale is None else scale
             if biased and bias is None and not known.has_bias:
-                raise InputError(
-                    f"selector.loss=sigmoid needs the logit bias of the model of the features "
-                    f"{self.name!r}, and none is known: it was not trained with that loss. Use "
-                    "selector.loss=softmax, or set the bias."
+                raise ParameterError(
+                    f"of {self.name!r} must be given for the sigmoid loss: none is known, since "
+                    "the model was not trained with that loss",
+                    owner=self,
+                    parameter="logit_bias",
+                    got="null",
+                    way_out="Use the softmax loss, or set it.",
                 )
             bias = known.bias if bias is None else bias
         return Logits(scale=scale, bias=bias)
 
 
 def signed_models(
-    owner: str, learner: ModelFeatures | None, reference: ModelFeatures | None
+    owner: object, learner: ModelFeatures | None, reference: ModelFeatures | None
 ) -> list[tuple[float, ModelFeatures]]:
     """The models of a learnability, each with the sign of its loss: +1 learner, -1 reference.
 
@@ -79,9 +82,12 @@ def signed_models(
         InputError: there is neither.
     """
     if learner is None and reference is None:
-        raise InputError(
-            f"{owner} needs selector.learner, selector.reference or both. Got neither; with the "
-            "learner alone it prefers hard samples, with the reference alone easy ones."
+        raise ParameterError(
+            "needs learner, reference or both",
+            owner=owner,
+            got="neither",
+            way_out="With the learner alone it prefers hard samples, with the reference alone "
+            "easy ones.",
         )
     signed = ((1.0, learner), (-1.0, reference))
     return [(sign, model) for sign, model in signed if model is not None]
@@ -122,12 +128,12 @@ class Learnability(ScoreSelector):
         """
         super().__init__(**rule)
         self.learner, self.reference = learner, reference
-        self.loss = require_choice("selector.loss", loss, ("softmax", "sigmoid", "pair"))
-        signed_models(type(self).__name__, learner, reference)
+        self.loss = require_choice("loss", loss, ("softmax", "sigmoid", "pair"), owner=self)
+        signed_models(self, learner, reference)
 
     @property
     def _models(self) -> list[tuple[float, ModelFeatures]]:
-        return signed_models(type(self).__name__, self.learner, self.reference)
+        return signed_models(self, self.learner, self.reference)
 
     @property
     def requires(self) -> Requirements:

@@ -119,12 +119,12 @@ def parse_entries(path: str, text: str) -> list[str]:
     try:
         entries = json.loads(text) if path.endswith(".json") else re.split("\r?\n", text)
     except ValueError as error:
-        raise InputError(f"selector.entries={path!r} is not JSON: {error}.") from error
+        raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"selector.entries={path!r} must be a JSON list of texts.")
+        raise InputError(f"{path} must be a JSON list of texts.")
     distinct = list(dict.fromkeys(entry for entry in entries if entry.strip()))
     if not distinct:
-        raise InputError(f"selector.entries={path!r} has no entries.")
+        raise InputError(f"{path} has no entries.")
     return distinct
 
 
@@ -150,8 +150,8 @@ class MetaClip(Selector):
                 the samples, as in the first.
         """
         self.entries = entries
-        self.t = require_int_or_auto("selector.t", t)
-        self.seed = require_int("selector.seed", seed, minimum=0)
+        self.t = require_int_or_auto("t", t, owner=self)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
 
     @property
     def requires(self) -> Requirements:
@@ -159,7 +159,7 @@ class MetaClip(Selector):
 
     def select(self, source: Source) -> Choice:
         """Match, count over all ranks, and draw."""
-        text, digest = read_list("selector.entries", self.entries)
+        text, digest = read_list(self.entries, owner=self, parameter="entries")
         entries = parse_entries(self.entries, text)
         memo = source.memo(self)
         mine = source.mine(source.tasks(self.requires, label=f"{digest}-"))
@@ -172,9 +172,8 @@ class MetaClip(Selector):
         t = self.t if isinstance(self.t, int) else scaled
         if t >= counts.max() > 0:
             source.warn(
-                f"MetaClip: no entry has more than selector.t={t} matches (the most frequent one "
-                f"has {counts.max()}), so that nothing is balanced. Use selector.t=auto ({scaled} "
-                "here)"
+                f"MetaClip: no entry has more than t={t} matches (the most frequent one has "
+                f"{counts.max()}), so that nothing is balanced. Let t be auto ({scaled} here)"
             )
         probabilities = keep_probabilities(counts, t)
         states = entry_state(entries)

@@ -27,7 +27,7 @@ from siftclip.selectors.base import (
 from siftclip.selectors.blocks import require_same_width, usable_rows
 from siftclip.selectors.errors import InputError, require_int
 from siftclip.selectors.neighbour_lists import NOTHING, best_ranks, update_lists
-from siftclip.selectors.rules import TopFraction
+from siftclip.selectors.rules import top_fraction
 
 _UNLISTED = NOTHING + 1  # the best entry of a usable sample that is in no list
 _ENTRIES = 1 << 24  # of the lists that exist at one time, 8 bytes each
@@ -161,7 +161,7 @@ class NearestRank(ScoreSelector):
         """
         super().__init__(**rule)
         self.key, self.target = key, target
-        self.neighbours = require_int("selector.neighbours", neighbours, minimum=1)
+        self.neighbours = require_int("neighbours", neighbours, minimum=1, owner=self)
 
     @property
     def requires(self) -> Requirements:
@@ -170,7 +170,7 @@ class NearestRank(ScoreSelector):
     def fit(self, source: Source) -> None:
         if self.neighbours >= len(source) > 0:
             source.warn(
-                f"NearestRank: selector.neighbours={self.neighbours} puts all {len(source)} "
+                f"NearestRank: neighbours={self.neighbours} puts all {len(source)} "
                 "samples into every list, so that none is left out; use fewer"
             )
         self._ranks, _ = target_ranks(source, self.key, self.target, neighbours=self.neighbours)
@@ -198,7 +198,7 @@ class NearestUnion(Selector):
             of: what n counts: the "pool", or what earlier stages have "left".
         """
         self.key, self.target = key, target
-        self.rule = TopFraction(fraction, of=of)
+        self.rule = top_fraction(self, fraction, of)
 
     @property
     def requires(self) -> Requirements:

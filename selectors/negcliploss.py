@@ -95,12 +95,12 @@ class NegCLIPLoss(ScoreSelector):
         """
         super().__init__(**rule)
         self.features = features
-        self.temperature = require_positive("selector.temperature", temperature)
-        self.batch_size = require_int("selector.batch_size", batch_size, minimum=1)
-        self.passes = require_int("selector.passes", passes, minimum=1)
-        self.partition = require_choice("selector.partition", partition, ("file", "global"))
-        self.precision = require_choice("selector.precision", precision, ("screened", "float32"))
-        self.seed = require_int("selector.seed", seed, minimum=0)
+        self.temperature = require_positive("temperature", temperature, owner=self)
+        self.batch_size = require_int("batch_size", batch_size, minimum=1, owner=self)
+        self.passes = require_int("passes", passes, minimum=1, owner=self)
+        self.partition = require_choice("partition", partition, ("file", "global"), owner=self)
+        self.precision = require_choice("precision", precision, ("screened", "float32"), owner=self)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
         self._recomputed = 0
 
     @property
@@ -119,9 +119,9 @@ class NegCLIPLoss(ScoreSelector):
             parts = {"pool": np.concatenate([*parts.values(), np.empty(0, dtype=np.int64)])}
         if pass_number == 1 and max(map(len, parts.values()), default=0) <= self.batch_size:
             source.warn(
-                f"NegCLIPLoss: selector.batch_size={self.batch_size} holds every file whole, so "
-                f"that all {self.passes} passes compare the same pairs. selector.passes=1 gives "
-                "the same scores for less"
+                f"NegCLIPLoss: batch_size={self.batch_size} holds every file whole, so that all "
+                f"{self.passes} passes compare the same pairs. One pass (passes) gives the same "
+                "scores for less"
             )
         step = max(1, TASK_SAMPLES // self.batch_size) * self.batch_size
         tasks = []

@@ -20,7 +20,7 @@ from siftclip.selectors.covariance import (
     kept_moment,
     quadratic_form,
 )
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError
 from siftclip.selectors.hardware import int8_is_fast
 from siftclip.selectors.largest_product import (
     Int8Targets,
@@ -93,7 +93,8 @@ class NormSim(ScoreSelector):
         self.target = target
         number = math.inf if p == "inf" else p
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 1:
-            raise InputError(f"selector.p must be a number of at least 1, or inf. Got {p!r}.")
+            must = "must be a number of at least 1, or inf"
+            raise ParameterError(must, owner=self, parameter="p", value=p)
         self.p = float(number)
 
     @property

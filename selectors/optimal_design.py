@@ -17,7 +17,7 @@ from torch import Tensor
 from siftclip.selectors.base import FeatureFile, Requirements, Source
 from siftclip.selectors.covariance import UNIT, file_moment, mean_moment
 from siftclip.selectors.elimination import Samples
-from siftclip.selectors.errors import InputError, require_finite
+from siftclip.selectors.errors import InputError, require_positive
 from siftclip.selectors.rules import keep_top
 from siftclip.selectors.stepwise import Criterion, StepwiseRemoval
 
@@ -80,9 +80,7 @@ class AOptimal(StepwiseRemoval):
                 direction. S is a sum over samples, so that it weighs less in a larger pool.
         """
         super().__init__(features=features, fraction=fraction, steps=steps)
-        self.ridge = require_finite("selector.ridge", ridge)
-        if self.ridge <= 0:
-            raise InputError(f"selector.ridge must be above 0. Got {ridge!r}.")
+        self.ridge = require_positive("ridge", ridge, owner=self)
 
     def criterion(self, source: Source, samples: Samples) -> Criterion:
         return DesignCriterion(samples, self.ridge, None)

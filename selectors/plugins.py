@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from siftclip.selectors.base import Selector
-from siftclip.selectors.errors import InputError
+from siftclip.selectors.errors import InputError, ParameterError, call_by_name
 
 GROUP = "siftclip.selectors"
 
@@ -36,20 +36,18 @@ def build_plugin(plugin: str, **parameters: Any) -> Selector:
     """
     found = find_plugins()
     if plugin not in found:
-        raise InputError(
-            f"selector.plugin must be one of {sorted(found)}, the entry points of the group "
-            f"{GROUP!r} that are installed. Got {plugin!r}."
+        raise ParameterError(
+            f"must be one of {sorted(found)}, the entry points of the group {GROUP!r} that are "
+            "installed",
+            owner=build_plugin,
+            parameter="plugin",
+            value=plugin,
         )
+    name = f"The plug-in {plugin!r} ({found[plugin].value})"
     try:
-        selector = found[plugin].load()(**parameters)
+        selector = call_by_name(found[plugin].load(), parameters)
     except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"selector.plugin={plugin!r} ({found[plugin].value}) could not be built with "
-            f"{parameters}: {error}."
-        ) from error
+        raise InputError(f"{name} could not be built with {parameters}: {error}.") from error
     if not isinstance(selector, Selector):
-        raise InputError(
-            f"selector.plugin={plugin!r} ({found[plugin].value}) must be a subclass of "
-            "siftclip.selectors.base.Selector."
-        )
+        raise InputError(f"{name} must be a subclass of siftclip.selectors.base.Selector.")
     return selector

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from siftclip.selectors.base import Choice, Requirements, ScoreSelector, Selector, Source
-from siftclip.selectors.compose import require_selectors, union
-from siftclip.selectors.errors import InputError, require_choice, require_fraction, require_int
+from siftclip.selectors.compose import require_selector, union
+from siftclip.selectors.errors import ParameterError, require_choice, require_fraction, require_int
 from siftclip.selectors.rules import can_be_kept, counted
 
 
@@ -112,27 +112,28 @@ class QuotaPerCluster(Selector):
             of: what n counts: the samples of the whole "pool", or those that earlier stages have
                 "left".
         """
-        self.selector, self.clusters = require_selectors(
-            "selector", {"selector": selector, "clusters": clusters}, ScoreSelector
-        )
+        self.selector = require_selector(self, "selector", selector, ScoreSelector)
+        self.clusters = require_selector(self, "clusters", clusters, ScoreSelector)
         given = [value for value in (fraction, count, per_cluster) if value is not None]
         if len(given) != 1:
-            raise InputError(
-                f"QuotaPerCluster needs exactly one of selector.fraction, selector.count and "
-                f"selector.per_cluster. Got fraction={fraction!r}, count={count!r}, "
-                f"per_cluster={per_cluster!r}; set the others to null."
+            raise ParameterError(
+                "needs exactly one of fraction, count and per_cluster",
+                owner=self,
+                value={"fraction": fraction, "count": count, "per_cluster": per_cluster},
+                got=f"fraction={fraction!r}, count={count!r}, per_cluster={per_cluster!r}",
+                way_out="Set the others to null.",
             )
         self.fraction = (
-            None if fraction is None else require_fraction("selector.fraction", fraction)
+            None if fraction is None else require_fraction("fraction", fraction, owner=self)
         )
-        self.count = None if count is None else require_int("selector.count", count, minimum=0)
+        self.count = None if count is None else require_int("count", count, minimum=0, owner=self)
         self.per_cluster = (
             None
             if per_cluster is None
-            else require_int("selector.per_cluster", per_cluster, minimum=1)
+            else require_int("per_cluster", per_cluster, minimum=1, owner=self)
         )
-        self.quotas = require_choice("selector.quotas", quotas, ("proportional", "equal"))
-        self.of = require_choice("selector.of", of, ("pool", "left"))
+        self.quotas = require_choice("quotas", quotas, ("proportional", "equal"), owner=self)
+        self.of = require_choice("of", of, ("pool", "left"), owner=self)
 
     @property
     def requires(self) -> Requirements:

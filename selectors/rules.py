@@ -75,8 +75,8 @@ class TopFraction:
 
     def __init__(self, fraction: float, of: str = "pool") -> None:
         """Set the fraction, in (0, 1], `of` the "pool" or of what is "left"."""
-        self.fraction = require_fraction("selector.fraction", fraction)
-        self.of = require_choice("selector.of", of, ("pool", "left"))
+        self.fraction = require_fraction("fraction", fraction, owner=self)
+        self.of = require_choice("of", of, ("pool", "left"), owner=self)
 
     @property
     def keeps_all(self) -> bool:
@@ -90,11 +90,18 @@ class TopFraction:
         return keep_top(scores, uids, self.asked_samples(len(scores), pool_samples))
 
 
+def top_fraction(owner: object, fraction: float, of: str) -> TopFraction:
+    """Build the rule of a selector, `owner`, from parameters that are its own."""
+    require_fraction("fraction", fraction, owner=owner)
+    require_choice("of", of, ("pool", "left"), owner=owner)
+    return TopFraction(fraction, of)
+
+
 class TopCount:
     """Keep exactly `count` samples, the best; all that have a score where these are fewer."""
 
     def __init__(self, count: int) -> None:
-        self.count = require_int("selector.rule.count", count, minimum=0)
+        self.count = require_int("count", count, minimum=0, owner=self)
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int:
         return self.count
@@ -114,8 +121,8 @@ class DataCompFraction:
 
     def __init__(self, fraction: float, of: str = "pool") -> None:
         """Set the fraction, in (0, 1], `of` the "pool" or of what is "left"."""
-        self.fraction = require_fraction("selector.rule.fraction", fraction)
-        self.of = require_choice("selector.rule.of", of, ("pool", "left"))
+        self.fraction = require_fraction("fraction", fraction, owner=self)
+        self.of = require_choice("of", of, ("pool", "left"), owner=self)
 
     @property
     def keeps_all(self) -> bool:
@@ -140,10 +147,15 @@ class Threshold:
     """Keep the samples with score >= threshold, a finite number, compared in float32."""
 
     def __init__(self, threshold: float) -> None:
-        self.threshold = require_finite("selector.threshold", threshold)
+        self.threshold = require_finite("threshold", threshold, owner=self)
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         return (scores >= np.float32(self.threshold)).astype(np.int64)  # False for NaN
+
+
+def threshold_rule(owner: object, threshold: float) -> Threshold:
+    """Build the rule of a selector, `owner`, from a parameter that is its own."""
+    return Threshold(require_finite("threshold", threshold, owner=owner))
 
 
 class AsGiven:

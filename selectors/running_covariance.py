@@ -24,7 +24,7 @@ from siftclip.selectors.covariance import (
     rows_of,
     second_moment,
 )
-from siftclip.selectors.errors import InputError, require_fraction
+from siftclip.selectors.errors import InputError, ParameterError, require_fraction
 from siftclip.selectors.vas import vas
 
 
@@ -65,9 +65,10 @@ class RunningVas(ScoreSelector):
         """
         super().__init__(**rule)
         self.key = key
-        self.decay = require_fraction("selector.decay", decay)
+        self.decay = require_fraction("decay", decay, owner=self)
         if self.decay == 1:
-            raise InputError(f"selector.decay must be below 1, or nothing moves. Got {decay!r}.")
+            must = "must be below 1, or nothing moves"
+            raise ParameterError(must, owner=self, parameter="decay", value=decay)
         self._running: Tensor | None = None
 
     @property

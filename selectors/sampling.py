@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from siftclip.selectors.errors import (
-    InputError,
+    ParameterError,
     require_choice,
     require_finite,
     require_fraction,
@@ -216,19 +216,21 @@ class _Draws:
                 "left".
         """
         if (fraction is None) == (count is None):
-            raise InputError(
-                f"{type(self).__name__} needs exactly one of selector.rule.fraction and "
-                f"selector.rule.count. Got fraction={fraction!r} and count={count!r}."
+            raise ParameterError(
+                "needs exactly one of fraction and count",
+                owner=self,
+                value={"fraction": fraction, "count": count},
+                got=f"fraction={fraction!r} and count={count!r}",
             )
-        self.seed = require_int("selector.rule.seed", seed, minimum=0)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
         self.fraction = None if fraction is None else self.checked_fraction(fraction)
-        self.count = None if count is None else require_int("selector.rule.count", count, minimum=0)
-        self.temperature = require_positive("selector.rule.temperature", temperature)
-        self.of = require_choice("selector.rule.of", of, ("pool", "left"))
+        self.count = None if count is None else require_int("count", count, minimum=0, owner=self)
+        self.temperature = require_positive("temperature", temperature, owner=self)
+        self.of = require_choice("of", of, ("pool", "left"), owner=self)
 
     def checked_fraction(self, fraction: object) -> float:
         """Multiplicities may sum to more than the pool."""
-        return require_positive("selector.rule.fraction", fraction)
+        return require_positive("fraction", fraction, owner=self)
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int:
         """How many are drawn, of so many that are left of a pool."""
@@ -244,7 +246,7 @@ class SoftmaxSampling(_Draws):
     """Draw distinct samples by the softmax of their scores."""
 
     def checked_fraction(self, fraction: object) -> float:
-        return require_fraction("selector.rule.fraction", fraction)
+        return require_fraction("fraction", fraction, owner=self)
 
     @property
     def keeps_all(self) -> bool:
@@ -275,10 +277,11 @@ class SoftCapSampling(_Draws):
             **draws: `seed`, `fraction` or `count`, `temperature` and `of`.
         """
         super().__init__(**draws)
-        self.penalty = require_finite("selector.rule.penalty", penalty)
+        self.penalty = require_finite("penalty", penalty, owner=self)
         if self.penalty < 0:
-            raise InputError(f"selector.rule.penalty must be at least 0. Got {penalty!r}.")
-        self.batch_samples = require_int_or_auto("selector.rule.batch_samples", batch_samples)
+            rule = "must be at least 0"
+            raise ParameterError(rule, owner=self, parameter="penalty", value=penalty)
+        self.batch_samples = require_int_or_auto("batch_samples", batch_samples, owner=self)
 
     def _batch_samples(self, total: int) -> int:
         if isinstance(self.batch_samples, int):
@@ -298,8 +301,8 @@ class SoftCapSampling(_Draws):
         else:
             effect = f"leaves {batches} batches, so that no sample is repeated more often"
         return [
-            f"a batch of selector.rule.batch_samples={batch} {effect}, whatever its score. Use "
-            f"selector.rule.batch_samples=auto ({auto} here)"
+            f"a batch of batch_samples={batch} {effect}, whatever its score. Let the rule's "
+            f"batch_samples be auto ({auto} here)"
         ]
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
@@ -320,7 +323,7 @@ class HardCapSampling(_Draws):
     def __init__(self, *, cap: int = 15, **draws: Any) -> None:
         """Set the cap; `draws` are `seed`, `fraction` or `count`, `temperature` and `of`."""
         super().__init__(**draws)
-        self.cap = require_int("selector.rule.cap", cap, minimum=1)
+        self.cap = require_int("cap", cap, minimum=1, owner=self)
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         return hard_cap(

@@ -12,7 +12,7 @@ from torch import Tensor
 from siftclip.selectors.base import Requirements, ScoreSelector, Source, Task
 from siftclip.selectors.clusters import Clustering, assign_all
 from siftclip.selectors.compose import merge
-from siftclip.selectors.errors import InputError, require_choice, require_finite, require_int
+from siftclip.selectors.errors import ParameterError, require_choice, require_finite, require_int
 from siftclip.selectors.hashing import uniform_score
 from siftclip.selectors.most_similar import most_similar
 from siftclip.selectors.rules import Threshold
@@ -80,21 +80,28 @@ class SemDeDup(ScoreSelector):
             of: what n counts: the "pool", or what earlier stages have "left".
         """
         if (eps is None) == (fraction is None):
-            raise InputError(
-                "SemDeDup needs exactly one of selector.eps and selector.fraction. "
-                f"Got {eps!r} and {fraction!r}; set the other to null."
+            raise ParameterError(
+                "needs exactly one of eps and fraction",
+                owner=self,
+                value={"eps": eps, "fraction": fraction},
+                got=f"{eps!r} and {fraction!r}",
+                way_out="Set the other to null.",
             )
-        if eps is not None and not 0 < require_finite("selector.eps", eps) <= 1:
-            raise InputError(f"selector.eps must be a number in the range (0, 1]. Got {eps!r}.")
+        if eps is not None and not 0 < require_finite("eps", eps, owner=self) <= 1:
+            rule = "must be a number in the range (0, 1]"
+            raise ParameterError(rule, owner=self, parameter="eps", value=eps)
         super().__init__(fraction=fraction, rule=None if eps is None else Threshold(eps - 1), of=of)
         self.key, self.clustering, self.eps = key, clustering, eps
         self._own = Requirements(features=(key,))
-        self.keep = require_choice("selector.keep", keep, ("hard", "easy", "random", "best"))
-        self.seed, self.prefer = require_int("selector.seed", seed, minimum=0), prefer
+        self.keep = require_choice("keep", keep, ("hard", "easy", "random", "best"), owner=self)
+        self.seed, self.prefer = require_int("seed", seed, minimum=0, owner=self), prefer
         if (prefer is None) == (keep == "best"):
-            raise InputError(
-                'SemDeDup: selector.prefer belongs to selector.keep="best", and is needed for it. '
-                f"Got keep={keep!r} and prefer={prefer!r}."
+            raise ParameterError(
+                'belongs to keep="best", and is needed for it',
+                owner=self,
+                parameter="prefer",
+                value=prefer,
+                got=f"keep={keep!r} and prefer={prefer!r}",
             )
 
     @property

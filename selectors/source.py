@@ -91,9 +91,9 @@ class ExternalColumn:
 
     def __post_init__(self) -> None:
         if self.path is not None:
-            require_text("selector.path", self.path)
+            require_text("path", self.path, owner=self)
         if self.column is not None:
-            require_text("selector.column", self.column)
+            require_text("column", self.column, owner=self)
 
 
 # The contrastive loss of each sample when it was trained on last; NaN before. In training only.

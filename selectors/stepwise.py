@@ -44,8 +44,8 @@ class StepwiseRemoval(Selector):
                 of what is missing.
         """
         self.features = features
-        self.fraction = require_fraction("selector.fraction", fraction)
-        self.steps = require_int("selector.steps", steps, minimum=1)
+        self.fraction = require_fraction("fraction", fraction, owner=self)
+        self.steps = require_int("steps", steps, minimum=1, owner=self)
 
     @property
     def requires(self) -> Requirements:

@@ -146,7 +146,7 @@ def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
             f"{sub_batch.groups} groups of a super-batch. Got {counts.tolist()}."
             + (
                 " The quotas of groups differ (`sub_batch.quotas`), because "
-                "online.schedule.uniform_fraction is no whole number of samples of each."
+                "the uniform part of the sub-batch is no whole number of samples of each."
                 if sub_batch.one_less
                 else ""
             )

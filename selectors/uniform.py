@@ -18,7 +18,7 @@ class Uniform(ScoreSelector):
     def __init__(self, *, seed: int, **rule: Any) -> None:
         """Set the seed; `rule` is `fraction`, `threshold` or `rule`, see `ScoreSelector`."""
         super().__init__(**rule)
-        self.seed = require_int("selector.seed", seed, minimum=0)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
 
     def score(self, chunk: Chunk) -> Tensor:
         return torch.from_numpy(uniform_score(chunk.uids, self.seed))

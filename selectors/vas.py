@@ -21,7 +21,7 @@ from siftclip.selectors.covariance import (
     quadratic_form,
     rows_of,
 )
-from siftclip.selectors.errors import InputError, require_choice
+from siftclip.selectors.errors import InputError, ParameterError, require_choice
 
 _SUFFIXES = {"image": ("img",), "text": ("txt",), "cross": ("img", "txt")}
 
@@ -74,20 +74,26 @@ class Vas(ScoreSelector):
         """
         super().__init__(**rule)
         self.features = features
-        self.modality = require_choice("selector.modality", modality, tuple(_SUFFIXES))
+        self.modality = require_choice("modality", modality, tuple(_SUFFIXES), owner=self)
         if (target is None) == (covariance is None):
-            raise InputError(
-                "Vas needs exactly one of selector.target and selector.covariance. "
-                f"Got {target!r} and {covariance!r}."
+            raise ParameterError(
+                "needs exactly one of target and covariance",
+                owner=self,
+                value={"target": target, "covariance": covariance},
+                got=f"{target!r} and {covariance!r}",
             )
-        if isinstance(target, str):
-            require_choice("selector.target, where it is no file,", target, ("pool",))
+        if isinstance(target, str) and target != "pool":
+            must = "must be a FeatureFile or pool"
+            raise ParameterError(must, owner=self, parameter="target", value=target)
         needs_text = modality == "cross" and isinstance(target, FeatureFile)
         if needs_text != (text_target is not None):
-            raise InputError(
-                "Vas needs selector.text_target, the target's captions, with "
-                "selector.modality=cross and a file as selector.target, and not otherwise. "
-                f"Got {text_target!r}, {modality} and {target!r}."
+            raise ParameterError(
+                "must be given, as the target's captions, where modality is cross and target a "
+                "file, and not otherwise",
+                owner=self,
+                parameter="text_target",
+                value=text_target,
+                got=f"{text_target!r}, {modality} and {target!r}",
             )
         self.target, self.text_target, self.covariance = target, text_target, covariance
 

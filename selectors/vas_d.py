@@ -87,7 +87,7 @@ class VasD(StepwiseRemoval):
                 code, or of what earlier stages have `left`.
         """
         super().__init__(features=features, fraction=fraction, steps=steps)
-        self.initial = require_choice("selector.initial", initial, ("pool", "left"))
+        self.initial = require_choice("initial", initial, ("pool", "left"), owner=self)
 
     def criterion(self, source: Source, samples: Samples) -> Criterion:
         return self._criterion(source, samples, draw=None)
@@ -131,8 +131,8 @@ class NormSimD(VasD):
             sample_fraction: the part of the samples that a covariance is taken from, in (0, 1].
         """
         super().__init__(features=features, fraction=fraction, steps=steps, initial=initial)
-        self.seed = require_int("selector.seed", seed, minimum=0)
-        self.sample_fraction = require_fraction("selector.sample_fraction", sample_fraction)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
+        self.sample_fraction = require_fraction("sample_fraction", sample_fraction, owner=self)
 
     def criterion(self, source: Source, samples: Samples) -> Criterion:
         return self._criterion(source, samples, draw=self.drawn)

@@ -27,8 +27,8 @@ FILES = {
     "__init__.py": "",
     "methods/__init__.py": "",
     "methods/scores.py": "class Score: pass\n\ndef score(): return 1\n",
-    "tasks/__init__.py": "from siftclip.aliases import moved_attributes\n"
-    "__getattr__ = moved_attributes(__name__)\n",
+    "tasks/__init__.py": "from siftclip.aliases import answer_for_module\n"
+    "answer_for_module(__name__)\n",
     "tasks/folders.py": "LIMIT = 3\n_private = 4\n",
     "tasks/samples.py": "",
 }
@@ -138,6 +138,25 @@ def test_a_package_answers_for_the_module_whose_name_it_has(movable: Path) -> No
     with pytest.raises(ImportError, match="cannot import name 'NOTHING'"):
         from movable.tasks import NOTHING  # type: ignore[import-not-found]  # noqa: F401
     assert not hasattr(package, "__wrapped__")
+
+
+@pytest.mark.filterwarnings("ignore:.* is now .*:DeprecationWarning")
+def test_patches_of_a_package_reach_the_module(
+    movable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = importlib.import_module("movable.tasks")
+    module = importlib.import_module("movable.tasks.folders")
+    with mock.patch("movable.tasks.LIMIT", 5):
+        assert package.LIMIT == module.LIMIT == 5
+    assert package.LIMIT == module.LIMIT == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("movable.tasks.LIMIT", 6)
+        patch.setattr(package, "LIMIT", 7)
+        patch.setattr(package, "EXTRA", 8, raising=False)
+        patch.delattr(package, "_private")
+        assert (module.LIMIT, module.EXTRA, hasattr(module, "_private")) == (7, 8, False)
+    assert (module.LIMIT, hasattr(module, "EXTRA"), module._private) == (3, False, 4)
+    assert "LIMIT" not in vars(package)
 
 
 def test_submodules_of_a_package_come_without_a_warning(movable: Path) -> None:

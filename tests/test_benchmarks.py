@@ -45,6 +45,13 @@ def test_benchmarks_of_training(run: Callable[..., str], model_folder: Path) -> 
     assert "scale" in run("large_batch.py", *alone, *options)
 
 
+def test_benchmark_of_the_start(run: Callable[..., str]) -> None:
+    first = "train, to its first line"
+    table = run("start_up.py", "--rounds", "1", "--only", "siftclip --help", first)
+    assert "| siftclip --help |  | " in table
+    assert f"| {first} |  | " in table
+
+
 def test_benchmark_of_the_checks(run: Callable[..., str]) -> None:
     table = run("checks.py", "--samples", "10_000", "--units", "50", "--rounds", "1")
     assert "| order of a pass of 10,000 samples | " in table

@@ -232,7 +232,7 @@ def test_arms_compose_and_their_selectors_build(source: str) -> None:
     assert isinstance(arms, dict)
     for own in arms.values():
         config = composed("compare", "pool.root=/data/pool", *base, *own)
-        selector, _, _ = selector_from(plain_tree(config)["selector"])
+        selector = selector_from(plain_tree(config)["selector"]).selector
         assert isinstance(selector, Selector)
 
 
@@ -251,10 +251,10 @@ def test_selectors_build(option: str) -> None:
     own = ["+selector.features=l14"] if option == "plugin" else []
     config = composed("select", f"selector={option}", *own)
     assert resolved(config)
-    selector, name, parameters = selector_from(plain_tree(config)["selector"])
-    assert isinstance(selector, Selector)
-    assert name == (VALUES["selector.plugin"] if option == "plugin" else option)
-    assert "_target_" in parameters  # what identifies the scores
+    built = selector_from(plain_tree(config)["selector"])
+    assert isinstance(built.selector, Selector)
+    assert built.name == (VALUES["selector.plugin"] if option == "plugin" else option)
+    assert "_target_" in built.parameters  # what identifies the scores
 
 
 @pytest.mark.parametrize("option", ["rn_tiny", "vit_tiny"])

@@ -128,9 +128,9 @@ def _selected(line: str, configs: Path) -> list[str]:
     config = compose(command, overrides=options)
     if command != "select":
         return []
-    selector, name, _ = selector_from(plain_tree(config)["selector"])
-    assert isinstance(selector, Selector), line
-    return [name]
+    built = selector_from(plain_tree(config)["selector"])
+    assert isinstance(built.selector, Selector), line
+    return [built.name]
 
 
 def test_commands_of_the_guide_compose_and_their_selectors_build(tmp_path: Path) -> None:

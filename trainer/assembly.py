@@ -8,6 +8,7 @@ from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.streaming import StreamDataModule
 from siftclip.datamodules.towers import enable_grad_checkpointing
 from siftclip.trainer.budget import Budget
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.compilation import compile_towers
 from siftclip.trainer.lightning_setup import loader_options
 from siftclip.trainer.models import clip_model_from
@@ -23,7 +24,8 @@ def new_model(model: ModelSettings, *, seed: int, grad_checkpointing: bool) -> C
     lightning.seed_everything(seed, verbose=False)
     clip = clip_model_from(model)
     if grad_checkpointing:  # here, so that what it costs is counted
-        enable_grad_checkpointing(clip.model)
+        with options_of(under("trainer", "grad_checkpointing")):
+            enable_grad_checkpointing(clip.model)
     return clip
 
 
@@ -52,25 +54,26 @@ def data_module_from(
     """The stream of a selection into a run of this budget."""
     selected, loss_data, settings = parts.selected, parts.loss_data, parts.data
     references = [] if loss_data.references is None else [loss_data.references]
-    data = StreamDataModule(
-        pool=selected.pool,
-        rows=selected.rows,
-        transform=parts.clip.train_transform,
-        tokenizer=parts.clip.tokenizer,
-        seed=parts.common.seed,
-        global_batch_size=budget.global_batch_size,
-        total_steps=budget.total_steps,
-        loader=loader_options(settings),
-        max_image_pixels=settings.max_image_pixels,
-        max_bad_fraction=parts.pool.max_bad_fraction,
-        window_shards=settings.shuffle_window_shards,
-        resize=settings.resize,
-        plan=None if online is None else online.plan,
-        first_stage=None if online is None else online.first_stage,
-        references=references if online is None else [*references, *online.references],
-        weights=loss_data.weights,
-        micro_batch_size=parts.trainer.micro_batch_size,
-    )
+    with options_of(under("data", "max_image_pixels", "resize")):
+        data = StreamDataModule(
+            pool=selected.pool,
+            rows=selected.rows,
+            transform=parts.clip.train_transform,
+            tokenizer=parts.clip.tokenizer,
+            seed=parts.common.seed,
+            global_batch_size=budget.global_batch_size,
+            total_steps=budget.total_steps,
+            loader=loader_options(settings),
+            max_image_pixels=settings.max_image_pixels,
+            max_bad_fraction=parts.pool.max_bad_fraction,
+            window_shards=settings.shuffle_window_shards,
+            resize=settings.resize,
+            plan=None if online is None else online.plan,
+            first_stage=None if online is None else online.first_stage,
+            references=references if online is None else [*references, *online.references],
+            weights=loss_data.weights,
+            micro_batch_size=parts.trainer.micro_batch_size,
+        )
     if online is not None and online.reselection is not None:
         data.find_version = online.reselection.find
     return data

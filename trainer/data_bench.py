@@ -26,13 +26,9 @@ from siftclip.datamodules.data_bench import (
     time_loader,
     time_stages,
 )
+from siftclip.datamodules.loader import LoaderOptions, make_loader
 from siftclip.datamodules.order import SampleOrder
-from siftclip.datamodules.streaming import (
-    LoaderOptions,
-    OrderSampler,
-    StreamDataModule,
-    make_loader,
-)
+from siftclip.datamodules.streaming import OrderSampler, StreamDataModule
 from siftclip.trainer.assembly import data_module_from, training_module
 from siftclip.trainer.budget import Budget, budget_from
 from siftclip.trainer.compare.tables import as_text

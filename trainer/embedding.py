@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
@@ -32,10 +31,10 @@ from siftclip.datamodules.feature_source import (
 from siftclip.datamodules.features import check_activation, is_readable
 from siftclip.datamodules.files import read_json, write_json, write_npz
 from siftclip.datamodules.identities import differences, kept_identity, say_reused
+from siftclip.datamodules.loader import make_loader
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.streaming import make_loader
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
@@ -47,6 +46,9 @@ from siftclip.trainer.settings.commands import EmbedCommand
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.stages import features_folder, pool_from
+
+if TYPE_CHECKING:
+    from lightning import Fabric
 
 _State = Literal["missing", "damaged", "stale", "kept"]  # stale: of what a tar held before
 

@@ -13,6 +13,7 @@ from siftclip.eval.results import KeptResults, TaskResult, read_kept, read_resul
 from siftclip.eval.safe_tables import write_csv_records
 from siftclip.eval.tasks import require_names
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.run_dir import RESULTS_NAME, RunDir
 from siftclip.trainer.seed_runs import other_seeds, run_of, same_method
 from siftclip.trainer.settings.commands import DiffCommand
@@ -51,8 +52,8 @@ def diff_stage(settings: DiffCommand) -> Comparison:
         seeds = {"a": [*seeds["a"], *seeds["b"]], "b": []}
     elif not models["a"].isdisjoint(models["b"]):
         seeds = {"a": [], "b": []}  # one model has one seed
-    comparison = replace(
-        compare_results(
+    with options_of(under("eval", "groups")):
+        comparison = compare_results(
             a,
             b,
             settings.eval.groups,
@@ -62,7 +63,9 @@ def diff_stage(settings: DiffCommand) -> Comparison:
             seeds_a=seeds["a"],
             seeds_b=seeds["b"],
             same_method=of_one_method,
-        ),
+        )
+    comparison = replace(
+        comparison,
         failed={
             f"{name}: {failure.key}": failure.message
             for name, one in kept.items()

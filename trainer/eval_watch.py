@@ -16,7 +16,6 @@ from siftclip.eval.report import Summary
 from siftclip.eval.results import read_results
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.evaluation import eval_stage, log_records, tasks_from
-from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import checkpoint_options, clip_model_from
 from siftclip.trainer.run_dir import METRICS_NAME, RunDir
 from siftclip.trainer.run_records import read_config, read_metrics
@@ -65,6 +64,8 @@ def watch_stage(settings: WatchCommand) -> Iterator[tuple[int, Summary]]:
 def _watch(
     settings: WatchCommand, run: RunDir, folder: Path, names: set[str]
 ) -> Iterator[tuple[int, Summary]]:
+    from siftclip.trainer.loggers import finish, log_tables, make_loggers
+
     watch, logger = settings.watch, settings.logger
     logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     done: set[int] = set()  # by this call, with or without success

@@ -20,6 +20,7 @@ from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
 from siftclip.eval.preparation import PreparedTasks, prepare_tasks
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.evaluation import eval_options, tasks_from
 from siftclip.trainer.module import ClipTraining
 from siftclip.trainer.settings.commands import EvalSections
@@ -97,7 +98,9 @@ class EvaluateDuring(Callback):
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
         found = {f"{PREFIX}{result.key}": result.main_metric for result in evaluation.results}
-        for name, average in result_averages(evaluation.results, self.groups).items():
+        with options_of(under("eval", "groups")):
+            averages = result_averages(evaluation.results, self.groups)
+        for name, average in averages.items():
             if average.complete:
                 found[f"{PREFIX}average/{name}"] = average.value
         return {name: value for name, value in found.items() if value is not None}

@@ -32,6 +32,7 @@ from siftclip.eval.results import TaskResult, read_kept, read_results
 from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, require_names, with_texts
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.selection_ranks import selection_ranks
@@ -60,13 +61,13 @@ def tasks_from(settings: EvalSettings, *, during: bool = False) -> FoundTasks:
     wanted, option = settings.tasks, "eval.tasks"
     if during and settings.during.tasks is not None:
         wanted, option = settings.during.tasks, "eval.during.tasks"
-    found = find_tasks(
-        Path(settings.root),
-        wanted,
-        key_split=settings.key_split,
-        option=option,
-        may_miss=settings.suite is not None,
-    )
+    with options_of({"root": "eval.root", "names": option}):
+        found = find_tasks(
+            Path(settings.root),
+            wanted,
+            key_split=settings.key_split,
+            may_miss=settings.suite is not None,
+        )
     if not found.tasks and not found.damaged:
         raise InputError(
             f"eval.root={settings.root!r} has none of the {len(found.missing)} tasks of "
@@ -74,13 +75,15 @@ def tasks_from(settings: EvalSettings, *, during: bool = False) -> FoundTasks:
         )
     if not during:
         names = [*found.available, *found.missing]
-        check_groups(settings.groups, names, suite=settings.suite is not None)
+        with options_of(under("eval", "groups")):
+            check_groups(settings.groups, names, suite=settings.suite is not None)
     texts = {"classnames": settings.classnames, "templates": settings.templates}
     _check_texts(texts, found, others_may_be=during)
     tasks = []
     for task in found.tasks:
         files = {option: Path(by[task.name]) for option, by in texts.items() if task.name in by}
-        tasks.append(with_texts(task, **files) if files else task)
+        with options_of(under("eval", "classnames", "templates")):
+            tasks.append(with_texts(task, **files) if files else task)
     return replace(found, tasks=tuple(tasks if during else _under_protocols(settings, tasks)))
 
 
@@ -234,9 +237,9 @@ def eval_stage(
         on_scored=None if details is None else _write_details(settings.eval, details),
         wait=wait,
     )
-    summary = summarise(
+    summary = _summary(
+        settings.eval,
         evaluation.results,
-        settings.eval.groups,
         missing=found.missing,
         failures=evaluation.failures,
         resamples=options.resamples if share.ranks.rank == 0 else 0,
@@ -278,13 +281,7 @@ def _whole(settings: EvalSettings, path: Path, summary: Summary) -> Summary:
     kept = read_kept(path)
     if _keys(kept.results, kept.failures) == _keys(summary.results, summary.failures):
         return summary
-    return summarise(
-        kept.results,
-        settings.groups,
-        missing=summary.missing,
-        failures=kept.failures,
-        resamples=settings.resamples,
-    )
+    return _summary(settings, kept.results, missing=summary.missing, failures=kept.failures)
 
 
 def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tuple[set[str], ...]:
@@ -294,12 +291,26 @@ def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tup
 def run_summary(settings: EvalSettings, run: RunDir) -> Summary:
     """What the results file of a run holds."""
     kept = read_kept(run.results)
-    return summarise(
-        kept.results,
-        settings.groups,
-        failures=kept.failures,
-        resamples=settings.resamples,
-    )
+    return _summary(settings, kept.results, failures=kept.failures)
+
+
+def _summary(
+    settings: EvalSettings,
+    results: Sequence[TaskResult],
+    *,
+    failures: Sequence[TaskFailure],
+    missing: Sequence[str] = (),
+    resamples: int | None = None,
+) -> Summary:
+    """Return `summarise` with what the settings say; `resamples` in place of their own."""
+    with options_of(under("eval", "groups", "resamples")):
+        return summarise(
+            results,
+            settings.groups,
+            missing=missing,
+            failures=failures,
+            resamples=settings.resamples if resamples is None else resamples,
+        )
 
 
 def failed_tasks(settings: EvalSettings, run: RunDir) -> list[str]:

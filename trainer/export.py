@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 
 from siftclip.datamodules.clip_models import (
@@ -326,6 +325,8 @@ def _training_info(source: Source, model: str, checkpoint: Path) -> dict[str, An
 
 def _built_in_name(source: Source) -> str | None:
     """The name under which open_clip builds just this model, preprocessing included."""
+    import open_clip
+
     config = source.clip.config
     default = open_clip.transform.PreprocessCfg()
     for key in ("mean", "std", "interpolation", "resize_mode", "mode", "fill_color"):

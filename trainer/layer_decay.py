@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from timm.models import group_parameters
 from torch import nn
 
 from siftclip.selectors.errors import InputError
@@ -56,6 +52,11 @@ def layer_scales(
 
 def _image_layers(model: nn.Module) -> list[Layer]:
     """The layers of the image tower, input first."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+    from timm.models import group_parameters
+
     tower = getattr(model, "visual", None)
     if isinstance(tower, VisionTransformer):
         stem: Layer = (

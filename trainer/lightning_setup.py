@@ -6,22 +6,23 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import Fabric, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies import Strategy as LightningStrategy
 
-from siftclip.datamodules.streaming import LoaderOptions
+from siftclip.datamodules.loader import LoaderOptions
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import worker_count
 from siftclip.trainer.launch import Devices, cluster_plugins, device_count, resolve_devices
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.lightning import Precision, Strategy, TrainerSettings
+
+if TYPE_CHECKING:
+    from lightning import Fabric, Trainer
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy as LightningStrategy
 
 # What Lightning raises for settings; its MisconfigurationException is a ValueError.
 _REFUSALS = (ValueError, TypeError, RuntimeError)
@@ -61,6 +62,8 @@ def make_trainer(
     Raises:
         InputError: Lightning refuses the settings, or this machine has no GPU for them.
     """
+    from lightning import Trainer
+
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in _QUIET:
@@ -98,6 +101,8 @@ def make_fabric(settings: TrainerSettings) -> Fabric:
     Raises:
         InputError: Lightning refuses the settings.
     """
+    from lightning import Fabric
+
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     try:
@@ -123,6 +128,8 @@ def _on_cpu(accelerator: str) -> bool:
 def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
     plugins: list[Any] = [*cluster_plugins(os.environ)]
     if precision == "16-mixed" and _on_cpu(accelerator):
+        from lightning.pytorch.plugins.precision import MixedPrecision
+
         # Lightning would train in bf16 instead; torch has a scaler for CPUs.
         return {"plugins": [*plugins, MixedPrecision("16-mixed", device="cpu")]}
     return {"plugins": plugins, "precision": _lightning_precision(precision)}
@@ -143,6 +150,8 @@ def expected_world_size(settings: TrainerSettings) -> int:
 
 
 def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | LightningStrategy:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
     several = num_nodes > 1 or (device_count(devices) or 1) > 1
     if name == "fsdp":
         # Devices are told apart by their data alone; a checkpoint is one file that any number of
@@ -161,9 +170,11 @@ def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | Lightni
 
 def loader_options(data: DataSettings) -> LoaderOptions:
     """How the settings want batches to be loaded."""
-    return LoaderOptions(
-        num_workers=worker_count(data.num_workers),
-        start_method=data.start_method,
-        prefetch_batches=data.prefetch_batches,
-        timeout_seconds=data.timeout_seconds,
-    )
+    names = ("num_workers", "start_method", "prefetch_batches", "timeout_seconds")
+    with options_of(under("data", *names)):
+        return LoaderOptions(
+            num_workers=worker_count(data.num_workers),
+            start_method=data.start_method,
+            prefetch_batches=data.prefetch_batches,
+            timeout_seconds=data.timeout_seconds,
+        )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pandas as pd
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -56,6 +55,8 @@ class FileLogger(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write the table: a row a step, the last value where a step was logged again."""
+        import pandas as pd
+
         rows: dict[int, dict[str, Any]] = {}
         for record in read_metrics(self.folder / METRICS_NAME):
             rows.setdefault(record["step"], {}).update(record)

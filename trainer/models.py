@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-import open_clip
 
 from siftclip.datamodules.clip_models import (
     MODEL_FOLDER,
@@ -21,6 +20,7 @@ from siftclip.datamodules.towers import LockConfig, lock_towers
 from siftclip.datamodules.weight_needs import activation_name, needs_of_tag, wrong_activation
 from siftclip.selectors.description import Behind, describe
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.loss import DistillLoss
 from siftclip.trainer.settings.model import ModelSettings, OtherModel
@@ -74,21 +74,28 @@ def clip_model_from(model: AnyModel, *, trained: bool = False) -> ClipModel:
             f"{option}.pretrained must be an open_clip tag or a checkpoint file, since "
             f"{option}.name={name!r} brings no weights and random ones would be used. Got null."
         )
-    clip = load_clip_model(
-        name,
-        pretrained=model.pretrained,
-        architecture=to_plain(model.architecture),
-        augmentation=to_plain(model.augmentation),
-        options=to_plain(model.options),
-        pretrained_image=model.pretrained_image,
-        pretrained_text=model.pretrained_text,
-        weights=model.weights or "auto",
-    )
+    with options_of(under(option, "name", "pretrained", "options", "weights")):
+        clip = load_clip_model(
+            name,
+            pretrained=model.pretrained,
+            architecture=to_plain(model.architecture),
+            augmentation=to_plain(model.augmentation),
+            options=to_plain(model.options),
+            pretrained_image=model.pretrained_image,
+            pretrained_text=model.pretrained_text,
+            weights=model.weights or "auto",
+        )
     for tower, locked in (("image", lock.image), ("text", lock.text)):
         if locked and not has_weights and towers[tower] is None:
-            log.warning("model.lock.%s keeps the random weights of that tower", tower)
-    lock_towers(clip.model, lock)
+            log.warning("%s.lock.%s keeps the random weights of that tower", option, tower)
+    with options_of(lock_options(option)):
+        lock_towers(clip.model, lock)
     return clip
+
+
+def lock_options(option: str) -> dict[str, str]:
+    """Return the options of `LockConfig` below a model."""
+    return under(f"{option}.lock", *(field.name for field in fields(LockConfig)))
 
 
 def checkpoint_options(model: ModelSettings) -> dict[str, Any]:
@@ -101,6 +108,8 @@ def checkpoint_options(model: ModelSettings) -> dict[str, Any]:
     name, tag = model.name, model.pretrained
     if tag is None or model.architecture is not None:
         return options
+    import open_clip
+
     if not open_clip.is_pretrained_cfg(name, tag):
         return options
     image = needs_of_tag(name, tag).image

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from siftclip.datamodules.batches import Batch
@@ -23,6 +22,7 @@ from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.selection import row_weights
 from siftclip.selectors.base import Selector, product_of_weights
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.losses import (
     ContrastiveObjective,
     DistillLoss,
@@ -144,9 +144,8 @@ def open_loss_data(
 
 def _sample_weights(settings: SampleWeights, path: str, pool: Pool, rows: np.ndarray) -> np.ndarray:
     """What each sample counts: float32 by the pool's rows."""
-    weights = read_column(pool, Path(path), settings.column, option="loss.weights").astype(
-        np.float32
-    )
+    with options_of(under("loss.weights", "path", "column")):
+        weights = read_column(pool, Path(path), settings.column).astype(np.float32)
     chosen = weights[rows]
     bad = int((~(np.isfinite(chosen) & (chosen >= 0))).sum())  # NaN: a sample without a weight
     if bad:
@@ -210,6 +209,8 @@ def _loss_from(loss: LossSettings, teacher_scale: float, rows: np.ndarray) -> Co
 
 
 def _check_model(name: str, clip: ClipModel) -> None:
+    from open_clip.tokenizer import HFTokenizer
+
     model: Any = clip.model
     has_captions = hasattr(model, "text_decoder")
     if has_captions != (name == "coca"):

@@ -11,6 +11,7 @@ from siftclip.datamodules.identities import when
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.settings.commands import CompactCommand, PoolSections
 from siftclip.trainer.stages import pool_cache, pool_from, select_stage
 
@@ -70,7 +71,8 @@ def compact_stage(settings: CompactCommand) -> Compaction:
     """
     selected = select_stage(settings)
     folder = Path(settings.compact.output)
-    with locked(folder / LOCK_NAME, owner=f"compact.output={str(folder)!r}"):
+    held = locked(folder / LOCK_NAME, owner=f"compact.output={str(folder)!r}")
+    with held, options_of(under("compact", "shard_samples", folder="output")):
         return compact_pool(
             selected.pool,
             selected.selection,

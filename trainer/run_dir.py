@@ -17,6 +17,7 @@ summary.json     written last: the run is finished
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,14 +35,21 @@ RESULTS_NAME = "eval_results.jsonl"
 _SHARE = "online/share_"
 IDENTITY_NAME = "identity.json"
 SUMMARY_NAME = "summary.json"
+# Where Lightning looks for the rank of a process: torchrun's, its own launcher's, and others'.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def is_rank_zero() -> bool:
     """Whether this process writes what all ranks share."""
-    # Here, since importing Lightning takes seconds, which an evaluation need not cost.
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    # Lightning's own function, which gets a rank when Lightning is imported. That takes seconds, so
+    # until then the same variables are asked here.
+    from lightning_utilities.core.rank_zero import rank_zero_only
 
-    return (getattr(rank_zero_only, "rank", 0) or 0) == 0
+    rank = getattr(rank_zero_only, "rank", None)
+    if rank is None:
+        ranks = (os.environ.get(name) for name in _RANK_VARIABLES)
+        rank = int(next((rank for rank in ranks if rank is not None), 0))
+    return rank == 0
 
 
 def step_of(checkpoint: Path) -> int:

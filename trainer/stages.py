@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 
 from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.identities import say_reused, say_why_not
@@ -40,6 +38,8 @@ from siftclip.selectors.base import ScoreSelector, Selector
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.agreement import require_same
+from siftclip.trainer.build.objects import BuiltObjects
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import SelectSections
@@ -55,20 +55,22 @@ def pool_cache(pool: PoolSettings) -> Path:
 def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
     """Open the pool that the settings name."""
     cache = pool_cache(pool)
-    storage = make_storage(
-        pool.root,
-        cache_dir=cache,
-        options=pool.storage_options,
-        shard_cache_gb=pool.shard_cache_gb,
-    )
-    return open_pool(
-        storage,
-        cache_dir=cache,
-        max_bad_fraction=pool.max_bad_fraction,
-        key_split=pool.key_split,
-        workers=cores_of_rank() if pool.index_workers == "auto" else pool.index_workers,
-        progress=progress,
-    )
+    own = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
+    with options_of(under("pool", *own, options="storage_options")):
+        storage = make_storage(
+            pool.root,
+            cache_dir=cache,
+            options=pool.storage_options,
+            shard_cache_gb=pool.shard_cache_gb,
+        )
+        return open_pool(
+            storage,
+            cache_dir=cache,
+            max_bad_fraction=pool.max_bad_fraction,
+            key_split=pool.key_split,
+            workers=cores_of_rank() if pool.index_workers == "auto" else pool.index_workers,
+            progress=progress,
+        )
 
 
 def features_folder(features: FeaturesSettings, pool: PoolSettings) -> Path | None:
@@ -80,26 +82,31 @@ def features_folder(features: FeaturesSettings, pool: PoolSettings) -> Path | No
     return pool_cache(pool) / "features" / features.name
 
 
-def selector_from(node: SelectorNode) -> tuple[Selector, str, dict[str, Any]]:
-    """The selector, its name, and the parameters that identify it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltSelector:
+    """A selector of the configuration."""
+
+    selector: Selector
+    name: str
+    parameters: dict[str, Any]  # that identify it
+    objects: BuiltObjects  # it and its members, which are told by their options
+
+
+def selector_from(node: SelectorNode) -> BuiltSelector:
+    """Build the selector that a node describes.
 
     Raises:
         InputError: the class is unknown, or does not take these parameters.
     """
     name, parameters = node.name, {**node.parameters}
-    try:
-        selector = instantiate(parameters)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise InputError(f"{node.place}={name}: {cause or error}") from error
+    objects = BuiltObjects()
+    selector = objects.build(parameters, node.place)
     if not isinstance(selector, Selector):
         raise InputError(
-            f"{node.place}={name}: {parameters.get('_target_')} must be a subclass of "
-            "siftclip.selectors.base.Selector."
+            f"{node.place}._target_ must be a subclass of siftclip.selectors.base.Selector. Got "
+            f"{parameters.get('_target_')}."
         )
-    return selector, name, parameters
+    return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
 
 
 def source_from(settings: SelectSections, *, may_launch: bool) -> PoolSource:
@@ -141,17 +148,19 @@ def score_stage(settings: SelectSections) -> ScoreOutcome:
     Raises:
         InputError: the selector chooses sets and has no scores, or an option or file is wrong.
     """
-    selector, name, _ = selector_from(settings.selector)  # first: it fails without touching a file
+    built = selector_from(settings.selector)  # first: it fails without touching a file
+    selector = built.selector
     if not isinstance(selector, ScoreSelector):
         raise InputError(
-            f"selector={name} chooses sets and has no scores of single samples. "
+            f"selector={built.name} chooses sets and has no scores of single samples. "
             "Use siftclip select."
         )
     source = source_from(settings, may_launch=True)
-    folder = source.scores_root / identity_hash(source.identity(selector))
-    there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
-    with nullcontext() if there else _once(folder, "The scores", source.ranks):
-        scores = score_pool(selector, source)
+    with built.objects.told_as_options():
+        folder = source.scores_root / identity_hash(source.identity(selector))
+        there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
+        with nullcontext() if there else _once(folder, "The scores", source.ranks):
+            scores = score_pool(selector, source)
     return ScoreOutcome(source=source, scores=scores, folder=folder)
 
 
@@ -172,12 +181,15 @@ def select_stage(settings: SelectSections, *, may_launch: bool = False) -> Selec
 
     With `reuse=false` the selection and the scores behind it are computed again.
     """
-    # first: it fails without touching a file
-    selector, name, parameters = selector_from(settings.selector)
+    built = selector_from(settings.selector)  # first: it fails without touching a file
     source = source_from(settings, may_launch=may_launch)
-    pool = source.pool
+    with built.objects.told_as_options():
+        return _select(built, source, settings.common.output_root / "selections")
+
+
+def _select(built: BuiltSelector, source: PoolSource, root: Path) -> SelectOutcome:
+    selector, name, pool = built.selector, built.name, source.pool
     identity = source.identity(selector, with_rule=True)
-    root = settings.common.output_root / "selections"
     folder = root / f"{name}-{identity_hash(identity)}"
     ranks, path = source.ranks, folder / MANIFEST_NAME
     there = of_first_rank(ranks, source.reuse and path.is_file())
@@ -192,7 +204,7 @@ def select_stage(settings: SelectSections, *, may_launch: bool = False) -> Selec
             for text in selection.manifest.get("warnings", ()):
                 source.warn(text)
         else:
-            selection = run_selection(selector, name, parameters, source)
+            selection = run_selection(selector, name, built.parameters, source)
             available = metadata_coverage(pool)
             if available is not None:
                 selection.manifest["pool"]["metadata_samples"] = available.named

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -252,6 +251,8 @@ def _caption_sum(model: nn.Module, outputs: dict[str, Tensor], batch: Batch) -> 
 
 
 def _pad_token(model: nn.Module) -> int:
+    from open_clip.hf_model import HFTextEncoder
+
     tower: Any = model.text
     is_hugging_face = isinstance(tower, HFTextEncoder)
     pad_token: int = tower.config.pad_token_id if is_hugging_face else tower.pad_id

@@ -11,6 +11,7 @@ from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval.encoding import EncodeOptions
 from siftclip.eval.target_features import embed_tasks
 from siftclip.eval.tasks import TEST_SPLIT, find_tasks
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.evaluation import evaluation_device
 from siftclip.trainer.models import clip_model_from
@@ -28,13 +29,10 @@ def target_stage(settings: TargetCommand) -> tuple[Path, list[Path]]:
     features, target, common = settings.features, settings.target, settings.common
     if features.model is None:
         raise RuntimeError("settings without a model are refused where they are read")
-    tasks = find_tasks(
-        Path(target.root),
-        target.tasks,
-        split=target.split,
-        key_split=target.key_split,
-        option="target.tasks",
-    ).complete()
+    with options_of(under("target", "root", names="tasks")):
+        tasks = find_tasks(
+            Path(target.root), target.tasks, split=target.split, key_split=target.key_split
+        ).complete()
     tested = [task.name for task in tasks if task.split == TEST_SPLIT]
     if tested:
         log.warning(

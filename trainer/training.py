@@ -7,9 +7,7 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch.loggers import Logger
+from typing import TYPE_CHECKING, Any
 
 from siftclip.datamodules.clip_models import save_model_folder
 from siftclip.datamodules.files import identity_hash
@@ -23,13 +21,10 @@ from siftclip.datamodules.locks import locked
 from siftclip.datamodules.model_record import model_record
 from siftclip.datamodules.order import rank_slice
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.streaming import count_micro_batches
-from siftclip.eval.report import Summary
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
-from siftclip.trainer.assembly import data_module_from, new_model, training_module
 from siftclip.trainer.budget import Budget, budget_from, limit_from
-from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.environment import (
     CODE,
@@ -39,7 +34,6 @@ from siftclip.trainer.environment import (
     environments,
     keep_environment,
 )
-from siftclip.trainer.evaluate_during import evaluate_during_from
 from siftclip.trainer.evaluation import eval_share, eval_stage, log_records, tasks_from
 from siftclip.trainer.launch import check_world_size
 from siftclip.trainer.lightning_setup import (
@@ -48,19 +42,9 @@ from siftclip.trainer.lightning_setup import (
     make_trainer,
     resolve_precision,
 )
-from siftclip.trainer.loggers import finish, log_tables, make_loggers
 from siftclip.trainer.models import activations_of_weights, model_files, models_of
 from siftclip.trainer.objective import LossData, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
-from siftclip.trainer.online.planner import Forecast
-from siftclip.trainer.online.setup import (
-    RunParts,
-    build_online,
-    online_identity,
-    warn_of_rounding,
-)
-from siftclip.trainer.planning import forecast, steps_within
-from siftclip.trainer.progress import TrainingBar
 from siftclip.trainer.run_dir import IDENTITY_NAME, SUMMARY_NAME, RunDir, is_rank_zero, step_of
 from siftclip.trainer.schedules import check_schedule
 from siftclip.trainer.settings.commands import EvalSections, TrainCommand
@@ -68,8 +52,16 @@ from siftclip.trainer.settings.data import BudgetSettings, DataSettings
 from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
 from siftclip.trainer.settings.section import to_plain
-from siftclip.trainer.sharding import whole_state
 from siftclip.trainer.stages import SelectOutcome, select_stage
+
+# What imports Lightning or builds models is imported where it is needed: that takes seconds, in
+# which the options have been checked and the selection made.
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from siftclip.eval.report import Summary
+    from siftclip.trainer.online.planner import Forecast
+    from siftclip.trainer.online.setup import RunParts
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +73,8 @@ def run_identity(
     settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
+    from siftclip.trainer.online.setup import online_identity
+
     return kept_identity(
         "run",
         {
@@ -193,6 +187,8 @@ def train_stage(settings: TrainCommand, *, wait: bool = False) -> RunDir:
         InputError: an option or a file is wrong; found before the first step where possible.
     """
     check_training(settings)
+    if is_rank_zero():
+        _say_what_begins(settings)
     selected = select_stage(settings)
     loss_data = _loss_data(settings, selected)
     identity = run_identity(settings, selected, loss_data)
@@ -232,6 +228,8 @@ def _train(
     identity: dict[str, Any],
 ) -> None:
     """All that a run is, from where it is."""
+    from siftclip.trainer.loggers import finish, make_loggers
+
     now = run_environment(settings.trainer, settings.data, selected.pool)
     reuse, composed, logger = settings.common.reuse, settings.composed, settings.logger
     if is_rank_zero():
@@ -280,6 +278,8 @@ def plan_stage(settings: TrainCommand) -> Forecast:
     share_cores(loader_options(settings.data).num_workers)
     loss_data = _loss_data(settings, selected)
     parts = run_parts(settings, selected, loss_data, settings.common.output_root)
+    from siftclip.trainer.planning import forecast
+
     return forecast(parts, _resolved_budget(parts, settings.budget, budget_from(settings.scale)))
 
 
@@ -298,10 +298,29 @@ def check_training(settings: TrainCommand) -> None:
         tasks_from(settings.eval)
 
 
+def _say_what_begins(settings: TrainCommand) -> None:
+    """Log what the options ask for: known before the pool is opened and large packages imported."""
+    limit, budget = limit_from(settings.budget), budget_from(settings.scale)
+    length = (
+        f"{budget.total_steps:,} steps" if limit is None else "budget.{}={:g}, steps".format(*limit)
+    )
+    log.info(
+        "options checked: selector %s, seed %d, %s of %s samples, precision %s",
+        settings.selector.name,
+        settings.common.seed,
+        length,
+        f"{budget.global_batch_size:,}",
+        resolve_precision(settings.trainer.precision),
+    )
+
+
 def run_parts(
     settings: TrainCommand, selected: SelectOutcome, loss_data: LossData, folder: Path
 ) -> RunParts:
     """What a run in a folder is made of, with a new model."""
+    from siftclip.trainer.assembly import new_model
+    from siftclip.trainer.online.setup import RunParts
+
     common, trainer = settings.common, settings.trainer
     return RunParts(
         common=common,
@@ -329,6 +348,8 @@ def _resolved_budget(parts: RunParts, limits: BudgetSettings, budget: Budget) ->
     limit = limit_from(limits)
     if limit is None:
         return budget
+    from siftclip.trainer.planning import steps_within
+
     steps = steps_within(limit, parts)
     resolved = Budget(
         samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
@@ -346,6 +367,15 @@ def _fit(
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
+    from siftclip.datamodules.streaming import count_micro_batches
+    from siftclip.trainer.assembly import data_module_from, training_module
+    from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
+    from siftclip.trainer.evaluate_during import evaluate_during_from
+    from siftclip.trainer.loggers import finish
+    from siftclip.trainer.online.setup import build_online, warn_of_rounding
+    from siftclip.trainer.progress import TrainingBar
+    from siftclip.trainer.sharding import whole_state
+
     share_cores(loader_options(settings.data).num_workers)
     parts = run_parts(settings, selected, loss_data, run.path)
     common, options = parts.common, parts.trainer
@@ -386,8 +416,11 @@ def _fit(
     check_world_size(trainer.world_size, os.environ)
     if trainer.world_size != parts.world_size:
         raise RuntimeError(f"{trainer.world_size} ranks train, not {parts.world_size}")
-    share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
-    count_micro_batches(share.stop, options.micro_batch_size)
+    with options_of(
+        under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
+    ):
+        share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
+        count_micro_batches(share.stop, options.micro_batch_size)
     data = data_module_from(parts, budget, online)
     resume = run.latest_checkpoint() if common.reuse else None
     if resume is not None:
@@ -416,6 +449,8 @@ def _evaluate_run(settings: EvalSections, run: RunDir) -> Summary:
 
 def _evaluate(settings: EvalSections, run: RunDir, budget: Budget, loggers: list[Logger]) -> None:
     """Evaluate the trained model, with all ranks."""
+    from siftclip.trainer.loggers import log_tables
+
     summary = _evaluate_run(settings, run)
     for logger in loggers:
         logger.log_metrics(summary.metrics(), step=budget.total_steps)

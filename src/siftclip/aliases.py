@@ -2,13 +2,13 @@
 
 `MOVED` is the one table of them. A module whose old name belongs to nothing now is the module at
 its new place, under both names. Where a package has taken the old name of a module, as
-`siftclip.trainer.optim`, the package answers for what the module held: see `moved_attributes`.
+`siftclip.trainer.optim`, the package answers for what the module held: see `answer_for_module`.
 """
 
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import Any
@@ -22,22 +22,50 @@ def old_name(module: str) -> str:
     return next((old for old, new in MOVED.items() if new == module), module)
 
 
-def moved_attributes(package: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that has taken the old name of a module.
+def answer_for_module(package: str) -> None:
+    """Let a package that has taken the old name of a module answer for what that module held.
 
-    It gives what the module holds, with a warning; names that it does not hold are errors as ever.
-    A package says `__getattr__ = moved_attributes(__name__)`.
+    Attributes are read with a warning, and set where they are now, so that patches of them work;
+    what the package has itself comes first. It says `answer_for_module(__name__)`.
     """
+    sys.modules[package].__class__ = _PackageForModule
 
-    def attribute(name: str) -> Any:
+
+class _PackageForModule(ModuleType):
+    def _module(self) -> ModuleType:
+        return importlib.import_module(MOVED[self.__name__])
+
+    def _has_itself(self, name: str) -> bool:
         is_special = name.startswith("__") and name.endswith("__")  # asked of any module by tools
-        held = {} if is_special else vars(importlib.import_module(MOVED[package]))
-        if name not in held:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        _warn(f"{package}.{name}", f"{MOVED[package]}.{name}")
-        return held[name]
+        return is_special or name in vars(self)
 
-    return attribute
+    def __getattr__(self, name: str) -> Any:
+        if self._has_itself(name) or not hasattr(self._module(), name):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        _warn(f"{self.__name__}.{name}", f"{MOVED[self.__name__]}.{name}")
+        return getattr(self._module(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._has_itself(name) or isinstance(value, ModuleType):  # importlib sets submodules
+            super().__setattr__(name, value)
+            return
+        held = vars(self._module())
+        if name in held:
+            self._replaced().setdefault(name, held[name])
+        setattr(self._module(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._has_itself(name):
+            super().__delattr__(name)
+        elif name in self._replaced():  # so patches end, of what a package does not have itself
+            setattr(self._module(), name, self._replaced()[name])
+        else:
+            delattr(self._module(), name)
+
+    def _replaced(self) -> dict[str, Any]:
+        """What the module held before something else was set."""
+        found: dict[str, Any] = vars(self).setdefault("__replaced__", {})
+        return found
 
 
 class _OldNames:

@@ -180,7 +180,7 @@ def test_patch_dropout_trains_but_is_not_saved() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quick_gelu": True}, r"options.quick_gelu is unknown; the options are force_quick_gelu,"),
+        ({"quick_gelu": True}, r"options.quick_gelu is unknown. The options are force_quick_gelu,"),
         ({"force_quick_gelu": 1}, r"force_quick_gelu must be true or false. Got 1\."),
         ({"force_patch_dropout": 1.0}, r"must be a number in the range \[0, 1\). Got 1.0"),
         ({"force_patch_dropout": True}, r"must be a number in the range \[0, 1\). Got True"),

@@ -130,12 +130,15 @@ def test_lightning_checkpoint_without_average(state: State, tmp_path: Path) -> N
     torch.save(lightning(state, average=None), path)
     assert_same(read_weights(path), state)
     assert_same(read_weights(path, weights="raw"), state)
-    with pytest.raises(InputError, match=r"step-7.ckpt' holds no moving average .* raw or auto"):
+    with pytest.raises(InputError, match=r"step-7.ckpt holds no moving average .* raw or auto"):
         read_weights(path, weights="ema")
 
 
 def test_choice_of_weights_needs_a_file() -> None:
-    with pytest.raises(InputError, match=r"model.weights='raw' .* needs model.pretrained=FILE"):
+    with pytest.raises(
+        InputError,
+        match=r"weights chooses within a checkpoint file, .* Got 'raw' and pretrained=None",
+    ):
         load_clip_model("x", architecture=CLIP, weights="raw")
 
 
@@ -173,7 +176,7 @@ def test_code_in_a_file_is_named_and_not_run(
     path, proof = tmp_path / "evil.pt", tmp_path / "proof"
     write({"state_dict": Intruder(proof)}, path)
     arguments: dict[str, Any] = {option: str(path)}
-    with pytest.raises(InputError, match=rf"model\.{option}='.*evil\.pt' does not hold") as caught:
+    with pytest.raises(InputError, match=r"evil\.pt does not hold") as caught:
         load_clip_model("x", architecture=CLIP, **arguments)
     assert not proof.exists()
     assert "weights_only" not in str(caught.value)  # PyTorch's message tells how to run it
@@ -287,9 +290,9 @@ def test_towers_that_do_not_fit_are_refused(
 
 def test_tower_of_another_architecture_is_refused(state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(InputError, match=r"pretrained_image='.*' does not hold .* image tower"):
+    with pytest.raises(InputError, match=r"x.pt does not hold .* image tower"):
         load_clip_model("x", architecture=RESNET, pretrained_image=str(tmp_path / "x.pt"))
-    with pytest.raises(InputError, match=r"model.pretrained_text='gone.pt' is not a file"):
+    with pytest.raises(InputError, match=r"gone.pt is not a file"):
         load_clip_model("x", architecture=RESNET, pretrained_text="gone.pt")
 
 

@@ -394,11 +394,13 @@ def test_folder_with_other_files_is_refused_and_left_alone(pool: Pool, tmp_path:
     (folder / "thesis.tex").write_text("precious")
     (folder / ".thesis.tex.1.tmp").write_text("also")
     before = files_of(folder)
-    message = r"must be a new or an empty folder. .* holds .*thesis.tex, but no compact.json"
+    message = r"must be a new or an empty folder. Got .* It holds .*thesis.tex, but no compact.json"
     with pytest.raises(InputError, match=message):
         compact(pool, select_all(pool), folder)
     assert files_of(folder) == before
-    with pytest.raises(InputError, match=r"thesis.tex is a file"):
+    with pytest.raises(
+        InputError, match=r"folder must be a folder, and it is a file. Got .*thesis.tex"
+    ):
         compact(pool, select_all(pool), folder / "thesis.tex")
     with pytest.raises(InputError, match="holds shards"):
         compact(pool, select_all(pool), Path(pool.root))
@@ -424,14 +426,14 @@ def test_full_disk_is_found_before_the_first_tar(
         free = 1000
 
     monkeypatch.setattr(compaction.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(InputError, match=r"needs 0.00 GB. Its disk has 0.00 GB left"):
+    with pytest.raises(InputError, match=r"needs 0.00 GB, and its disk has 0.00 GB left"):
         compact(pool, select_all(pool), tmp_path / "copy")
     assert files_of(tmp_path / "copy") == {}
 
 
 @pytest.mark.parametrize("shard_samples", [0, 1.5, True])
 def test_shard_size_is_checked(pool: Pool, tmp_path: Path, shard_samples: Any) -> None:
-    with pytest.raises(InputError, match=r"compact.shard_samples must be an integer of at least 1"):
+    with pytest.raises(InputError, match=r"^shard_samples must be an integer of at least 1"):
         compact(pool, select_all(pool), tmp_path / "copy", shard_samples=shard_samples)
 
 

@@ -324,13 +324,13 @@ def test_conclusion_is_about_the_passes_of_this_run() -> None:
     never = dict.fromkeys((1.0, 0.3), math.inf)
     assert conclude(never, run_passes=100.0) == (
         "data compact does not pay here at any keep fraction for the 100.0 passes of this run "
-        "(scale.samples_seen)."
+        "(its samples seen)."
     )
     passes = {1.0: math.inf, 0.5: 8.3, 0.3: 2.0, 0.1: 0.7}
     assert "does not pay here at any" in conclude(passes, run_passes=0.5)
     assert conclude(passes, run_passes=8.0) == (
         "data compact pays here where 30 %, 10 % of the pool are kept, for the 8.0 passes of this "
-        "run (scale.samples_seen)."
+        "run (its samples seen)."
     )
 
 

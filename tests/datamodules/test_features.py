@@ -126,7 +126,7 @@ def test_features_of_another_pool(pool: Pool, make_samples: Make, write_metadata
 def test_missing_key_lists_those_there(pool: Pool, write_metadata: Make) -> None:
     uids = [format_uid(uid) for uid in pool.uids]
     write_metadata(Path(pool.root) / "metadata", uids, keys=("b32_img",))
-    with pytest.raises(InputError, match=r"asks for the array 'l14_img'.*holds \['b32_img'\]"):
+    with pytest.raises(InputError, match=r"lacks the array 'l14_img'.*holds \['b32_img'\]"):
         open_store(pool)
 
 

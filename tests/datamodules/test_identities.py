@@ -25,6 +25,7 @@ from siftclip.datamodules.identities import (
     named_files,
     say_why_not,
     selector_identity,
+    stored_targets,
 )
 from siftclip.selectors.clip_score import ClipScore
 from siftclip.selectors.clipcov import ClipCov
@@ -306,3 +307,18 @@ def deco(f):
 
     assert digest(before) == digest(before)
     assert digest(before) != digest(after)
+
+
+def test_targets_of_ours_have_the_names_that_are_kept() -> None:
+    file = {"_target_": "siftclip.selectors.FeatureFile", "path": "a.npz"}
+    node = {
+        "_target_": "siftclip.selectors.Then",
+        "stages": [{"_target_": "my_package.Mine", "file": file}],
+        "seed": 1,
+    }
+    found = stored_targets(node)
+    assert found["_target_"] == "siftclip.selectors.compose.Then"
+    (stage,) = found["stages"]
+    assert stage["_target_"] == "my_package.Mine"
+    assert stage["file"] == {**file, "_target_": "siftclip.selectors.source.FeatureFile"}
+    assert (found["seed"], file["_target_"]) == (1, "siftclip.selectors.FeatureFile")

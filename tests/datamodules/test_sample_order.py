@@ -133,7 +133,7 @@ def test_batch_larger_than_the_selection_spans_passes() -> None:
 def test_batch_that_cannot_be_shared_is_refused(batch: int, world_size: int) -> None:
     with pytest.raises(
         InputError,
-        match=rf"scale.global_batch_size must be a multiple of the {world_size} .*Got {batch}\.",
+        match=rf"global_batch must be a multiple of the {world_size} .*Got {batch}\.",
     ):
         rank_slice(batch, rank=0, world_size=world_size)
 

@@ -269,7 +269,7 @@ def test_features_are_looked_for_in_several_folders(
     taken = source(None, tmp_path / "more").take(rows, requires).features["dfn_img"].numpy()
     for row, vector in zip(rows, taken, strict=True):
         np.testing.assert_array_equal(vector, truth["dfn_img"][format_uid(pool.uids[row])])
-    with pytest.raises(InputError, match=r"asks for the array 'dfn_img'"):
+    with pytest.raises(InputError, match=r"lacks the array 'dfn_img'"):
         source(None).take(rows, requires)
     both = ("dfn_img", "l14_img")  # of a composition, whose members read one each
     assert len(source(None, tmp_path / "more")._fingerprints([both])) == 2

@@ -81,7 +81,7 @@ def test_digest_is_that_of_the_files_content_and_stays() -> None:
 
 
 def test_selection_of_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"keeps none of 2 samples. Raise selector.fraction"):
+    with pytest.raises(InputError, match=r"keeps none of 2 samples. Raise the selector's fraction"):
         select({(1, 2): 0, (3, 4): 0})
     with pytest.raises(
         InputError, match=r"none of 2 samples: each of them has no score \(NaN\) or"
@@ -267,7 +267,7 @@ def test_weights_by_row_are_read_as_weights_of_the_loss(
     assert found.tolist() == [1, 1, 3, 4, 1, 6]
     assert row_weights(make_selection(pool.uids, kept, {}), pool) is None
     write_selection(selection, tmp_path)
-    assert read_column(pool, tmp_path / "selection.npy", None, option="selector").tolist()[2] == 2
-    assert f"set loss.weights.path={tmp_path / 'weights.npy'}" in caplog.text
-    column = read_column(pool, tmp_path / "weights.npy", "weight", option="loss.weights")
+    assert read_column(pool, tmp_path / "selection.npy", None).tolist()[2] == 2
+    assert "holds no weights; weights.npy, beside it, has those of its samples" in caplog.text
+    column = read_column(pool, tmp_path / "weights.npy", "weight")
     assert np.array_equal(column, [1, np.nan, 3, 4, np.nan, 6], equal_nan=True)

@@ -266,5 +266,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     cache = ShardCache(tmp_path / "shards", limit_bytes=200)
-    with pytest.raises(InputError, match=r"kept: .*Read-only file system\. Set pool\.cache_dir"):
+    with pytest.raises(
+        InputError, match=r"kept: .*Read-only file system\. Name another cache folder"
+    ):
         cache.fetch(shard(0, 60), writer(shard(0, 60), []))

@@ -201,7 +201,7 @@ def test_stream_that_stops_is_an_error(
             raise ConnectionResetError(104, "Connection reset by peer")
 
         monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", fail)
-    with pytest.raises(InputError, match=r"The loader gives no more samples: .*data.timeout_sec"):
+    with pytest.raises(InputError, match=r"The loader gives no more samples: .*timeout_sec"):
         for _ in loader:
             pass
     assert time.monotonic() - start < 30

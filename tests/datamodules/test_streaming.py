@@ -306,13 +306,13 @@ def test_datamodule_refuses_what_cannot_be(
 ) -> None:
     with pytest.raises(RuntimeError, match="needs a trainer"):
         make_module(pool, rows, transform, tokenizer).train_dataloader()
-    with pytest.raises(InputError, match=r"data.max_image_pixels must be an integer of at least 1"):
+    with pytest.raises(InputError, match=r"max_image_pixels must be an integer of at least 1"):
         make_module(pool, rows, transform, tokenizer, max_image_pixels=0)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(global_rank=0, world_size=3, global_step=0, strategy=strategy)
     module = make_module(pool, rows, transform, tokenizer)
     module.trainer = trainer
-    with pytest.raises(InputError, match=r"scale.global_batch_size must be a multiple of the 3"):
+    with pytest.raises(InputError, match=r"global_batch must be a multiple of the 3"):
         module.train_dataloader()
     for option, value in (
         ("num_workers", -1),
@@ -320,14 +320,14 @@ def test_datamodule_refuses_what_cannot_be(
         ("timeout_seconds", -1),
         ("start_method", "clone"),
     ):
-        with pytest.raises(InputError, match=rf"data.{option} must be"):
+        with pytest.raises(InputError, match=rf"LoaderOptions: {option} must be"):
             LoaderOptions(**{"num_workers": 1, option: value})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"data.shuffle_window_shards must be an integer"):
+    with pytest.raises(InputError, match=r"window_shards must be an integer"):
         make_module(pool, rows, transform, tokenizer, window_shards=0)
     trainer.world_size = 1
     module = make_module(pool, rows, transform, tokenizer, micro_batch_size=BATCH - 1)
     module.trainer = trainer
-    with pytest.raises(InputError, match=rf"trainer.micro_batch_size must divide the {BATCH}"):
+    with pytest.raises(InputError, match=rf"micro_batch_size must divide the {BATCH}"):
         module.train_dataloader()
 
 
@@ -438,7 +438,7 @@ def test_cache_that_is_smaller_than_a_window_is_named(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalStorage, "cache_limit_bytes", int(1.5 * max(sizes)))
         warn_of_small_cache(pool, rows, window)
-    assert ("data.shuffle_window_shards=1" in caplog.text) == warned
+    assert ("shuffle 1 of them together" in caplog.text) == warned
     caplog.clear()
     warn_of_small_cache(pool, rows, window)  # a local pool has no cache
     assert not caplog.text

@@ -72,7 +72,7 @@ CAUSES = {
     "not an image": "whose image cannot be decoded",
     "empty image": "whose image cannot be decoded",
     "cut image": "whose image cannot be decoded",
-    "too many pixels": "with more pixels than data.max_image_pixels",
+    "too many pixels": "with more pixels than max_image_pixels",
     "bomb": "with more pixels than",
     "gif": "whose image cannot be decoded",
     "empty caption": "with an empty caption",

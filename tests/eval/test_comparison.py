@@ -179,7 +179,7 @@ TABLE = r"""
 a = first
 b = second\n
 This compares two models, not the two methods that made them: one seed of each, so there is no
-  estimate of the variance between seeds (diff.seeds_a and diff.seeds_b name other seeds).
+  estimate of the variance between seeds (seeds_a and seeds_b name other seeds).
 
 task                  a       b    b - a  95 % interval        Holm p       p   McNemar
 Custom tasks

@@ -517,12 +517,12 @@ def test_a_probe_is_not_fitted_on_what_it_is_tested_on(
 def test_wrong_options(tasks: list[Task], clip: ClipModel) -> None:
     with pytest.raises(InputError, match=r"\['few'\] are there more than once"):
         run(clip, [tasks[2], tasks[2]])
-    with pytest.raises(InputError, match=r"eval\.batch_size must be"):
+    with pytest.raises(InputError, match=r"EvalOptions: batch_size must be"):
         EvalOptions(batch_size=0)
-    with pytest.raises(InputError, match=r"eval\.num_workers must be"):
+    with pytest.raises(InputError, match=r"num_workers must be"):
         EvalOptions(num_workers=-1)
-    with pytest.raises(InputError, match=r"eval\.resamples must be"):
+    with pytest.raises(InputError, match=r"resamples must be"):
         EvalOptions(resamples=-1)
-    with pytest.raises(InputError, match=r"eval\.precision must be one of \['fp32', .*Got 'tf32'"):
+    with pytest.raises(InputError, match=r"precision must be one of \['fp32', .*Got 'tf32'"):
         EvalOptions(precision="tf32")
     assert evaluate(clip, []).results == ()

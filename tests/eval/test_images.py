@@ -285,7 +285,7 @@ def test_faults_that_copying_does_not_mend(
     samples = write(make_task, tmp_path / "x", make_image(0))
     table, _ = distinct_images([samples])
     ((_, message),) = open_dataset(clip, table, pixels=36 * 33 - 1)[0].faults
-    assert message.endswith("s0000: a sample with more pixels than data.max_image_pixels.")
+    assert message.endswith("s0000: a sample with more pixels than max_image_pixels.")
     assert open_dataset(clip, table, pixels=36 * 33)[0].faults == []
     samples.task.shards[0].unlink()
     ((_, message),) = open_dataset(clip, table)[0].faults
@@ -315,7 +315,7 @@ def test_a_long_picture_is_not_resized(
     assert sorted(faults) == [0, 1]  # 10^6 / 32^2 = 976.6
     assert len(asked) == 1
     assert faults[0].endswith(
-        "s0000: a sample with more pixels than data.max_image_pixels once its shorter side has 32."
+        "s0000: a sample with more pixels than max_image_pixels once its shorter side has 32."
     )
     small = ImageDataset(table, transform, max_image_pixels=200)
     assert [row for row, _ in small.__getitems__([3, 4]).faults] == [3]

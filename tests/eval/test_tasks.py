@@ -47,12 +47,10 @@ def test_names_choose_and_order(task_root: Path) -> None:
     assert [task.name for task in find_tasks(task_root, "few").tasks] == ["few"]
     wrong: Any
     for wrong in (3, True, {"few": 1}, ["few", 3], ["few", " "], b"few"):
-        with pytest.raises(
-            InputError, match=r"^eval\.during\.tasks must be a name, or a list"
-        ) as e:
-            find_tasks(task_root, wrong, option="eval.during.tasks")
+        with pytest.raises(InputError, match=r"^names must be a name, or a list") as e:
+            find_tasks(task_root, wrong)
         assert repr(wrong) in str(e.value)
-    with pytest.raises(InputError, match=r"^eval\.tasks must name at least one task, or be null"):
+    with pytest.raises(InputError, match=r"^names must name at least one task, or be null"):
         find_tasks(task_root, [])
 
 
@@ -145,9 +143,11 @@ def test_a_suite_may_be_there_in_part(task_root: Path) -> None:
 
 def test_no_task(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(InputError, match=re.escape(f"There is neither in {tmp_path}")):
+    with pytest.raises(InputError, match=re.escape(f"Got {str(tmp_path)!r}. There is neither.")):
         find_tasks(tmp_path)
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(
+        InputError, match=r"root must be a folder of tasks, or one task. Got .*nowhere"
+    ):
         find_tasks(tmp_path / "nowhere")
 
 
@@ -187,19 +187,21 @@ def test_other_class_names_and_templates(task_root: Path, tmp_path: Path) -> Non
     other = with_texts(task, templates=tmp_path / "templates.txt")
     assert (other.classnames, other.templates) == (task.classnames, ("one {c}",))
     (tmp_path / "names.txt").write_text("red\nblue")
-    asked = r"^eval\.classnames\.few"
-    with pytest.raises(InputError, match=rf"{asked}: .*names\.txt must have .* few. It has 2"):
+    asked = r"^classnames\.few"
+    with pytest.raises(InputError, match=rf"{asked} must have .* few. Got .*names\.txt.* It has 2"):
         with_texts(task, classnames=tmp_path / "names.txt")
     with pytest.raises(
         InputError, match=rf"{asked} must name a text file. .*no\.txt does not exist"
     ):
         with_texts(task, classnames=tmp_path / "no.txt")
-    with pytest.raises(InputError, match=r"^eval\.templates\.few must name a text.* is not a file"):
+    with pytest.raises(InputError, match=r"^templates\.few must name a text.* is not a file"):
         with_texts(task, templates=tmp_path)
-    with pytest.raises(InputError, match=r"^eval\.templates\.few: .*names\.txt, line 1: a templ"):
+    with pytest.raises(
+        InputError, match=r"^templates\.few cannot be used. Got .*names\.txt, line 1: a templ"
+    ):
         with_texts(task, templates=tmp_path / "names.txt")
     with pytest.raises(
-        InputError, match=r"templates\.captions must be .* This is a retrieval task"
+        InputError, match=r"templates\.captions must be .* this is a retrieval task"
     ):
         with_texts(read_task(task_root / "wds_captions"), templates=tmp_path / "templates.txt")
 

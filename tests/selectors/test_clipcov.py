@@ -323,14 +323,14 @@ def test_contract() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": None}, "selector.labels and selector.clustering. Got neither"),
+        ({"labels": None}, "labels and clustering. Got neither"),
         ({"clustering": KMEANS}, "Got both"),
         ({"labels": None, "clustering": KMEANS}, "label_weight must be 0"),
-        ({"interval": 0}, "selector.interval"),
-        ({"charge": "twice"}, "selector.charge"),
-        ({"threshold": float("nan")}, "selector.threshold"),
-        ({"cross_weight": "1"}, "selector.cross_weight"),
-        ({"fraction": 0.0}, "selector.fraction"),
+        ({"interval": 0}, "interval"),
+        ({"charge": "twice"}, "charge"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"cross_weight": "1"}, "cross_weight"),
+        ({"fraction": 0.0}, "fraction"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

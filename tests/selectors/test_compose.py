@@ -250,14 +250,14 @@ def test_all_compositions_tell_what_they_read() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Then(stages=[]), "selector.stages must name at least one selector"),
-        (lambda: Or(selectors={}), "selector.selectors must name at least one selector"),
-        (lambda: And(selectors={"a": 1}), r"selector.selectors.a must be a Selector. Got int"),
-        (lambda: Minus(keep=Given([1]), remove=1), r"selector.remove must be a Selector. Got int"),  # type: ignore[arg-type]
-        (lambda: And(selectors=[1]), r"selector.selectors.0 must be a Selector. Got int"),
+        (lambda: Then(stages=[]), "stages must name at least one selector"),
+        (lambda: Or(selectors={}), "selectors must name at least one selector"),
+        (lambda: And(selectors={"a": 1}), r"selectors.a must be a Selector. Got int"),
+        (lambda: Minus(keep=Given([1]), remove=1), r"remove must be a Selector. Got int"),  # type: ignore[arg-type]
+        (lambda: And(selectors=[1]), r"selectors.0 must be a Selector. Got int"),
         (
             lambda: RankSum(selectors=[Then(stages=[Given([1])])], fraction=1),
-            r"selector.selectors.0 must be a ScoreSelector. Got Then",
+            r"selectors.0 must be a ScoreSelector. Got Then",
         ),
         (
             lambda: Mix(selectors=[Given([1])], weights=[1, 2], fraction=1),
@@ -265,9 +265,9 @@ def test_all_compositions_tell_what_they_read() -> None:
         ),
         (
             lambda: Mix(selectors=[Given([1])], weights=[math.nan], fraction=1),
-            "selector.weights must be a finite number",
+            "weights must be a finite number",
         ),
-        (lambda: Mix(selectors=[Given([1])]), "Mix needs exactly one of selector.fraction"),
+        (lambda: Mix(selectors=[Given([1])]), "Mix needs exactly one of fraction"),
     ],
 )
 def test_wrong_parameters_are_named(make: Callable[[], Selector], message: str) -> None:

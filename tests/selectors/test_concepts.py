@@ -254,10 +254,10 @@ def test_fraction_is_of_the_pool_or_of_what_is_left() -> None:
 def test_wrong_parameters() -> None:
     good: dict[str, Any] = {"path": None, "column": "c", "fraction": 0.2}
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"path": "a.npy"}, r"selector.path must end in .parquet, or be null. Got 'a.npy'"),
-        ({"mode": "dm"}, r"selector.mode must be one of diversity, frequency. Got 'dm'"),
-        ({"fraction": 0}, r"selector.fraction must be a number in the range"),
-        ({"of": "all"}, r"selector.of must be one of pool, left"),
+        ({"path": "a.npy"}, r"path must end in .parquet, or be null. Got 'a.npy'"),
+        ({"mode": "dm"}, r"mode must be one of diversity, frequency. Got 'dm'"),
+        ({"fraction": 0}, r"fraction must be a number in the range"),
+        ({"of": "all"}, r"of must be one of pool, left"),
     ]
     for parameters, message in wrong:
         with pytest.raises(InputError, match=message):

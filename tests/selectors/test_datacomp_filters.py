@@ -111,26 +111,26 @@ def test_a_changed_list_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("text", ["", "n0000000x\n", "n\n", "n1 n²\n"])
 def test_a_wrong_list_of_synsets_is_named(text: str) -> None:
-    with pytest.raises(InputError, match=r"selector.entities='a.txt' must have one WordNet synset"):
-        parse_offsets("selector.entities", "a.txt", text)
+    with pytest.raises(InputError, match=r"a.txt must have one WordNet synset"):
+        parse_offsets("a.txt", text)
 
 
 def test_an_unreadable_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"selector.entities='missing.txt' cannot be read"):
-        read_list("selector.entities", "missing.txt")
+    with pytest.raises(InputError, match=r"entities cannot be read: .*missing.txt"):
+        read_list("missing.txt", owner=None, parameter="entities")
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xff")
-    with pytest.raises(InputError, match=r"selector.entities=.*cannot be read: .*utf-8"):
-        read_list("selector.entities", str(path))
+    with pytest.raises(InputError, match=r"entities cannot be read: .*utf-8.*a.txt"):
+        read_list(str(path), owner=None, parameter="entities")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BasicFilter(min_words=-1), "selector.min_words must be an integer"),
-        (lambda: BasicFilter(min_side=0), "selector.min_side must be an integer of at least 1"),
-        (lambda: BasicFilter(max_aspect=0.5), "selector.max_aspect must be at least 1"),
-        (lambda: CaptionFilter(min_tokens="2"), "selector.min_tokens must be an integer"),  # type: ignore[arg-type]
+        (lambda: BasicFilter(min_words=-1), "min_words must be an integer"),
+        (lambda: BasicFilter(min_side=0), "min_side must be an integer of at least 1"),
+        (lambda: BasicFilter(max_aspect=0.5), "max_aspect must be at least 1"),
+        (lambda: CaptionFilter(min_tokens="2"), "min_tokens must be an integer"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_parameters_are_named(make: Callable[[], Selector], message: str) -> None:
@@ -170,7 +170,9 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_a_missing_model_is_named() -> None:
-    with pytest.raises(InputError, match=r"path='lid.176.bin' is not a file. Download"):
+    with pytest.raises(
+        InputError, match=r"path must be an existing file. Got 'lid.176.bin'. Download"
+    ):
         FastText(path="lid.176.bin")(["a"])
 
 
@@ -201,7 +203,7 @@ def test_fasttext_tells_languages(tmp_path: Path) -> None:
     assert model(["the\nhouse", "das haus", "red \udce9"]) == ["en", "de", "en"]
     assert kept(IsLanguage(identifier=model), make_source(["rote", "the red", "haus"])) == [1]
     path.write_bytes(b"not a model")
-    with pytest.raises(InputError, match="FastText cannot read path="):
+    with pytest.raises(InputError, match=r"FastText: path cannot be read: .*model.bin"):
         FastText(path=str(path))(["a"])
 
 

@@ -181,14 +181,14 @@ def test_ranks_choose_alike(
 
 def test_wrong_parameters() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"alpha": 0}, r"selector.alpha must be a number in the range \(0, 1\]"),
-        ({"fraction": 1.5}, r"selector.fraction must be a number in the range \(0, 1\]"),
-        ({"max_repeats": 0}, r"selector.max_repeats must be an integer of at least 1. Got 0"),
+        ({"alpha": 0}, r"alpha must be a number in the range \(0, 1\]"),
+        ({"fraction": 1.5}, r"fraction must be a number in the range \(0, 1\]"),
+        ({"max_repeats": 0}, r"max_repeats must be an integer of at least 1. Got 0"),
     ]
     for parameters, message in wrong:
         with pytest.raises(InputError, match=message):
             make(**parameters)
-    with pytest.raises(InputError, match=r"selector.path must end in .parquet or .npy. Got 'x'"):
+    with pytest.raises(InputError, match=r"path must end in .parquet or .npy, or be null. Got 'x'"):
         DynamicClusterSampling(path="x", column="c", seed=0)
     with pytest.raises(InputError, match=r"decides by itself how many samples it keeps"):
         make().draw(source_of([1.0]), SubBatch(samples=1))

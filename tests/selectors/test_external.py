@@ -37,11 +37,14 @@ def test_subset_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "a.csv", "column": "x"}, r"must end in .parquet or .npy. Got 'a.csv'"),
-        ({"path": "a.parquet", "fraction": 0.1}, "selector.column must name a column"),
+        (
+            {"path": "a.csv", "column": "x"},
+            r"must end in .parquet or .npy, or be null. Got 'a.csv'",
+        ),
+        ({"path": "a.parquet", "fraction": 0.1}, "column must name a column"),
         ({"path": "a.parquet", "column": "x"}, "exactly one of"),
-        ({"path": "a.parquet", "column": "x", "fraction": 2.0}, "selector.fraction must be"),
-        ({"path": None, "fraction": 0.1}, "selector.column must name a column of the metadata"),
+        ({"path": "a.parquet", "column": "x", "fraction": 2.0}, "fraction must be"),
+        ({"path": None, "fraction": 0.1}, "column must name a column of the metadata"),
         ({"path": "a.npy", "column": "x"}, "exactly one of"),
         ({"path": "a.npy", "fraction": 0.5}, "finished subset.*fraction=0.5"),
         ({"path": "a.npy", "threshold": 0.0}, "finished subset.*threshold=0.0"),
@@ -61,7 +64,7 @@ def test_chunk_without_the_column_is_a_fault_of_the_engine() -> None:
 
 def test_names_that_yaml_reads_as_numbers_are_explained() -> None:
     for column in (math.inf, 12, True):
-        with pytest.raises(InputError, match=r"selector\.column must be text\. Got .*quote it"):
+        with pytest.raises(InputError, match=r"column must be text\. Got .*quote it"):
             External(path=None, column=column, fraction=0.5)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"selector\.path must be text\. Got 7"):
+    with pytest.raises(InputError, match=r"path must be text\. Got 7"):
         External(path=7, column="a", fraction=0.5)  # type: ignore[arg-type]

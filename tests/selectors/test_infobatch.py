@@ -130,12 +130,12 @@ def test_ranks_choose_alike(
 
 def test_wrong_parameters() -> None:
     for ratio, message in (
-        (1.0, r"selector.ratio must be below 1"),
-        (0.0, r"selector.ratio must be a number in the range \(0, 1\]"),
+        (1.0, r"ratio must be below 1"),
+        (0.0, r"ratio must be a number in the range \(0, 1\]"),
     ):
         with pytest.raises(InputError, match=message):
             InfoBatch(seed=0, ratio=ratio)
-    with pytest.raises(InputError, match=r"selector.seed must be an integer of at least 0"):
+    with pytest.raises(InputError, match=r"seed must be an integer of at least 0"):
         InfoBatch(seed=-1)
     with pytest.raises(InputError, match=r"decides by itself how many samples it keeps"):
         InfoBatch(seed=0).draw(source_of(np.ones(2)), SubBatch(samples=1))

@@ -141,13 +141,13 @@ def test_contract(loss: str, models: tuple[str, ...]) -> None:
 
 
 def test_mistakes_of_users() -> None:
-    with pytest.raises(InputError, match=r"JEST needs selector.learner, .* Got neither"):
+    with pytest.raises(InputError, match=r"JEST needs learner, .* Got neither"):
         make_selector(learner=None, reference=None)
-    with pytest.raises(InputError, match=r"selector.loss must be one of sigmoid, softmax"):
+    with pytest.raises(InputError, match=r"loss must be one of sigmoid, softmax"):
         make_selector(loss="pair")
-    with pytest.raises(InputError, match=r"selector.chunks must be an integer of at least 1"):
+    with pytest.raises(InputError, match=r"chunks must be an integer of at least 1"):
         make_selector(chunks=0)
-    with pytest.raises(InputError, match=r"selector.fraction must be a number in the range"):
+    with pytest.raises(InputError, match=r"fraction must be a number in the range"):
         make_selector(fraction=0.0)
     unknown = make_selector(reference=ModelFeatures(name="l14"))
     with pytest.raises(InputError, match=r"logit scale of the model of the features 'l14'"):

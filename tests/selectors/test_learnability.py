@@ -161,13 +161,13 @@ def test_own_logits_come_before_those_of_the_source() -> None:
 
 
 def test_mistakes_of_users() -> None:
-    with pytest.raises(InputError, match=r"Learnability needs selector.learner, .* Got neither"):
+    with pytest.raises(InputError, match=r"Learnability needs learner, .* Got neither"):
         Learnability(learner=None, reference=None, fraction=0.5)
-    with pytest.raises(InputError, match=r"selector.loss must be one of softmax, sigmoid, pair"):
+    with pytest.raises(InputError, match=r"loss must be one of softmax, sigmoid, pair"):
         Learnability(learner=LEARNER, reference=None, loss="l2", fraction=0.5)
-    with pytest.raises(InputError, match=r"the logit_scale of the features 'x' must be above 0"):
+    with pytest.raises(InputError, match=r"ModelFeatures: logit_scale must be above 0"):
         ModelFeatures(name="x", logit_scale=0.0)
-    with pytest.raises(InputError, match=r"the logit_bias of the features 'x' must be a finite"):
+    with pytest.raises(InputError, match=r"ModelFeatures: logit_bias must be a finite"):
         ModelFeatures(name="x", logit_bias=float("nan"))
 
 

@@ -357,7 +357,7 @@ def test_decided_samples_are_decided(data: st.DataObject, count: int) -> None:
      ("passes", 1.5), ("partition", "shard"), ("precision", "fp16"), ("seed", -1)],
 )  # fmt: skip
 def test_parameters_are_checked(option: str, value: object) -> None:
-    with pytest.raises(InputError, match=f"selector.{option} must"):
+    with pytest.raises(InputError, match=f"NegCLIPLoss: {option} must"):
         make(**{option: value})
 
 

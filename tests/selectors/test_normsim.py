@@ -173,7 +173,7 @@ def test_bad_targets_are_left_out(p: Any) -> None:
 
 @pytest.mark.parametrize("p", [0.5, True, "two", math.nan])
 def test_faults_of_p(p: Any) -> None:
-    with pytest.raises(InputError, match=r"selector\.p must be a number of at least 1, or inf"):
+    with pytest.raises(InputError, match=r"p must be a number of at least 1, or inf"):
         NormSim(features="a", target=FeatureFile(path="t"), p=p, fraction=0.3)
 
 

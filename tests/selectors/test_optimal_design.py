@@ -142,7 +142,7 @@ def test_killed_run_continues() -> None:
 
 
 def test_faults_of_input() -> None:
-    with pytest.raises(InputError, match=r"selector\.ridge must be above 0"):
+    with pytest.raises(InputError, match=r"ridge must be above 0"):
         AOptimal(features="a", fraction=0.3, steps=2, ridge=0)
     empty = MemorySource(samples(), files={FILE: torch.zeros(3, 6)})
     with pytest.raises(InputError, match=r"VOptimal: t\.npz has no rows"):

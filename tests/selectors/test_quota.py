@@ -163,12 +163,12 @@ def test_nothing_judged_keeps_nothing() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({}, "exactly one of selector.fraction, selector.count and selector.per_cluster"),
+        ({}, "exactly one of fraction, count and per_cluster"),
         ({"count": 1, "fraction": 0.5}, "exactly one of"),
-        ({"count": -1}, "selector.count must be an integer of at least 0"),
-        ({"per_cluster": 0}, "selector.per_cluster must be an integer of at least 1"),
-        ({"fraction": 2.0}, "selector.fraction must be a number in the range"),
-        ({"count": 1, "quotas": "fair"}, "selector.quotas must be one of proportional, equal"),
+        ({"count": -1}, "count must be an integer of at least 0"),
+        ({"per_cluster": 0}, "per_cluster must be an integer of at least 1"),
+        ({"fraction": 2.0}, "fraction must be a number in the range"),
+        ({"count": 1, "quotas": "fair"}, "quotas must be one of proportional, equal"),
         ({"count": 1, "clusters": And(selectors=[Given([1])])}, "must be a ScoreSelector. Got And"),
     ],
 )

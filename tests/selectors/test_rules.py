@@ -185,7 +185,7 @@ def test_a_rule_is_known_by_its_parameters(rule: object) -> None:
 
 @pytest.mark.parametrize("count", [-1, 1.0, True, None])
 def test_top_count_refuses_bad_count(count: object) -> None:
-    with pytest.raises(InputError, match=r"selector.rule.count must be an integer of at least 0"):
+    with pytest.raises(InputError, match=r"count must be an integer of at least 0"):
         TopCount(count)  # type: ignore[arg-type]  # what a YAML file may hold
 
 
@@ -204,11 +204,11 @@ def test_as_given_refuses_other_numbers(value: float) -> None:
 
 @pytest.mark.parametrize("fraction", [0, 0.0, -0.1, 1.5, math.nan, "0.3", True, None])
 def test_top_fraction_refuses_bad_fraction(fraction: object) -> None:
-    with pytest.raises(InputError, match=r"selector.fraction must be a number in the range \(0, 1"):
+    with pytest.raises(InputError, match=r"fraction must be a number in the range \(0, 1"):
         TopFraction(fraction)  # type: ignore[arg-type]  # what a YAML file may hold
 
 
 @pytest.mark.parametrize("threshold", [math.nan, math.inf, "0.3", True, None])
 def test_threshold_refuses_bad_threshold(threshold: object) -> None:
-    with pytest.raises(InputError, match=r"selector.threshold must be a finite number"):
+    with pytest.raises(InputError, match=r"threshold must be a finite number"):
         Threshold(threshold)  # type: ignore[arg-type]  # what a YAML file may hold

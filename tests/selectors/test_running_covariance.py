@@ -179,8 +179,8 @@ def test_sizes_of_super_batches_may_change() -> None:
 
 def test_wrong_input() -> None:
     for decay, message in (
-        (1, r"selector.decay must be below 1"),
-        (0, r"selector.decay must be a number in the range \(0, 1\]"),
+        (1, r"decay must be below 1"),
+        (0, r"decay must be a number in the range \(0, 1\]"),
     ):
         with pytest.raises(InputError, match=message):
             RunningVas(decay=decay, fraction=0.3)

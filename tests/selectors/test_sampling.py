@@ -216,7 +216,7 @@ def test_a_batch_that_prevents_repetition_is_told(
     rule = SoftCapSampling(fraction=fraction, batch_samples=batch_samples, seed=0)
     told = rule.faults(100, 100)
     assert [bool(words and words in text) for text in told] == [True] * (words is not None)
-    assert all("batch_samples=auto" in text for text in told)
+    assert all("batch_samples be auto" in text for text in told)
 
 
 def test_a_larger_penalty_repeats_less() -> None:
@@ -308,19 +308,19 @@ def test_fractions_count_the_pool() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SoftmaxSampling(seed=0), "exactly one of selector.rule.fraction"),
-        (lambda: SoftmaxSampling(seed=0, fraction=1.5), "selector.rule.fraction must be a number"),
-        (lambda: SoftCapSampling(seed=0, fraction=0.0), "selector.rule.fraction must be above 0"),
+        (lambda: SoftmaxSampling(seed=0), "exactly one of fraction"),
+        (lambda: SoftmaxSampling(seed=0, fraction=1.5), "fraction must be a number"),
+        (lambda: SoftCapSampling(seed=0, fraction=0.0), "fraction must be above 0"),
         (lambda: SoftCapSampling(seed=0, count=1, penalty=-1), "penalty must be at least 0"),
         (lambda: SoftCapSampling(seed=0, count=1, batch_samples=0), "batch_samples must be an"),
         (
             lambda: SoftCapSampling(seed=0, count=1, batch_samples="few"),
             "batch_samples must be auto",
         ),
-        (lambda: HardCapSampling(seed=0, count=1, cap=0), "selector.rule.cap must be an integer"),
-        (lambda: HardCapSampling(seed=-1, count=1), "selector.rule.seed must be an integer"),
+        (lambda: HardCapSampling(seed=0, count=1, cap=0), "cap must be an integer"),
+        (lambda: HardCapSampling(seed=-1, count=1), "seed must be an integer"),
         (lambda: HardCapSampling(seed=0, count=1, temperature=0), "temperature must be above 0"),
-        (lambda: HardCapSampling(seed=0, count=1.5), "selector.rule.count must be an integer"),
+        (lambda: HardCapSampling(seed=0, count=1.5), "count must be an integer"),
     ],
 )
 def test_wrong_parameters_are_named(make: Callable[[], Any], message: str) -> None:

@@ -77,9 +77,9 @@ def test_fraction_of_what_is_left_or_of_the_pool() -> None:
     left = MemorySource(make_chunk(rows)).restrict(np.array([1, 3, 5, 9]))
     assert AboveMean(fraction=0.3).select(left).multiplicities.tolist() == [0, 1, 1, 1]
     assert AboveMean(fraction=0.5, of="left").select(left).multiplicities.tolist() == [0, 0, 1, 1]
-    with pytest.raises(InputError, match=r"selector.of must be one of pool, left. Got 'rest'"):
+    with pytest.raises(InputError, match=r"of must be one of pool, left. Got 'rest'"):
         AboveMean(fraction=0.5, of="rest")
-    with pytest.raises(InputError, match=r"selector.of='left' belongs to selector.fraction"):
+    with pytest.raises(InputError, match=r"of belongs to fraction. Got 'left'"):
         AboveMean(threshold=0.5, of="left")
 
 

@@ -89,7 +89,7 @@ def test_same_samples_are_kept_in_a_larger_pool() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 1.0, "1", True, None])
 def test_bad_seed_is_refused(seed: object) -> None:
-    with pytest.raises(InputError, match=r"selector.seed must be an integer of at least 0"):
+    with pytest.raises(InputError, match=r"seed must be an integer of at least 0"):
         Uniform(seed=seed, fraction=0.5)  # type: ignore[arg-type]  # what a YAML file may hold
 
 

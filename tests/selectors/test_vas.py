@@ -138,11 +138,11 @@ def test_a_covariance_that_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of selector.target and selector.covariance"),
+        ({}, "exactly one of target and covariance"),
         ({"target": FILE, "covariance": FILE}, "exactly one of"),
-        ({"target": FILE, "modality": "video"}, "selector.modality must be one of image, text"),
-        ({"target": "t.npz"}, "selector.target, where it is no file, must be one of pool"),
-        ({"target": FILE, "modality": "cross"}, "needs selector.text_target"),
+        ({"target": FILE, "modality": "video"}, "modality must be one of image, text"),
+        ({"target": "t.npz"}, "target must be a FeatureFile or pool"),
+        ({"target": FILE, "modality": "cross"}, "text_target must be given"),
         ({"target": "pool", "modality": "cross", "text_target": FILE}, "and not otherwise"),
         ({"target": FILE, "text_target": FILE}, "and not otherwise"),
     ],

@@ -335,11 +335,11 @@ def test_draws_are_fresh_at_each_step() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0}, "selector.fraction"),
-        ({"steps": 0}, "selector.steps must be an integer of at least 1"),
-        ({"initial": "all"}, "selector.initial must be one of pool, left"),
-        ({"sample_fraction": 0}, "selector.sample_fraction"),
-        ({"seed": -1}, "selector.seed"),
+        ({"fraction": 0}, "fraction"),
+        ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"initial": "all"}, "initial must be one of pool, left"),
+        ({"sample_fraction": 0}, "sample_fraction"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_faults_of_options(options: dict[str, Any], message: str) -> None:

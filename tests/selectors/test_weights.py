@@ -186,7 +186,9 @@ def test_compositions_that_cannot_make_up_for_a_bias_say_so(
     run(Or(selectors=[weigher, plain, weigher]), source_of(3))
     assert "Or: Weighed and Weighed weigh what they keep, and a sample that" in caplog.text
     run(Minus(keep=plain, remove=weigher), source_of(3))
-    assert "Minus: selector.remove=Weighed weighs what it keeps, and that goes" in caplog.text
+    assert (
+        "Minus: what it removes with, Weighed, weighs what it keeps, and that goes" in caplog.text
+    )
 
 
 def test_contract_of_compositions_that_weigh() -> None:
@@ -239,9 +241,9 @@ def test_weights_are_checked(weights: Any, error: type[Exception], message: str)
 
 def test_selectors_of_scores_alone_refuse_members_that_weigh() -> None:
     weigher, plain = WeighedScores(fraction=1), Uniform(seed=0, fraction=1)
-    message = r"selectors\.1: WeighedScores weighs what it keeps, and here its scores alone count"
+    message = r"selectors\.1 must not weigh what it keeps: here its scores alone count"
     for kind in (RankSum, Mix):
         with pytest.raises(InputError, match=message):
             kind(selectors=[plain, weigher], fraction=0.5)
-    with pytest.raises(InputError, match=r"selector\.selector: WeighedScores weighs"):
+    with pytest.raises(InputError, match=r"QuotaPerCluster: selector must not weigh"):
         QuotaPerCluster(selector=weigher, clusters=plain, fraction=0.5)

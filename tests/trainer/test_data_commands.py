@@ -187,7 +187,7 @@ def test_bench_from_the_command_line(base: list[str], cli: Cli, tmp_path: Path) 
         assert re.search(rf"\n{kept} % +{rounds} +{rounds} +(never|[\d.]+ passes)\n", result.stdout)
     assert "GB of memory available" in result.stdout
     assert "page cache" in result.stdout
-    assert result.stdout.splitlines()[-1].endswith("of this run (scale.samples_seen).")
+    assert result.stdout.splitlines()[-1].endswith("of this run (its samples seen).")
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"scores", "selections"}
 
 

@@ -160,7 +160,7 @@ def test_random_weights_are_refused_where_nobody_wants_them(
             "weights=best",
             r"model.weights must be one of \['auto', 'ema', 'raw'\]. Got 'best'",
         ),
-        ("lock.text_unlocked_layers=1", r"no effect without model.lock.text=true"),
+        ("lock.text_unlocked_layers=1", r"model.lock.text must be true, or text_unlocked_layers"),
         ("options.force_image_size=x", r"force_image_size must be a number of pixels"),
     ],
 )

@@ -256,7 +256,7 @@ def test_published_recipes_run(options: list[str], base: list[str], compose: Com
     [
         ([], r"needs the logit bias of the reference: set online\.reference\.features\.logit_bias"),
         (["online.reference.features.logit_bias=-9"],
-         r"needs the logit bias of the model.*'learner'"),
+         r"learner.logit_bias of 'learner' must be given for the sigmoid"),
     ],
 )  # fmt: skip
 def test_sigmoid_choice_needs_biases(

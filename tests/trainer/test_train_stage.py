@@ -172,7 +172,10 @@ def test_budget_is_rounded_up_to_full_batches() -> None:
             r"data\.start_method must be one of .*, or null\. Got 'thread'",
         ),
         ("seed=-1", r"seed must be an integer of at least 0. Got -1"),
-        ("model.pretrained=/nonexistent.pt", r"model\.pretrained='/nonexistent.pt' is not a file"),
+        (
+            "model.pretrained=/nonexistent.pt",
+            r"model\.pretrained must be .* an existing file. Got '/nonexistent.pt'",
+        ),
         ("trainer.accelerator=abacus", r"trainer\.\*: Lightning refuses these settings"),
         ("trainer.checkpoint_every_n_steps=0", r"checkpoint_every_n_steps must be .* at least 1"),
         ("eval.root=/nonexistent", r"eval\.root must be"),

@@ -22,7 +22,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
@@ -45,7 +45,7 @@ FAILURE = 2  # exit status for faults of the user's input
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
-# What Hydra says as a plain ValueError of `eval=3`, or of options of its own
+# What Hydra says, in words alone, as a plain ValueError of `eval=3`, or of options of its own
 _VALUE_ERRORS = ("Config group override must be", "Only one of --run", "The --resolve flag")
 
 
@@ -81,7 +81,8 @@ def application(
                     # Those of an evaluation are the same on all ranks; a rank that trains may
                     # be the only one to meet a fault.
                     quiet = command.startswith("eval") and not is_first_rank(os.environ)
-                    _end("" if quiet else f"siftclip {command}: error: {error}", FAILURE)
+                    message = str(error) if isinstance(error, InputError) else _in_one_line(error)
+                    _end("" if quiet else f"siftclip {command}: error: {message}", FAILURE)
                 except TrainingStopped as stop:
                     _leave(command, stop)
                 except (KeyboardInterrupt, SystemExit) as error:
@@ -129,7 +130,7 @@ def application(
 
 def _leave(command: str, stop: TrainingStopped) -> NoReturn:
     """End the process as the signal would have done, which also ends a comparison or a sweep."""
-    from siftclip.trainer.run_dir import is_rank_zero  # imports Lightning, as all that trains
+    from siftclip.trainer.run_dir import is_rank_zero  # imports torch, as all that trains
 
     by_submitit = stop.signal not in (signal.SIGINT, signal.SIGTERM)
     if not is_rank_zero():
@@ -264,11 +265,24 @@ def _explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
         error: Hydra's.
         typed: what was typed, by what Hydra was given.
     """
-    text = str(error).strip() or str(error.__cause__ or type(error).__name__)
+    cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options:
         return _no_configuration(str(error.missing_cfg_file), error.options, typed.values())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return f"Cannot find primary config {error.missing_cfg_file!r}."
     if isinstance(error, OverrideParseException):
         return _unreadable(typed.get(error.override, error.override))
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
+        return _not_an_option(_typed_key(cause.full_key, typed), typed, command)
+    return _by_its_words(error, command, typed) or _in_one_line(error)
+
+
+def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> str | None:
+    """The message for one of Hydra's that says by its words alone what it is about.
+
+    `ConfigCompositionException` has no fields, and of these faults no cause that has any.
+    """
+    text = str(error)
     if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
         key, _, value = found[1].partition("=")
         as_list = "" if "(" in value else f"A list is written {key}=[{value}]; "
@@ -278,23 +292,36 @@ def _explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
         )
     unknown = re.match(r"Could not override '(.*?)'|Could not delete .* '(.*?)'\s+does not", text)
     if unknown:
-        key = unknown[1] or unknown[2]
-        full_key = str(getattr(error.__cause__, "full_key", None) or "")
-        key = full_key if full_key.startswith(f"{key}.") else key
-        choices = [word for word in typed if re.fullmatch(r"[\w/@.]+=[\w-]+", word)]
-        return _not_an_option(key, _options(command, choices), command)
+        return _not_an_option(unknown[1] or unknown[2], typed, command)
     if text.startswith("Could not append to config. An item is already at"):
         given = next((w for w in typed.values() if re.match(r"\+(?!\+)", w) and w in text), "+")
         return f"{given} would add what is there already. Leave the + out: {given[1:]}"
-    if error.__cause__ is not None and str(error.__cause__) not in text:
-        text += f": {error.__cause__}"
-    text = text.partition("Config search path:")[0]
-    own = [line for line in text.splitlines() if not re.match(r" *(full_key|\w+_type)[:=]", line)]
-    return " ".join(line.strip() for line in own).strip()
+    return None
 
 
-def _not_an_option(key: str, options: Mapping[str, bool], command: str) -> str:
+def _typed_key(full_key: str, typed: Iterable[str]) -> str:
+    """The whole key that was typed, of which OmegaConf names the part up to the first fault."""
+    keys = (word.partition("=")[0].lstrip("+~") for word in typed)
+    return next((key for key in keys if key.startswith(f"{full_key}.")), full_key)
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Hydra's or OmegaConf's message without what is for programmers, and that of its cause."""
+    # both append what they know to their messages, below: the search path, the fields of the error
+    text = re.split(r"Config search path:|\s*full_key: ", str(error).strip())[0]
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        text += "" if error.full_key in text else f" ({error.full_key})"
+    cause = error.__cause__
+    if cause is not None and not isinstance(error, OmegaConfBaseException):
+        told = _in_one_line(cause)
+        text = f"{text}: {told}" if text and told not in text else text or told
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     """The message for a key that is none of the options: the one that was meant, if it is close."""
+    choices = [word for word in typed if re.fullmatch(r"[\w/@.]+=[\w-]+", word)]
+    options = _options(command, choices)
     parent, _, last = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in options if _parent(name) == parent}
     close = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]

@@ -12,7 +12,7 @@ from siftclip.trainer.settings.read_command import compose
 @application("compare", CompareCommand)
 def main(settings: CompareCommand) -> None:
     """Run all arms, print the table and say where the report is."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.compare.arms import compare_stage
     from siftclip.trainer.run_dir import is_rank_zero
 

@@ -12,7 +12,7 @@ from siftclip.trainer.settings.read_command import compose
 @application("demo", DemoCommand)
 def main(settings: DemoCommand) -> None:
     """Run the demo and say what to look at."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.demo import demo_stage
 
     outcome = demo_stage(settings, list(HydraConfig.get().overrides.task), compose)

@@ -9,7 +9,7 @@ from siftclip.trainer.settings.commands import EmbedCommand
 @application("embed", EmbedCommand)
 def main(settings: EmbedCommand) -> None:
     """Embed the pool and say where the features are."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.embedding import embed_stage
 
     folder = embed_stage(settings)

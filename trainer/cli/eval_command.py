@@ -9,7 +9,7 @@ from siftclip.trainer.settings.commands import EvalCommand
 @application("eval", EvalCommand, positional=["model.name", "model.pretrained"])
 def main(settings: EvalCommand) -> None:
     """Evaluate and print the table."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
     from siftclip.trainer.evaluation import (
         details_folder,

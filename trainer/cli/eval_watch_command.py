@@ -9,7 +9,7 @@ from siftclip.trainer.settings.commands import WatchCommand
 @application("eval watch", WatchCommand, positional=["watch.run"])
 def main(settings: WatchCommand) -> None:
     """Evaluate each checkpoint and print its averages."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
     from siftclip.trainer.eval_watch import watch_folder, watch_stage
 

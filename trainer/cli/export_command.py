@@ -9,7 +9,7 @@ from siftclip.trainer.settings.commands import ExportCommand
 @application("export", ExportCommand)
 def main(settings: ExportCommand) -> None:
     """Export, and say what was written and how to load it."""
-    # Here, since importing open_clip and Lightning takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.export import describe_export, export_stage
 
     print(describe_export(export_stage(settings.export)))

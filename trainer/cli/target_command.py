@@ -9,7 +9,7 @@ from siftclip.trainer.settings.commands import TargetCommand
 @application("target", TargetCommand)
 def main(settings: TargetCommand) -> None:
     """Embed the tasks and say where the features are."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.target_embedding import target_stage
 
     folder, paths = target_stage(settings)

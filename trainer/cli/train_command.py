@@ -15,7 +15,7 @@ from siftclip.trainer.settings.commands import TrainCommand
 @application("train", TrainCommand)
 def main(settings: TrainCommand) -> None:
     """Train and say where the run is."""
-    # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
+    # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
     from siftclip.trainer.evaluation import failed_tasks, run_summary
     from siftclip.trainer.run_dir import is_rank_zero

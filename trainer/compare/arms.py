@@ -19,13 +19,10 @@ from tqdm import tqdm
 from siftclip.datamodules.locks import LOCK_NAME, HeldError, locked
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import Budget, Limit, budget_from, limit_from
-from siftclip.trainer.compare.collect import ArmRun, collect
-from siftclip.trainer.compare.report import mixed_notes, write_report
-from siftclip.trainer.compare.tables import format_main_table
 from siftclip.trainer.evaluation import tasks_from
 from siftclip.trainer.launch import require_launcher
 from siftclip.trainer.online.options import check_online
-from siftclip.trainer.run_dir import is_rank_zero
+from siftclip.trainer.run_dir import RunDir, is_rank_zero
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 from siftclip.trainer.training import train_stage
 
@@ -76,7 +73,15 @@ def compare_stage(
     folder = settings.common.output_root / "compare" / settings.compare.name
     if not is_rank_zero():
         return CompareOutcome(folder=folder, table="")
-    comparison = collect(settings, runs)
+    # Here, since importing pandas and jinja2 takes a second.
+    from siftclip.trainer.compare.collect import ArmRun, collect
+    from siftclip.trainer.compare.report import mixed_notes, write_report
+    from siftclip.trainer.compare.tables import format_main_table
+
+    arm_runs = [
+        ArmRun(arm=arm, seed=seed, run=run) for (arm, seed, _), run in zip(plan, runs, strict=True)
+    ]
+    comparison = collect(settings, arm_runs)
     for note in mixed_notes(comparison):
         log.warning(note)
     with locked(folder / LOCK_NAME, owner=str(folder), wait=True):
@@ -88,13 +93,13 @@ def compare_stage(
     )
 
 
-def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool) -> list[ArmRun]:
+def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool) -> list[RunDir]:
     """All runs, in the order of the plan.
 
     What another command is training at the moment comes last: it may be finished by then, and if
     not, there is nothing left to do but to wait for it.
     """
-    runs: dict[int, ArmRun] = {}
+    runs: dict[int, RunDir] = {}
     later: list[int] = []
     with tqdm(
         total=len(plan), desc="compare", unit="run", disable=not progress, leave=False
@@ -103,7 +108,7 @@ def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool)
         def train(number: int, *, wait: bool) -> None:
             arm, seed, arm_settings = plan[number]
             bar.set_postfix_str(f"{arm}, seed {seed}")
-            runs[number] = ArmRun(arm=arm, seed=seed, run=train_stage(arm_settings, wait=wait))
+            runs[number] = train_stage(arm_settings, wait=wait)
             bar.update()
 
         for number, (arm, seed, _) in enumerate(plan):

@@ -21,6 +21,7 @@ from siftclip.eval.aggregates import result_averages
 from siftclip.eval.report import results_by_key
 from siftclip.eval.results import MAIN_METRIC, KeptResults, TaskResult, read_kept
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.environment import Environment, environments
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.settings.commands import CompareCommand
@@ -180,7 +181,9 @@ def _rows_of_run(
             reason = result.note or "not defined on these samples"
             lacking.append((name, reason, bool(result.note)))
         rows += _result_rows(result, reason)
-    for group, average in result_averages(by_key.values(), groups).items():
+    with options_of(under("eval", "groups")):
+        averages = result_averages(by_key.values(), groups)
+    for group, average in averages.items():
         row = _empty_row(f"average/{group}", "")
         if average.complete:  # a part cannot be compared
             row["value"] = average.value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Literal, get_args
 
-from open_clip.loss import SigLipLoss as OpenClipSigLipLoss
 from torch import Tensor
 
 from siftclip.selectors.errors import InputError
@@ -32,6 +31,8 @@ class SigLipLoss(ContrastiveObjective):
     takes_weights = False
 
     def __init__(self, dist_impl: DistImpl = "bidir") -> None:
+        from open_clip.loss import SigLipLoss as OpenClipSigLipLoss
+
         super().__init__()
         if dist_impl not in get_args(DistImpl):
             raise InputError(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -225,6 +224,8 @@ def read_kinds(pool: Pool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     Raises:
         InputError: a column is missing, there are too many kinds, or no sample is found.
     """
+    import pandas as pd
+
     uids, valid, _, names, columns = read_metadata(path, ["kind"])
     if "kind" not in names:
         raise InputError(f"The truth file {path} must have a column 'kind'. It has {names}.")

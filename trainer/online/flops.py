@@ -22,12 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.selectors.errors import require_int
-from siftclip.trainer.online.scoring import (
-    ScoringConfig,
-    model_mode,
-    scoring_features,
-    seeded_dropout,
-)
+from siftclip.trainer.online.scoring import model_mode, scoring_features, seeded_dropout
+from siftclip.trainer.online.scoring_config import ScoringConfig
 
 SAMPLES = 2  # batch norms in training refuse one value a channel
 

@@ -18,6 +18,7 @@ from siftclip.selectors.base import Choice, Selector, SubBatch, draw
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.source import Logits, Source
 from siftclip.selectors.sub_batch import add_uniform, share_over_groups
+from siftclip.trainer.build.objects import BuiltObjects
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.online.live import LiveFeatures, Pair, carried
 from siftclip.trainer.online.schedule import Schedule
@@ -52,6 +53,7 @@ class StepDraw:
     total_steps: int
     groups: int
     seed: int
+    objects: BuiltObjects = field(default_factory=BuiltObjects)  # the selector, by its options
 
     def __call__(self, source: Source, step: int, samples: int) -> Choice:
         """Choose `samples` of a source, equally many of each group. Every rank calls it."""
@@ -63,7 +65,8 @@ class StepDraw:
         asked = SubBatch.of_quotas(
             samples // self.groups - uniform, temperature=settings.temperature, seed=self.seed
         )
-        choice = draw(self.selector, source, asked)
+        with self.objects.told_as_options():
+            choice = draw(self.selector, source, asked)
         if not uniform.any():
             return choice
         kept = add_uniform(

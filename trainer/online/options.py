@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from siftclip.selectors.base import Selector
@@ -23,7 +22,7 @@ from siftclip.trainer.settings.online import (
 )
 from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.selector import SelectorNode
-from siftclip.trainer.stages import selector_from
+from siftclip.trainer.stages import BuiltSelector, selector_from
 
 LEARNER, REFERENCE, SCORER = "learner", "reference", "scorer"
 
@@ -63,7 +62,7 @@ def _learns(selector: Selector) -> bool:
     return type(selector).state_dict is not Selector.state_dict
 
 
-def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> Selector:
+def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> BuiltSelector:
     """A selector of the loop: `online.selector`, or the one of the first stage.
 
     Raises:
@@ -82,10 +81,7 @@ def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> Sel
         schedule_says = online.schedule.filter_ratio is not None
         if "fraction" in node.parameters and node.fraction is None and schedule_says:
             node = node.with_parameters(fraction=1.0)
-    try:
-        return selector_from(node)[0]
-    except InputError as error:  # selectors call their options selector.*
-        raise InputError(re.sub(r"(?<![.\w])selector\.", f"{node.place}.", str(error))) from None
+    return selector_from(node)
 
 
 def kept_fraction(node: SelectorNode) -> float:
@@ -129,10 +125,10 @@ def check_online(
         InputError: an option of `online` does not go with its selector; or the loss cannot use the
             weights of `selector` or `online.selector`.
     """
-    check_weighing(loss, selector_from(offline)[0], f"selector={offline.name}")
+    check_weighing(loss, selector_from(offline).selector, f"selector={offline.name}")
     if isinstance(online, OnceSettings):
         return
-    selector, name = loop_selector(online), online.selector.name
+    selector, name = loop_selector(online).selector, online.selector.name
     needs = Needs.of(selector)
     check_weighing(loss, selector, f"online.selector={name}")
     if getattr(selector, "loss", None) == "sigmoid" and needs.of_model(REFERENCE):
@@ -166,7 +162,7 @@ def has_live_reference(online: LoopSettings) -> bool:
 
 
 def _check_every_step(online: EveryStepSettings, selector: Selector, needs: Needs) -> None:
-    require_draw(selector)
+    require_draw(selector, online.selector.place)
     if chooses_before_reading(online, selector):
         _check_weightless(selector, "online.selector")
     schedule_from(online)
@@ -180,8 +176,8 @@ def _check_every_step(online: EveryStepSettings, selector: Selector, needs: Need
 
 
 def _check_first_stage(online: EveryStepSettings, node: SelectorNode, selector: Selector) -> None:
-    first = loop_selector(online, node)
-    require_draw(first)
+    first = loop_selector(online, node).selector
+    require_draw(first, node.place)
     _check_weightless(first, node.place)
     needs = Needs.of(first)
     if chooses_before_reading(online, selector):
@@ -212,14 +208,22 @@ def _check_weightless(selector: Selector, option: str) -> None:
         )
 
 
-def require_draw(selector: Selector) -> None:
+def require_draw(selector: Selector, option: str) -> None:
     """Check that a selector can choose a sub-batch.
+
+    Args:
+        selector: of the loop.
+        option: the part of the configuration that it was built from.
 
     Raises:
         InputError: it cannot.
     """
     if type(selector).draw is Selector.draw:
-        selector.draw(None, None)  # type: ignore[arg-type]  # it says so
+        raise InputError(
+            f"{option}: {type(selector).__name__} decides by itself how many samples it keeps, and "
+            "cannot be used at every step. Use a selector with scores, or jest; or this one with "
+            "online=every_epoch or online=every_n_steps."
+        )
 
 
 def chooses_before_reading(online: EveryStepSettings, selector: Selector) -> bool:

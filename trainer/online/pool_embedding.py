@@ -17,8 +17,8 @@ from siftclip.datamodules.batches import Request
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.faults import FaultLog
 from siftclip.datamodules.files import write_npz
+from siftclip.datamodules.loader import LoaderOptions, make_loader
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.streaming import LoaderOptions, make_loader
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks

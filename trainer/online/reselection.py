@@ -50,6 +50,7 @@ from siftclip.selectors.source import (
     Source,
 )
 from siftclip.trainer.agreement import require_same
+from siftclip.trainer.build.objects import BuiltObjects
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ class Reselection:
     logits: Callable[[], Mapping[str, Logits]]
     weights: np.ndarray | None  # float32 by the pool's rows, of version 0
     seed: int
+    objects: BuiltObjects = field(default_factory=BuiltObjects)  # the selector, by its options
     ranks: Ranks = field(default_factory=OneRank)  # others are known when training begins
     seconds: float = 0.0  # spent on versions, in this process
     embedding_seconds: float = 0.0  # of these
@@ -287,7 +289,8 @@ class Reselection:
             logits=self.logits(),
             ranks=self.ranks,
         )
-        choice = run(self.selector, Candidates(source, candidates))
+        with self.objects.told_as_options():
+            choice = run(self.selector, Candidates(source, candidates))
         # What version 0 has several times, a version has so many times as often as it keeps it.
         counts = self._counts[np.searchsorted(self._distinct, candidates)]
         multiplicities = np.zeros(len(source), dtype=np.int64)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.trainer.online.cost import SampleFlops
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
-from siftclip.trainer.online.scoring import ScoringConfig
+from siftclip.trainer.online.scoring_config import ScoringConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ import torch
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import column_stamp, read_column
 from siftclip.datamodules.feature_files import feature_file_stamp
-from siftclip.datamodules.identities import selector_identity
+from siftclip.datamodules.features import MissingArrayError
+from siftclip.datamodules.identities import selector_identity, stored_targets
 from siftclip.datamodules.pool_source import PoolSource
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.step_plan import StepPlan
@@ -22,6 +23,7 @@ from siftclip.selectors.base import ScoreSelector
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import TRAINING_LOSS, Logits
 from siftclip.selectors.uniform import Uniform
+from siftclip.trainer.build.options import options_of
 from siftclip.trainer.lightning_setup import loader_options
 from siftclip.trainer.models import clip_model_from, model_files
 from siftclip.trainer.objective import LossData, same_tokens, teacher_model
@@ -49,7 +51,8 @@ from siftclip.trainer.online.reselection import Reselection
 from siftclip.trainer.online.sample_flops import Judge, counted, learner_flops, selecting_flops
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scorer import OnlineScorer
-from siftclip.trainer.online.scoring import ScoringConfig, check_scoring, scoring_is_forward
+from siftclip.trainer.online.scoring import check_scoring, scoring_is_forward
+from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.data import DataSettings
@@ -69,7 +72,7 @@ from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import PoolSettings
 from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.selector import SelectorNode
-from siftclip.trainer.stages import SelectOutcome, selector_from
+from siftclip.trainer.stages import BuiltSelector, SelectOutcome, selector_from
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +153,7 @@ def online_identity(
     online: OnlineSettings, source: PoolSource, *, world_size: int
 ) -> dict[str, Any]:
     """All of `online` that trained weights depend on, with the files that it reads."""
-    identity: dict[str, Any] = to_plain(online)
+    identity: dict[str, Any] = stored_targets(to_plain(online))
     if isinstance(online, OnceSettings):
         return identity
     for name in ("diagnostics", "batch_size"):  # decide about no weight
@@ -166,11 +169,11 @@ def online_identity(
         nodes += [] if first is None else [first]
     code: dict[str, str] = {}
     for node in nodes:
-        selector = loop_selector(online, node)
-        of_selector = selector_identity(selector)
+        built = loop_selector(online, node)
+        of_selector = selector_identity(built.selector)
         code |= of_selector["code"]
         parts.append(of_selector["files"])
-        needs = Needs.of(selector)
+        needs = Needs.of(built.selector)
         live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
         if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
             live |= set(needs.of_model(REFERENCE))
@@ -178,8 +181,9 @@ def online_identity(
         _check_cached(source, keys)
         parts += [source.store((key,)).fingerprint for key in keys.values()]
         parts += [feature_file_stamp(file) for file in needs.files]
-        for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
-            parts += column_stamp(source.pool, column)
+        with built.objects.told_as_options():
+            for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
+                parts += column_stamp(source.pool, column)
     return {**identity, "code": code, "files": parts}
 
 
@@ -213,7 +217,7 @@ def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
     if not isinstance(online, EveryStepSettings):
         return lambda total_steps, steps: StepPlan.plain(batch, len(steps))
     groups, schedule = _groups(parts, online), schedule_from(online)
-    unread = chooses_before_reading(online, loop_selector(online))
+    unread = chooses_before_reading(online, loop_selector(online).selector)
     keep = 1.0
     if online.first_stage.selector is not None:
         keep -= float(online.first_stage.filter_ratio)
@@ -277,7 +281,8 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
     source, model = parts.source, parts.clip.model
     schedule, groups = schedule_from(online), _groups(parts, online)
     plan = step_plan(parts, total_steps)
-    selector = loop_selector(online)
+    built = loop_selector(online)
+    selector = built.selector
     needs = Needs.of(selector)
     losses = _losses_seen(source, needs)
     ratio = schedule.filter_ratio
@@ -287,9 +292,10 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
             f"the {plan.trained} samples of scale.global_batch_size. Raise it, or set it to 0."
         )
 
-    def step_draw(chosen: Any, schedule: Schedule) -> StepDraw:
+    def step_draw(chosen: BuiltSelector, schedule: Schedule) -> StepDraw:
         return StepDraw(
-            selector=chosen,
+            selector=chosen.selector,
+            objects=chosen.objects,
             schedule=schedule,
             total_steps=total_steps,
             groups=groups,
@@ -302,7 +308,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
     aliases = reference_aliases(online)
     told = {REFERENCE: reference_logits(online.reference.features)}
 
-    def first_stage(chosen: Any, of: Needs, schedule: Schedule) -> CachedFirstStage:
+    def first_stage(chosen: BuiltSelector, of: Needs, schedule: Schedule) -> CachedFirstStage:
         keys = {key: aliases.get(key, key) for key in sorted(of.features)}
         _check_cached(source, keys)
         return CachedFirstStage(
@@ -329,7 +335,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
             ),
             source=source,
             learner=learner,
-            first_stage=first_stage(selector, needs, schedule),
+            first_stage=first_stage(built, needs, schedule),
             diagnostics=diagnostics,
             record=record,
         )
@@ -357,7 +363,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
     if online.first_stage.selector is not None:
         early = loop_selector(online, online.first_stage.selector)
         course = Schedule(filter_ratio=0.0)
-        first = first_stage(early, Needs.of(early), course)
+        first = first_stage(early, Needs.of(early.selector), course)
     reuses_forward = (
         needs.of_model(LEARNER) != ()
         and online.weights == "learner"
@@ -370,7 +376,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
         return selecting_flops(_learner_flops(parts), judges, scorer=small, micro_batches=cuts)
 
     in_loop = InLoopSelection(
-        draw=step_draw(selector, schedule),
+        draw=step_draw(built, schedule),
         plan=plan,
         live=live,
         carried=tuple(sorted(carried)),
@@ -429,11 +435,13 @@ def _check_cached(source: PoolSource, keys: Mapping[str, str]) -> None:
     for name, key in keys.items():
         try:
             source.store((key,))
-        except InputError as error:
+        except MissingArrayError as error:
             if name == key:
                 raise
-            option = "online.reference.features.name"
-            raise InputError(str(error).replace("features.name", option)) from None
+            raise InputError(
+                f"online.reference.features.name asks for the array {error.key!r}, which "
+                f"{error.path} lacks. It holds {error.there}."
+            ) from None
 
 
 def _reference(
@@ -534,17 +542,17 @@ def _diagnostics(parts: RunParts, settings: DiagnosticsSettings) -> Diagnostics:
     offline = clusters = kinds = None
     names: tuple[str, ...] = ()
     if settings.offline is not None:
-        option = "online.diagnostics.offline"
-        offline = read_column(pool, Path(settings.offline), "score", option=option).astype(
-            np.float32
-        )
+        with options_of({"path": "online.diagnostics.offline"}):
+            offline = read_column(pool, Path(settings.offline), "score").astype(np.float32)
     else:
-        selector, _, _ = selector_from(parts.selector)
+        built = selector_from(parts.selector)
+        selector = built.selector
         if isinstance(selector, ScoreSelector) and not isinstance(selector, Uniform):
-            offline = selector.scores(parts.source)  # kept by the select stage
+            with built.objects.told_as_options():
+                offline = selector.scores(parts.source)  # kept by the select stage
     if settings.clusters is not None:
-        option = "online.diagnostics.clusters"
-        found = read_column(pool, Path(settings.clusters), "cluster", option=option)
+        with options_of({"path": "online.diagnostics.clusters"}):
+            found = read_column(pool, Path(settings.clusters), "cluster")
         clusters = np.where(np.isfinite(found), found, -1).astype(np.int64)
     if settings.truth is not None:
         kinds, names = read_kinds(pool, Path(settings.truth))
@@ -559,8 +567,8 @@ def _reselection(
 ) -> tuple[Reselection, LossesSeen | None]:
     source, progress = parts.source, parts.common.progress
     told = reference_logits(online.reference.features)
-    selector = loop_selector(online)
-    needs = Needs.of(selector)
+    built = loop_selector(online)
+    needs = Needs.of(built.selector)
     losses = _losses_seen(source, needs)
     live_keys = needs.of_model(LEARNER)
     aliases = reference_aliases(online)
@@ -576,7 +584,8 @@ def _reselection(
         progress=progress,
     )
     reselection = Reselection(
-        selector=selector,
+        selector=built.selector,
+        objects=built.objects,
         source=source,
         rows=parts.selected.rows,
         folder=parts.folder / VERSIONS_FOLDER,

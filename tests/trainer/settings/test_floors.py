@@ -31,7 +31,8 @@ from siftclip.trainer.settings.rules import hints
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = ("trainer", "datamodules", "selectors", "eval")
-READ_HERE = ("trainer/settings/", "trainer/cli/")
+# the last gives selectors the same nodes as Hydra's instantiate does
+READ_HERE = ("trainer/settings/", "trainer/cli/", "trainer/build/objects.py")
 OF_OMEGACONF = {"DictConfig", "ListConfig", "OmegaConf"}
 WALK = 40  # places where the settings of a whole training are read or handed on
 

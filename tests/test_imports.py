@@ -1,0 +1,133 @@
+"""Commands import large packages only when something needs them, so that they start fast."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from siftclip import selectors
+from siftclip.trainer.cli.main import COMMANDS
+
+SCRIPT = Path(__file__).with_name("imports_of_commands.py")
+
+CONFIGURATION = ("hydra", "omegaconf", "antlr4")
+TORCH = ("torch", "numpy")
+# Of what a training or an evaluation needs, and nothing before it.
+LARGE = (
+    *("clip_benchmark", "fsspec", "lightning", "open_clip", "pandas", "pyarrow", "scipy"),
+    *("sklearn", "sympy", "timm", "torch._dynamo", "torchmetrics", "torchvision", "transformers"),
+    *("wandb", "webdataset"),
+)
+
+# Each command with words that it refuses, once the options are composed, before any file is read;
+# and a part of what it says then. A new command must be listed.
+REFUSED: Mapping[str, tuple[list[str], str]] = {
+    "index": ([], "pool.root must name"),
+    "embed": ([], "features.model.name must name"),
+    "target": (["target.root=nowhere"], "target.root must be a folder"),
+    "score": ([], "pool.root must name"),
+    "select": ([], "pool.root must name"),
+    "train": ([], "pool.root must name"),
+    "eval": (["eval.root=null"], "eval.root must name"),
+    "eval watch": ([], "watch.run must name"),
+    "eval diff": ([], "diff.a must name"),
+    "eval download": ([], "download.folder must name"),
+    "export": ([], "export.source must be given"),
+    "compare": ([], "eval.root must name"),
+    "data compact": ([], "compact.output must name"),
+    "data bench": (["bench.samples=0"], "bench.samples must be"),
+    "demo": (["demo.pool_samples=0"], "pool_samples must be"),
+}
+# What a command imports though it refuses the options: data bench has Lightning's callbacks.
+ALLOWED: Mapping[str, tuple[str, ...]] = {"data bench": LARGE}
+
+
+class Case(NamedTuple):
+    """Words of `siftclip`, or `import` and modules; what they must not import, how they end."""
+
+    words: list[str]
+    forbidden: Sequence[str]
+    status: int = 0
+    says: str = ""
+
+
+def offenders(cases: Sequence[Case], cwd: Path, *, after: str | None = None) -> dict[str, Any]:
+    """What went wrong, by the words of the case: forbidden modules, or another end."""
+    requests = [{"words": case.words, "cwd": str(cwd)} for case in cases]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *([] if after is None else ["--after", after])],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    wrong: dict[str, Any] = {}
+    for case, answer in zip(cases, json.loads(result.stdout), strict=True):
+        imported = sorted(set(answer["modules"]) & set(case.forbidden))
+        if imported:
+            wrong[" ".join(case.words)] = imported
+        elif answer["status"] != case.status or case.says not in answer["printed"]:
+            wrong[" ".join(case.words)] = answer["status"], answer["printed"]
+    return wrong
+
+
+def test_help_and_options_need_no_torch(tmp_path: Path) -> None:
+    everything = (*CONFIGURATION, *TORCH, *LARGE)
+    without_torch = (*TORCH, *LARGE)
+    cases = [
+        Case(["import", "siftclip"], everything),
+        Case(["--help"], everything),
+        Case(["--version"], everything),
+        Case(["data", "--help"], everything),
+        Case(["trian"], everything, 2, "Did you mean train?"),
+        Case(["train", "--help"], without_torch),
+        Case(["train", "seeds=1"], without_torch, 2, "seeds is not an option"),
+        Case(["train", "selector=vsa"], without_torch, 2, "there is no such configuration"),
+        Case(["train", "seed"], without_torch, 2, "options are written NAME=VALUE"),
+        *(Case([*command.split(), "--cfg", "job"], without_torch) for command in COMMANDS),
+    ]
+    assert offenders(cases, tmp_path) == {}
+
+
+def test_checks_and_pools_need_torch_alone(
+    tmp_path: Path, make_samples: Callable[..., Any], write_pool: Callable[..., Path]
+) -> None:
+    assert set(REFUSED) == set(COMMANDS)
+    cases = [
+        Case(
+            [*command.split(), "progress=false", *words],
+            [name for name in LARGE if name not in ALLOWED.get(command, ())],
+            2,
+            says,
+        )
+        for command, (words, says) in REFUSED.items()
+    ]
+    modules = [
+        module.name for module in pkgutil.iter_modules(selectors.__path__, "siftclip.selectors.")
+    ]
+    assert "siftclip.selectors.vas" in modules
+    write_pool(make_samples(6))
+    pool = ["pool.root=pool", "progress=false"]
+    cases += [
+        Case(["import", *modules], LARGE),
+        Case(["train", "loss=siglip", "online=every_step"], LARGE, 2),
+        Case(["train", "selector=random", "pool.root=nowhere"], LARGE, 2, "options checked"),
+        Case(["train", "seed=-1"], LARGE, 2, "seed must be"),
+        Case(["train", "eval.root=nowhere"], LARGE, 2, "nowhere"),
+        # pyarrow only where a pool has tables, fsspec only where it is remote
+        Case(["index", *pool], LARGE, 0, "samples    6"),
+        Case(["select", *pool, "selector=random", "overlap=false"], LARGE, 0, "random"),
+        Case(["score", *pool, "selector=random"], LARGE, 0, "written"),
+    ]
+    assert offenders(cases, tmp_path, after="torch") == {}
+
+
+def test_imports_are_seen(tmp_path: Path) -> None:
+    wrong = offenders([Case(["import", "pyarrow"], LARGE)], tmp_path)
+    assert wrong == {"import pyarrow": ["pyarrow"]}
