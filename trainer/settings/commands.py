@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import budget_from
@@ -14,7 +14,7 @@ from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.lightning import LoggerSettings, TrainerSettings
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.marks import Needs
-from siftclip.trainer.settings.model import NAME_NEEDS, ModelSettings
+from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
@@ -69,6 +69,8 @@ class CompactCommand(SelectSections):
 class EmbedCommand(PoolSections):
     """`siftclip embed`."""
 
+    LATE: ClassVar[tuple[str, ...]] = ("features.model.name",)
+
     features: FeaturesSettings
     data: DataSettings
     trainer: TrainerSettings
@@ -84,6 +86,8 @@ class EmbedCommand(PoolSections):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetCommand:
     """`siftclip target`."""
+
+    LATE: ClassVar[tuple[str, ...]] = ("features.model.name",)
 
     common: CommonSettings
     features: FeaturesSettings
@@ -216,15 +220,9 @@ class DemoCommand:
 
 
 def _require_model(features: FeaturesSettings, message: str) -> None:
-    """Check that there is a model to embed with.
-
-    Raises:
-        InputError: there is none, with the message; or it has no name.
-    """
+    """Refuse features without a model to embed with."""
     if features.model is None:
         raise InputError(message)
-    if features.model.name is None:
-        raise InputError(f"{features.model.PLACE}.name {NAME_NEEDS.text}")
 
 
 COMMANDS: dict[str, type] = {

@@ -13,7 +13,7 @@ from siftclip.trainer.settings.marks import Example, Late, Needs, Open, Rare, Wo
 from siftclip.trainer.settings.reader import read
 from siftclip.trainer.settings.section import Count, Section, Weights, WholeNumber
 
-NAME_NEEDS = Needs("must name a model: one of open_clip's, a run directory, or a folder.")
+_NAME_NEEDS = Needs("must name a model: one of open_clip's, a run directory, or a folder.")
 _PIXELS = Words("a number of pixels, or [height, width]")
 
 
@@ -109,7 +109,7 @@ class ModelSettings(Section):
 
     PLACE: ClassVar[str] = "model"
 
-    name: Annotated[str, NAME_NEEDS, Example("ViT-B-32")]
+    name: Annotated[str, _NAME_NEEDS, Example("ViT-B-32")]
     """Name in open_clip such as ViT-B-32, hf-hub:org/repo, a model folder, or a run directory."""
 
     pretrained: Annotated[str | None, Example("openai")] = None
@@ -176,7 +176,7 @@ class EmbeddingModel(OtherModel):
 
     PLACE: ClassVar[str] = "features.model"
 
-    name: Annotated[str | None, Late(), Example("ViT-B-32")] = None
+    name: Annotated[str | None, Late(), _NAME_NEEDS, Example("ViT-B-32")] = None
     """Name in open_clip, hf-hub:org/repo, a model folder, or a run directory."""
 
 

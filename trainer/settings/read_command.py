@@ -46,7 +46,7 @@ def read_command(kind: type[T], config: DictConfig) -> T:
         InputError: values are wrong, missing or unknown; all of them are told.
     """
     tree = plain_tree(config)
-    reader = Reader()
+    reader = Reader(late=getattr(kind, "LATE", ()))
     given: dict[str, Any] = {}
     needed = hints(kind)
     for name, hint in needed.items():

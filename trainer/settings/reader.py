@@ -50,6 +50,7 @@ class Reader:
 
     faults: list[Fault | str] = field(default_factory=list)
     needed: bool = True  # False: only what is wrong whoever needs it, no missing value
+    late: tuple[str, ...] = ()  # options marked `Late` that are needed here
 
     def raise_if_faulty(self) -> None:
         """Raise InputError if something was wrong."""
@@ -80,7 +81,8 @@ class Reader:
         return None if found else _with_tuples(hint, value)
 
     def _missing(self, hint: Any, value: Unset, option: str) -> None:
-        if not self.needed or mark_of(hint, Late) is not None:
+        is_late = mark_of(hint, Late) is not None and option not in self.late
+        if not self.needed or is_late:
             return
         needs = mark_of(hint, Needs)
         reason = value.reason or (needs.text if needs else "must be given.")

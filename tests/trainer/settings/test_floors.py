@@ -11,9 +11,9 @@ from typing import Any, get_args
 import pytest
 
 from siftclip.datamodules.image_transform import ResizeBackend
+from siftclip.datamodules.loader import LoaderOptions, StartMethod
 from siftclip.datamodules.model_options import OPTIONS
 from siftclip.datamodules.model_weights import WEIGHTS
-from siftclip.datamodules.streaming import LoaderOptions, StartMethod
 from siftclip.datamodules.tar_walk import KEY_SPLITS
 from siftclip.datamodules.towers import LockConfig
 from siftclip.eval.evaluate import PRECISIONS, EvalOptions
