@@ -122,7 +122,7 @@ def test_checks_and_pools_need_torch_alone(
         Case(["train", "loss=siglip", "online=every_step", "pool.root=nowhere"], LARGE, 2),
         Case(["train", "selector=random", "pool.root=nowhere"], LARGE, 2, "options checked"),
         Case(["train", "seed=-1"], LARGE, 2, "seed must be"),
-        Case(["train", "eval.root=nowhere"], LARGE, 2, "nowhere"),
+        Case(["train", "pool.root=x", "eval.root=nowhere"], LARGE, 2, "nowhere"),
         # pyarrow only where a pool has tables, fsspec only where it is remote
         Case(["index", *pool], LARGE, 0, "samples    6"),
         Case(["select", *pool, "selector=random", "overlap=false"], LARGE, 0, "random"),
