@@ -132,6 +132,11 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ("selector.alpha=2", "is added with a plus: +selector.alpha=VALUE."),
         ("eval=datacmp", "eval=datacmp: there is no such configuration. There are datacomp, def"),
         ("eval.tasks=a,b", "A list is written eval.tasks=[a,b]; --multirun runs one job for each."),
+        (
+            "logger.entity=me",
+            "logger.entity is not an option. All options: siftclip eval --cfg job",
+        ),
+        ("pool.storage_options.anon=true", "with a plus: +pool.storage_options.anon=VALUE."),
         ("+seed=1", "Leave the + out: seed=1"),
         ("eval=3", "Config group override must be a string"),
         ("eval.groups=[1]", "Cannot merge DictConfig with ListConfig"),

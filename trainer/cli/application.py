@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
+from siftclip.trainer.settings.describe import takes_more
 from siftclip.trainer.settings.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing, register
@@ -333,7 +334,7 @@ def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     way_out = ""
     if close:
         way_out = f" Did you mean {close[0]}?"
-    elif options.get(parent):
+    elif options.get(parent) and takes_more(parent):
         way_out = f" What {parent} does not list is added with a plus: +{key}=VALUE."
     return f"{key} is not an option.{way_out} All options: siftclip {command} --cfg job"
 

@@ -17,7 +17,7 @@ import yaml
 
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
-from siftclip.trainer.settings.marks import Example, Follows, Late, Rare
+from siftclip.trainer.settings.marks import Example, Follows, Late, Open, Rare
 from siftclip.trainer.settings.read_command import groups
 from siftclip.trainer.settings.rules import alternatives, hints, joined, mark_of, words
 from siftclip.trainer.settings.selector import SelectorNode
@@ -121,6 +121,19 @@ def all_options() -> dict[str, Option]:
                 for option in _options_of(kind, group, choice, users):
                     found[option.name] = _united(found.get(option.name), option)
     return found
+
+
+def takes_more(name: str) -> bool:
+    """Whether a mapping takes names that the configuration does not list: `+NAME.MORE=VALUE`."""
+    options = all_options()
+    if "selector" in name.split("."):
+        return True
+    while name:
+        known = options.get(name)
+        if known is not None and mark_of(known.hint, Open) is not None:
+            return True
+        name = name.rpartition(".")[0]
+    return False
 
 
 def _options_of(kind: type, prefix: str, choice: str, users: tuple[str, ...]) -> Iterator[Option]:
