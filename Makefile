@@ -37,7 +37,7 @@ same-answers: $(STAMP)
 
 # docs/options.md, from the dataclasses in trainer/settings/.
 docs: $(STAMP)
-	.venv/bin/python -m siftclip.trainer.settings.reference docs/options.md
+	.venv/bin/python -m siftclip.trainer.settings.describing.reference docs/options.md
 
 setup: $(STAMP)
 

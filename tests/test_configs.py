@@ -21,9 +21,9 @@ from siftclip.trainer.cli.application import _named
 from siftclip.trainer.cli.main import COMMANDS
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.settings.composed import plain_tree
-from siftclip.trainer.settings.help import register_resolvers
+from siftclip.trainer.settings.describing.help import register_resolvers
+from siftclip.trainer.settings.fields.reader import read
 from siftclip.trainer.settings.model import ModelSettings
-from siftclip.trainer.settings.reader import read
 from siftclip.trainer.settings.store import STORED, composing
 from siftclip.trainer.stages import selector_from
 

@@ -18,7 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import siftclip
-from siftclip.trainer.settings.help import register_resolvers
+from siftclip.trainer.settings.describing.help import register_resolvers
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("trainer", "datamodules", "selectors", "eval", "configs")

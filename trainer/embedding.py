@@ -44,7 +44,7 @@ from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.selection_ranks import ranks_of
 from siftclip.trainer.settings.commands import EmbedCommand
 from siftclip.trainer.settings.data import DataSettings
-from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.stages import features_folder, pool_from
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from siftclip.trainer.models import checkpoint_options, clip_model_from
 from siftclip.trainer.run_dir import METRICS_NAME, RunDir
 from siftclip.trainer.run_records import read_config, read_metrics
 from siftclip.trainer.settings.commands import WatchCommand
+from siftclip.trainer.settings.fields.reader import read, read_kept
+from siftclip.trainer.settings.fields.section import Weights
 from siftclip.trainer.settings.model import ModelOptions, ModelSettings
-from siftclip.trainer.settings.reader import read, read_kept
-from siftclip.trainer.settings.section import Weights
 from siftclip.trainer.settings.tools import WatchSettings
 
 FOLDER = "eval_watch"

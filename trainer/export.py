@@ -38,10 +38,10 @@ from siftclip.trainer.models import checkpoint_options
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.run_records import read_config
 from siftclip.trainer.settings.data import ScaleSettings
+from siftclip.trainer.settings.fields.reader import read_kept
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.optim import OptimSettings
-from siftclip.trainer.settings.reader import read_kept
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.tools import ExportSettings
 
 INFO_NAME = "info.pkl"

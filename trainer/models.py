@@ -22,10 +22,10 @@ from siftclip.selectors.description import Behind, describe
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.loss import DistillLoss
 from siftclip.trainer.settings.model import ModelSettings, OtherModel
 from siftclip.trainer.settings.online import EveryStepSettings
-from siftclip.trainer.settings.section import to_plain
 
 AnyModel = ModelSettings | OtherModel
 

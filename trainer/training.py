@@ -49,9 +49,9 @@ from siftclip.trainer.run_dir import IDENTITY_NAME, SUMMARY_NAME, RunDir, is_ran
 from siftclip.trainer.schedules import check_schedule
 from siftclip.trainer.settings.commands import EvalSections, TrainCommand
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.stages import SelectOutcome, select_stage
 
 # What imports Lightning or builds models is imported where it is needed: that takes seconds, in

@@ -31,7 +31,7 @@ from siftclip.trainer import embedding
 from siftclip.trainer.embedding import embed_stage
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.settings.commands import EvalCommand
-from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.stages import select_stage
 
 Compose = Callable[..., DictConfig]

@@ -25,7 +25,7 @@ from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.seed_runs import other_seeds
 from siftclip.trainer.settings.commands import DiffCommand
 from siftclip.trainer.settings.evaluation import EvalSettings
-from siftclip.trainer.settings.reader import read
+from siftclip.trainer.settings.fields.reader import read
 from siftclip.trainer.settings.tools import DiffSettings
 
 

@@ -14,7 +14,7 @@ from siftclip.trainer.eval_download import Downloaded, download_stage
 from siftclip.trainer.settings.commands import DownloadCommand
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
-from siftclip.trainer.settings.reader import read
+from siftclip.trainer.settings.fields.reader import read
 from siftclip.trainer.settings.tools import DownloadSettings
 
 CAPTIONS = "retrieval/flickr_1k_test_image_text_retrieval"

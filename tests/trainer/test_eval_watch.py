@@ -22,7 +22,7 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer import eval_watch
 from siftclip.trainer.eval_watch import watch_stage
 from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.training import train_stage
 
 Compose = Callable[..., DictConfig]

@@ -18,9 +18,9 @@ from siftclip.datamodules.model_options import OPTIONS
 from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import EmbeddingModel, ModelSettings
-from siftclip.trainer.settings.reader import read
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.store import composing
 
 SMALL = [

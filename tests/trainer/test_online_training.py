@@ -26,7 +26,7 @@ from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.optim import make_optimizer
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.schedules import lr_factor
-from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.stages import select_stage
 from siftclip.trainer.step import Objective, StepContext, compute_gradients
 from siftclip.trainer.training import train_stage

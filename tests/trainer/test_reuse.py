@@ -21,8 +21,8 @@ from siftclip.datamodules.pool_source import IDENTITY_NAME
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.evaluation import eval_stage
 from siftclip.trainer.models import model_files
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.stages import score_stage, select_stage
 from siftclip.trainer.training import train_stage
 

@@ -23,7 +23,7 @@ from siftclip.selectors.source import FeatureFile
 from siftclip.trainer.evaluation import eval_stage
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.settings.commands import EvalCommand, EvalSections
-from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.target_embedding import target_stage
 
 Compose = Callable[..., DictConfig]

@@ -24,7 +24,7 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import Budget
 from siftclip.trainer.optim import parameter_groups
 from siftclip.trainer.schedules import lr_factor
-from siftclip.trainer.settings.section import to_plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.stages import select_stage
 from siftclip.trainer.training import train_stage
 

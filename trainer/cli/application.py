@@ -26,8 +26,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
-from siftclip.trainer.settings.describe import takes_more
-from siftclip.trainer.settings.help import register_resolvers
+from siftclip.trainer.settings.describing.describe import takes_more
+from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing, register
 

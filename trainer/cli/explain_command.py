@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from siftclip.trainer.settings.explain import explain, nearest, overview
+from siftclip.trainer.settings.describing.explain import explain, nearest, overview
 
 FAILURE = 2  # exit status for faults of the user's input
 

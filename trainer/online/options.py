@@ -11,6 +11,7 @@ from siftclip.selectors.source import TRAINING_LOSS, ExternalColumn, FeatureFile
 from siftclip.trainer.objective import check_weighing
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import Strategy
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.online import (
@@ -20,7 +21,6 @@ from siftclip.trainer.settings.online import (
     OnceSettings,
     OnlineSettings,
 )
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.stages import BuiltSelector, selector_from
 

@@ -56,6 +56,7 @@ from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.model import ModelSettings, ScorerModel
@@ -70,7 +71,6 @@ from siftclip.trainer.settings.online import (
 )
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import PoolSettings
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.stages import BuiltSelector, SelectOutcome, selector_from
 

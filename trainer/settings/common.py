@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from siftclip.trainer.settings.section import Section, WholeNumber
+from siftclip.trainer.settings.fields.section import Section, WholeNumber
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

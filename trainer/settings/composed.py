@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from siftclip.trainer.settings.rules import Unset
+from siftclip.trainer.settings.fields.rules import Unset
 from siftclip.trainer.settings.selector import SelectorNode
 
 # Selectors of the loop, in which `features.name` stands for `online.features`

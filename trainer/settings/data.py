@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from annotated_types import Ge
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.section import (
+from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
     NotNegative,

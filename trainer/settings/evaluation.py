@@ -9,8 +9,14 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import MinLen
 
-from siftclip.trainer.settings.marks import Example, Open, Words
-from siftclip.trainer.settings.section import Count, KeySplit, NotNegative, Section, WholeNumber
+from siftclip.trainer.settings.fields.marks import Example, Open, Words
+from siftclip.trainer.settings.fields.section import (
+    Count,
+    KeySplit,
+    NotNegative,
+    Section,
+    WholeNumber,
+)
 
 Protocol: TypeAlias = Literal["zero_shot", "linear_probe", "few_shot"]
 Name: TypeAlias = Annotated[str, MinLen(1)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.marks import Example, Words
-from siftclip.trainer.settings.section import Count, Section, Share
+from siftclip.trainer.settings.fields.marks import Example, Words
+from siftclip.trainer.settings.fields.section import Count, Section, Share
 
 Precision: TypeAlias = Literal[
     "auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true"

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Lt
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.marks import Example, Late, Needs, Open, Rare, Words
-from siftclip.trainer.settings.reader import read
-from siftclip.trainer.settings.section import Count, Section, Weights, WholeNumber
+from siftclip.trainer.settings.fields.marks import Example, Late, Needs, Open, Rare, Words
+from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.fields.section import Count, Section, Weights, WholeNumber
 
 _NAME_NEEDS = Needs("must name a model: one of open_clip's, a run directory, or a folder.")
 _PIXELS = Words("a number of pixels, or [height, width]")

@@ -8,9 +8,8 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Lt
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.marks import Follows, Needs, Words
-from siftclip.trainer.settings.model import ReferenceModel, ScorerModel
-from siftclip.trainer.settings.section import (
+from siftclip.trainer.settings.fields.marks import Follows, Needs, Words
+from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
     Fraction,
@@ -19,6 +18,7 @@ from siftclip.trainer.settings.section import (
     Share,
     WholeNumber,
 )
+from siftclip.trainer.settings.model import ReferenceModel, ScorerModel
 from siftclip.trainer.settings.selector import SelectorNode
 
 # A number, or [[share of training, value], ...] with ascending shares.

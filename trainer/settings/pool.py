@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from siftclip.trainer.settings.marks import Example, Needs, Open
+from siftclip.trainer.settings.fields.marks import Example, Needs, Open
+from siftclip.trainer.settings.fields.section import (
+    Auto,
+    Count,
+    KeySplit,
+    NotNegative,
+    Section,
+    Share,
+)
 from siftclip.trainer.settings.model import EmbeddingModel
-from siftclip.trainer.settings.section import Auto, Count, KeySplit, NotNegative, Section, Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed, composed, plain_tree, references
-from siftclip.trainer.settings.reader import Reader
-from siftclip.trainer.settings.rules import Unset, hints, near, unknown
+from siftclip.trainer.settings.fields.reader import Reader
+from siftclip.trainer.settings.fields.rules import Unset, hints, near, unknown
 from siftclip.trainer.settings.store import register
 
 T = TypeVar("T")

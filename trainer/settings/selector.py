@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from siftclip.trainer.settings.rules import Fault, Unset, joined
-from siftclip.trainer.settings.section import Recorded
+from siftclip.trainer.settings.fields.rules import Fault, Unset, joined
+from siftclip.trainer.settings.fields.section import Recorded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,12 @@ from hydra.core.config_store import ConfigStore
 
 from siftclip.trainer.settings import data, evaluation, lightning, loss, online, tools
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
-from siftclip.trainer.settings.marks import Follows, Late, Rare
+from siftclip.trainer.settings.fields.marks import Follows, Late, Rare
+from siftclip.trainer.settings.fields.rules import alternatives, hints, mark_of
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
-from siftclip.trainer.settings.rules import alternatives, hints, mark_of
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.selector import SelectorNode
 
 # Groups that are defined in files: the defaults of these are of no one configuration.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from siftclip.trainer.settings.evaluation import Names
-from siftclip.trainer.settings.marks import Example, Needs, Open, Words
-from siftclip.trainer.settings.section import Count, KeySplit, Positive, Section, Weights
+from siftclip.trainer.settings.fields.marks import Example, Needs, Open, Words
+from siftclip.trainer.settings.fields.section import Count, KeySplit, Positive, Section, Weights
 
 
 def _diff_needs(name: str) -> Needs:

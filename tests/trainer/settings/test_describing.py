@@ -11,11 +11,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from siftclip.trainer.cli.explain_command import main
-from siftclip.trainer.settings.describe import all_options, configurations
-from siftclip.trainer.settings.explain import explain, matching
-from siftclip.trainer.settings.help import choices_line, option_line
-from siftclip.trainer.settings.reference import reference
-from siftclip.trainer.settings.rules import faults
+from siftclip.trainer.settings.describing.describe import all_options, configurations
+from siftclip.trainer.settings.describing.explain import explain, matching
+from siftclip.trainer.settings.describing.help import choices_line, option_line
+from siftclip.trainer.settings.describing.reference import reference
+from siftclip.trainer.settings.fields.rules import faults
 
 ROOT = Path(__file__).parents[3]
 

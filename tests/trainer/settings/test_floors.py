@@ -22,12 +22,13 @@ from siftclip.trainer.losses.siglip import SigLipLoss
 from siftclip.trainer.objective import LOSSES
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring import ScoringConfig
-from siftclip.trainer.settings import evaluation, section
+from siftclip.trainer.settings import evaluation
 from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.fields import section
+from siftclip.trainer.settings.fields.rules import hints
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.model import LockSettings, ModelOptions
 from siftclip.trainer.settings.online import ScheduleSettings, ScoringSettings
-from siftclip.trainer.settings.rules import hints
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = ("trainer", "datamodules", "selectors", "eval")

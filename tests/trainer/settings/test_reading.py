@@ -22,12 +22,12 @@ from siftclip.trainer.settings.commands import (
     TrainCommand,
 )
 from siftclip.trainer.settings.composed import plain_tree
-from siftclip.trainer.settings.describe import Option, all_options
+from siftclip.trainer.settings.describing.describe import Option, all_options
+from siftclip.trainer.settings.fields.reader import Reader
+from siftclip.trainer.settings.fields.rules import faults, required
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.online import EveryStepSettings
 from siftclip.trainer.settings.read_command import compose, groups, read_command
-from siftclip.trainer.settings.reader import Reader
-from siftclip.trainer.settings.rules import faults, required
-from siftclip.trainer.settings.section import to_plain
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.settings.store import STORED, composing
 

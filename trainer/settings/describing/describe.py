@@ -17,9 +17,9 @@ import yaml
 
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
-from siftclip.trainer.settings.marks import Example, Follows, Late, Open, Rare
+from siftclip.trainer.settings.fields.marks import Example, Follows, Late, Open, Rare
+from siftclip.trainer.settings.fields.rules import alternatives, hints, joined, mark_of, words
 from siftclip.trainer.settings.read_command import groups
-from siftclip.trainer.settings.rules import alternatives, hints, joined, mark_of, words
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.settings.store import STORED, Stored, node_of
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Gt, Le
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.marks import Rare
-from siftclip.trainer.settings.rules import faults, hints, joined, mark_of
+from siftclip.trainer.settings.fields.marks import Rare
+from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 
 Count: TypeAlias = Annotated[int, Ge(1)]
 WholeNumber: TypeAlias = Annotated[int, Ge(0)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.settings.marks import Late, Needs, Rare
-from siftclip.trainer.settings.rules import (
+from siftclip.trainer.settings.fields.marks import Late, Needs, Rare
+from siftclip.trainer.settings.fields.rules import (
     Fault,
     Type,
     Unset,
@@ -20,7 +20,7 @@ from siftclip.trainer.settings.rules import (
     required,
     unknown,
 )
-from siftclip.trainer.settings.section import Section
+from siftclip.trainer.settings.fields.section import Section
 from siftclip.trainer.settings.selector import SelectorNode
 
 S = TypeVar("S", bound=Section)

@@ -1,4 +1,4 @@
-"""Writes docs/options.md: `python -m siftclip.trainer.settings.reference docs/options.md`."""
+"""Writes docs/options.md: `make docs`, which runs this module with the name of the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from siftclip.trainer.settings.common import CommonSettings
-from siftclip.trainer.settings.describe import Option, all_options, configurations
+from siftclip.trainer.settings.describing.describe import Option, all_options, configurations
 
 HEADER = """# Options
 

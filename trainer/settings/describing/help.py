@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from siftclip.trainer.settings.describe import all_options, as_typed, configurations
+from siftclip.trainer.settings.describing.describe import all_options, as_typed, configurations
 
 COLUMN = 31  # where meanings begin
 WIDTH = 100

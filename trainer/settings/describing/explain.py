@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from siftclip.trainer.settings.commands import COMMANDS
-from siftclip.trainer.settings.describe import Option, all_options, configurations
+from siftclip.trainer.settings.describing.describe import Option, all_options, configurations
 from siftclip.trainer.settings.read_command import groups
 
 IN_FULL = 3  # so many options are explained in full, more are listed

@@ -2,7 +2,7 @@
 
 Annotations are `bool`, `int`, `float`, `str`, `Literal`, `tuple[X, ...]`, `Mapping[str, X]`, `Any`,
 groups of options (dataclasses), unions of these, and all of them `Annotated` with a range or with
-one of `siftclip.trainer.settings.marks`.
+one of `siftclip.trainer.settings.fields.marks`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from siftclip.trainer.settings.marks import Needs, Words
+from siftclip.trainer.settings.fields.marks import Needs, Words
 
 Mark = TypeVar("Mark")
 
