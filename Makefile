@@ -18,7 +18,7 @@ NUMERICAL = $(addprefix tests/selectors/test_,$(addsuffix .py,clip_score clipcov
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all coverage test-avx2 record same-answers setup lint constraints clean moved
+.PHONY: demo docs test test-all coverage test-avx2 record same-answers setup lint constraints clean moved
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
@@ -46,6 +46,10 @@ record: $(STAMP)
 # Says that changed code of selectors answers as before; refused where the recording differs.
 same-answers: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/recording/same_answers.py $(ARGS)
+
+# docs/options.md, from the dataclasses in trainer/settings/.
+docs: $(STAMP)
+	.venv/bin/python -m siftclip.trainer.settings.describing.reference docs/options.md
 
 setup: $(STAMP)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common import describe_machine
-from hydra import compose, initialize_config_module
 
 from siftclip.datamodules.batches import SampleDataset
 from siftclip.datamodules.order import SampleOrder
@@ -24,13 +23,17 @@ from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.streaming import OrderSampler, make_loader
 from siftclip.trainer.lightning_setup import loader_options
 from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.read_command import compose
+from siftclip.trainer.settings.store import composing
 from siftclip.trainer.stages import select_stage
 
 
 def first_batch(pool: Path, output: Path, *, seed: int, share_done: float) -> tuple[float, float]:
     """Seconds of the select stage, and from there to the first batch."""
-    with initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         config = compose(
+            TrainCommand,
             "train",
             [
                 f"pool.root={pool}",
@@ -43,7 +46,7 @@ def first_batch(pool: Path, output: Path, *, seed: int, share_done: float) -> tu
                 "progress=false",
             ],
         )
-    clip = clip_model_from(config.model, "model")
+    clip = clip_model_from(config.model)
     start = time.perf_counter()
     selected = select_stage(config)
     selected_at = time.perf_counter()
@@ -59,7 +62,7 @@ def first_batch(pool: Path, output: Path, *, seed: int, share_done: float) -> tu
     sampler = OrderSampler(
         order=order, global_batch=256, start_step=step, total_steps=10**6, rank=0, world_size=1
     )
-    batches = iter(make_loader(dataset, sampler, loader_options(config), pin_memory=False))
+    batches = iter(make_loader(dataset, sampler, loader_options(config.data), pin_memory=False))
     next(batches)
     return selected_at - start, time.perf_counter() - selected_at
 

@@ -30,7 +30,7 @@ from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.trainer.compilation import compile_towers
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.module import ClipTraining
-from siftclip.trainer.optim import OptimConfig
+from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.step import Objective
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
@@ -39,9 +39,9 @@ SMALL = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def optim_config(steps: int, clip: float | None = None) -> OptimConfig:
+def optim_config(steps: int, clip: float | None = None) -> OptimSettings:
     """open_clip's defaults."""
-    return OptimConfig(
+    return OptimSettings(
         lr=5e-4,
         beta1=0.9,
         beta2=0.98,

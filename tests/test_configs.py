@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +20,11 @@ from siftclip.selectors.base import Selector
 from siftclip.trainer.cli.application import _named
 from siftclip.trainer.cli.main import COMMANDS
 from siftclip.trainer.models import clip_model_from
+from siftclip.trainer.settings.composed import plain_tree
+from siftclip.trainer.settings.describing.help import register_resolvers
+from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.store import STORED, composing
 from siftclip.trainer.stages import selector_from
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -73,7 +78,10 @@ def groups() -> dict[str, list[str]]:
         group = path.parent.relative_to(CONFIGS).as_posix()
         if group != ".":
             found.setdefault(group, []).append(path.stem)
-    return found
+    for stored in STORED:  # and those that stand in the dataclasses
+        if stored.group is not None:
+            found.setdefault(stored.group, []).append(stored.name)
+    return {group: sorted(options) for group, options in sorted(found.items())}
 
 
 GROUPS = groups()
@@ -102,7 +110,7 @@ def combinations(*, selectors: int | None = None, alone: bool = True) -> Iterato
 def hydra_tree() -> Iterator[None]:
     """Hydra, initialised as the commands do it, and left as if nothing had been."""
     GlobalHydra.instance().clear()
-    with initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         yield
     GlobalHydra.instance().clear()
 
@@ -151,8 +159,9 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 def template(command: str) -> str:
     """What `siftclip COMMAND --help` prints, before Hydra fills in the names."""
+    register_resolvers()
     config = OmegaConf.load(CONFIGS / f"{config_name(command)}.yaml")
-    return str(OmegaConf.to_container(config, resolve=False)["hydra"]["help"]["template"])
+    return str(config.hydra.help.template)
 
 
 def examples(command: str) -> list[list[str]]:
@@ -196,7 +205,10 @@ def test_nothing_was_overlooked() -> None:
     for group, count in AT_LEAST.items():
         assert len(GROUPS[group]) >= count
     assert len(GROUPS) >= 12
-    assert len(OPTIONS) + len(COMMANDS) + 1 == len(list(CONFIGS.rglob("*.y*ml"))) >= 33
+    in_files = len(list(CONFIGS.rglob("*.y*ml"))) - len(COMMANDS) - 1
+    in_code = sum(stored.group is not None for stored in STORED)
+    assert len(OPTIONS) == in_files + in_code >= 33
+    assert in_code >= 15
 
 
 @pytest.mark.slow
@@ -221,7 +233,7 @@ def test_arms_compose_and_their_selectors_build(source: str) -> None:
     assert isinstance(arms, dict)
     for own in arms.values():
         config = composed("compare", "pool.root=/data/pool", *base, *own)
-        selector = selector_from(config).selector
+        selector = selector_from(plain_tree(config)["selector"]).selector
         assert isinstance(selector, Selector)
 
 
@@ -240,7 +252,7 @@ def test_selectors_build(option: str) -> None:
     own = ["+selector.features=l14"] if option == "plugin" else []
     config = composed("select", f"selector={option}", *own)
     assert resolved(config)
-    built = selector_from(config)
+    built = selector_from(plain_tree(config)["selector"])
     assert isinstance(built.selector, Selector)
     assert built.name == (VALUES["selector.plugin"] if option == "plugin" else option)
     assert "_target_" in built.parameters  # what identifies the scores
@@ -249,7 +261,8 @@ def test_selectors_build(option: str) -> None:
 @pytest.mark.parametrize("option", ["rn_tiny", "vit_tiny"])
 def test_small_models_build(option: str) -> None:
     config = composed("train", f"model={option}")
-    clip: Any = clip_model_from(config.model, "model").model.eval()
+    model = read(ModelSettings, plain_tree(config)["model"], "model")
+    clip: Any = clip_model_from(model).model.eval()
     with torch.no_grad():
         images = clip.encode_image(torch.zeros(2, 3, 32, 32))
         texts = clip.encode_text(torch.zeros(2, 16, dtype=torch.int64))

@@ -29,16 +29,19 @@ LARGE = (
 REFUSED: Mapping[str, tuple[list[str], str]] = {
     "index": ([], "pool.root must name"),
     "embed": ([], "features.model.name must name"),
-    "target": (["target.root=nowhere"], "target.root must be a folder"),
+    "target": (
+        ["target.root=nowhere", "features.name=x", "features.model.name=ViT-B-32"],
+        "target.root must be a folder",
+    ),
     "score": ([], "pool.root must name"),
     "select": ([], "pool.root must name"),
     "train": ([], "pool.root must name"),
-    "eval": (["eval.root=null"], "eval.root must name"),
+    "eval": (["model.name=x", "eval.root=null"], "eval.root must name"),
     "eval watch": ([], "watch.run must name"),
     "eval diff": ([], "diff.a must name"),
     "eval download": ([], "download.folder must name"),
     "export": ([], "export.source must be given"),
-    "compare": ([], "eval.root must name"),
+    "compare": (["pool.root=nowhere"], "eval.root must name"),
     "data compact": ([], "compact.output must name"),
     "data bench": (["bench.samples=0"], "bench.samples must be"),
     "demo": (["demo.pool_samples=0"], "pool_samples must be"),
@@ -116,10 +119,10 @@ def test_checks_and_pools_need_torch_alone(
     pool = ["pool.root=pool", "progress=false"]
     cases += [
         Case(["import", *modules], LARGE),
-        Case(["train", "loss=siglip", "online=every_step"], LARGE, 2),
+        Case(["train", "loss=siglip", "online=every_step", "pool.root=nowhere"], LARGE, 2),
         Case(["train", "selector=random", "pool.root=nowhere"], LARGE, 2, "options checked"),
         Case(["train", "seed=-1"], LARGE, 2, "seed must be"),
-        Case(["train", "eval.root=nowhere"], LARGE, 2, "nowhere"),
+        Case(["train", "pool.root=x", "eval.root=nowhere"], LARGE, 2, "nowhere"),
         # pyarrow only where a pool has tables, fsspec only where it is remote
         Case(["index", *pool], LARGE, 0, "samples    6"),
         Case(["select", *pool, "selector=random", "overlap=false"], LARGE, 0, "random"),

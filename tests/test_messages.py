@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+
+from siftclip.trainer.settings.read_command import groups, top_level
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("selectors", "datamodules", "eval")
@@ -19,9 +20,8 @@ FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")
 
 # Every name at the top of a command's configuration, such as selector and pool.
 NODES = sorted(
-    {str(path.name) for path in (ROOT / "configs").iterdir() if path.is_dir()}
-    | {str(key) for path in (ROOT / "configs").glob("*.yaml") for key in OmegaConf.load(path)}
-    - {"defaults"}
+    {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
+    | {"hydra", *groups(), *top_level()}
 )
 OPTION = re.compile(rf"(?<![\w./])(?:{'|'.join(map(re.escape, NODES))})\.[a-z_]+")
 # `word=word`, as on a command line; a value that is put in (`{}`) is of Python, too

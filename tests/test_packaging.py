@@ -18,6 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import siftclip
+from siftclip.trainer.settings.describing.help import register_resolvers
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("trainer", "datamodules", "selectors", "eval", "configs")
@@ -132,6 +133,7 @@ print(json.dumps([[m.__file__ for m in modules], tree.joinpath("siftclip.yaml").
 def test_installed_wheel_finds_its_configs(installed: Path, tmp_path: Path) -> None:
     command = ("-m", "siftclip.trainer.cli", "select", "--help")
     text = run(*command, cwd=tmp_path, PYTHONPATH=str(installed))
+    register_resolvers()
     config = OmegaConf.load(installed / "siftclip" / "configs" / "select.yaml")
     assert text.rstrip() == str(config.hydra.help.template).rstrip()
 

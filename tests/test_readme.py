@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
 
 from siftclip.datamodules.demo_pool import DemoData, write_demo_data
 from siftclip.selectors.base import Selector
 from siftclip.selectors.checks import check_selector
 from siftclip.trainer.budget import limit_from
 from siftclip.trainer.online.options import check_online
+from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.composed import plain_tree
+from siftclip.trainer.settings.read_command import read_command
+from siftclip.trainer.settings.store import composing
 from siftclip.trainer.stages import selector_from
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +131,7 @@ def _selected(line: str, configs: Path) -> list[str]:
     config = compose(command, overrides=options)
     if command != "select":
         return []
-    built = selector_from(config)
+    built = selector_from(plain_tree(config)["selector"])
     assert isinstance(built.selector, Selector), line
     return [built.name]
 
@@ -136,7 +140,7 @@ def test_commands_of_the_guide_compose_and_their_selectors_build(tmp_path: Path)
     (own,) = re.findall(r"```yaml\n(.*?)```", SELECTORS, flags=re.DOTALL)
     (tmp_path / "selector").mkdir()
     (tmp_path / "selector" / "mine.yaml").write_text(own)
-    with initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         seen = [name for line in commands(SELECTORS) for name in _selected(line, tmp_path)]
     assert {"mine", "clip_score", "vas_clip", "soft_cap", "external"} <= set(seen)
 
@@ -144,19 +148,19 @@ def test_commands_of_the_guide_compose_and_their_selectors_build(tmp_path: Path)
 def test_commands_of_the_guide_to_the_loop_are_valid() -> None:
     lines = commands(ONLINE)
     assert len(lines) >= 7
-    with initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         for line in lines:
             program, command, *options = shlex.split(line)
             assert (program, command) == ("siftclip", "train")
-            config = compose(command, overrides=options)
-            check_online(config)
-            limit_from(config)
+            found = read_command(TrainCommand, compose(command, overrides=options))
+            check_online(found.online, found.selector, found.loss, found.trainer.strategy)
+            limit_from(found.budget)
 
 
 def test_commands_of_the_guide_to_evaluation_compose() -> None:
     lines = [line for line in commands(EVALUATION) if " ... " not in line]
     assert len(lines) >= 5
-    with initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         for line in lines:
             program, *words = shlex.split(line)
             assert program == "siftclip"

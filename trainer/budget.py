@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
-from siftclip.selectors.errors import InputError, require_int, require_positive
-from siftclip.trainer.stages import plain
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.settings.data import BudgetSettings, ScaleSettings, Unit
 
 # Of a run. The longest published ones have some 100,000; a plan of more than this is a slip of the
 # pen, and would take gigabytes of memory.
@@ -19,7 +17,7 @@ MAX_STEPS = 10_000_000
 class Limit(NamedTuple):
     """A budget that is not counted in trained samples."""
 
-    unit: Literal["loaded_samples", "flops", "seconds"]
+    unit: Unit
     amount: float
 
 
@@ -41,18 +39,13 @@ class Budget:
         return self.total_steps * self.global_batch_size
 
 
-def budget_from(config: DictConfig) -> Budget:
-    """The budget of the configuration, checked. A limit, see `limit_from`, takes its place.
+def budget_from(scale: ScaleSettings) -> Budget:
+    """The budget of the settings. A limit, see `limit_from`, takes its place.
 
     Raises:
-        InputError: a number is out of range, or the run has more than `MAX_STEPS` steps.
+        InputError: the run has more than `MAX_STEPS` steps.
     """
-    budget = Budget(
-        samples_seen=require_int("scale.samples_seen", config.scale.samples_seen, minimum=1),
-        global_batch_size=require_int(
-            "scale.global_batch_size", config.scale.global_batch_size, minimum=2
-        ),
-    )
+    budget = Budget(samples_seen=scale.samples_seen, global_batch_size=scale.global_batch_size)
     given = f"scale.samples_seen={budget.samples_seen}"
     require_steps(budget.total_steps, given, budget.global_batch_size)
     return budget
@@ -76,20 +69,6 @@ def require_steps(steps: float, given: str, global_batch_size: int) -> None:
         )
 
 
-def limit_from(config: DictConfig) -> Limit | None:
-    """What `budget` of the configuration says; None where it leaves it to scale.samples_seen.
-
-    Raises:
-        InputError: it says several things, or a number is not above 0.
-    """
-    if not OmegaConf.is_dict(config.budget):
-        raise InputError(
-            "budget needs a unit: budget.seconds=N, budget.flops=N or budget.loaded_samples=N. "
-            f"Got {config.budget!r}."
-        )
-    given = {unit: amount for unit, amount in plain(config.budget).items() if amount is not None}
-    if len(given) > 1:
-        raise InputError(f"Only one of budget.* can limit a run. Got {given}.")
-    for unit, amount in given.items():
-        return Limit(unit, require_positive(f"budget.{unit}", amount))
-    return None
+def limit_from(budget: BudgetSettings) -> Limit | None:
+    """What `budget` of the settings says; None where it leaves it to scale.samples_seen."""
+    return next((Limit(unit, amount) for unit, amount in budget.given.items()), None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from siftclip.datamodules.data_bench import (
@@ -30,16 +29,18 @@ from siftclip.datamodules.data_bench import (
 from siftclip.datamodules.loader import LoaderOptions, make_loader
 from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.streaming import OrderSampler, StreamDataModule
-from siftclip.selectors.errors import require_int
-from siftclip.trainer.assembly import data_module_from, new_model, training_module
+from siftclip.trainer.assembly import data_module_from, training_module
 from siftclip.trainer.budget import Budget, budget_from
 from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.lightning_setup import loader_options, make_trainer
 from siftclip.trainer.module import ClipTraining
 from siftclip.trainer.objective import open_loss_data
+from siftclip.trainer.online.setup import RunParts
 from siftclip.trainer.progress import TrainingBar
-from siftclip.trainer.stages import SelectOutcome, output_root, select_stage
+from siftclip.trainer.settings.commands import BenchCommand
+from siftclip.trainer.stages import SelectOutcome, select_stage
+from siftclip.trainer.training import run_parts
 
 WARM_UP_STEPS = 2
 LOADER_BATCH_SAMPLES = 256  # at most, so that the loader's turns are many and short
@@ -81,41 +82,36 @@ class BenchOutcome:
         }
 
 
-def bench_stage(config: DictConfig) -> BenchOutcome:
+def bench_stage(settings: BenchCommand) -> BenchOutcome:
     """Select, then measure loading, training and copying. Only a temporary folder is written."""
-    samples = require_int("bench.samples", config.bench.samples, minimum=1)
-    steps = require_int("bench.steps", config.bench.steps, minimum=1)
-    budget = budget_from(config)
-    options = loader_options(config)
-    require_int("seed", config.seed, minimum=0)
-    selected = select_stage(config)
+    samples, steps = settings.bench.samples, settings.bench.steps
+    root, progress = settings.common.output_root, settings.common.progress
+    budget = budget_from(settings.scale)
+    options = loader_options(settings.data)
+    selected = select_stage(settings)
     share_cores(options.num_workers)
-    clip = new_model(config)
     batch = budget.global_batch_size
     measured = Budget(samples_seen=(WARM_UP_STEPS + steps) * batch, global_batch_size=batch)
-    loss_data = open_loss_data(config, selected)
-    data = data_module_from(config, clip, selected, loss_data, measured)
-    stages, loader = _time_loading(config, data, options, samples)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(output_root(config))) as name:
-        training, device = _time_training(
-            config,
-            training_module(config, clip, selected, loss_data, measured),
-            data,
-            Path(name),
-        )
-        with _bar(config, "reading", None) as bar:
+    bound = settings.pool.max_bad_fraction
+    loss_data = open_loss_data(settings.loss, selected, max_bad_fraction=bound)
+    parts = run_parts(settings, selected, loss_data, root)
+    data = data_module_from(parts, measured)
+    stages, loader = _time_loading(data, options, samples, progress=progress)
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(root)) as name:
+        training, device = _time_training(parts, training_module(parts, measured), data, Path(name))
+        with _bar("reading", None, progress=progress) as bar:
             reading = compare_reading(
                 data.dataset.reader,
                 samples=samples,
                 batch_samples=budget.global_batch_size,
-                seed=config.seed,
-                window_shards=config.data.shuffle_window_shards,
+                seed=settings.common.seed,
+                window_shards=settings.data.shuffle_window_shards,
                 advance=bar.update,
             )
         copying = time_copying(selected.pool, Path(name) / "copy.tar")
     return BenchOutcome(
         selected=selected,
-        model=str(config.model.name),
+        model=settings.model.name,
         device=device,
         batch_samples=budget.global_batch_size,
         workers=options.num_workers,
@@ -133,18 +129,18 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _bar(config: DictConfig, what: str, total: int | None) -> tqdm:
-    return tqdm(total=total, desc=what, unit="sample", leave=False, disable=not config.progress)
+def _bar(what: str, total: int | None, *, progress: bool) -> tqdm:
+    return tqdm(total=total, desc=what, unit="sample", leave=False, disable=not progress)
 
 
 def _time_loading(
-    config: DictConfig, data: StreamDataModule, options: LoaderOptions, samples: int
+    data: StreamDataModule, options: LoaderOptions, samples: int, *, progress: bool
 ) -> tuple[StageTimes, LoaderRate]:
     """In one process stage by stage, then through the loader, which goes on behind it."""
     batch = min(data.global_batch_size, LOADER_BATCH_SAMPLES, samples)
     order = SampleOrder(
         rows=data.order.rows,
-        seed=config.seed,
+        seed=data.order.seed,
         global_batch=batch,
         shard_of_row=data.order.shard_of_row,
         window_shards=data.order.window_shards,
@@ -163,29 +159,30 @@ def _time_loading(
             world_size=1,
         )
 
-    with _bar(config, "stages", batches * batch) as bar:
+    with _bar("stages", batches * batch, progress=progress) as bar:
         stages = time_stages(
             data.dataset,
             sampler(0, batches),
-            max_bad_fraction=config.pool.max_bad_fraction,
+            max_bad_fraction=data.max_bad_fraction,
             advance=bar.update,
         )
     loader = make_loader(data.dataset, sampler(batches, in_turns), options, pin_memory=False)
-    with _bar(config, "loader", in_turns * batch) as bar:
+    with _bar("loader", in_turns * batch, progress=progress) as bar:
         rate = time_loader(loader, skipped_batches=turn, advance=bar.update)
     return stages, rate
 
 
 def _time_training(
-    config: DictConfig, module: ClipTraining, data: StreamDataModule, folder: Path
+    parts: RunParts, module: ClipTraining, data: StreamDataModule, folder: Path
 ) -> tuple[WaitTimes, str]:
     """The steps of a training run on one device, and the device."""
     clock = WaitClock(skipped_steps=WARM_UP_STEPS)
-    one_device = {"trainer": {"devices": 1, "num_nodes": 1, "strategy": "auto"}}
+    progress = parts.common.progress
     trainer = make_trainer(
-        OmegaConf.merge(config, one_device),
+        replace(parts.trainer, devices=1, num_nodes=1, strategy="auto"),
+        progress=progress,
         folder=folder,
-        callbacks=[clock, *([TrainingBar()] if config.progress else [])],
+        callbacks=[clock, *([TrainingBar()] if progress else [])],
         loggers=[],
         max_steps=data.total_steps,
         max_epochs=-1,

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
@@ -36,14 +35,17 @@ from siftclip.datamodules.loader import make_loader
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.model_record import fingerprint, model_record
 from siftclip.datamodules.pool import Pool
-from siftclip.selectors.errors import InputError, require_bool, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.cores import share_cores
 from siftclip.trainer.embedding_batches import embed_batch, embedding_dataset
 from siftclip.trainer.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.selection_ranks import ranks_of
-from siftclip.trainer.stages import features_folder, plain, pool_from
+from siftclip.trainer.settings.commands import EmbedCommand
+from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.stages import features_folder, pool_from
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -80,7 +82,7 @@ def feature_path(folder: Path, pool: Pool, shard: int) -> Path:
     return folder / f"{pool.shards[shard].stem}.npz"
 
 
-def embed_stage(config: DictConfig) -> Path:
+def embed_stage(settings: EmbedCommand) -> Path:
     """Embed every sample of the pool; returns the folder of the features.
 
     Bad samples get NaN features, so that no selector can keep them; they are counted and bounded by
@@ -90,45 +92,41 @@ def embed_stage(config: DictConfig) -> Path:
         InputError: an option is wrong, the folder holds features of another model or pool, or too
             many samples are bad.
     """
-    if config.features.model is None:
-        raise InputError(
-            "embed needs a model: features=open_clip features.name=NAME features.model.name=MODEL. "
-            "The features that a pool's metadata brings need no embedding."
-        )
-    require_int("features.batch_size", config.features.batch_size, minimum=1)
-    clip = clip_model_from(config.features.model, "features.model", trained=True)
-    pool = pool_from(config)
-    folder = features_folder(config)
-    if folder is None:
-        raise RuntimeError("features with a model always have a folder")
-    share_cores(loader_options(config).num_workers)
-    fabric = make_fabric(config)
+    features, common = settings.features, settings.common
+    folder = features_folder(features, settings.pool)
+    if features.model is None or folder is None:
+        raise RuntimeError("settings without a model are refused where they are read")
+    clip = clip_model_from(features.model, trained=True)
+    pool = pool_from(settings.pool, progress=common.progress)
+    share_cores(loader_options(settings.data).num_workers)
+    fabric = make_fabric(settings.trainer)
     fabric.launch()
     ranks = ranks_of(fabric)
-    reuse = require_bool("reuse", config.reuse)
     complete = (
         ranks.rank == 0  # whose answer counts: the others need not look
-        and reuse
+        and common.reuse
         and (folder / MANIFEST_NAME).exists()
         and all(_state(folder, pool, shard) == "kept" for shard in range(len(pool.shards)))
     )
     lock = locked(folder / LOCK_NAME, owner=f"The features {folder}", ranks=ranks, wait=True)
     with nullcontext() if of_first_rank(ranks, complete) else lock:
-        _claim(folder, _manifest(config, clip, pool), ranks, reuse=reuse)
-        _embed(config, clip, pool, folder, fabric)
+        _claim(folder, _manifest(settings, clip, pool), ranks, reuse=common.reuse)
+        _embed(settings, clip, pool, folder, fabric)
     return folder
 
 
-def _embed(config: DictConfig, clip: ClipModel, pool: Pool, folder: Path, fabric: Fabric) -> None:
+def _embed(
+    settings: EmbedCommand, clip: ClipModel, pool: Pool, folder: Path, fabric: Fabric
+) -> None:
     """Write the features that are missing."""
-    name = str(config.features.name)
-    batch_size = config.features.batch_size
+    features, common = settings.features, settings.common
     # By number, not by what is left: a rank that starts late sees what the others have written.
     share = list(range(fabric.global_rank, len(pool.shards), fabric.world_size))
-    mine = _shards_to_embed(folder, pool, share) if config.reuse else share
+    mine = _shards_to_embed(folder, pool, share) if common.reuse else share
     faults = FaultLog()
-    loader = _loader(config, clip, pool, mine, batch_size, fabric.device.type == "cuda")
-    bar = tqdm(loader, desc="embed", unit="batch", disable=not config.progress, leave=False)
+    sampler = ShardSampler(pool=pool, shards=mine, batch_size=features.batch_size)
+    loader = _loader(settings.data, clip, sampler, pin_memory=fabric.device.type == "cuda")
+    bar = tqdm(loader, desc="embed", unit="batch", disable=not common.progress, leave=False)
     model = clip.model.to(fabric.device).eval()
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in bar if mine else []:
@@ -138,14 +136,14 @@ def _embed(config: DictConfig, clip: ClipModel, pool: Pool, folder: Path, fabric
             faults.add(cause, place)
         rows = pool.shard_rows(int(pool.shard_of_row[int(batch.rows[0])]))
         if int(batch.rows[-1]) == rows[-1]:
-            _write_shard(folder, pool, rows, name, parts)
+            _write_shard(folder, pool, rows, features.name, parts)
             parts = []
     if faults.samples:
         log.warning("embed: without features %s", faults.summary())
     faults.check(
         owner=f"embed {pool.root}",
         total=sum(len(pool.shard_rows(shard)) for shard in mine),
-        max_bad_fraction=config.pool.max_bad_fraction,
+        max_bad_fraction=settings.pool.max_bad_fraction,
     )
     fabric.barrier()  # the features are complete when any rank returns
 
@@ -203,27 +201,22 @@ def _names(pool: Pool, shards: list[int]) -> str:
 
 
 def _loader(
-    config: DictConfig,
-    clip: ClipModel,
-    pool: Pool,
-    shards: list[int],
-    batch_size: int,
-    pin_memory: bool,
+    data: DataSettings, clip: ClipModel, sampler: ShardSampler, *, pin_memory: bool
 ) -> DataLoader[Any]:
     return make_loader(
-        embedding_dataset(clip, pool, max_image_pixels=config.data.max_image_pixels),
-        ShardSampler(pool=pool, shards=shards, batch_size=batch_size),
-        loader_options(config),
+        embedding_dataset(clip, sampler.pool, max_image_pixels=data.max_image_pixels),
+        sampler,
+        loader_options(data),
         pin_memory=pin_memory,
     )
 
 
-def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]:
-    precision = resolve_precision(config.trainer.precision)
+def _manifest(settings: EmbedCommand, clip: ClipModel, pool: Pool) -> dict[str, Any]:
+    precision = resolve_precision(settings.trainer.precision)
     weights = fingerprint(clip)
     return {
-        "name": str(config.features.name),
-        "model": plain(config.features.model),
+        "name": settings.features.name,
+        "model": to_plain(settings.features.model),
         "weights": weights,
         "loaded": model_record(clip),
         "pool": {"fingerprint": pool.fingerprint, "samples": len(pool)},
@@ -234,7 +227,7 @@ def _manifest(config: DictConfig, clip: ClipModel, pool: Pool) -> dict[str, Any]
                 "model": weights,
                 "pool": pool.fingerprint,
                 "precision": precision,
-                "data": {"max_image_pixels": config.data.max_image_pixels},
+                "data": {"max_image_pixels": settings.data.max_image_pixels},
             },
         ),
     }

@@ -8,22 +8,22 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from siftclip.eval.comparison import Comparison, compare_results
 from siftclip.eval.results import KeptResults, TaskResult, read_kept, read_results
 from siftclip.eval.safe_tables import write_csv_records
 from siftclip.eval.tasks import require_names
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.run_dir import RESULTS_NAME, RunDir
 from siftclip.trainer.seed_runs import other_seeds, run_of, same_method
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.commands import DiffCommand
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.tools import DiffSettings
 
 log = logging.getLogger(__name__)
 
 
-def diff_stage(config: DictConfig) -> Comparison:
+def diff_stage(settings: DiffCommand) -> Comparison:
     """Compare two results: run directories, or files `eval_results.jsonl`.
 
     Only the tasks of `eval.tasks` are compared, if it is set. Rows are written to `diff.output`,
@@ -33,11 +33,12 @@ def diff_stage(config: DictConfig) -> Comparison:
     Raises:
         InputError: one is missing or has no results, or an option is wrong.
     """
-    resamples = require_int("diff.resamples", config.diff.resamples, minimum=1)
-    output = _output(config)
-    files = {name: _results_file(f"diff.{name}", config.diff[name]) for name in _sides(config)}
-    kept = {name: _read(config, name, file) for name, file in files.items()}
-    a, b = _chosen(config, *(list(kept[name].results) for name in ("a", "b")))
+    diff = settings.diff
+    output = _output(diff)
+    sides = {"a": diff.a, "b": diff.b}
+    files = {name: _results_file(f"diff.{name}", value) for name, value in sides.items()}
+    kept = {name: _read(f"diff.{name}={sides[name]!r}", file) for name, file in files.items()}
+    a, b = _chosen(settings.eval, *(list(kept[name].results) for name in sides))
     runs = {name: run_of(file) for name, file in files.items()}
     models = {name: _models(one.results) for name, one in kept.items()}
     of_one_method = (
@@ -46,7 +47,7 @@ def diff_stage(config: DictConfig) -> Comparison:
         and models["a"].isdisjoint(models["b"])
         and same_method(runs["a"], runs["b"])
     )
-    seeds = _seeds(config, files, runs, models["a"] | models["b"])
+    seeds = _seeds(diff, files, runs, models["a"] | models["b"])
     if of_one_method:
         seeds = {"a": [*seeds["a"], *seeds["b"]], "b": []}
     elif not models["a"].isdisjoint(models["b"]):
@@ -55,10 +56,10 @@ def diff_stage(config: DictConfig) -> Comparison:
         comparison = compare_results(
             a,
             b,
-            plain(config.eval.groups),
-            name_a=str(config.diff.a),
-            name_b=str(config.diff.b),
-            resamples=resamples,
+            settings.eval.groups,
+            name_a=diff.a,
+            name_b=diff.b,
+            resamples=diff.resamples,
             seeds_a=seeds["a"],
             seeds_b=seeds["b"],
             same_method=of_one_method,
@@ -76,19 +77,9 @@ def diff_stage(config: DictConfig) -> Comparison:
     return comparison
 
 
-def _sides(config: DictConfig) -> tuple[str, str]:
-    for name in ("a", "b"):
-        if OmegaConf.is_missing(config.diff, name):
-            raise InputError(
-                f"diff.{name} must name a run directory or its {RESULTS_NAME}: siftclip eval diff "
-                "A B."
-            )
-    return "a", "b"
-
-
-def _results_file(option: str, value: object) -> Path:
+def _results_file(option: str, value: str) -> Path:
     """The results file that an option names."""
-    path = Path(str(value))
+    path = Path(value)
     wanted = f"{option} must name a run directory or its {RESULTS_NAME}"
     if not path.exists():
         raise InputError(f"{wanted}. {path} does not exist.")
@@ -100,10 +91,10 @@ def _results_file(option: str, value: object) -> Path:
     return file
 
 
-def _read(config: DictConfig, name: str, file: Path) -> KeptResults:
+def _read(given: str, file: Path) -> KeptResults:
     kept = read_kept(file)
     if not kept.results:
-        raise InputError(f"diff.{name}={config.diff[name]!r} has no results in {file}.")
+        raise InputError(f"{given} has no results in {file}.")
     return kept
 
 
@@ -113,7 +104,7 @@ def _models(results: Sequence[TaskResult]) -> set[str]:
 
 
 def _seeds(
-    config: DictConfig,
+    diff: DiffSettings,
     files: Mapping[str, Path],
     runs: Mapping[str, RunDir | None],
     compared: set[str],
@@ -123,7 +114,7 @@ def _seeds(
     Each model counts once: a copy of a run is no other seed.
 
     Args:
-        config: of the command.
+        diff: of the command.
         files: of the results, by side.
         runs: that they are of, if they are.
         compared: the models of the two sides.
@@ -131,11 +122,12 @@ def _seeds(
     seeds: dict[str, list[list[TaskResult]]] = {}
     places = {file.resolve() for file in files.values()}
     models = {*compared}
+    named = {"a": diff.seeds_a, "b": diff.seeds_b}
     for name, run in runs.items():
-        option = f"diff.seeds_{name}"
-        given = plain(config.diff[option.removeprefix("diff.")])
+        option, given = f"diff.seeds_{name}", named[name]
         if given is not None:
-            others = [_results_file(option, value) for value in _run_names(option, given)]
+            names = [given] if isinstance(given, str) else given
+            others = [_results_file(option, value) for value in names]
         else:
             others = [] if run is None else [other.results for other in other_seeds(run)]
             others = [file for file in others if file.resolve() not in places]
@@ -157,13 +149,6 @@ def _seeds(
     return seeds
 
 
-def _run_names(option: str, given: object) -> list[str]:
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{option} must be a list of run directories: [RUN,RUN]. Got {given!r}.")
-    return names
-
-
 def _warn_of_another_method(option: str, run: RunDir, file: Path) -> None:
     other = run_of(file)
     if other is not None and not same_method(run, other):
@@ -177,22 +162,22 @@ def _warn_of_another_method(option: str, run: RunDir, file: Path) -> None:
 
 
 def _chosen(
-    config: DictConfig, a: list[TaskResult], b: list[TaskResult]
+    settings: EvalSettings, a: list[TaskResult], b: list[TaskResult]
 ) -> tuple[list[TaskResult], list[TaskResult]]:
     """The results of the tasks that `eval.tasks` names."""
-    if config.eval.tasks is None:
+    if settings.tasks is None:
         return a, b
-    names = require_names("eval.tasks", plain(config.eval.tasks))
+    names = require_names("eval.tasks", settings.tasks)
     if not names:
         raise InputError("eval.tasks must name at least one task, or be null for all.")
     known = dict.fromkeys(result.key for result in (*a, *b))
     unknown = [name for name in names if name not in known]
-    if config.eval.suite is not None and len(unknown) == len(names):
+    if settings.suite is not None and len(unknown) == len(names):
         raise InputError(
-            f"None of the {len(names)} tasks of eval={config.eval.suite} has a result: the results "
+            f"None of the {len(names)} tasks of eval={settings.suite} has a result: the results "
             f"are of {sorted(known)}."
         )
-    if unknown and config.eval.suite is None:  # a suite may be there in part
+    if unknown and settings.suite is None:  # a suite may be there in part
         close = get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise InputError(
@@ -202,10 +187,10 @@ def _chosen(
     return [one for one in a if one.key in names], [one for one in b if one.key in names]
 
 
-def _output(config: DictConfig) -> Path | None:
-    if config.diff.output is None:
+def _output(diff: DiffSettings) -> Path | None:
+    if diff.output is None:
         return None
-    path = Path(str(config.diff.output))
+    path = Path(diff.output)
     if path.suffix != ".csv" or path.is_dir():
         raise InputError(f"diff.output must be a file that ends with .csv, or null. Got {path}.")
     return path

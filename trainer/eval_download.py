@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.eval.checksums import read_checksums, verify_task, wrong_sizes
 from siftclip.eval.convert_tasks import convert_task
 from siftclip.eval.download import download_source, download_task
 from siftclip.eval.known_tasks import KNOWN_TASKS, KnownTask
 from siftclip.eval.tasks import require_names
-from siftclip.selectors.errors import InputError, require_int
-from siftclip.trainer.stages import plain
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.settings.commands import DownloadCommand
+from siftclip.trainer.settings.tools import DownloadSettings
 
 PARQUET_REVISION = "refs/convert/parquet"  # the hub's own conversion of each data set
 SOURCES_FOLDER = ".sources"
@@ -32,7 +31,7 @@ class Downloaded:
     failed: bool = False
 
 
-def download_stage(config: DictConfig) -> Iterator[Downloaded]:
+def download_stage(settings: DownloadCommand) -> Iterator[Downloaded]:
     """Download the tasks that the configuration names, one after the other.
 
     What is complete is not asked for again, and what was cut off is continued. A task that fails
@@ -44,16 +43,12 @@ def download_stage(config: DictConfig) -> Iterator[Downloaded]:
     Raises:
         InputError: an option is wrong.
     """
-    settings = config.download
-    if OmegaConf.is_missing(settings, "folder"):
-        raise InputError("download.folder must name a folder: siftclip eval download FOLDER.")
-    root = Path(settings.folder)
-    workers = require_int("download.workers", settings.workers, minimum=1)
-    splits = tuple(plain(settings.splits))
+    download, progress = settings.download, settings.common.progress
+    root = Path(download.folder)
     jobs: list[tuple[str, Path, KnownTask | None]] = [
-        (name, root / name.rpartition("/")[2], None) for name in plain(settings.repositories)
+        (name, root / name.rpartition("/")[2], None) for name in download.repositories
     ]
-    jobs += [(task.repository, root / task.folder, task) for task in _tasks(config)]
+    jobs += [(task.repository, root / task.folder, task) for task in _tasks(settings)]
     for repository, folder, task in jobs:
         name = repository if task is None else task.key
         try:
@@ -61,25 +56,25 @@ def download_stage(config: DictConfig) -> Iterator[Downloaded]:
                 report = download_task(
                     repository,
                     folder,
-                    splits=splits if task is None else ("test",),
-                    workers=workers,
-                    progress=config.progress,
-                    verify=settings.verify,
+                    splits=download.splits if task is None else ("test",),
+                    workers=download.workers,
+                    progress=progress,
+                    verify=download.verify,
                 )
                 fetched = f"{report.fetched_files} of {report.files} files fetched"
                 words = f"{fetched}, {report.size_bytes / 1e6:,.1f} MB"
             else:
-                words = _converted(config, task, folder, workers)
+                words = _converted(task, folder, download, progress=progress)
             yield Downloaded(name=name, folder=folder, words=words)
         except InputError as error:
             yield Downloaded(name=name, folder=folder, words=str(error), failed=True)
 
 
-def _tasks(config: DictConfig) -> list[KnownTask]:
-    names = plain(config.eval.tasks)
-    if names is None:
-        names = [] if plain(config.download.repositories) else [*KNOWN_TASKS]
-    names = require_names("eval.tasks", names)
+def _tasks(settings: DownloadCommand) -> list[KnownTask]:
+    given = settings.eval.tasks
+    if given is None:
+        given = () if settings.download.repositories else (*KNOWN_TASKS,)
+    names = require_names("eval.tasks", given)
     for name in names:
         if name not in KNOWN_TASKS:
             raise InputError(
@@ -89,11 +84,11 @@ def _tasks(config: DictConfig) -> list[KnownTask]:
     return [KNOWN_TASKS[name] for name in names]
 
 
-def _converted(config: DictConfig, task: KnownTask, folder: Path, workers: int) -> str:
+def _converted(task: KnownTask, folder: Path, download: DownloadSettings, *, progress: bool) -> str:
     """Download a task that is not in our layout, and bring it into it."""
     known = read_checksums(folder)
     if known is not None:
-        damaged = verify_task(folder) if config.download.verify else wrong_sizes(folder, known)
+        damaged = verify_task(folder) if download.verify else wrong_sizes(folder, known)
         if not damaged:
             return "there already"
     if task.kind == "classification":
@@ -104,8 +99,8 @@ def _converted(config: DictConfig, task: KnownTask, folder: Path, workers: int) 
             task.repository,
             source,
             revision=PARQUET_REVISION,
-            workers=workers,
-            progress=config.progress,
+            workers=download.workers,
+            progress=progress,
         )
         samples = convert_task(source, folder, task.kind)
         shutil.rmtree(source)

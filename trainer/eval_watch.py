@@ -7,21 +7,23 @@ import re
 import reprlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.locks import LOCK_NAME, locked
-from siftclip.datamodules.model_weights import require_weights_choice
 from siftclip.eval.report import Summary
 from siftclip.eval.results import read_results
-from siftclip.selectors.errors import InputError, require_finite
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.evaluation import eval_stage, log_records, tasks_from
 from siftclip.trainer.models import checkpoint_options, clip_model_from
 from siftclip.trainer.run_dir import METRICS_NAME, RunDir
 from siftclip.trainer.run_records import read_config, read_metrics
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.commands import WatchCommand
+from siftclip.trainer.settings.fields.reader import read, read_kept
+from siftclip.trainer.settings.fields.section import Weights
+from siftclip.trainer.settings.model import ModelOptions, ModelSettings
+from siftclip.trainer.settings.tools import WatchSettings
 
 FOLDER = "eval_watch"
 _STEP = re.compile(r"step-(\d+)\.ckpt")
@@ -29,7 +31,7 @@ _STEP = re.compile(r"step-(\d+)\.ckpt")
 log = logging.getLogger(__name__)
 
 
-def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
+def watch_stage(settings: WatchCommand) -> Iterator[tuple[int, Summary]]:
     """Evaluate each checkpoint of a run, oldest first, until the run is finished.
 
     Results go to `eval_watch/` in the run directory, those of chosen weights to `eval_watch-raw/`
@@ -38,7 +40,7 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
     over, and one with some of them gets the others.
 
     Args:
-        config: of the command.
+        settings: of the command.
 
     Yields:
         Steps with their results.
@@ -47,37 +49,33 @@ def watch_stage(config: DictConfig) -> Iterator[tuple[int, Summary]]:
         HeldError: another command watches the run.
         InputError: an option is wrong, or there is no run.
     """
-    if OmegaConf.is_missing(config.watch, "run"):
-        raise InputError("watch.run must name a run directory: siftclip eval watch RUN.")
-    run = RunDir(path=Path(config.watch.run))
-    interval = require_finite("watch.interval_seconds", config.watch.interval_seconds)
-    if interval <= 0:
-        raise InputError(f"watch.interval_seconds must be above 0. Got {interval!r}.")
-    require_weights_choice("watch.weights", config.watch.weights)
+    watch = settings.watch
+    run = RunDir(path=Path(watch.run))
     if not (run.path / "config.yaml").is_file():
         raise InputError(
-            f"watch.run={config.watch.run!r} must be the directory of a run. It has no config.yaml."
+            f"watch.run={watch.run!r} must be the directory of a run. It has no config.yaml."
         )
-    folder = watch_folder(config)
-    names = {task.name for task in tasks_from(config).tasks}  # before any waiting
+    folder = watch_folder(watch)
+    names = {task.name for task in tasks_from(settings.eval).tasks}  # before any waiting
     with locked(folder / LOCK_NAME, owner=str(folder)):
-        yield from _watch(config, run, folder, names)
+        yield from _watch(settings, run, folder, names)
 
 
 def _watch(
-    config: DictConfig, run: RunDir, folder: Path, names: set[str]
+    settings: WatchCommand, run: RunDir, folder: Path, names: set[str]
 ) -> Iterator[tuple[int, Summary]]:
     from siftclip.trainer.loggers import finish, log_tables, make_loggers
 
+    watch, logger = settings.watch, settings.logger
     logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     done: set[int] = set()  # by this call, with or without success
     loggers = make_loggers(
         folder,
         name=f"{run.path.name}-eval",
-        wandb_enabled=config.logger.wandb,
-        mode=config.logger.mode,
-        project=config.logger.project,
-        config=plain(config),
+        wandb_enabled=logger.wandb,
+        mode=logger.mode,
+        project=logger.project,
+        config=settings.composed.values,
     )
     try:
         while True:
@@ -88,26 +86,25 @@ def _watch(
                 if step in done or (step in logged and names <= found):
                     continue
                 done.add(step)
-                clip = _load(run, path, str(config.watch.weights))
+                clip = _load(run, path, watch.weights)
                 if clip is None:
                     continue
-                summary = eval_stage(config, clip, results_path=results)
-                for logger in loggers:
-                    logger.log_metrics(summary.metrics(), step=step)
+                summary = eval_stage(settings, clip, results_path=results)
+                for each in loggers:
+                    each.log_metrics(summary.metrics(), step=step)
                 log_tables(loggers, log_records(summary))
                 yield step, summary
-            if finished or config.watch.once:
+            if finished or watch.once:
                 return
-            time.sleep(config.watch.interval_seconds)
+            time.sleep(watch.interval_seconds)
     finally:
         finish(loggers)
 
 
-def watch_folder(config: DictConfig) -> Path:
+def watch_folder(watch: WatchSettings) -> Path:
     """Where the results are."""
-    weights = str(config.watch.weights)
-    name = FOLDER if weights == "auto" else f"{FOLDER}-{weights}"
-    return Path(config.watch.run) / name
+    name = FOLDER if watch.weights == "auto" else f"{FOLDER}-{watch.weights}"
+    return Path(watch.run) / name
 
 
 def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
@@ -119,20 +116,25 @@ def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _load(run: RunDir, checkpoint: Path, weights: str) -> ClipModel | None:
+def _load(run: RunDir, checkpoint: Path, weights: Weights) -> ClipModel | None:
     """The model of a checkpoint; None if the training has removed the file in between."""
     path = run.path / "config.yaml"
-    settings = read_config(path).get("model")
-    if not isinstance(settings, dict) or "name" not in settings or "${" in str(settings):
+    kept = read_config(path).get("model")
+    if not isinstance(kept, dict) or "name" not in kept or "${" in str(kept):
         raise InputError(  # a run's configuration is written with all references resolved
-            f"{path} must hold the model of a run, with a name. Got {reprlib.repr(settings)}."
+            f"{path} must hold the model of a run, with a name. Got {reprlib.repr(kept)}."
         )
-    node = OmegaConf.create(settings)
-    initial = dict.fromkeys(("pretrained_image", "pretrained_text"))  # the checkpoint has both
-    changed = {"pretrained": str(checkpoint), "weights": weights, **initial}
-    model = OmegaConf.merge(node, changed, {"options": checkpoint_options(node)})
+    trained = read_kept(ModelSettings, kept, "model")
+    model = replace(
+        trained,
+        pretrained=str(checkpoint),
+        weights=weights,
+        pretrained_image=None,  # the checkpoint has both
+        pretrained_text=None,
+        options=read(ModelOptions, checkpoint_options(trained), "model.options"),
+    )
     try:
-        return clip_model_from(model, "model", trained=True)
+        return clip_model_from(model, trained=True)
     except InputError:
         if checkpoint.exists():
             raise

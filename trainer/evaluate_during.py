@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
 from torch import nn
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.eval.aggregates import result_averages
 from siftclip.eval.evaluate import EvalOptions, Evaluation, evaluate_tasks
 from siftclip.eval.preparation import PreparedTasks, prepare_tasks
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.evaluation import eval_options, tasks_from
 from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.settings.commands import EvalSections
 from siftclip.trainer.sharding import whole_state
-from siftclip.trainer.stages import plain
 
 PREFIX = "eval_during/"
 
@@ -107,19 +106,16 @@ class EvaluateDuring(Callback):
         return {name: value for name, value in found.items() if value is not None}
 
 
-def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring | None:
-    """The callback that the configuration asks for, if any. Before the model is wrapped.
+def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDuring | None:
+    """The callback that the settings ask for, if any. Before the model is wrapped.
 
     Raises:
-        InputError: an option is wrong, or a task is missing or damaged.
+        InputError: a task is missing or damaged.
     """
-    during = config.eval.during
+    during = settings.eval.during
     if during.every_n_steps is None:
         return None
-    require_int("eval.during.every_n_steps", during.every_n_steps, minimum=1)
-    if during.max_samples is not None:
-        require_int("eval.during.max_samples", during.max_samples, minimum=1)
-    found = tasks_from(config, during=True)
+    found = tasks_from(settings.eval, during=True)
     if found.missing:
         log.warning("eval.during: there is no folder of %s", ", ".join(found.missing))
     for message in found.damaged.values():
@@ -127,12 +123,12 @@ def evaluate_during_from(config: DictConfig, clip: ClipModel) -> EvaluateDuring 
     tasks = prepare_tasks(found.tasks, max_samples=during.max_samples)
     for failure in tasks.failures:
         raise InputError(f"eval.during: {failure.key}: {failure.message}")
-    options = replace(eval_options(config), cache=None)
+    options = replace(eval_options(settings), cache=None)
     return EvaluateDuring(
         clip,
         tasks,
         every_n_steps=during.every_n_steps,
         options=options,
-        groups=plain(config.eval.groups),
-        whole=copy.deepcopy(clip.model) if config.trainer.strategy == "fsdp" else None,
+        groups=settings.eval.groups,
+        whole=copy.deepcopy(clip.model) if settings.trainer.strategy == "fsdp" else None,
     )

@@ -11,12 +11,10 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model
 from siftclip.datamodules.files import identity_hash, write_json
 from siftclip.datamodules.model_record import model_record
-from siftclip.datamodules.tar_walk import require_key_split
 from siftclip.eval.aggregates import check_groups
 from siftclip.eval.error_analysis import (
     ENDINGS,
@@ -32,40 +30,43 @@ from siftclip.eval.probe_scores import ProbeSettings
 from siftclip.eval.report import Summary, summarise, write_csv
 from siftclip.eval.results import TaskResult, read_kept, read_results
 from siftclip.eval.tasks import FoundTasks, Protocol, Task, find_tasks, require_names, with_texts
-from siftclip.selectors.errors import InputError, require_bool, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import share_cores, worker_count
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.selection_ranks import selection_ranks
-from siftclip.trainer.stages import output_root, plain
+from siftclip.trainer.settings.commands import EvalCommand, EvalSections
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.lightning import TrainerSettings
 
 log = logging.getLogger(__name__)
 
 
-def tasks_from(config: DictConfig, *, during: bool = False) -> FoundTasks:
-    """The tasks that the configuration names, under all of its protocols.
+def tasks_from(settings: EvalSettings, *, during: bool = False) -> FoundTasks:
+    """The tasks that the settings name, under all of their protocols.
 
     Args:
-        config: of the command.
+        settings: of the evaluation.
         during: those of `eval.during`, which are zero-shot alone.
 
     Raises:
         InputError: an option is wrong, or there is no task at all.
     """
-    settings = config.eval
     if settings.root is None:
         raise InputError(
             "eval.root must name a folder of tasks in clip_benchmark's webdataset layout, "
             "for example eval.root=/data/tasks. siftclip eval download gets DataComp's."
         )
-    wanted, option = plain(settings.tasks), "eval.tasks"
+    wanted, option = settings.tasks, "eval.tasks"
     if during and settings.during.tasks is not None:
-        wanted, option = plain(settings.during.tasks), "eval.during.tasks"
-    key_split = require_key_split("eval.key_split", settings.key_split)
+        wanted, option = settings.during.tasks, "eval.during.tasks"
     with options_of({"root": "eval.root", "names": option}):
         found = find_tasks(
-            _folder(settings.root), wanted, key_split=key_split, may_miss=settings.suite is not None
+            Path(settings.root),
+            wanted,
+            key_split=settings.key_split,
+            may_miss=settings.suite is not None,
         )
     if not found.tasks and not found.damaged:
         raise InputError(
@@ -75,25 +76,19 @@ def tasks_from(config: DictConfig, *, during: bool = False) -> FoundTasks:
     if not during:
         names = [*found.available, *found.missing]
         with options_of(under("eval", "groups")):
-            check_groups(plain(settings.groups), names, suite=settings.suite is not None)
-    texts = {"classnames": plain(settings.classnames), "templates": plain(settings.templates)}
+            check_groups(settings.groups, names, suite=settings.suite is not None)
+    texts = {"classnames": settings.classnames, "templates": settings.templates}
     _check_texts(texts, found, others_may_be=during)
     tasks = []
     for task in found.tasks:
         files = {option: Path(by[task.name]) for option, by in texts.items() if task.name in by}
         with options_of(under("eval", "classnames", "templates")):
             tasks.append(with_texts(task, **files) if files else task)
-    return replace(found, tasks=tuple(tasks if during else _under_protocols(config, tasks)))
-
-
-def _folder(root: Any) -> Path:
-    if not isinstance(root, str):
-        raise InputError(f"eval.root must be the path of a folder. Got {plain(root)!r}.")
-    return Path(root)
+    return replace(found, tasks=tuple(tasks if during else _under_protocols(settings, tasks)))
 
 
 def _check_texts(
-    texts: Mapping[str, Mapping[str, Any]], found: FoundTasks, *, others_may_be: bool
+    texts: Mapping[str, Mapping[str, str]], found: FoundTasks, *, others_may_be: bool
 ) -> None:
     known = {*(task.name for task in found.tasks), *found.missing, *found.damaged}
     for option, files in texts.items():
@@ -103,19 +98,19 @@ def _check_texts(
                     f"eval.{option} must name tasks that are evaluated: {sorted(known)}. "
                     f"Got {name!r}."
                 )
-            if not isinstance(file, str) or not Path(file).is_file():
+            if not Path(file).is_file():
                 raise InputError(f"eval.{option}.{name} must be a text file. Got {file!r}.")
 
 
-def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
+def _under_protocols(settings: EvalSettings, tasks: list[Task]) -> list[Task]:
     """The tasks as they are, and those that a probe can be fitted on once more for each probe."""
-    chosen = require_names("eval.protocols", plain(config.eval.protocols))
+    chosen = require_names("eval.protocols", settings.protocols)
     unknown = [name for name in chosen if name not in get_args(Protocol)]
     if unknown or not chosen:
         raise InputError(
             f"eval.protocols must be some of {list(get_args(Protocol))}. Got {chosen!r}."
         )
-    split = str(config.eval.probe.train_split)
+    split = settings.probe.train_split
     if set(chosen) != {"zero_shot"} and any(split == task.split for task in tasks):
         raise InputError(
             f"eval.probe.train_split must not be the split that tasks are tested on. Got {split!r}."
@@ -130,14 +125,13 @@ def _under_protocols(config: DictConfig, tasks: list[Task]) -> list[Task]:
     if not probed and set(chosen) != {"zero_shot"}:
         raise InputError(
             f"eval.protocols={chosen} fits classifiers, but no classification task in "
-            f"{config.eval.root} has the split {split!r} (eval.probe.train_split)."
+            f"{settings.root} has the split {split!r} (eval.probe.train_split)."
         )
     found = list(tasks) if "zero_shot" in chosen else []
     if "linear_probe" in chosen:
         found += [_probe(task, None) for task in probed]
     if "few_shot" in chosen:
-        for shots in plain(config.eval.probe.shots):
-            require_int("eval.probe.shots", shots, minimum=1)
+        for shots in settings.probe.shots:
             found += [_probe(task, shots) for task in probed]
     return found
 
@@ -160,29 +154,23 @@ def _probe(task: Task, shots: int | None) -> Task:
     )
 
 
-def eval_options(config: DictConfig) -> EvalOptions:
-    """How the configuration wants tasks to be evaluated.
-
-    Raises:
-        InputError: an option is wrong.
-    """
-    settings = config.eval
-    workers = worker_count(config.data.num_workers)
-    with options_of(under("eval", "batch_size", "precision", "resamples")):
-        return EvalOptions(
-            batch_size=settings.batch_size,
-            num_workers=workers,
-            precision=str(settings.precision),
-            max_image_pixels=config.data.max_image_pixels,
-            resamples=settings.resamples,
-            cache=Path(settings.cache_dir) if settings.cache_dir and config.reuse else None,
-            probe=ProbeSettings(
-                train_split=str(settings.probe.train_split),
-                few_shot_seeds=tuple(plain(settings.probe.seeds)),
-                options=ProbeOptions(l2=settings.probe.l2),
-            ),
-            progress=config.progress,
-        )
+def eval_options(settings: EvalSections) -> EvalOptions:
+    """How the settings want tasks to be evaluated."""
+    own, data, common = settings.eval, settings.data, settings.common
+    return EvalOptions(
+        batch_size=own.batch_size,
+        num_workers=worker_count(data.num_workers),
+        precision=own.precision,
+        max_image_pixels=data.max_image_pixels,
+        resamples=own.resamples,
+        cache=own.cache if common.reuse else None,
+        probe=ProbeSettings(
+            train_split=own.probe.train_split,
+            few_shot_seeds=own.probe.seeds,
+            options=ProbeOptions(l2=own.probe.l2),
+        ),
+        progress=common.progress,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,23 +181,23 @@ class EvalShare:
     device: torch.device
 
 
-def eval_share(config: DictConfig, *, may_launch: bool) -> EvalShare:
-    """Who evaluates: the ranks that train, or those that the configuration asks for.
+def eval_share(trainer: TrainerSettings, *, may_launch: bool) -> EvalShare:
+    """Who evaluates: the ranks that train, or those that the settings ask for.
 
     Args:
-        config: of the command.
+        trainer: the devices.
         may_launch: whether ranks may be started here, see `selection_ranks`.
     """
     if dist.is_available() and dist.is_initialized():
         on_gpu = dist.get_backend() == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         return EvalShare(ranks=ProcessGroup(torch.device(device)), device=torch.device(device))
-    ranks, device = selection_ranks(config, may_launch=may_launch)
+    ranks, device = selection_ranks(trainer, may_launch=may_launch)
     return EvalShare(ranks=ranks, device=device)
 
 
 def eval_stage(
-    config: DictConfig,
+    settings: EvalSections,
     model: Path | ClipModel,
     *,
     results_path: Path | None,
@@ -219,7 +207,7 @@ def eval_stage(
     """Evaluate a model on the configured tasks; tasks with a result are not run again.
 
     Args:
-        config: the configuration.
+        settings: which tasks, and how.
         model: a model, or a run directory or model folder to load it from.
         results_path: the JSONL file of the results, beside which a table as CSV, a record of the
             model and what else is asked for is written; None keeps them in memory.
@@ -229,9 +217,10 @@ def eval_stage(
     Returns:
         The results, with intervals on the first rank only. Tasks that failed are listed.
     """
-    share = share or EvalShare(ranks=OneRank(), device=torch.device(evaluation_device(config)))
-    found = tasks_from(config)
-    options = eval_options(config)
+    device = torch.device(evaluation_device(settings.trainer))
+    share = share or EvalShare(ranks=OneRank(), device=device)
+    found = tasks_from(settings.eval)
+    options = eval_options(settings)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
     share_cores(options.num_workers)
     details = None if results_path is None else details_folder(results_path)
@@ -243,13 +232,13 @@ def eval_stage(
         options=options,
         ranks=share.ranks,
         results_path=results_path,
-        again=_to_do_again(config, found.tasks, details),
+        again=_to_do_again(settings, found.tasks, details),
         failed=damaged,
-        on_scored=None if details is None else _write_details(config, details),
+        on_scored=None if details is None else _write_details(settings.eval, details),
         wait=wait,
     )
     summary = _summary(
-        config,
+        settings.eval,
         evaluation.results,
         missing=found.missing,
         failures=evaluation.failures,
@@ -257,15 +246,15 @@ def eval_stage(
     )
     if results_path is not None and share.ranks.rank == 0:
         write_json(results_path.with_name(f"{results_path.stem}_model.json"), model_record(clip))
-        write_csv(results_path.with_suffix(".csv"), _whole(config, results_path, summary))
+        write_csv(results_path.with_suffix(".csv"), _whole(settings.eval, results_path, summary))
     return summary
 
 
-def _to_do_again(config: DictConfig, tasks: Sequence[Task], details: Path | None) -> list[str]:
+def _to_do_again(settings: EvalSections, tasks: Sequence[Task], details: Path | None) -> list[str]:
     """The tasks whose results shall not be reused."""
-    if not require_bool("reuse", config.reuse):
+    if not settings.common.reuse:
         return [task.name for task in tasks]
-    return [] if details is None else _without_details(config, tasks, details)
+    return [] if details is None else _without_details(settings.eval, tasks, details)
 
 
 def details_folder(results_path: Path) -> Path:
@@ -273,94 +262,92 @@ def details_folder(results_path: Path) -> Path:
     return results_path.with_name(f"{results_path.stem}_details")
 
 
-def _write_details(config: DictConfig, folder: Path) -> Callable[[ScoredTask], None]:
+def _write_details(settings: EvalSettings, folder: Path) -> Callable[[ScoredTask], None]:
     """What writes the details of a task that are wanted, in place of those of an earlier model."""
 
     def write(scored: ScoredTask) -> None:
         for ending in ENDINGS:
             details_path(folder, scored.samples.task, ending).unlink(missing_ok=True)
-        if config.eval.details:
+        if settings.details:
             write_details(folder, scored)
-        if config.eval.predictions:
+        if settings.predictions:
             write_predictions(folder, scored)
 
     return write
 
 
-def _whole(config: DictConfig, path: Path, summary: Summary) -> Summary:
+def _whole(settings: EvalSettings, path: Path, summary: Summary) -> Summary:
     """The same over all lines of a results file, where this was a part of its tasks."""
     kept = read_kept(path)
     if _keys(kept.results, kept.failures) == _keys(summary.results, summary.failures):
         return summary
-    return _summary(config, kept.results, missing=summary.missing, failures=kept.failures)
+    return _summary(settings, kept.results, missing=summary.missing, failures=kept.failures)
 
 
 def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tuple[set[str], ...]:
     return {result.key for result in results}, {failure.key for failure in failures}
 
 
-def run_summary(config: DictConfig, run: RunDir) -> Summary:
+def run_summary(settings: EvalSettings, run: RunDir) -> Summary:
     """What the results file of a run holds."""
     kept = read_kept(run.results)
-    return _summary(config, kept.results, failures=kept.failures)
+    return _summary(settings, kept.results, failures=kept.failures)
 
 
 def _summary(
-    config: DictConfig,
+    settings: EvalSettings,
     results: Sequence[TaskResult],
     *,
     failures: Sequence[TaskFailure],
     missing: Sequence[str] = (),
     resamples: int | None = None,
 ) -> Summary:
-    """Return `summarise` with what the configuration says; `resamples` in place of its own."""
+    """Return `summarise` with what the settings say; `resamples` in place of their own."""
     with options_of(under("eval", "groups", "resamples")):
         return summarise(
             results,
-            plain(config.eval.groups),
+            settings.groups,
             missing=missing,
             failures=failures,
-            resamples=config.eval.resamples if resamples is None else resamples,
+            resamples=settings.resamples if resamples is None else resamples,
         )
 
 
-def failed_tasks(config: DictConfig, run: RunDir) -> list[str]:
-    """The tasks of the configuration that are there, and of which a finished run has no result."""
-    found = tasks_from(config)
+def failed_tasks(settings: EvalSettings, run: RunDir) -> list[str]:
+    """The tasks of the settings that are there, and of which a finished run has no result."""
+    found = tasks_from(settings)
     done = {result.key for result in read_results(run.results)}
     return [*(task.name for task in found.tasks if task.name not in done), *found.damaged]
 
 
-def results_path_for(config: DictConfig) -> Path:
+def results_path_for(settings: EvalCommand) -> Path:
     """Where `siftclip eval` keeps its results: a file for each model, and each way to ask it.
 
     A run's own model has `eval_results.jsonl` in the run's directory, its checkpoints and other
     ways to ask it a folder each in `eval/` there. Other models have one in `eval/` in `output_dir`.
     Another way is another precision, or other class names or templates.
     """
-    model = config.model
-    weights = str(model.get("weights", "auto"))
-    way = [*([] if weights == "auto" else [weights]), *_way(config)]
-    run, file = RunDir(path=Path(str(model.name))), model.pretrained
+    model = settings.model
+    way = [*([] if model.weights == "auto" else [model.weights]), *_way(settings.eval)]
+    run, file = RunDir(path=Path(model.name)), model.pretrained
     if run.has_model:
         if file is None and not way:
             return run.results
         parts = ["model" if file is None else Path(file).stem, *way]
         return run.path / "eval" / "-".join(parts) / run.results.name
-    spec = [str(model.name), *([] if file is None else [str(file)])]
+    spec = [model.name, *([] if file is None else [file])]
     parts = [Path(part).name for part in spec] + way
     places = [str(Path(part).resolve()) for part in spec if Path(part).exists()]
     if places:  # of equal names in other folders, each has its own
         parts.append(identity_hash({"places": places})[:8])
     label = re.sub(r"[^\w.-]+", "-", "-".join(parts))
-    return output_root(config) / "eval" / label / run.results.name
+    return settings.common.output_root / "eval" / label / run.results.name
 
 
-def _way(config: DictConfig) -> list[str]:
+def _way(settings: EvalSettings) -> list[str]:
     """What differs from the standard way to ask a model, in words for a folder's name."""
-    settings = config.eval
     way = [] if settings.precision == "fp32" else [str(settings.precision)]
-    texts = {option: plain(settings[option]) for option in ("classnames", "templates")}
+    texts = {"classnames": settings.classnames, "templates": settings.templates}
     if any(texts.values()):
         contents = {
             f"{option} {task}": Path(file).read_text(encoding="utf-8", errors="replace")
@@ -371,9 +358,9 @@ def _way(config: DictConfig) -> list[str]:
     return way
 
 
-def _without_details(config: DictConfig, tasks: Sequence[Task], folder: Path) -> list[str]:
+def _without_details(settings: EvalSettings, tasks: Sequence[Task], folder: Path) -> list[str]:
     """The tasks of which details are wanted that an earlier run has not written."""
-    wanted = {"predictions.parquet": config.eval.predictions, "classes.csv": config.eval.details}
+    wanted = {"predictions.parquet": settings.predictions, "classes.csv": settings.details}
     return [
         task.name
         for task in tasks
@@ -384,9 +371,9 @@ def _without_details(config: DictConfig, tasks: Sequence[Task], folder: Path) ->
     ]
 
 
-def evaluation_device(config: DictConfig) -> str:
-    """The GPU where there is one, unless the configuration asks for the CPU."""
-    wants_cpu = config.trainer.accelerator == "cpu"
+def evaluation_device(trainer: TrainerSettings) -> str:
+    """The GPU where there is one, unless the settings ask for the CPU."""
+    wants_cpu = trainer.accelerator == "cpu"
     return "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
 
 

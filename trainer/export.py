@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import (
     CONFIG_NAME,
@@ -33,13 +32,17 @@ from siftclip.datamodules.model_weights import (
     CONFIG_KEY,
     Weights,
     portable_weights,
-    require_weights_choice,
 )
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.models import checkpoint_options
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.run_records import read_config
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.data import ScaleSettings
+from siftclip.trainer.settings.fields.reader import read_kept
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.optim import OptimSettings
+from siftclip.trainer.settings.tools import ExportSettings
 
 INFO_NAME = "info.pkl"
 CHECKPOINT_NAME = "checkpoints/epoch_latest.pt"
@@ -68,13 +71,23 @@ CUSTOM_SCALE = "custom"  # no scale of DataComp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What a run was asked to train."""
+
+    model: ModelSettings
+    optim: OptimSettings
+    scale: ScaleSettings
+    pool_root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A model to export, and what is known about how it came about."""
 
     clip: ClipModel
     label: str  # what the checkpoint calls it
     origin: Path  # the folder or file that the weights come from
-    config: DictConfig | None  # of the run that trained it
+    run: RunSettings | None  # of the run that trained it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,28 +100,19 @@ class Exported:
     loading: str
 
 
-def export_stage(config: DictConfig) -> Exported:
+def export_stage(options: ExportSettings) -> Exported:
     """Write the model of a run, a folder or a checkpoint in the layout that `export` asks for.
 
     Raises:
         InputError: the source holds no such model, its weights are not finite, or something lies
             where it would be written.
     """
-    options = config.export
-    for key in ("source", "path"):
-        if OmegaConf.is_missing(options, key):
-            raise InputError(f"export.{key} must be given, such as export.{key}={_EXAMPLES[key]}.")
-    if options.format not in _WRITERS:
-        raise InputError(f"export.format must be one of {list(_WRITERS)}. Got {options.format!r}.")
-    if not isinstance(options.overwrite, bool):
-        raise InputError(f"export.overwrite must be true or false. Got {options.overwrite!r}.")
-    weights = require_weights_choice("export.weights", options.weights)
-    path = Path(str(options.path))
-    _check_target(str(options.format), path, overwrite=options.overwrite)
+    path, source_path = Path(options.path), Path(options.source)
+    _check_target(options.format, path, overwrite=options.overwrite)
     with locked(lock_beside(path), owner=f"export.path={str(path)!r}"):
-        _check_target(str(options.format), path, overwrite=options.overwrite)  # no longer changes
-        source = open_source(Path(str(options.source)), weights)
-        if path.resolve() in (source.origin.resolve(), Path(str(options.source)).resolve()):
+        _check_target(options.format, path, overwrite=options.overwrite)  # no longer changes
+        source = open_source(source_path, options.weights)
+        if path.resolve() in (source.origin.resolve(), source_path.resolve()):
             raise InputError(f"export.path={str(path)!r} is what is exported. Name another path.")
         return _WRITERS[options.format](source, path)
 
@@ -141,7 +145,7 @@ def open_source(source: Path, weights: Weights) -> Source:
                 f"folder {source} holds one set of weights. Set export.weights=auto."
             )
         clip = load_clip_model(str(source))
-        return Source(clip=clip, label=source.name, origin=source, config=None)
+        return Source(clip=clip, label=source.name, origin=source, run=None)
     raise InputError(
         "export.source must be a run directory (with config.yaml), a model folder (with "
         f"{CONFIG_NAME}), or a .ckpt file of a run. Got {str(source)!r}."
@@ -153,10 +157,10 @@ def _source_of_run(run: RunDir, weights: Weights) -> Source:
     if not run.has_model:
         hint = f" What it has so far: export.source={last}" if last else ""
         raise InputError(f"export.source={str(run.path)!r} has not finished training.{hint}")
-    config = _run_config(run)
+    settings = _run_settings(run)
     if weights == "auto":
         clip = load_clip_model(str(run.model))
-        return Source(clip=clip, label=run.path.name, origin=run.model, config=config)
+        return Source(clip=clip, label=run.path.name, origin=run.model, run=settings)
     if last is None:
         raise InputError(
             f"export.weights={weights!r} takes them from the last checkpoint, and there is none in "
@@ -179,15 +183,13 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
             "architecture: RUN/checkpoints/step-N.ckpt."
         )
     run = RunDir(path=folder)
-    config = _run_config(run)
-    node = config.model
+    settings = _run_settings(run)
     options: dict[str, Any] = {}
-    architecture = plain(node.get("architecture"))
-    name = str(node.name)
+    name, architecture = settings.model.name, to_plain(settings.model.architecture)
     if run.has_model:  # knows all of that without the files that training began from
         name, architecture = str(run.model), None
     else:
-        options = checkpoint_options(node)
+        options = checkpoint_options(settings.model)
     clip = load_clip_model(
         name,
         architecture=architecture,
@@ -195,20 +197,25 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
         pretrained=str(path),
         weights=weights,
     )
-    return Source(clip=clip, label=f"{folder.name}-{path.stem}", origin=path, config=config)
+    return Source(clip=clip, label=f"{folder.name}-{path.stem}", origin=path, run=settings)
 
 
-def _run_config(run: RunDir) -> DictConfig:
+def _run_settings(run: RunDir) -> RunSettings:
+    path = run.path / "config.yaml"
+    config = read_config(path)
+    parts = {name: config.get(name) for name in ("model", "optim", "scale", "pool")}
+    for name, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise InputError(f"{path} is not the configuration of a run: it has no {name}.")
     try:
-        config = OmegaConf.create(read_config(run.path / "config.yaml"))
-        if isinstance(config, DictConfig) and "name" in config.model:
-            return config
-        problem = "it has no model.name"
-    except InputError:
-        raise
-    except Exception as error:  # omegaconf raises many kinds for a damaged file
-        problem = str(error)
-    raise InputError(f"{run.path / 'config.yaml'} is not the configuration of a run: {problem}.")
+        return RunSettings(
+            model=read_kept(ModelSettings, config["model"], "model"),
+            optim=read_kept(OptimSettings, config["optim"], "optim"),
+            scale=read_kept(ScaleSettings, config["scale"], "scale"),
+            pool_root=str(config["pool"].get("root")),
+        )
+    except InputError as error:
+        raise InputError(f"{path} is not the configuration of a run: {error}") from error
 
 
 # ---- the target ---------------------------------------------------------------------------------
@@ -294,16 +301,16 @@ def _training_info(source: Source, model: str, checkpoint: Path) -> dict[str, An
     `scale` is one of DataComp's where the run was trained exactly so, else `custom`.
     """
     info = {"scale": CUSTOM_SCALE, "checkpoint": str(checkpoint.resolve())}
-    config = source.config
-    if config is None:
+    run = source.run
+    if run is None:
         return {**info, "scale_config": {"model": model}, "data_dir": None}
     own = {
-        "batch_size": config.scale.global_batch_size,
-        "learning_rate": config.optim.lr,
-        "train_num_samples": config.scale.samples_seen,
-        "warmup": config.optim.warmup_steps,
+        "batch_size": run.scale.global_batch_size,
+        "learning_rate": run.optim.lr,
+        "train_num_samples": run.scale.samples_seen,
+        "warmup": run.optim.warmup_steps,
         "model": model,
-        "beta2": config.optim.beta2,
+        "beta2": run.optim.beta2,
     }
     for scale, theirs in DATACOMP_SCALES.items():
         if own == {**theirs, "beta2": theirs["beta2"] or OPEN_CLIP_BETA2}:
@@ -311,9 +318,9 @@ def _training_info(source: Source, model: str, checkpoint: Path) -> dict[str, An
                 **info,
                 "scale": scale,
                 "scale_config": dict(theirs),
-                "data_dir": str(config.pool.root),
+                "data_dir": run.pool_root,
             }
-    return {**info, "scale_config": own, "data_dir": str(config.pool.root)}
+    return {**info, "scale_config": own, "data_dir": run.pool_root}
 
 
 def _built_in_name(source: Source) -> str | None:
@@ -330,8 +337,8 @@ def _built_in_name(source: Source) -> str | None:
             return None
     wanted = _comparable(config["model_cfg"])
     names = open_clip.list_models()
-    if source.config is not None and source.config.model.name in names:  # first among equals
-        names = [source.config.model.name, *names]
+    if source.run is not None and source.run.model.name in names:  # first among equals
+        names = [source.run.model.name, *names]
     return next(
         (name for name in names if _comparable(open_clip.get_model_config(name)) == wanted), None
     )
@@ -348,4 +355,3 @@ _WRITERS: dict[str, Callable[[Source, Path], Exported]] = {
     "local_dir": _write_local_dir,
     "datacomp": _write_datacomp,
 }
-_EXAMPLES = {"source": "outputs/train/RUN", "path": "model.pt"}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from siftclip.selectors.errors import InputError
+from siftclip.trainer.settings.lightning import TrainerSettings
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -165,14 +166,16 @@ def check_world_size(trainer_world_size: int, environment: Mapping[str, str]) ->
         )
 
 
-def require_launcher(command: str, settings: Any, environment: Mapping[str, str]) -> None:
+def require_launcher(
+    command: str, settings: TrainerSettings, environment: Mapping[str, str]
+) -> None:
     """Check that a command that trains several times does not need Lightning's own launcher.
 
     That one starts the whole command anew for each rank, and again for each training.
 
     Args:
         command: its name.
-        settings: the configuration's `trainer`.
+        settings: the devices.
         environment: its variables.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer from the configuration, and what it must not say."""
+"""Lightning's Trainer from the settings, and what it must not say."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
 
 from siftclip.datamodules.loader import LoaderOptions
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import worker_count
 from siftclip.trainer.launch import Devices, cluster_plugins, device_count, resolve_devices
+from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.lightning import Precision, Strategy, TrainerSettings
 
 if TYPE_CHECKING:
     from lightning import Fabric, Trainer
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.loggers import Logger
-    from lightning.pytorch.strategies import Strategy
-
-PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true")
-STRATEGIES = ("auto", "ddp", "fsdp")
+    from lightning.pytorch.strategies import Strategy as LightningStrategy
 
 # What Lightning raises for settings; its MisconfigurationException is a ValueError.
 _REFUSALS = (ValueError, TypeError, RuntimeError)
@@ -41,24 +39,19 @@ _QUIET = (
 )
 
 
-def resolve_precision(precision: str) -> str:
-    """Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it, else fp32.
-
-    Raises:
-        InputError: the name is not one of `PRECISIONS`.
-    """
-    if str(precision) not in PRECISIONS:
-        raise InputError(f"trainer.precision must be one of {list(PRECISIONS)}. Got {precision!r}.")
+def resolve_precision(precision: Precision) -> Precision:
+    """Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it, else fp32."""
     if precision != "auto":
-        return str(precision)
+        return precision
     # emulated, as on a V100, it would be slower than fp32
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
 def make_trainer(
-    config: DictConfig,
+    settings: TrainerSettings,
     *,
+    progress: bool,
     folder: Path,
     callbacks: list[Callback],
     loggers: list[Logger],
@@ -67,7 +60,7 @@ def make_trainer(
     """A Trainer on the configured devices; DDP when there are several.
 
     Raises:
-        InputError: an option of the configuration is not one that Lightning knows.
+        InputError: Lightning refuses the settings, or this machine has no GPU for them.
     """
     from lightning import Trainer
 
@@ -75,15 +68,9 @@ def make_trainer(
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in _QUIET:
         warnings.filterwarnings("ignore", message)
-    settings = config.trainer
     precision = resolve_precision(settings.precision)
-    if settings.sync_batchnorm and _on_cpu(str(settings.accelerator)):
+    if settings.sync_batchnorm and _on_cpu(settings.accelerator):
         raise InputError("trainer.sync_batchnorm=true needs GPUs; torch has it for no CPU.")
-    if precision == "16-mixed" and settings.strategy == "fsdp":
-        raise InputError(
-            "trainer.precision=16-mixed does not go with trainer.strategy=fsdp: scaling of sharded "
-            "gradients is not supported. Use bf16-mixed, or trainer.strategy=ddp."
-        )
     # Under autocast only the loss has float32 products left, and these are to be exact.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
@@ -92,32 +79,31 @@ def make_trainer(
             accelerator=settings.accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=_strategy(str(settings.strategy), devices, num_nodes),
+            strategy=_strategy(settings.strategy, devices, num_nodes),
             default_root_dir=folder,
             benchmark=True,  # of cudnn's convolutions, as open_clip trains
             sync_batchnorm=settings.sync_batchnorm,
-            **_plugin_options(precision, str(settings.accelerator)),
+            **_plugin_options(precision, settings.accelerator),
             callbacks=callbacks,
             logger=loggers,
             use_distributed_sampler=False,
             enable_model_summary=False,
-            enable_progress_bar=config.progress,
+            enable_progress_bar=progress,
             **options,
         )
     except _REFUSALS as error:
         raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
 
 
-def make_fabric(config: DictConfig) -> Fabric:
+def make_fabric(settings: TrainerSettings) -> Fabric:
     """Lightning Fabric on the configured devices, for work without training.
 
     Raises:
-        InputError: an option of the configuration is not one that Lightning knows.
+        InputError: Lightning refuses the settings.
     """
     from lightning import Fabric
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    settings = config.trainer
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     try:
         return Fabric(
@@ -154,21 +140,18 @@ def _ranks(devices: Devices, num_nodes: int) -> int:
     return found * num_nodes
 
 
-def expected_world_size(config: DictConfig) -> int:
+def expected_world_size(settings: TrainerSettings) -> int:
     """The number of ranks that `make_trainer` will count."""
-    settings = config.trainer
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     count = device_count(devices)
     if count is None:
-        count = 1 if _on_cpu(str(settings.accelerator)) else max(1, torch.cuda.device_count())
+        count = 1 if _on_cpu(settings.accelerator) else max(1, torch.cuda.device_count())
     return count * num_nodes
 
 
-def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
+def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | LightningStrategy:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-    if name not in STRATEGIES:
-        raise InputError(f"trainer.strategy must be one of {list(STRATEGIES)}. Got {name!r}.")
     several = num_nodes > 1 or (device_count(devices) or 1) > 1
     if name == "fsdp":
         # Devices are told apart by their data alone; a checkpoint is one file that any number of
@@ -185,14 +168,12 @@ def _strategy(name: str, devices: Devices, num_nodes: int) -> str | Strategy:
     return name
 
 
-def loader_options(config: DictConfig) -> LoaderOptions:
-    """How the configuration wants batches to be loaded."""
-    data = config.data
-    workers = worker_count(data.num_workers)
+def loader_options(data: DataSettings) -> LoaderOptions:
+    """How the settings want batches to be loaded."""
     names = ("num_workers", "start_method", "prefetch_batches", "timeout_seconds")
     with options_of(under("data", *names)):
         return LoaderOptions(
-            num_workers=workers,
+            num_workers=worker_count(data.num_workers),
             start_method=data.start_method,
             prefetch_batches=data.prefetch_batches,
             timeout_seconds=data.timeout_seconds,

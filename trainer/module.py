@@ -25,8 +25,9 @@ from siftclip.trainer.ema import ModelEma
 from siftclip.trainer.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.online.in_loop import Chosen
 from siftclip.trainer.online.online import Online
-from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
+from siftclip.trainer.optim import clamp_logit_scale, make_optimizer
 from siftclip.trainer.schedules import lr_factor
+from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.sharding import is_sharded, shard_model, unsynced_shards
 from siftclip.trainer.step import (
     Objective,
@@ -58,7 +59,7 @@ class ClipTraining(LightningModule):
         model: nn.Module,
         *,
         objective: Objective,
-        optim: OptimConfig,
+        optim: OptimSettings,
         total_steps: int,
         global_batch_size: int,
         seed: int,

@@ -1,4 +1,4 @@
-"""The objective of a configuration: the loss, its teacher or reference features, its weights."""
+"""The objective of the settings: the loss, its teacher or reference features, its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from siftclip.datamodules.batches import Batch
@@ -18,10 +17,11 @@ from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import read_column
 from siftclip.datamodules.features import open_features
 from siftclip.datamodules.files import content_digest
+from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.row_features import RowFeatures
 from siftclip.datamodules.selection import row_weights
 from siftclip.selectors.base import Selector, product_of_weights
-from siftclip.selectors.errors import InputError, require_finite
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.losses import (
     ContrastiveObjective,
@@ -31,6 +31,20 @@ from siftclip.trainer.losses import (
     SoftmaxLoss,
 )
 from siftclip.trainer.models import clip_model_from, model_files
+from siftclip.trainer.settings.loss import (
+    CocaLoss,
+    DrrhoLoss,
+    LossSettings,
+    ReferenceFeatures,
+    SampleWeights,
+)
+from siftclip.trainer.settings.loss import (
+    DistillLoss as DistillSettings,
+)
+from siftclip.trainer.settings.loss import (
+    SigLipLoss as SigLipSettings,
+)
+from siftclip.trainer.settings.model import TeacherModel
 from siftclip.trainer.stages import SelectOutcome
 from siftclip.trainer.step import Objective, TeacherFeatures, no_teacher
 
@@ -53,59 +67,44 @@ class LossData:
     identity: dict[str, Any]  # of the files that these come from
 
 
-def check_loss(config: DictConfig) -> None:
-    """Check what can be known without a file.
-
-    Raises:
-        InputError: an option of `loss` is wrong.
-    """
-    loss = config.loss
-    if loss.name not in LOSSES:
-        raise InputError(f"loss.name must be one of {list(LOSSES)}. Got {loss.name!r}.")
-    if loss.name == "coca":
-        for name in ("contrastive_weight", "caption_weight"):
-            if require_finite(f"loss.{name}", loss[name]) <= 0:
-                raise InputError(f"loss.{name} must be above 0. Got {loss[name]!r}.")
-    if loss.name == "distill":
-        named = [key for key in ("features", "model") if _teacher_name(loss, key) is not None]
-        if len(named) != 1:
-            raise InputError(
-                "loss=distill needs one teacher: loss.teacher.model.name (an open_clip model) or "
-                f"loss.teacher.features.name (cached features). Got {named or 'neither'}."
-            )
-    if loss.name == "drrho" and _teacher_name(loss, "features") is None:
-        raise InputError(
-            "loss=drrho needs the cached features of a reference model: loss.teacher.features.name "
-            "such as b32, whose arrays are b32_img and b32_txt."
-        )
-
-
-def check_weighing(config: DictConfig, selector: Selector, option: str) -> None:
+def check_weighing(loss: LossSettings, selector: Selector, option: str) -> None:
     """Check that the loss can use the weights of a selector, if this one weighs samples.
 
     Args:
-        config: of the command, whose `loss` is checked.
+        loss: of the run.
         selector: of the option.
         option: such as "online.selector=infobatch", for the message.
 
     Raises:
         InputError: it cannot.
     """
-    if selector.weighs and not LOSSES[config.loss.name].takes_weights:
-        able = [name for name, loss in LOSSES.items() if loss.takes_weights]
+    if selector.weighs and not LOSSES[loss.name].takes_weights:
+        able = [name for name, known in LOSSES.items() if known.takes_weights]
         raise InputError(
-            f"{option} weighs the samples that it keeps, and loss={config.loss.name} cannot use "
+            f"{option} weighs the samples that it keeps, and loss={loss.name} cannot use "
             "weights: its pairs belong to two samples each. Without them the selection would be "
             f"biased. Use one of loss={','.join(able)}, or a selector that does not weigh."
         )
 
 
-def _teacher_name(loss: DictConfig, key: str) -> str | None:
-    name: str | None = OmegaConf.select(loss, f"teacher.{key}.name")
-    return name
+def teacher_features(loss: LossSettings) -> ReferenceFeatures | None:
+    """The cached features of a loss that reads some."""
+    if not isinstance(loss, (DistillSettings, DrrhoLoss)):
+        return None
+    features = loss.teacher.features
+    return None if features.name is None else features
 
 
-def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
+def teacher_model(loss: LossSettings) -> TeacherModel | None:
+    """The live teacher of a loss that has one."""
+    if not isinstance(loss, DistillSettings) or loss.teacher.model.name is None:
+        return None
+    return loss.teacher.model
+
+
+def open_loss_data(
+    loss: LossSettings, selected: SelectOutcome, *, max_bad_fraction: float
+) -> LossData:
     """Open the files that the loss needs and check them against the selection.
 
     Raises:
@@ -114,15 +113,15 @@ def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
     pool, rows = selected.pool, np.unique(selected.rows)
     identity: dict[str, Any] = {}
     references = weights = None
-    name = _teacher_name(config.loss, "features")
-    if name is not None:
-        root = config.loss.teacher.features.root
+    cached = teacher_features(loss)
+    if cached is not None:
+        name, root = cached.name, cached.root
         keys = (f"{name}_img", f"{name}_txt")
         store = open_features(
             pool,
             folder=None if root is None else Path(root),
             keys=keys,
-            max_bad_fraction=config.pool.max_bad_fraction,
+            max_bad_fraction=max_bad_fraction,
         )
         references = RowFeatures.build(store, keys, len(pool))
         lacking = int((references.part_of_row[rows] < 0).sum())
@@ -133,35 +132,39 @@ def open_loss_data(config: DictConfig, selected: SelectOutcome) -> LossData:
                 "have them."
             )
         identity["features"] = store.fingerprint
-    path = OmegaConf.select(config.loss, "weights.path")
-    if path is not None:
-        with options_of(under("loss.weights", "path", "column")):
-            found = read_column(pool, Path(path), config.loss.weights.column)
-        weights = found.astype(np.float32)
-        chosen = weights[rows]
-        bad = int((~(np.isfinite(chosen) & (chosen >= 0))).sum())  # NaN: a sample without a weight
-        if bad:
-            raise InputError(
-                f"loss.weights.path={path!r} must give every selected sample a finite weight of at "
-                f"least 0. {bad} of {len(rows)} have none, or another one."
-            )
-        if not chosen.any():
-            raise InputError(f"loss.weights.path={path!r}: all weights are 0.")
-        identity["weights"] = content_digest(Path(path))
-    teacher = OmegaConf.select(config.loss, "teacher.model")
-    if teacher is not None and teacher.name is not None:
+    if not isinstance(loss, SigLipSettings) and loss.weights.path is not None:
+        weights = _sample_weights(loss.weights, loss.weights.path, pool, rows)
+        identity["weights"] = content_digest(Path(loss.weights.path))
+    teacher = teacher_model(loss)
+    if teacher is not None:
         identity["teacher"] = model_files(teacher)
     weights = product_of_weights(weights, row_weights(selected.selection, pool))
     return LossData(references=references, weights=weights, identity=identity)
 
 
+def _sample_weights(settings: SampleWeights, path: str, pool: Pool, rows: np.ndarray) -> np.ndarray:
+    """What each sample counts: float32 by the pool's rows."""
+    with options_of(under("loss.weights", "path", "column")):
+        weights = read_column(pool, Path(path), settings.column).astype(np.float32)
+    chosen = weights[rows]
+    bad = int((~(np.isfinite(chosen) & (chosen >= 0))).sum())  # NaN: a sample without a weight
+    if bad:
+        raise InputError(
+            f"loss.weights.path={path!r} must give every selected sample a finite weight of at "
+            f"least 0. {bad} of {len(rows)} have none, or another one."
+        )
+    if not chosen.any():
+        raise InputError(f"loss.weights.path={path!r}: all weights are 0.")
+    return weights
+
+
 def objective_from(
-    config: DictConfig, clip: ClipModel, data: LossData, rows: np.ndarray
+    loss: LossSettings, clip: ClipModel, data: LossData, rows: np.ndarray
 ) -> Objective:
     """The objective that trains `clip`.
 
     Args:
-        config: of the command.
+        loss: its settings.
         clip: the model to be trained.
         data: of the loss.
         rows: int64 [n], the selection.
@@ -169,40 +172,36 @@ def objective_from(
     Raises:
         InputError: loss, model and teacher do not go together.
     """
-    loss = config.loss
     _check_model(loss.name, clip)
-    fixed_scale = loss.get("logit_scale")
-    if fixed_scale is not None:
-        _fix_logit_scale(clip.model, fixed_scale)
+    if isinstance(loss, DrrhoLoss) and loss.logit_scale is not None:
+        _fix_logit_scale(clip.model, loss.logit_scale)
     teacher: TeacherFeatures = no_teacher
-    teacher_scale = OmegaConf.select(loss, "teacher.features.logit_scale")
+    teacher_scale = loss.teacher.features.logit_scale if isinstance(loss, DistillSettings) else 1.0
+    live = teacher_model(loss)
     if data.references is not None:
         teacher = CachedTeacher(data.references.keys)
-    elif _teacher_name(loss, "model") is not None:
-        model = clip_model_from(loss.teacher.model, "loss.teacher.model", trained=True)
+    elif live is not None:
+        model = clip_model_from(live, trained=True)
         _check_same_inputs(clip, model)
         teacher = ModelTeacher(model.model)
         teacher_scale = float(model.model.logit_scale.exp())  # type: ignore[operator]
-    return Objective(
-        loss=_loss_from(loss, teacher_scale, np.unique(rows)),
-        teacher=teacher,
-        **(
-            {
-                "contrastive_weight": loss.contrastive_weight,
-                "caption_weight": loss.caption_weight,
-            }
-            if loss.name == "coca"
-            else {}
-        ),
-    )
+    built = _loss_from(loss, teacher_scale, np.unique(rows))
+    if isinstance(loss, CocaLoss):
+        return Objective(
+            loss=built,
+            teacher=teacher,
+            contrastive_weight=loss.contrastive_weight,
+            caption_weight=loss.caption_weight,
+        )
+    return Objective(loss=built, teacher=teacher)
 
 
-def _loss_from(loss: DictConfig, teacher_scale: float, rows: np.ndarray) -> ContrastiveObjective:
-    if loss.name == "siglip":
+def _loss_from(loss: LossSettings, teacher_scale: float, rows: np.ndarray) -> ContrastiveObjective:
+    if isinstance(loss, SigLipSettings):
         return SigLipLoss(loss.dist_impl)
-    if loss.name == "distill":
+    if isinstance(loss, DistillSettings):
         return DistillLoss(teacher_logit_scale=teacher_scale)
-    if loss.name == "drrho":
+    if isinstance(loss, DrrhoLoss):
         return ReferenceGuidedLoss(
             selected_rows=rows, gamma=loss.gamma, epsilon=loss.epsilon, rho=loss.rho
         )
@@ -239,11 +238,6 @@ def _check_model(name: str, clip: ClipModel) -> None:
 
 
 def _fix_logit_scale(model: nn.Module, scale: float) -> None:
-    if not 1 <= require_finite("loss.logit_scale", scale) <= 100:
-        raise InputError(
-            "loss.logit_scale must be in the range [1, 100], to which the scale is kept in "
-            f"training, or null. Got {scale!r}."
-        )
     with torch.no_grad():
         model.logit_scale.fill_(math.log(scale))  # type: ignore[operator]
     model.logit_scale.requires_grad_(False)

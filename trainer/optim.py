@@ -3,128 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from siftclip.selectors.errors import InputError, require_finite, require_fraction, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.trainer.layer_decay import layer_scales
+from siftclip.trainer.settings.optim import OptimSettings
 
 MAX_LOGIT_SCALE = math.log(100)
 
-Schedule = Literal["cosine", "const", "cooldown"]
-DecayRule = Literal["open_clip_3", "open_clip_4"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimConfig:
-    """The optimiser's settings; names and defaults as in `configs/optim`.
-
-    Raises:
-        InputError: a value is out of range, or options would have no effect together.
-    """
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    warmup_steps: int
-    grad_clip_norm: float | None = None
-    schedule: Schedule = "cosine"  # see `trainer.schedules.lr_factor`
-    cooldown_steps: int | None = None
-    cooldown_power: float = 1.0
-    cooldown_end_lr: float = 0.0
-    decay_rule: DecayRule = "open_clip_3"  # see `is_decayed`
-    no_decay: Sequence[str] = ()
-    image_layer_decay: float | None = None
-    text_layer_decay: float | None = None
-    ema_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        self._above_zero("lr", "eps", "cooldown_power")
-        self._in_half_open("beta1", "beta2")
-        self._at_least_zero("weight_decay", "cooldown_end_lr")
-        require_int("optim.warmup_steps", self.warmup_steps, minimum=0)
-        if self.grad_clip_norm is not None:
-            self._above_zero("grad_clip_norm", suffix=", or null")
-        for name in ("image_layer_decay", "text_layer_decay"):
-            if getattr(self, name) is not None:
-                require_fraction(f"optim.{name}", getattr(self, name))
-        if self.ema_decay is not None and not (
-            0 < require_finite("optim.ema_decay", self.ema_decay) < 1
-        ):
-            raise InputError(
-                f"optim.ema_decay must be in the range (0, 1), or null. Got {self.ema_decay!r}."
-            )
-        for name, known in (("schedule", Schedule), ("decay_rule", DecayRule)):
-            if getattr(self, name) not in get_args(known):
-                raise InputError(
-                    f"optim.{name} must be one of {list(get_args(known))}. "
-                    f"Got {getattr(self, name)!r}."
-                )
-        self._check_cooldown()
-        self._check_patterns()
-
-    def _above_zero(self, *names: str, suffix: str = "") -> None:
-        for name in names:
-            value = getattr(self, name)
-            if require_finite(f"optim.{name}", value) <= 0:
-                raise InputError(f"optim.{name} must be above 0{suffix}. Got {value!r}.")
-
-    def _at_least_zero(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if require_finite(f"optim.{name}", value) < 0:
-                raise InputError(f"optim.{name} must be at least 0. Got {value!r}.")
-
-    def _in_half_open(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not 0 <= require_finite(f"optim.{name}", value) < 1:
-                raise InputError(f"optim.{name} must be in the range [0, 1). Got {value!r}.")
-
-    def _check_cooldown(self) -> None:
-        if self.schedule == "cooldown":
-            if self.cooldown_steps is None:
-                raise InputError(
-                    "optim.cooldown_steps must be an integer of at least 1 with "
-                    "optim.schedule=cooldown. Got null."
-                )
-            require_int("optim.cooldown_steps", self.cooldown_steps, minimum=1)
-            if self.cooldown_end_lr >= self.lr:
-                raise InputError(
-                    f"optim.cooldown_end_lr must be below optim.lr={self.lr!r}. "
-                    f"Got {self.cooldown_end_lr!r}."
-                )
-            return
-        unused = {"cooldown_steps": None, "cooldown_power": 1.0, "cooldown_end_lr": 0.0}
-        for name, default in unused.items():
-            if getattr(self, name) != default:
-                raise InputError(
-                    f"optim.{name}={getattr(self, name)!r} has no effect with "
-                    f"optim.schedule={self.schedule}. Set optim.schedule=cooldown, or leave it out."
-                )
-
-    def _check_patterns(self) -> None:
-        patterns = self.no_decay
-        if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns):
-            raise InputError(
-                "optim.no_decay must be a list of patterns of parameter names, such as "
-                f"[visual.proj]. Got {patterns!r}."
-            )
-        if patterns and self.weight_decay == 0:
-            raise InputError(
-                f"optim.no_decay={list(patterns)!r} has no effect with optim.weight_decay=0. "
-                "Leave one of them out."
-            )
-
-
-def is_decayed(model: nn.Module, config: OptimConfig) -> dict[str, bool]:
+def is_decayed(model: nn.Module, config: OptimSettings) -> dict[str, bool]:
     """Which parameters weight decay applies to, by name.
 
     Not decayed are parameters with fewer than two dimensions and
@@ -175,7 +68,7 @@ def _declared_patterns(model: nn.Module) -> Iterator[str]:
                 yield from (f"{prefix}{start}{name}" for name in declare())
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimSettings) -> list[dict[str, Any]]:
     """Groups of trainable parameters with equal learning rate and weight decay.
 
     Without layer decay these are open_clip's two, first the one without weight decay. With it,
@@ -207,7 +100,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimSettings, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`.
 
     Args:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 
+from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.step_plan import StepPlan
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import OneRank
@@ -30,7 +30,7 @@ from siftclip.trainer.online.planner import (
     mean_profile,
 )
 from siftclip.trainer.online.setup import RunParts, build_online, step_plan, step_planner
-from siftclip.trainer.stages import output_root
+from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings
 
 PLANNED_STEPS = 1 << 16  # of a run whose length is looked for, at a time
 WARM_UP_STEPS = 4
@@ -113,18 +113,18 @@ def profile_run(parts: RunParts) -> Profile:
     Raises:
         InputError: several devices without a launcher, which would start the command again.
     """
-    config = parts.config
-    require_launcher("train with plan=true or budget.seconds", config.trainer, os.environ)
+    require_launcher("train with plan=true or budget.seconds", parts.trainer, os.environ)
     batch = parts.global_batch_size
     steps = WARM_UP_STEPS + STEPS + 1
     short = Budget(samples_seen=steps * batch, global_batch_size=batch)
 
-    def measured(changed: DictConfig, folder: Path) -> StepSeconds:
-        own = replace(parts, config=changed, clip=new_model(changed), folder=folder)
+    def measured(changed: RunParts, folder: Path) -> StepSeconds:
+        own = replace(changed, clip=_new_model(changed), folder=folder)
         online = build_online(own, steps)
         clock = StepClock(WARM_UP_STEPS)
         trainer = make_trainer(
-            changed,
+            own.trainer,
+            progress=False,
             folder=folder,
             callbacks=[clock],
             loggers=[],
@@ -132,31 +132,39 @@ def profile_run(parts: RunParts) -> Profile:
             max_epochs=-1,
             enable_checkpointing=False,
         )
-        run = (changed, own.clip, own.selected, own.loss_data, short, online)
-        trainer.fit(training_module(*run), datamodule=data_module_from(*run))
+        data = data_module_from(own, short, online)
+        trainer.fit(training_module(own, short, online), datamodule=data)
         return clock.result()
 
-    quiet = OmegaConf.create({"progress": False, "trainer": {"log_every_n_steps": 10**9}})
-    once = _merged(config, quiet)
-    once.online = {"cadence": "once"}
-    root = output_root(config)
+    quiet = replace(
+        parts,
+        common=replace(parts.common, progress=False),
+        trainer=replace(parts.trainer, log_every_n_steps=10**9),
+    )
+    once = replace(quiet, online=OnceSettings())
+    root = parts.common.output_root
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=root) as name:
         folder = Path(name)
         plain = mean_profile(lambda: measured(once, folder), ROUNDS)
         selecting, extra, version_seconds = None, 0, 0.0
-        if config.online.cadence == "every_step":
-            always = _always_selecting(_merged(config, quiet))
+        if isinstance(parts.online, EveryStepSettings):
+            always = replace(quiet, online=_always_selecting(parts.online))
             selecting = mean_profile(lambda: measured(always, folder), ROUNDS)
-            plan = step_plan(replace(parts, config=always), steps)
+            plan = step_plan(always, steps)
             extra = int(plan.drawn[-1] - plan.trained)
-        elif config.online.cadence != "once":
-            version_seconds = _version_seconds(replace(parts, clip=new_model(config)), folder)
+        elif not isinstance(parts.online, OnceSettings):
+            version_seconds = _version_seconds(replace(parts, clip=_new_model(parts)), folder)
     return agreed(
         Profile(
             plain=plain, selecting=selecting, profiled_extra=extra, version_seconds=version_seconds
         )
     )
+
+
+def _new_model(parts: RunParts) -> ClipModel:
+    checkpointing = parts.trainer.grad_checkpointing
+    return new_model(parts.model, seed=parts.common.seed, grad_checkpointing=checkpointing)
 
 
 def agreed(profile: Profile) -> Profile:
@@ -168,22 +176,15 @@ def agreed(profile: Profile) -> Profile:
     return shared[0]
 
 
-def _merged(config: DictConfig, changes: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(config, changes)
-    if not isinstance(merged, DictConfig):
-        raise TypeError("a configuration is a mapping")
-    return merged
-
-
-def _always_selecting(config: DictConfig) -> DictConfig:
-    """The configuration with the largest super-batch of its schedule at every step."""
-    ratio = config.online.schedule.filter_ratio
-    if OmegaConf.is_list(ratio):
+def _always_selecting(online: EveryStepSettings) -> EveryStepSettings:
+    """The settings with the largest super-batch of their schedule at every step."""
+    ratio = online.schedule.filter_ratio
+    if isinstance(ratio, tuple):
         ratio = max(knot[1] for knot in ratio)
-    always = {"filter_ratio": ratio, "start": 0.0, "stop": 1.0, "warmup_steps": 0}
-    config.online.schedule = {**config.online.schedule, **always}
-    config.online.diagnostics.record_chosen = False
-    return config
+    schedule = replace(online.schedule, filter_ratio=ratio, start=0.0, stop=1.0, warmup_steps=0)
+    return replace(
+        online, schedule=schedule, diagnostics=replace(online.diagnostics, record_chosen=False)
+    )
 
 
 def _versions(parts: RunParts, steps: int) -> int:
@@ -192,12 +193,13 @@ def _versions(parts: RunParts, steps: int) -> int:
     An epoch of a version is taken to be as long as the selector's fraction says; what keeps another
     number of samples, as InfoBatch does, as long as the first epoch.
     """
-    online, batch = parts.config.online, parts.global_batch_size
-    if online.cadence in ("once", "every_step"):
+    online, batch = parts.online, parts.global_batch_size
+    if isinstance(online, (OnceSettings, EveryStepSettings)):
         return 0
-    first = later = online.every_n_steps
-    if first is None:
-        kept = OmegaConf.select(online, "selector.fraction") or 1.0
+    if online.every_n_steps is not None:
+        first = later = online.every_n_steps
+    else:
+        kept = online.selector.fraction or 1.0
         samples = len(parts.selected.rows)
         first = -(-samples // batch)
         later = -(-max(1, int(samples * online.pool_fraction * kept)) // batch)

@@ -6,15 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from siftclip.datamodules.compaction import Compaction, compact_pool
 from siftclip.datamodules.identities import when
 from siftclip.datamodules.locks import LOCK_NAME, locked
 from siftclip.datamodules.pool import Pool
 from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
-from siftclip.selectors.errors import InputError, require_int
 from siftclip.trainer.build.options import options_of, under
+from siftclip.trainer.settings.commands import CompactCommand, PoolSections
 from siftclip.trainer.stages import pool_cache, pool_from, select_stage
 
 
@@ -27,13 +25,11 @@ class IndexOutcome:
     seconds: float
 
 
-def index_stage(config: DictConfig) -> IndexOutcome:
+def index_stage(settings: PoolSections) -> IndexOutcome:
     """Open the pool, which builds what is missing of its index."""
     start = time.perf_counter()
-    before: set[str] = set()
-    if config.pool.get("root") is not None:  # pool_from has the words for a missing one
-        before = {path.name for path in pool_cache(config).glob("index*/table-*")}
-    pool = pool_from(config)
+    before = {path.name for path in pool_cache(settings.pool).glob("index*/table-*")}
+    pool = pool_from(settings.pool, progress=settings.common.progress)
     return IndexOutcome(
         pool=pool,
         is_new=pool.table_folder.name not in before,
@@ -67,28 +63,23 @@ def _index_reused(pool: Pool, seconds: float) -> str:
     return f"reused     the index of {written}, opened in {seconds:.2f} s"
 
 
-def compact_stage(config: DictConfig) -> Compaction:
+def compact_stage(settings: CompactCommand) -> Compaction:
     """Select, and copy what was selected; a finished copy is returned as it is.
 
     Raises:
         InputError: an option is wrong, the folder holds something else, or samples are bad.
     """
-    if OmegaConf.is_missing(config.compact, "output"):
-        raise InputError(
-            "compact.output must name the folder of the copy, such as compact.output=/data/copy."
-        )
-    require_int("compact.shard_samples", config.compact.shard_samples, minimum=1)
-    selected = select_stage(config)
-    folder = Path(str(config.compact.output))
+    selected = select_stage(settings)
+    folder = Path(settings.compact.output)
     held = locked(folder / LOCK_NAME, owner=f"compact.output={str(folder)!r}")
     with held, options_of(under("compact", "shard_samples", folder="output")):
         return compact_pool(
             selected.pool,
             selected.selection,
             folder,
-            shard_samples=config.compact.shard_samples,
-            max_bad_fraction=config.pool.max_bad_fraction,
-            progress=config.progress,
+            shard_samples=settings.compact.shard_samples,
+            max_bad_fraction=settings.pool.max_bad_fraction,
+            progress=settings.common.progress,
         )
 
 

@@ -23,8 +23,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from siftclip.datamodules.clip_models import CONFIG_NAME, MODEL_FOLDER
 from siftclip.datamodules.files import read_json_object, write_json, write_text
 from siftclip.datamodules.locks import LOCK_NAME
@@ -211,9 +209,9 @@ class RunDir:
                 path.rename(aside / path.name)
         return aside
 
-    def start(self, config: DictConfig, selection: Selection, identity: dict[str, Any]) -> None:
-        """Write down what the run is, before its first step."""
-        write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    def start(self, config: str, selection: Selection, identity: dict[str, Any]) -> None:
+        """Write down what the run is, before its first step; `config` goes into config.yaml."""
+        write_text(self.path / "config.yaml", config)
         write_selection(selection, self.path)
         write_json(self.path / IDENTITY_NAME, identity)
 

@@ -6,12 +6,12 @@ import logging
 import math
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.optim import OptimConfig
+from siftclip.trainer.settings.optim import OptimSettings
 
 log = logging.getLogger(__name__)
 
 
-def lr_factor(config: OptimConfig, step: int, total_steps: int) -> float:
+def lr_factor(config: OptimSettings, step: int, total_steps: int) -> float:
     """The factor on every group's own learning rate at optimiser step `step` (0, 1, ...).
 
     All schedules begin with (step + 1) / warmup_steps. Then follow
@@ -37,7 +37,7 @@ def lr_factor(config: OptimConfig, step: int, total_steps: int) -> float:
     return float((1 - progress) ** config.cooldown_power * (1 - end) + end)
 
 
-def check_schedule(config: OptimConfig, total_steps: int) -> None:
+def check_schedule(config: OptimSettings, total_steps: int) -> None:
     """Refuse a cooldown that does not fit into a run of `total_steps` optimiser steps.
 
     A warm-up that is longer than the run is allowed, since DataComp's scale `debug` has one, and

@@ -6,16 +6,16 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
 
 from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.launch import device_count, find_launch, resolve_devices
+from siftclip.trainer.settings.lightning import TrainerSettings
 
 if TYPE_CHECKING:
     from lightning import Fabric
 
 
-def selection_ranks(config: DictConfig, *, may_launch: bool) -> tuple[Ranks, torch.device]:
+def selection_ranks(settings: TrainerSettings, *, may_launch: bool) -> tuple[Ranks, torch.device]:
     """The ranks that select together, and the device of this one.
 
     They are what torchrun or srun has started. Without a launcher there is one, unless
@@ -23,7 +23,6 @@ def selection_ranks(config: DictConfig, *, may_launch: bool) -> tuple[Ranks, tor
     trains must leave that to its Trainer, which starts the whole command anew on the others, where
     they find what the first has written.
     """
-    settings = config.trainer
     devices, nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
     wanted = (device_count(devices) or max(1, gpus)) * nodes
@@ -31,7 +30,7 @@ def selection_ranks(config: DictConfig, *, may_launch: bool) -> tuple[Ranks, tor
         return OneRank(), torch.device("cuda" if gpus else "cpu")
     from siftclip.trainer.lightning_setup import make_fabric  # seconds, which one process saves
 
-    fabric = make_fabric(config)
+    fabric = make_fabric(settings)
     fabric.launch()
     return ranks_of(fabric), fabric.device
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 from siftclip.datamodules.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.selectors.clip_score import ClipScore
@@ -14,14 +13,18 @@ from siftclip.selectors.rules import TopCount
 from siftclip.trainer.stages import SelectOutcome
 
 
-def clip_score_overlap(config: DictConfig, outcome: SelectOutcome) -> float | None:
+def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
     """The share of the selected samples that CLIP score would keep, too, with as many samples.
 
-    None where `features.name` has no features to tell from.
+    Args:
+        features: the name of those that tell.
+        outcome: what was selected.
+
+    Returns:
+        None where there are no such features.
     """
-    name = str(config.features.name)
     count = outcome.selection.manifest["kept_distinct"]
-    clip_score = ClipScore(features=name, rule=TopCount(count))
+    clip_score = ClipScore(features=features, rule=TopCount(count))
     if not outcome.source.has_features(clip_score.requires.features):
         return None
     theirs = np.flatnonzero(clip_score.select(outcome.source).multiplicities)

@@ -1,7 +1,7 @@
-"""From a configuration to a pool, features, a selector, scores and a selection.
+"""From settings to a pool, features, a selector, scores and a selection.
 
-These functions are what the commands share. Each takes the resolved configuration, reads its own
-part of it, checks it, and calls the part of siftclip that does the work.
+These functions are what the commands share. Each takes the groups of options that it needs, and
+calls the part of siftclip that does the work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.identities import say_reused, say_why_not
@@ -36,68 +35,51 @@ from siftclip.datamodules.selection import (
 )
 from siftclip.datamodules.storage import default_cache
 from siftclip.selectors.base import ScoreSelector, Selector
-from siftclip.selectors.errors import InputError, require_bool, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.agreement import require_same
 from siftclip.trainer.build.objects import BuiltObjects
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cores import cores_of_rank
 from siftclip.trainer.selection_ranks import selection_ranks
+from siftclip.trainer.settings.commands import SelectSections
+from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
+from siftclip.trainer.settings.selector import SelectorNode
 
 
-def plain(node: Any) -> Any:
-    """A part of the configuration as plain Python values, interpolations resolved."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def output_root(config: DictConfig) -> Path:
-    """Where everything is written."""
-    return Path(config.output_dir)
-
-
-def pool_cache(config: DictConfig) -> Path:
+def pool_cache(pool: PoolSettings) -> Path:
     """Where indices and features of the pool are kept."""
-    if config.pool.cache_dir is not None:
-        return Path(config.pool.cache_dir)
-    return default_cache(str(config.pool.root))
+    return default_cache(pool.root) if pool.cache_dir is None else Path(pool.cache_dir)
 
 
-def pool_from(config: DictConfig) -> Pool:
-    """Open the pool that the configuration names."""
-    if OmegaConf.is_missing(config.pool, "root"):
-        raise InputError(
-            "pool.root must name the folder of the pool, such as pool.root=/data/datacomp_small."
-        )
-    cache = pool_cache(config)
-    workers = config.pool.index_workers
-    if workers == "auto":
-        workers = cores_of_rank()
-    require_int("pool.index_workers", workers, minimum=1)
+def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
+    """Open the pool that the settings name."""
+    cache = pool_cache(pool)
     own = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
     with options_of(under("pool", *own, options="storage_options")):
         storage = make_storage(
-            str(config.pool.root),
+            pool.root,
             cache_dir=cache,
-            options=plain(config.pool.storage_options),
-            shard_cache_gb=config.pool.shard_cache_gb,
+            options=pool.storage_options,
+            shard_cache_gb=pool.shard_cache_gb,
         )
         return open_pool(
             storage,
             cache_dir=cache,
-            max_bad_fraction=config.pool.max_bad_fraction,
-            key_split=config.pool.key_split,
-            workers=workers,
-            progress=config.progress,
+            max_bad_fraction=pool.max_bad_fraction,
+            key_split=pool.key_split,
+            workers=cores_of_rank() if pool.index_workers == "auto" else pool.index_workers,
+            progress=progress,
         )
 
 
-def features_folder(config: DictConfig) -> Path | None:
+def features_folder(features: FeaturesSettings, pool: PoolSettings) -> Path | None:
     """The folder of the feature set; None means the pool's own metadata."""
-    if config.features.root is not None:
-        return Path(config.features.root)
-    if config.features.model is None:
+    if features.root is not None:
+        return Path(features.root)
+    if features.model is None:
         return None
-    return pool_cache(config) / "features" / str(config.features.name)
+    return pool_cache(pool) / "features" / features.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,46 +92,39 @@ class BuiltSelector:
     objects: BuiltObjects  # it and its members, which are told by their options
 
 
-def selector_from(config: DictConfig, node: str = "selector") -> BuiltSelector:
-    """Build the selector of a part of the configuration.
-
-    Args:
-        config: of the command.
-        node: the part of it that describes the selector.
+def selector_from(node: SelectorNode) -> BuiltSelector:
+    """Build the selector that a node describes.
 
     Raises:
         InputError: the class is unknown, or does not take these parameters.
     """
-    missing = sorted(key for key in OmegaConf.missing_keys(config) if key.startswith(f"{node}."))
-    if missing:
-        needs = " ".join(f"{key}=..." for key in missing)
-        raise InputError(f"The selector needs {needs}; see configs/selector for what they are.")
-    parameters: dict[str, Any] = plain(OmegaConf.select(config, node))
-    name = str(parameters.pop("name"))
+    name, parameters = node.name, {**node.parameters}
     objects = BuiltObjects()
-    selector = objects.build(parameters, node)
+    selector = objects.build(parameters, node.place)
     if not isinstance(selector, Selector):
         raise InputError(
-            f"{node}._target_ must be a subclass of siftclip.selectors.base.Selector. Got "
+            f"{node.place}._target_ must be a subclass of siftclip.selectors.base.Selector. Got "
             f"{parameters.get('_target_')}."
         )
     return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
 
 
-def source_from(config: DictConfig, pool: Pool, *, may_launch: bool) -> PoolSource:
+def source_from(settings: SelectSections, *, may_launch: bool) -> PoolSource:
     """The pool as selectors see it, shared among the ranks, see `selection_ranks`."""
-    chunk_samples = require_int("features.chunk_samples", config.features.chunk_samples, minimum=1)
-    ranks, device = selection_ranks(config, may_launch=may_launch)
+    common, features = settings.common, settings.features
+    pool = pool_from(settings.pool, progress=common.progress)
+    ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
+    folder = features_folder(features, settings.pool)
     return PoolSource(
         pool,
-        features=[features_folder(config), *(f and Path(f) for f in config.features.more)],
-        scores_root=output_root(config) / "scores",
-        chunk_samples=chunk_samples,
-        max_bad_fraction=config.pool.max_bad_fraction,
+        features=[folder, *(None if more is None else Path(more) for more in features.more)],
+        scores_root=common.output_root / "scores",
+        chunk_samples=features.chunk_samples,
+        max_bad_fraction=settings.pool.max_bad_fraction,
         ranks=ranks,
         device=device,
-        progress=config.progress,
-        reuse=require_bool("reuse", config.reuse),
+        progress=common.progress,
+        reuse=common.reuse,
     )
 
 
@@ -167,20 +142,20 @@ class ScoreOutcome:
     folder: Path  # where they are kept
 
 
-def score_stage(config: DictConfig) -> ScoreOutcome:
+def score_stage(settings: SelectSections) -> ScoreOutcome:
     """Open the pool, find what the selector requires, and score.
 
     Raises:
         InputError: the selector chooses sets and has no scores, or an option or file is wrong.
     """
-    built = selector_from(config)  # first: it fails without touching a file
+    built = selector_from(settings.selector)  # first: it fails without touching a file
     selector = built.selector
     if not isinstance(selector, ScoreSelector):
         raise InputError(
             f"selector={built.name} chooses sets and has no scores of single samples. "
             "Use siftclip select."
         )
-    source = source_from(config, pool_from(config), may_launch=True)
+    source = source_from(settings, may_launch=True)
     with built.objects.told_as_options():
         folder = source.scores_root / identity_hash(source.identity(selector))
         there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
@@ -201,24 +176,20 @@ class SelectOutcome:
     coverage: Coverage  # of the selection in the pool
 
 
-def select_stage(config: DictConfig, *, may_launch: bool = False) -> SelectOutcome:
+def select_stage(settings: SelectSections, *, may_launch: bool = False) -> SelectOutcome:
     """Select, and write the selection with its manifest; reuse one that is there.
 
     With `reuse=false` the selection and the scores behind it are computed again.
     """
-    built = selector_from(config)  # first: it fails without touching a file
-    pool = pool_from(config)
-    source = source_from(config, pool, may_launch=may_launch)
+    built = selector_from(settings.selector)  # first: it fails without touching a file
+    source = source_from(settings, may_launch=may_launch)
     with built.objects.told_as_options():
-        return _select(config, built, pool, source)
+        return _select(built, source, settings.common.output_root / "selections")
 
 
-def _select(
-    config: DictConfig, built: BuiltSelector, pool: Pool, source: PoolSource
-) -> SelectOutcome:
-    selector, name = built.selector, built.name
+def _select(built: BuiltSelector, source: PoolSource, root: Path) -> SelectOutcome:
+    selector, name, pool = built.selector, built.name, source.pool
     identity = source.identity(selector, with_rule=True)
-    root = output_root(config) / "selections"
     folder = root / f"{name}-{identity_hash(identity)}"
     ranks, path = source.ranks, folder / MANIFEST_NAME
     there = of_first_rank(ranks, source.reuse and path.is_file())

@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
 from siftclip.datamodules.clip_models import save_model_folder
 from siftclip.datamodules.files import identity_hash
 from siftclip.datamodules.identities import (
@@ -20,12 +18,10 @@ from siftclip.datamodules.identities import (
     say_why_not,
 )
 from siftclip.datamodules.locks import locked
-from siftclip.datamodules.model_options import check_options
 from siftclip.datamodules.model_record import model_record
-from siftclip.datamodules.order import rank_slice, require_window
+from siftclip.datamodules.order import rank_slice
 from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.towers import LockConfig
-from siftclip.selectors.errors import InputError, require_int
+from siftclip.selectors.errors import InputError
 from siftclip.selectors.ranks import Ranks, of_first_rank
 from siftclip.trainer.budget import Budget, budget_from, limit_from
 from siftclip.trainer.build.options import options_of, under
@@ -46,19 +42,24 @@ from siftclip.trainer.lightning_setup import (
     make_trainer,
     resolve_precision,
 )
-from siftclip.trainer.models import activations_of_weights, lock_options, model_files
-from siftclip.trainer.objective import LossData, check_loss, open_loss_data
+from siftclip.trainer.models import activations_of_weights, model_files, models_of
+from siftclip.trainer.objective import LossData, open_loss_data
 from siftclip.trainer.online.options import check_online, schedule_from
-from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.run_dir import IDENTITY_NAME, SUMMARY_NAME, RunDir, is_rank_zero, step_of
 from siftclip.trainer.schedules import check_schedule
-from siftclip.trainer.stages import SelectOutcome, output_root, plain, select_stage
+from siftclip.trainer.settings.commands import EvalSections, TrainCommand
+from siftclip.trainer.settings.data import BudgetSettings, DataSettings
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
+from siftclip.trainer.stages import SelectOutcome, select_stage
 
 # What imports Lightning or builds models is imported where it is needed: that takes seconds, in
 # which the options have been checked and the selection made.
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+    from siftclip.eval.report import Summary
     from siftclip.trainer.online.planner import Forecast
     from siftclip.trainer.online.setup import RunParts
 
@@ -69,7 +70,7 @@ _DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that 
 
 
 def run_identity(
-    config: DictConfig, selected: SelectOutcome, loss_data: LossData
+    settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
     from siftclip.trainer.online.setup import online_identity
@@ -80,29 +81,33 @@ def run_identity(
             "selection": selected.selection.digest,
             "pool": selected.pool.fingerprint,
             "members": selected.pool.members_digest,
-            "model": {**plain(config.model), "files": model_files(config.model)},
-            "activations": activations_of_weights(config),
-            "optim": plain(config.optim),
-            "loss": plain(config.loss),
+            "model": {**to_plain(settings.model), "files": model_files(settings.model)},
+            "activations": activations_of_weights(models_of(settings)),
+            "optim": to_plain(settings.optim),
+            "loss": to_plain(settings.loss),
             "loss_data": loss_data.identity,
-            "scale": plain(config.scale),
-            "budget": plain(config.budget),
-            "online": online_identity(config, selected.source),
-            "data": {key: config.data[key] for key in _DATA},
-            "precision": resolve_precision(config.trainer.precision),
-            "seed": config.seed,
+            "scale": to_plain(settings.scale),
+            "budget": to_plain(settings.budget),
+            "online": online_identity(
+                settings.online,
+                selected.source,
+                world_size=expected_world_size(settings.trainer),
+            ),
+            "data": {key: getattr(settings.data, key) for key in _DATA},
+            "precision": resolve_precision(settings.trainer.precision),
+            "seed": settings.common.seed,
         },
     )
 
 
-def run_environment(config: DictConfig, pool: Pool) -> Environment:
+def run_environment(trainer: TrainerSettings, data: DataSettings, pool: Pool) -> Environment:
     """What this session computes with, and which tars it reads."""
-    options = loader_options(config)
+    options = loader_options(data)
     share_cores(options.num_workers)
     computed_with = environment(
-        ranks=expected_world_size(config),
+        ranks=expected_world_size(trainer),
         loader_workers=options.num_workers,
-        precision=resolve_precision(config.trainer.precision),
+        precision=resolve_precision(trainer.precision),
     )
     return {**computed_with, TARS: pool.tars_stamp}
 
@@ -132,73 +137,80 @@ def warn_of_other_code(run: RunDir, now: Environment) -> None:
             )
 
 
-def run_dir_for(config: DictConfig, selected: SelectOutcome, identity: dict[str, Any]) -> RunDir:
+def run_dir_for(
+    settings: TrainCommand, selected: SelectOutcome, identity: dict[str, Any]
+) -> RunDir:
     """The run's directory: `run_dir`, or one whose name stands for what the run depends on.
 
     Args:
-        config: of the command.
+        settings: of the command.
         selected: what is trained on.
         identity: of the run.
 
     Raises:
         InputError: `run_dir` holds another run.
     """
-    name = selected.selection.manifest["selector"]
-    if config.online.cadence != "once":
-        name += f"+{config.online.selector.name}"
-    if config.run_dir is None:
-        root = output_root(config) / "train"
-        run = RunDir(path=root / f"{name}-s{config.seed}-{identity_hash(identity)[:8]}")
+    name, common = selected.selection.manifest["selector"], settings.common
+    if not isinstance(settings.online, OnceSettings):
+        name += f"+{settings.online.selector.name}"
+    if common.run_dir is None:
+        root = common.output_root / "train"
+        run = RunDir(path=root / f"{name}-s{common.seed}-{identity_hash(identity)[:8]}")
         if is_rank_zero() and not run.path.exists():
-            kept = root.glob(f"{name}-s{config.seed}-*/{IDENTITY_NAME}")
+            kept = root.glob(f"{name}-s{common.seed}-*/{IDENTITY_NAME}")
             say_why_not("the run", identity, kept, like="scale")
         return run
-    run = RunDir(path=Path(config.run_dir))
+    run = RunDir(path=Path(common.run_dir))
     # through JSON, which has no tuples
     if run.has_started and run.identity() != json.loads(json.dumps(identity, default=str)):
         reasons = "; ".join(differences(run.identity() or {}, identity))
         raise InputError(
-            f"run_dir={config.run_dir!r} holds a run with another selection, model, budget or "
+            f"run_dir={common.run_dir!r} holds a run with another selection, model, budget or "
             f"seed, or of other code or files. Different: {reasons}. Name another run_dir, or "
             "delete that one."
         )
     return run
 
 
-def train_stage(config: DictConfig, *, wait: bool = False) -> RunDir:
+def train_stage(settings: TrainCommand, *, wait: bool = False) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
     A finished run is returned as it is; an interrupted one continues from its last checkpoint.
     With `reuse=false` either is set aside, under another name, and the run begins anew.
 
     Args:
-        config: of the command.
+        settings: of the command.
         wait: for another process that trains this very run, instead of raising.
 
     Raises:
         HeldError: another process trains this run.
         InputError: an option or a file is wrong; found before the first step where possible.
     """
-    _check_options(config)
+    check_training(settings)
     if is_rank_zero():
-        _say_what_begins(config)
-    selected = select_stage(config)
-    loss_data = open_loss_data(config, selected)
-    identity = run_identity(config, selected, loss_data)
-    run, ranks = run_dir_for(config, selected, identity), selected.source.ranks
-    if not of_first_rank(ranks, config.reuse and run.summary is not None):
+        _say_what_begins(settings)
+    selected = select_stage(settings)
+    loss_data = _loss_data(settings, selected)
+    identity = run_identity(settings, selected, loss_data)
+    run, ranks = run_dir_for(settings, selected, identity), selected.source.ranks
+    reuse = settings.common.reuse
+    if not of_first_rank(ranks, reuse and run.summary is not None):
         with _alone(run, ranks, wait=wait):
-            run_dir_for(config, selected, identity)  # again: another may have begun it since
-            if not of_first_rank(ranks, config.reuse and run.summary is not None):
-                _train(config, run, selected, loss_data, identity)
+            run_dir_for(settings, selected, identity)  # again: another may have begun it since
+            if not of_first_rank(ranks, reuse and run.summary is not None):
+                _train(settings, run, selected, loss_data, identity)
                 return run
     if ranks.rank == 0:
         say_reused("the finished run", run.path / SUMMARY_NAME)
-        warn_of_other_code(run, run_environment(config, selected.pool))
-    if config.eval.root is not None:
-        share = eval_share(config, may_launch=False)
-        eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
+        warn_of_other_code(run, run_environment(settings.trainer, settings.data, selected.pool))
+    if settings.eval.root is not None:
+        _evaluate_run(settings.evaluation, run)
     return run
+
+
+def _loss_data(settings: TrainCommand, selected: SelectOutcome) -> LossData:
+    bound = settings.pool.max_bad_fraction
+    return open_loss_data(settings.loss, selected, max_bad_fraction=bound)
 
 
 def _alone(run: RunDir, ranks: Ranks, *, wait: bool) -> AbstractContextManager[None]:
@@ -209,7 +221,7 @@ def _alone(run: RunDir, ranks: Ranks, *, wait: bool) -> AbstractContextManager[N
 
 
 def _train(
-    config: DictConfig,
+    settings: TrainCommand,
     run: RunDir,
     selected: SelectOutcome,
     loss_data: LossData,
@@ -218,12 +230,13 @@ def _train(
     """All that a run is, from where it is."""
     from siftclip.trainer.loggers import finish, make_loggers
 
-    now = run_environment(config, selected.pool)
+    now = run_environment(settings.trainer, settings.data, selected.pool)
+    reuse, composed, logger = settings.common.reuse, settings.composed, settings.logger
     if is_rank_zero():
-        if not config.reuse and run.has_started:
+        if not reuse and run.has_started:
             log.info("reuse=false: the run of before is now %s", run.set_aside())
         checkpoint = run.latest_checkpoint()
-        run.start(config, selected.selection, identity)
+        run.start(composed.to_yaml(), selected.selection, identity)
         step = 0 if checkpoint is None else step_of(checkpoint)
         changed = keep_environment(run.path, now, step=step)
         if changed:
@@ -237,95 +250,102 @@ def _train(
     loggers = make_loggers(
         run.path,
         name=run.path.name,
-        wandb_enabled=config.logger.wandb,
-        mode=config.logger.mode,
-        project=config.logger.project,
-        config=plain(config),
+        wandb_enabled=logger.wandb,
+        mode=logger.mode,
+        project=logger.project,
+        config=composed.values,
     )
     # without reuse, other ranks may look before the first has set the old run aside
-    if not config.reuse or not run.has_model:
-        _fit(config, run, selected, loss_data, loggers)
-    _evaluate(config, run, loggers)
+    if not reuse or not run.has_model:
+        _fit(settings, run, selected, loss_data, loggers)
+    budget = run.budget() or budget_from(settings.scale)
+    if settings.eval.root is not None:
+        _evaluate(settings.evaluation, run, budget, loggers)
     if is_rank_zero():
-        _conclude(config, run, selected, loggers)
+        seed, online = settings.common.seed, online_name(settings.online)
+        _conclude(run, selected, budget, loggers, seed=seed, online=online)
     finish(loggers)
 
 
-def plan_stage(config: DictConfig) -> Forecast:
-    """What a run of this configuration will cost, from a few measured steps. Nothing is kept.
+def plan_stage(settings: TrainCommand) -> Forecast:
+    """What a run of these settings will cost, from a few measured steps. Nothing is kept.
 
     Raises:
         InputError: an option or a file is wrong.
     """
-    _check_options(config)
-    selected = select_stage(config)
-    loss_data = open_loss_data(config, selected)
-    share_cores(loader_options(config).num_workers)
-    parts = _run_parts(config, selected, loss_data, output_root(config))
+    check_training(settings)
+    selected = select_stage(settings)
+    share_cores(loader_options(settings.data).num_workers)
+    loss_data = _loss_data(settings, selected)
+    parts = run_parts(settings, selected, loss_data, settings.common.output_root)
     from siftclip.trainer.planning import forecast
 
-    return forecast(parts, _resolved_budget(parts))
+    return forecast(parts, _resolved_budget(parts, settings.budget, budget_from(settings.scale)))
 
 
-def _check_options(config: DictConfig) -> None:
-    """All that can be known to be wrong before any file is read."""
-    check_loss(config)
-    check_online(config)
-    limit = limit_from(config)
-    loader_options(config)
-    with options_of({"window_shards": "data.shuffle_window_shards"}):
-        require_window(config.data.shuffle_window_shards)
-    require_int("seed", config.seed, minimum=0)
-    with options_of(lock_options("model")):
-        LockConfig(**(plain(config.model.get("lock")) or {}))
-    with options_of(under("model", "options")):
-        check_options(plain(config.model.get("options")) or {})
-    budget = budget_from(config)
-    if limit is None:
-        check_schedule(OptimConfig(**plain(config.optim)), budget.total_steps)
-    require_int("trainer.log_every_n_steps", config.trainer.log_every_n_steps, minimum=1)
-    resolve_precision(config.trainer.precision)
-    if config.eval.root is not None:
-        tasks_from(config)
+def check_training(settings: TrainCommand) -> None:
+    """All that can be known to be wrong before any file is read.
+
+    Raises:
+        InputError: a selector does not go with the other settings, or a task is missing.
+    """
+    strategy = settings.trainer.strategy
+    check_online(settings.online, settings.selector, settings.loss, strategy)
+    loader_options(settings.data)
+    if limit_from(settings.budget) is None:
+        check_schedule(settings.optim, budget_from(settings.scale).total_steps)
+    if settings.eval.root is not None:
+        tasks_from(settings.eval)
 
 
-def _say_what_begins(config: DictConfig) -> None:
+def _say_what_begins(settings: TrainCommand) -> None:
     """Log what the options ask for: known before the pool is opened and large packages imported."""
-    limit, budget = limit_from(config), budget_from(config)
+    limit, budget = limit_from(settings.budget), budget_from(settings.scale)
     length = (
         f"{budget.total_steps:,} steps" if limit is None else "budget.{}={:g}, steps".format(*limit)
     )
     log.info(
         "options checked: selector %s, seed %d, %s of %s samples, precision %s",
-        config.selector.name,
-        config.seed,
+        settings.selector.name,
+        settings.common.seed,
         length,
         f"{budget.global_batch_size:,}",
-        resolve_precision(config.trainer.precision),
+        resolve_precision(settings.trainer.precision),
     )
 
 
-def _run_parts(
-    config: DictConfig, selected: SelectOutcome, loss_data: LossData, folder: Path
+def run_parts(
+    settings: TrainCommand, selected: SelectOutcome, loss_data: LossData, folder: Path
 ) -> RunParts:
+    """What a run in a folder is made of, with a new model."""
     from siftclip.trainer.assembly import new_model
     from siftclip.trainer.online.setup import RunParts
 
+    common, trainer = settings.common, settings.trainer
     return RunParts(
-        config=config,
-        clip=new_model(config),
+        common=common,
+        pool=settings.pool,
+        data=settings.data,
+        model=settings.model,
+        loss=settings.loss,
+        optim=settings.optim,
+        trainer=trainer,
+        online=settings.online,
+        selector=settings.selector,
+        clip=new_model(
+            settings.model, seed=common.seed, grad_checkpointing=trainer.grad_checkpointing
+        ),
         selected=selected,
         loss_data=loss_data,
         folder=folder,
-        global_batch_size=budget_from(config).global_batch_size,
-        world_size=expected_world_size(config),
+        global_batch_size=settings.scale.global_batch_size,
+        world_size=expected_world_size(trainer),
     )
 
 
-def _resolved_budget(parts: RunParts) -> Budget:
+def _resolved_budget(parts: RunParts, limits: BudgetSettings, budget: Budget) -> Budget:
     """The budget in trained samples, also where something else limits the run."""
-    config = parts.config
-    budget, limit = budget_from(config), limit_from(config)
+    limit = limit_from(limits)
     if limit is None:
         return budget
     from siftclip.trainer.planning import steps_within
@@ -334,13 +354,13 @@ def _resolved_budget(parts: RunParts) -> Budget:
     resolved = Budget(
         samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
     )
-    check_schedule(OptimConfig(**plain(config.optim)), resolved.total_steps)
+    check_schedule(parts.optim, resolved.total_steps)
     log.info("budget.%s=%g lasts for %d steps", *limit, resolved.total_steps)
     return resolved
 
 
 def _fit(
-    config: DictConfig,
+    settings: TrainCommand,
     run: RunDir,
     selected: SelectOutcome,
     loss_data: LossData,
@@ -356,34 +376,38 @@ def _fit(
     from siftclip.trainer.progress import TrainingBar
     from siftclip.trainer.sharding import whole_state
 
-    share_cores(loader_options(config).num_workers)
-    parts = _run_parts(config, selected, loss_data, run.path)
+    share_cores(loader_options(settings.data).num_workers)
+    parts = run_parts(settings, selected, loss_data, run.path)
+    common, options = parts.common, parts.trainer
     if is_rank_zero():
         run.keep_model(model_record(parts.clip))
-    budget = run.budget() or _resolved_budget(parts)  # measuring trains models of its own
+    budget = run.budget()
+    if budget is None:  # measuring trains models of its own
+        budget = _resolved_budget(parts, settings.budget, budget_from(settings.scale))
     if is_rank_zero():
         run.keep_budget(budget)
-    if config.online.cadence == "every_step":
-        schedule_from(config).check_length(budget.total_steps)
+    if isinstance(parts.online, EveryStepSettings):
+        schedule_from(parts.online).check_length(budget.total_steps)
     clip, online = parts.clip, build_online(parts, budget.total_steps)
-    if config.online.cadence == "every_step":
-        warn_of_rounding(parts, online.plan)
-    during = evaluate_during_from(config, clip)
-    module = training_module(config, clip, selected, loss_data, budget, online)
+    if isinstance(parts.online, EveryStepSettings):
+        warn_of_rounding(parts, parts.online, online.plan)
+    during = evaluate_during_from(settings.evaluation, clip)
+    module = training_module(parts, budget, online)
     stop = StopOnSignal()
     trainer = make_trainer(
-        config,
+        options,
+        progress=common.progress,
         folder=run.path,
         callbacks=[
             StepCheckpoint(
                 run.checkpoints,
-                every_n_steps=config.trainer.checkpoint_every_n_steps,
-                keep_last=config.trainer.keep_checkpoints,
-                keep_every_n_steps=config.trainer.keep_every_n_steps,
+                every_n_steps=options.checkpoint_every_n_steps,
+                keep_last=options.keep_checkpoints,
+                keep_every_n_steps=options.keep_every_n_steps,
             ),
             stop,
             *([] if during is None else [during]),
-            *([TrainingBar()] if config.progress else []),
+            *([TrainingBar()] if common.progress else []),
         ],
         loggers=loggers,
         max_steps=budget.total_steps,
@@ -396,9 +420,9 @@ def _fit(
         under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
     ):
         share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
-        count_micro_batches(share.stop, config.trainer.micro_batch_size)
-    data = data_module_from(config, clip, selected, loss_data, budget, online)
-    resume = run.latest_checkpoint() if config.reuse else None
+        count_micro_batches(share.stop, options.micro_batch_size)
+    data = data_module_from(parts, budget, online)
+    resume = run.latest_checkpoint() if common.reuse else None
     if resume is not None:
         log.info("continuing from %s", resume)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -418,29 +442,32 @@ def _fit(
     trainer.strategy.barrier()  # the others evaluate what it has written
 
 
-def _evaluate(config: DictConfig, run: RunDir, loggers: list[Logger]) -> None:
+def _evaluate_run(settings: EvalSections, run: RunDir) -> Summary:
+    share = eval_share(settings.trainer, may_launch=False)
+    return eval_stage(settings, run.path, results_path=run.results, share=share, wait=True)
+
+
+def _evaluate(settings: EvalSections, run: RunDir, budget: Budget, loggers: list[Logger]) -> None:
     """Evaluate the trained model, with all ranks."""
     from siftclip.trainer.loggers import log_tables
 
-    if config.eval.root is None:
-        return
-    steps = (run.budget() or budget_from(config)).total_steps
-    share = eval_share(config, may_launch=False)
-    summary = eval_stage(config, run.path, results_path=run.results, share=share, wait=True)
+    summary = _evaluate_run(settings, run)
     for logger in loggers:
-        logger.log_metrics(summary.metrics(), step=steps)
+        logger.log_metrics(summary.metrics(), step=budget.total_steps)
     log_tables(loggers, log_records(summary))
 
 
 def _conclude(
-    config: DictConfig,
     run: RunDir,
     selected: SelectOutcome,
+    budget: Budget,
     loggers: list[Logger],
+    *,
+    seed: int,
+    online: str,
 ) -> None:
     """Log statistics of the selection, and mark the run as finished."""
     manifest = selected.selection.manifest
-    budget = run.budget() or budget_from(config)
     drawn = run.costs().get("drawn_samples", budget.trained_samples)
     statistics = {
         "selection/samples": len(selected.selection),
@@ -456,13 +483,13 @@ def _conclude(
     run.finish(
         {
             "selector": manifest["selector"],
-            "seed": config.seed,
+            "seed": seed,
             "selection": selected.selection.digest,
             "pool": selected.pool.fingerprint,
             "steps": budget.total_steps,
             "trained_samples": budget.trained_samples,
             "requested_samples": budget.samples_seen,
-            "online": online_name(config),
+            "online": online,
             **run.costs(),
             "passes": drawn / len(selected.rows),
             "selected_samples": len(selected.selection),
@@ -474,8 +501,8 @@ def _conclude(
     )
 
 
-def online_name(config: DictConfig) -> str:
+def online_name(online: OnlineSettings) -> str:
     """What selects in the loop, in a few words."""
-    if config.online.cadence == "once":
+    if isinstance(online, OnceSettings):
         return "once"
-    return f"{config.online.cadence} {config.online.selector.name}"
+    return f"{online.cadence} {online.selector.name}"

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from siftclip.eval.known_tasks import KNOWN_TASKS, known_task
+from siftclip.trainer.settings.store import composing
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT.parent / "shared" / "reference" / "openclip_results.csv"
@@ -122,7 +123,7 @@ def suite() -> Iterator[Any]:
         return {str(key): value for key, value in node["eval"].items()}
 
     GlobalHydra.instance().clear()
-    with initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         yield load
     GlobalHydra.instance().clear()
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from siftclip.datamodules.files import write_npz
 from siftclip.datamodules.loader_process import leave_process_group
 from siftclip.datamodules.pool import open_pool
 from siftclip.datamodules.storage import LocalStorage
+from siftclip.trainer.settings.commands import COMMANDS
+from siftclip.trainer.settings.read_command import compose as read_composed
+from siftclip.trainer.settings.store import composing as initialized
 
 Completed = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -113,21 +116,33 @@ def base(base_of: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
 
 
 @contextmanager
-def hydra_tree() -> Iterator[Callable[..., DictConfig]]:
+def hydra_tree() -> Iterator[Callable[..., Any]]:
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
-        yield lambda command, overrides: hydra.compose(command, overrides=list(overrides))
+    with initialized():
+        yield composed
+
+
+def composed(command: str, overrides: Sequence[str], kind: type | None = None) -> Any:
+    """The settings of a command, by the name of its file; or of a kind that has less."""
+    name = command.replace("_", " ")
+    return read_composed(kind or COMMANDS[name], name, overrides)
 
 
 @pytest.fixture
-def compose() -> Iterator[Callable[..., DictConfig]]:
-    """Compose the configuration of a command, as the console script does."""
+def compose() -> Iterator[Callable[..., Any]]:
+    """Compose the settings of a command, as the console script does."""
     with hydra_tree() as function:
         yield function
 
 
+@pytest.fixture
+def compose_tree(compose: Callable[..., Any]) -> Callable[..., DictConfig]:
+    """Compose the configuration of a command, as Hydra has it."""
+    return lambda command, overrides: hydra.compose(command, overrides=list(overrides))
+
+
 @pytest.fixture(scope="session")
-def composing() -> Callable[[], AbstractContextManager[Callable[..., DictConfig]]]:
+def composing() -> Callable[[], AbstractContextManager[Callable[..., Any]]]:
     """`with composing() as compose`: the same for a fixture that several tests share."""
     return hydra_tree
 
@@ -188,10 +203,12 @@ def launch(run_python: Completed, tmp_path: Path) -> Completed:
 TRAIN_MANY = """
 import json, sys
 from omegaconf import OmegaConf
+from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.training import train_stage
 
 for config in json.loads(sys.argv[1]):
-    train_stage(OmegaConf.create(config))
+    train_stage(read_command(TrainCommand, OmegaConf.create(config)))
 """
 
 

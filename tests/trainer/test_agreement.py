@@ -93,6 +93,8 @@ from siftclip.selectors.base import Choice
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.uniform import Uniform
 from siftclip.trainer.online.in_loop import CachedFirstStage, StepDraw
+from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.training import train_stage
 
 rank = int(os.environ["RANK"])
@@ -136,7 +138,7 @@ WAYS = {
     "selection": (Uniform, "select", other_selection),
 }
 for way, config in json.loads(sys.argv[1]).items():
-    config = OmegaConf.create(config)
+    config = read_command(TrainCommand, OmegaConf.create(config))
     if way == "version":  # the selection itself is made before
         from siftclip.trainer.stages import select_stage
         select_stage(config)
@@ -159,7 +161,7 @@ EXPECTED = {
 
 @pytest.mark.slow
 def test_ranks_that_disagree_end_the_run(
-    base: list[str], compose: Compose, launch: Cli, tmp_path: Path
+    base: list[str], compose_tree: Compose, launch: Cli, tmp_path: Path
 ) -> None:
     random = ["selector=random", "selector.fraction=0.9"]
     cached = [*EVERY_STEP, "selector@online.selector=easy_reference"]
@@ -172,7 +174,9 @@ def test_ranks_that_disagree_end_the_run(
         "selection": ["selector=random", "selector.fraction=0.7"],
     }
     configs: dict[str, Any] = {
-        way: OmegaConf.to_container(compose("train", [*base, *own, f"run_dir={tmp_path / way}"]))
+        way: OmegaConf.to_container(
+            compose_tree("train", [*base, *own, f"run_dir={tmp_path / way}"])
+        )
         for way, own in options.items()
     }
     (tmp_path / "disagree.py").write_text(DISAGREE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,9 +48,8 @@ def test_largest_number_of_steps_within_a_limit(costs: list[int], limit: int) ->
     "options", [ALL, [*EVERY_STEP, RAMP], [*EVERY_STEP, RAMP, "online.schedule.warmup_steps=300"]]
 )
 def test_plan_in_parts_is_the_plan(options: list[str], base: list[str], compose: Compose) -> None:
-    parts: Any = SimpleNamespace(
-        config=compose("train", [*base, *options]), global_batch_size=16, world_size=1
-    )
+    online = compose("train", [*base, *options]).online
+    parts: Any = SimpleNamespace(online=online, global_batch_size=16, world_size=1)
     whole, plan_of = step_plan(parts, 1000), step_planner(parts)
     pieces = [plan_of(1000, range(a, min(a + 333, 1000))) for a in range(0, 1000, 333)]
     for name in ("drawn", "read"):
@@ -91,12 +91,11 @@ def test_samples_seen_of_too_many_steps_are_named(
     samples: int, base: list[str], compose: Compose
 ) -> None:
     message = rf"scale\.samples_seen={samples} would be .* steps of 16 samples"
-    config = compose("train", [*base, *ALL])
-    config.scale.samples_seen = samples
+    settings = compose("train", [*base, *ALL])
     with pytest.raises(InputError, match=message):
-        train_stage(config)
-    config.scale.samples_seen = 16 * MAX_STEPS
-    assert budget_from(config).total_steps == MAX_STEPS
+        train_stage(replace(settings, scale=replace(settings.scale, samples_seen=samples)))
+    most = replace(settings.scale, samples_seen=16 * MAX_STEPS)
+    assert budget_from(most).total_steps == MAX_STEPS
 
 
 def test_seconds_are_reckoned_in_parts(
@@ -109,9 +108,8 @@ def test_seconds_are_reckoned_in_parts(
     monkeypatch.setattr(planning, "profile_run", lambda parts: profile)
     monkeypatch.setattr(planning, "PLANNED_STEPS", 7)
     options = [*EVERY_STEP, "online.schedule.stop=0.5"]
-    parts: Any = SimpleNamespace(
-        config=compose("train", [*base, *options]), global_batch_size=16, world_size=1
-    )
+    online = compose("train", [*base, *options]).online
+    parts: Any = SimpleNamespace(online=online, global_batch_size=16, world_size=1)
     steps = planning.steps_within(Limit("seconds", 50.2), parts)
     cost = {n: profile.run_seconds(step_plan(parts, n)) for n in (steps, steps + 1)}
     assert cost[steps] <= 50.2 < cost[steps + 1]

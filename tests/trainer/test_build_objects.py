@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,14 +25,33 @@ from siftclip.trainer.build.objects import BuiltObjects
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.cli.main import main as siftclip
 from siftclip.trainer.online.in_loop import StepDraw
-from siftclip.trainer.online.options import check_online, online_selector
+from siftclip.trainer.online.options import check_online, loop_selector
 from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.online import OnlineSettings
+from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.stages import score_stage, select_stage, selector_from
 
 Compose = Callable[..., DictConfig]
 
 VAS_CLIP = ["selector=vas_clip", "selector.stages.vas.target.path=target.npz"]
 VAS = "selector.stages.vas"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """A selector alone."""
+
+    selector: SelectorNode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InLoop:
+    """What selectors of the loop are checked with."""
+
+    selector: SelectorNode
+    online: OnlineSettings
+    loss: LossSettings
 
 
 def told(build: Callable[[], Any]) -> str:
@@ -101,16 +121,17 @@ def told(build: Callable[[], Any]) -> str:
     ],
 )
 def test_faults_are_told_by_options(words: list[str], message: str, compose: Compose) -> None:
-    config = compose("select", words)
-    assert message in told(lambda: selector_from(config))
+    node = compose("select", words, kind=Selected).selector
+    assert message in told(lambda: selector_from(node))
 
 
 def test_an_option_that_is_not_listed_is_told_with_its_plus(compose: Compose) -> None:
-    config = compose("select", [*VAS_CLIP, f"~{VAS}.features"])
-    message = told(lambda: selector_from(config))
+    node = compose("select", [*VAS_CLIP, f"~{VAS}.features"], kind=Selected).selector
+    message = told(lambda: selector_from(node))
     assert message == f"+{VAS}.features must be given: Vas needs it."
     option = message.split()[0]
-    found = selector_from(compose("select", [*VAS_CLIP, f"~{VAS}.features", f"{option}=l14"]))
+    words = [*VAS_CLIP, f"~{VAS}.features", f"{option}=l14"]
+    found = selector_from(compose("select", words, kind=Selected).selector)
     assert isinstance(found.selector, Then)
 
 
@@ -139,8 +160,10 @@ def test_an_option_that_is_not_listed_is_told_with_its_plus(compose: Compose) ->
 def test_selectors_of_the_loop_are_told_by_their_options(
     words: list[str], message: str, compose: Compose
 ) -> None:
-    config = compose("train", ["selector=random", "online=every_step", *words])
-    assert message in told(lambda: check_online(config))
+    config = compose("train", ["selector=random", "online=every_step", *words], kind=InLoop)
+    assert message in told(
+        lambda: check_online(config.online, config.selector, config.loss, "auto")
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,8 +280,9 @@ def test_a_later_fault_in_the_loop_is_told_by_its_option(compose: Compose) -> No
             "selector@online.selector=learnability",
             "online.selector.loss=sigmoid",
         ],
+        kind=InLoop,
     )
-    built = online_selector(config)
+    built = loop_selector(config.online)
     draw = StepDraw(
         selector=built.selector,
         objects=built.objects,

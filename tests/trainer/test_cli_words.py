@@ -7,39 +7,56 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.cli.application import FULL_ERROR, _named, application, is_first_rank
+from siftclip.trainer.settings.common import CommonSettings
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.tools import CompareSettings
 
-Run = Callable[..., tuple[int, str, list[DictConfig]]]
 POSITIONAL = ["model.name", "model.pretrained"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sections:
+    """What the commands here take."""
+
+    common: CommonSettings
+    model: ModelSettings
+    eval: EvalSettings
+    compare: CompareSettings
+
+
+Run = Callable[..., tuple[int, str, list[Sections]]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`run(*words)` of a command without a stage: exit status, stderr and the configurations."""
 
-    def command(*words: str, name: str = "eval") -> tuple[int, str, list[DictConfig]]:
-        configs: list[DictConfig] = []
+    def command(*words: str, name: str = "eval") -> tuple[int, str, list[Sections]]:
+        configs: list[Sections] = []
 
-        def stage(config: DictConfig) -> None:
+        def stage(config: Sections) -> None:
             assert os.environ.get(FULL_ERROR) == before  # what children inherit
             configs.append(config)
-            if config.seed == 7:
+            if config.common.seed == 7:
                 raise InputError("seed is 7.")
-            if config.seed == 8:
+            if config.common.seed == 8:
                 raise KeyboardInterrupt
 
         before = os.environ.get(FULL_ERROR)
         monkeypatch.setattr(sys, "argv", ["siftclip", name, *words])
         status = 0
         try:
-            application(name, positional=POSITIONAL if name == "eval" else ())(stage)()
+            positional = POSITIONAL if name == "eval" else ()
+            application(name, Sections, positional=positional)(stage)()
         except SystemExit as end:
             status = int(end.code or 0)
         assert os.environ.get(FULL_ERROR) == before
@@ -73,14 +90,14 @@ def test_own_names_need_no_plus(run: Run) -> None:
         "misc/x": "d.txt",
     }
     assert config.eval.templates == {"vtab/pets": "e.txt", "misc/x": ""}
-    assert config.eval.groups == {"own": ["mnist", "vtab/dtd"], "v1.0": ["cars"]}
-    assert config.compare.arms == {"half": ["selector.fraction=0.5"]}
+    assert config.eval.groups == {"own": ("mnist", "vtab/dtd"), "v1.0": ("cars",)}
+    assert config.compare.arms == {"half": ("selector.fraction=0.5",)}
 
 
 def test_plain_names_can_be_swept(run: Run) -> None:
     status, _, configs = run("--multirun", "m", "eval.classnames.mnist=a,b", "progress=false")
     assert status == 0
-    assert [config.eval.classnames.mnist for config in configs] == ["a", "b"]
+    assert [config.eval.classnames["mnist"] for config in configs] == ["a", "b"]
 
 
 # ---- bare words and paths -----------------------------------------------------------------------
@@ -115,6 +132,11 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ("selector.alpha=2", "is added with a plus: +selector.alpha=VALUE."),
         ("eval=datacmp", "eval=datacmp: there is no such configuration. There are datacomp, def"),
         ("eval.tasks=a,b", "A list is written eval.tasks=[a,b]; --multirun runs one job for each."),
+        (
+            "logger.entity=me",
+            "logger.entity is not an option. All options: siftclip eval --cfg job",
+        ),
+        ("pool.storage_options.anon=true", "with a plus: +pool.storage_options.anon=VALUE."),
         ("+seed=1", "Leave the + out: seed=1"),
         ("eval=3", "Config group override must be a string"),
         ("eval.groups=[1]", "Cannot merge DictConfig with ListConfig"),
@@ -203,5 +225,5 @@ def test_configuration_and_help_are_printed(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["siftclip", "eval", option, "x", "eval.groups.a/b=[c]"])
     with contextlib.suppress(SystemExit):
-        application("eval", positional=POSITIONAL)(pytest.fail)()
+        application("eval", Sections, positional=POSITIONAL)(pytest.fail)()
     assert text in capsys.readouterr().out

@@ -127,7 +127,7 @@ def test_score_then_select_reuses_the_scores(
 def test_selection_is_described(base: list[str], compose: Compose) -> None:
     config = compose("select", [*base, "selector.fraction=0.3"])
     outcome = select_stage(config)
-    text = describe_selection(outcome, clip_score_overlap(config, outcome))
+    text = describe_selection(outcome, clip_score_overlap(config.features.name, outcome))
     assert "overlap    100.0 % of them CLIP score would keep, too" in text
     assert "cost       " in text
     assert "kept       72 samples, 72 distinct (30.0 %)" in text
@@ -141,7 +141,7 @@ def test_overlap_with_clip_score(base: list[str], compose: Compose) -> None:
     outcome = select_stage(config)
     clip = select_stage(compose("select", [*base, "selector.fraction=0.25"]))
     expected = len(np.intersect1d(outcome.rows, clip.rows)) / len(outcome.rows)
-    assert clip_score_overlap(config, outcome) == expected
+    assert clip_score_overlap(config.features.name, outcome) == expected
     assert 0 < expected < 1
     other = compose("select", [*base, "selector=random", "features.name=none"])
     assert clip_score_overlap(other, select_stage(other)) is None
@@ -187,7 +187,7 @@ def test_repetitions_of_a_subset_are_multiplicities(
         (["selector=plugin", "selector.plugin=nope"], "selector.plugin must be one of"),
         (["features.name=l14"], "lacks the array 'l14_img'"),
         (["features.root=nowhere"], "No features (*.npz) in nowhere"),
-        (["pool.max_bad_fraction=2"], "pool.max_bad_fraction must be a number in the range (0, 1"),
+        (["pool.max_bad_fraction=2"], "pool.max_bad_fraction must be in the range [0, 1]"),
     ],
 )
 def test_each_fault_has_its_message(

@@ -35,6 +35,7 @@ from siftclip.trainer.compare.tables import (
 )
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.seed_runs import other_seeds
+from siftclip.trainer.settings.commands import CompareCommand
 
 Compose = Callable[..., DictConfig]
 
@@ -54,7 +55,7 @@ def options_of(base: list[str], demo_data: DemoData) -> list[str]:
 
 
 def run_compare(compose: Compose, options: list[str]) -> CompareOutcome:
-    return compare_stage(compose("compare", options), options)
+    return compare_stage(compose("compare", options), options, lambda own: compose("compare", own))
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_mean_and_deviation() -> None:
 
 @dataclass(frozen=True)
 class Copied:
-    config: DictConfig
+    config: CompareCommand
     runs: list[ArmRun]
 
     def without(self, *places: tuple[str, int]) -> list[ArmRun]:

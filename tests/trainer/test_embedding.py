@@ -30,7 +30,9 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer import embedding
 from siftclip.trainer.embedding import embed_stage
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.stages import plain, select_stage
+from siftclip.trainer.settings.commands import EvalCommand
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.stages import select_stage
 
 Compose = Callable[..., DictConfig]
 
@@ -49,7 +51,7 @@ def embed_options(base: list[str], model_folder: Path, tmp_path: Path) -> list[s
 def test_features_equal_the_model(embed_options: list[str], compose: Compose) -> None:
     config = compose("embed", embed_options)
     folder = embed_stage(config)
-    clip = clip_model_from(config.features.model, "features.model")
+    clip = clip_model_from(config.features.model)
     clip.model.eval()
     pool = open_pool(
         LocalStorage(config.pool.root),
@@ -94,7 +96,8 @@ def test_features_of_another_model_are_not_mixed(
     config = compose("embed", embed_options)
     folder = embed_stage(config)
     assert read_json(folder / "features.json")["name"] == "mine"
-    other = load_clip_model("other", architecture=plain(config.model.architecture))
+    model = compose("embed", embed_options, kind=EvalCommand).model
+    other = load_clip_model("other", architecture=to_plain(model.architecture))
     save_model_folder(other, tmp_path / "other")
     with pytest.raises(InputError, match="holds features that differ in the model"):
         embed_stage(compose("embed", [*embed_options, f"features.model.name={tmp_path / 'other'}"]))
@@ -108,7 +111,8 @@ def test_a_replacement_that_is_killed_leaves_no_features_of_before(
     (path,) = folder.glob("*.npz")
     before = path.read_bytes()
     torch.manual_seed(5)
-    other = load_clip_model("other", architecture=plain(config.model.architecture))
+    model = compose("embed", embed_options, kind=EvalCommand).model
+    other = load_clip_model("other", architecture=to_plain(model.architecture))
     save_model_folder(other, tmp_path / "other")
     options = [*embed_options, f"features.model.name={tmp_path / 'other'}"]
 
@@ -211,7 +215,7 @@ def test_bad_samples_get_no_features_and_cannot_be_selected(
 
 def test_embed_needs_a_model(base: list[str], compose: Compose) -> None:
     with pytest.raises(InputError, match="embed needs a model"):
-        embed_stage(compose("select", base))
+        embed_stage(compose("embed", [*base, "features=metadata"]))
     with pytest.raises(InputError, match=r"features\.model\.name must name a model"):
         embed_stage(compose("embed", base))
     with pytest.raises(InputError, match=r"features\.model\.pretrained must be .*random ones"):

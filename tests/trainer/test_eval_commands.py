@@ -96,7 +96,7 @@ def test_probes_are_not_fitted_on_the_test_split(
 ) -> None:
     options = [f"eval.root={tasks}", "eval.protocols=[few_shot]", "eval.probe.train_split=test"]
     with pytest.raises(InputError, match=r"eval\.probe\.train_split must not be the split"):
-        tasks_from(compose("eval", [f"model.name={model_folder}", *options]))
+        tasks_from(compose("eval", [f"model.name={model_folder}", *options]).eval)
 
 
 def test_a_suite_that_is_there_in_part(cli: Cli, model_folder: Path, tasks: Path) -> None:

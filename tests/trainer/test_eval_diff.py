@@ -23,6 +23,10 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer.eval_diff import RESULTS_NAME, diff_stage
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.seed_runs import other_seeds
+from siftclip.trainer.settings.commands import DiffCommand
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.tools import DiffSettings
 
 
 def write_run(folder: Path, keys: str, seed: int) -> Path:
@@ -51,11 +55,20 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return write_run(tmp_path / "a", "xyz", 0), write_run(tmp_path / "b", "yzw", 1)
 
 
-def config(a: Path, b: Path, seeds_a: Any = None, seeds_b: Any = None, **eval_options: Any) -> Any:
+def config(
+    a: Path,
+    b: Path,
+    seeds_a: Any = None,
+    seeds_b: Any = None,
+    output: Path | None = None,
+    **eval_options: Any,
+) -> DiffCommand:
     settings = {"groups": {}, "tasks": None, "suite": None, **eval_options}
-    diff = {"a": str(a), "b": str(b), "resamples": 100, "output": None}
+    diff = {"a": str(a), "b": str(b), "resamples": 100, "output": output and str(output)}
     diff |= {"seeds_a": seeds_a, "seeds_b": seeds_b}
-    return OmegaConf.create({"diff": diff, "eval": settings})
+    return DiffCommand(
+        eval=read(EvalSettings, settings, "eval"), diff=read(DiffSettings, diff, "diff")
+    )
 
 
 def test_only_the_tasks_that_are_named(runs: tuple[Path, Path]) -> None:
@@ -114,18 +127,16 @@ def test_wrong_results(runs: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_the_differences_as_a_file(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = config(*runs, groups={"all": ["x", "y", "z"], "none": ["x"]})
-    settings.diff.output = str(tmp_path / "new" / "diff.csv")
-    found = diff_stage(settings)
+    groups = {"all": ["x", "y", "z"], "none": ["x"]}
+    found = diff_stage(config(*runs, output=tmp_path / "new" / "diff.csv", groups=groups))
     with (tmp_path / "new" / "diff.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == ["y", "z", "average/all (partial)"]
     assert [float(row["difference"]) for row in rows] == [r["difference"] for r in found.records()]
     assert list(rows[0]) == list(found.records()[0])
     for wrong in (tmp_path / "diff.txt", tmp_path):
-        settings.diff.output = str(wrong)
         with pytest.raises(InputError, match=r"diff\.output must be a file that ends with \.csv"):
-            diff_stage(settings)
+            diff_stage(config(*runs, output=wrong, groups=groups))
 
 
 def test_tasks_that_failed_are_named(runs: tuple[Path, Path]) -> None:

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from siftclip.datamodules.locks import LOCK_NAME, HeldError, locked
 from siftclip.eval.checksums import TaskChecksums, hash_files, write_checksums
 from siftclip.eval.known_tasks import KNOWN_TASKS
 from siftclip.trainer import eval_download
 from siftclip.trainer.eval_download import Downloaded, download_stage
+from siftclip.trainer.settings.commands import DownloadCommand
+from siftclip.trainer.settings.common import CommonSettings
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.tools import DownloadSettings
 
 CAPTIONS = "retrieval/flickr_1k_test_image_text_retrieval"
 FILES = {"dataset_type.txt": b"retrieval\n", "test/nshards.txt": b"1\n", "test/0.tar": b"pictures"}
@@ -49,8 +53,12 @@ def download(
             "folder": str(tmp_path), "workers": 1, "splits": ["test"], "repositories": [],
             "verify": verify,
         }  # fmt: skip
-        config = {"download": settings, "eval": {"tasks": [CAPTIONS]}, "progress": False}
-        (one,) = download_stage(OmegaConf.create(config))
+        command = DownloadCommand(
+            common=CommonSettings(progress=False),
+            eval=EvalSettings(tasks=(CAPTIONS,)),
+            download=read(DownloadSettings, settings, "download"),
+        )
+        (one,) = download_stage(command)
         return one, [*done]
 
     return run

@@ -22,7 +22,7 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer import eval_watch
 from siftclip.trainer.eval_watch import watch_stage
 from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.training import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -66,7 +66,9 @@ def test_each_checkpoint_is_evaluated_once(
     for step, summary in found.items():
         clip = load_clip_model(
             "twin",
-            architecture=plain(compose("train", ["model=vit_tiny"]).model.architecture),
+            architecture=to_plain(
+                compose("train", ["model=vit_tiny", "pool.root=x"]).model.architecture
+            ),
             pretrained=str(run.checkpoints / f"step-{step}.ckpt"),
         )
         expected = {r.key: r.metrics for r in evaluate_tasks(clip, tasks).results}

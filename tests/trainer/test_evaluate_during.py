@@ -89,6 +89,7 @@ def test_all_ranks_take_part(
     ranks: int,
     options: list[str],
     compose: Compose,
+    compose_tree: Compose,
     train_on_ranks: Callable[[list[Any], int], None],
     tmp_path: Path,
 ) -> None:
@@ -99,7 +100,7 @@ def test_all_ranks_take_part(
         ways["fsdp"] = ["trainer.strategy=fsdp", "optim.ema_decay=0.5"]
     configs = []
     for name, own in ways.items():
-        config = compose("train", [*shared, *own, f"run_dir={tmp_path / name}"])
+        config = compose_tree("train", [*shared, *own, f"run_dir={tmp_path / name}"])
         configs.append(OmegaConf.to_container(config))
     train_on_ranks(configs, ranks)
     for name, own in ways.items():
@@ -128,9 +129,8 @@ def test_all_ranks_take_part(
 def test_faults_are_found_before_training(
     wrong: str, message: str, options: list[str], compose: Compose, tmp_path: Path
 ) -> None:
-    config = compose("train", [*options, "eval.during.every_n_steps=2", wrong])
     with pytest.raises(InputError, match=message):
-        train_stage(config)
+        train_stage(compose("train", [*options, "eval.during.every_n_steps=2", wrong]))
     assert not list(tmp_path.glob("outputs/train/*/checkpoints/*"))
 
 

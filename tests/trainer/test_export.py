@@ -29,6 +29,9 @@ from PIL import Image
 from siftclip.datamodules.clip_models import ClipModel, load_clip_model, save_model_folder
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.export import DATACOMP_SCALES, describe_export, export_stage
+from siftclip.trainer.settings.commands import ExportCommand
+from siftclip.trainer.settings.read_command import read_command
+from siftclip.trainer.settings.store import composing
 from siftclip.trainer.training import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -101,7 +104,7 @@ def configs() -> Compose:
 
     @functools.cache
     def composed(command: str, *overrides: str) -> DictConfig:
-        with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+        with composing():
             return hydra.compose(command, overrides=list(overrides))
 
     return lambda *words: copy.deepcopy(composed(*words))
@@ -150,7 +153,8 @@ def export(configs: Compose) -> Export:
     def run(source: Path | str, path: Path | str, **options: Any) -> Any:
         config = configs("export")
         config.export.update({"source": str(source), "path": str(path), **options})
-        return export_stage(config)
+        values: Any = OmegaConf.to_container(config)
+        return export_stage(read_command(ExportCommand, OmegaConf.create(values)).export)
 
     return run
 
@@ -523,7 +527,7 @@ def test_command_prints_what_the_stage_wrote(tmp_path: Path) -> None:
     code = (
         "import sys, types\n"
         "stage = types.ModuleType('siftclip.trainer.export')\n"
-        "stage.export_stage = lambda config: config.export.path\n"
+        "stage.export_stage = lambda options: options.path\n"
         "stage.describe_export = lambda exported: f'wrote {exported}'\n"
         "sys.modules[stage.__name__] = stage\n"
         "from siftclip.trainer.cli.main import main\n"

@@ -12,6 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ from siftclip.trainer.layer_decay import layer_scales
 from siftclip.trainer.losses import ContrastiveObjective, LossInputs, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
 from siftclip.trainer.online.scoring import ScoringConfig
-from siftclip.trainer.optim import OptimConfig, make_optimizer
+from siftclip.trainer.optim import make_optimizer
+from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.sharding import sharded_blocks
 from siftclip.trainer.step import Objective, StepContext, compute_gradients
 from siftclip.trainer.training import train_stage
@@ -50,7 +52,7 @@ from siftclip.trainer.training import train_stage
 __all__: list[str] = []  # timm adds the names that are registered here
 
 CAPTIONS = ["a photo of a cat", "two dogs", "the very small car", "of"]
-OPTIM = OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.1, warmup_steps=0)
+OPTIM = OptimSettings(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.1, warmup_steps=0)
 
 # ---- what is small in a tower of timm, by the module that defines it ----------------------------
 STEM = VitCfg(
@@ -430,10 +432,10 @@ def test_a_run_with_a_text_tower_of_hugging_face(
 ) -> None:
     options = ["selector=random", "selector.fraction=1", f"loss={loss}", f"budget.flops={flops}"]
     options += [f"eval.root={demo_data.tasks}", "eval.tasks=[digit]"]
-    config = compose("train", [*base, *options])
-    config.model.name = name
-    config.model.architecture = json.loads(FAMILIES[name].replace("HUB/", f"{hub}/"))
-    run = train_stage(config)
+    settings = compose("train", [*base, *options])
+    architecture = json.loads(FAMILIES[name].replace("HUB/", f"{hub}/"))
+    model = replace(settings.model, name=name, architecture=architecture)
+    run = train_stage(replace(settings, model=model))
     summary = run.summary
     assert summary is not None
     assert 0 < summary["flops"] <= flops
@@ -494,12 +496,12 @@ def test_a_decoder_with_too_few_outputs_is_refused(
     hub: Path, base: list[str], compose: Callable[..., DictConfig]
 ) -> None:
     options = ["selector=random", "selector.fraction=1", "loss=coca"]
-    config = compose("train", [*base, *options])
+    settings = compose("train", [*base, *options])
     architecture = json.loads(FAMILIES[COCA_ROBERTA].replace("HUB/", f"{hub}/"))
     architecture["text_cfg"]["vocab_size"] = 9
-    config.model.architecture = architecture
+    model = replace(settings.model, architecture=architecture)
     with pytest.raises(InputError, match=r"can write 9 tokens, and its tokenizer makes 14\."):
-        train_stage(config)
+        train_stage(replace(settings, model=model))
 
 
 # ---- what depends on modules of other packages --------------------------------------------------

@@ -11,14 +11,17 @@ import hydra
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.datamodules.model_options import OPTIONS
 from siftclip.datamodules.towers import LockConfig
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.model import EmbeddingModel, ModelSettings
+from siftclip.trainer.settings.store import composing
 
 SMALL = [
     "model=vit_tiny",
@@ -31,26 +34,26 @@ SMALL = [
 def composed() -> DictConfig:
     """The model node of a tiny ViT, as `siftclip train` composes it."""
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         node: DictConfig = hydra.compose("train", overrides=SMALL).model
     return node
 
 
 @pytest.fixture
-def node(composed: DictConfig) -> Callable[..., DictConfig]:
+def node(composed: DictConfig) -> Callable[..., ModelSettings]:
     """`node("lock.image=true", ...)`: the same with some options, which must be among its own."""
 
-    def make(*options: str) -> DictConfig:
+    def make(*options: str) -> ModelSettings:
         made = OmegaConf.merge(composed, OmegaConf.from_dotlist(list(options)))
-        assert isinstance(made, DictConfig)
-        return made
+        values: Any = OmegaConf.to_container(made)
+        return read(ModelSettings, values, "model")
 
     return make
 
 
-def state_of(node: DictConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def state_of(node: ModelSettings, seed: int = 0) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return dict(clip_model_from(node, "model").model.state_dict())
+    return dict(clip_model_from(node).model.state_dict())
 
 
 def save(state: dict[str, torch.Tensor], path: Path) -> str:
@@ -59,31 +62,33 @@ def save(state: dict[str, torch.Tensor], path: Path) -> str:
 
 
 def test_configuration_has_all_options_and_changes_nothing(
-    node: Callable[..., DictConfig],
+    node: Callable[..., ModelSettings],
 ) -> None:
     config = node()
-    assert set(config.options) == set(OPTIONS)
-    assert LockConfig(**plain(config.lock)) == LockConfig()
+    assert set(to_plain(config.options)) == set(OPTIONS)
+    assert LockConfig(**to_plain(config.lock)) == LockConfig()
     torch.manual_seed(0)
-    clip = load_clip_model("vit_tiny", architecture=plain(config.architecture))
+    clip = load_clip_model("vit_tiny", architecture=to_plain(config.architecture))
     expected, found = clip.model.state_dict(), state_of(config)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_node_with_little_in_it(node: Callable[..., DictConfig]) -> None:
+def test_a_node_with_little_in_it(node: Callable[..., ModelSettings]) -> None:
     """Such as `features.model`, and configurations of older runs."""
-    config = OmegaConf.create({"name": "x", "architecture": plain(node().architecture)})
-    assert clip_model_from(config, "features.model").config["model_cfg"] == config.architecture
+    config = read(EmbeddingModel, {"name": "x", "architecture": to_plain(node().architecture)})
+    assert clip_model_from(config).config["model_cfg"] == config.architecture
 
 
-def test_options_reach_the_model(node: Callable[..., DictConfig]) -> None:
+def test_options_reach_the_model(node: Callable[..., ModelSettings]) -> None:
     config = node("options.force_image_size=16", "options.init_logit_bias=-10")
-    clip = clip_model_from(config, "model")
+    clip = clip_model_from(config)
     assert tuple(clip.model.visual.image_size) == (16, 16)  # type: ignore[union-attr, arg-type]
     assert clip.config["model_cfg"]["init_logit_bias"] == -10
 
 
-def test_towers_come_after_the_whole_model(node: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_towers_come_after_the_whole_model(
+    node: Callable[..., ModelSettings], tmp_path: Path
+) -> None:
     first, second, third = (state_of(node(), seed) for seed in (1, 2, 3))
     found = state_of(
         node(
@@ -99,7 +104,7 @@ def test_towers_come_after_the_whole_model(node: Callable[..., DictConfig], tmp_
 
 @pytest.mark.parametrize(("weights", "added"), [("auto", 1), ("raw", 0)])
 def test_weights_of_a_checkpoint_are_chosen(
-    node: Callable[..., DictConfig], weights: str, added: int, tmp_path: Path
+    node: Callable[..., ModelSettings], weights: str, added: int, tmp_path: Path
 ) -> None:
     state = state_of(node(), 1)
     content = {
@@ -112,13 +117,13 @@ def test_weights_of_a_checkpoint_are_chosen(
 
 
 def test_locks_are_set_after_the_weights_are_loaded(
-    node: Callable[..., DictConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    node: Callable[..., ModelSettings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = state_of(node(), 1)
     path = save(state, tmp_path / "x.pt")
     with caplog.at_level(logging.WARNING):
         config = node(f"pretrained_image={path}", "lock.image=true", "lock.image_unlocked_groups=1")
-        model = clip_model_from(config, "model").model
+        model = clip_model_from(config).model
     assert not caplog.records
     for name, parameter in model.named_parameters():
         locked = name.startswith("visual.") and name != "visual.proj"
@@ -128,24 +133,24 @@ def test_locks_are_set_after_the_weights_are_loaded(
 
 
 def test_locking_random_weights_is_warned_about(
-    node: Callable[..., DictConfig], caplog: pytest.LogCaptureFixture
+    node: Callable[..., ModelSettings], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        clip_model_from(node("lock.text=true"), "model")
+        clip_model_from(node("lock.text=true"))
     assert [record.message for record in caplog.records] == [
         "model.lock.text keeps the random weights of that tower"
     ]
 
 
 def test_random_weights_are_refused_where_nobody_wants_them(
-    node: Callable[..., DictConfig], tmp_path: Path
+    node: Callable[..., ModelSettings], tmp_path: Path
 ) -> None:
     path = save(state_of(node(), 1), tmp_path / "x.pt")
     for some in ([], [f"pretrained_image={path}"]):
         with pytest.raises(InputError, match=r"model.pretrained must be .* random ones would be"):
-            clip_model_from(node(*some), "model", trained=True)
+            clip_model_from(node(*some), trained=True)
     both: Any = [f"pretrained_image={path}", f"pretrained_text={path}"]
-    clip_model_from(node(*both), "model", trained=True)
+    clip_model_from(node(*both), trained=True)
 
 
 @pytest.mark.parametrize(
@@ -160,15 +165,14 @@ def test_random_weights_are_refused_where_nobody_wants_them(
     ],
 )
 def test_wrong_options_are_named(
-    node: Callable[..., DictConfig], option: str, message: str
+    node: Callable[..., ModelSettings], option: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        clip_model_from(node(option), "model")
+        clip_model_from(node(option))
 
 
-def test_unknown_option_is_named(node: Callable[..., DictConfig]) -> None:
-    config = node()
-    with open_dict(config):  # as `+model.options.quick_gelu=true` does
-        config.options.quick_gelu = True
-    with pytest.raises(InputError, match=r"model.options.quick_gelu is unknown"):
-        clip_model_from(config, "model")
+def test_unknown_option_is_named(node: Callable[..., ModelSettings]) -> None:
+    values = to_plain(node())
+    values["options"]["quick_gelu"] = True  # as `+model.options.quick_gelu=true` does
+    with pytest.raises(InputError, match=r"model.options.quick_gelu is not an option\. Did you"):
+        read(ModelSettings, values, "model")

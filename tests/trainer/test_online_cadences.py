@@ -98,7 +98,7 @@ def test_versions_follow_the_learner_and_continue(
     sizes = [len(read_selection(path)) for path in versions]
     assert sizes == [21, 21]  # 0.2 of 108 candidates
     assert not any((path / "features").exists() for path in versions)
-    pool = pool_from(compose("train", base))
+    pool = pool_from(compose("train", base).pool, progress=False)
     for number, path in enumerate(versions):
         rows = set(expand_rows(read_selection(path), pool)[0].tolist())
         for step in (2 + 2 * number, 3 + 2 * number):
@@ -166,7 +166,9 @@ def test_infobatch_reads_the_losses_seen_and_weights_what_it_keeps(
     kept = read_selection(folder)
     assert 24 <= len(kept) < 48
     assert all(own is None for _, own in trained[:3])
-    rows = set(expand_rows(kept, pool_from(compose("train", base)))[0].tolist())
+    rows = set(
+        expand_rows(kept, pool_from(compose("train", base).pool, progress=False))[0].tolist()
+    )
     assert {row for own, _ in trained[3:5] for row in own} <= rows
     weights = {w for _, own in trained[3:5] if own is not None for w in own}
     assert weights == {1.0, 2.0}
@@ -181,7 +183,7 @@ def test_dynamics_draws_anew_for_every_epoch(
     base: list[str], compose: Compose, tmp_path: Path
 ) -> None:
     config = compose("train", base)
-    pool = pool_from(config)
+    pool = pool_from(config.pool, progress=False)
     clusters = np.where(np.arange(len(pool)) < 180, 0, 1)
     table = pa.table({"uid": [format_uid(uid) for uid in pool.uids], "cluster": clusters})
     pq.write_table(table, tmp_path / "clusters.parquet")
@@ -201,7 +203,7 @@ def test_dynamics_draws_anew_for_every_epoch(
 
 
 def test_concepts_choose_before_reading(base: list[str], compose: Compose, tmp_path: Path) -> None:
-    pool = pool_from(compose("train", base))
+    pool = pool_from(compose("train", base).pool, progress=False)
     lists = [[row % 3, 3 + row % 2] for row in range(len(pool))]
     table = pa.table({"uid": [format_uid(uid) for uid in pool.uids], "concepts": lists})
     pq.write_table(table, tmp_path / "concepts.parquet")
@@ -389,7 +391,7 @@ def test_windows_of_reselection_are_kept(
 def test_repetitions_of_the_selection_stay(
     base: list[str], compose: Compose, tmp_path: Path
 ) -> None:
-    pool = pool_from(compose("train", base))
+    pool = pool_from(compose("train", base).pool, progress=False)
     uids = np.repeat(pool.uids[:90], np.arange(90) % 3 + 1, axis=0)
     subset = np.sort(np.array([tuple(uid) for uid in uids], dtype="u8,u8"))
     np.save(tmp_path / "subset.npy", subset)

@@ -14,9 +14,10 @@ from siftclip.datamodules.batches import Batch
 from siftclip.datamodules.clip_models import load_clip_model
 from siftclip.trainer.losses import LossInputs, SoftmaxLoss
 from siftclip.trainer.online.scorer import OnlineScorer
-from siftclip.trainer.optim import OptimConfig, make_optimizer
+from siftclip.trainer.optim import make_optimizer
+from siftclip.trainer.settings.optim import OptimSettings
 
-OPTIM = OptimConfig(lr=0.01, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, warmup_steps=0)
+OPTIM = OptimSettings(lr=0.01, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, warmup_steps=0)
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 VISION: dict[str, Any] = {
     "layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16,

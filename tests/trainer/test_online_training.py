@@ -23,10 +23,11 @@ from siftclip.datamodules.order import SampleOrder
 from siftclip.datamodules.reader import SampleReader
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.losses import SoftmaxLoss
-from siftclip.trainer.optim import OptimConfig, make_optimizer
+from siftclip.trainer.optim import make_optimizer
 from siftclip.trainer.run_dir import RunDir
 from siftclip.trainer.schedules import lr_factor
-from siftclip.trainer.stages import plain, select_stage
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.stages import select_stage
 from siftclip.trainer.step import Objective, StepContext, compute_gradients
 from siftclip.trainer.training import train_stage
 
@@ -87,18 +88,18 @@ def test_uniform_choice_equals_training_on_that_subset(base: list[str], compose:
     config = compose("train", [*base, *UNIFORM, "optim.eps=1e-4"])
     run = train_stage(config)
     selected = select_stage(config)
-    torch.manual_seed(config.seed)
-    clip = load_clip_model("twin", architecture=plain(config.model.architecture))
+    torch.manual_seed(config.common.seed)
+    clip = load_clip_model("twin", architecture=to_plain(config.model.architecture))
     clip.model.output_dict = True  # type: ignore[assignment]
     dataset = SampleDataset(
         reader=SampleReader(pool=selected.pool, max_image_pixels=10**6),
         transform=clip.train_transform,
         tokenizer=clip.tokenizer,
-        seed=config.seed,
+        seed=config.common.seed,
         substitutes=selected.rows,
     )
-    order = SampleOrder(rows=selected.rows, seed=config.seed, global_batch=32)
-    optim = OptimConfig(**plain(config.optim))
+    order = SampleOrder(rows=selected.rows, seed=config.common.seed, global_batch=32)
+    optim = config.optim
     optimizer = make_optimizer(clip.model, optim, fused=True)
     found = []
     for step, kept in enumerate(chosen(run)):
@@ -237,10 +238,12 @@ def test_scoring_forward_is_reused_by_micro_batches(
 TRAIN_MANY = """
 import json, sys
 from omegaconf import OmegaConf
+from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.training import train_stage
 
 for config in json.loads(sys.argv[1]):
-    train_stage(OmegaConf.create(config))
+    train_stage(read_command(TrainCommand, OmegaConf.create(config)))
 """
 ON_RANKS = {
     "jest": JEST,
@@ -309,13 +312,13 @@ def test_choices_do_not_depend_on_the_ranks(
     ranks: int,
     alone: dict[str, RunDir],
     base: list[str],
-    compose: Compose,
+    compose_tree: Callable[..., DictConfig],
     launch: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
     launched = [
         OmegaConf.to_container(
-            compose("train", [*base, *options_on_ranks(name), f"run_dir='{tmp_path / name}'"])
+            compose_tree("train", [*base, *options_on_ranks(name), f"run_dir='{tmp_path / name}'"])
         )
         for name in ON_RANKS
     ]
@@ -360,9 +363,8 @@ def test_cached_selectors_choose_before_anything_is_read(
 def test_first_stage_narrows_what_is_scored(base: list[str], compose: Compose) -> None:
     first = ["selector@online.first_stage.selector=easy_reference"]
     options = [*JEST, *first, "online.first_stage.filter_ratio=0.5"]
-    config = compose("train", [*base, *options])
-    config.online.first_stage.selector.loss = "softmax"
-    last = records(train_stage(config))[6]
+    options.append("online.first_stage.selector.loss=softmax")
+    last = records(train_stage(compose("train", [*base, *options])))[6]
     names = ("drawn", "loaded", "scored", "trained")
     found = [last[f"cost/{name}_samples"] for name in names]
     assert found == [8 * 96, 4 * 96, 4 * 96, 96]

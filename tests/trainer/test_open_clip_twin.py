@@ -21,7 +21,7 @@ from siftclip.datamodules.files import read_jsonl
 from siftclip.trainer.loggers import FileLogger
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.module import ClipTraining
-from siftclip.trainer.optim import OptimConfig
+from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.step import Objective
 
 STEPS = 50
@@ -151,7 +151,7 @@ def train_with_siftclip(
     module = ClipTraining(
         clip.model,
         objective=Objective(loss=SoftmaxLoss()),
-        optim=OptimConfig(**optim),
+        optim=OptimSettings(**optim),
         total_steps=STEPS,
         global_batch_size=BATCH,
         seed=0,

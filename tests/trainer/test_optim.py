@@ -11,17 +11,17 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.optim import (
-    OptimConfig,
+    OptimSettings,
     clamp_logit_scale,
     is_decayed,
     make_optimizer,
     parameter_groups,
 )
+from siftclip.trainer.settings.store import STORED
 
 REQUIRED: dict[str, Any] = {
     "lr": 5e-4,
@@ -44,8 +44,8 @@ TINY: dict[str, Any] = {
 }
 
 
-def settings(**changes: Any) -> OptimConfig:
-    return OptimConfig(**{**REQUIRED, **changes})
+def settings(**changes: Any) -> OptimSettings:
+    return OptimSettings(**{**REQUIRED, **changes})
 
 
 def build(name: str) -> nn.Module:
@@ -137,7 +137,7 @@ def test_a_pattern_without_parameters_is_refused() -> None:
         parameter_groups(open_clip.CLIP(**TINY), settings(no_decay=["token_embedding"]))
 
 
-def rates(model: nn.Module, config: OptimConfig) -> dict[str, float]:
+def rates(model: nn.Module, config: OptimSettings) -> dict[str, float]:
     """The rate of each trained parameter, by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -261,10 +261,10 @@ def test_scale_is_clamped(start: float, end: float) -> None:
 
 
 def test_defaults_are_those_of_the_configuration() -> None:
-    path = Path(__file__).parents[2] / "configs" / "optim" / "adamw.yaml"
-    values = yaml.safe_load(path.read_text())
-    assert set(values) == set(OptimConfig.__slots__)
-    config = OptimConfig(**{name: values[name] for name in REQUIRED})
+    (adamw,) = (stored for stored in STORED if stored.group == "optim")
+    values = adamw.node()
+    assert set(values) == set(OptimSettings.__slots__)
+    config = OptimSettings(**{name: values[name] for name in REQUIRED})
     for name, value in values.items():
         default = getattr(config, name)
         assert (list(default) if isinstance(value, list) else default) == value, name

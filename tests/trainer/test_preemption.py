@@ -27,6 +27,7 @@ from siftclip.trainer.cli.application import application
 from siftclip.trainer.compare import arms
 from siftclip.trainer.launch import TrainingStopped
 from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.settings.commands import DemoCommand, TrainCommand
 
 Tiny = Callable[..., Any]
 LONG = 3000
@@ -94,8 +95,8 @@ def step_in(path: Path) -> int:
 def command(training: Any, folder: Path) -> Callable[[], None]:
     """`siftclip train`, but with tiny weights."""
 
-    @application("train")
-    def main(config: DictConfig) -> None:
+    @application("train", DemoCommand)
+    def main(settings: DemoCommand) -> None:
         stop = StopOnSignal(agree_every_n_steps=5)
         trainer = training.fit(StepCheckpoint(folder, every_n_steps=1000), stop)
         stop.raise_if_stopped(trainer.global_step, training.total_steps)
@@ -328,9 +329,9 @@ def test_a_stop_ends_the_sweep(
 ) -> None:
     started: list[int] = []
 
-    @application("train")
-    def main(config: DictConfig) -> None:
-        started.append(config.seed)
+    @application("train", DemoCommand)
+    def main(settings: DemoCommand) -> None:
+        started.append(settings.common.seed)
         raise TrainingStopped(signal.SIGTERM, step=3, total_steps=9)
 
     GlobalHydra.instance().clear()
@@ -349,15 +350,17 @@ def test_a_stop_ends_the_comparison(
 ) -> None:
     started: list[int] = []
 
-    def stopped(config: DictConfig, *, wait: bool) -> RunDir:
-        started.append(config.seed)
+    def stopped(settings: TrainCommand, *, wait: bool) -> RunDir:
+        started.append(settings.common.seed)
         raise TrainingStopped(signal.SIGINT, step=3, total_steps=9)
 
     monkeypatch.setattr(arms, "train_stage", stopped)
     overrides = [*base, "eval.root=tasks", "experiment=random_clip_score"]
     monkeypatch.setattr(arms, "tasks_from", lambda config: [])
     with pytest.raises(TrainingStopped):
-        arms.compare_stage(compose("compare", overrides), overrides)
+        arms.compare_stage(
+            compose("compare", overrides), overrides, lambda own: compose("compare", own)
+        )
     assert started == [0]
 
 

@@ -92,6 +92,7 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
     ranks: int,
     base: list[str],
     compose: Callable[..., DictConfig],
+    compose_tree: Callable[..., DictConfig],
     demo_data: DemoData,
     train_on_ranks: Callable[[list[Any], int], None],
     tmp_path: Path,
@@ -104,7 +105,7 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
         shared, own = (part.replace("LOSS_ROOT", root).split() for part in text.split("|"))
         options = [*base, "optim.eps=1e-3", *shared]
         folder = tmp_path / name
-        config = compose("train", [*options, *own, f"run_dir='{folder}'"])
+        config = compose_tree("train", [*options, *own, f"run_dir='{folder}'"])
         launched.append(OmegaConf.to_container(config))
         expected[name] = train_stage(compose("train", [*options, f"run_dir='{folder} alone'"]))
     train_on_ranks(launched, ranks)
@@ -115,9 +116,11 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
 # Ends after step 5, goes on in a copy; the checkpoint of step 3 is the last one then.
 INTERRUPTED = """
 import json, shutil, sys
-import hydra
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.read_command import compose
+from siftclip.trainer.settings.store import composing
 from siftclip.trainer.training import train_stage
 
 log_window = ClipTraining._log_window
@@ -127,8 +130,8 @@ def fail(self, step):
     if step == 5:
         raise OSError("the disk is gone")
 
-with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
-    config = hydra.compose("train", overrides=json.loads(sys.argv[1]))
+with composing():
+    config = compose(TrainCommand, "train", json.loads(sys.argv[1]))
 ClipTraining._log_window = fail
 try:
     train_stage(config)

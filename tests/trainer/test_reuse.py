@@ -21,7 +21,9 @@ from siftclip.datamodules.pool_source import IDENTITY_NAME
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.evaluation import eval_stage
 from siftclip.trainer.models import model_files
-from siftclip.trainer.stages import plain, score_stage, select_stage
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.stages import score_stage, select_stage
 from siftclip.trainer.training import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -128,7 +130,7 @@ def test_a_run_is_another_one_with_other_weights_in_the_same_file(
     runs = []
     for seed in range(2):
         torch.manual_seed(seed)
-        clip = load_clip_model("start", architecture=plain(config.model.architecture))
+        clip = load_clip_model("start", architecture=to_plain(config.model.architecture))
         save_model_folder(clip, tmp_path / "start")
         runs.append(train_stage(compose("train", options)))
     assert runs[0].path != runs[1].path
@@ -142,13 +144,13 @@ def test_files_of_a_model_are_those_that_are_loaded(tmp_path: Path) -> None:
     (run / "model").mkdir(parents=True)
     (run / "model" / "weights").write_text("a")
     (run / "checkpoint").write_text("b")
-    assert model_files({"name": str(run), "pretrained": None})["name"].keys() == {"weights"}
-    assert model_files({"name": f"local-dir:{run}"})["name"].keys() == {"weights"}
-    assert model_files({"name": "ViT-B-32", "pretrained": "openai"}) == {}
-    architecture = {"text_cfg": {"hf_model_name": str(run)}}
-    first = model_files({"name": "a", "architecture": architecture})
+    assert model_files(ModelSettings(name=str(run)))["name"].keys() == {"weights"}
+    assert model_files(ModelSettings(name=f"local-dir:{run}"))["name"].keys() == {"weights"}
+    assert model_files(ModelSettings(name="ViT-B-32", pretrained="openai")) == {}
+    model = ModelSettings(name="a", architecture={"text_cfg": {"hf_model_name": str(run)}})
+    first = model_files(model)
     (run / "checkpoint").write_text("another one")
-    assert model_files({"name": "a", "architecture": architecture}) != first
+    assert model_files(model) != first
 
 
 def test_a_damaged_selection_says_what_to_do(base: list[str], compose: Compose) -> None:

@@ -129,9 +129,11 @@ def test_the_costs_are_those_of_the_steps(
 def test_a_new_model_has_its_checkpointing_on_when_it_is_counted(
     base: list[str], compose: Compose
 ) -> None:
-    model: Any = new_model(compose("train", [*base, "trainer.grad_checkpointing=true"])).model
+    settings = compose("train", base).model
+    model: Any = new_model(settings, seed=0, grad_checkpointing=True).model
     assert model.visual.transformer.grad_checkpointing
-    assert not new_model(compose("train", base)).model.transformer.grad_checkpointing  # type: ignore[union-attr]
+    plain: Any = new_model(settings, seed=0, grad_checkpointing=False).model
+    assert not plain.transformer.grad_checkpointing
 
 
 def test_a_live_teacher_and_reference_are_counted(

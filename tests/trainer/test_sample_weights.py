@@ -118,7 +118,7 @@ def test_weights_of_a_selection_reach_the_loss(
 def test_weights_of_selector_and_loss_multiply(
     base: list[str], compose: Compose, trained: Seen, tmp_path: Path
 ) -> None:
-    pool = pool_from(compose("train", base))
+    pool = pool_from(compose("train", base).pool, progress=False)
     table = pa.table(
         {
             "uid": [format_uid(uid) for uid in pool.uids],

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from siftclip.trainer.budget import budget_from
-from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.schedules import check_schedule
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.data import ScaleSettings
+from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.optim import OptimSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
@@ -58,10 +61,20 @@ def header(scale: str) -> dict[str, str]:
     return facts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a scale decides."""
+
+    model: ModelSettings
+    optim: OptimSettings
+    scale: ScaleSettings
+    trainer: TrainerSettings
+
+
 @pytest.mark.parametrize("scale", PUBLISHED)
 def test_numbers_are_the_published_ones(scale: str, compose: Compose) -> None:
-    config = compose("train", [f"scale={scale}"])
-    budget, optim = budget_from(config), OptimConfig(**plain(config.optim))
+    config = compose("train", [f"scale={scale}"], kind=Recipe)
+    budget, optim = budget_from(config.scale), config.optim
     assert PUBLISHED[scale] == (
         config.model.name,
         budget.global_batch_size,
@@ -72,7 +85,7 @@ def test_numbers_are_the_published_ones(scale: str, compose: Compose) -> None:
         optim.beta2,
         optim.eps,
         optim.weight_decay,
-        OmegaConf.select(config, "trainer.grad_checkpointing", default=False),
+        config.trainer.grad_checkpointing,
     )
     assert (optim.beta1, optim.schedule, optim.decay_rule) == (0.9, "cosine", "open_clip_3")
     assert optim.grad_clip_norm is None
@@ -81,9 +94,9 @@ def test_numbers_are_the_published_ones(scale: str, compose: Compose) -> None:
 @pytest.mark.parametrize("choice", [*SCALES, *(f"experiment:{name}" for name in EXPERIMENTS)])
 def test_the_model_exists_and_the_schedule_fits(choice: str, compose: Compose) -> None:
     group, _, name = choice.rpartition(":")
-    config = compose("train", [f"{group or 'scale'}={name}"])
-    check_schedule(OptimConfig(**plain(config.optim)), budget_from(config).total_steps)
-    if config.model.get("architecture") is None:
+    config = compose("train", [f"{group or 'scale'}={name}"], kind=Recipe)
+    check_schedule(config.optim, budget_from(config.scale).total_steps)
+    if config.model.architecture is None:
         assert config.model.name in open_clip.list_models()
 
 
@@ -126,7 +139,7 @@ PACE = {
 
 @pytest.mark.parametrize("scale", PACE)
 def test_estimates_follow_from_their_sources(scale: str, compose: Compose) -> None:
-    samples = compose("train", [f"scale={scale}"]).scale.samples_seen
+    samples = compose("train", [f"scale={scale}"], kind=Recipe).scale.samples_seen
     giga_operations, hours_of_laion = PACE[scale]
     text = header(scale)["Hours"]
     hours = float(re.match(r"([\d.,]+) A100 hours", text).group(1).replace(",", ""))  # type: ignore[union-attr]

@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.optim import OptimConfig
 from siftclip.trainer.schedules import check_schedule, lr_factor
+from siftclip.trainer.settings.optim import OptimSettings
 
 
-def settings(**changes: Any) -> OptimConfig:
+def settings(**changes: Any) -> OptimSettings:
     given: dict[str, Any] = {
         "lr": 1e-3,
         "beta1": 0.9,
@@ -26,10 +26,10 @@ def settings(**changes: Any) -> OptimConfig:
         "weight_decay": 0.2,
         "warmup_steps": 10,
     }
-    return OptimConfig(**{**given, **changes})
+    return OptimSettings(**{**given, **changes})
 
 
-def open_clip_rates(config: OptimConfig, total_steps: int) -> list[float]:
+def open_clip_rates(config: OptimSettings, total_steps: int) -> list[float]:
     """The rate of each step, as open_clip_train sets it on an optimiser."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     arguments = (optimizer, config.lr, config.warmup_steps, total_steps)
@@ -48,7 +48,7 @@ def open_clip_rates(config: OptimConfig, total_steps: int) -> list[float]:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[OptimConfig, int]:
+def runs(draw: st.DrawFn) -> tuple[OptimSettings, int]:
     """A schedule that fits into a run, and the run's steps."""
     total = draw(st.integers(1, 120))
     warmup = draw(st.integers(0, total))
@@ -67,7 +67,7 @@ def runs(draw: st.DrawFn) -> tuple[OptimConfig, int]:
 
 
 @given(runs())
-def test_rates_are_open_clips(run: tuple[OptimConfig, int]) -> None:
+def test_rates_are_open_clips(run: tuple[OptimSettings, int]) -> None:
     config, total = run
     check_schedule(config, total)
     ours = [config.lr * lr_factor(config, step, total) for step in range(total)]

@@ -11,6 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import DemoCommand
 
 pytest.importorskip(
     "hydra_plugins.hydra_submitit_launcher", reason="needs the extra: pip install siftclip[slurm]"
@@ -28,15 +29,16 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped
 
 
-def stage(config):
+def stage(settings):
     task = os.environ["SUBMITIT_LOCAL_GLOBALID"]
-    record = Path(config.output_dir) / f"seed-{config.seed}-task-{task}"
+    seed = settings.common.seed
+    record = Path(settings.common.output_dir) / f"seed-{seed}-task-{task}"
     again = record.exists()
     with record.open("a") as file:
         file.write(" ".join(sys.argv[1:3]) + "\\n")
-    if config.seed == 1:
+    if seed == 1:
         raise InputError("pool.root is wrong.")
-    if config.seed == 2 and not again:
+    if seed == 2 and not again:
         raise TrainingStopped(signal.SIGUSR2, step=3, total_steps=9)
 """
 
@@ -53,7 +55,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]
         monkeypatch.setattr(sys, "argv", arguments)
         monkeypatch.chdir(tmp_path)
         GlobalHydra.instance().clear()
-        application("select")(namespace["stage"])()
+        application("select", DemoCommand)(namespace["stage"])()
 
     return run
 

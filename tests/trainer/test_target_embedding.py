@@ -22,7 +22,8 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import FeatureFile
 from siftclip.trainer.evaluation import eval_stage
 from siftclip.trainer.models import clip_model_from
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.commands import EvalCommand, EvalSections
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.target_embedding import target_stage
 
 Compose = Callable[..., DictConfig]
@@ -52,8 +53,10 @@ def test_class_features_classify_as_evaluation_does(
     tasks = find_tasks(demo_data.tasks).complete()
     assert [path.name for path in paths] == [f"{task.name}-test.npz" for task in tasks]
     assert folder.name == "mine"
-    clip = clip_model_from(config.features.model, "features.model")
-    evaluation = compose("eval", [f"eval.root={demo_data.tasks}", "progress=false"])
+    clip = clip_model_from(config.features.model)
+    evaluation = compose(
+        "eval", [f"eval.root={demo_data.tasks}", "progress=false"], kind=EvalSections
+    )
     report = eval_stage(evaluation, clip, results_path=None)
     for task, path, result in zip(tasks, paths, report.results, strict=True):
         arrays = dict(np.load(path))
@@ -91,9 +94,8 @@ def test_finished_tasks_are_kept_and_a_selector_can_read_them(
 
 
 def test_target_needs_a_model(options: list[str], compose: Compose) -> None:
-    config = compose("target", ["features=metadata", *options[:-2]])
     with pytest.raises(InputError, match=r"target needs the model whose features the pool has"):
-        target_stage(config)
+        target_stage(compose("target", ["features=metadata", *options[:-2]]))
 
 
 @pytest.mark.parametrize("change", ["classnames", "templates", "tar"])
@@ -138,7 +140,8 @@ def test_features_of_two_models_are_not_read_together(
     first, second = [t.name for t in find_tasks(demo_data.tasks).complete()][:2]
     config = compose("target", [*options, f"target.tasks={first}"])
     target_stage(config)
-    other = load_clip_model("other", architecture=plain(config.model.architecture))
+    model = compose("target", options, kind=EvalCommand).model
+    other = load_clip_model("other", architecture=to_plain(model.architecture))
     save_model_folder(other, tmp_path / "other")
     with pytest.raises(InputError, match=r"holds features of another model .*-test\.npz"):
         target_stage(

@@ -22,9 +22,10 @@ from siftclip.datamodules.reader import SampleReader
 from siftclip.datamodules.selection import read_selection
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.budget import Budget
-from siftclip.trainer.optim import OptimConfig, parameter_groups
+from siftclip.trainer.optim import parameter_groups
 from siftclip.trainer.schedules import lr_factor
-from siftclip.trainer.stages import plain, select_stage
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.stages import select_stage
 from siftclip.trainer.training import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -67,17 +68,17 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
     config = compose("train", [*base, "optim.eps=1e-4"])
     run = train_stage(config)
     selected = select_stage(config)
-    torch.manual_seed(config.seed)
-    clip = load_clip_model("twin", architecture=plain(config.model.architecture))
+    torch.manual_seed(config.common.seed)
+    clip = load_clip_model("twin", architecture=to_plain(config.model.architecture))
     dataset = SampleDataset(
         reader=SampleReader(pool=selected.pool, max_image_pixels=10**6),
         transform=clip.train_transform,
         tokenizer=clip.tokenizer,
-        seed=config.seed,
+        seed=config.common.seed,
         substitutes=selected.rows,
     )
-    order = SampleOrder(rows=selected.rows, seed=config.seed, global_batch=16)
-    optim = OptimConfig(**plain(config.optim))
+    order = SampleOrder(rows=selected.rows, seed=config.common.seed, global_batch=16)
+    optim = config.optim
     optimizer = torch.optim.AdamW(
         parameter_groups(clip.model, optim), betas=(0.9, 0.98), eps=1e-4, fused=False
     )
@@ -165,8 +166,11 @@ def test_budget_is_rounded_up_to_full_batches() -> None:
         ("scale.global_batch_size=1", r"scale\.global_batch_size must be .* at least 2. Got 1"),
         ("online.cadence=often", r"online\.cadence must be one of .*every_step"),
         ("trainer.precision=bf32", r"trainer\.precision must be one of .*Got 'bf32'"),
-        ("data.num_workers=many", r"data\.num_workers must be an integer or 'auto'"),
-        ("data.start_method=thread", r"data\.start_method must be null or one of .*Got 'thread'"),
+        ("data.num_workers=many", r"data\.num_workers must be an integer of at least 0, or auto"),
+        (
+            "data.start_method=thread",
+            r"data\.start_method must be one of .*, or null\. Got 'thread'",
+        ),
         ("seed=-1", r"seed must be an integer of at least 0. Got -1"),
         (
             "model.pretrained=/nonexistent.pt",

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,6 +26,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from siftclip.selectors.errors import InputError
 from siftclip.trainer.launch import TrainingStopped, find_launch
+from siftclip.trainer.settings.describing.describe import takes_more
+from siftclip.trainer.settings.describing.help import register_resolvers
+from siftclip.trainer.settings.read_command import read_command
+from siftclip.trainer.settings.store import composing, register
+
+T = TypeVar("T")
 
 CONFIGS = "pkg://siftclip.configs"
 # Hydra's options whose value is the next word
@@ -45,18 +51,19 @@ _VALUE_ERRORS = ("Config group override must be", "Only one of --run", "The --re
 
 
 def application(
-    command: str, *, positional: Sequence[str] = ()
-) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Turn `stage(config)` into the main function of a command, configured by `<command>.yaml`.
+    command: str, kind: type[T], *, positional: Sequence[str] = ()
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+    """Turn `stage(settings)` into the main function of a command, configured by `<command>.yaml`.
 
     A blank in the command, such as `data compact`, is `_` in the name of the file.
 
     Args:
         command: as it is typed.
+        kind: what the stage takes.
         positional: the options that words without `=` stand for, in order.
     """
 
-    def decorate(stage: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(stage: Callable[[T], None]) -> Callable[[], None]:
         def main() -> None:
             # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,7 +75,7 @@ def application(
                 _set_full_error(before)  # also in a job of submitit, which is another process
                 sys.argv = full_arguments  # Lightning starts the other ranks with these
                 try:
-                    stage(config)
+                    stage(read_command(kind, config))
                 except (InputError, OmegaConfBaseException) as error:
                     if before == "1":
                         raise
@@ -91,6 +98,8 @@ def application(
                         )
                     raise SystemExit(INTERRUPTED) from None
 
+            register()
+            register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
             typed = _overrides(full_arguments, command)
             words = _named(command, typed, positional)
@@ -325,7 +334,7 @@ def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     way_out = ""
     if close:
         way_out = f" Did you mean {close[0]}?"
-    elif options.get(parent):
+    elif options.get(parent) and takes_more(parent):
         way_out = f" What {parent} does not list is added with a plus: +{key}=VALUE."
     return f"{key} is not an option.{way_out} All options: siftclip {command} --cfg job"
 
@@ -360,7 +369,7 @@ def _options(command: str, choices: list[str]) -> dict[str, bool]:
         choices: overrides that choose configurations; left out if they do not compose.
     """
     name = command.replace(" ", "_")
-    with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
+    with composing():
         try:
             config = hydra.compose(name, overrides=choices, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError):

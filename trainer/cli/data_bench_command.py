@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import BenchCommand
 
 
-@application("data bench")
-def main(config: DictConfig) -> None:
+@application("data bench", BenchCommand)
+def main(settings: BenchCommand) -> None:
     """Measure and print the tables."""
     # Here, since importing Lightning and open_clip takes seconds, which `--help` need not cost.
     from siftclip.trainer.data_bench import bench_stage, describe_bench
 
-    print(describe_bench(bench_stage(config)))
+    print(describe_bench(bench_stage(settings)))

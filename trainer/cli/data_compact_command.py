@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import CompactCommand
 
 
-@application("data compact")
-def main(config: DictConfig) -> None:
+@application("data compact", CompactCommand)
+def main(settings: CompactCommand) -> None:
     """Copy and say where the copy is."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.pool_stages import compact_stage, describe_compaction
 
-    print(describe_compaction(compact_stage(config)))
+    print(describe_compaction(compact_stage(settings)))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import DemoCommand
+from siftclip.trainer.settings.read_command import compose
 
 
-@application("demo")
-def main(config: DictConfig) -> None:
+@application("demo", DemoCommand)
+def main(settings: DemoCommand) -> None:
     """Run the demo and say what to look at."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.demo import demo_stage
 
-    outcome = demo_stage(config, list(HydraConfig.get().overrides.task))
+    outcome = demo_stage(settings, list(HydraConfig.get().overrides.task), compose)
     folder = outcome.comparison.folder
     print(f"\n{outcome.comparison.table}\n")
     print("zero-shot accuracy in percent; digits and scenes of these tasks are in no training set")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import EmbedCommand
 
 
-@application("embed")
-def main(config: DictConfig) -> None:
+@application("embed", EmbedCommand)
+def main(settings: EmbedCommand) -> None:
     """Embed the pool and say where the features are."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.embedding import embed_stage
 
-    folder = embed_stage(config)
+    folder = embed_stage(settings)
     print(f"features   {folder}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import EvalCommand
 
 
-@application("eval", positional=["model.name", "model.pretrained"])
-def main(config: DictConfig) -> None:
+@application("eval", EvalCommand, positional=["model.name", "model.pretrained"])
+def main(settings: EvalCommand) -> None:
     """Evaluate and print the table."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.selectors.errors import InputError
@@ -21,17 +20,17 @@ def main(config: DictConfig) -> None:
     )
     from siftclip.trainer.models import clip_model_from
 
-    tasks_from(config)  # before a model is loaded
-    results = results_path_for(config)
-    share = eval_share(config, may_launch=True)
-    clip = clip_model_from(config.model, "model", trained=True)
-    summary = eval_stage(config, clip, results_path=results, share=share)
+    tasks_from(settings.eval)  # before a model is loaded
+    results = results_path_for(settings)
+    share = eval_share(settings.trainer, may_launch=True)
+    clip = clip_model_from(settings.model, trained=True)
+    summary = eval_stage(settings, clip, results_path=results, share=share)
     if share.ranks.rank > 0:
         return
     print(summary.table())
     print(f"\nwritten    {results}")
     print(f"table      {results.with_suffix('.csv')}")
-    if config.eval.details or config.eval.predictions:
+    if settings.eval.details or settings.eval.predictions:
         print(f"details    {details_folder(results)}")
     if summary.failures:
         names = ", ".join(failure.key for failure in summary.failures)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import DiffCommand
 
 
-@application("eval diff", positional=["diff.a", "diff.b"])
-def main(config: DictConfig) -> None:
+@application("eval diff", DiffCommand, positional=["diff.a", "diff.b"])
+def main(settings: DiffCommand) -> None:
     """Print the differences and how sure they are."""
     from siftclip.trainer.eval_diff import diff_stage
 
-    print(diff_stage(config).table())
-    if config.diff.output is not None:
-        print(f"\nwritten: {config.diff.output}")
+    print(diff_stage(settings).table())
+    if settings.diff.output is not None:
+        print(f"\nwritten: {settings.diff.output}")

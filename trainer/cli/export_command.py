@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import ExportCommand
 
 
-@application("export")
-def main(config: DictConfig) -> None:
+@application("export", ExportCommand)
+def main(settings: ExportCommand) -> None:
     """Export, and say what was written and how to load it."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.export import describe_export, export_stage
 
-    print(describe_export(export_stage(config)))
+    print(describe_export(export_stage(settings.export)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import PoolSections
 
 
-@application("index")
-def main(config: DictConfig) -> None:
+@application("index", PoolSections)
+def main(settings: PoolSections) -> None:
     """Index the pool and print what is in it."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.pool_stages import describe_index, index_stage
 
-    print(describe_index(index_stage(config)))
+    print(describe_index(index_stage(settings)))

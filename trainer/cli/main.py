@@ -29,6 +29,8 @@ COMMANDS = {
     "data bench": "how fast samples come, and whether a copy would pay",
     "demo": "all of it on handwritten digits, in a few minutes on a CPU",
 }
+# Commands without a configuration
+PLAIN_COMMANDS = {"explain": "meaning, default and allowed values of an option: explain optim.lr"}
 
 USAGE = """siftclip {version}: train CLIP on the part of a pool that is worth training on
 
@@ -48,7 +50,9 @@ HELP = ("-h", "--help", "help")
 def usage(group: str = "") -> str:
     """What `siftclip --help` prints, or `siftclip GROUP --help`."""
     commands = "\n".join(
-        f"  {name:<14}{what}" for name, what in COMMANDS.items() if name.startswith(group)
+        f"  {name:<14}{what}"
+        for name, what in (COMMANDS | PLAIN_COMMANDS).items()
+        if name.startswith(group)
     )
     return USAGE.format(version=siftclip.__version__, commands=commands)
 
@@ -62,7 +66,7 @@ def main() -> None:
     if arguments[0] == "--version":
         print(siftclip.__version__)
         return
-    group, known = "", [name.split()[0] for name in COMMANDS]
+    group, known = "", [name.split()[0] for name in COMMANDS | PLAIN_COMMANDS]
     if arguments[0] in GROUPS:
         group = f"{arguments[0]} "
         if arguments[0] in COMMANDS and group + " ".join(arguments[1:2]) not in COMMANDS:
@@ -74,10 +78,10 @@ def main() -> None:
             known = [name.removeprefix(group) for name in COMMANDS if name.startswith(group)]
     word = arguments[1 if group else 0]
     command = group + word
-    if command not in COMMANDS:
+    if command not in COMMANDS | PLAIN_COMMANDS:
         close = difflib.get_close_matches(word, known, n=1)
         hint = f" Did you mean {group}{close[0]}?" if close else ""
-        there = [name for name in COMMANDS if name.startswith(group)]
+        there = [name for name in COMMANDS | PLAIN_COMMANDS if name.startswith(group)]
         print(
             f"siftclip: {command!r} is not a command; there are {', '.join(there)}.{hint}",
             file=sys.stderr,

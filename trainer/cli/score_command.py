@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import SelectSections
 
 
-@application("score")
-def main(config: DictConfig) -> None:
+@application("score", SelectSections)
+def main(settings: SelectSections) -> None:
     """Score the pool and print the quantiles."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.datamodules.pool_source import summarise
     from siftclip.trainer.stages import score_stage
 
-    outcome = score_stage(config)
+    outcome = score_stage(settings)
     source = outcome.source
     if source.ranks.rank != 0:
         return

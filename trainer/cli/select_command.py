@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import SelectCommand
 
 
-@application("select")
-def main(config: DictConfig) -> None:
+@application("select", SelectCommand)
+def main(settings: SelectCommand) -> None:
     """Select and print what was kept."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.selection_summary import clip_score_overlap, describe_selection
     from siftclip.trainer.stages import select_stage
 
-    outcome = select_stage(config, may_launch=True)
-    overlap = clip_score_overlap(config, outcome) if config.overlap else None
+    outcome = select_stage(settings, may_launch=True)
+    overlap = None
+    if settings.options.overlap:
+        overlap = clip_score_overlap(settings.features.name, outcome)
     if outcome.source.ranks.rank == 0:
         print(describe_selection(outcome, overlap))

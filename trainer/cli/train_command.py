@@ -6,35 +6,35 @@ import os
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.launch import require_launcher
+from siftclip.trainer.settings.commands import TrainCommand
 
 
-@application("train")
-def main(config: DictConfig) -> None:
+@application("train", TrainCommand)
+def main(settings: TrainCommand) -> None:
     """Train and say where the run is."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
-    from siftclip.selectors.errors import InputError, require_bool
+    from siftclip.selectors.errors import InputError
     from siftclip.trainer.evaluation import failed_tasks, run_summary
     from siftclip.trainer.run_dir import is_rank_zero
     from siftclip.trainer.training import plan_stage, train_stage
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        require_launcher("train --multirun", config.trainer, os.environ)
-    if require_bool("plan", config.plan):
-        table = plan_stage(config).table()
+        require_launcher("train --multirun", settings.trainer, os.environ)
+    if settings.common.plan:
+        table = plan_stage(settings).table()
         if is_rank_zero():
             print(table)
         return
-    run = train_stage(config)
+    run = train_stage(settings)
     failed: list[str] = []
     if is_rank_zero():
-        if config.eval.root is not None:
-            print(f"{run_summary(config, run).table()}\n")
+        if settings.eval.root is not None:
+            print(f"{run_summary(settings.eval, run).table()}\n")
             print(f"results    {run.results}")
-            failed = failed_tasks(config, run)
+            failed = failed_tasks(settings.eval, run)
         print(f"run        {run.path}")
         print(f"cost       {run.cost_line()}")
         print(f"model      {run.model} (open_clip: local-dir:{run.model})")

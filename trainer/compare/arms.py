@@ -9,30 +9,29 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 from siftclip.datamodules.locks import LOCK_NAME, HeldError, locked
 from siftclip.selectors.errors import InputError
-from siftclip.trainer.budget import budget_from, limit_from
+from siftclip.trainer.budget import Budget, Limit, budget_from, limit_from
 from siftclip.trainer.evaluation import tasks_from
 from siftclip.trainer.launch import require_launcher
-from siftclip.trainer.objective import check_loss
 from siftclip.trainer.online.options import check_online
 from siftclip.trainer.run_dir import RunDir, is_rank_zero
-from siftclip.trainer.stages import output_root, plain
+from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 from siftclip.trainer.training import train_stage
 
 log = logging.getLogger(__name__)
 
 ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FAILED_SHOWN = 3
+
+ComposeArm: TypeAlias = Callable[[Sequence[str]], TrainCommand]  # the settings of these overrides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,24 +52,25 @@ class CompareOutcome:
             )
 
 
-def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcome:
+def compare_stage(
+    settings: CompareCommand, overrides: Sequence[str], compose: ComposeArm
+) -> CompareOutcome:
     """Run all arms with all seeds and write the report.
 
     Args:
-        config: the configuration of the command.
-        overrides: the overrides of the command line, on top of which each arm's come.
+        settings: of the command.
+        overrides: those of the command line, on top of which each arm's come.
+        compose: makes the settings of an arm.
 
     Raises:
         InputError: an arm is not a valid configuration, the arms differ in budget, or there is
             nothing to evaluate on; all of this before the first run.
     """
-    require_launcher("compare", config.trainer, os.environ)
-    tasks_from(config)
-    arms: dict[str, list[str]] = plain(config.compare.arms)
-    seeds: list[int] = plain(config.compare.seeds)
-    plan = _plan(config, arms, seeds, overrides)
-    runs = _train_all(config, plan)
-    folder = output_root(config) / "compare" / str(config.compare.name)
+    require_launcher("compare", settings.trainer, os.environ)
+    tasks_from(settings.eval)
+    plan = _plan(settings, overrides, compose)
+    runs = _train_all(plan, progress=settings.common.progress)
+    folder = settings.common.output_root / "compare" / settings.compare.name
     if not is_rank_zero():
         return CompareOutcome(folder=folder, table="")
     # Here, since importing pandas and jinja2 takes a second.
@@ -81,7 +81,7 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
     arm_runs = [
         ArmRun(arm=arm, seed=seed, run=run) for (arm, seed, _), run in zip(plan, runs, strict=True)
     ]
-    comparison = collect(config, arm_runs)
+    comparison = collect(settings, arm_runs)
     for note in mixed_notes(comparison):
         log.warning(note)
     with locked(folder / LOCK_NAME, owner=str(folder), wait=True):
@@ -93,7 +93,7 @@ def compare_stage(config: DictConfig, overrides: Sequence[str]) -> CompareOutcom
     )
 
 
-def _train_all(config: DictConfig, plan: Sequence[tuple[str, int, DictConfig]]) -> list[RunDir]:
+def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool) -> list[RunDir]:
     """All runs, in the order of the plan.
 
     What another command is training at the moment comes last: it may be finished by then, and if
@@ -102,13 +102,13 @@ def _train_all(config: DictConfig, plan: Sequence[tuple[str, int, DictConfig]]) 
     runs: dict[int, RunDir] = {}
     later: list[int] = []
     with tqdm(
-        total=len(plan), desc="compare", unit="run", disable=not config.progress, leave=False
+        total=len(plan), desc="compare", unit="run", disable=not progress, leave=False
     ) as bar:
 
         def train(number: int, *, wait: bool) -> None:
-            arm, seed, arm_config = plan[number]
+            arm, seed, arm_settings = plan[number]
             bar.set_postfix_str(f"{arm}, seed {seed}")
-            runs[number] = train_stage(arm_config, wait=wait)
+            runs[number] = train_stage(arm_settings, wait=wait)
             bar.update()
 
         for number, (arm, seed, _) in enumerate(plan):
@@ -124,12 +124,10 @@ def _train_all(config: DictConfig, plan: Sequence[tuple[str, int, DictConfig]]) 
 
 
 def _plan(
-    config: DictConfig,
-    arms: Mapping[str, Sequence[str]],
-    seeds: Sequence[int],
-    overrides: Sequence[str],
-) -> list[tuple[str, int, DictConfig]]:
-    """The configurations of all runs, seed by seed, so that what is done first is comparable."""
+    settings: CompareCommand, overrides: Sequence[str], compose: ComposeArm
+) -> list[tuple[str, int, TrainCommand]]:
+    """The settings of all runs, seed by seed, so that what is done first is comparable."""
+    arms, seeds = settings.compare.arms, settings.compare.seeds
     if not arms or not seeds:
         raise InputError(
             "compare.arms and compare.seeds must not be empty. "
@@ -138,26 +136,36 @@ def _plan(
     if len(set(seeds)) < len(seeds):
         raise InputError(f"compare.seeds must be distinct. Got {list(seeds)}.")
     plan = []
-    budget = (limit_from(config) or budget_from(config), config.scale.global_batch_size)
+    budget = _budget(settings)
     for seed in seeds:
         for arm, own in arms.items():
             if not ARM_NAME.fullmatch(arm):
                 raise InputError(f"compare.arms: {arm!r} must consist of letters, digits, _ . -")
-            arm_config = _compose(arm, [*overrides, *own, f"seed={seed}"])
-            own_budget = limit_from(arm_config) or budget_from(arm_config)
-            if (own_budget, arm_config.scale.global_batch_size) != budget:
+            arm_settings = _composed(compose, arm, [*overrides, *own, f"seed={seed}"])
+            if _budget(arm_settings) != budget:
                 raise InputError(
-                    f"compare.arms.{arm} has the budget {own_budget}, the others have {budget[0]}. "
-                    "All arms must have the same, in the same unit and with one batch size."
+                    f"compare.arms.{arm} has the budget {_budget(arm_settings)[0]}, the others "
+                    f"have {budget[0]}. All arms must have the same, in the same unit and with one "
+                    "batch size."
                 )
-            check_loss(arm_config)
-            check_online(arm_config)
-            plan.append((arm, seed, arm_config))
+            check_online(
+                arm_settings.online,
+                arm_settings.selector,
+                arm_settings.loss,
+                arm_settings.trainer.strategy,
+            )
+            plan.append((arm, seed, arm_settings))
     return plan
 
 
-def _compose(arm: str, overrides: list[str]) -> DictConfig:
+def _budget(settings: TrainCommand) -> tuple[Limit | Budget, int]:
+    """How long a run is, and its batch."""
+    limit = limit_from(settings.budget) or budget_from(settings.scale)
+    return limit, settings.scale.global_batch_size
+
+
+def _composed(compose: ComposeArm, arm: str, overrides: Sequence[str]) -> TrainCommand:
     try:
-        return hydra.compose(config_name="compare", overrides=overrides)
-    except HydraException as error:
+        return compose(overrides)
+    except InputError as error:
         raise InputError(f"compare.arms.{arm}: {error}") from error

@@ -6,14 +6,13 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
 
 from siftclip.datamodules.metadata import read_metadata
 from siftclip.datamodules.selection import Selection, read_selection
@@ -25,7 +24,7 @@ from siftclip.selectors.errors import InputError
 from siftclip.trainer.build.options import options_of, under
 from siftclip.trainer.environment import Environment, environments
 from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.stages import plain
+from siftclip.trainer.settings.commands import CompareCommand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,37 +81,34 @@ class Comparison:
     missing: tuple[Missing, ...] = ()
 
 
-def collect(config: DictConfig, runs: Sequence[ArmRun]) -> Comparison:
+def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> Comparison:
     """Read results, summaries and selections of runs.
 
     Args:
-        config: of the comparison; its arms and seeds are those that should be there.
+        settings: of the comparison; its arms and seeds are those that should be there.
         runs: those that there are, also unfinished ones.
 
     Raises:
         InputError: no run is finished, or a file of a run is damaged.
     """
-    groups: dict[str, list[str]] = plain(config.eval.groups)
-    arms = tuple(dict.fromkeys([*plain(config.compare.arms), *(run.arm for run in runs)]))
-    seeds = tuple(dict.fromkeys([*plain(config.compare.seeds), *(run.seed for run in runs)]))
+    groups, compare = settings.eval.groups, settings.compare
+    arms = tuple(dict.fromkeys([*compare.arms, *(run.arm for run in runs)]))
+    seeds = tuple(dict.fromkeys([*compare.seeds, *(run.seed for run in runs)]))
     finished = [run for run in runs if run.run.summary is not None]
     if not finished:
-        raise InputError(
-            f"compare.name={config.compare.name}: none of {len(runs)} runs is finished."
-        )
+        raise InputError(f"compare.name={compare.name}: none of {len(runs)} runs is finished.")
     results, missing = _results(arms, seeds, runs, groups)
     averages = [f"average/{group}" for group in groups]
     tasks = [task for task in dict.fromkeys(results["task"]) if not task.startswith("average/")]
-    columns = _columns(plain(config.compare.columns), averages, tasks)
+    columns = _columns([*compare.columns], averages, tasks)
     selections = {(run.arm, run.seed): read_selection(run.run.path) for run in finished}
-    truth_path = config.compare.truth
     truth = None
-    if truth_path is not None:
-        truth = _truth(Path(truth_path), selections, finished)
+    if compare.truth is not None:
+        truth = _truth(Path(compare.truth), selections, finished)
         complete = [arm for arm in arms if all((arm, seed) in selections for seed in seeds)]
         truth = truth.reindex(complete).reindex(list(arms))
     return Comparison(
-        name=str(config.compare.name),
+        name=compare.name,
         arms=arms,
         seeds=seeds,
         columns=columns,
@@ -123,7 +119,7 @@ def collect(config: DictConfig, runs: Sequence[ArmRun]) -> Comparison:
         ).reindex(index=list(arms), columns=list(arms)),
         truth=truth,
         settings={
-            key: plain(config[key])
+            key: settings.composed.values[key]
             for key in ("pool", "features", "model", "optim", "scale", "budget")
         },
         environments={f"{run.arm} s{run.seed}": environments(run.run.path) for run in runs},
@@ -135,7 +131,7 @@ def _results(
     arms: Sequence[str],
     seeds: Sequence[int],
     runs: Sequence[ArmRun],
-    groups: dict[str, list[str]],
+    groups: Mapping[str, Sequence[str]],
 ) -> tuple[pd.DataFrame, tuple[Missing, ...]]:
     """The rows of all arms with all seeds, see `Comparison`, and what they lack."""
     by_place = {(run.arm, run.seed): run.run for run in runs}
@@ -166,7 +162,7 @@ def _results(
 
 
 def _rows_of_run(
-    kept: KeptResults, names: Sequence[str], groups: dict[str, list[str]]
+    kept: KeptResults, names: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str, bool]]]:
     """Rows for all tasks and averages, and the tasks without a value: name, reason, failed."""
     by_key = results_by_key(kept.results)

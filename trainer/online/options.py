@@ -1,30 +1,29 @@
-"""What `online` in the configuration says, checked before any file is read."""
+"""What the settings of `online` say, checked against selectors before any file is read."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-
-from omegaconf import DictConfig, OmegaConf
 
 from siftclip.selectors.base import Selector
 from siftclip.selectors.description import nested
-from siftclip.selectors.errors import (
-    InputError,
-    require_choice,
-    require_finite,
-    require_fraction,
-    require_int,
-    require_positive,
-)
+from siftclip.selectors.errors import InputError, require_fraction
 from siftclip.selectors.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
 from siftclip.trainer.objective import check_weighing
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
-from siftclip.trainer.online.scoring_config import ScoringConfig
-from siftclip.trainer.stages import BuiltSelector, plain, selector_from
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.lightning import Strategy
+from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.online import (
+    CachedReference,
+    EveryStepSettings,
+    LoopSettings,
+    OnceSettings,
+    OnlineSettings,
+)
+from siftclip.trainer.settings.selector import SelectorNode
+from siftclip.trainer.stages import BuiltSelector, selector_from
 
-CADENCES = ("once", "every_step", "every_n_steps", "every_epoch")
 LEARNER, REFERENCE, SCORER = "learner", "reference", "scorer"
 
 
@@ -63,180 +62,136 @@ def _learns(selector: Selector) -> bool:
     return type(selector).state_dict is not Selector.state_dict
 
 
-def online_selector(config: DictConfig, node: str = "online.selector") -> BuiltSelector:
-    """A selector of the loop, in which `features.name` stands for `online.features`.
+def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> BuiltSelector:
+    """A selector of the loop: `online.selector`, or the one of the first stage.
 
     Raises:
         InputError: it cannot be built.
     """
-    if not OmegaConf.is_dict(OmegaConf.select(config, node)):
-        raise InputError(
-            f"{node} is a group of options: write selector@{node}=NAME, such as "
-            f"selector@{node}=learnability. Got {OmegaConf.select(config, node)!r}."
-        )
-    scoped = copy.deepcopy(config)
-    scoped.features.name = config.online.features
-    own = OmegaConf.select(scoped, node)
-    if config.online.cadence == "every_step":
+    node = online.selector if node is None else node
+    if isinstance(online, EveryStepSettings):
         for name in ("rule", "threshold"):
-            if own.get(name) is not None:
+            if node.parameters.get(name) is not None:
                 raise InputError(
-                    f"{node}.{name} has no place at every step, where a fraction of the "
-                    f"super-batch is chosen. Set {node}.fraction, and online.schedule.temperature "
-                    "to draw at random. Got " + repr(plain(own[name])) + "."
+                    f"{node.place}.{name} has no place at every step, where a fraction of the "
+                    f"super-batch is chosen. Set {node.place}.fraction, and "
+                    "online.schedule.temperature to draw at random. Got "
+                    f"{node.parameters[name]!r}."
                 )
-        if (
-            "fraction" in own
-            and own.fraction is None
-            and config.online.schedule.filter_ratio is not None
-        ):
-            own.fraction = 1.0  # the schedule says it
-    return selector_from(scoped, node)
+        schedule_says = online.schedule.filter_ratio is not None
+        if "fraction" in node.parameters and node.fraction is None and schedule_says:
+            node = node.with_parameters(fraction=1.0)
+    return selector_from(node)
 
 
-def kept_fraction(config: DictConfig, node: str) -> float:
+def kept_fraction(node: SelectorNode) -> float:
     """The `fraction` of a selector of the loop.
 
     Raises:
         InputError: it has none, and no schedule says what takes its place.
     """
-    fraction = OmegaConf.select(config, f"{node}.fraction")
-    if fraction is None:
+    if node.fraction is None:
         raise InputError(
-            f"{node}.fraction must say which part of a super-batch is trained on, such as 0.2; or "
-            "set online.schedule.filter_ratio. Got null."
+            f"{node.place}.fraction must say which part of a super-batch is trained on, such as "
+            "0.2; or set online.schedule.filter_ratio. Got null."
         )
-    return require_fraction(f"{node}.fraction", fraction)
+    return require_fraction(f"{node.place}.fraction", node.fraction)
 
 
-def schedule_from(config: DictConfig) -> Schedule:
+def schedule_from(online: EveryStepSettings) -> Schedule:
     """The schedule of `online.schedule`."""
-    options = plain(config.online.schedule)
+    options = to_plain(online.schedule)
     if options["filter_ratio"] is None:
-        options["filter_ratio"] = 1 - kept_fraction(config, "online.selector")
+        options["filter_ratio"] = 1 - kept_fraction(online.selector)
     return Schedule(**options)
 
 
-def reference_logits(config: DictConfig) -> Logits:
+def reference_logits(features: CachedReference) -> Logits:
     """Scale and bias of the model that made the cached reference features."""
-    node = config.online.reference.features
-    owner = "online.reference.features"
-    bias = node.logit_bias
+    bias = features.logit_bias
     return Logits(
-        scale=require_positive(f"{owner}.logit_scale", node.logit_scale),
-        bias=0.0 if bias is None else require_finite(f"{owner}.logit_bias", bias),
+        scale=float(features.logit_scale),
+        bias=0.0 if bias is None else float(bias),
         has_bias=bias is not None,
     )
 
 
-def check_online(config: DictConfig) -> None:
-    """Check all that can be known without a file or a model; `check_loss` comes before.
+def check_online(
+    online: OnlineSettings, offline: SelectorNode, loss: LossSettings, strategy: Strategy
+) -> None:
+    """Check all that can be known without a file or a model.
 
     Raises:
-        InputError: an option of `online` is wrong, or does not go with another; or the loss cannot
-            use the weights of `selector` or `online.selector`.
+        InputError: an option of `online` does not go with its selector; or the loss cannot use the
+            weights of `selector` or `online.selector`.
     """
-    online = config.online
-    require_choice("online.cadence", online.cadence, CADENCES)
-    offline = selector_from(config)
-    check_weighing(config, offline.selector, f"selector={offline.name}")
-    if online.cadence == "once":
+    check_weighing(loss, selector_from(offline).selector, f"selector={offline.name}")
+    if isinstance(online, OnceSettings):
         return
-    own = {"every_step": "schedule"}.get(online.cadence, "every_n_steps")
-    if own not in online:
-        raise InputError(
-            f"online.cadence={online.cadence} comes with options of its own: write "
-            f"online={online.cadence}."
-        )
-    built = online_selector(config)
-    selector, name = built.selector, built.name
+    selector, name = loop_selector(online).selector, online.selector.name
     needs = Needs.of(selector)
-    check_weighing(config, selector, f"online.selector={name}")
-    logits = reference_logits(config)
+    check_weighing(loss, selector, f"online.selector={name}")
     if getattr(selector, "loss", None) == "sigmoid" and needs.of_model(REFERENCE):
-        live = OmegaConf.select(config, "online.reference.model.name")
         told = getattr(getattr(selector, "reference", None), "logit_bias", None)
-        if live is None and told is None and not logits.has_bias:
+        has_bias = reference_logits(online.reference.features).has_bias
+        if not has_live_reference(online) and told is None and not has_bias:
             raise InputError(
                 "online.selector.loss=sigmoid needs the logit bias of the reference: set "
                 "online.reference.features.logit_bias and .logit_scale to those of the model that "
                 "made the features, or use online.selector.loss=softmax."
             )
-    require_choice("online.weights", online.weights, ("learner", "ema"))
-    if online.weights == "ema" and config.optim.ema_decay is None:
-        raise InputError("online.weights=ema needs an average of the weights: set optim.ema_decay.")
-    if needs.training_loss and config.loss.name in ("siglip", "drrho"):
+    if needs.training_loss and loss.name in ("siglip", "drrho"):
         raise InputError(
             f"online.selector={name} needs the loss of each sample, which "
-            f"loss={config.loss.name} does not tell. Use loss=clip."
+            f"loss={loss.name} does not tell. Use loss=clip."
         )
     if needs.learns and not _learns(selector):
         raise InputError(
             f"online.selector={name}: a member of this composition learns while the model trains, "
             "and a composition does not let it. Use that member by itself."
         )
-    if online.cadence == "every_step":
-        _check_every_step(config, selector, needs)
-        return
-    for share in ("start", "stop"):
-        if not 0 <= require_finite(f"online.{share}", online[share]) <= 1:
-            raise InputError(
-                f"online.{share} must be a share of training in [0, 1]. Got {online[share]!r}."
-            )
-    if online.start >= online.stop:
-        raise InputError(
-            f"online.start must be below online.stop. Got {online.start!r} and {online.stop!r}."
-        )
-    require_fraction("online.pool_fraction", online.pool_fraction)
-    require_int("online.batch_size", online.batch_size, minimum=1)
-    if online.cadence == "every_n_steps":
-        require_int("online.every_n_steps", online.every_n_steps, minimum=1)
-    if needs.of_model(LEARNER):
-        require_whole_weights(str(config.trainer.strategy))
+    if isinstance(online, EveryStepSettings):
+        _check_every_step(online, selector, needs)
+    elif needs.of_model(LEARNER):
+        require_whole_weights(strategy)
 
 
-def _check_every_step(config: DictConfig, selector: Selector, needs: Needs) -> None:
-    online = config.online
-    require_draw(selector, "online.selector")
-    if chooses_before_reading(config, selector):
+def has_live_reference(online: LoopSettings) -> bool:
+    """Whether the reference is a model, in place of cached features."""
+    return isinstance(online, EveryStepSettings) and online.reference.model.name is not None
+
+
+def _check_every_step(online: EveryStepSettings, selector: Selector, needs: Needs) -> None:
+    require_draw(selector, online.selector.place)
+    if chooses_before_reading(online, selector):
         _check_weightless(selector, "online.selector")
-    schedule_from(config)
-    scoring = ScoringConfig(**plain(online.scoring))
-    if scoring.image_size is not None and config.trainer.strategy == "fsdp":
-        raise InputError(
-            "online.scoring.image_size does not go with trainer.strategy=fsdp, whose position "
-            "embeddings are sharded. Use trainer.strategy=ddp, or set it to null."
-        )
-    if online.groups != "auto":
-        require_int("online.groups", online.groups, minimum=1)
+    schedule_from(online)
     if needs.of_model(SCORER) and online.scorer.name is None:
         raise InputError(
             "online.selector reads the features of a scorer: name a small model with "
             "online.scorer.name, such as one of open_clip's."
         )
     if online.first_stage.selector is not None:
-        ratio = require_finite("online.first_stage.filter_ratio", online.first_stage.filter_ratio)
-        if not 0 <= ratio < 1:
-            raise InputError(
-                f"online.first_stage.filter_ratio must be in the range [0, 1). Got {ratio!r}."
-            )
-        early = online_selector(config, "online.first_stage.selector")
-        first, name = early.selector, early.name
-        require_draw(first, "online.first_stage.selector")
-        _check_weightless(first, "online.first_stage.selector")
-        found = Needs.of(first)
-        if chooses_before_reading(config, selector):
-            raise InputError(
-                f"online.first_stage.selector={name} has no effect: online.selector itself chooses "
-                "before anything is read. Set it to null."
-            )
-        live = [key for model in (LEARNER, SCORER) for key in found.of_model(model)]
-        if live or found.training_loss or found.learns:
-            what = live or "what training has shown"
-            raise InputError(
-                f"online.first_stage.selector={name} needs {what}, which nobody has before the "
-                "samples are read. Use cached features, as with online.features=NAME."
-            )
+        _check_first_stage(online, online.first_stage.selector, selector)
+
+
+def _check_first_stage(online: EveryStepSettings, node: SelectorNode, selector: Selector) -> None:
+    first = loop_selector(online, node).selector
+    require_draw(first, node.place)
+    _check_weightless(first, node.place)
+    needs = Needs.of(first)
+    if chooses_before_reading(online, selector):
+        raise InputError(
+            f"{node.place}={node.name} has no effect: online.selector itself chooses before "
+            "anything is read. Set it to null."
+        )
+    live = [key for model in (LEARNER, SCORER) for key in needs.of_model(model)]
+    if live or needs.training_loss or needs.learns:
+        what = live or "what training has shown"
+        raise InputError(
+            f"{node.place}={node.name} needs {what}, which nobody has before the samples are "
+            "read. Use cached features, as with online.features=NAME."
+        )
 
 
 def _check_weightless(selector: Selector, option: str) -> None:
@@ -271,11 +226,11 @@ def require_draw(selector: Selector, option: str) -> None:
         )
 
 
-def chooses_before_reading(config: DictConfig, selector: Selector) -> bool:
+def chooses_before_reading(online: EveryStepSettings, selector: Selector) -> bool:
     """Whether the selector of every step needs nothing that only the step itself knows."""
     needs = Needs.of(selector)
     live = [LEARNER, SCORER]
-    if config.online.reference.model.name is not None:
+    if has_live_reference(online):
         live.append(REFERENCE)
     # A state would run ahead of the step with the loader, and be lost with it.
     return not (any(map(needs.of_model, live)) or needs.training_loss or needs.learns)

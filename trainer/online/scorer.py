@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from siftclip.datamodules.batches import Batch
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.online.scoring import resized_images
-from siftclip.trainer.optim import OptimConfig, clamp_logit_scale, make_optimizer
+from siftclip.trainer.optim import clamp_logit_scale, make_optimizer
+from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.step import (
     Objective,
     StepContext,
@@ -35,7 +36,7 @@ class OnlineScorer:
     Every rank holds an equal copy: gradients are averaged over ranks here.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, *, image_size: int) -> None:
+    def __init__(self, model: nn.Module, optim: OptimSettings, *, image_size: int) -> None:
         """Set what is trained.
 
         Args:
@@ -55,11 +56,11 @@ class OnlineScorer:
             image_layer_decay=None,
             text_layer_decay=None,
             ema_decay=None,
-            no_decay=[
+            no_decay=tuple(
                 pattern
                 for pattern in optim.no_decay
                 if any(fnmatchcase(name, pattern) for name in names)
-            ],
+            ),
         )
         self._optimizer: torch.optim.Optimizer | None = None
         self._restored: dict[str, Any] | None = None

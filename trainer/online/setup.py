@@ -1,4 +1,4 @@
-"""From the configuration to what selects while a run trains."""
+"""From the settings to what selects while a run trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.clip_models import ClipModel
 from siftclip.datamodules.columns import column_stamp, read_column
@@ -25,9 +24,9 @@ from siftclip.selectors.errors import InputError
 from siftclip.selectors.source import TRAINING_LOSS, Logits
 from siftclip.selectors.uniform import Uniform
 from siftclip.trainer.build.options import options_of
-from siftclip.trainer.lightning_setup import expected_world_size, loader_options
+from siftclip.trainer.lightning_setup import loader_options
 from siftclip.trainer.models import clip_model_from, model_files
-from siftclip.trainer.objective import LossData, same_tokens
+from siftclip.trainer.objective import LossData, same_tokens, teacher_model
 from siftclip.trainer.online.cost import CostModel, SampleFlops
 from siftclip.trainer.online.diagnostics import Diagnostics, read_kinds
 from siftclip.trainer.online.flops import forward_flops, input_sizes
@@ -41,7 +40,8 @@ from siftclip.trainer.online.options import (
     SCORER,
     Needs,
     chooses_before_reading,
-    online_selector,
+    has_live_reference,
+    loop_selector,
     reference_logits,
     schedule_from,
 )
@@ -54,8 +54,25 @@ from siftclip.trainer.online.scorer import OnlineScorer
 from siftclip.trainer.online.scoring import check_scoring, scoring_is_forward
 from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.super_batch import PoolData, read_files
-from siftclip.trainer.optim import OptimConfig
-from siftclip.trainer.stages import BuiltSelector, SelectOutcome, plain, selector_from
+from siftclip.trainer.settings.common import CommonSettings
+from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.model import ModelSettings, ScorerModel
+from siftclip.trainer.settings.online import (
+    DiagnosticsSettings,
+    EveryNStepsSettings,
+    EveryStepSettings,
+    LoopSettings,
+    OnceSettings,
+    OnlineSettings,
+    ScoringSettings,
+)
+from siftclip.trainer.settings.optim import OptimSettings
+from siftclip.trainer.settings.pool import PoolSettings
+from siftclip.trainer.settings.selector import SelectorNode
+from siftclip.trainer.stages import BuiltSelector, SelectOutcome, selector_from
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +82,17 @@ ROUNDED_FRACTION = 0.05  # of the samples that a run draws may come from roundin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunParts:
-    """What a run is made of."""
+    """What a run is made of: the settings of its parts, and what they have been made into."""
 
-    config: DictConfig
+    common: CommonSettings
+    pool: PoolSettings
+    data: DataSettings
+    model: ModelSettings
+    loss: LossSettings
+    optim: OptimSettings
+    trainer: TrainerSettings
+    online: OnlineSettings
+    selector: SelectorNode
     clip: ClipModel
     selected: SelectOutcome
     loss_data: LossData
@@ -86,20 +111,21 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
     Raises:
         InputError: an option is wrong for this model, pool or number of devices.
     """
-    cadence = parts.config.online.cadence
-    if cadence == "every_step":
-        return _every_step(parts, total_steps)
+    online = parts.online
+    if isinstance(online, EveryStepSettings):
+        return _every_step(parts, online, total_steps)
     plan = StepPlan.plain(parts.global_batch_size, total_steps)
-    learner = Learner(weights="learner" if cadence == "once" else parts.config.online.weights)
-    if cadence == "once":
+    if isinstance(online, OnceSettings):
+        learner = Learner(weights="learner")
         flops = counted(lambda: _learner_flops(parts))
         cost = CostModel(plan=plan, flops=flops, scores_after_reading=False)
         return Online(plan=plan, cost=cost, source=parts.source, learner=learner)
-    reselection, losses = _reselection(parts, plan, learner)
+    learner = Learner(weights=online.weights)
+    reselection, losses = _reselection(parts, online, plan, learner)
     if reselection.find_first() >= plan.steps and plan.steps > 1:
         log.warning(
             "online=%s: the run ends with step %d, before anything is selected again",
-            cadence,
+            online.cadence,
             plan.steps,
         )
 
@@ -123,23 +149,27 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
     )
 
 
-def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
+def online_identity(
+    online: OnlineSettings, source: PoolSource, *, world_size: int
+) -> dict[str, Any]:
     """All of `online` that trained weights depend on, with the files that it reads."""
-    identity: dict[str, Any] = stored_targets(plain(config.online))
-    if config.online.cadence == "once":
+    identity: dict[str, Any] = stored_targets(to_plain(online))
+    if isinstance(online, OnceSettings):
         return identity
     for name in ("diagnostics", "batch_size"):  # decide about no weight
         identity.pop(name, None)
     if identity.get("groups") == "auto":
-        identity["groups"] = expected_world_size(config)
-    aliases = reference_aliases(config)
-    models = [identity.get("scorer") or {}, identity["reference"].get("model") or {}]
-    parts: list[Any] = [model_files(model) for model in models]
+        identity["groups"] = world_size
+    aliases = reference_aliases(online)
+    parts: list[Any] = [{}, {}]  # the files of a scorer and of a live reference
+    nodes = [online.selector]
+    if isinstance(online, EveryStepSettings):
+        parts = [model_files(online.scorer), model_files(online.reference.model)]
+        first = online.first_stage.selector
+        nodes += [] if first is None else [first]
     code: dict[str, str] = {}
-    for node in ("online.selector", "online.first_stage.selector"):
-        if OmegaConf.select(config, node) is None:
-            continue
-        built = online_selector(config, node)
+    for node in nodes:
+        built = loop_selector(online, node)
         of_selector = selector_identity(built.selector)
         code |= of_selector["code"]
         parts.append(of_selector["files"])
@@ -159,16 +189,14 @@ def online_identity(config: DictConfig, source: PoolSource) -> dict[str, Any]:
 
 def _learner_flops(parts: RunParts) -> SampleFlops:
     """Of the learner and a live teacher."""
-    node = OmegaConf.select(parts.config, "loss.teacher.model")
-    teacher = None
-    if node is not None and node.name is not None:
-        teacher = clip_model_from(node, "loss.teacher.model", trained=True)
+    live = teacher_model(parts.loss)
+    teacher = None if live is None else clip_model_from(live, trained=True)
     return learner_flops(parts.clip, micro_batches=_cuts_batches(parts), teacher=teacher)
 
 
 def _cuts_batches(parts: RunParts) -> bool:
     """Whether a rank's batch is several micro-batches."""
-    micro_batch = parts.config.trainer.micro_batch_size
+    micro_batch = parts.trainer.micro_batch_size
     return micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
 
 
@@ -185,14 +213,14 @@ def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
 
     So that runs of any length can be reckoned with in little memory.
     """
-    config, batch = parts.config, parts.global_batch_size
-    if config.online.cadence != "every_step":
+    online, batch = parts.online, parts.global_batch_size
+    if not isinstance(online, EveryStepSettings):
         return lambda total_steps, steps: StepPlan.plain(batch, len(steps))
-    groups, schedule = _groups(parts), schedule_from(config)
-    unread = chooses_before_reading(config, online_selector(config).selector)
+    groups, schedule = _groups(parts, online), schedule_from(online)
+    unread = chooses_before_reading(online, loop_selector(online).selector)
     keep = 1.0
-    if config.online.first_stage.selector is not None:
-        keep -= float(config.online.first_stage.filter_ratio)
+    if online.first_stage.selector is not None:
+        keep -= float(online.first_stage.filter_ratio)
 
     def plan(total_steps: int, steps: range) -> StepPlan:
         sizes = schedule.super_batch_samples(total_steps, batch, groups, steps)
@@ -204,10 +232,10 @@ def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
     return plan
 
 
-def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
+def warn_of_rounding(parts: RunParts, online: EveryStepSettings, plan: StepPlan) -> None:
     """Say so where whole samples and equal groups are far from what the schedule asks for."""
-    config, batch = parts.config, parts.global_batch_size
-    schedule, groups = schedule_from(config), _groups(parts)
+    batch = parts.global_batch_size
+    schedule, groups = schedule_from(online), _groups(parts, online)
     if (plan.drawn == plan.trained).all() and plan.steps > 1:
         log.warning(
             "online.schedule.filter_ratio=%s: every step trains on all that it loads, so that "
@@ -224,8 +252,8 @@ def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
             batch,
         )
     exact = schedule.exact_super_batches(plan.steps, batch)
-    if config.online.first_stage.selector is not None:
-        exact[exact > batch] /= 1 - float(config.online.first_stage.filter_ratio)
+    if online.first_stage.selector is not None:
+        exact[exact > batch] /= 1 - float(online.first_stage.filter_ratio)
     drawn, wanted = float(plan.drawn.mean()), float(exact.mean())
     if abs(drawn / wanted - 1) > ROUNDED_FRACTION:
         log.warning(
@@ -238,9 +266,8 @@ def warn_of_rounding(parts: RunParts, plan: StepPlan) -> None:
         )
 
 
-def _groups(parts: RunParts) -> int:
-    wanted = parts.config.online.groups
-    groups = parts.world_size if wanted == "auto" else int(wanted)
+def _groups(parts: RunParts, online: EveryStepSettings) -> int:
+    groups = parts.world_size if online.groups == "auto" else online.groups
     if groups % parts.world_size or parts.global_batch_size % groups:
         raise InputError(
             "online.groups must be a multiple of the devices and divide scale.global_batch_size, "
@@ -250,15 +277,11 @@ def _groups(parts: RunParts) -> int:
     return groups
 
 
-def _every_step(parts: RunParts, total_steps: int) -> Online:
-    config, source, model = parts.config, parts.source, parts.clip.model
-    online = config.online
-    schedule, groups, plan = (
-        schedule_from(config),
-        _groups(parts),
-        step_plan(parts, total_steps),
-    )
-    built = online_selector(config)
+def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) -> Online:
+    source, model = parts.source, parts.clip.model
+    schedule, groups = schedule_from(online), _groups(parts, online)
+    plan = step_plan(parts, total_steps)
+    built = loop_selector(online)
     selector = built.selector
     needs = Needs.of(selector)
     losses = _losses_seen(source, needs)
@@ -276,14 +299,14 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
             schedule=schedule,
             total_steps=total_steps,
             groups=groups,
-            seed=config.seed,
+            seed=parts.common.seed,
         )
 
     def pool_data(of: Needs) -> PoolData:
         return PoolData(source=source, files=read_files(source, of.files))
 
-    aliases = reference_aliases(config)
-    told = {REFERENCE: reference_logits(config)}
+    aliases = reference_aliases(online)
+    told = {REFERENCE: reference_logits(online.reference.features)}
 
     def first_stage(chosen: BuiltSelector, of: Needs, schedule: Schedule) -> CachedFirstStage:
         keys = {key: aliases.get(key, key) for key in sorted(of.features)}
@@ -297,12 +320,12 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         )
 
     learner = Learner(weights=online.weights)
-    diagnostics, record = _diagnostics(parts), None
+    diagnostics, record = _diagnostics(parts, online.diagnostics), None
     if online.diagnostics.record_chosen:
         record = ChosenRows(
             parts.folder / RECORD_NAME, steps=total_steps, samples=parts.global_batch_size
         )
-    if chooses_before_reading(config, selector):
+    if chooses_before_reading(online, selector):
         return Online(
             plan=plan,
             cost=CostModel(
@@ -316,7 +339,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
             diagnostics=diagnostics,
             record=record,
         )
-    scoring = ScoringConfig(**plain(online.scoring))
+    scoring = _scoring_config(online.scoring)
     check_scoring(model, scoring)
     live: list[LiveFeatures] = []
     judges: list[Judge] = []
@@ -327,24 +350,24 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         live.append(ScoredModel(name=LEARNER, model=learner, config=scoring))
         judges.append(Judge(parts.clip, scoring))
     if needs.of_model(REFERENCE):
-        reference, judge = _reference(parts, scoring, told[REFERENCE])
+        reference, judge = _reference(parts, online, scoring, told[REFERENCE])
         live.append(reference)
         judges += [] if judge is None else [judge]
     if needs.of_model(SCORER):
-        scorer, small, features = _scorer(parts)
+        scorer, small, features = _scorer(parts, online.scorer)
         live.append(features)
         judges.append(Judge(small, features.config))
     carried = carried - {f"{m.name}_{kind}" for m in live for kind in ("img", "txt")}
     cached = {key for m in live if isinstance(m, CachedModel) for key in m.keys} | carried
     first = None
     if online.first_stage.selector is not None:
-        early = online_selector(config, "online.first_stage.selector")
+        early = loop_selector(online, online.first_stage.selector)
         course = Schedule(filter_ratio=0.0)
         first = first_stage(early, Needs.of(early.selector), course)
     reuses_forward = (
         needs.of_model(LEARNER) != ()
         and online.weights == "learner"
-        and config.trainer.micro_batch_size is not None
+        and parts.trainer.micro_batch_size is not None
         and scoring_is_forward(model, scoring)
     )
 
@@ -359,7 +382,7 @@ def _every_step(parts: RunParts, total_steps: int) -> Online:
         carried=tuple(sorted(carried)),
         data=pool_data(needs),
         reuses_forward=reuses_forward,
-        micro_batch=config.trainer.micro_batch_size,
+        micro_batch=parts.trainer.micro_batch_size,
     )
     return Online(
         plan=plan,
@@ -390,11 +413,20 @@ def _losses_seen(source: PoolSource, needs: Needs) -> LossesSeen | None:
     return losses
 
 
-def reference_aliases(config: DictConfig) -> dict[str, str]:
+def _scoring_config(scoring: ScoringSettings) -> ScoringConfig:
+    return ScoringConfig(
+        image_size=scoring.image_size,
+        patch_dropout=scoring.patch_dropout,
+        precision=scoring.precision,
+        mode=scoring.mode,
+    )
+
+
+def reference_aliases(online: LoopSettings) -> dict[str, str]:
     """What selectors call the reference's arrays -> what the pool calls its cached ones."""
-    if OmegaConf.select(config, "online.reference.model.name") is not None:
+    if has_live_reference(online):
         return {}
-    name = config.online.reference.features.name
+    name = online.reference.features.name
     return {f"{REFERENCE}_{kind}": f"{name}_{kind}" for kind in ("img", "txt")}
 
 
@@ -413,17 +445,17 @@ def _check_cached(source: PoolSource, keys: Mapping[str, str]) -> None:
 
 
 def _reference(
-    parts: RunParts, scoring: ScoringConfig, told: Logits
+    parts: RunParts, online: EveryStepSettings, scoring: ScoringConfig, told: Logits
 ) -> tuple[LiveFeatures, Judge | None]:
     """The reference, and its model where it is not cached."""
-    node = parts.config.online.reference
-    if node.model.name is None:
-        aliases = reference_aliases(parts.config)
+    live = online.reference.model
+    if live.name is None:
+        aliases = reference_aliases(online)
         keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
         _check_cached(parts.source, aliases)
         return CachedModel(name=REFERENCE, keys=keys, told=told), None
-    clip = clip_model_from(node.model, "online.reference.model", trained=True)
-    _check_inputs(parts.clip, clip, "online.reference.model")
+    clip = clip_model_from(live, trained=True)
+    _check_inputs(parts.clip, clip, live.PLACE)
     frozen = clip.model.eval().requires_grad_(False)
     plain_scoring = ScoringConfig(precision=scoring.precision)
     return (
@@ -437,15 +469,14 @@ def _reference(
     )
 
 
-def _scorer(parts: RunParts) -> tuple[OnlineScorer, ClipModel, ScoredModel]:
+def _scorer(parts: RunParts, settings: ScorerModel) -> tuple[OnlineScorer, ClipModel, ScoredModel]:
     """The small scorer, its model, and its features."""
-    config = parts.config
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        clip = clip_model_from(config.online.scorer, "online.scorer")
-    _check_inputs(parts.clip, clip, "online.scorer")
+        torch.manual_seed(parts.common.seed)
+        clip = clip_model_from(settings)
+    _check_inputs(parts.clip, clip, settings.PLACE)
     size = _image_size(clip)
-    scorer = OnlineScorer(clip.model, OptimConfig(**plain(config.optim)), image_size=size)
+    scorer = OnlineScorer(clip.model, parts.optim, image_size=size)
     features = ScoredModel(
         name=SCORER,
         model=lambda: scorer.on_device(parts.source.device),
@@ -506,25 +537,25 @@ def _row_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
     return [RowFeatures.build(store, tuple(names), samples) for store, names in by_store.values()]
 
 
-def _diagnostics(parts: RunParts) -> Diagnostics:
-    node, pool = parts.config.online.diagnostics, parts.selected.pool
+def _diagnostics(parts: RunParts, settings: DiagnosticsSettings) -> Diagnostics:
+    pool = parts.selected.pool
     offline = clusters = kinds = None
     names: tuple[str, ...] = ()
-    if node.offline is not None:
+    if settings.offline is not None:
         with options_of({"path": "online.diagnostics.offline"}):
-            offline = read_column(pool, Path(node.offline), "score").astype(np.float32)
+            offline = read_column(pool, Path(settings.offline), "score").astype(np.float32)
     else:
-        built = selector_from(parts.config)
+        built = selector_from(parts.selector)
         selector = built.selector
         if isinstance(selector, ScoreSelector) and not isinstance(selector, Uniform):
             with built.objects.told_as_options():
                 offline = selector.scores(parts.source)  # kept by the select stage
-    if node.clusters is not None:
+    if settings.clusters is not None:
         with options_of({"path": "online.diagnostics.clusters"}):
-            found = read_column(pool, Path(node.clusters), "cluster")
+            found = read_column(pool, Path(settings.clusters), "cluster")
         clusters = np.where(np.isfinite(found), found, -1).astype(np.int64)
-    if node.truth is not None:
-        kinds, names = read_kinds(pool, Path(node.truth))
+    if settings.truth is not None:
+        kinds, names = read_kinds(pool, Path(settings.truth))
     return Diagnostics(len(pool), offline=offline, clusters=clusters, kinds=kinds, kind_names=names)
 
 
@@ -532,25 +563,25 @@ def _diagnostics(parts: RunParts) -> Diagnostics:
 
 
 def _reselection(
-    parts: RunParts, plan: StepPlan, learner: Learner
+    parts: RunParts, online: EveryNStepsSettings, plan: StepPlan, learner: Learner
 ) -> tuple[Reselection, LossesSeen | None]:
-    config, source = parts.config, parts.source
-    online = config.online
-    built = online_selector(config)
+    source, progress = parts.source, parts.common.progress
+    told = reference_logits(online.reference.features)
+    built = loop_selector(online)
     needs = Needs.of(built.selector)
     losses = _losses_seen(source, needs)
     live_keys = needs.of_model(LEARNER)
-    aliases = reference_aliases(config)
+    aliases = reference_aliases(online)
     _check_cached(source, {key: aliases.get(key, key) for key in needs.features - {*live_keys}})
     embedder = PoolEmbedder(
         clip=parts.clip,
         model=learner,
         pool=parts.selected.pool,
-        loader=loader_options(config),
+        loader=loader_options(parts.data),
         batch_size=online.batch_size,
-        max_image_pixels=config.data.max_image_pixels,
-        max_bad_fraction=config.pool.max_bad_fraction,
-        progress=config.progress,
+        max_image_pixels=parts.data.max_image_pixels,
+        max_bad_fraction=parts.pool.max_bad_fraction,
+        progress=progress,
     )
     reselection = Reselection(
         selector=built.selector,
@@ -565,9 +596,9 @@ def _reselection(
         live_keys=live_keys,
         aliases=aliases,
         embed=embedder if live_keys else None,
-        logits=lambda: {REFERENCE: reference_logits(config), **_learner_logits(learner, live_keys)},
+        logits=lambda: {REFERENCE: told, **_learner_logits(learner, live_keys)},
         weights=parts.loss_data.weights,
-        seed=config.seed,
+        seed=parts.common.seed,
     )
     return reselection, losses
 

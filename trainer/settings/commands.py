@@ -1,0 +1,244 @@
+"""What each command takes: the groups of options that its stage needs, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.budget import budget_from
+from siftclip.trainer.settings.common import CommonSettings, SelectOptions
+from siftclip.trainer.settings.composed import Composed
+from siftclip.trainer.settings.data import BudgetSettings, DataSettings, ScaleSettings
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.fields.marks import Needs
+from siftclip.trainer.settings.lightning import LoggerSettings, TrainerSettings
+from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
+from siftclip.trainer.settings.optim import OptimSettings
+from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
+from siftclip.trainer.settings.selector import SelectorNode
+from siftclip.trainer.settings.tools import (
+    BenchSettings,
+    CompactSettings,
+    CompareSettings,
+    DemoSettings,
+    DiffSettings,
+    DownloadSettings,
+    ExportSettings,
+    TargetSettings,
+    WatchSettings,
+)
+
+_BUDGET = Needs("needs a unit: budget.seconds=N, budget.flops=N or budget.loaded_samples=N.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSections:
+    """What opening a pool takes; all of `siftclip index`."""
+
+    common: CommonSettings
+    pool: PoolSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSections(PoolSections):
+    """What scoring and selecting take; all of `siftclip score`."""
+
+    features: FeaturesSettings
+    selector: SelectorNode
+    trainer: TrainerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectCommand(SelectSections):
+    """`siftclip select`."""
+
+    options: SelectOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactCommand(SelectSections):
+    """`siftclip data compact`."""
+
+    compact: CompactSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedCommand(PoolSections):
+    """`siftclip embed`."""
+
+    LATE: ClassVar[tuple[str, ...]] = ("features.model.name",)
+
+    features: FeaturesSettings
+    data: DataSettings
+    trainer: TrainerSettings
+
+    def __post_init__(self) -> None:
+        _require_model(
+            self.features,
+            "embed needs a model: features=open_clip features.name=NAME features.model.name=MODEL. "
+            "The features that a pool's metadata brings need no embedding.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetCommand:
+    """`siftclip target`."""
+
+    LATE: ClassVar[tuple[str, ...]] = ("features.model.name",)
+
+    common: CommonSettings
+    features: FeaturesSettings
+    data: DataSettings
+    trainer: TrainerSettings
+    target: TargetSettings
+
+    def __post_init__(self) -> None:
+        _require_model(
+            self.features,
+            "target needs the model whose features the pool has: features=open_clip "
+            "features.name=NAME features.model.name=MODEL.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSections:
+    """What an evaluation takes, beside the model."""
+
+    common: CommonSettings
+    eval: EvalSettings
+    data: DataSettings
+    trainer: TrainerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalCommand(EvalSections):
+    """`siftclip eval`."""
+
+    model: ModelSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchCommand(EvalSections):
+    """`siftclip eval watch`."""
+
+    logger: LoggerSettings
+    watch: WatchSettings
+    composed: Composed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffCommand:
+    """`siftclip eval diff`."""
+
+    eval: EvalSettings
+    diff: DiffSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadCommand:
+    """`siftclip eval download`."""
+
+    common: CommonSettings
+    eval: EvalSettings
+    download: DownloadSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportCommand:
+    """`siftclip export`."""
+
+    export: ExportSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainCommand(SelectSections):
+    """`siftclip train`."""
+
+    data: DataSettings
+    model: ModelSettings
+    loss: LossSettings
+    optim: OptimSettings
+    online: OnlineSettings
+    eval: EvalSettings
+    logger: LoggerSettings
+    scale: ScaleSettings
+    budget: Annotated[BudgetSettings, _BUDGET]
+    composed: Composed
+
+    def __post_init__(self) -> None:
+        """Check what groups must be together, and needs neither a file nor a selector.
+
+        Raises:
+            InputError: an option does not go with one of another group.
+        """
+        budget_from(self.scale)
+        online = self.online
+        if isinstance(online, OnceSettings):
+            return
+        if online.weights == "ema" and self.optim.ema_decay is None:
+            raise InputError(
+                "online.weights=ema needs an average of the weights: set optim.ema_decay."
+            )
+        is_scaled = isinstance(online, EveryStepSettings) and online.scoring.image_size is not None
+        if is_scaled and self.trainer.strategy == "fsdp":
+            raise InputError(
+                "online.scoring.image_size does not go with trainer.strategy=fsdp, whose position "
+                "embeddings are sharded. Use trainer.strategy=ddp, or set it to null."
+            )
+
+    @property
+    def evaluation(self) -> EvalSections:
+        """What evaluating the trained model takes."""
+        return EvalSections(
+            common=self.common, eval=self.eval, data=self.data, trainer=self.trainer
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchCommand(TrainCommand):
+    """`siftclip data bench`."""
+
+    bench: BenchSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareCommand(TrainCommand):
+    """`siftclip compare`."""
+
+    compare: CompareSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoCommand:
+    """`siftclip demo`."""
+
+    common: CommonSettings
+    demo: DemoSettings
+
+
+def _require_model(features: FeaturesSettings, message: str) -> None:
+    """Refuse features without a model to embed with."""
+    if features.model is None:
+        raise InputError(message)
+
+
+COMMANDS: dict[str, type] = {
+    "index": PoolSections,
+    "embed": EmbedCommand,
+    "target": TargetCommand,
+    "score": SelectSections,
+    "select": SelectCommand,
+    "train": TrainCommand,
+    "eval": EvalCommand,
+    "eval watch": WatchCommand,
+    "eval diff": DiffCommand,
+    "eval download": DownloadCommand,
+    "export": ExportCommand,
+    "compare": CompareCommand,
+    "data compact": CompactCommand,
+    "data bench": BenchCommand,
+    "demo": DemoCommand,
+}

@@ -1,0 +1,1 @@
+"""What groups of options are made of: types with ranges, marks, and reading plain values."""

@@ -1,0 +1,48 @@
+"""What the annotation of an option can say beside its type and its range (`annotated_types`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the option must be, where its type alone says too little: "a list of patterns"."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What to say of an option without a value, or of a group that is none, after its name."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Follows:
+    """The default is the value of another option."""
+
+    option: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A value, as it is typed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Left open (???), and null to the commands that can do without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rare:
+    """Not listed, and not part of any record, while it is null: `+NAME=VALUE` sets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A mapping that takes names of the user's own."""

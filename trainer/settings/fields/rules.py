@@ -1,0 +1,258 @@
+"""Whether a value is what the annotation of an option asks for, and the words for what it is not.
+
+Annotations are `bool`, `int`, `float`, `str`, `Literal`, `tuple[X, ...]`, `Mapping[str, X]`, `Any`,
+groups of options (dataclasses), unions of these, and all of them `Annotated` with a range or with
+one of `siftclip.trainer.settings.fields.marks`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from siftclip.trainer.settings.fields.marks import Needs, Words
+
+Mark = TypeVar("Mark")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with an option."""
+
+    option: str  # its dotted name
+    reason: str  # "must be above 0. Got -1."
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Unset:
+    """A value that is not there."""
+
+    reason: str | None = None  # why, where it would have come from another option
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """One alternative of an annotation."""
+
+    plain: Any  # without `Annotated`
+    marks: tuple[Any, ...]
+
+    @property
+    def origin(self) -> Any:
+        return get_origin(self.plain) or self.plain
+
+    @property
+    def is_group(self) -> bool:
+        return is_dataclass(self.plain)
+
+
+@functools.cache
+def alternatives(hint: Any) -> tuple[Type, ...]:
+    """What an annotation allows; of `Annotated[int, Ge(1)] | None` two types."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        return tuple(Type(one.plain, (*one.marks, *marks)) for one in alternatives(inner))
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(one for part in get_args(hint) for one in alternatives(part))
+    return (Type(hint, ()),)
+
+
+def mark_of(hint: Any, kind: type[Mark]) -> Mark | None:
+    """The mark of a kind that an annotation bears, if any."""
+    marks = [mark for one in alternatives(hint) for mark in one.marks]
+    return next((mark for mark in marks if isinstance(mark, kind)), None)
+
+
+def hints(kind: type) -> Mapping[str, Any]:
+    """The annotations of a dataclass's fields, in their order."""
+    return _hints(kind)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    found = get_type_hints(kind, include_extras=True)
+    return {field.name: found[field.name] for field in fields(kind)}
+
+
+def required(kind: type) -> frozenset[str]:
+    """The fields of a dataclass that have no default."""
+    return frozenset(
+        field.name
+        for field in fields(kind)
+        if field.default is MISSING and field.default_factory is MISSING
+    )
+
+
+def joined(*parts: str) -> str:
+    """A dotted name, from the parts of it that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+# ---- words --------------------------------------------------------------------------------------
+def words(hint: Any) -> str:
+    """What an annotation asks for: "an integer of at least 1, or null"."""
+    own = mark_of(hint, Words)
+    kinds = alternatives(hint)
+    parts = [_words_of(one) for one in kinds if one.plain is not types.NoneType]
+    text = own.text if own is not None else ", or ".join(dict.fromkeys(parts))
+    return f"{text}, or null" if len(parts) < len(kinds) else text
+
+
+def _words_of(one: Type) -> str:
+    if one.origin is Literal:
+        choices = get_args(one.plain)
+        return str(choices[0]) if len(choices) == 1 else f"one of {list(choices)}"
+    if one.origin is tuple:
+        return f"a list of {_PLURALS.get(alternatives(get_args(one.plain)[0])[0].plain, 'values')}"
+    if one.plain is int:
+        return _integer(one.marks)
+    if one.plain is float:
+        span = _span(one.marks)
+        return f"a finite number {span}" if span else "a finite number"
+    return _NAMES.get(one.origin, "a group of options")
+
+
+_PLURALS: dict[Any, str] = {str: "texts", int: "integers", float: "numbers"}
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    str: "text",
+    Mapping: "a mapping",
+    Any: "a value",
+    types.NoneType: "null",
+}
+
+
+def _integer(marks: Sequence[Any]) -> str:
+    low = next((mark.ge for mark in marks if isinstance(mark, Ge)), None)
+    high = next((mark.le for mark in marks if isinstance(mark, Le)), None)
+    if low is not None and high is not None:
+        return f"an integer in the range [{low}, {high}]"
+    return "an integer" if low is None else f"an integer of at least {low}"
+
+
+def _span(marks: Sequence[Any]) -> str:
+    """The range that marks allow a number: "above 0", "in the range [0, 1)"."""
+    low = high = ""
+    for mark in marks:
+        if isinstance(mark, Ge | Gt):
+            low = f"[{mark.ge}" if isinstance(mark, Ge) else f"({mark.gt}"
+        if isinstance(mark, Le | Lt):
+            high = f"{mark.le}]" if isinstance(mark, Le) else f"{mark.lt})"
+    if low and high:
+        return f"in the range {low}, {high}"
+    return low.replace("[", "at least ").replace("(", "above ")
+
+
+# ---- values -------------------------------------------------------------------------------------
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_of(one: Type, value: object) -> bool:
+    """Whether a value is of a type, whatever its range; a list may hold anything."""
+    if one.plain is Any:
+        return True
+    if one.origin is Literal:
+        return any(
+            value == choice and type(value) is type(choice) for choice in get_args(one.plain)
+        )
+    if one.plain is bool or one.plain is str:
+        return isinstance(value, one.plain)
+    if one.plain is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if one.plain is float:
+        return is_finite(value)
+    if one.origin is tuple:
+        return isinstance(value, list | tuple)
+    if one.origin is Mapping:
+        return isinstance(value, Mapping)
+    return value is None if one.plain is types.NoneType else isinstance(value, one.plain)
+
+
+def _is_in_range(one: Type, value: Any) -> bool:
+    return all(_holds(mark, value) for mark in one.marks)
+
+
+def _holds(mark: Any, value: Any) -> bool:
+    match mark:
+        case Ge(bound):
+            return bool(value >= bound)
+        case Gt(bound):
+            return bool(value > bound)
+        case Le(bound):
+            return bool(value <= bound)
+        case Lt(bound):
+            return bool(value < bound)
+        case MinLen(length):
+            return len(value) >= length
+    return True
+
+
+def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:
+    """What is wrong with a value, which holds groups of options as objects."""
+    fitting = [one for one in alternatives(hint) if _is_of(one, value)]
+    if not fitting:
+        yield Fault(option, _refusal(hint, value, option))
+        return
+    if any(_is_in_range(one, value) for one in fitting):
+        inner = next(one for one in fitting if _is_in_range(one, value))
+        yield from _inner_faults(hint, inner, value, option)
+        return
+    one = fitting[0]
+    span = _integer(one.marks) if one.plain is int else _span(one.marks)
+    or_null = ", or null" if any(o.plain is types.NoneType for o in alternatives(hint)) else ""
+    yield Fault(option, f"must be {span}{or_null}. Got {value!r}.")
+
+
+def _inner_faults(hint: Any, one: Type, value: Any, option: str) -> Iterator[Fault]:
+    if one.origin is Mapping:
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                yield Fault(option, f"must have texts for names. Got {name!r}.")
+            yield from faults(get_args(one.plain)[1], inner, joined(option, str(name)))
+    if one.origin is tuple:
+        element = get_args(one.plain)[0]
+        for inner in value:
+            if next(faults(element, inner, option), None) is not None:
+                shown = list(value) if isinstance(value, tuple) else value
+                yield Fault(option, _refusal(hint, shown, option, element))
+                return
+
+
+def _refusal(hint: Any, value: Any, option: str, element: Any = None) -> str:
+    if isinstance(value, int | float) and any(one.plain is str for one in alternatives(hint)):
+        return (
+            f"must be {words(hint)}. Got {value!r}, which YAML reads as a number or a truth value: "
+            f"quote it, as in '{option}=\"{value}\"'."
+        )
+    if any(one.is_group for one in alternatives(hint)):
+        needs = mark_of(hint, Needs)
+        return f"{needs.text if needs else 'is a group of options.'} Got {value!r}."
+    text = words(hint)
+    if element is not None and mark_of(hint, Words) is None:
+        text += f", each {words(element)}"
+    return f"must be {text}. Got {value!r}."
+
+
+def near(name: str, known: Sequence[str]) -> str | None:
+    """The name that was meant, if one is near."""
+    return next(iter(get_close_matches(name, known, n=1)), None)
+
+
+def unknown(name: str, parent: str, known: Sequence[str]) -> Fault:
+    """The fault of a name that is none of those that a group has."""
+    close = near(name, known)
+    hint = "" if close is None else f" Did you mean {joined(parent, close)}?"
+    listed = f" {parent or 'The configuration'} has {', '.join(known)}." if close is None else ""
+    return Fault(joined(parent, name), f"is not an option.{hint}{listed}")

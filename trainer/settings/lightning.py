@@ -1,0 +1,88 @@
+"""The trainer and the loggers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from siftclip.selectors.errors import InputError
+from siftclip.trainer.settings.fields.marks import Example, Words
+from siftclip.trainer.settings.fields.section import Count, Section, Share
+
+Precision: TypeAlias = Literal[
+    "auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true"
+]
+Strategy: TypeAlias = Literal["auto", "ddp", "fsdp"]
+_DEVICES = Words("auto, a number of devices on each node, or a list of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings(Section):
+    """Devices, precision, memory and checkpoints."""
+
+    PLACE: ClassVar[str] = "trainer"
+
+    accelerator: Annotated[str, Example("cpu")] = "auto"
+    """Lightning's name of the hardware: auto, gpu, cpu, ..."""
+
+    devices: Annotated[int | str | tuple[int, ...], _DEVICES, Example("8")] = "auto"
+    """Devices on each node: a number, or a list of them; auto: all, or what a launcher started."""
+
+    num_nodes: Annotated[int | str, Words("auto or an integer of at least 1")] = "auto"
+    """Nodes; auto: what torchrun or srun has started, else 1."""
+
+    strategy: Strategy = "auto"
+    """auto: one device unchanged, several with ddp; fsdp shards the weights."""
+
+    precision: Precision = "auto"
+    """auto: bf16-mixed where a GPU has it, else 32-true."""
+
+    micro_batch_size: Count | None = None
+    """Samples a device takes at a time, all negatives kept; null: all of its batch."""
+
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+
+    compile: bool = False
+    """Compile both towers with torch.compile."""
+
+    sync_batchnorm: bool = False
+    """Batch norms over all devices."""
+
+    max_skipped_fraction: Share = 0.01
+    """Stop if a larger share of the steps has infinite or NaN gradients, which are skipped."""
+
+    log_every_n_steps: Count = 10
+    """Steps between two records of the log."""
+
+    checkpoint_every_n_steps: Count = 100
+    """Steps between two checkpoints: a killed run loses at most this many."""
+
+    keep_checkpoints: Count = 1
+    """How many of the last checkpoints are kept."""
+
+    keep_every_n_steps: Count | None = None
+    """Also keep the checkpoints of every N steps for good."""
+
+    def check(self) -> None:
+        if self.precision == "16-mixed" and self.strategy == "fsdp":
+            raise InputError(
+                "trainer.precision=16-mixed does not go with trainer.strategy=fsdp: scaling of "
+                "sharded gradients is not supported. Use bf16-mixed, or trainer.strategy=ddp."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggerSettings(Section):
+    """Weights & Biases beside the files that are always written (metrics.jsonl, metrics.csv)."""
+
+    PLACE: ClassVar[str] = "logger"
+
+    wandb: bool = True
+    """Log to Weights & Biases, too."""
+
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """auto: online if you are logged in, else offline."""
+
+    project: str = "siftclip"
+    """Project in Weights & Biases."""

@@ -1,0 +1,193 @@
+"""The options that belong to one command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from siftclip.trainer.settings.evaluation import Names
+from siftclip.trainer.settings.fields.marks import Example, Needs, Open, Words
+from siftclip.trainer.settings.fields.section import Count, KeySplit, Positive, Section, Weights
+
+
+def _diff_needs(name: str) -> Needs:
+    return Needs("must name a run directory or its eval_results.jsonl: siftclip eval diff A B.")
+
+
+_RUNS = Words("a list of run directories: [RUN,RUN]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareSettings(Section):
+    """The arms of a comparison."""
+
+    PLACE: ClassVar[str] = "compare"
+
+    name: str = "compare"
+    """Folder of the report."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run per arm and seed."""
+
+    arms: Annotated[
+        Mapping[str, tuple[str, ...]], Open(), Example('{half: ["selector.fraction=0.5"]}')
+    ] = field(default_factory=dict)
+    """NAME: a list of overrides, which come after those of the command line."""
+
+    truth: str | None = None
+    """Parquet file with uid and kind: the report counts kinds among the selected."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of the printed table: averages of eval.groups or tasks; empty: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSettings(Section):
+    """How much data the demo writes."""
+
+    PLACE: ClassVar[str] = "demo"
+
+    pool_samples: Count = 12000
+    """Samples of the pool."""
+
+    teacher_samples: Count = 6000
+    """Samples of the clean split that the teacher is trained on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings(Section):
+    """What siftclip data bench measures."""
+
+    PLACE: ClassVar[str] = "bench"
+
+    samples: Count = 2000
+    """Samples that each measurement reads or loads."""
+
+    steps: Count = 20
+    """Steps of training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactSettings(Section):
+    """The copy of a selection that siftclip data compact makes."""
+
+    PLACE: ClassVar[str] = "compact"
+
+    output: Annotated[
+        str, Needs("must name the folder of the copy, such as compact.output=/data/copy.")
+    ]
+    """A new folder, or one where an interrupted call began."""
+
+    shard_samples: Count = 10000
+    """Samples per tar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffSettings(Section):
+    """The two results that siftclip eval diff compares."""
+
+    PLACE: ClassVar[str] = "diff"
+
+    a: Annotated[str, _diff_needs("a")]
+    """A run directory, or a file eval_results.jsonl."""
+
+    b: Annotated[str, _diff_needs("b")]
+    """The other one."""
+
+    seeds_a: Annotated[str | tuple[str, ...] | None, _RUNS] = None
+    """Other seeds of A: a list of run directories; null: those beside A; []: none."""
+
+    seeds_b: Annotated[str | tuple[str, ...] | None, _RUNS] = None
+    """Other seeds of B."""
+
+    resamples: Count = 10000
+    """Resamples of the test sets."""
+
+    output: str | None = None
+    """A .csv file for the differences; null: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadSettings(Section):
+    """What siftclip eval download fetches."""
+
+    PLACE: ClassVar[str] = "download"
+
+    folder: Annotated[str, Needs("must name a folder: siftclip eval download FOLDER.")]
+    """The folder that eval.root is to be."""
+
+    repositories: tuple[str, ...] = ()
+    """Others in clip_benchmark's layout; then eval.tasks is what is named besides."""
+
+    splits: tuple[str, ...] = ("test",)
+    """Splits of these repositories."""
+
+    workers: Count = 4
+    """Files at once."""
+
+    verify: bool = False
+    """Hash again what is there, and fetch what is damaged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchSettings(Section):
+    """The run that siftclip eval watch evaluates."""
+
+    PLACE: ClassVar[str] = "watch"
+
+    run: Annotated[str, Needs("must name a run directory: siftclip eval watch RUN.")]
+    """A run directory; it need not be finished."""
+
+    weights: Weights = "auto"
+    """ema, raw, or auto: the average if there is one."""
+
+    interval_seconds: Positive = 30
+    """Seconds between two looks for new checkpoints."""
+
+    once: bool = False
+    """Evaluate what is there, and do not wait for more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSettings(Section):
+    """What siftclip export writes."""
+
+    PLACE: ClassVar[str] = "export"
+
+    source: Annotated[str, Needs("must be given, such as export.source=outputs/train/RUN.")]
+    """A run directory, a model folder, or a .ckpt file in a run directory."""
+
+    format: Literal["open_clip", "local_dir", "datacomp"] = "open_clip"
+    """The layout to write."""
+
+    path: Annotated[str, Needs("must be given, such as export.path=model.pt.")]
+    """A .pt file for open_clip, else a folder."""
+
+    weights: Weights = "auto"
+    """ema: the moving average; raw: what the optimizer trained; auto: see --help."""
+
+    overwrite: bool = False
+    """Write over what is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSettings(Section):
+    """The tasks that siftclip target embeds."""
+
+    PLACE: ClassVar[str] = "target"
+
+    root: Annotated[str, Example("/data/tasks")]
+    """A folder of tasks in clip_benchmark's webdataset layout, or one task."""
+
+    tasks: Names | None = None
+    """Which of them; null: all."""
+
+    split: str = "train"
+    """What is selected for must not be the test split that is evaluated."""
+
+    key_split: KeySplit = "first_dot"
+    """The dot that ends a sample's key in its members' names: first_dot is webdataset's rule."""
+
+    folder: str | None = None
+    """Where to write; null: targets/NAME in output_dir."""
