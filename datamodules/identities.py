@@ -152,7 +152,7 @@ def when(path: Path) -> str:
 
 def say_reused(what: str, path: Path) -> None:
     """Say in a line what is reused, from when, and how to have it computed again."""
-    log.info("reused %s of %s (%s); without reuse it is computed again", what, when(path), path)
+    log.info("reused %s of %s (%s); reuse=false computes again", what, when(path), path)
 
 
 def say_why_not(what: str, new: Mapping[str, Any], kept: Iterable[Path], *, like: str) -> None:

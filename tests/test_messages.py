@@ -31,6 +31,7 @@ ASSIGNMENT = re.compile(r"(?<![\w.&?-])[a-z_][\w.]*=[\w\[.]")
 ALLOWED = {
     "compact.json": "the name of a file",
     "features.json": "the name of a file",
+    "reused %s of %s (%s); reuse=false computes again": "of this name in Python and on the line",
     "model.text.": "a prefix of names of weights, for torch",
     "bytes={}-{}": "a header of HTTP",
 }

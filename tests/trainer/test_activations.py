@@ -118,7 +118,7 @@ def test_features_of_a_wrong_activation_are_refused(
             InputError,
             match=r"ViT-B-32 that an earlier version of siftclip made with GELU, while the weights "
             r"'openai' were trained with QuickGELU: .* Delete that folder and embed again, or "
-            "choose another features.name",
+            "choose another name for the feature set",
         ):
             stage(config)
     # right already, as far as anybody knows

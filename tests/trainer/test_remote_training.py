@@ -80,7 +80,7 @@ def test_waiting_and_bad_samples_are_logged(base: list[str], compose: Compose) -
         ("data.timeout_seconds=-1", r"data.timeout_seconds must be at least 0"),
         ("data.prefetch_batches=0", r"data.prefetch_batches must be an integer"),
         ("pool.shard_cache_gb=-1", r"pool.shard_cache_gb must be at least 0"),
-        ("pool.shard_cache_gb=1", r"pool.shard_cache_gb are for pools behind a URL"),
+        ("pool.shard_cache_gb=1", r"pool.shard_cache_gb is for pools behind a URL"),
         ("pool.index_workers=many", r"pool.index_workers must be an integer of at least 1"),
     ],
 )
