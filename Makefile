@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. Both make .venv first, once.
 #   make demo PYTHON=python3.12    another Python (3.10 or newer) for a new .venv
 #   make test ARGS='-k layout'     some of the tests
+#   make test-all                  also the slow ones: launches of ranks, kills, whole recipes
+#   make coverage                  the same, with the branches that no test takes
 
 # Without PYTHON, the first of these that is new enough makes .venv.
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
@@ -14,13 +16,23 @@ NUMERICAL = $(addprefix tests/selectors/test_,$(addsuffix .py,clip_score clipcov
     $(addprefix tests/trainer/test_losses_,paired.py reference.py values.py) \
     $(addprefix tests/eval/test_,class_metrics.py logistic_fit.py retrieval_metrics.py)
 
-.PHONY: demo docs test test-avx2 record same-answers setup lint constraints clean moved
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo docs test test-all coverage test-avx2 record same-answers setup lint constraints clean moved
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) $(ARGS)
+
+# Of what runs in the processes of pytest itself: what tests start costs no more for it. The floor
+# is in pyproject.toml.
+coverage: $(STAMP)
+	$(PYTEST) $(ARGS) --cov
 
 # The numerical tests as on a CPU without AVX-512, VNNI, bf16 and AMX, and with other BLAS kernels.
 test-avx2: $(STAMP)
@@ -88,5 +100,5 @@ constraints:
 	    | cat - constraints.txt >constraints.new && mv constraints.new constraints.txt
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .coverage build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

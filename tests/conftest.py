@@ -9,6 +9,7 @@ The factories take what they write as plain objects, so that a test makes a defe
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,57 @@ TINY_ARCHITECTURE = {
     "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra puts the files together once for each command and choice of groups, then copies.
+
+    That is four fifths of a composition, which takes a tenth of a second. The values that a test
+    sets are put in each time, by Hydra itself. Folders of configurations that a test writes are
+    read each time, too.
+    """
+    from hydra._internal import config_loader_impl
+    from hydra._internal.defaults_list import DefaultsList, Overrides
+
+    listed: dict[Any, DefaultsList] = {}
+    merged: dict[int, Any] = {}  # by the identity of a list of defaults, which `listed` keeps
+    list_defaults = config_loader_impl.create_defaults_list
+    merge_files = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
+
+    def list_once(
+        *, repo: Any, config_name: str, overrides_list: list[Any], **options: bool
+    ) -> DefaultsList:
+        places = [(source.scheme(), source.path) for source in repo.get_sources()]
+        if any(scheme not in ("pkg", "structured") for scheme, _ in places):
+            return list_defaults(
+                repo=repo, config_name=config_name, overrides_list=overrides_list, **options
+            )
+        values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
+        groups = [override for override in overrides_list if override not in values]
+        lines = [override.input_line for override in groups]
+        key = (config_name, *places, *lines, *options.items())
+        if key not in listed:
+            found = list_defaults(
+                repo=repo, config_name=config_name, overrides_list=groups, **options
+            )
+            listed[key] = found
+            merged[id(found.defaults)] = None
+        return replace(listed[key], config_overrides=values)
+
+    def merge_once(self: Any, *, defaults: list[Any], repo: Any) -> Any:
+        if id(defaults) not in merged:
+            return merge_files(self, defaults=defaults, repo=repo)
+        if merged[id(defaults)] is None:
+            merged[id(defaults)] = merge_files(self, defaults=defaults, repo=repo)
+        return copy.deepcopy(merged[id(defaults)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_loader_impl, "create_defaults_list", list_once)
+        patch.setattr(
+            config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once
+        )
+        yield
 
 
 @dataclass(kw_only=True)

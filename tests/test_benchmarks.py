@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +29,7 @@ def run(run_python: Any, tmp_path: Path) -> Callable[..., str]:
     return start
 
 
+@pytest.mark.slow
 def test_benchmark_pool_and_its_measurements(run: Callable[..., str], tmp_path: Path) -> None:
     pool = str(tmp_path / "pool")
     options = ["--samples", "600", "--shard-samples", "200", "--workers", "1"]
@@ -58,6 +61,7 @@ def test_benchmark_of_the_checks(run: Callable[..., str]) -> None:
     assert "| 38 results of 50 units, read and checked | " in table
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_losses_memory(run: Callable[..., str]) -> None:
     options = ["--threads", "1", "--batch", "64", "--repeats", "1"]
     assert '"bytes"' in run("loss_memory.py", *options, "--side", "open_clip")
@@ -69,22 +73,45 @@ def test_benchmark_of_the_losses_memory(run: Callable[..., str]) -> None:
     assert theirs == "| open_clip | 1 by arithmetic, not run | | |"
 
 
-@pytest.fixture(scope="module")
-def selector_speed() -> Iterator[ModuleType]:
+@contextmanager
+def loaded(name: str) -> Iterator[ModuleType]:
+    """A script as a module."""
     sys.path.insert(0, str(BENCHMARKS))  # where the script finds its neighbours
     try:
-        spec = importlib.util.spec_from_file_location(
-            "selector_speed", BENCHMARKS / "selector_speed.py"
-        )
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules["selector_speed"] = module  # where its dataclasses look for it
+        sys.modules[name] = module  # where its dataclasses look for it
         spec.loader.exec_module(module)
         yield module
     finally:
         sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("selector_speed", None)
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def selector_speed() -> Iterator[ModuleType]:
+    with loaded("selector_speed") as module:
+        yield module
+
+
+def test_mutants_are_other_code_at_one_place() -> None:
+    with loaded("mutants") as mutants:
+        path = BENCHMARKS.parent / "selectors" / "hashing.py"
+        source, found = path.read_bytes(), mutants.mutants_of(path)
+        whole = ast.dump(ast.parse(source))
+        assert len({mutant.name for mutant in found}) == len(found) > 20
+        for mutant in found:
+            after = source[: mutant.start] + mutant.after.encode() + source[mutant.end :]
+            assert ast.dump(ast.parse(after)) != whole, mutant.name
+        tests = mutants.tests_by_module()
+        assert tests["siftclip.selectors.normsim"][0] == "tests/selectors/test_normsim.py"
+        assert (
+            "tests/trainer/test_losses_reference.py" in tests["siftclip.trainer.losses.reference"]
+        )
+        outcomes = {"eval/a.py:1": "killed", "eval/a.py:2": "survived", "eval/b.py:3": "time-out"}
+        assert "| eval | 3 | 2 | 67 % |" in mutants.report(outcomes)
 
 
 METHODS = (
@@ -110,6 +137,7 @@ def test_ours_keeps_what_the_plain_formula_keeps(selector_speed: Any, method: st
     assert len(np.setxor1d(ours, plain)) <= 2, "more than a tie at the cut"
 
 
+@pytest.mark.slow
 def test_selectors_out_of_core(run: Callable[..., str], tmp_path: Path) -> None:
     folder = str(tmp_path / "features")
     run("make_features.py", folder, "--samples", "3000", "--dim", "32")

@@ -211,6 +211,7 @@ def test_nothing_was_overlooked() -> None:
     assert in_code >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose_with_every_option(command: str) -> None:
     assert resolved(composed(command))["seed"] == 0

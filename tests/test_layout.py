@@ -139,6 +139,7 @@ def test_the_guard_is_what_helps(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_pytest_starts_from_the_root(tmp_path: Path) -> None:
     test = tmp_path / "test_probe.py"
     test.write_text(f"def test_probe():\n    exec({BOTH!r}, {{}})\n")
@@ -149,6 +150,7 @@ def test_pytest_starts_from_the_root(tmp_path: Path) -> None:
         assert "1 passed" in result.stdout
 
 
+@pytest.mark.slow
 def test_loader_workers_start(tmp_path: Path) -> None:
     (tmp_path / "loader_probe.py").write_text(LOADER_PROBE)
     methods = ("fork", "spawn", "forkserver")
@@ -160,6 +162,7 @@ def test_loader_workers_start(tmp_path: Path) -> None:
     assert result.stdout.splitlines() == expected
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "rank_probe.py").write_text(TORCHRUN_PROBE)
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2")

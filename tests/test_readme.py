@@ -70,16 +70,19 @@ def test_readme_has_the_commands_that_are_tested_here() -> None:
     ]
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "coverage"])
 def test_make_knows_the_targets(target: str) -> None:
     result = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    expected = {"demo": "siftclip demo", "test": "pytest"}[target]
+    expected = "siftclip demo" if target == "demo" else "pytest"
     assert expected in result.stdout
+    assert ("not slow" in result.stdout) == (target == "test")
+    assert ("--cov" in result.stdout) == (target == "coverage")
 
 
+@pytest.mark.slow
 def test_commands_for_ones_own_pool_run(
     data: DemoData, model_folder: Path, run_python: Any, tmp_path: Path
 ) -> None:

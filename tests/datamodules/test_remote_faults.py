@@ -216,6 +216,31 @@ def test_what_stays_is_a_bad_sample(
         assert isinstance(read(pool, np.array([3]))[0], tuple)  # it is trusted again
 
 
+@pytest.mark.parametrize("shard_cache_gb", [0, 1])
+def test_tar_that_has_recovered_is_asked_as_often_as_at_first(
+    root: Path,
+    file_server: Any,
+    open_remote: Make,
+    load_pool: Make,
+    pauses: list[float],
+    shard_cache_gb: float,
+) -> None:
+    """Fails, is asked once while it fails, recovers, and stumbles again as much as it may."""
+    pool = open_remote(f"{file_server.url}/pool", shard_cache_gb=shard_cache_gb)
+    rows = np.array([3])
+    drop_copies(root)
+    file_server.errors = ALWAYS
+    for _ in range(2):
+        assert read(pool, rows) == ["in a tar that could not be read (HTTP status 503)"]
+    assert len(pauses) == ATTEMPTS - 1  # all before the first answer
+    file_server.errors = 0
+    assert read(pool, rows) == read(load_pool(root), rows)
+    drop_copies(root)
+    file_server.errors = ATTEMPTS - 1
+    assert read(pool, rows) == read(load_pool(root), rows)
+    assert len(pauses) == 2 * (ATTEMPTS - 1)
+
+
 def test_answer_that_is_not_the_range_is_not_transferred(
     make_samples: Make, write_pool: Make, file_server: Any, open_remote: Make
 ) -> None:

@@ -284,6 +284,7 @@ def test_forked_workers_of_a_parent_that_has_read_give_the_same_batches(
     assert remote.storage.retries == 0
 
 
+@pytest.mark.slow
 def test_workers_of_a_forkserver_give_the_same_batches(
     root: Path, place: Make, load_pool: Make, open_remote: Make, stream: Make
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from siftclip.datamodules.order import (
@@ -239,6 +239,33 @@ def test_window_shows_each_row_as_often_as_it_was_selected(
         assert len(seen) == shards
 
 
+def test_every_pass_groups_the_tars_of_a_window_anew() -> None:
+    """Each pair of 4 tars is equally often the first window of a pass: chi-square, 600 passes."""
+    passes, shard_of_row = 600, np.repeat(np.arange(4, dtype=np.int32), 3)
+    order = SampleOrder(
+        rows=np.arange(12), seed=3, global_batch=6, shard_of_row=shard_of_row, window_shards=2
+    )
+    firsts = Counter(
+        tuple(sorted({int(shard) for shard in shard_of_row[order.batch(2 * number)[1]]}))
+        for number in range(passes)
+    )
+    pairs = {(a, b) for b in range(4) for a in range(b)}
+    assert firsts.keys() == pairs
+    chi_square = sum((firsts[pair] - passes / 6) ** 2 / (passes / 6) for pair in pairs)
+    assert chi_square < 5 + 4 * np.sqrt(2 * 5)  # five degrees of freedom, four deviations
+
+
+def test_every_round_of_a_pass_groups_the_tars_of_a_window_anew() -> None:
+    rows, shard_of_row = np.repeat(np.arange(12), 2), np.repeat(np.arange(6, dtype=np.int32), 2)
+    windows = []
+    for seed in range(40):
+        shown = shuffle(rows, derive_generator(seed), shard_of_row=shard_of_row, window_shards=3)
+        windows.append([frozenset(shard_of_row[shown[at : at + 6]].tolist()) for at in (0, 12)])
+    assert all(len(window) == 3 for both in windows for window in both)
+    # by chance one in ten rounds begins with the tars that the round before began with
+    assert sum(first == second for first, second in windows) < 12
+
+
 def test_window_of_all_shards_is_as_good_as_none() -> None:
     """Each row is equally often at each place: chi-square over 3,000 passes of 12 rows, 4 tars."""
     passes, n = 3000, 12
@@ -269,6 +296,23 @@ def test_versions_of_a_selection_have_other_orders() -> None:
         for v in range(5)
     }
     assert len(shown) == 5
+
+
+@example([1] * 12, 0, 5, 2, 12)  # a pass more would begin inside a batch
+@given(MULTIPLICITIES, SEEDS, st.integers(1, 12), st.integers(0, 5), st.integers(0, 60))
+def test_order_of_a_later_selection_begins_with_a_pass_of_its_own(
+    multiplicities: list[int], seed: int, batch: int, first_step: int, more: int
+) -> None:
+    """Wherever it begins, it is the order that begins at 0, moved there."""
+    rows = make_rows(multiplicities)
+    first = first_step * batch
+    later = SampleOrder(rows=rows, seed=seed, global_batch=batch, first_position=first)
+    positions, shown = later.span(first, 2 * len(rows))
+    assert positions.tolist() == list(range(first, first + 2 * len(rows)))
+    assert sorted(shown[: len(rows)]) == sorted(shown[len(rows) :]) == rows.tolist()
+    from_the_start = make_order(rows, seed, batch)
+    assert shown.tolist() == from_the_start.span(0, 2 * len(rows))[1].tolist()
+    assert later.moves_samples(first + more) == from_the_start.moves_samples(more)
 
 
 class EverySecond:

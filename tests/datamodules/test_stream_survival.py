@@ -75,6 +75,7 @@ def train(
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @linux_only
 @pytest.mark.parametrize("window", [None, 2])
 def test_twenty_kills_change_nothing(
@@ -132,6 +133,7 @@ def private_bytes(pid: int) -> int:
     return 1024 * (values["Private_Dirty"] + values["Private_Clean"])
 
 
+@pytest.mark.slow
 @linux_only
 def test_memory_of_workers_is_flat_over_ten_passes(
     make_samples: Make, write_pool: Make, load_pool: Make, make_dataset: Make

@@ -192,6 +192,19 @@ def test_size_of_binary_and_of_pax(tmp_path: Path) -> None:
         assert [(s.key, s.members[0].size_bytes) for s in samples] == [("a", 300), ("b", 5)]
 
 
+def test_of_two_members_alike_the_first_is_found(tmp_path: Path) -> None:
+    members = [("a.jpg", "file", 5, 0), ("a.png", "file", 7, 0), ("a.jpg", "file", 9, 0)]
+    write(tmp_path / "a.tar", members, tarfile.GNU_FORMAT)
+    with LocalTar(tmp_path / "a.tar") as tar:
+        (sample,) = walk_tar(tar)
+    for suffixes, size in ((("jpg",), 5), (("png", "jpg"), 7), (("webp", "jpg"), 5)):
+        found = sample.find(*suffixes)
+        assert found is not None
+        assert found.size_bytes == size
+    assert sample.find("txt") is None
+    assert sample.repeats()
+
+
 def test_record_behind_the_time_is_not_overlooked(tmp_path: Path) -> None:
     """pax headers with a time alone are passed over quickly; this one says more."""
     write(tmp_path / "a.tar", [("a.jpg", "file", 300, 0), ("b.jpg", "file", 5, 0)], 1)

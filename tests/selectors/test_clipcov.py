@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siftclip.selectors import clipcov_terms
+from siftclip.selectors import clipcov_greedy, clipcov_terms
 from siftclip.selectors.base import Choice, Chunk, FeatureFile
 from siftclip.selectors.checks import check_selector
 from siftclip.selectors.clipcov import ClipCov
@@ -175,6 +175,24 @@ def test_property_equals_loop(
     choice = clipcov(fraction, interval=interval).select(source(chunk, names))
     _, picks = slow_clipcov(chunk, names, int(samples * fraction), {"interval": interval})
     assert rows(choice) == sorted(picks)
+
+
+@pytest.mark.parametrize("threshold", [None, -1.0, -0.5, 0.0, 0.2])
+def test_picks_that_raise_the_score_of_others_are_not_overlooked(
+    monkeypatch: pytest.MonkeyPatch, threshold: float | None
+) -> None:
+    """Below a threshold of 0 similarities may be negative: an old score bounds no fresh one."""
+    monkeypatch.setattr(clipcov_greedy, "CANDIDATES", 3)
+    options = {"interval": 1, "charge": "once", "threshold": threshold}
+    options |= {"cross_weight": 30.0, "label_weight": 0.0, "inter_class_weight": 0.0}
+    for seed in range(4):
+        chunk, names = pool(seed, 60, classes=1)
+        signs = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], (60, 1))).half()
+        for features in chunk.features.values():
+            features *= signs  # half of all pairs are opposed
+        choice = clipcov(0.3, **options).select(source(chunk, names))
+        _, picks = slow_clipcov(chunk, names, 18, options)
+        assert rows(choice) == sorted(picks)
 
 
 @pytest.mark.parametrize("interval", [1, 3])

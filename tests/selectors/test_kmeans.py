@@ -235,6 +235,19 @@ def test_an_empty_cluster_splits_the_largest() -> None:
     )
 
 
+def test_several_empty_clusters_split_what_is_largest_by_then() -> None:
+    """8 samples become 4 + 4, then the first 4 become 2 + 2, the other 4, and the first 2."""
+    sums = torch.zeros(5, 2, dtype=torch.int64)
+    sums[0] = (torch.tensor([8.0, 16.0]) / UNIT).to(torch.int64)
+    found = move_centroids(torch.zeros(5, 2), sums, torch.tensor([8, 0, 0, 0, 0]), spherical=False)
+    up = torch.tensor([1 + 1 / 1024, 1 - 1 / 1024])
+    down = 2 - up
+    mean = torch.tensor([1.0, 2.0])
+    first, second = mean * down, mean * up
+    expected = [first * down * down, second * down, first * up, second * up, first * down * up]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
+
+
 def test_a_mean_of_zero_keeps_the_spherical_centroid() -> None:
     new = move_centroids(
         torch.eye(2), torch.zeros(2, 2, dtype=torch.int64), torch.tensor([2, 1]), spherical=True

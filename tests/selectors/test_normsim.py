@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from siftclip.selectors.base import FeatureFile, Requirements
 from siftclip.selectors.checks import check_selector, synthetic_chunk
+from siftclip.selectors.covariance import quadratic_form
 from siftclip.selectors.errors import InputError
 from siftclip.selectors.hardware import int8_is_fast
 from siftclip.selectors.largest_product import (
@@ -21,7 +22,7 @@ from siftclip.selectors.largest_product import (
     Int8Targets,
     largest_product,
 )
-from siftclip.selectors.normsim import NormSim, normsim
+from siftclip.selectors.normsim import NormSim, normsim, normsim_2
 from siftclip.selectors.ranks import Ranks
 from siftclip.selectors.source import MemorySource
 
@@ -61,6 +62,23 @@ def test_small_similarities_have_a_norm() -> None:
     x = torch.tensor([[0.001, 0.0]])
     assert normsim(x, torch.eye(2), 30).item() == pytest.approx(0.001)
     assert normsim(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), 3).item() == 0
+
+
+def test_samples_orthogonal_to_the_target_score_next_to_nothing() -> None:
+    """The form is 0, and its rounding of either sign: no sample may become NaN."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(40, 32, generator=generator)
+    g[:, 24:] = 0
+    turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator).double())
+    x = torch.zeros(500, 32)
+    x[:, 24:] = torch.nn.functional.normalize(torch.randn(500, 8, generator=generator))
+    moment = (turn @ (g.double().T @ g.double()) @ turn.T).float()
+    x = (x.double() @ turn.T).float()
+    assert (quadratic_form(x, moment) < 0).any()  # else nothing is tested
+    scores = normsim_2(x, moment)
+    assert bool((scores >= 0).all())
+    # d roundings of a float32 sum, under a square root
+    assert float(scores.max()) <= math.sqrt(32 * 2.0**-24 * float(torch.linalg.matrix_norm(moment)))
 
 
 def clustered(samples: int, dim: int, seed: int, *, shift: float = 0.0) -> torch.Tensor:

@@ -21,6 +21,7 @@ def alone() -> dict[str, list[int]]:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_keep_what_one_process_keeps(
     alone: dict[str, list[int]], run_python: Any, tmp_path: Path, size: int

@@ -165,6 +165,27 @@ def test_scores_within_their_bounds(estimates: bool) -> None:
             assert reach[:300].max() < 0.5 * reach[300:].min()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_bounds_hold_in_directions_that_a_change_leaves_alone(sign: int) -> None:
+    """All large values of a change have one sign, and what is orthogonal to them moves by 0."""
+    chunk = clustered(300, dim=40)
+    x = chunk.features["a_img"].double()
+    samples = Samples("Test", MemorySource(chunk), make("vas_d", fraction=1, steps=1).requires)
+    forms, everything = LazyForms(samples), np.arange(300)
+    generator = torch.Generator().manual_seed(0)
+    directions, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator).double())
+    matrix = torch.eye(40, dtype=torch.float64) / 2
+    forms.move(matrix)
+    forms.lowest(everything, 1)
+    for number in range(3):
+        large = directions[:, 16 * number % 40 :][:, :16]  # as many as a large part holds
+        matrix = matrix + sign * 0.1 * (large @ large.T)
+        forms.move(matrix)
+        middle, reach = forms._bounds(everything)
+        exact = torch.einsum("ni,ij,nj->n", x, matrix, x).numpy()
+        assert (np.abs(exact - middle) <= reach).all()
+
+
 def test_estimates_spare_scores_where_matrices_are_noisy() -> None:
     chunk = clustered(4000, dim=40)
     x, generator = chunk.features["a_img"].double(), np.random.default_rng(0)

@@ -49,6 +49,25 @@ TINY_RUN = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary_once() -> Iterator[None]:
+    """Every model comes with CLIP's tokenizer, whose 49,408 tokens are put together once."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    build, built = SimpleTokenizer.__init__, dict[str, dict[str, Any]]()
+
+    def build_once(self: Any, *arguments: Any, **options: Any) -> None:
+        key = repr((arguments, options))
+        if key not in built:
+            build(self, *arguments, **options)
+            built[key] = {**self.__dict__, "cache": dict(self.cache)}
+        self.__dict__.update(built[key], cache=dict(built[key]["cache"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimpleTokenizer, "__init__", build_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
     """A pool with features under the name `noise`, in the folder `features`, and four tasks."""

@@ -159,6 +159,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_end_the_run(
     base: list[str], compose_tree: Compose, launch: Cli, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_missing_option_is_asked_for(cli: Cli) -> None:
     assert "pool.root must name the folder of the pool" in result.stderr
 
 
+@pytest.mark.slow
 def test_multirun_makes_one_run_each(base: list[str], cli: Cli, tmp_path: Path) -> None:
     result = cli("train", "--multirun", *base, "selector=random,clip_score", "seed=0,1")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -103,6 +104,7 @@ def test_eval_of_a_run_a_checkpoint_and_a_folder_agree(
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.slow
 def test_eval_refuses_random_weights(base: list[str], new_cli: Cli, demo_data: DemoData) -> None:
     result = new_cli("eval", *base[1:], f"eval.root={demo_data.tasks}", "model.name=ViT-B-32")
     assert result.returncode == 2

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from omegaconf import DictConfig
 
 from siftclip.datamodules.demo_pool import write_demo_data
@@ -33,6 +34,7 @@ FILTER = [
 ]
 
 
+@pytest.mark.slow
 def test_a_filter_network_keeps_clean_samples(compose: Compose, tmp_path: Path) -> None:
     few = {"classification_samples": 10, "count_samples": 10, "retrieval_samples": 10}
     data = write_demo_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,6 +178,9 @@ def test_state_changes_in_training_only_and_goes_through_checkpoints() -> None:
 
 def test_a_row_twice_in_a_batch_keeps_the_larger_value() -> None:
     inputs = make_inputs(3, 0, torch.tensor([1, 1, 2]))
+    apart = ReferenceGuidedLoss(selected_rows=np.arange(3), gamma=0.5)
+    apart(replace(inputs, rows=torch.arange(3)))
+    of_samples = {name: getattr(apart, name) for name in ("log_mean_image", "log_mean_text")}
     values = {}
     for order in ([0, 1, 2], [1, 0, 2]):
         loss = ReferenceGuidedLoss(selected_rows=np.arange(3), gamma=0.5)
@@ -191,6 +195,9 @@ def test_a_row_twice_in_a_batch_keeps_the_larger_value() -> None:
             )
         )
         values[tuple(order)] = loss.log_mean_image
+        for name, alone in of_samples.items():
+            expected = torch.stack([torch.tensor(-torch.inf), alone[:2].max(), alone[2]])
+            torch.testing.assert_close(getattr(loss, name), expected)
     first, second = values.values()
     torch.testing.assert_close(first, second)
 

@@ -313,6 +313,7 @@ def step_flops(model: nn.Module, *batches: Batch) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_counted_trained_written_and_read(
@@ -361,6 +362,7 @@ def without_what_no_switch_sees() -> list[str]:
     return list(found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", without_what_no_switch_sees())
 def test_what_can_be_switched_on_works_in_a_family_or_is_refused(

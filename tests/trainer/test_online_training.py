@@ -126,6 +126,7 @@ def test_uniform_choice_equals_training_on_that_subset(base: list[str], compose:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -204,6 +205,7 @@ def wait_for_checkpoint(folder: Path, step: int, process: subprocess.Popen[bytes
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_run_continues_with_the_same_choices(
     base: list[str],
     compose: Compose,

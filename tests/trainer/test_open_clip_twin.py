@@ -179,6 +179,7 @@ VARIANTS = {
 
 
 # Lightning's, of torch's tree functions; our own commands filter it in make_trainer
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*treespec.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -423,6 +423,7 @@ def torchrun(target: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["launcher", "rank 1"])
 def test_two_ranks_end_at_the_same_step_and_continue(
     to: str, fork: Any, tiny_training: Tiny, tmp_path: Path

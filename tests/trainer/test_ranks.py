@@ -39,6 +39,7 @@ def compare_runs(one: RunDir, several: RunDir) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=2e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
 def test_two_ranks_train_what_one_trains(
     launcher: str,
@@ -175,6 +176,7 @@ def test_embedding_on_two_ranks_covers_every_shard(
     assert list((tmp_path / "embedded").glob("*.npz"))
 
 
+@pytest.mark.slow
 def test_comparison_on_two_ranks(
     base: list[str], cli: Cli, demo_data: DemoData, tmp_path: Path
 ) -> None:

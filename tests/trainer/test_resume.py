@@ -48,6 +48,7 @@ def whole(base_of: Any, composing: Any, tmp_path_factory: pytest.TempPathFactory
         return train_stage(compose("train", options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "step"), [(signal.SIGKILL, 12), (signal.SIGKILL, 40), (signal.SIGINT, 25)]
 )

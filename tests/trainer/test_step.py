@@ -292,6 +292,23 @@ def test_only_the_ratios_of_weights_count(factor: float) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
 
 
+def test_teacher_features_of_any_length_and_precision_teach_alike() -> None:
+    """A cache may hold them in half precision, and of what length the model gave."""
+    model = clip()
+    objective = Objective(loss=DistillLoss(teacher_logit_scale=50.0), teacher=references)
+    batch = make_batch(model, teacher=True)
+    halves = {key: value.half() for key, value in batch.references.items()}
+    lengths = torch.linspace(0.25, 4, SAMPLES)[:, None].exp2().half()
+    expected, _ = gradients(
+        model, objective, [replace(batch, references={k: v.double() for k, v in halves.items()})]
+    )
+    # powers of two, or the half-precision products would be others
+    longer = {key: value * lengths.log2().round().exp2() for key, value in halves.items()}
+    found, _ = gradients(model, objective, split(replace(batch, references=longer), 2))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
+
+
 STEP_ON_RANKS = Path(__file__).with_name("step_on_ranks.py")
 
 

@@ -1,0 +1,138 @@
+"""One seed serves many uses, which must not draw the same numbers: each has a purpose of its own.
+
+Else a sample that a selector drew would be in the sub-batch of its sampler too, and a bootstrap
+and a permutation test would err together.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import siftclip
+from siftclip.datamodules import order
+from siftclip.eval import linear_probe
+from siftclip.eval.outcomes import Outcomes
+from siftclip.eval.paired_tests import swapped_differences
+from siftclip.eval.resampling import poisson_weights
+from siftclip.selectors import hashing
+from siftclip.selectors.base import Requirements
+from siftclip.selectors.checks import synthetic_chunk
+from siftclip.selectors.kmeans import _hashed_rows
+from siftclip.selectors.negcliploss import block_order
+from siftclip.selectors.noise import noise_state
+from siftclip.selectors.source import MemorySource
+from siftclip.selectors.sub_batch import add_uniform
+from siftclip.selectors.uniform import Uniform
+from siftclip.selectors.vas_d import NormSimD
+
+SEED = 7
+UNITS = np.arange(60, dtype=np.uint64)
+CHUNK = synthetic_chunk(Requirements(features=("l14_img",)))
+
+
+def swap() -> None:
+    a, b = (
+        Outcomes(statistic="mean", arrays={"value": values.astype(np.float32)})
+        for values in (UNITS % 2, UNITS % 3 > 0)
+    )
+    swapped_differences(a, b, UNITS, resamples=4, seed=SEED)
+
+
+HASHED: dict[str, Callable[[], object]] = {
+    "uniform selector": lambda: Uniform(seed=SEED, fraction=0.5).score(CHUNK),
+    "noise of samplers": lambda: noise_state(CHUNK.uids, SEED),
+    "blocks of negCLIPLoss": lambda: block_order(CHUNK.uids, SEED, 0),
+    "samples of k-means": lambda: _hashed_rows(
+        MemorySource(CHUNK), Requirements(features=("l14_img",)), SEED, 5
+    ),
+    "uniform part of a sub-batch": lambda: add_uniform(
+        np.zeros(len(CHUNK), dtype=np.int64), CHUNK.uids, np.array([3]), seed=SEED
+    ),
+    "covariances of NormSim-D": lambda: NormSimD(
+        features="l14", fraction=0.5, steps=2, seed=SEED
+    ).drawn(CHUNK.rows, CHUNK.uids, 0),
+    "bootstrap": lambda: poisson_weights(UNITS, 4, seed=SEED),
+    "permutation test": swap,
+}
+
+
+def modules() -> Iterator[ModuleType]:
+    for module in pkgutil.walk_packages(siftclip.__path__, "siftclip."):
+        if not module.name.endswith("__main__"):
+            yield importlib.import_module(module.name)
+
+
+@pytest.fixture
+def seeds_hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What `seed_state` is called with, in every module that has it."""
+    seen: list[int] = []
+
+    def recording(seed: int) -> np.ndarray:
+        seen.append(seed)
+        return real(seed)
+
+    real = hashing.seed_state
+    for name, module in list(sys.modules.items()):
+        if name.startswith("siftclip.") and getattr(module, "seed_state", None) is real:
+            monkeypatch.setattr(module, "seed_state", recording)
+    return seen
+
+
+def test_no_two_uses_of_a_seed_hash_the_same_number(seeds_hashed: list[int]) -> None:
+    first: dict[str, int] = {}
+    for name, use in HASHED.items():
+        seeds_hashed.clear()
+        use()
+        first[name] = seeds_hashed[0]
+    assert len(set(first.values())) == len(HASHED), first
+    assert [name for name, seed in first.items() if seed == SEED] == ["uniform selector"]
+
+
+def test_what_two_uses_draw_has_nothing_in_common() -> None:
+    """Of two random halves a quarter of all is in both."""
+    uids = np.random.default_rng(0).integers(0, 2**63, (4000, 2)).astype(np.uint64)
+    rows = np.arange(len(uids))
+    selector = NormSimD(features="l14", fraction=0.5, steps=3, seed=SEED, sample_fraction=0.5)
+    halves = {f"step {step}": selector.drawn(rows, uids, step) for step in (0, 1, 2)}
+    halves["uniform"] = hashing.uniform_score(uids, SEED) >= 0.5
+    halves["noise"] = noise_state(uids, SEED) >= 2**63
+    places = np.argsort(block_order(uids, SEED, 0))
+    halves["blocks"] = places >= 2000
+    names = list(halves)
+    for number, name in enumerate(names):
+        assert abs(halves[name].mean() - 0.5) < 0.05
+        for other in names[:number]:
+            assert abs((halves[name] & halves[other]).mean() - 0.25) < 0.03, (name, other)
+
+
+def test_purposes_are_different_numbers() -> None:
+    """Also those that no test above calls, and those of modules to come."""
+    purposes = {
+        f"{module.__name__}.{name}": value
+        for module in modules()
+        for name, value in vars(module).items()
+        if name.startswith("_PURPOSE")
+    }
+    assert len(purposes) >= 14
+    assert len(set(purposes.values())) == len(purposes), purposes
+
+
+@pytest.mark.parametrize(
+    "purposes",
+    [
+        (order._PURPOSE_ORDER, order._PURPOSE_SUBSTITUTE),
+        (linear_probe._PURPOSE_VALIDATION, linear_probe._PURPOSE_SHOTS),
+    ],
+)
+def test_generators_of_two_purposes_differ(purposes: tuple[int, int]) -> None:
+    first, second = (order.derive_generator(SEED, 0, 0, purpose) for purpose in purposes)
+    assert not set(first.integers(2**62, size=100)) & set(second.integers(2**62, size=100))
+    one, other = (order.derive_seeds(np.arange(100), SEED, purpose) for purpose in purposes)
+    assert not set(one.tolist()) & set(other.tolist())
