@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from annotated_types import MinLen
-
 from siftclip.trainer.settings.fields.marks import Example, Open, Words
 from siftclip.trainer.settings.fields.section import (
     Count,
@@ -19,7 +17,6 @@ from siftclip.trainer.settings.fields.section import (
 )
 
 Protocol: TypeAlias = Literal["zero_shot", "linear_probe", "few_shot"]
-Name: TypeAlias = Annotated[str, MinLen(1)]
 _NAMES = Words("a name, or a list of names such as [cifar10,mnist]")
 Names: TypeAlias = Annotated[str | tuple[str, ...], _NAMES]
 

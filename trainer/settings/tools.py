@@ -10,11 +10,7 @@ from siftclip.trainer.settings.evaluation import Names
 from siftclip.trainer.settings.fields.marks import Example, Needs, Open, Words
 from siftclip.trainer.settings.fields.section import Count, KeySplit, Positive, Section, Weights
 
-
-def _diff_needs(name: str) -> Needs:
-    return Needs("must name a run directory or its eval_results.jsonl: siftclip eval diff A B.")
-
-
+_SIDE = Needs("must name a run directory or its eval_results.jsonl: siftclip eval diff A B.")
 _RUNS = Words("a list of run directories: [RUN,RUN]")
 
 
@@ -89,10 +85,10 @@ class DiffSettings(Section):
 
     PLACE: ClassVar[str] = "diff"
 
-    a: Annotated[str, _diff_needs("a")]
+    a: Annotated[str, _SIDE]
     """A run directory, or a file eval_results.jsonl."""
 
-    b: Annotated[str, _diff_needs("b")]
+    b: Annotated[str, _SIDE]
     """The other one."""
 
     seeds_a: Annotated[str | tuple[str, ...] | None, _RUNS] = None
