@@ -103,7 +103,7 @@ def selector_from(node: SelectorNode) -> BuiltSelector:
     selector = objects.build(parameters, node.place)
     if not isinstance(selector, Selector):
         raise InputError(
-            f"{node.place}._target_ must be a subclass of siftclip.selectors.base.Selector. Got "
+            f"{node.place}._target_ must be a subclass of siftclip.selectors.Selector. Got "
             f"{parameters.get('_target_')}."
         )
     return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
