@@ -9,12 +9,19 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 STAMP = .venv/.installed
 
 # Products and sums of which the CPU decides the last bits.
-NUMERICAL = $(addprefix tests/selectors/test_,$(addsuffix .py,clip_score clipcov clipcov_greedy \
-        covariance density image_based jest joint_sampling kmeans learnability low_similarities \
-        nearest negcliploss normsim optimal_design pair_log_sums pair_losses running_covariance \
-        semdedup vas vas_d)) \
-    $(addprefix tests/trainer/test_losses_,paired.py reference.py values.py) \
-    $(addprefix tests/eval/test_,class_metrics.py logistic_fit.py retrieval_metrics.py)
+NUMERICAL = \
+    $(addprefix tests/eval/metrics/test_,$(addsuffix .py,class_metrics retrieval_metrics)) \
+    $(addprefix tests/eval/probes/test_,$(addsuffix .py,logistic_fit)) \
+    $(addprefix tests/selectors/fitting/test_,$(addsuffix .py,covariance kmeans)) \
+    $(addprefix tests/selectors/kernels/test_,$(addsuffix .py,low_similarities pair_log_sums)) \
+    $(addprefix tests/selectors/methods/test_,$(addsuffix .py,clip_score density image_based \
+        nearest normsim running_covariance semdedup vas)) \
+    $(addprefix tests/selectors/methods/clipcov/test_,$(addsuffix .py,clipcov greedy)) \
+    $(addprefix tests/selectors/methods/jest/test_,$(addsuffix .py,jest joint_sampling \
+        learnability pair_losses)) \
+    $(addprefix tests/selectors/methods/negcliploss/test_,$(addsuffix .py,negcliploss)) \
+    $(addprefix tests/selectors/methods/removal/test_,$(addsuffix .py,optimal_design vas_d)) \
+    $(addprefix tests/trainer/losses/test_,$(addsuffix .py,paired reference values))
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 

@@ -18,16 +18,17 @@ from pathlib import Path
 import numpy as np
 from common import describe_machine
 
-from siftclip.datamodules import code_identity, files
-from siftclip.datamodules.file_identity import FileIdentity
-from siftclip.datamodules.identities import selector_identity
-from siftclip.datamodules.order import SampleOrder, rows_digest
-from siftclip.eval.outcomes import Outcomes
-from siftclip.eval.results import TaskResult, append_result, read_kept
-from siftclip.selectors.clip_score import ClipScore
-from siftclip.selectors.clipcov import ClipCov
-from siftclip.selectors.clusters import KMeans
-from siftclip.selectors.hardware import _int8_is_exact
+from siftclip import files
+from siftclip.datamodules.identity import code_identity
+from siftclip.datamodules.identity.identities import selector_identity
+from siftclip.datamodules.streaming.order import SampleOrder, rows_digest
+from siftclip.eval.metrics.outcomes import Outcomes
+from siftclip.eval.results.files import TaskResult, append_result, read_kept
+from siftclip.file_identity import FileIdentity
+from siftclip.selectors.fitting.clusters import KMeans
+from siftclip.selectors.kernels.hardware import _int8_is_exact
+from siftclip.selectors.methods.clip_score import ClipScore
+from siftclip.selectors.methods.clipcov.clipcov import ClipCov
 
 BATCH = 32_768
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from siftclip.datamodules.order import SampleOrder
-from siftclip.datamodules.pool import Pool, open_pool
-from siftclip.datamodules.storage import LocalStorage
+from siftclip.datamodules.pool.pool import Pool, open_pool
+from siftclip.datamodules.storage.local import LocalStorage
+from siftclip.datamodules.streaming.order import SampleOrder
 
 BATCH = 256
 

@@ -28,9 +28,9 @@ import torch
 import yaml
 from common import describe_machine
 
-from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
-from siftclip.eval.results import read_results
-from siftclip.eval.tasks import Task, find_tasks
+from siftclip.datamodules.models.load import load_clip_model, save_model_folder
+from siftclip.eval.results.files import read_results
+from siftclip.eval.tasks.task import Task, find_tasks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -65,7 +65,7 @@ def run_theirs(model: Path, tasks: Sequence[Task], output: Path, batch_size: int
     for name, root in roots.items():
         (links / name).symlink_to(root)
     command = [
-        *(sys.executable, str(Path(__file__).with_name("clip_benchmark_fixed.py")), "eval"),
+        *(sys.executable, str(Path(__file__).parent / "tools" / "clip_benchmark_fixed.py"), "eval"),
         *("--dataset", *(f"wds/{name}" for name in roots)),
         *("--dataset_root", f"{links}/{{dataset}}", "--task", "zeroshot_classification"),
         *("--model", f"local-dir:{model}", "--pretrained", "", "--no_amp"),

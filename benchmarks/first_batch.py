@@ -17,16 +17,16 @@ from tempfile import TemporaryDirectory
 
 from common import describe_machine
 
-from siftclip.datamodules.batches import SampleDataset
-from siftclip.datamodules.order import SampleOrder
-from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import OrderSampler, make_loader
-from siftclip.trainer.lightning_setup import loader_options
-from siftclip.trainer.models import clip_model_from
+from siftclip.datamodules.pool.reader import SampleReader
+from siftclip.datamodules.streaming.batches import SampleDataset
+from siftclip.datamodules.streaming.datamodule import OrderSampler, make_loader
+from siftclip.datamodules.streaming.order import SampleOrder
+from siftclip.trainer.builders.models import clip_model_from
+from siftclip.trainer.builders.selection import select_stage
+from siftclip.trainer.runtime.lightning_setup import loader_options
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.read_command import compose
 from siftclip.trainer.settings.store import composing
-from siftclip.trainer.stages import select_stage
 
 
 def first_batch(pool: Path, output: Path, *, seed: int, share_done: float) -> tuple[float, float]:
@@ -86,7 +86,7 @@ def main() -> None:
     imports = []
     for _ in range(3):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import siftclip.trainer.training"], check=True)
+        subprocess.run([sys.executable, "-c", "import siftclip.trainer.stages.train"], check=True)
         imports.append(time.perf_counter() - start)
     print("| from the start of the stages to the first batch | seconds (median) |")
     print("|---|---|")

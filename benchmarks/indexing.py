@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import webdataset as wds
 from common import alternate, describe_machine, table
 
-from siftclip.datamodules.pool import open_pool
-from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.tar_index import build_shard_index
-from siftclip.datamodules.tar_walk import LocalTar
+from siftclip.datamodules.index.tar_index import build_shard_index
+from siftclip.datamodules.index.tar_walk import LocalTar
+from siftclip.datamodules.pool.pool import open_pool
+from siftclip.datamodules.storage.local import LocalStorage
 
 
 def by_tarfile(paths: list[Path]) -> int:

@@ -19,11 +19,11 @@ from common import alternate, describe_machine
 from make_features import make_part
 from torch import Tensor
 
-from siftclip.selectors.joint_sampling import Judge, chunk_sizes, joint_sample
-from siftclip.selectors.pair_log_sums import CPU_TILE
-from siftclip.selectors.pair_losses import LOSSES
-from siftclip.selectors.source import Logits
-from siftclip.selectors.sub_batch import SubBatch
+from siftclip.selectors.core.source import Logits
+from siftclip.selectors.core.sub_batch import SubBatch
+from siftclip.selectors.kernels.pair_log_sums import CPU_TILE
+from siftclip.selectors.methods.jest.joint_sampling import Judge, chunk_sizes, joint_sample
+from siftclip.selectors.methods.jest.pair_losses import LOSSES
 
 LOGITS = {"sigmoid": Logits(scale=100.0, bias=-10.0), "softmax": Logits(scale=100.0)}
 

@@ -17,11 +17,11 @@ import torch
 from common import describe_machine
 from loss_memory import forget_peak, resident_bytes
 
-from siftclip.datamodules.batches import Batch
-from siftclip.datamodules.clip_models import load_clip_model
-from siftclip.datamodules.towers import enable_grad_checkpointing
+from siftclip.datamodules.models.load import load_clip_model
+from siftclip.datamodules.streaming.batches import Batch
 from siftclip.trainer.losses import SoftmaxLoss
-from siftclip.trainer.step import Objective, StepContext, compute_gradients
+from siftclip.trainer.models.towers import enable_grad_checkpointing
+from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
 
 WAYS = ("at once", "checkpointed", "micro-batches", "both")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from siftclip.datamodules.files import write_npz
+from siftclip.files import write_npz
 
 CLUSTERS = 1000
 PART_SAMPLES = 492_308  # 26 parts of 12.8 million, as DataComp-small has

@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from common import describe_machine
 
-from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.pool_source import PoolSource
-from siftclip.datamodules.row_features import find_npz_array
-from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.uids import UidTable
-from siftclip.selectors.base import Selector
-from siftclip.selectors.clip_score import ClipScore
-from siftclip.selectors.compose import Then
-from siftclip.selectors.normsim import NormSim
-from siftclip.selectors.source import FeatureFile
-from siftclip.selectors.vas import Vas
-from siftclip.selectors.vas_d import VasD
+from siftclip.datamodules.features.rows import find_npz_array
+from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.uids import UidTable
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.selection.pool_source import PoolSource
+from siftclip.datamodules.storage.local import LocalStorage
+from siftclip.selectors.core.base import Selector
+from siftclip.selectors.core.compose import Then
+from siftclip.selectors.core.source import FeatureFile
+from siftclip.selectors.methods.clip_score import ClipScore
+from siftclip.selectors.methods.normsim import NormSim
+from siftclip.selectors.methods.removal.vas_d import VasD
+from siftclip.selectors.methods.vas import Vas
 
 TARGETS = 20_000
 

@@ -29,19 +29,19 @@ from common import describe_machine
 from make_features import make_part
 from torch import Tensor
 
-from siftclip.selectors.base import Chunk, Selector
-from siftclip.selectors.clip_score import ClipScore
-from siftclip.selectors.clipcov import ClipCov
-from siftclip.selectors.clusters import GivenCentroids
-from siftclip.selectors.compose import Then
-from siftclip.selectors.image_based import ImageBased
-from siftclip.selectors.negcliploss import NegCLIPLoss, block_order
-from siftclip.selectors.normsim import NormSim
-from siftclip.selectors.rules import keep_top
-from siftclip.selectors.semdedup import SemDeDup
-from siftclip.selectors.source import FeatureFile, MemorySource
-from siftclip.selectors.vas import Vas
-from siftclip.selectors.vas_d import NormSimD, VasD
+from siftclip.selectors.core.base import Chunk, Selector
+from siftclip.selectors.core.compose import Then
+from siftclip.selectors.core.rules import keep_top
+from siftclip.selectors.core.source import FeatureFile, MemorySource
+from siftclip.selectors.fitting.clusters import GivenCentroids
+from siftclip.selectors.methods.clip_score import ClipScore
+from siftclip.selectors.methods.clipcov.clipcov import ClipCov
+from siftclip.selectors.methods.image_based import ImageBased
+from siftclip.selectors.methods.negcliploss.negcliploss import NegCLIPLoss, block_order
+from siftclip.selectors.methods.normsim import NormSim
+from siftclip.selectors.methods.removal.vas_d import NormSimD, VasD
+from siftclip.selectors.methods.semdedup import SemDeDup
+from siftclip.selectors.methods.vas import Vas
 
 TARGETS, LABELS, CENTROIDS = 20_000, 1_000, 10_000
 BATCH, TEMPERATURE, STEPS = 8192, 0.01, 100

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from common import BATCH, choose, describe_machine, open_benchmark_pool, window_order
 
-from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import SampleReader, coalesce
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.reader import SampleReader, coalesce
 
 
 def measure(pool: Pool, rows: np.ndarray, window: int | None, max_gap_bytes: int) -> list[str]:

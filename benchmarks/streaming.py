@@ -1,6 +1,6 @@
 """Selected samples per second, side by side with what a user would pick instead.
 
-    python benchmarks/make_pool.py POOL
+    python benchmarks/tools/make_pool.py POOL
     python benchmarks/streaming.py POOL
 
 Per keep fraction: (a) webdataset over the pool with a filter on the uid, (b) webdataset over tars
@@ -39,12 +39,12 @@ from peers import (
     webdataset_pairs,
 )
 
-from siftclip.datamodules.batches import SampleDataset
-from siftclip.datamodules.order import SampleOrder
-from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
-from siftclip.datamodules.uids import format_uid
+from siftclip.datamodules.index.uids import format_uid
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.reader import SampleReader
+from siftclip.datamodules.streaming.batches import SampleDataset
+from siftclip.datamodules.streaming.datamodule import LoaderOptions, OrderSampler, make_loader
+from siftclip.datamodules.streaming.order import SampleOrder
 
 FILTER = "(a) webdataset, filter"
 

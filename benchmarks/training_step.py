@@ -25,13 +25,13 @@ import torch
 from common import describe_machine
 from open_clip.loss import ClipLoss
 
-from siftclip.datamodules.batches import Batch, StepBatch
-from siftclip.datamodules.clip_models import load_clip_model
-from siftclip.trainer.compilation import compile_towers
+from siftclip.datamodules.models.load import load_clip_model
+from siftclip.datamodules.streaming.batches import Batch, StepBatch
+from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.losses import SoftmaxLoss
-from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.models.compilation import compile_towers
+from siftclip.trainer.optim.gradients import Objective
 from siftclip.trainer.settings.optim import OptimSettings
-from siftclip.trainer.step import Objective
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 VISION = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}

@@ -19,20 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.identities import say_reused
-from siftclip.datamodules.locks import lock_beside, locked
-from siftclip.eval.agreement import agreed
-from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
+from siftclip.agreement import agreed
+from siftclip.datamodules.identity.identities import say_reused
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import InputError, ParameterError, require_int
+from siftclip.eval.encoding.encoder import EncodeOptions, Encoder, ImageFeatures
+from siftclip.eval.encoding.feature_cache import SharedCache
 from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
-from siftclip.eval.feature_cache import SharedCache
 from siftclip.eval.identities import model_identity, tars_stamp, task_identity, unit_ids
-from siftclip.eval.images import ImageTable, content_id, image_ids
-from siftclip.eval.outcomes import Outcomes
-from siftclip.eval.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
-from siftclip.eval.probe_scores import IN_TRAIN, ProbeSettings, count_in_train, score_probe
-from siftclip.eval.resampling import replicates, task_interval
-from siftclip.eval.results import (
+from siftclip.eval.metrics.outcomes import Outcomes
+from siftclip.eval.metrics.task_scores import TaskScores, TaskTexts, score_task
+from siftclip.eval.probes.probe_scores import IN_TRAIN, ProbeSettings, count_in_train, score_probe
+from siftclip.eval.results.files import (
     MAIN_METRIC,
     KeptResults,
     TaskResult,
@@ -42,11 +40,13 @@ from siftclip.eval.results import (
     read_kept,
     write_lines,
 )
-from siftclip.eval.task_samples import TaskSamples
-from siftclip.eval.task_scores import TaskScores, TaskTexts, score_task
-from siftclip.eval.tasks import Task
-from siftclip.selectors.errors import InputError, ParameterError, require_int
-from siftclip.selectors.ranks import OneRank, Ranks, sum_arrays
+from siftclip.eval.significance.resampling import replicates, task_interval
+from siftclip.eval.tasks.images import ImageTable, content_id, image_ids
+from siftclip.eval.tasks.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
+from siftclip.eval.tasks.samples import TaskSamples
+from siftclip.eval.tasks.task import Task
+from siftclip.locks import lock_beside, locked
+from siftclip.ranks import OneRank, Ranks, sum_arrays
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,

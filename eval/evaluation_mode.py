@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.eval.logistic_fit import full_precision
-from siftclip.selectors.ranks import Ranks
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.eval.probes.logistic_fit import full_precision
+from siftclip.ranks import Ranks
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.files import file_stamp, identity_hash
-from siftclip.datamodules.model_record import fingerprint
-from siftclip.eval.images import content_id
-from siftclip.eval.preparation import TaskData
-from siftclip.eval.probe_scores import IN_TRAIN, ProbeSettings
-from siftclip.eval.task_samples import TaskSamples
-from siftclip.selectors.hashing import mix64
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.models.record import fingerprint
+from siftclip.eval.probes.probe_scores import IN_TRAIN, ProbeSettings
+from siftclip.eval.tasks.images import content_id
+from siftclip.eval.tasks.preparation import TaskData
+from siftclip.eval.tasks.samples import TaskSamples
+from siftclip.files import file_stamp, identity_hash
+from siftclip.hashing import mix64
 
 
 def model_identity(clip: ClipModel, precision: str) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.feature_files import ACTIVATION_ARRAY, MODEL_ARRAY
-from siftclip.datamodules.files import read_npz_all, write_npz
-from siftclip.datamodules.identities import differences, kept_identity, say_reused, when
-from siftclip.datamodules.model_record import fingerprint, model_record
-from siftclip.eval.encoding import EncodeOptions, Encoder, ImageFeatures
+from siftclip.datamodules.features.files import ACTIVATION_ARRAY, MODEL_ARRAY
+from siftclip.datamodules.identity.identities import differences, kept_identity, say_reused, when
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.models.record import fingerprint, model_record
+from siftclip.errors import InputError
+from siftclip.eval.encoding.encoder import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.identities import tars_stamp, task_identity
-from siftclip.eval.preparation import TaskData, prepare_tasks
-from siftclip.eval.probe_scores import ProbeSettings
-from siftclip.eval.task_scores import TaskTexts
-from siftclip.eval.tasks import Task
-from siftclip.selectors.errors import InputError
+from siftclip.eval.metrics.task_scores import TaskTexts
+from siftclip.eval.probes.probe_scores import ProbeSettings
+from siftclip.eval.tasks.preparation import TaskData, prepare_tasks
+from siftclip.eval.tasks.task import Task
+from siftclip.files import read_npz_all, write_npz
 
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,11 @@ from hypothesis import settings
 from PIL import Image
 from torch import Tensor
 
-from siftclip.datamodules.pool import Pool, open_pool
-from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.tar_index import ShardIndex, build_shard_index
-from siftclip.datamodules.tar_walk import LocalTar, TarSample, walk_tar
-from siftclip.selectors.ranks import Ranks
+from siftclip.datamodules.index.tar_index import ShardIndex, build_shard_index
+from siftclip.datamodules.index.tar_walk import LocalTar, TarSample, walk_tar
+from siftclip.datamodules.pool.pool import Pool, open_pool
+from siftclip.datamodules.storage.local import LocalStorage
+from siftclip.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -323,7 +323,7 @@ def tiny_tags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP with random weights, as a model folder."""
     # here, since importing open_clip takes seconds that many tests do without
-    from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
+    from siftclip.datamodules.models.load import load_clip_model, save_model_folder
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     with torch.random.fork_rng():

@@ -33,7 +33,7 @@ def run(run_python: Any, tmp_path: Path) -> Callable[..., str]:
 def test_benchmark_pool_and_its_measurements(run: Callable[..., str], tmp_path: Path) -> None:
     pool = str(tmp_path / "pool")
     options = ["--samples", "600", "--shard-samples", "200", "--workers", "1"]
-    run("make_pool.py", pool, *options)
+    run("tools/make_pool.py", pool, *options)
     assert len(list((tmp_path / "pool" / "shards").glob("*.tar"))) == 3
     assert "| siftclip, one process |" in run("indexing.py", pool, "--rounds", "1")
     assert "| all | 0.3" in run("shuffling.py", pool, "--fractions", "1.0")
@@ -97,7 +97,7 @@ def selector_speed() -> Iterator[ModuleType]:
 
 
 def test_mutants_are_other_code_at_one_place() -> None:
-    with loaded("mutants") as mutants:
+    with loaded("tools/mutants") as mutants:
         path = BENCHMARKS.parent / "selectors" / "hashing.py"
         source, found = path.read_bytes(), mutants.mutants_of(path)
         whole = ast.dump(ast.parse(source))
@@ -106,9 +106,12 @@ def test_mutants_are_other_code_at_one_place() -> None:
             after = source[: mutant.start] + mutant.after.encode() + source[mutant.end :]
             assert ast.dump(ast.parse(after)) != whole, mutant.name
         tests = mutants.tests_by_module()
-        assert tests["siftclip.selectors.normsim"][0] == "tests/selectors/test_normsim.py"
         assert (
-            "tests/trainer/test_losses_reference.py" in tests["siftclip.trainer.losses.reference"]
+            tests["siftclip.selectors.methods.normsim"][0]
+            == "tests/selectors/methods/test_normsim.py"
+        )
+        assert (
+            "tests/trainer/losses/test_reference.py" in tests["siftclip.trainer.losses.reference"]
         )
         outcomes = {"eval/a.py:1": "killed", "eval/a.py:2": "survived", "eval/b.py:3": "time-out"}
         assert "| eval | 3 | 2 | 67 % |" in mutants.report(outcomes)

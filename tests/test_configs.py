@@ -16,16 +16,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.selectors.base import Selector
+from siftclip.selectors.core.base import Selector
+from siftclip.trainer.builders.models import clip_model_from
+from siftclip.trainer.builders.selection import selector_from
 from siftclip.trainer.cli.application import _named
 from siftclip.trainer.cli.main import COMMANDS
-from siftclip.trainer.models import clip_model_from
 from siftclip.trainer.settings.composed import plain_tree
 from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.fields.reader import read
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.store import STORED, composing
-from siftclip.trainer.stages import selector_from
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LISTS = Path(__file__).parent / "lists"

@@ -114,7 +114,7 @@ def test_checks_and_pools_need_torch_alone(
     modules = [
         module.name for module in pkgutil.iter_modules(selectors.__path__, "siftclip.selectors.")
     ]
-    assert "siftclip.selectors.vas" in modules
+    assert "siftclip.selectors.methods.vas" in modules
     write_pool(make_samples(6))
     pool = ["pool.root=pool", "progress=false"]
     cases += [

@@ -34,7 +34,7 @@ print(json.dumps({"path": sys.path[0], "selectors": selectors.__file__}))
 BOTH = (
     PROBE
     + """
-import siftclip.selectors, siftclip.selectors.errors
+import siftclip.selectors, siftclip.errors
 assert siftclip.selectors.__name__ == "siftclip.selectors"
 assert siftclip.selectors is not selectors is sys.modules["selectors"]
 """
@@ -50,7 +50,7 @@ class Probe(Dataset):
 
     def __getitem__(self, index):
         import asyncio, selectors, socketserver, subprocess
-        import siftclip.selectors.base
+        import siftclip.selectors.core.base
         return os.getpid(), selectors.__file__, sys.path[0]
 
 if __name__ == "__main__":
@@ -66,7 +66,7 @@ if __name__ == "__main__":
 TORCHRUN_PROBE = """
 import asyncio, os, selectors, socketserver, subprocess, sys
 from pathlib import Path
-import siftclip.selectors.base
+import siftclip.selectors.core.base
 import torch
 import torch.distributed as dist
 

@@ -98,7 +98,7 @@ def test_the_search_finds_options(source: str) -> None:
     [
         '"""selector.fraction of a docstring."""',
         'say(f"fraction must be in (0, 1]. Got fraction={fraction!r}.")',
-        'say("a subclass of siftclip.selectors.base.Selector")',
+        'say("a subclass of siftclip.selectors.core.base.Selector")',
         'say("they belong to another model. Take the same.")',
         "call(seed=0)",
     ],

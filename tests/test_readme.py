@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from hydra import compose
 
-from siftclip.datamodules.demo_pool import DemoData, write_demo_data
-from siftclip.selectors.base import Selector
-from siftclip.selectors.checks import check_selector
-from siftclip.trainer.budget import limit_from
-from siftclip.trainer.online.options import check_online
+from siftclip.selectors.core.base import Selector
+from siftclip.selectors.core.checks import check_selector
+from siftclip.trainer.builders.online_options import check_online
+from siftclip.trainer.builders.selection import selector_from
+from siftclip.trainer.demo.pool import DemoData, write_demo_data
+from siftclip.trainer.settings.budget import limit_from
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.composed import plain_tree
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing
-from siftclip.trainer.stages import selector_from
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def test_commands_for_ones_own_pool_run(
         shutil.copytree(data.tasks / f"wds_{name}", evalsets / f"wds_{known}_test")
     for line in commands()[2:]:
         if line.startswith("siftclip eval download"):
-            continue  # tests/eval/test_download.py has a hub
+            continue  # tests/eval/download/test_tasks.py has a hub
         line = line.replace("/data/pool", str(data.pool)).replace("/data/tasks", str(data.tasks))
         line = line.replace("/data/evalsets", str(evalsets))
         line = line.replace("eval ViT-B-32 openai", f"eval {model_folder}")

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 
 import siftclip
-from siftclip.datamodules import order
-from siftclip.eval import linear_probe
-from siftclip.eval.outcomes import Outcomes
-from siftclip.eval.paired_tests import swapped_differences
-from siftclip.eval.resampling import poisson_weights
-from siftclip.selectors import hashing
-from siftclip.selectors.base import Requirements
-from siftclip.selectors.checks import synthetic_chunk
-from siftclip.selectors.kmeans import _hashed_rows
-from siftclip.selectors.negcliploss import block_order
-from siftclip.selectors.noise import noise_state
-from siftclip.selectors.source import MemorySource
-from siftclip.selectors.sub_batch import add_uniform
-from siftclip.selectors.uniform import Uniform
-from siftclip.selectors.vas_d import NormSimD
+from siftclip import hashing
+from siftclip.datamodules.streaming import order
+from siftclip.eval.metrics.outcomes import Outcomes
+from siftclip.eval.probes import linear_probe
+from siftclip.eval.significance.paired_tests import swapped_differences
+from siftclip.eval.significance.resampling import poisson_weights
+from siftclip.selectors.core.base import Requirements
+from siftclip.selectors.core.checks import synthetic_chunk
+from siftclip.selectors.core.noise import noise_state
+from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.sub_batch import add_uniform
+from siftclip.selectors.fitting.kmeans import _hashed_rows
+from siftclip.selectors.methods.negcliploss.negcliploss import block_order
+from siftclip.selectors.methods.removal.vas_d import NormSimD
+from siftclip.selectors.methods.uniform import Uniform
 
 SEED = 7
 UNITS = np.arange(60, dtype=np.uint64)

@@ -22,13 +22,14 @@ import open_clip
 import pytest
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 
-from siftclip.datamodules import connections, remote_storage
-from siftclip.datamodules.batches import Batch, SampleDataset
-from siftclip.datamodules.clip_models import Tokenizer, Transform
-from siftclip.datamodules.order import SampleOrder
-from siftclip.datamodules.pool import Pool, make_storage, open_pool
-from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
+from siftclip.datamodules.models.load import Tokenizer, Transform
+from siftclip.datamodules.pool.pool import Pool, make_storage, open_pool
+from siftclip.datamodules.pool.reader import SampleReader
+from siftclip.datamodules.storage import connections
+from siftclip.datamodules.storage import remote as remote_storage
+from siftclip.datamodules.streaming.batches import Batch, SampleDataset
+from siftclip.datamodules.streaming.datamodule import LoaderOptions, OrderSampler, make_loader
+from siftclip.datamodules.streaming.order import SampleOrder
 
 # Draws from torch's and from Python's random numbers, as a user's aug_cfg may
 AUGMENTATION = AugmentationCfg(

@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from siftclip.datamodules import data_bench, image_transform
-from siftclip.datamodules.batches import SampleDataset
-from siftclip.datamodules.data_bench import (
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.reader import SampleReader
+from siftclip.datamodules.streaming import image_transform
+from siftclip.datamodules.streaming.batches import SampleDataset
+from siftclip.datamodules.streaming.datamodule import LoaderOptions, OrderSampler, make_loader
+from siftclip.datamodules.streaming.order import SampleOrder
+from siftclip.errors import InputError
+from siftclip.trainer.bench import measure as data_bench
+from siftclip.trainer.bench.measure import (
     CopyCost,
     LoaderRate,
     ReadCost,
@@ -30,11 +36,6 @@ from siftclip.datamodules.data_bench import (
     time_loader,
     time_stages,
 )
-from siftclip.datamodules.order import SampleOrder
-from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.reader import SampleReader
-from siftclip.datamodules.streaming import LoaderOptions, OrderSampler, make_loader
-from siftclip.selectors.errors import InputError
 
 Make = Callable[..., Any]
 MakeDataset = Callable[..., SampleDataset]

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from siftclip.datamodules.clip_models import ClipModel, load_clip_model
-from siftclip.eval.tasks import Task, find_tasks
+from siftclip.datamodules.models.load import ClipModel, load_clip_model
+from siftclip.eval.tasks.task import Task, find_tasks
 
 TINY_CLIP = {
     "embed_dim": 64,
@@ -188,8 +188,8 @@ def changed_weights(clip: ClipModel) -> Callable[[], AbstractContextManager[None
 
 @pytest.fixture(scope="session")
 def fixed_clip_benchmark() -> ModuleType:
-    """benchmarks/clip_benchmark_fixed.py: `repaired()` makes clip_benchmark's functions work."""
-    path = Path(__file__).parents[2] / "benchmarks" / "clip_benchmark_fixed.py"
+    """benchmarks/tools/clip_benchmark_fixed.py: `repaired()` mends clip_benchmark's functions."""
+    path = Path(__file__).parents[2] / "benchmarks" / "tools" / "clip_benchmark_fixed.py"
     spec = importlib.util.spec_from_file_location("clip_benchmark_fixed", path)
     assert spec is not None
     assert spec.loader is not None

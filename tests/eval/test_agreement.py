@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.locks import HeldError, lock_beside, locked
+from siftclip.agreement import agreed
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import InputError
 from siftclip.eval import evaluate
-from siftclip.eval.agreement import agreed
 from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
-from siftclip.eval.results import TaskResult, append_result, read_results
-from siftclip.eval.tasks import find_tasks
-from siftclip.selectors.errors import InputError
-from siftclip.selectors.ranks import OneRank, Ranks
+from siftclip.eval.results.files import TaskResult, append_result, read_results
+from siftclip.eval.tasks.task import find_tasks
+from siftclip.locks import HeldError, lock_beside, locked
+from siftclip.ranks import OneRank, Ranks
 
 RunOnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 QUIET = EvalOptions(progress=False, resamples=0)

@@ -1,5 +1,5 @@
-"""clip_benchmark with the repairs of benchmarks/clip_benchmark_fixed.py. The numbers are those of
-its faults in docs/conformance.md."""
+"""clip_benchmark with the repairs of benchmarks/tools/clip_benchmark_fixed.py. The numbers are
+those of its faults in docs/conformance.md."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from clip_benchmark.metrics import linear_probe, zeroshot_classification, zeroshot_retrieval
 from numpy.lib import NumpyVersion
 
-from siftclip.datamodules.clip_models import ClipModel, save_model_folder
+from siftclip.datamodules.models.load import ClipModel, save_model_folder
 from siftclip.eval.evaluate import evaluate_tasks
-from siftclip.eval.tasks import find_tasks
+from siftclip.eval.tasks.task import find_tasks
 
 NAMES = [
     (zeroshot_classification, "accuracy"),

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import InputError
 from siftclip.eval.evaluate import EvalOptions, Evaluation, ScoredTask, evaluate_tasks
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.identities import fingerprint, model_identity
-from siftclip.eval.preparation import TaskFailure, prepare_tasks
-from siftclip.eval.probe_scores import IN_TRAIN
-from siftclip.eval.report import summarise
-from siftclip.eval.resampling import point_value
-from siftclip.eval.results import TaskResult, read_kept, read_results
-from siftclip.eval.tasks import Task, find_tasks
-from siftclip.selectors.errors import InputError
-from siftclip.selectors.ranks import Ranks
+from siftclip.eval.probes.probe_scores import IN_TRAIN
+from siftclip.eval.reports.report import summarise
+from siftclip.eval.results.files import TaskResult, read_kept, read_results
+from siftclip.eval.significance.resampling import point_value
+from siftclip.eval.tasks.preparation import TaskFailure, prepare_tasks
+from siftclip.eval.tasks.task import Task, find_tasks
+from siftclip.ranks import Ranks
 
 MakeImage = Callable[..., bytes]
 MakeTask = Callable[..., Path]

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import InputError
 from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
-from siftclip.eval.preparation import prepare_tasks
-from siftclip.eval.results import TaskResult, read_results
-from siftclip.eval.task_samples import TaskSamples
-from siftclip.eval.tasks import Task, find_tasks
-from siftclip.selectors.errors import InputError
+from siftclip.eval.results.files import TaskResult, read_results
+from siftclip.eval.tasks.preparation import prepare_tasks
+from siftclip.eval.tasks.samples import TaskSamples
+from siftclip.eval.tasks.task import Task, find_tasks
 
 ChangedWeights = Callable[[], AbstractContextManager[None]]
 OPTIONS = EvalOptions(progress=False, resamples=0)

@@ -17,11 +17,11 @@ from clip_benchmark.metrics import (
     zeroshot_retrieval,
 )
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.reader import decode_image
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.pool.reader import decode_image
 from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
-from siftclip.eval.task_samples import TaskSamples, read_samples, tar_of
-from siftclip.eval.tasks import Task, find_tasks
+from siftclip.eval.tasks.samples import TaskSamples, read_samples, tar_of
+from siftclip.eval.tasks.task import Task, find_tasks
 
 MakeTask = Callable[..., Path]
 

@@ -248,7 +248,7 @@ def make_inputs(folder: Path) -> None:
     import pandas as pd
     from numpy.lib.recfunctions import unstructured_to_structured
 
-    from siftclip.datamodules.demo_pool import write_demo_data
+    from siftclip.trainer.demo.pool import write_demo_data
 
     sizes = {"classification_samples": 12, "count_samples": 12, "retrieval_samples": 8}
     write_demo_data(folder, pool_samples=96, teacher_samples=1, progress=False, **sizes)  # type: ignore[arg-type]  # all are whole numbers

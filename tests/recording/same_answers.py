@@ -1,7 +1,7 @@
 """Declare that changed code of selectors answers as before: `make same-answers`.
 
     python tests/recording/same_answers.py
-    python tests/recording/same_answers.py --changed siftclip.selectors.vas
+    python tests/recording/same_answers.py --changed siftclip.selectors.methods.vas
 
 The table under which answers are kept then takes the text of now for that of before, and what users
 have kept is reused. That is refused, and undone, where the recording of behaviour differs. With
@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import siftclip.selectors
-from siftclip.datamodules.code_identity import built_in_code
-from siftclip.datamodules.kept_code import TABLE, KeptCode, kept_code
+from siftclip.datamodules.identity.code_identity import built_in_code
+from siftclip.datamodules.identity.kept_code import TABLE, KeptCode, kept_code
 
 
 def selector_modules() -> list[str]:

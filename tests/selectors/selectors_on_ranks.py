@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from siftclip.selectors.checks import SelectorFactory, synthetic_chunk, synthetic_files
-from siftclip.selectors.ranks import ProcessGroup, Ranks
-from siftclip.selectors.source import MemorySource
+from siftclip.ranks import ProcessGroup, Ranks
+from siftclip.selectors.core.checks import SelectorFactory, synthetic_chunk, synthetic_files
+from siftclip.selectors.core.source import MemorySource
 
 
 def built_in() -> dict[str, SelectorFactory]:

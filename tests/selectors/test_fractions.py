@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from siftclip.selectors.base import FeatureFile
-from siftclip.selectors.clip_score import ClipScore
-from siftclip.selectors.clipcov import ClipCov
-from siftclip.selectors.concepts import ConceptBalance
-from siftclip.selectors.dynamics import DynamicClusterSampling
-from siftclip.selectors.external import External
-from siftclip.selectors.jest import JEST
-from siftclip.selectors.learnability import ModelFeatures
-from siftclip.selectors.nearest import NearestRank
-from siftclip.selectors.optimal_design import AOptimal
-from siftclip.selectors.quota import QuotaPerCluster
-from siftclip.selectors.rules import DataCompFraction, TopFraction
-from siftclip.selectors.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
-from siftclip.selectors.uniform import Uniform
-from siftclip.selectors.vas_d import NormSimD, VasD
+from siftclip.selectors.core.base import FeatureFile
+from siftclip.selectors.core.rules import DataCompFraction, TopFraction
+from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
+from siftclip.selectors.methods.clip_score import ClipScore
+from siftclip.selectors.methods.clipcov.clipcov import ClipCov
+from siftclip.selectors.methods.concepts import ConceptBalance
+from siftclip.selectors.methods.dynamics import DynamicClusterSampling
+from siftclip.selectors.methods.external import External
+from siftclip.selectors.methods.jest.jest import JEST
+from siftclip.selectors.methods.jest.learnability import ModelFeatures
+from siftclip.selectors.methods.nearest import NearestRank
+from siftclip.selectors.methods.quota import QuotaPerCluster
+from siftclip.selectors.methods.removal.optimal_design import AOptimal
+from siftclip.selectors.methods.removal.vas_d import NormSimD, VasD
+from siftclip.selectors.methods.uniform import Uniform
 
 FILE = FeatureFile(path="t.npz")
 MODEL = ModelFeatures(name="l14", logit_scale=10.0)

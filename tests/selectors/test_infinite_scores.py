@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from siftclip.selectors.base import (
+from siftclip.selectors.core.base import (
     Choice,
     Chunk,
     ScoreSelector,
@@ -24,13 +24,13 @@ from siftclip.selectors.base import (
     oddities,
     run,
 )
-from siftclip.selectors.compose import And, Minus, Mix, Or, RankSum, Then
-from siftclip.selectors.external import External
-from siftclip.selectors.quota import QuotaPerCluster
-from siftclip.selectors.rules import DataCompFraction, Rule, Threshold, TopCount, TopFraction
-from siftclip.selectors.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
-from siftclip.selectors.source import MemorySource
-from siftclip.selectors.sub_batch import add_uniform, draw_by_score
+from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.core.rules import DataCompFraction, Rule, Threshold, TopCount, TopFraction
+from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
+from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.sub_batch import add_uniform, draw_by_score
+from siftclip.selectors.methods.external import External
+from siftclip.selectors.methods.quota import QuotaPerCluster
 
 VALUES = st.sampled_from([0.0, 0.5, -2.0, 7.0, math.nan, math.inf, -math.inf])
 SCORES = st.lists(VALUES, min_size=1, max_size=24)

@@ -11,35 +11,40 @@ from typing import Any
 import pytest
 
 import siftclip.selectors
-from siftclip.selectors.base import ScoreSelector, Selector
-from siftclip.selectors.checks import CHECKS, SelectorFactory, check_selector
-from siftclip.selectors.clip_score import ClipScore
-from siftclip.selectors.clipcov import ClipCov
-from siftclip.selectors.clusters import ClusterId, GivenCentroids, KMeans
-from siftclip.selectors.compose import And, Minus, Mix, Or, RankSum, Then
-from siftclip.selectors.concepts import ConceptBalance
-from siftclip.selectors.datacomp_filters import BasicFilter, CaptionFilter, HasEntity, IsLanguage
-from siftclip.selectors.density import DensityPruning
-from siftclip.selectors.dynamics import DynamicClusterSampling
-from siftclip.selectors.external import External
-from siftclip.selectors.image_based import ImageBased
-from siftclip.selectors.infobatch import InfoBatch
-from siftclip.selectors.jest import JEST
-from siftclip.selectors.learnability import Learnability, ModelFeatures
-from siftclip.selectors.metaclip import MetaClip
-from siftclip.selectors.nearest import NearestRank, NearestUnion
-from siftclip.selectors.negcliploss import NegCLIPLoss
-from siftclip.selectors.normsim import NormSim
-from siftclip.selectors.optimal_design import AOptimal, VOptimal
-from siftclip.selectors.quota import QuotaPerCluster
-from siftclip.selectors.rules import DataCompFraction
-from siftclip.selectors.running_covariance import RunningVas
-from siftclip.selectors.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
-from siftclip.selectors.semdedup import SemDeDup
-from siftclip.selectors.source import FeatureFile
-from siftclip.selectors.uniform import Uniform
-from siftclip.selectors.vas import Vas
-from siftclip.selectors.vas_d import NormSimD, VasD
+from siftclip.selectors.core.base import ScoreSelector, Selector
+from siftclip.selectors.core.checks import CHECKS, SelectorFactory, check_selector
+from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.core.rules import DataCompFraction
+from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
+from siftclip.selectors.core.source import FeatureFile
+from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans
+from siftclip.selectors.methods.captions.datacomp_filters import (
+    BasicFilter,
+    CaptionFilter,
+    HasEntity,
+    IsLanguage,
+)
+from siftclip.selectors.methods.captions.metaclip import MetaClip
+from siftclip.selectors.methods.clip_score import ClipScore
+from siftclip.selectors.methods.clipcov.clipcov import ClipCov
+from siftclip.selectors.methods.concepts import ConceptBalance
+from siftclip.selectors.methods.density import DensityPruning
+from siftclip.selectors.methods.dynamics import DynamicClusterSampling
+from siftclip.selectors.methods.external import External
+from siftclip.selectors.methods.image_based import ImageBased
+from siftclip.selectors.methods.infobatch import InfoBatch
+from siftclip.selectors.methods.jest.jest import JEST
+from siftclip.selectors.methods.jest.learnability import Learnability, ModelFeatures
+from siftclip.selectors.methods.nearest import NearestRank, NearestUnion
+from siftclip.selectors.methods.negcliploss.negcliploss import NegCLIPLoss
+from siftclip.selectors.methods.normsim import NormSim
+from siftclip.selectors.methods.quota import QuotaPerCluster
+from siftclip.selectors.methods.removal.optimal_design import AOptimal, VOptimal
+from siftclip.selectors.methods.removal.vas_d import NormSimD, VasD
+from siftclip.selectors.methods.running_covariance import RunningVas
+from siftclip.selectors.methods.semdedup import SemDeDup
+from siftclip.selectors.methods.uniform import Uniform
+from siftclip.selectors.methods.vas import Vas
 
 TARGET = FeatureFile(path="target.npz", key="l14_img")
 CENTROIDS = GivenCentroids(file=FeatureFile(path="centroids.npy"))

@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftclip.datamodules.pool import Pool, open_pool
-from siftclip.datamodules.pool_source import PoolSource
-from siftclip.datamodules.storage import LocalStorage
-from siftclip.datamodules.uids import format_uid
-from siftclip.selectors.base import Requirements, ScoreSelector
-from siftclip.selectors.checks import SelectorFactory, synthetic_files
-from siftclip.selectors.ranks import Ranks
-from siftclip.selectors.rules import Threshold, TopFraction
-from siftclip.selectors.source import FeatureFile
+from siftclip.datamodules.index.uids import format_uid
+from siftclip.datamodules.pool.pool import Pool, open_pool
+from siftclip.datamodules.selection.pool_source import PoolSource
+from siftclip.datamodules.storage.local import LocalStorage
+from siftclip.ranks import Ranks
+from siftclip.selectors.core.base import Requirements, ScoreSelector
+from siftclip.selectors.core.checks import SelectorFactory, synthetic_files
+from siftclip.selectors.core.rules import Threshold, TopFraction
+from siftclip.selectors.core.source import FeatureFile
 
 SAMPLES = 60
 KEYS = ("l14_img", "l14_txt", "b32_img", "b32_txt")

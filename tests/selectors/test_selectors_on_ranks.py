@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from siftclip.selectors.ranks import OneRank
+from siftclip.ranks import OneRank
 
 SCRIPT = Path(__file__).with_name("selectors_on_ranks.py")
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from siftclip.selectors.base import FeatureFile, Selector, run
-from siftclip.selectors.clipcov import ClipCov
-from siftclip.selectors.clusters import KMeans
-from siftclip.selectors.errors import InputError
-from siftclip.selectors.hardware import _int8_is_exact
-from siftclip.selectors.metaclip import MetaClip
-from siftclip.selectors.nearest import NearestRank
-from siftclip.selectors.negcliploss import NegCLIPLoss
-from siftclip.selectors.semdedup import SemDeDup
-from siftclip.selectors.source import Chunk, MemorySource
+from siftclip.errors import InputError
+from siftclip.selectors.core.base import FeatureFile, Selector, run
+from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.fitting.clusters import KMeans
+from siftclip.selectors.kernels.hardware import _int8_is_exact
+from siftclip.selectors.methods.captions.metaclip import MetaClip
+from siftclip.selectors.methods.clipcov.clipcov import ClipCov
+from siftclip.selectors.methods.nearest import NearestRank
+from siftclip.selectors.methods.negcliploss.negcliploss import NegCLIPLoss
+from siftclip.selectors.methods.semdedup import SemDeDup
 
 TARGET = FeatureFile(path="target.npz")
 CONFIGS = Path(__file__).parents[2] / "configs" / "selector"

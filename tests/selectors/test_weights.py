@@ -12,15 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from siftclip.selectors.base import Choice, ScoreSelector, Selector, Source, SubBatch, draw, run
-from siftclip.selectors.checks import check_selector
-from siftclip.selectors.compose import And, Minus, Mix, Or, RankSum, Then
-from siftclip.selectors.errors import InputError
-from siftclip.selectors.infobatch import InfoBatch
-from siftclip.selectors.quota import QuotaPerCluster
-from siftclip.selectors.sampling import SoftmaxSampling
-from siftclip.selectors.source import TRAINING_LOSS, Chunk, MemorySource
-from siftclip.selectors.uniform import Uniform
+from siftclip.errors import InputError
+from siftclip.selectors.core.base import (
+    Choice,
+    ScoreSelector,
+    Selector,
+    Source,
+    SubBatch,
+    draw,
+    run,
+)
+from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.core.sampling import SoftmaxSampling
+from siftclip.selectors.core.source import TRAINING_LOSS, Chunk, MemorySource
+from siftclip.selectors.methods.infobatch import InfoBatch
+from siftclip.selectors.methods.quota import QuotaPerCluster
+from siftclip.selectors.methods.uniform import Uniform
 
 # How often a sample is kept, and what it counts; None: the selector weighs nothing.
 ROWS = st.lists(

@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Sampler
 
-from siftclip.datamodules.demo_pool import DemoData, write_demo_data
-from siftclip.datamodules.files import write_npz
-from siftclip.datamodules.loader_process import leave_process_group
-from siftclip.datamodules.pool import open_pool
-from siftclip.datamodules.storage import LocalStorage
+from siftclip.datamodules.pool.pool import open_pool
+from siftclip.datamodules.storage.local import LocalStorage
+from siftclip.datamodules.streaming.loader_process import leave_process_group
+from siftclip.files import write_npz
+from siftclip.trainer.demo.pool import DemoData, write_demo_data
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.read_command import compose as read_composed
 from siftclip.trainer.settings.store import composing as initialized
@@ -205,7 +205,7 @@ import json, sys
 from omegaconf import OmegaConf
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.read_command import read_command
-from siftclip.trainer.training import train_stage
+from siftclip.trainer.stages.train import train_stage
 
 for config in json.loads(sys.argv[1]):
     train_stage(read_command(TrainCommand, OmegaConf.create(config)))

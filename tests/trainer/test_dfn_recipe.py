@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
-from siftclip.datamodules.demo_pool import write_demo_data
-from siftclip.datamodules.uids import format_uid
-from siftclip.trainer.embedding import embed_stage
-from siftclip.trainer.stages import select_stage
-from siftclip.trainer.training import train_stage
+from siftclip.datamodules.index.uids import format_uid
+from siftclip.trainer.builders.selection import select_stage
+from siftclip.trainer.demo.pool import write_demo_data
+from siftclip.trainer.stages.embed import embed_stage
+from siftclip.trainer.stages.train import train_stage
 
 Compose = Callable[..., DictConfig]
 QUIET = [

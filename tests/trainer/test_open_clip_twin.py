@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.batches import Batch, StepBatch
-from siftclip.datamodules.clip_models import load_clip_model
-from siftclip.datamodules.files import read_jsonl
-from siftclip.trainer.loggers import FileLogger
+from siftclip.datamodules.models.load import load_clip_model
+from siftclip.datamodules.streaming.batches import Batch, StepBatch
+from siftclip.files import read_jsonl
+from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.losses import SoftmaxLoss
-from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.optim.gradients import Objective
+from siftclip.trainer.runtime.loggers import FileLogger
 from siftclip.trainer.settings.optim import OptimSettings
-from siftclip.trainer.step import Objective
 
 STEPS = 50
 BATCH = 16

@@ -22,11 +22,11 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from siftclip.trainer.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.compare import arms
-from siftclip.trainer.launch import TrainingStopped
-from siftclip.trainer.run_dir import RunDir
+from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal
+from siftclip.trainer.runtime.launch import TrainingStopped
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import DemoCommand, TrainCommand
 
 Tiny = Callable[..., Any]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from siftclip.datamodules.clip_models import load_clip_model
-from siftclip.datamodules.demo_pool import DemoData
-from siftclip.datamodules.files import read_jsonl
-from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.training import train_stage
+from siftclip.datamodules.models.load import load_clip_model
+from siftclip.files import read_jsonl
+from siftclip.trainer.demo.pool import DemoData
+from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.stages.train import train_stage
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -117,11 +117,11 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
 INTERRUPTED = """
 import json, shutil, sys
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from siftclip.trainer.module import ClipTraining
+from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.read_command import compose
 from siftclip.trainer.settings.store import composing
-from siftclip.trainer.training import train_stage
+from siftclip.trainer.stages.train import train_stage
 
 log_window = ClipTraining._log_window
 

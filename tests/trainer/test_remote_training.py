@@ -10,12 +10,12 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from omegaconf import DictConfig
 
-from siftclip.datamodules.clip_models import load_clip_model
-from siftclip.datamodules.demo_pool import DemoData
-from siftclip.datamodules.files import read_jsonl
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.training import train_stage
+from siftclip.datamodules.models.load import load_clip_model
+from siftclip.errors import InputError
+from siftclip.files import read_jsonl
+from siftclip.trainer.demo.pool import DemoData
+from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.stages.train import train_stage
 
 Compose = Callable[..., DictConfig]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from siftclip.datamodules.clip_models import load_clip_model
-from siftclip.datamodules.files import read_jsonl
-from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.training import train_stage
+from siftclip.datamodules.models.load import load_clip_model
+from siftclip.files import read_jsonl
+from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.stages.train import train_stage
 
 LONG_RUN = ["scale.samples_seen=1600", "trainer.checkpoint_every_n_steps=7"]
 
@@ -95,7 +95,7 @@ def test_other_worker_counts_continue_the_same_run(
     options = [*base, "scale.samples_seen=320", "trainer.checkpoint_every_n_steps=5"]
     whole = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'whole'}"]))
     with pytest.MonkeyPatch.context() as patch:
-        from siftclip.trainer.loggers import FileLogger
+        from siftclip.trainer.runtime.loggers import FileLogger
 
         original = FileLogger.log_metrics
 

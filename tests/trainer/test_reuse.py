@@ -14,17 +14,17 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from siftclip.datamodules.clip_models import load_clip_model, save_model_folder
-from siftclip.datamodules.demo_pool import DemoData
-from siftclip.datamodules.files import read_json, write_json
-from siftclip.datamodules.pool_source import IDENTITY_NAME
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.evaluation import eval_stage
-from siftclip.trainer.models import model_files
+from siftclip.datamodules.models.load import load_clip_model, save_model_folder
+from siftclip.datamodules.selection.pool_source import IDENTITY_NAME
+from siftclip.errors import InputError
+from siftclip.files import read_json, write_json
+from siftclip.trainer.builders.models import model_files
+from siftclip.trainer.builders.selection import score_stage, select_stage
+from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings
-from siftclip.trainer.stages import score_stage, select_stage
-from siftclip.trainer.training import train_stage
+from siftclip.trainer.stages.evaluation import eval_stage
+from siftclip.trainer.stages.train import train_stage
 
 Compose = Callable[..., DictConfig]
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d"

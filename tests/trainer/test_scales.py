@@ -11,8 +11,8 @@ import open_clip
 import pytest
 from omegaconf import DictConfig
 
-from siftclip.trainer.budget import budget_from
-from siftclip.trainer.schedules import check_schedule
+from siftclip.trainer.optim.schedules import check_schedule
+from siftclip.trainer.settings.budget import budget_from
 from siftclip.trainer.settings.data import ScaleSettings
 from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.model import ModelSettings

@@ -23,10 +23,10 @@ import os, signal, sys, types
 from pathlib import Path
 
 # The real one imports all of Lightning, which takes longer than everything else here.
-sys.modules["siftclip.trainer.run_dir"] = types.SimpleNamespace(is_rank_zero=lambda: True)
+sys.modules["siftclip.trainer.runtime.run_dir"] = types.SimpleNamespace(is_rank_zero=lambda: True)
 
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.launch import TrainingStopped
+from siftclip.errors import InputError
+from siftclip.trainer.runtime.launch import TrainingStopped
 
 
 def stage(settings):

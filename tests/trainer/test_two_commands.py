@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from siftclip.datamodules.demo_pool import DemoData
-from siftclip.datamodules.files import read_json, read_jsonl
-from siftclip.datamodules.locks import LOCK_NAME, locked
-from siftclip.trainer.run_dir import RunDir
-from siftclip.trainer.stages import select_stage
-from siftclip.trainer.training import train_stage
+from siftclip.files import read_json, read_jsonl
+from siftclip.locks import LOCK_NAME, locked
+from siftclip.trainer.builders.selection import select_stage
+from siftclip.trainer.demo.pool import DemoData
+from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.stages.train import train_stage
 
 Completed = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[bytes]]

@@ -24,8 +24,8 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.launch import TrainingStopped, find_launch
+from siftclip.errors import InputError
+from siftclip.trainer.runtime.launch import TrainingStopped, find_launch
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
@@ -131,7 +131,7 @@ def application(
 
 def _leave(command: str, stop: TrainingStopped) -> NoReturn:
     """End the process as the signal would have done, which also ends a comparison or a sweep."""
-    from siftclip.trainer.run_dir import is_rank_zero  # imports torch, as all that trains
+    from siftclip.trainer.runtime.run_dir import is_rank_zero  # imports torch, as all that trains
 
     by_submitit = stop.signal not in (signal.SIGINT, signal.SIGTERM)
     if not is_rank_zero():

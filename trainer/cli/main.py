@@ -87,7 +87,9 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    module = importlib.import_module(f"siftclip.trainer.cli.{command.replace(' ', '_')}_command")
+    module = importlib.import_module(
+        f"siftclip.trainer.cli.commands.{command.replace(' ', '_')}_command"
+    )
     module.main()
 
 

@@ -16,15 +16,15 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
-from siftclip.datamodules.locks import LOCK_NAME, HeldError, locked
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.budget import Budget, Limit, budget_from, limit_from
-from siftclip.trainer.evaluation import tasks_from
-from siftclip.trainer.launch import require_launcher
-from siftclip.trainer.online.options import check_online
-from siftclip.trainer.run_dir import RunDir, is_rank_zero
+from siftclip.errors import InputError
+from siftclip.locks import LOCK_NAME, HeldError, locked
+from siftclip.trainer.builders.online_options import check_online
+from siftclip.trainer.runtime.launch import require_launcher
+from siftclip.trainer.runtime.run_dir import RunDir, is_rank_zero
+from siftclip.trainer.settings.budget import Budget, Limit, budget_from, limit_from
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
-from siftclip.trainer.training import train_stage
+from siftclip.trainer.stages.evaluation import tasks_from
+from siftclip.trainer.stages.train import train_stage
 
 log = logging.getLogger(__name__)
 

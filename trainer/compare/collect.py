@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from siftclip.datamodules.metadata import read_metadata
-from siftclip.datamodules.selection import Selection, read_selection
-from siftclip.datamodules.uids import UidTable
-from siftclip.eval.aggregates import result_averages
-from siftclip.eval.report import results_by_key
-from siftclip.eval.results import MAIN_METRIC, KeptResults, TaskResult, read_kept
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.build.options import options_of, under
-from siftclip.trainer.environment import Environment, environments
-from siftclip.trainer.run_dir import RunDir
+from siftclip.datamodules.index.uids import UidTable
+from siftclip.datamodules.pool.metadata import read_metadata
+from siftclip.datamodules.selection.selection import Selection, read_selection
+from siftclip.errors import InputError
+from siftclip.eval.reports.report import results_by_key
+from siftclip.eval.results.aggregates import result_averages
+from siftclip.eval.results.files import MAIN_METRIC, KeptResults, TaskResult, read_kept
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.environment import Environment, environments
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import CompareCommand
 
 

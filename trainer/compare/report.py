@@ -9,8 +9,8 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from siftclip.datamodules.files import atomic_path, write_text
-from siftclip.eval.seed_comparison import SIGNIFICANCE, least_p_value
+from siftclip.eval.reports.seed_comparison import SIGNIFICANCE, least_p_value
+from siftclip.files import atomic_path, write_text
 from siftclip.trainer.compare.collect import Comparison
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,
@@ -24,7 +24,7 @@ from siftclip.trainer.compare.tables import (
     spread,
     title,
 )
-from siftclip.trainer.environment import CODE, MACHINE, mixed
+from siftclip.trainer.runtime.environment import CODE, MACHINE, mixed
 
 COST_NOTE = (
     "Means over seeds. Drawn: taken from the selection's order; loaded: read and decoded; scored: "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from siftclip.eval.safe_tables import printable
+from siftclip.tables import printable
 from siftclip.trainer.compare.collect import Comparison
 
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"

@@ -5,11 +5,11 @@ says of each pair; `ReferenceGuidedLoss` learns what a reference model does not 
 captioning term of CoCa is a sum of its own, `caption_loss_sum`.
 """
 
+from siftclip.trainer.losses.base import ContrastiveObjective
 from siftclip.trainer.losses.caption import caption_loss_sum, caption_tokens
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.distill import DistillLoss
 from siftclip.trainer.losses.inputs import LossInputs, check_weights
-from siftclip.trainer.losses.objective import ContrastiveObjective
 from siftclip.trainer.losses.reference import ReferenceGuidedLoss
 from siftclip.trainer.losses.siglip import SigLipLoss
 from siftclip.trainer.losses.softmax import SoftmaxLoss

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from siftclip.selectors.errors import InputError, require_finite
+from siftclip.errors import InputError, require_finite
+from siftclip.trainer.losses.base import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.collectives import (
     gather_features,
     log_sum_exp_over_ranks,
@@ -13,7 +14,6 @@ from siftclip.trainer.losses.collectives import (
 )
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
-from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.paired import paired_expectation, paired_log_sum_exp
 from siftclip.trainer.losses.softmax import PairedTerms, paired_terms
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

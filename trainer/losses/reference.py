@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.selectors.errors import InputError, require_finite, require_fraction
+from siftclip.errors import InputError, require_finite, require_fraction
+from siftclip.trainer.losses.base import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
-from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.softmax import paired_terms
 
 

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
+from siftclip.trainer.losses.base import ContrastiveObjective
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.copies import Copies, copies_softplus
 from siftclip.trainer.losses.inputs import LossInputs
-from siftclip.trainer.losses.objective import ContrastiveObjective
 
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from siftclip.trainer.losses.base import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.collectives import gather_features, log_sum_exp_to_owner
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs
-from siftclip.trainer.losses.objective import ContrastiveObjective, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.paired import paired_log_sum_exp
 
 

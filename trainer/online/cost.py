@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from siftclip.datamodules.step_plan import StepPlan
+from siftclip.datamodules.streaming.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

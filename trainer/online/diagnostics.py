@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.metadata import read_metadata
-from siftclip.datamodules.pool import Pool
-from siftclip.datamodules.uids import UidTable
-from siftclip.selectors.errors import InputError
+from siftclip.datamodules.index.uids import UidTable
+from siftclip.datamodules.pool.metadata import read_metadata
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.errors import InputError
 
 QUANTILES = (10, 50, 90)  # percent
 UNKNOWN = -1  # in clusters and kinds

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.selectors.errors import require_int
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import require_int
 from siftclip.trainer.online.scoring import model_mode, scoring_features, seeded_dropout
 from siftclip.trainer.online.scoring_config import ScoringConfig
 

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.batches import Batch, pick
-from siftclip.datamodules.order import derive_seeds, rank_slice, rows_digest
-from siftclip.datamodules.row_features import RowFeatures
-from siftclip.datamodules.step_plan import StepPlan, part_sizes
-from siftclip.selectors.base import Choice, Selector, SubBatch, draw
-from siftclip.selectors.ranks import OneRank, ProcessGroup, Ranks
-from siftclip.selectors.source import Logits, Source
-from siftclip.selectors.sub_batch import add_uniform, share_over_groups
-from siftclip.trainer.build.objects import BuiltObjects
+from siftclip.datamodules.features.rows import RowFeatures
+from siftclip.datamodules.streaming.batches import Batch, pick
+from siftclip.datamodules.streaming.order import derive_seeds, rank_slice, rows_digest
+from siftclip.datamodules.streaming.step_plan import StepPlan, part_sizes
+from siftclip.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.selectors.core.base import Choice, Selector, SubBatch, draw
+from siftclip.selectors.core.source import Logits, Source
+from siftclip.selectors.core.sub_batch import add_uniform, share_over_groups
 from siftclip.trainer.losses.collectives import gather_features
-from siftclip.trainer.online.live import LiveFeatures, Pair, carried
 from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.online.scoring_models import LiveFeatures, Pair, carried
 from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
+from siftclip.trainer.options.objects import BuiltObjects
 
 _PURPOSE_SCORING = 6
 

@@ -13,16 +13,16 @@ from torch import nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from siftclip.datamodules.batches import Request
-from siftclip.datamodules.clip_models import ClipModel
-from siftclip.datamodules.faults import FaultLog
-from siftclip.datamodules.files import write_npz
-from siftclip.datamodules.loader import LoaderOptions, make_loader
-from siftclip.datamodules.pool import Pool
+from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.streaming.batches import Request
+from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
+from siftclip.errors import InputError
 from siftclip.eval.evaluation_mode import evaluation_mode
-from siftclip.selectors.errors import InputError
-from siftclip.selectors.ranks import Ranks
-from siftclip.trainer.embedding_batches import embed_batch, embedding_dataset
+from siftclip.files import write_npz
+from siftclip.ranks import Ranks
+from siftclip.trainer.models.embedding import embed_batch, embedding_dataset
 
 LEARNER = "learner"  # the arrays are learner_img and learner_txt
 

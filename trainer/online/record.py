@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from siftclip.datamodules.files import atomic_path
+from siftclip.files import atomic_path
 
 RECORD_NAME = "chosen.npy"
 

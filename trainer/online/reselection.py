@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.order import rows_digest
-from siftclip.datamodules.pool_source import PoolSource
-from siftclip.datamodules.selection import (
+from siftclip.datamodules.selection.pool_source import PoolSource
+from siftclip.datamodules.selection.selection import (
     MANIFEST_NAME,
     expand_rows,
     make_selection,
@@ -32,14 +31,15 @@ from siftclip.datamodules.selection import (
     row_weights,
     write_selection,
 )
-from siftclip.datamodules.step_plan import StepPlan
-from siftclip.datamodules.streaming import SelectionVersion
-from siftclip.selectors.base import Selector, product_of_weights, run
-from siftclip.selectors.errors import InputError
-from siftclip.selectors.hashing import mix64, seed_state, uniform_score
-from siftclip.selectors.ranks import OneRank, Ranks
-from siftclip.selectors.rules import keep_top
-from siftclip.selectors.source import (
+from siftclip.datamodules.streaming.datamodule import SelectionVersion
+from siftclip.datamodules.streaming.order import rows_digest
+from siftclip.datamodules.streaming.step_plan import StepPlan
+from siftclip.errors import InputError
+from siftclip.hashing import mix64, seed_state, uniform_score
+from siftclip.ranks import OneRank, Ranks
+from siftclip.selectors.core.base import Selector, product_of_weights, run
+from siftclip.selectors.core.rules import keep_top
+from siftclip.selectors.core.source import (
     Chunk,
     DictMemo,
     Logits,
@@ -49,8 +49,8 @@ from siftclip.selectors.source import (
     RestrictedSource,
     Source,
 )
-from siftclip.trainer.agreement import require_same
-from siftclip.trainer.build.objects import BuiltObjects
+from siftclip.trainer.options.objects import BuiltObjects
+from siftclip.trainer.runtime.rank_agreement import require_same
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from siftclip.datamodules.clip_models import ClipModel
+from siftclip.datamodules.models.load import ClipModel
 from siftclip.trainer.online.cost import SampleFlops
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
 from siftclip.trainer.online.scoring_config import ScoringConfig

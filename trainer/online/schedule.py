@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from siftclip.selectors.errors import InputError, require_finite, require_int
+from siftclip.errors import InputError, require_finite, require_int
 
 # A number, or [[share of training, value], ...] with ascending shares.
 Course: TypeAlias = float | Sequence[Sequence[float]]

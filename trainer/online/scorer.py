@@ -16,18 +16,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from siftclip.datamodules.batches import Batch
+from siftclip.datamodules.streaming.batches import Batch
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.online.scoring import resized_images
-from siftclip.trainer.optim import clamp_logit_scale, make_optimizer
-from siftclip.trainer.settings.optim import OptimSettings
-from siftclip.trainer.step import (
+from siftclip.trainer.optim.gradients import (
     Objective,
     StepContext,
     compute_gradients,
     running_statistics,
 )
-from siftclip.trainer.update import clip_gradients, gradient_norm, restore_unless, step_if_finite
+from siftclip.trainer.optim.optimizer import clamp_logit_scale, make_optimizer
+from siftclip.trainer.optim.update import (
+    clip_gradients,
+    gradient_norm,
+    restore_unless,
+    step_if_finite,
+)
+from siftclip.trainer.settings.optim import OptimSettings
 
 
 class OnlineScorer:

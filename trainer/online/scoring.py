@@ -16,9 +16,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.online.scoring_config import ScoringConfig
-from siftclip.trainer.step import kept_statistics
+from siftclip.trainer.optim.gradients import kept_statistics
 
 RESNET_STRIDE = 32  # pixels a step of the last grid of open_clip's ModifiedResNet
 

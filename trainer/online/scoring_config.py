@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from siftclip.selectors.errors import InputError, require_choice, require_finite, require_int
+from siftclip.errors import InputError, require_choice, require_finite, require_int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

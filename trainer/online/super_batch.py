@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.datamodules.pool_source import PoolSource
-from siftclip.selectors.hashing import mix64, seed_state
-from siftclip.selectors.ranks import Ranks
-from siftclip.selectors.source import (
+from siftclip.datamodules.selection.pool_source import PoolSource
+from siftclip.hashing import mix64, seed_state
+from siftclip.ranks import Ranks
+from siftclip.selectors.core.source import (
     Chunk,
     FeatureFile,
     Logits,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from siftclip.selectors.errors import InputError
-from siftclip.trainer.budget import budget_from
+from siftclip.errors import InputError
+from siftclip.trainer.settings.budget import budget_from
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings, ScaleSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Example, Words
 from siftclip.trainer.settings.fields.section import Count, Section, Share
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Example, Late, Needs, Open, Rare, Words
 from siftclip.trainer.settings.fields.reader import read
 from siftclip.trainer.settings.fields.section import Count, Section, Weights, WholeNumber

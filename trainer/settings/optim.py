@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Example, Words
 from siftclip.trainer.settings.fields.section import (
     Count,

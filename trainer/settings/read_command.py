@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed, composed, plain_tree, references

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from siftclip.trainer.cli.explain_command import main
+from siftclip.trainer.cli.commands.explain_command import main
 from siftclip.trainer.settings.describing.describe import all_options, configurations
 from siftclip.trainer.settings.describing.explain import explain, matching
 from siftclip.trainer.settings.describing.help import choices_line, option_line

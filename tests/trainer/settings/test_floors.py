@@ -10,16 +10,16 @@ from typing import Any, get_args
 
 import pytest
 
-from siftclip.datamodules.image_transform import ResizeBackend
-from siftclip.datamodules.loader import LoaderOptions, StartMethod
-from siftclip.datamodules.model_options import OPTIONS
-from siftclip.datamodules.model_weights import WEIGHTS
-from siftclip.datamodules.tar_walk import KEY_SPLITS
-from siftclip.datamodules.towers import LockConfig
+from siftclip.datamodules.index.tar_walk import KEY_SPLITS
+from siftclip.datamodules.models.options import OPTIONS
+from siftclip.datamodules.models.weights import WEIGHTS
+from siftclip.datamodules.streaming.image_transform import ResizeBackend
+from siftclip.datamodules.streaming.loader import LoaderOptions, StartMethod
 from siftclip.eval.evaluate import PRECISIONS, EvalOptions
-from siftclip.eval.tasks import Protocol
+from siftclip.eval.tasks.task import Protocol
+from siftclip.trainer.builders.objective import LOSSES
 from siftclip.trainer.losses.siglip import SigLipLoss
-from siftclip.trainer.objective import LOSSES
+from siftclip.trainer.models.towers import LockConfig
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring import ScoringConfig
 from siftclip.trainer.settings import evaluation
@@ -33,7 +33,7 @@ from siftclip.trainer.settings.online import ScheduleSettings, ScoringSettings
 ROOT = Path(__file__).parents[3]
 FOLDERS = ("trainer", "datamodules", "selectors", "eval")
 # the last gives selectors the same nodes as Hydra's instantiate does
-READ_HERE = ("trainer/settings/", "trainer/cli/", "trainer/build/objects.py")
+READ_HERE = ("trainer/settings/", "trainer/cli/", "trainer/options/objects.py")
 OF_OMEGACONF = {"DictConfig", "ListConfig", "OmegaConf"}
 WALK = 40  # places where the settings of a whole training are read or handed on
 

@@ -14,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.settings.commands import (
     COMMANDS,
     CompactCommand,

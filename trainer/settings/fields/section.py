@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
 
-from siftclip.selectors.errors import InputError
+from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Rare
 from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 

@@ -1,0 +1,1 @@
+"""What a kept answer depends on."""

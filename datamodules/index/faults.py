@@ -1,0 +1,69 @@
+"""Bad samples: counted by cause, reported with examples, and bounded. Nothing is lost silently."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from siftclip.errors import InputError, require_fraction
+
+EXAMPLES_PER_CAUSE = 3
+
+
+@dataclass(slots=True)
+class FaultLog:
+    """Counts of bad samples by cause, with the first few places of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, cause: str, place: str, samples: int = 1) -> None:
+        """Record `samples` bad samples of one cause; `place` names the file and the key."""
+        self.counts[cause] += samples
+        places = self.examples.setdefault(cause, [])
+        if len(places) < EXAMPLES_PER_CAUSE and place not in places:
+            places.append(place)
+
+    def merge(self, other: FaultLog) -> None:
+        """Add what another log has counted."""
+        for cause, count in other.counts.items():
+            self.counts[cause] += count
+            for place in other.examples.get(cause, []):
+                self.add(cause, place, samples=0)
+
+    @property
+    def samples(self) -> int:
+        """All bad samples."""
+        return sum(self.counts.values())
+
+    def summary(self) -> str:
+        """One line: causes with counts and examples."""
+        return "; ".join(
+            f"{count} {cause} (such as {', '.join(self.examples.get(cause, []))})"
+            for cause, count in self.counts.most_common()
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"counts": dict(self.counts), "examples": self.examples}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FaultLog:
+        """The inverse of `state`."""
+        return cls(counts=Counter(state["counts"]), examples=dict(state["examples"]))
+
+    def check(self, *, owner: str, total: int, max_bad_fraction: float) -> None:
+        """Raise if more than `max_bad_fraction` of `total` samples are bad.
+
+        `max_bad_fraction` may be 0, which allows none.
+        """
+        if max_bad_fraction != 0:
+            require_fraction("max_bad_fraction", max_bad_fraction)
+        if self.samples > max_bad_fraction * total:
+            raise InputError(
+                f"{owner}: {self.samples} of {total} samples are bad, more than "
+                f"max_bad_fraction={max_bad_fraction} allows: {self.summary()}. "
+                "Repair or remove these samples, or allow more with max_bad_fraction."
+            )

@@ -1,0 +1,1 @@
+"""CLIP models: loading and saving, their options, weights and records."""

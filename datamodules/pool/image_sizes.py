@@ -1,0 +1,81 @@
+"""The original sizes of a pool's images, as its metadata or the samples' JSON give them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from siftclip.datamodules.index.tar_walk import TruncatedTarError, walk_tar
+from siftclip.datamodules.pool.metadata import read_metadata
+from siftclip.datamodules.pool.pool import Pool, metadata_tables
+from siftclip.errors import InputError
+from siftclip.files import atomic_path
+
+COLUMNS = ("original_width", "original_height")
+_JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then a picture's as it is stored
+
+
+def read_image_sizes(pool: Pool, *, progress: bool) -> np.ndarray:
+    """Width and height of each image before anybody resized it, int64 [n, 2]; -1 where unknown.
+
+    The columns `original_width` and `original_height` of the pool's metadata count; a pool without
+    metadata is read once for the fields of these names, or `width` and `height`, in the JSON of its
+    samples, and the answer is kept beside the index.
+
+    Raises:
+        InputError: the metadata lacks the columns.
+    """
+    paths = metadata_tables(pool)
+    return _from_metadata(pool, paths) if paths else _from_json(pool, progress)
+
+
+def _from_metadata(pool: Pool, paths: list[Path]) -> np.ndarray:
+    sizes = np.full((len(pool), 2), -1, dtype=np.int64)
+    for path in reversed(paths):  # of a uid that comes twice, the first row counts
+        uids, valid, _, names, table = read_metadata(path, COLUMNS)
+        if not set(COLUMNS) <= set(names):
+            raise InputError(f"{path} must have the columns {COLUMNS}. It has {names}.")
+        values = np.stack([table[name].fill_null(-1).to_numpy() for name in COLUMNS], axis=1)
+        rows = np.where(valid, pool.table.find(uids), -1)
+        present = np.flatnonzero(rows >= 0)[::-1]
+        sizes[rows[present]] = values[present]
+    return sizes
+
+
+def _from_json(pool: Pool, progress: bool) -> np.ndarray:
+    path = pool.table_folder / "image_sizes.npy"
+    if path.is_file():
+        return np.load(path, allow_pickle=False)
+    sizes = np.full((len(pool), 2), -1, dtype=np.int64)
+    bar = tqdm(pool.shards, desc="sizes", unit="tar", disable=not progress, leave=False)
+    for number, shard in enumerate(bar):
+        rows = {int(pool.sample_offsets_bytes[row]): row for row in pool.shard_rows(number)}
+        with pool.storage.open_tar(shard) as tar:
+            try:
+                for _, members, start, _ in walk_tar(
+                    tar, content_of="json", key_split=pool.key_split
+                ):
+                    row = rows.get(start)
+                    record = next((m.content for m in members if m.suffix == "json"), None)
+                    if row is not None and record:
+                        sizes[row] = _size_in(record)
+            except TruncatedTarError:
+                pass  # the index has counted it
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, sizes)
+    return sizes
+
+
+def _size_in(record: bytes) -> tuple[int, int]:
+    """Width and height in a sample's JSON; (-1, -1) where it has none."""
+    try:
+        fields = json.loads(record)
+        for names in _JSON_FIELDS:
+            if all(isinstance(fields.get(name), int) for name in names):
+                return fields[names[0]], fields[names[1]]
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    return -1, -1

@@ -1,0 +1,81 @@
+"""Parquet files about samples, such as a pool's metadata: uids, with columns of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.uids import parse_uid_bytes
+from siftclip.errors import InputError
+from siftclip.file_identity import START_AGAIN, FileIdentity
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_UID = "uid"
+
+
+class Metadata(NamedTuple):
+    """What was read of a metadata parquet of n rows, all of it from one state of the file."""
+
+    uids: np.ndarray  # uint64 [n, 2]; zeros where they are not valid
+    valid: np.ndarray  # bool [n]
+    faults: FaultLog  # of the uids
+    names: list[str]  # of all columns of the file
+    columns: pa.Table  # those that were asked for and are there
+
+
+def read_metadata(path: Path, columns: Sequence[str] = ()) -> Metadata:
+    """The uids of a metadata parquet, and columns. Opened once: their rows belong together.
+
+    Raises:
+        InputError: the file is not parquet, has no column `uid`, or changes while it is read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    identity = FileIdentity.of(path)
+    try:
+        with pq.ParquetFile(path, pre_buffer=True) as file:
+            names = file.schema_arrow.names
+            table = file.read(columns=[name for name in names if name in (_UID, *columns)])
+        texts = table[_UID].combine_chunks().cast(pa.large_binary())
+    except Exception as error:  # pyarrow raises ArrowInvalid, KeyError and OSError for bad files
+        identity.require(path, START_AGAIN)  # half of a new file is no parquet file either
+        raise InputError(f"{path} must be a parquet file with a column 'uid': {error}.") from None
+    identity.require(path, START_AGAIN)
+    uids, valid, faults = _parse_uids(texts, path.name)
+    return Metadata(uids, valid, faults, names, table)
+
+
+def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
+    """The uids of a metadata parquet: uint64 [n, 2], a bool [n] of which are valid, and faults.
+
+    Raises:
+        InputError: see `read_metadata`.
+    """
+    return read_metadata(path)[:3]
+
+
+def _parse_uids(texts: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray, FaultLog]:
+    import pyarrow.compute as pc
+
+    whole = pc.equal(pc.binary_length(texts), 32).fill_null(False)
+    data = np.zeros((len(texts), 32), dtype=np.uint8)
+    kept = texts.filter(whole)
+    starts = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset : kept.offset + 1]
+    if len(kept):
+        content = np.frombuffer(kept.buffers()[2], dtype=np.uint8)
+        data[whole.to_numpy(zero_copy_only=False)] = content[starts[0] :][: 32 * len(kept)].reshape(
+            -1, 32
+        )
+    uids, valid = parse_uid_bytes(data)
+    faults = FaultLog()
+    for i in np.flatnonzero(~valid):
+        faults.add("with a uid that is not 32 hexadecimal digits", f"{name}, row {i}")
+    uids[~valid] = 0
+    return uids, valid, faults

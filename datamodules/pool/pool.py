@@ -1,0 +1,413 @@
+"""A pool: webdataset tars with an image, a caption and a uid a sample. Nothing is copied.
+
+The rows of a pool are its samples, shard after shard in the order of the tars' names, and are
+numbered from 0. A sample's uid is the field `uid` of its JSON; without one it is derived from the
+names of tar and key (`siftclip.datamodules.index.uids.derive_uid`).
+
+Each tar's index is a file of its own. Joined, they are the *table* of the pool: arrays in files,
+which are mapped into memory, so that opening a pool costs nothing and loader processes share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.tar_index import (
+    ARRAY_FIELDS,
+    INDEX_VERSION,
+    ShardIndex,
+    load_shard_index,
+)
+from siftclip.datamodules.index.tar_walk import KeySplit, require_key_split
+from siftclip.datamodules.index.uids import UidTable
+from siftclip.datamodules.pool.metadata import read_metadata_uids
+from siftclip.datamodules.storage.local import (
+    LocalStorage,
+    ShardFile,
+    Storage,
+    identify_shards,
+    is_url,
+)
+from siftclip.errors import InputError, ParameterError
+from siftclip.files import identity_hash, read_json, write_json
+from siftclip.locks import locked
+
+log = logging.getLogger(__name__)
+
+PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
+_COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The samples of a pool and where their bytes are. Arrays have one entry a row, n in all.
+
+    The arrays are read-only maps of the files in `table_folder`; pickling a pool stores the
+    folder's name.
+    """
+
+    storage: Storage
+    shards: tuple[ShardFile, ...]
+    table_folder: Path
+    uids: np.ndarray  # uint64 [n, 2]
+    table: UidTable
+    shard_of_row: np.ndarray  # int32 [n], index into `shards`
+    keys: np.ndarray  # bytes [n], UTF-8
+    sample_offsets_bytes: np.ndarray  # int64 [n], where all members of a sample begin
+    sample_sizes_bytes: np.ndarray  # int64 [n]
+    image_offsets_bytes: np.ndarray  # int64 [n]
+    image_sizes_bytes: np.ndarray  # int64 [n]
+    text_offsets_bytes: np.ndarray  # int64 [n]
+    text_sizes_bytes: np.ndarray  # int64 [n]
+    faults: FaultLog  # of the samples that are left out
+    derived_uids: int  # samples whose uid was derived from tar and key
+    repeated_uids: int  # samples that are left out because an earlier one has their uid
+    hidden: FaultLog  # pairs inside a sample, by more dots in their names, that are not used
+    key_split: KeySplit  # the dot that ends the key in the names of the tars' members
+    fingerprint: str  # changes with names and sizes of tars and the uids, not with their place
+    members_digest: str  # changes with the place or the size of any image or caption
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Storage, tuple[ShardFile, ...], Path]]:
+        return _map_table, (self.storage, self.shards, self.table_folder)
+
+    @property
+    def root(self) -> str:
+        """The folder or URL, as the user gave it."""
+        return self.storage.root
+
+    @property
+    def tars_stamp(self) -> str:
+        """Changes with the sizes and the times of the tars, also where a copy has others."""
+        return identity_hash({shard.name: shard.stamp for shard in self.shards})
+
+    def place(self, row: int) -> str:
+        """`<tar>:<key>` of a row, for messages."""
+        return f"{self.shards[self.shard_of_row[row]].name}:{self.keys[row].decode()}"
+
+    def shard_rows(self, shard: int) -> np.ndarray:
+        """The rows of one shard, int64, in the order of the tar."""
+        start, end = np.searchsorted(self.shard_of_row, [shard, shard + 1])
+        return np.arange(start, end, dtype=np.int64)
+
+
+def make_storage(
+    root: str, *, cache_dir: Path, options: Mapping[str, Any], shard_cache_gb: float
+) -> Storage:
+    """The storage of a pool.
+
+    Args:
+        root: a local folder, or any URL that fsspec reads.
+        cache_dir: for what is copied from a URL.
+        options: of fsspec's file system.
+        shard_cache_gb: up to how much of a remote pool is kept as whole tars; 0 reads ranges.
+
+    Raises:
+        InputError: a local folder with options or a cache, which only a URL can have.
+    """
+    if root.startswith("file://"):
+        root = root.removeprefix("file://")
+    if not 0 <= shard_cache_gb < float("inf"):
+        rule = "must be 0 or more"
+        raise ParameterError(rule, parameter="shard_cache_gb", value=shard_cache_gb)
+    if not is_url(root):
+        if options or shard_cache_gb:
+            raise ParameterError(
+                f"is for pools behind a URL, and the root {root!r} is a local folder",
+                parameter="options" if options else "shard_cache_gb",
+            )
+        return LocalStorage(root)
+    from siftclip.datamodules.storage.remote import RemoteStorage  # half a second: local pools wait
+    from siftclip.datamodules.storage.shard_cache import ShardCache
+
+    cache = None
+    if shard_cache_gb:
+        cache = ShardCache(cache_dir / "shards", limit_bytes=int(shard_cache_gb * 1e9))
+    return RemoteStorage(root, options=options, cache=cache, folder=cache_dir)
+
+
+def open_pool(
+    storage: Storage,
+    *,
+    cache_dir: Path,
+    max_bad_fraction: float,
+    key_split: KeySplit = "first_dot",
+    workers: int = 1,
+    progress: bool = True,
+) -> Pool:
+    """Open a pool, indexing the tars which `cache_dir` does not know yet.
+
+    Args:
+        storage: of the tars.
+        cache_dir: folder for the indices; what is there is reused if the tar is unchanged.
+        max_bad_fraction: how many samples may be bad before this is an error.
+        key_split: the dot that ends the key in the names of the tars' members.
+        workers: tars that are indexed at the same time.
+        progress: show a bar.
+
+    Raises:
+        InputError: there is no pool, a tar cannot be read, or too many samples are bad.
+    """
+    require_key_split("key_split", key_split)
+    # each rule in a folder of its own, so that runs with different ones leave each other's alone
+    places = cache_dir / ("index" if key_split == "first_dot" else f"index_{key_split}")
+    shards = identify_shards(storage.shards(), places)
+    stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
+    name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
+    folder = places / f"table-{name}"
+    complete = folder / "notes.json"
+    if not complete.is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
+        with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
+            if not complete.is_file():
+                indices = _index_shards(
+                    storage, shards, folder.parent, key_split, workers, progress
+                )
+                _write_table(folder, storage.root, key_split, shards, indices)
+    pool = _map_table(storage, shards, folder)
+    pool.faults.check(
+        owner=f"pool {pool.root}",
+        total=len(pool) + pool.faults.samples,
+        max_bad_fraction=max_bad_fraction,
+    )
+    if len(pool) == 0:
+        reason = f" Left out: {pool.faults.summary()}." if pool.faults.samples else ""
+        raise InputError(
+            f"The pool {pool.root} holds {len(shards)} tars without one sample.{reason}"
+        )
+    if pool.hidden.samples:
+        log.warning(
+            "pool %s: %s by more dots in their names are part of another sample and not used; with "
+            "last_dot as the key split they are samples",
+            pool.root,
+            pool.hidden.summary(),
+        )
+    if pool.faults.samples:
+        log.warning("pool %s: left out %s", pool.root, pool.faults.summary())
+    if pool.derived_uids:
+        log.info(
+            "pool %s: %d of %d uids derived from tar and key",
+            pool.root,
+            pool.derived_uids,
+            len(pool),
+        )
+    if pool.repeated_uids:
+        log.warning(
+            "pool %s: %d samples repeat a uid; the first of each is used",
+            pool.root,
+            pool.repeated_uids,
+        )
+    return pool
+
+
+def _index_shards(
+    storage: Storage,
+    shards: Sequence[ShardFile],
+    folder: Path,
+    key_split: KeySplit,
+    workers: int,
+    progress: bool,
+) -> list[ShardIndex]:
+    """The indices of all tars. Each is written when it is ready: a killed run goes on there."""
+    total = sum(shard.size_bytes for shard in shards)
+    todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
+    bar = tqdm(
+        total=total, desc="index", unit="B", unit_scale=True, disable=not progress, leave=False
+    )
+    indices = []
+    with bar, _executor(storage, workers, todo) as executor:
+        jobs = ((storage, shard, folder, key_split) for shard in shards)
+        answers: Iterator[ShardIndex]
+        answers = executor.map(_index_shard, jobs) if executor else map(_index_shard, jobs)
+        for shard, index in zip(shards, answers, strict=True):
+            indices.append(index)
+            bar.update(shard.size_bytes)
+            bar.set_postfix_str(f"{sum(map(len, indices))} samples", refresh=False)
+    return indices
+
+
+def _executor(
+    storage: Storage, workers: int, todo_bytes: int
+) -> AbstractContextManager[Executor | None]:
+    if not isinstance(storage, LocalStorage):  # waits for the network: threads do
+        return ThreadPoolExecutor(4 * workers)
+    if workers > 1 and todo_bytes >= PROCESSES_FROM_BYTES:
+        # spawned, because forking a process that may have threads can block
+        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return nullcontext()
+
+
+def _index_shard(job: tuple[Storage, ShardFile, Path, KeySplit]) -> ShardIndex:
+    storage, shard, folder, key_split = job
+    return load_shard_index(
+        shard.name,
+        shard.stamp,
+        lambda: storage.open_tar(shard),
+        _index_path(folder, shard),
+        key_split,
+    )
+
+
+def _index_path(folder: Path, shard: ShardFile) -> Path:
+    return folder / f"{shard.stem}.npz"
+
+
+def _write_table(
+    folder: Path,
+    root: str,
+    key_split: KeySplit,
+    shards: Sequence[ShardFile],
+    indices: Sequence[ShardIndex],
+) -> None:
+    """Join the indices of all tars, and write the arrays; the folder appears when it is complete.
+
+    Tables of an earlier state of the pool are deleted.
+    """
+    columns = {
+        name: np.concatenate([getattr(index, name) for index in indices]) for name in ARRAY_FIELDS
+    }
+    lengths = [len(index) for index in indices]
+    columns["shard_of_row"] = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
+    samples = sum(lengths)
+    table = UidTable.build(columns["uids"])
+    if table.duplicates():
+        first = table.find(columns["uids"]) == np.arange(samples)
+        columns = {name: values[first] for name, values in columns.items()}
+        table = UidTable.build(columns["uids"])
+    digest = hashlib.sha256()
+    for shard, length in zip(shards, lengths, strict=True):
+        digest.update(f"{shard.name}:{length}:{shard.size_bytes}\n".encode())
+    digest.update(columns["uids"].tobytes())
+    members = hashlib.sha256()
+    for name in ARRAY_FIELDS[2:]:
+        members.update(columns[name].tobytes())
+    columns["sorted_uids"], columns["sorted_rows"] = table.sorted_uids, table.rows
+    hidden = FaultLog()
+    for index in indices:
+        hidden.merge(index.hidden)
+    notes = {
+        "pool": root,
+        "fingerprint": digest.hexdigest()[:16],
+        "members": members.hexdigest()[:16],
+        "derived_uids": sum(index.derived_uids for index in indices),
+        "repeated_uids": samples - len(columns["uids"]) + sum(i.repeated for i in indices),
+        "key_split": key_split,
+        "hidden": hidden.state(),
+        "faults": _all_faults(indices, shards).state(),
+    }
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, values in columns.items():
+            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+        write_json(temporary / "notes.json", notes)
+        shutil.rmtree(folder, ignore_errors=True)  # one without its notes, if any
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in folder.parent.glob("table-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> FaultLog:
+    """Join the shards' faults; what a cut tar has lost is estimated from the whole ones."""
+    faults = FaultLog()
+    whole = [len(index) for index in indices if not index.truncated]
+    for index, shard in zip(indices, shards, strict=True):
+        faults.merge(index.faults)
+        if index.truncated and whole:
+            lost = int(np.median(whole)) - len(index) - 1  # the index itself has counted one
+            if lost > 0:
+                faults.add("lost behind the cut (estimated)", shard.name, samples=lost)
+    return faults
+
+
+def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) -> Pool:
+    """A pool whose arrays are maps of the files in `folder`.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    notes: dict[str, Any] = read_json(folder / "notes.json")
+    columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
+    table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
+    return Pool(
+        storage=storage,
+        shards=shards,
+        table_folder=folder,
+        table=table,
+        faults=FaultLog.from_state(notes["faults"]),
+        derived_uids=notes["derived_uids"],
+        repeated_uids=notes["repeated_uids"],
+        hidden=FaultLog.from_state(notes["hidden"]),
+        key_split=notes["key_split"],
+        fingerprint=notes["fingerprint"],
+        members_digest=notes["members"],
+        **columns,
+    )
+
+
+def _map_array(path: Path) -> np.ndarray:
+    try:
+        try:
+            # as a plain array: numpy's class for maps is slow to index
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except ValueError:  # an empty array cannot be mapped
+            return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of what is named somewhere is really there."""
+
+    named: int
+    present: int
+
+    @property
+    def fraction(self) -> float:
+        return self.present / self.named if self.named else 1.0
+
+    def __str__(self) -> str:
+        return f"{self.present} of {self.named} ({100 * self.fraction:.1f} %)"
+
+
+def metadata_tables(pool: Pool) -> list[Path]:
+    """The parquet files of the pool's metadata (DataComp's layout), by name; empty without.
+
+    Those that img2dataset writes beside the tars are not metadata: they have no uids.
+    """
+    folder = pool.storage.metadata((".parquet",))
+    return sorted(folder.glob("*.parquet")) if folder.name == "metadata" else []
+
+
+def metadata_coverage(pool: Pool) -> Coverage | None:
+    """How many samples of the pool's metadata its shards hold; None if it has no metadata."""
+    named = present = 0
+    for path in metadata_tables(pool):
+        uids, valid, _ = read_metadata_uids(path)
+        named += len(uids)
+        present += int((pool.table.find(uids[valid]) >= 0).sum())
+    return Coverage(named=named, present=present) if named else None

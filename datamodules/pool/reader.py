@@ -1,0 +1,289 @@
+"""Reads samples of a pool from its tars: coalesced ranges, then decoding of what was selected."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.storage.local import (
+    ChangedError,
+    ShardFile,
+    Span,
+    StorageError,
+    changed_file_error,
+)
+from siftclip.errors import InputError
+
+try:
+    import simplejpeg
+except ImportError:  # the extra `fast`
+    simplejpeg = None
+
+MAX_SPAN_BYTES = 8 << 20  # neighbours are joined up to this size
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG_COLORS = ("YCbCr", "Gray")  # simplejpeg's words for what nearly all JPEGs are
+
+
+class BadSampleError(Exception):
+    """A sample cannot be used; the message is the cause, worded to follow a count."""
+
+
+class ChangedTarError(BadSampleError):
+    """The tar of a sample has changed since the pool was opened, and with it all of its samples.
+
+    No run should go on, whatever share of its samples that is: `stop` says why.
+    """
+
+    def __init__(self, cause: str, path: str) -> None:
+        """`path` is that of the tar."""
+        super().__init__(cause)
+        self.path = path
+
+    def stop(self) -> InputError:
+        """The error to end with."""
+        return changed_file_error(self.path)
+
+
+class RawSample(NamedTuple):
+    """The bytes of a sample, as they are in the tar."""
+
+    image: bytes
+    caption: bytes
+
+
+# (number of a range that was asked for, its first byte and the byte behind it inside a joined one)
+Piece = tuple[int, int, int]
+
+
+def coalesce(
+    shards: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    *,
+    max_gap_bytes: int,
+    max_span_bytes: int = MAX_SPAN_BYTES,
+) -> list[tuple[int, int, int, list[Piece]]]:
+    """Join ranges of the same tar that are close to each other.
+
+    Args:
+        shards: int [n], the tar of each range.
+        starts: int64 [n], its first byte.
+        ends: int64 [n], the byte behind its last.
+        max_gap_bytes: ranges are joined over gaps of at most this size.
+        max_span_bytes: joined ranges do not grow beyond this; single ones may be larger.
+
+    Returns:
+        (tar, first byte, byte behind the last, pieces) by tar and place. Every range is in exactly
+        one, also those that repeat or overlap.
+    """
+    spans: list[tuple[int, int, int, list[Piece]]] = []
+    order = np.lexsort((ends, starts, shards)).tolist()
+    columns = shards.tolist(), starts.tolist(), ends.tolist()
+    shard, first, last, pieces = -1, 0, 0, list[Piece]()
+    for index in order:
+        here, start, end = columns[0][index], columns[1][index], columns[2][index]
+        new_last = max(last, end)
+        if here != shard or start > last + max_gap_bytes or new_last - first > max_span_bytes:
+            if pieces:
+                spans.append((shard, first, last, pieces))
+            shard, first, new_last, pieces = here, start, end, []
+        last = new_last
+        pieces.append((index, start - first, end - first))
+    if pieces:
+        spans.append((shard, first, last, pieces))
+    return spans
+
+
+def read_ranges(
+    pool: Pool, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> Iterator[tuple[int, bytes | StorageError]]:
+    """Read ranges of a pool's tars, neighbours together, in the order of their places.
+
+    Args:
+        pool: of the tars.
+        shards: int [n], the tar of each range.
+        starts: int64 [n], its first byte.
+        sizes: int64 [n], its bytes.
+
+    Yields:
+        The number of a range with its bytes, fewer where the tar ends, or why there are none.
+    """
+    joined = coalesce(shards, starts, starts + sizes, max_gap_bytes=pool.storage.max_gap_bytes)
+    spans = [Span(pool.shards[shard], start, end) for shard, start, end, _ in joined]
+    answers = pool.storage.read(spans)
+    for data, span, (_, _, _, pieces) in zip(answers, spans, joined, strict=True):
+        for number, start, end in pieces:
+            if not isinstance(data, StorageError):
+                yield number, data[start:end]
+            elif len(pieces) == 1 or isinstance(data, ChangedError):
+                yield number, data
+            else:
+                # alone, if its neighbours may be to blame: what is bad must not depend on them
+                at = span.start_bytes
+                alone = span._replace(start_bytes=at + start, end_bytes=at + end)
+                yield number, next(pool.storage.read([alone]))
+
+
+def bad_sample(error: StorageError, shard: ShardFile) -> BadSampleError:
+    """What a range of a tar that could not be read means for its sample."""
+    if isinstance(error, ChangedError):
+        return ChangedTarError(str(error), shard.path)
+    return BadSampleError(str(error))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReader:
+    """Reads captions and images of a pool by row. Picklable; a process opens its own files."""
+
+    pool: Pool
+    max_image_pixels: int
+
+    def close(self) -> None:
+        """Close what this process has open. Reading again opens it anew."""
+        self.pool.storage.close()
+
+    @property
+    def max_member_bytes(self) -> int:
+        """No picture of `max_image_pixels` is larger: four bytes a pixel, and some description."""
+        return 4 * self.max_image_pixels + (1 << 20)
+
+    def read(self, rows: np.ndarray) -> Iterator[tuple[int, RawSample | BadSampleError]]:
+        """Read the samples of rows, int64 [n], as (position in `rows`, bytes or error).
+
+        They come in the order of their places, not of `rows`, and one at a time: a cold disk reads
+        on while the caller decodes.
+        """
+        pool, count = self.pool, len(rows)
+        sizes = np.concatenate([pool.image_sizes_bytes[rows], pool.text_sizes_bytes[rows]])
+        starts = np.concatenate([pool.image_offsets_bytes[rows], pool.text_offsets_bytes[rows]])
+        first_parts: dict[
+            int, bytes | BadSampleError
+        ] = {}  # of samples whose other part is to come
+        for number, part in self._read_ranges(np.tile(pool.shard_of_row[rows], 2), starts, sizes):
+            is_caption, index = divmod(number, count)
+            other = first_parts.pop(index, None)
+            if other is None:
+                first_parts[index] = part
+            elif isinstance(part, BadSampleError):
+                yield index, part
+            elif isinstance(other, BadSampleError):
+                yield index, other
+            else:
+                yield index, RawSample(other, part) if is_caption else RawSample(part, other)
+
+    def read_captions(self, rows: np.ndarray) -> list[bytes | BadSampleError]:
+        """The captions of rows, int64 [n], alone, in the order of `rows`."""
+        pool = self.pool
+        ranges = self._read_ranges(
+            pool.shard_of_row[rows], pool.text_offsets_bytes[rows], pool.text_sizes_bytes[rows]
+        )
+        return [part for _, part in sorted(ranges, key=lambda numbered: numbered[0])]
+
+    def _read_ranges(
+        self, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+    ) -> Iterator[tuple[int, bytes | BadSampleError]]:
+        """Ranges of tars, in the order of their places, each with its number."""
+        too_large = sizes > self.max_member_bytes
+        for number in np.flatnonzero(too_large).tolist():
+            yield number, BadSampleError("with more bytes than max_image_pixels allows")
+        sizes = np.where(too_large, 0, sizes)
+        for number, part in read_ranges(self.pool, shards, starts, sizes):
+            if too_large[number]:
+                continue
+            if isinstance(part, StorageError):
+                yield number, bad_sample(part, self.pool.shards[shards[number]])
+            elif len(part) < sizes[number]:
+                yield number, BadSampleError("cut off by the end of their tar")
+            else:
+                yield number, part
+
+    def read_one(self, row: int) -> RawSample:
+        """The bytes of one row.
+
+        Raises:
+            BadSampleError: they cannot be read.
+        """
+        ((_, sample),) = self.read(np.asarray([row], dtype=np.int64))
+        if isinstance(sample, BadSampleError):
+            raise sample
+        return sample
+
+    def read_caption(self, row: int) -> str:
+        """The caption of a row; see `decode_caption`."""
+        (caption,) = self.read_captions(np.asarray([row], dtype=np.int64))
+        if isinstance(caption, BadSampleError):
+            raise caption
+        return decode_caption(caption)
+
+    def read_image(self, row: int) -> Image.Image:
+        """The image of a row; see `decode_image`."""
+        return decode_image(self.read_one(row).image, self.max_image_pixels)
+
+
+def decode_caption(data: bytes) -> str:
+    """A caption without surrounding white space.
+
+    Raises:
+        BadSampleError: it is empty or not UTF-8.
+    """
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadSampleError("with a caption that is not UTF-8") from None
+    if not caption:
+        raise BadSampleError("with an empty caption")
+    return caption
+
+
+def decode_image(data: bytes, max_image_pixels: int) -> Image.Image:
+    """An image decoded to RGB.
+
+    Raises:
+        BadSampleError: it cannot be decoded, or its header states more than `max_image_pixels`.
+    """
+    pixels = _decode_jpeg(data, max_image_pixels)
+    return _decode_pillow(data, max_image_pixels) if pixels is None else Image.fromarray(pixels)
+
+
+def decode_pixels(data: bytes, max_image_pixels: int) -> np.ndarray:
+    """As `decode_image`, but uint8 [h, w, 3]."""
+    pixels = _decode_jpeg(data, max_image_pixels)
+    return np.array(_decode_pillow(data, max_image_pixels)) if pixels is None else pixels
+
+
+def _decode_jpeg(data: bytes, max_image_pixels: int) -> np.ndarray | None:
+    """A sound JPEG by simplejpeg, if it is installed: Pillow's pixels, in less time. Else None."""
+    if simplejpeg is None or data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > max_image_pixels or colorspace not in _JPEG_COLORS:
+            return None  # Pillow has the words for it, and other arithmetic for CMYK
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:  # damaged or cut: Pillow decides
+        return None
+
+
+def _decode_pillow(data: bytes, max_image_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is a warning; ours is checked on the header, before decoding
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_image_pixels:
+            raise BadSampleError("with more pixels than max_image_pixels")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except BadSampleError:
+        raise
+    except Image.DecompressionBombError:
+        raise BadSampleError("with more pixels than Pillow decodes") from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
+        raise BadSampleError("whose image cannot be decoded") from error

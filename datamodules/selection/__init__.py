@@ -1,0 +1,5 @@
+"""What is selected of a pool: sources, runs, files, copies."""
+
+from siftclip.aliases import answer_for_module
+
+answer_for_module(__name__)  # the module of this name is in here now

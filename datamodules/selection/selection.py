@@ -1,0 +1,216 @@
+"""A selection: which uids are kept and how often, with its provenance; DataComp's subset files.
+
+A selector may also say what a sample counts in the loss. DataComp's format has no place for that,
+so that weights lie in a file of their own beside the subset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siftclip.datamodules.index.uids import UID_DTYPE, from_structured, sort_uids, to_structured
+from siftclip.datamodules.pool.pool import Coverage, Pool
+from siftclip.errors import InputError
+from siftclip.files import atomic_path, read_json_object, write_json
+from siftclip.selectors.core.rules import can_be_kept
+
+SUBSET_NAME = "selection.npy"
+WEIGHTS_NAME = "weights.npy"
+WEIGHTS_COLUMN = "weight"
+MANIFEST_NAME = "selection.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Distinct uids in ascending order with how often each is kept, and where they come from."""
+
+    uids: np.ndarray  # uint64 [n, 2], ascending by (high, low)
+    multiplicities: np.ndarray  # int64 [n], at least 1
+    manifest: dict[str, Any]
+    weights: np.ndarray | None = None  # float32 [n], what each counts in the loss; None: 1
+
+    def __len__(self) -> int:
+        """All samples, repetitions counted."""
+        return int(self.multiplicities.sum())
+
+    @property
+    def digest(self) -> str:
+        """The identity of the selection: SHA-256 of its DataComp subset file's content.
+
+        Where it has weights, they follow.
+        """
+        found = hashlib.sha256(self.to_subset().tobytes())
+        if self.weights is not None:
+            found.update(self.weights.astype("<f4").tobytes())
+        return found.hexdigest()
+
+    def to_subset(self) -> np.ndarray:
+        """DataComp's subset, structured `u8,u8` [len(self)], sorted, repetitions repeated."""
+        return to_structured(np.repeat(self.uids, self.multiplicities, axis=0))
+
+
+def make_selection(
+    uids: np.ndarray,
+    multiplicities: np.ndarray,
+    manifest: dict[str, Any],
+    *,
+    weights: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
+) -> Selection:
+    """Build a selection from distinct uids, uint64 [n, 2], and multiplicities, int64 [n].
+
+    `weights` are float32 [n] of all of them; those of what is not kept are left out. `scores`,
+    float [n], only tell why nothing is kept.
+
+    Raises:
+        InputError: nothing is kept.
+    """
+    kept = np.flatnonzero(multiplicities)
+    if len(kept) == 0:
+        if scores is not None and len(scores) and not can_be_kept(scores).any():
+            raise InputError(
+                f"The selection keeps none of {len(uids)} samples: each of them has no score (NaN) "
+                "or the score -inf, which says never. Look at what the scores are made from."
+            )
+        raise InputError(
+            f"The selection keeps none of {len(uids)} samples. Raise the selector's fraction, or "
+            "lower its threshold, or look at the scores' quantiles with `siftclip score`."
+        )
+    order = kept[sort_uids(uids[kept])]
+    return Selection(
+        uids=uids[order],
+        multiplicities=multiplicities[order],
+        manifest=manifest,
+        weights=None if weights is None else weights[order],
+    )
+
+
+def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a DataComp subset file: distinct uids, uint64 [n, 2], ascending, and multiplicities.
+
+    Raises:
+        InputError: the file is missing, or is not a one-dimensional npy of dtype `u8,u8`.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except Exception as error:  # numpy raises zipfile, value, EOF and OS errors for a damaged file
+        raise InputError(f"{path} is not a readable npy file: {error}.") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} must be a DataComp subset in npy format. It is an npz file.")
+    if array.dtype != UID_DTYPE or array.ndim != 1:
+        raise InputError(
+            f"{path} must be a DataComp subset, one-dimensional with dtype 'u8,u8'. "
+            f"It has dtype {array.dtype} and shape {array.shape}."
+        )
+    uids, counts = np.unique(from_structured(array), axis=0, return_counts=True)
+    return uids, counts.astype(np.int64)
+
+
+def write_subset(selection: Selection, folder: Path) -> None:
+    """Write DataComp's subset file into `folder`, and `weights.npy` if there are weights.
+
+    That is a structured array of the distinct uids (f0, f1) with the field `weight`, which
+    `loss.weights.path` reads.
+    """
+    weights = folder / WEIGHTS_NAME
+    if selection.weights is None:
+        weights.unlink(missing_ok=True)
+    else:
+        table = np.empty(len(selection.uids), dtype=[*UID_DTYPE.descr, (WEIGHTS_COLUMN, "<f4")])
+        table["f0"], table["f1"] = selection.uids.T
+        table[WEIGHTS_COLUMN] = selection.weights
+        with atomic_path(weights) as temporary, temporary.open("wb") as file:
+            np.save(file, table)
+    with atomic_path(folder / SUBSET_NAME) as temporary, temporary.open("wb") as file:
+        np.save(file, selection.to_subset())
+
+
+def write_selection(selection: Selection, folder: Path) -> None:
+    """Write the files of `write_subset` and the manifest into `folder`; the manifest last."""
+    write_subset(selection, folder)
+    write_json(folder / MANIFEST_NAME, {**selection.manifest, "digest": selection.digest})
+
+
+def read_selection(folder: Path) -> Selection:
+    """Read what `write_selection` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged, or the subset is not the one that the manifest
+            describes.
+    """
+    try:
+        manifest = read_json_object(folder / MANIFEST_NAME)
+        uids, multiplicities = read_subset(folder / SUBSET_NAME)
+        weights = _read_weights(folder / WEIGHTS_NAME, uids)
+    except InputError as error:
+        raise InputError(f"{error} Delete the folder {folder} and select again.") from None
+    digest = manifest.pop("digest", None)
+    selection = Selection(
+        uids=uids, multiplicities=multiplicities, manifest=manifest, weights=weights
+    )
+    if selection.digest != digest:
+        parts = "" if manifest.get("weights") is None else f", with the weights of {WEIGHTS_NAME},"
+        raise InputError(
+            f"{folder / SUBSET_NAME}{parts} is not the subset that {MANIFEST_NAME} describes: its "
+            f"SHA-256 is {selection.digest}, not {digest}. Delete the folder and select again."
+        )
+    return selection
+
+
+def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
+    """The weights of distinct uids, uint64 [n, 2]: float32 [n], or None if there is no such file.
+
+    Raises:
+        InputError: the file is damaged, or is about other uids.
+    """
+    if not path.is_file():
+        return None
+    try:
+        table = np.load(path, allow_pickle=False)
+        same = np.array_equal(from_structured(table), uids)
+        weights: np.ndarray = table[WEIGHTS_COLUMN].astype(np.float32)
+    except Exception as error:  # as in `read_subset`, and of fields that are not there
+        raise InputError(f"{path} is not a readable file of weights: {error}.") from None
+    if not same:
+        raise InputError(f"{path} is about other samples than {path.with_name(SUBSET_NAME)}.")
+    return weights
+
+
+def row_weights(selection: Selection, pool: Pool) -> np.ndarray | None:
+    """What the samples of a pool count in the loss by a selection: float32 [len(pool)].
+
+    1 for what is not selected; None if the selection does not weigh.
+    """
+    if selection.weights is None:
+        return None
+    rows = pool.table.find(selection.uids)
+    weights = np.ones(len(pool), dtype=np.float32)
+    weights[rows[rows >= 0]] = selection.weights[rows >= 0]
+    return weights
+
+
+def expand_rows(selection: Selection, pool: Pool) -> tuple[np.ndarray, Coverage]:
+    """The pool's rows of a selection, int64, repetitions repeated, and how many it covers.
+
+    The rows are sorted, so that the result depends on the selection and the pool alone.
+
+    Raises:
+        InputError: none of the selection's uids is in the pool.
+    """
+    rows = pool.table.find(selection.uids)
+    present = rows >= 0
+    expanded = np.sort(np.repeat(rows[present], selection.multiplicities[present]))
+    coverage = Coverage(named=len(selection), present=len(expanded))
+    if len(expanded) == 0:
+        raise InputError(
+            f"None of the {len(selection)} selected uids is in the pool {pool.root}. "
+            "Is this the pool that the selection was made for?"
+        )
+    return expanded, coverage

@@ -1,0 +1,266 @@
+"""Connections to file systems behind a URL: one a process, ranges, and what their errors mean."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
+
+import aiohttp
+import fsspec
+from braceexpand import braceexpand
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.http import HTTPFileSystem
+
+from siftclip.datamodules.storage.local import ChangedError, ShardFile, Span, StorageError
+from siftclip.errors import ParameterError
+
+READ_TIMEOUT_SECONDS = 120.0  # of one attempt at a range; of silence while a file is copied
+CONCURRENT_READS = 64
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What file systems call the version of a file: by its content (S3 and HTTP, GCS and Azure, GCS,
+# Hugging Face), else by a time, which listings and descriptions of single files may write apart.
+CONTENT_FIELDS = ("ETag", "etag", "md5Hash", "blob_id")
+_TIME_FIELDS = ("LastModified", "Last-Modified", "mtime", "modified", "updated", "created")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.IGNORECASE)
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+# A forked child keeps what its parent had open, for good. Closing it there, which is what happens
+# to a connection that nobody holds, would take the sockets from the event loop that both share.
+_connections: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_of_parents: list[Any] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _of_parents.extend(_connections.values()))
+
+
+class Answer(NamedTuple):
+    """The bytes of a range."""
+
+    data: bytes
+    is_checked: bool  # the answer says that they are of the version that was indexed
+
+
+class WholeFileError(OSError):
+    """A server sends all of a file where a range was asked for, or does not say what it sends."""
+
+
+class ConditionError(ChangedError):
+    """A server says that it has no such version of a file."""
+
+
+def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
+    """The file system of a URL, for this process alone.
+
+    Raises:
+        InputError: a package is missing, or an option is wrong.
+    """
+    options = dict(storage_options)
+    scheme = urlsplit(root).scheme
+    if scheme in ("http", "https"):
+        # aiohttp's own limit is five minutes for a file, however large it is
+        silence = aiohttp.ClientTimeout(
+            sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS
+        )
+        options["client_kwargs"] = {"timeout": silence, **(options.get("client_kwargs") or {})}
+    if scheme in ("s3", "s3a"):
+        # botocore and s3fs would each repeat what is repeated here: a minute for a wrong host
+        own = {
+            "retries": {"max_attempts": 0},
+            "max_pool_connections": CONCURRENT_READS,
+            "read_timeout": READ_TIMEOUT_SECONDS,
+        }
+        options["config_kwargs"] = {**own, **(options.get("config_kwargs") or {})}
+    try:
+        filesystem, _ = fsspec.core.url_to_fs(
+            next(iter(braceexpand(root))), skip_instance_cache=True, **options
+        )
+    except (ImportError, ValueError, TypeError) as error:
+        raise ParameterError(
+            f"cannot be read by fsspec with the storage options {sorted(storage_options)}: {error}",
+            parameter="root",
+            value=root,
+        ) from None
+    if scheme in ("s3", "s3a"):
+        filesystem.retries = 1
+    _connections[id(filesystem)] = filesystem
+    return filesystem
+
+
+def version_of(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """What tells one version of a file from another: a field of a description, and its value.
+
+    Both are empty where there is nothing but the size.
+    """
+    for field in (*CONTENT_FIELDS, *_TIME_FIELDS):
+        if fields.get(field) is not None:
+            return field, str(fields[field])
+    return "", ""
+
+
+def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> bool:
+    """Check a description of a file, or the headers of an answer.
+
+    Returns:
+        Whether they say the version: False if it is not known from them.
+
+    Raises:
+        ChangedError: it is another file than when the pool was opened.
+    """
+    field, value = shard.version
+    if fields.get(field) is None:
+        return not field  # there is none that could be said
+    if str(fields[field]) != value:
+        raise ChangedError
+    return True
+
+
+async def read_ranges(
+    filesystem: AsyncFileSystem, spans: Sequence[Span], *, on_condition: bool
+) -> list[Answer | BaseException]:
+    """The bytes of ranges, read at the same time; the error in the place of one that failed.
+
+    Args:
+        filesystem: to read from. Over HTTP and S3, an answer is checked to be the range that was
+            asked for, and of the version of the file that its `ShardFile` has.
+        spans: the ranges.
+        on_condition: ask for that version alone, where the file system can.
+    """
+    gate = asyncio.Semaphore(CONCURRENT_READS)
+
+    async def read(span: Span) -> Answer:
+        if span.start_bytes == span.end_bytes:
+            return Answer(b"", is_checked=True)
+        async with gate:
+            if isinstance(filesystem, HTTPFileSystem):
+                reading = _read_http_range(filesystem, span, on_condition)
+            elif _is_s3(filesystem):
+                reading = _read_s3_range(filesystem, span, on_condition)
+            else:
+                reading = _read_range(filesystem, span)
+            return await asyncio.wait_for(reading, READ_TIMEOUT_SECONDS)
+
+    return await asyncio.gather(*map(read, spans), return_exceptions=True)
+
+
+def _is_s3(filesystem: Any) -> bool:
+    protocol = filesystem.protocol
+    return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _condition(shard: ShardFile, on_condition: bool) -> str | None:
+    """The ETag to ask for; a weak one cannot be asked for."""
+    field, value = shard.version
+    return value if on_condition and field == "ETag" and not value.startswith("W/") else None
+
+
+async def _read_range(filesystem: AsyncFileSystem, span: Span) -> Answer:
+    shard, start, end = span
+    data = await filesystem._cat_file(shard.path, start=start, end=end)
+    return Answer(data, is_checked=False)
+
+
+async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition: bool) -> Answer:
+    """As the file system does it, but without a body that is not the range."""
+    shard, start, end = span
+    session = await filesystem.set_session()
+    options = dict(filesystem.kwargs)
+    options["headers"] = {
+        **options.get("headers", {}),
+        "Accept-Encoding": "identity",
+        "Range": f"bytes={start}-{end - 1}",
+    }
+    tag = _condition(shard, on_condition)
+    if tag is not None:
+        options["headers"]["If-Match"] = tag
+    async with session.get(filesystem.encode_url(shard.path), **options) as answer:
+        if answer.status == 412:
+            raise ConditionError
+        if answer.status == 416:  # inside of the file that was indexed
+            raise ChangedError
+        filesystem._raise_not_found_for_status(answer, shard.path)
+        is_checked = require_version(shard, answer.headers)
+        if answer.status != 206:
+            raise WholeFileError(f"the answer to a range request has status {answer.status}")
+        require_range(span, answer.headers.get("Content-Range", ""))
+        return Answer(await answer.read(), is_checked)
+
+
+async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> Answer:
+    shard, start, end = span
+    bucket, key, version = filesystem.split_path(shard.path)
+    options = {} if version is None else {"VersionId": version}
+    tag = _condition(shard, on_condition)
+    if tag is not None:
+        options["IfMatch"] = tag
+    try:
+        answer = await filesystem._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options
+        )
+    except OSError as error:
+        answered = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+        if answered.get("HTTPStatusCode") == 412:
+            raise ConditionError from None
+        if answered.get("HTTPStatusCode") == 416:
+            raise ChangedError from None
+        raise
+    try:
+        is_checked = require_version(shard, answer)
+        require_range(span, answer.get("ContentRange", ""))
+        return Answer(await answer["Body"].read(), is_checked)
+    finally:
+        answer["Body"].close()
+
+
+def require_range(span: Span, stated: str) -> None:
+    """Check what an answer says of its bytes: `bytes 0-511/10240`, the size being that of the file.
+
+    Raises:
+        WholeFileError: it does not say it.
+        ChangedError: the file has another size.
+        OSError: these are other bytes than those that were asked for.
+    """
+    match = _CONTENT_RANGE.fullmatch(stated.strip())
+    if match is None:
+        raise WholeFileError(f"the answer to a range request says {stated!r} of its range")
+    first, last, size_bytes = match.groups()
+    if size_bytes != "*" and int(size_bytes) != span.shard.size_bytes:
+        raise ChangedError
+    if (int(first), int(last) + 1) != (
+        span.start_bytes,
+        min(span.end_bytes, span.shard.size_bytes),
+    ):
+        raise OSError(f"bytes {first}-{last} came for {span.start_bytes}-{span.end_bytes - 1}")
+
+
+def real_error(error: Exception) -> Exception:
+    """The reason of an error: fsspec's `info` over HTTP calls them all FileNotFoundError."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError):
+        return error.__cause__
+    return error
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether asking again is of no use."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return 400 <= error.status < 500 and error.status not in (408, 429)
+    return (
+        isinstance(error, (*_PERMANENT, StorageError)) or getattr(error, "errno", None) in DISK_FULL
+    )
+
+
+def describe_error(error: BaseException) -> str:
+    """Why a sample is bad, worded to follow a count."""
+    if isinstance(error, StorageError):
+        return str(error)
+    status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return "in a tar that is not there any more"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return "in a tar that may not be read"
+    what = f"HTTP status {status}" if status else type(error).__name__
+    return f"in a tar that could not be read ({what})"

@@ -1,0 +1,524 @@
+"""Tars behind an fsspec URL (s3, gs, hf, http, ...): range reads, repeated when they fail.
+
+A server that does not answer range requests cannot give single samples. Its tars are then copied
+whole, each in one sequential read, into a `ShardCache`, and read from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from braceexpand import braceexpand
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.http import HTTPFileSystem
+from tqdm import tqdm
+
+from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
+from siftclip.datamodules.storage.connections import (
+    CONTENT_FIELDS,
+    DISK_FULL,
+    Answer,
+    ConditionError,
+    WholeFileError,
+    connect,
+    describe_error,
+    is_permanent,
+    read_ranges,
+    real_error,
+    require_version,
+    version_of,
+)
+from siftclip.datamodules.storage.local import (
+    METADATA_SUFFIXES,
+    ChangedError,
+    OpenFiles,
+    ShardFile,
+    Span,
+    StorageError,
+    changed_file_error,
+)
+from siftclip.datamodules.storage.shard_cache import ShardCache
+from siftclip.errors import InputError, ParameterError
+from siftclip.files import atomic_path, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 6  # with the pauses below, a server may be away for 8 seconds
+FIRST_PAUSE_SECONDS = 0.25  # doubled after every attempt
+GROUP_BYTES = 64 << 20  # fetched together and held in memory
+BLOCK_BYTES = 8 << 20  # of a tar that is read from its beginning to its end
+CHECK_SECONDS = 60.0  # a tar's version is asked for so often, where answers do not say it
+
+
+class RemoteStorage:
+    """Tars behind a URL; see `siftclip.datamodules.storage.local.Storage`.
+
+    The URL names a folder with the tars, there or in `shards/`, or with braces the tars themselves
+    (`http://host/pool/{00000..00127}.tar`), which servers without listings need.
+    """
+
+    # A request takes as long as the transfer of some hundred kilobytes.
+    max_gap_bytes = 256 << 10
+
+    def __init__(
+        self, root: str, *, options: Mapping[str, Any], cache: ShardCache | None, folder: Path
+    ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            root: the URL.
+            options: of the file system, such as `anon` or `endpoint_url` for s3fs.
+            cache: keeps whole tars on the local disk; None reads ranges from the server each time.
+            folder: local, for copies of metadata files, and of tars if nothing else is possible.
+        """
+        self.root = root
+        self.retries = 0
+        self._options = dict(options)
+        self._cache = cache
+        self._folder = folder
+        self._files = OpenFiles(most=1)  # a file that is open keeps its space when it is deleted
+        self._failing: set[str] = set()  # paths of files whose last read has failed
+        self._changed: set[ShardFile] = set()  # known to be no more, and not read to see it again
+        self._checked: dict[ShardFile, float] = {}  # when their versions were asked for
+        self._on_condition = True  # ask for a version; some servers cannot
+        self._connection: Any = None
+        self._process = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        unshared: dict[str, Any] = {
+            "_connection": None,
+            "_process": -1,
+            "retries": 0,
+            "_checked": {},
+        }
+        return {**self.__dict__, **unshared, "_files": OpenFiles(most=1)}
+
+    @property
+    def _filesystem(self) -> Any:
+        if self._process != os.getpid():  # connections do not survive a fork
+            self._connection, self._process = connect(self.root, self._options), os.getpid()
+        return self._connection
+
+    @property
+    def cache_limit_bytes(self) -> int | None:
+        """See `Storage`."""
+        return None if self._cache is None else self._cache.limit_bytes
+
+    def shards(self) -> tuple[ShardFile, ...]:
+        """See `Storage`. A server without range requests is found out here.
+
+        Raises:
+            InputError: the server does not answer, or has no tars, or two of the same name.
+        """
+        hint = "A server without listings needs the names: URL/{00000..00127}.tar"
+        try:
+            if "{" in self.root:
+                strip = self._filesystem._strip_protocol
+                found = self._describe([{"name": strip(url)} for url in braceexpand(self.root)])
+            else:
+                found = self._list("shards/", (".tar",)) or self._list("", (".tar",))
+            answers_ranges = self._cache is not None or self._answers_ranges(found)
+        except InputError:
+            raise
+        except Exception as error:  # every file system raises its own
+            raise ParameterError(
+                f"cannot be listed: {type(error).__name__}: {error}",
+                parameter="root",
+                value=self.root,
+                way_out=hint,
+            ) from None
+        if not found:
+            raise ParameterError(
+                "must hold webdataset tars (*.tar), there or in shards/",
+                parameter="root",
+                value=self.root,
+                way_out=f"It holds none. {hint}",
+            )
+        for shard, other in pairwise(found):
+            if shard.name == other.name:
+                raise InputError(
+                    f"The tars of a pool must have different names. {self.root} has {shard.path} "
+                    f"and {other.path}."
+                )
+        if not all(shard.version[0] for shard in found):
+            log.warning(
+                "%s tells neither an ETag nor a time of change: a tar that is replaced by another "
+                "of the same size is not noticed.",
+                self.root,
+            )
+        if not answers_ranges:
+            self._cache = self._cache_for_all(found)
+        return tuple(found)
+
+    def _list(self, folder: str, suffixes: tuple[str, ...]) -> list[ShardFile]:
+        """The files with these suffixes in a folder below the root; "" is the root itself."""
+        filesystem = self._filesystem
+        filesystem.invalidate_cache()
+        place = f"{filesystem._strip_protocol(self.root).rstrip('/')}/{folder}"
+        try:
+            listed = self._patiently(lambda: filesystem.ls(place, detail=True))
+        except FileNotFoundError:
+            return []
+        return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
+
+    def _describe(self, infos: Sequence[dict[str, Any]]) -> list[ShardFile]:
+        """Files with size and version. Where a listing lacks them, each file is asked for."""
+        filesystem = self._filesystem
+
+        def describe(info: dict[str, Any]) -> ShardFile:
+            path = str(info["name"])
+            # as the file will be described when it is looked at again
+            if info.get("size") is None or version_of(info)[0] not in CONTENT_FIELDS:
+                info = self._patiently(lambda: filesystem.info(path))
+            if info["size"] is None:
+                raise OSError(f"the server does not tell the size of {path}")
+            version = version_of(info)
+            name = path
+            if isinstance(filesystem, HTTPFileSystem):  # a slash may hide behind the quoting
+                name = unquote(urlsplit(path).path)
+            return ShardFile(
+                name=name.rsplit("/", 1)[-1],
+                path=path,
+                size_bytes=int(info["size"]),
+                stamp=f"{info['size']} {version[1]}",
+                version=version,
+            )
+
+        with ThreadPoolExecutor(16) as threads:
+            return sorted(threads.map(describe, infos), key=lambda file: file.name)
+
+    def _patiently(self, read: Callable[[], Any], path: str = "") -> Any:
+        attempts = self._attempts(path)
+        for attempt in range(attempts):
+            try:
+                return read()
+            except Exception as error:  # every file system raises its own
+                real = real_error(error)
+                if attempt == attempts - 1 or is_permanent(real):
+                    raise real from None
+                self._pause(attempt, reads=1)
+
+    def _attempts(self, path: str) -> int:
+        """How often to ask for a file: once after it has failed, or a batch of it takes minutes."""
+        return 1 if path in self._failing else ATTEMPTS
+
+    def _note(self, path: str, *, failed: bool) -> None:
+        (self._failing.add if failed else self._failing.discard)(path)
+
+    def _pause(self, attempt: int, *, reads: int) -> None:
+        self.retries += reads
+        time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+
+    def _answers_ranges(self, shards: Sequence[ShardFile]) -> bool:
+        """Whether two bytes can be had without the rest; HTTP servers may send all of the file."""
+        shard = next((shard for shard in shards if shard.size_bytes >= 2), None)
+        if shard is None:
+            return True
+        two_bytes = Span(shard, 0, 2)
+
+        def ask() -> bool:
+            (answer,) = self._try([two_bytes])
+            if isinstance(answer, (WholeFileError, NotImplementedError, ValueError)):
+                return False
+            if isinstance(answer, BaseException):
+                raise answer
+            return len(answer) == 2
+
+        return bool(self._patiently(ask))
+
+    def _cache_for_all(self, shards: Sequence[ShardFile]) -> ShardCache:
+        total = sum(shard.size_bytes for shard in shards)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        cache = ShardCache(self._folder / "shards", limit_bytes=total)
+        missing = sum(shard.size_bytes for shard in shards if not cache.holds(shard))
+        free = shutil.disk_usage(self._folder).free
+        cost = (
+            f"{self.root} does not answer range requests: to reach a sample, its whole tar is read "
+            f"in sequence, {total / 1e9:.2f} GB for the whole pool whatever is selected"
+        )
+        if missing > 0.9 * free:
+            raise InputError(
+                f"{cost}, which do not fit on the disk of {self._folder} ({free / 1e9:.2f} GB "
+                "free). Limit what is kept (shard_cache_gb of the pool), and read neighbours "
+                "together (shuffle_window_shards of the data)."
+            )
+        log.warning("%s. The tars are kept in %s.", cost, cache.folder)
+        return cache
+
+    @contextmanager
+    def open_tar(self, shard: ShardFile) -> Iterator[TarSource]:
+        """See `Storage`."""
+        if self._cache is None:
+            yield _SequentialTar(self, shard)
+            return
+        with self._open_copy(shard) as tar:
+            yield tar
+
+    def _open_copy(self, shard: ShardFile) -> LocalTar:
+        while True:
+            try:
+                path = self._local(shard)
+            except StorageError as error:
+                raise _unreadable(shard, error) from None
+            try:
+                return LocalTar(path)
+            except InputError:
+                if os.path.exists(path):
+                    raise
+                # else another process has just made room
+
+    def _local(self, shard: ShardFile) -> str:
+        """The copy of a tar in the cache.
+
+        Raises:
+            StorageError: it cannot be fetched.
+        """
+        if self._cache is None:
+            raise RuntimeError("only called with a cache")
+        return str(self._cache.fetch(shard, lambda path: self._copy(shard, path)))
+
+    def _copy(self, file: ShardFile, path: Path) -> None:
+        """Copy a file to a local path.
+
+        Raises:
+            StorageError: it cannot be read, or is another one by now.
+            InputError: the disk is full.
+        """
+        if file in self._changed:
+            raise ChangedError
+        try:
+            self._patiently(lambda: self._filesystem.get_file(file.path, str(path)), file.path)
+        except Exception as error:  # every file system raises its own
+            if getattr(error, "errno", None) in DISK_FULL:
+                raise InputError(
+                    f"{file.path} cannot be copied: the disk of {path.parent} is full. "
+                    "The pool's shard_cache_gb says how much may be kept there."
+                ) from None
+            self._note(file.path, failed=True)
+            raise StorageError(describe_error(error)) from None
+        self._note(file.path, failed=False)
+        # behind the copy: what came is of the version that is there still
+        if path.stat().st_size != file.size_bytes or not self._is_there(file):
+            self._changed.add(file)
+            raise ChangedError
+
+    def _is_there(self, file: ShardFile) -> bool:
+        """Whether a file has the version that it had when the pool was opened. A request.
+
+        Raises:
+            StorageError: nobody can tell.
+        """
+        filesystem = self._filesystem
+
+        def ask() -> dict[str, Any]:
+            filesystem.invalidate_cache()  # of listings, which may be old
+            return dict(filesystem.info(file.path))
+
+        try:
+            info = self._patiently(ask, file.path)
+            require_version(file, info)
+        except ChangedError:
+            return False
+        except Exception as error:  # every file system raises its own
+            raise StorageError(describe_error(error)) from None
+        return info.get("size") in (None, file.size_bytes)
+
+    def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
+        """See `Storage`."""
+        if self._cache is not None:
+            for span in spans:
+                yield self._read_copy(span)
+            return
+        group: list[Span] = []
+        size = 0
+        for span in spans:
+            length = span.end_bytes - span.start_bytes
+            if group and size + length > GROUP_BYTES:
+                yield from self.fetch(group)
+                group, size = [], 0
+            group.append(span)
+            size += length
+        yield from self.fetch(group)
+
+    def _read_copy(self, span: Span) -> bytes | StorageError:
+        answer: bytes | StorageError = StorageError("never read")
+        for _ in range(ATTEMPTS):
+            try:
+                path = self._local(span.shard)
+            except StorageError as error:
+                return error
+            (answer,) = self._files.read([(path, span.start_bytes, span.end_bytes, None)])
+            if isinstance(answer, bytes):
+                break  # else another process has just made room
+        return answer
+
+    def fetch(self, spans: Sequence[Span]) -> list[bytes | StorageError]:
+        """Read some ranges at once; those that fail again, after a pause that grows."""
+        answers: list[bytes | StorageError] = [StorageError("never read")] * len(spans)
+        attempts = [self._attempts(span.shard.path) for span in spans]
+        todo = [index for index, span in enumerate(spans) if span.shard not in self._changed]
+        for index in set(range(len(spans))).difference(todo):
+            answers[index] = ChangedError()
+        for attempt in range(ATTEMPTS):
+            if not todo:
+                break
+            if attempt:
+                self._pause(attempt - 1, reads=len(todo))
+            failed = []
+            for index, answer in zip(todo, self._try([spans[i] for i in todo]), strict=True):
+                span = spans[index]
+                if isinstance(answer, bytes) and len(answer) != span.end_bytes - span.start_bytes:
+                    answer = OSError(f"{len(answer)} bytes came")
+                self._note(span.shard.path, failed=not isinstance(answer, bytes))
+                if isinstance(answer, bytes):
+                    answers[index] = answer
+                    continue
+                answers[index] = StorageError(describe_error(answer))
+                if isinstance(answer, ChangedError):
+                    self._changed.add(span.shard)
+                    answers[index] = answer
+                if not is_permanent(answer) and attempt < attempts[index] - 1:
+                    failed.append(index)
+            todo = failed
+        return answers
+
+    def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
+        """The answers to one attempt, each of the version that its tar has, or an error."""
+        answers = self._ask(self._filesystem, spans)
+        refused = next(
+            (s for s, a in zip(spans, answers, strict=True) if isinstance(a, ConditionError)), None
+        )
+        try:
+            if refused is not None and self._is_there(refused.shard):
+                self._on_condition = False  # the server has it, and does not understand conditions
+                return self._try(spans)
+            unchecked = {
+                span.shard
+                for span, answer in zip(spans, answers, strict=True)
+                if isinstance(answer, Answer) and not answer.is_checked
+            }
+            gone = {shard for shard in unchecked if not self._is_known(shard)}
+        except StorageError as error:
+            return [error] * len(spans)
+        return [
+            ChangedError()
+            if span.shard in gone
+            else answer.data
+            if isinstance(answer, Answer)
+            else answer
+            for span, answer in zip(spans, answers, strict=True)
+        ]
+
+    def _is_known(self, shard: ShardFile) -> bool:
+        """As `_is_there`, but what was asked for a short while ago is not asked for again."""
+        now = time.monotonic()
+        if now - self._checked.get(shard, -CHECK_SECONDS) < CHECK_SECONDS:
+            return True
+        is_there = self._is_there(shard)
+        self._checked[shard] = now
+        return is_there
+
+    def _ask(self, filesystem: Any, spans: Sequence[Span]) -> Sequence[Answer | BaseException]:
+        try:
+            if isinstance(filesystem, AsyncFileSystem):
+                return list(
+                    sync(
+                        filesystem.loop,
+                        read_ranges,
+                        filesystem,
+                        spans,
+                        on_condition=self._on_condition,
+                    )
+                )
+            shards, starts, ends = zip(*spans, strict=True)
+            paths = [shard.path for shard in shards]
+            answers = filesystem.cat_ranges(paths, list(starts), list(ends), on_error="return")
+            return [
+                Answer(answer, is_checked=False) if isinstance(answer, bytes) else answer
+                for answer in answers
+            ]
+        except Exception as error:  # what a file system does not return
+            return [error] * len(spans)
+
+    def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
+        """See `Storage`. Files are copied when they are new or have changed.
+
+        Raises:
+            InputError: they cannot be listed or copied.
+        """
+        try:
+            name, files = self._list_metadata()
+        except Exception as error:  # every file system raises its own
+            raise InputError(
+                f"{self.root} cannot be listed: {type(error).__name__}: {error}."
+            ) from None
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "copies.json"
+        stamps = read_json(known) if known.exists() else {}
+        for old in stamps.keys() - {file.name for file in files}:
+            (folder / old).unlink(missing_ok=True)
+            del stamps[old]
+        todo = [
+            file
+            for file in files
+            if file.name.endswith(suffixes)
+            and (stamps.get(file.name) != file.stamp or not (folder / file.name).exists())
+        ]
+        for file in tqdm(todo, desc="copy metadata", unit="file", leave=False, disable=None):
+            with atomic_path(folder / file.name) as temporary:
+                try:
+                    self._copy(file, temporary)
+                except StorageError as error:
+                    raise _unreadable(file, error) from None
+            stamps[file.name] = file.stamp
+            write_json(known, stamps)
+        return folder
+
+    def _list_metadata(self) -> tuple[str, list[ShardFile]]:
+        """The metadata files, and the folder for their copies: what is beside the tars is apart."""
+        if "{" not in self.root:
+            for place in ("metadata/", "shards/", ""):
+                files = self._list(place, METADATA_SUFFIXES)
+                if files:
+                    return "metadata" if place == "metadata/" else "beside_tars", files
+        return "metadata", []
+
+    def close(self) -> None:
+        """See `Storage`."""
+        self._files.close()
+
+
+class _SequentialTar:
+    """A remote tar, read in blocks."""
+
+    def __init__(self, storage: RemoteStorage, shard: ShardFile) -> None:
+        self.name = shard.path
+        self.size_bytes = shard.size_bytes
+        self._storage, self._shard = storage, shard
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        end = min(offset_bytes + max(size_bytes, BLOCK_BYTES), self.size_bytes)
+        if end <= offset_bytes:
+            return b""
+        (answer,) = self._storage.fetch([Span(self._shard, offset_bytes, end)])
+        if isinstance(answer, StorageError):
+            raise _unreadable(self._shard, answer)
+        return answer
+
+
+def _unreadable(file: ShardFile, error: StorageError) -> InputError:
+    if isinstance(error, ChangedError):
+        return changed_file_error(file.path)
+    reason = str(error).removeprefix("in a tar that ")
+    return InputError(f"{file.path} {reason}.")

@@ -1,0 +1,261 @@
+"""From requests to batches: read, decode, transform, tokenise, replace what is bad.
+
+A request is a (position in the order, row of the pool). The augmentation of a sample depends on
+(seed, position) alone, so that neither the number of workers nor of ranks changes a pixel.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from siftclip.datamodules.features.rows import RowFeatures
+from siftclip.datamodules.models.load import Tokenizer, Transform
+from siftclip.datamodules.pool.reader import (
+    BadSampleError,
+    ChangedTarError,
+    RawSample,
+    SampleReader,
+    decode_caption,
+)
+from siftclip.datamodules.streaming.order import DrawnRequests, Substitutes, derive_seeds
+from siftclip.errors import InputError
+
+if TYPE_CHECKING:
+    from siftclip.datamodules.streaming.image_transform import ImageTransform, ResizeBackend
+
+SUBSTITUTE_ATTEMPTS = 20
+_PURPOSE_AUGMENT = 3
+
+Request = tuple[int, int]  # (position in the order, row of the pool)
+Fault = tuple[str, str]  # (cause, place)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What a training or embedding step gets."""
+
+    images: Tensor  # float32 [b, 3, size, size]
+    tokens: Tensor  # int64 [b, context_length]
+    rows: Tensor  # int64 [b], the samples' ids: their rows in the pool
+    valid: Tensor  # bool [b]; False where a bad sample was not replaced
+    references: dict[str, Tensor] = field(default_factory=dict)  # cached features [b, d] by key
+    weights: Tensor | None = None  # float32 [b], of the samples in the loss; None: all alike
+    copies: bool = False  # the batch of all ranks may hold a sample twice; the same on all ranks
+    faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
+    retries: int = 0  # reads that had to be repeated
+    failure: str = ""  # why the run cannot go on; the rest means nothing then
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory. The DataLoader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            images=change(self.images),
+            tokens=change(self.tokens),
+            rows=change(self.rows),
+            valid=change(self.valid),
+            references={key: change(values) for key, values in self.references.items()},
+            weights=None if self.weights is None else change(self.weights),
+        )
+
+
+class StepBatch:
+    """The batch of one step on one rank, in the micro-batches that the device takes at a time.
+
+    `digest` stands for what all ranks together read at the step, for them to compare; 0 with one.
+
+    Neither a list nor a dataclass, so that Lightning hands it on as it is.
+    """
+
+    __slots__ = ("digest", "micro_batches")
+
+    def __init__(self, micro_batches: Sequence[Batch], digest: int = 0) -> None:
+        self.micro_batches, self.digest = micro_batches, digest
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
+        """The batch on another device."""
+        moved = [b.to(device, non_blocking=non_blocking) for b in self.micro_batches]
+        return StepBatch(moved, self.digest)
+
+
+@dataclass(slots=True, kw_only=True)
+class SampleDataset(Dataset[Batch]):
+    """Turns requests into batches. With `substitutes`, bad samples are replaced by others.
+
+    Args:
+        reader: of the pool.
+        transform: of the images. Its random numbers come from the global states of torch, Python
+            and numpy (open_clip's colour jitter draws from Python's), set for every sample.
+        tokenizer: of the captions.
+        seed: of the augmentation and of the substitutes.
+        resize: see `siftclip.datamodules.streaming.image_transform`.
+        substitutes: int64 [n], the rows to replace bad samples from, each once, sorted; None keeps
+            bad samples as zeros marked invalid, which embedding wants.
+        references: cached features that batches carry along.
+        weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
+    """
+
+    reader: SampleReader
+    transform: Transform
+    tokenizer: Tokenizer
+    seed: int
+    substitutes: np.ndarray | None
+    references: Sequence[RowFeatures] = ()
+    weights: np.ndarray | None = None
+    resize: ResizeBackend = "pillow"
+    _images: ImageTransform = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        from siftclip.datamodules.streaming.image_transform import ImageTransform
+
+        self._images = ImageTransform(self.transform, self.resize)
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        storage = self.reader.pool.storage
+        retries = storage.retries
+        try:
+            batch = self._load(requests)
+        except InputError as error:
+            # Raised here, the loader would wrap its message into a traceback of the worker.
+            nothing = torch.empty(0)
+            return Batch(
+                images=nothing, tokens=nothing, rows=nothing, valid=nothing, failure=str(error)
+            )
+        return replace(batch, retries=storage.retries - retries)
+
+    def _load(self, requests: Sequence[Request]) -> Batch:
+        positions, rows = np.asarray(requests, dtype=np.int64).T
+        replacing: Substitutes | None = None  # of a bad sample, made when there is one
+        seeds = derive_seeds(positions, self.seed, _PURPOSE_AUGMENT).tolist()
+        images: Tensor | None = None
+        valid = torch.zeros(len(rows), dtype=torch.bool)
+        captions = [""] * len(rows)
+        faults: list[list[Fault]] = [[] for _ in rows]
+        # Loaders without workers run in the training process, whose state must not change.
+        with _kept_random_states():
+            for index, raw in self.reader.read(rows):
+                row = int(rows[index])
+                for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
+                    try:
+                        prepared, captions[index] = self._decode(raw, seeds[index])
+                        if images is None:
+                            images = _empty_batch(len(rows), prepared.shape)
+                        self._images.finish(prepared, images[index])
+                        rows[index], valid[index] = row, True
+                        break
+                    except ChangedTarError as error:
+                        raise error.stop() from None
+                    except BadSampleError as error:
+                        faults[index].append((str(error), self.reader.pool.place(row)))
+                    if self.substitutes is None:
+                        break
+                    if attempt == SUBSTITUTE_ATTEMPTS:
+                        self._give_up(faults[index])
+                    replacing = replacing or self._replacing(self.substitutes, requests)
+                    place = int(positions[index]) - replacing.start
+                    row = replacing.row(place, attempt)
+                    ((_, raw),) = self.reader.read(np.asarray([row]))
+        if images is None:
+            prepared = self._images.prepare(self._images.blank())
+            images = _empty_batch(len(rows), prepared.shape)
+        images[~valid] = 0
+        return Batch(
+            images=images,
+            tokens=self.tokenizer(captions),
+            rows=torch.from_numpy(rows),
+            valid=valid,
+            references={
+                key: values
+                for features in self.references
+                for key, values in features.gather(rows).items()
+            },
+            weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
+            copies=isinstance(requests, DrawnRequests) and requests.copies,
+            faults=tuple(fault for found in faults for fault in found),
+        )
+
+    def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str]:
+        if isinstance(raw, BadSampleError):
+            raise raw
+        caption = decode_caption(raw.caption)
+        image = self._images.decode(raw.image, self.reader.max_image_pixels)
+        # not torch.manual_seed, which also sets the accelerators' states
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        return self._images.prepare(image), caption
+
+    def _replacing(self, distinct: np.ndarray, requests: Sequence[Request]) -> Substitutes:
+        if not isinstance(requests, DrawnRequests):  # they are all that is read at a time
+            rows = np.array([row for _, row in requests])
+            requests = DrawnRequests(requests, start=requests[0][0], drawn=rows, copies=False)
+        return Substitutes(distinct, requests.drawn, seed=self.seed, start=requests.start)
+
+    def _give_up(self, faults: Sequence[Fault]) -> None:
+        cause, place = faults[-1]
+        raise InputError(
+            f"{SUBSTITUTE_ATTEMPTS + 1} samples of the pool {self.reader.pool.root} in a row are "
+            f"bad; the last one is {place}, one of those {cause}. Is this the right pool?"
+        )
+
+
+def _empty_batch(count: int, shape: torch.Size) -> Tensor:
+    """float32 [count, *shape]; in a loader process, where the trainer reads it without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(count, *shape)
+    elements = count * shape.numel()
+    # as torch's own collation does; `share_memory_` would copy what is not yet written
+    storage = torch.UntypedStorage._new_shared(4 * elements)
+    return torch.empty(0).set_(storage).view(count, *shape)
+
+
+def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
+    """Some samples of several batches as one: int64 [m] into the samples of all, ascending."""
+    bounds = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0)
+    cuts = torch.searchsorted(index, bounds).tolist()
+    chosen = [
+        (part, (index[cuts[number] : cuts[number + 1]] - bounds[number]).to(part.rows.device))
+        for number, part in enumerate(parts)
+    ]
+
+    def joined(get: Callable[[Batch], Tensor]) -> Tensor:
+        return torch.cat([get(part)[at] for part, at in chosen if len(at)])
+
+    return Batch(
+        images=joined(lambda part: part.images),
+        tokens=joined(lambda part: part.tokens),
+        rows=joined(lambda part: part.rows),
+        valid=joined(lambda part: part.valid),
+        references={
+            key: joined(lambda part, key=key: part.references[key])  # type: ignore[misc]  # mypy 12557
+            for key in parts[0].references
+        },
+        weights=None if parts[0].weights is None else joined(lambda part: part.weights),  # type: ignore[arg-type,return-value]  # all have them
+        copies=parts[0].copies,
+    )
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,133 @@
+"""The checksums of a task folder: what says that its download or conversion is complete.
+
+`checksums.json` is written last. It holds where the task is from, and the size and the SHA-256 of
+each file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from siftclip.errors import InputError
+from siftclip.files import read_json, sha256_of, write_json
+
+CHECKSUMS_FILE = "checksums.json"
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileChecksum:
+    """Of one file."""
+
+    size_bytes: int
+    sha256: str  # hexadecimal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskChecksums:
+    """What `checksums.json` says."""
+
+    repository: str  # empty where it is not known
+    revision: str  # as it was asked for: a branch, a tag or a commit; empty = the main branch
+    commit: str
+    splits: tuple[str, ...]  # those that are complete
+    files: dict[str, FileChecksum]  # by path in the folder, with /
+
+
+def hash_file(path: Path) -> tuple[str, str]:
+    """SHA-256 of a file, and the id that git would give it as a blob; both hexadecimal."""
+    sha256 = hashlib.sha256()
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            sha256.update(block)
+            blob.update(block)
+    return sha256.hexdigest(), blob.hexdigest()
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileChecksum]:
+    """The checksums of files in a folder, by name."""
+    return {
+        name: FileChecksum(
+            size_bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name)
+        )
+        for name in names
+    }
+
+
+def write_checksums(folder: Path, checksums: TaskChecksums) -> None:
+    """Write `checksums.json`, atomically."""
+    files = {
+        name: {"size": file.size_bytes, "sha256": file.sha256}
+        for name, file in sorted(checksums.files.items())
+    }
+    write_json(
+        folder / CHECKSUMS_FILE,
+        {
+            "repository": checksums.repository,
+            "revision": checksums.revision,
+            "commit": checksums.commit,
+            "splits": list(checksums.splits),
+            "files": files,
+        },
+    )
+
+
+def read_checksums(folder: Path) -> TaskChecksums | None:
+    """What `checksums.json` of a folder says; None where there is none.
+
+    Raises:
+        InputError: it is not as `write_checksums` writes it.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    try:
+        return TaskChecksums(
+            repository=str(record["repository"]),
+            revision=str(record["revision"]),
+            commit=str(record["commit"]),
+            splits=tuple(str(split) for split in record["splits"]),
+            files={
+                str(name): FileChecksum(size_bytes=int(file["size"]), sha256=str(file["sha256"]))
+                for name, file in record["files"].items()
+            },
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a record of checksums: {error!r}. Delete it and download this task "
+            "again; files that are already right are kept."
+        ) from None
+
+
+def wrong_sizes(folder: Path, checksums: TaskChecksums) -> list[str]:
+    """The names of the files that are missing or not of the recorded size, sorted."""
+    return [name for name, file in sorted(checksums.files.items()) if not _fits(folder, name, file)]
+
+
+def verify_task(folder: Path) -> list[str]:
+    """Hash a task's files again and return the names of the damaged and missing ones, sorted.
+
+    Raises:
+        InputError: the folder has no `checksums.json`, or it is not a record of checksums.
+    """
+    checksums = read_checksums(folder)
+    if checksums is None:
+        raise InputError(
+            f"{folder} must hold {CHECKSUMS_FILE}, which is written when a download is complete. "
+            "Run the download again; it goes on where it was."
+        )
+    return [
+        name
+        for name, file in sorted(checksums.files.items())
+        if not _fits(folder, name, file) or sha256_of(folder / name) != file.sha256
+    ]
+
+
+def _fits(folder: Path, name: str, file: FileChecksum) -> bool:
+    path = folder / name
+    return path.is_file() and path.stat().st_size == file.size_bytes

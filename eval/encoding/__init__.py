@@ -1,0 +1,5 @@
+"""From images and texts of tasks to features."""
+
+from siftclip.aliases import answer_for_module
+
+answer_for_module(__name__)  # the module of this name is in here now

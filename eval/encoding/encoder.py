@@ -1,0 +1,222 @@
+"""Features of images and texts of tasks, shared among ranks.
+
+Batches are cut before they are shared out, and rank r of W takes the batches r, r + W and so on. So
+a feature does not depend on how many ranks there are, and no image is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from siftclip.agreement import share_texts
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.eval.encoding.texts import (
+    check_tokens,
+    encode_tokens,
+    length_batches,
+    token_lengths,
+)
+from siftclip.eval.tasks.images import ImageBatch, ImageDataset, ImageTable, only_item
+from siftclip.ranks import OneRank, Ranks, sum_arrays
+
+_ROWS_A_SUM = 65_536  # of features that ranks exchange at once
+_TEXTS_A_TOKENIZING = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeOptions:
+    """How features are computed; `device` decides nothing about them but the last bits."""
+
+    device: torch.device
+    batch_size: int = 256
+    num_workers: int = 0
+    max_image_pixels: int = 178_956_970  # Pillow's own limit
+    autocast: torch.dtype | None = None  # None: fp32
+    progress: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFeatures:
+    """Features of a table's images, on every rank."""
+
+    features: np.ndarray  # float32 [U, d], unit vectors
+    ids: np.ndarray  # uint64 [U], see `images.content_id`
+    faults: dict[int, str]  # what is wrong with the image of a row
+
+
+class _Batches(Sampler[list[int]]):
+    def __init__(self, batches: Sequence[np.ndarray]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows.tolist() for rows in self.batches)
+
+
+class Encoder:
+    """Runs the towers of a model on the images and texts of tasks.
+
+    Args:
+        clip: the model, in the mode and on the device that it is to be used in.
+        options: how.
+        ranks: with whom; all of them make the same calls.
+    """
+
+    def __init__(self, clip: ClipModel, options: EncodeOptions, ranks: Ranks | None = None) -> None:
+        from siftclip.datamodules.streaming.image_transform import ImageTransform
+
+        self.clip = clip
+        self.options = options
+        self.ranks: Ranks = OneRank() if ranks is None else ranks
+        self._transform = ImageTransform(clip.eval_transform)
+        self._finisher = copy(self._transform)  # the same, on the device
+        if self._finisher.normalize is not None:
+            self._finisher.mean = self._transform.mean.to(options.device)
+            self._finisher.std = self._transform.std.to(options.device)
+
+    def image_sets(self, table: ImageTable, sets: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
+        """The features of sets of images, one set after the other, with one loader for all.
+
+        Args:
+            table: of the images.
+            sets: int64 rows of the table, each set in batches of its own, so that its features do
+                not depend on what else is encoded.
+        """
+        size, ranks = self.options.batch_size, self.ranks
+        cut = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in sets]
+        numbered = [(owner, batch) for owner, batches in enumerate(cut) for batch in batches]
+        mine = numbered[ranks.rank :: ranks.size]
+        loader: Iterator[ImageBatch] = iter(
+            self._loader(table, [batch for _, batch in mine]) if mine else ()
+        )
+        total = sum(map(len, sets))
+        bar = tqdm(
+            total=total,
+            desc="images",
+            unit="image",
+            disable=self._quiet(),
+            leave=False,
+        )
+        done = 0
+        with bar:
+            for owner, rows in enumerate(sets):
+                parts: list[tuple[ImageBatch, np.ndarray]] = []
+                while done < len(mine) and mine[done][0] == owner:
+                    batch = next(loader)
+                    parts.append((batch, self._encode_images(batch.images)))
+                    bar.update(min(len(batch.rows) * ranks.size, total - bar.n))
+                    done += 1
+                yield self._gather(table, rows, parts)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit features of texts, float32 [n, d], on the model's device and on every rank.
+
+        Raises:
+            InputError: the tokenizer is not that of the model.
+        """
+        model, device = self.clip.model, self.options.device
+        tokens = torch.cat(
+            [
+                self.clip.tokenizer(list(texts[start : start + _TEXTS_A_TOKENIZING]))
+                for start in range(0, len(texts), _TEXTS_A_TOKENIZING)
+            ]
+        )
+        check_tokens(model, tokens)
+        found = token_lengths(model, tokens)
+        lengths = torch.full((len(tokens),), tokens.shape[1]) if found is None else found
+        batches = length_batches(lengths.numpy(), self.options.batch_size)
+        mine = batches[self.ranks.rank :: self.ranks.size]
+        quiet = True if len(mine) < 16 else self._quiet()
+        parts = []
+        for rows in tqdm(mine, desc="texts", unit="batch", disable=quiet, leave=False):
+            part = tokens[rows, : int(lengths[rows[0]])].to(device)
+            with self._autocast():
+                parts.append((rows, encode_tokens(model, part).float().cpu().numpy()))
+        features = self._place(len(texts), parts)
+        return torch.from_numpy(features).to(device)
+
+    def _loader(self, table: ImageTable, batches: Sequence[np.ndarray]) -> DataLoader[ImageBatch]:
+        parallel = self.options.num_workers > 0
+        return DataLoader(
+            ImageDataset(table, self._transform, max_image_pixels=self.options.max_image_pixels),
+            batch_sampler=_Batches(batches),
+            num_workers=self.options.num_workers,
+            collate_fn=only_item,  # type: ignore[arg-type]  # it gets no list
+            prefetch_factor=2 if parallel else None,
+            pin_memory=self.options.device.type == "cuda",
+            generator=torch.Generator(),  # without one it takes a number from the global generator
+        )
+
+    def _quiet(self) -> bool | None:
+        """For tqdm: None shows a bar only at a terminal; a file would get a line a change."""
+        return None if self.options.progress and self.ranks.rank == 0 else True
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.options.autocast
+        return torch.autocast(self.options.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _encode_images(self, images: Tensor) -> np.ndarray:
+        images = self._finish(images)
+        with self._autocast():
+            features = self.clip.model.encode_image(images, normalize=True)  # type: ignore[operator]
+        return features.float().cpu().numpy()
+
+    def _finish(self, prepared: Tensor) -> Tensor:
+        """Loaders send what a transform has prepared, a quarter of the bytes of its end result."""
+        device = self.options.device
+        prepared = prepared.to(device, non_blocking=True)
+        images = torch.empty(prepared.shape, dtype=torch.float32, device=device)
+        if device.type == "cpu":  # one by one they stay in the cache
+            for picture, out in zip(prepared, images, strict=True):
+                self._finisher.finish(picture, out)
+        else:
+            self._finisher.finish(prepared, images)
+        return images
+
+    def _gather(
+        self, table: ImageTable, rows: np.ndarray, parts: list[tuple[ImageBatch, np.ndarray]]
+    ) -> ImageFeatures:
+        """The features of one set on all ranks, by position in `rows`."""
+        place = np.empty(len(table), dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        features = self._place(len(rows), [(place[batch.rows], found) for batch, found in parts])
+        ids = np.zeros(len(rows), dtype=np.int64)
+        faulty = np.zeros(len(rows), dtype=np.int64)
+        messages: dict[int, str] = {}
+        for batch, _ in parts:
+            ids[place[batch.rows]] = batch.ids.view(np.int64)
+            for row, message in batch.faults:
+                faulty[place[row]] = 1
+                messages[int(place[row])] = message
+        ids = sum_arrays(self.ranks, ids).view(np.uint64)
+        where = np.flatnonzero(sum_arrays(self.ranks, faulty)).tolist()
+        texts = share_texts(self.ranks, [messages.get(row, "") for row in where])
+        return ImageFeatures(
+            features=features, ids=ids, faults=dict(zip(where, texts, strict=True))
+        )
+
+    def _place(self, count: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Rows that the ranks have computed, float32 [count, d], put together on all of them."""
+        width = np.asarray([parts[0][1].shape[1] if parts else 0])
+        if self.ranks.size > 1:  # a rank without a batch does not know it
+            known = sum_arrays(self.ranks, np.asarray([int(len(parts) > 0)]))
+            width = sum_arrays(self.ranks, width) // np.maximum(known, 1)
+        features = np.zeros((count, int(width[0])), dtype=np.float32)
+        for rows, found in parts:
+            features[rows] = found
+        if self.ranks.size > 1:
+            # All but one add zero to a number, so that the sums are exact
+            for start in range(0, count, _ROWS_A_SUM):
+                block = slice(start, start + _ROWS_A_SUM)
+                features[block] = sum_arrays(self.ranks, features[block])
+        return features

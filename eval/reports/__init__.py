@@ -1,0 +1,1 @@
+"""What is said about results, of one model or of several."""

@@ -1,0 +1,337 @@
+"""What an evaluation says: main metrics and averages with intervals, and what is missing.
+
+As a table for the terminal, as names for loggers, as rows for wandb, and as CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from siftclip.errors import InputError, require_int
+from siftclip.eval.probes.probe_scores import IN_TRAIN
+from siftclip.eval.results.aggregates import Average, group_members, named_values, result_averages
+from siftclip.eval.results.files import MAIN_METRIC, TaskResult
+from siftclip.eval.significance.resampling import average_interval, replicates
+from siftclip.eval.tasks.known_tasks import KNOWN_TASKS
+from siftclip.eval.tasks.preparation import TaskFailure
+from siftclip.eval.tasks.task import OWN_FAMILY
+from siftclip.tables import (
+    NARROW,
+    NOTHING,
+    cut,
+    printable,
+    table_width,
+    text_table,
+    wrapped,
+    write_csv_rows,
+)
+
+Interval = tuple[float, float]
+
+# In the order of a table; families of other tools come last.
+FAMILY_TITLES = {
+    "imagenet": "ImageNet",
+    "imagenet_shifts": "ImageNet distribution shifts",
+    "vtab": "VTAB",
+    "retrieval": "Retrieval",
+    "wilds": "WILDS",
+    "fairness": "Fairness",
+    "other": "Other",
+    OWN_FAMILY: "Custom tasks",
+    "linear_probe": "Linear probes",
+    "few_shot": "Few-shot",
+}
+_COLUMNS = (
+    "task", "title", "family", "metric", "value", "low", "high", "chance", "samples", "seconds",
+    "tasks_present", "tasks_total", "note",
+)  # fmt: skip
+_METRIC_WIDTH = 24
+_NO_METRIC = "no main metric"
+_FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The results of one model with the averages over groups of tasks."""
+
+    results: tuple[TaskResult, ...]
+    averages: Mapping[str, Average]  # by group
+    average_intervals: Mapping[str, Interval | None]  # 95 %, by group
+    missing: tuple[str, ...]  # tasks without a result that have not failed
+    failures: tuple[TaskFailure, ...]
+
+    def table(self) -> str:
+        """For people: tasks by family, averages, what is missing or wrong, and why tasks failed.
+
+        As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
+        the chance levels are left out. All characters are printable.
+        """
+        rows = (*self.results, *self.failures)
+        lines = _task_lines(self.results, self.failures) if rows else ["no results"]
+        if self.averages:
+            of_averages = [
+                (name, average.text(), interval_text(self.average_intervals[name]))
+                for name, average in self.averages.items()
+            ]
+            lines += ["", *text_table(("average", "value", "95 % interval"), of_averages)]
+        notes = [(result.key, note) for result in self.results if (note := result_note(result))]
+        if self.missing or self.failures or notes:
+            lines.append("")
+        for key, note in notes:
+            lines += wrapped(f"{key}: {note}")
+        if self.missing:
+            lines += wrapped(f"missing: {', '.join(self.missing)}")
+        for failure in self.failures:
+            lines += wrapped(f"failed: {failure.key}: {failure.message}")
+        return "\n".join(lines)
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers that are defined, by the name they are logged under.
+
+        `eval/<task>/<metric>` and `eval/average/<group>`; the name of a partial average says so,
+        so that its curve is not continued by that of other tasks.
+        """
+        found = {
+            f"eval/{result.key}/{name}": value
+            for result in self.results
+            for name, value in result.metrics.items()
+        }
+        for name, value in named_values(self.averages).items():
+            found[f"eval/average/{name}"] = value
+        return {name: value for name, value in found.items() if value is not None}
+
+    def records(self) -> list[dict[str, Any]]:
+        """One row per task, then one per average, all with the same keys; None = there is none.
+
+        task, title, family, metric, value, low, high (95 %), chance, samples, seconds; of averages
+        tasks_present and tasks_total; note, why a task has no value, or what is wrong with it.
+        """
+        rows = [_task_record(result) for result in self.results]
+        rows += [_failure_row(failure) for failure in self.failures]
+        names = named_values(self.averages)
+        for name, (group, average) in zip(names, self.averages.items(), strict=True):
+            low, high = self.average_intervals[group] or (None, None)
+            rows.append(
+                {
+                    **dict.fromkeys(_COLUMNS),
+                    "task": f"average/{name}",
+                    "title": name,
+                    "value": average.value,
+                    "low": low,
+                    "high": high,
+                    "tasks_present": len(average.present),
+                    "tasks_total": len(average.present) + len(average.missing),
+                }
+            )
+        return rows
+
+
+def summarise(
+    results: Sequence[TaskResult],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    missing: Sequence[str] = (),
+    failures: Sequence[TaskFailure] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Summary:
+    """Results with averages and their intervals.
+
+    An interval of an average stands for the test sets that could have been drawn, as those of the
+    tasks do; a partial average has that of the tasks which it is of. There is none where the
+    outcomes of a task are not kept, or where a member is `task:metric` with a metric that is not
+    the main one.
+
+    Args:
+        results: of one model, each task once.
+        groups: tasks, or `task:metric`, by name of the average.
+        missing: tasks that were asked for and are not there. Members of groups without a result
+            are added.
+        failures: what failed.
+        resamples: for the intervals; 0: none.
+        seed: of the resamples.
+
+    Raises:
+        InputError: a task has two results, or see `averages`.
+    """
+    require_int("resamples", resamples, minimum=0)
+    groups = group_members(groups)
+    by_key = results_by_key(results)
+    found = result_averages(by_key.values(), groups)
+    members = {
+        name: [main_member(member, by_key) for member in average.present]
+        for name, average in found.items()
+    }
+    intervals = _average_intervals(members, by_key, resamples, seed) if resamples else {}
+    wanted = [*missing, *(m.partition(":")[0] for group in groups.values() for m in group)]
+    accounted = by_key.keys() | {failure.key for failure in failures}
+    return Summary(
+        results=tuple(results),
+        averages=found,
+        average_intervals={name: intervals.get(name) for name in found},
+        missing=tuple(name for name in dict.fromkeys(wanted) if name not in accounted),
+        failures=tuple(failures),
+    )
+
+
+def write_csv(path: Path, summary: Summary) -> None:
+    """Write `Summary.records` as CSV, atomically, see `write_csv_rows`."""
+    write_csv_rows(path, _COLUMNS, [[*record.values()] for record in summary.records()])
+
+
+def results_by_key(results: Iterable[TaskResult]) -> dict[str, TaskResult]:
+    """Results by task.
+
+    Raises:
+        InputError: a task has two.
+    """
+    by_key: dict[str, TaskResult] = {}
+    for result in results:
+        if result.key in by_key:
+            raise InputError(
+                f"Each task must have one result. {result.key!r} has two: remove one of the lines "
+                "of the results file."
+            )
+        by_key[result.key] = result
+    return by_key
+
+
+def main_member(member: str, by_key: Mapping[str, TaskResult]) -> str:
+    """A member of a group; `task` for `task:metric` where this is the main metric."""
+    key, _, metric = member.partition(":")
+    return key if key in by_key and metric == by_key[key].main_metric_name else member
+
+
+def result_note(result: TaskResult) -> str:
+    """What is wrong with a result, if anything: why it has no value, or why it is too high."""
+    if result.note:
+        return f"no value: {result.note}"
+    in_train = result.metrics.get(IN_TRAIN)
+    if in_train:
+        return f"{in_train:,.0f} of {result.samples:,} test images are in the train split, too"
+    return ""
+
+
+def chance_level(result: TaskResult) -> float | None:
+    """What guessing scores on the main metric, where DataComp's task list says so.
+
+    It depends on the frequency of the classes: a set of another size has another level.
+    """
+    known = KNOWN_TASKS.get(result.key)
+    if known is None or result.main_metric_name not in (known.main_metric, MAIN_METRIC):
+        return None
+    if result.samples and result.samples != known.samples:  # files of DataComp's do not say
+        return None
+    return known.chance
+
+
+def by_family(families: Iterable[str]) -> list[str]:
+    """Each family once, in the order of a table."""
+    order = list(FAMILY_TITLES)
+    given = list(dict.fromkeys(families))
+    return sorted(given, key=lambda one: order.index(one) if one in order else len(order))
+
+
+def shown_titles(results: Sequence[TaskResult]) -> dict[str, str]:
+    """What a table calls each task, by key: its title, or its key where two titles are equal."""
+    titles = [result.dataset for result in results]
+    return {
+        result.key: result.dataset if titles.count(result.dataset) == 1 else result.key
+        for result in results
+    }
+
+
+def number_text(value: float | None, form: str = ".4f") -> str:
+    """Four decimals, or `-`."""
+    return NOTHING if value is None else f"{value:{form}}"
+
+
+def p_text(p_value: float | None) -> str:
+    """Four decimals, `<1e-4`, or `-`."""
+    if p_value is None:
+        return NOTHING
+    return "<1e-4" if p_value < 1e-4 else f"{p_value:.4f}"
+
+
+def interval_text(interval: Interval | None, form: str = ".4f") -> str:
+    """`[0.1234, 0.2345]`, or `-`."""
+    return NOTHING if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def _task_lines(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> list[str]:
+    titles = shown_titles(results)
+    failed = [_failure_row(failure) for failure in failures]
+    rows: list[Sequence[str] | str] = []
+    families = [*(result.family for result in results), *(row["family"] for row in failed)]
+    for family in by_family(families):
+        rows.append(FAMILY_TITLES.get(family, family))
+        rows += [
+            (
+                titles[result.key],
+                f"{result.samples:,}" if result.samples else NOTHING,  # not in DataComp's files
+                cut(printable(result.main_metric_name or _NO_METRIC), _METRIC_WIDTH),
+                number_text(result.main_metric),
+                interval_text(result.interval),
+                number_text(chance_level(result)),
+            )
+            for result in results
+            if result.family == family
+        ]
+        rows += [
+            (row["title"], NOTHING, _FAILED, NOTHING, NOTHING, NOTHING)
+            for row in failed
+            if row["family"] == family
+        ]
+    header = ("task", "n", "metric", "value", "95 % interval", "chance")
+    columns = len(header) - 1 if table_width() < NARROW else len(header)
+    shown = [row if isinstance(row, str) else row[:columns] for row in rows]
+    return text_table(header[:columns], shown, right=(1, 3, 5))
+
+
+def _average_intervals(
+    members: Mapping[str, Sequence[str]],
+    by_key: Mapping[str, TaskResult],
+    resamples: int,
+    seed: int,
+) -> dict[str, Interval | None]:
+    """The intervals of averages over tasks of which all outcomes are kept, by group."""
+    kept = {key for key, result in by_key.items() if result.outcomes is not None}
+    possible = {name: group for name, group in members.items() if group and kept >= set(group)}
+    drawn = {}
+    for key in dict.fromkeys(key for group in possible.values() for key in group):
+        outcomes, units = by_key[key].outcomes, by_key[key].units
+        if outcomes is not None and units is not None:
+            drawn[key] = replicates(outcomes, units, resamples=resamples, seed=seed)
+    return {name: average_interval(drawn, group) for name, group in possible.items()}
+
+
+def _task_record(result: TaskResult) -> dict[str, Any]:
+    low, high = result.interval or (None, None)
+    return {
+        **dict.fromkeys(_COLUMNS),
+        "task": result.key,
+        "title": result.dataset,
+        "family": result.family,
+        "metric": result.main_metric_name,
+        "value": result.main_metric,
+        "low": low,
+        "high": high,
+        "chance": chance_level(result),
+        "samples": result.samples,
+        "seconds": result.seconds,
+        "note": result_note(result) or None,
+    }
+
+
+def _failure_row(failure: TaskFailure) -> dict[str, Any]:
+    known = KNOWN_TASKS.get(failure.key)
+    return {
+        **dict.fromkeys(_COLUMNS),
+        "task": failure.key,
+        "title": known.title if known else failure.key,
+        "family": known.family if known else OWN_FAMILY,
+        "note": f"{_FAILED}: {failure.message}",
+    }

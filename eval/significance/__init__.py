@@ -1,0 +1,1 @@
+"""How sure a metric is, and a difference of two."""

@@ -1,0 +1,5 @@
+"""Tasks on disk: their samples, their images, and what is known of them."""
+
+from siftclip.aliases import answer_for_module
+
+answer_for_module(__name__)  # the module of this name is in here now

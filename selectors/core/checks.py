@@ -1,0 +1,236 @@
+"""The contract of a selector, as checks that anybody can run on theirs.
+
+    from siftclip.selectors.core.checks import check_selector
+    def test_my_selector():
+        check_selector(lambda: MySelector(alpha=2.0, fraction=0.3))
+
+`CHECKS` holds the checks one by one, for `pytest.mark.parametrize`.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from siftclip.selectors.core.base import Choice, ScoreSelector, Selector, check_choice
+from siftclip.selectors.core.source import (
+    Chunk,
+    FeatureFile,
+    ListColumn,
+    MemorySource,
+    Requirements,
+    take,
+)
+
+SelectorFactory = Callable[[], Selector]
+SAMPLES = 257  # prime, so that no chunk size divides it
+TOLERANCE = 1e-5  # of scores when the same samples come in other chunks
+
+
+def synthetic_chunk(
+    requires: Requirements, *, samples: int = SAMPLES, dim: int = 16, seed: int = 0
+) -> Chunk:
+    """One chunk of random unit features, captions and column values, whatever is asked for."""
+    generator = np.random.default_rng([seed, samples, dim])
+    features = {}
+    for key in requires.features:
+        values = generator.standard_normal((samples, dim))
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        features[key] = torch.from_numpy(values.astype(np.float16))
+    words = np.array(["red", "seven", "on", "a", "blue", "ground"])
+    chunk = Chunk(
+        rows=np.arange(samples, dtype=np.int64),
+        uids=generator.integers(0, 2**63, size=(samples, 2)).astype(np.uint64),
+        features=features,
+        captions=[" ".join(generator.choice(words, size=4)) for _ in range(samples)]
+        if requires.captions
+        else None,
+        sizes=generator.integers(100, 900, size=(samples, 2)) if requires.sizes else None,
+        column=generator.integers(0, 4, size=samples).astype(np.float64)
+        if requires.column
+        else None,
+    )
+    if not requires.lists:
+        return chunk
+    sizes = generator.integers(0, 4, samples)
+    values = generator.integers(0, 9, sizes.sum())
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return replace(chunk, lists=ListColumn(values, offsets))
+
+
+def synthetic_files(
+    requires: Requirements, *, samples: int = 61, dim: int = 16
+) -> dict[FeatureFile, torch.Tensor]:
+    """Random unit features for each feature file that is asked for."""
+    files = {}
+    for number, file in enumerate(requires.files):
+        values = np.random.default_rng([7, number]).standard_normal((samples, dim))
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        files[file] = torch.from_numpy(values.astype(np.float16))
+    return files
+
+
+def _select(make: SelectorFactory, chunk: Chunk, size: int = SAMPLES) -> Choice:
+    selector = make()
+    files = synthetic_files(selector.requires)
+    return selector.select(MemorySource(chunk, files=files, chunk_samples=size))
+
+
+def check_answer(make: SelectorFactory) -> None:
+    """Every sample gets one multiplicity of at least 0, int64, and something is kept."""
+    chunk = synthetic_chunk(make().requires)
+    choice = _select(make, chunk)
+    assert choice.multiplicities.shape == (len(chunk),), "each sample must be answered once"
+    assert choice.multiplicities.dtype == np.int64, "multiplicities must be int64"
+    assert (choice.multiplicities >= 0).all(), "multiplicities must be at least 0"
+    assert choice.multiplicities.sum() > 0, "nothing was kept of a random chunk"
+    if choice.scores is not None:
+        assert choice.scores.dtype == np.float32, "scores must be float32"
+        assert choice.scores.shape == choice.multiplicities.shape, "one score a sample"
+
+
+def check_weights(make: SelectorFactory) -> None:
+    """Weights are declared (`weighs = True`), float32, finite, at least 0, and one a sample.
+
+    What cannot use weights is refused for a selector that declares them, before any work.
+    """
+    selector = make()
+    assert isinstance(selector.weighs, bool), "weighs must be True or False"
+    chunk = synthetic_chunk(selector.requires)
+    choice = _select(make, chunk)
+    try:
+        check_choice(type(selector).__name__, choice, samples=len(chunk), weighs=selector.weighs)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(str(error)) from None
+
+
+def _assert_same(first: Choice, second: Choice, message: str = "") -> None:
+    """Two answers keep the same samples as often, and with the same weights."""
+    assert np.array_equal(first.multiplicities, second.multiplicities), message
+    kept = first.multiplicities > 0
+    weights, others = (
+        np.ones(len(kept)) if choice.weights is None else choice.weights
+        for choice in (first, second)
+    )
+    same = np.allclose(weights[kept], others[kept], rtol=TOLERANCE, atol=0)
+    assert same, f"weights differ {message}".strip()
+
+
+def _numpy_state() -> bytes:
+    return pickle.dumps(np.random.get_state())
+
+
+def check_deterministic(make: SelectorFactory) -> None:
+    """Two fresh selectors agree, and neither draws from a global random state."""
+    chunk = synthetic_chunk(make().requires)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = (torch.get_rng_state(), _numpy_state())
+    first = _select(make, chunk)
+    after = (torch.get_rng_state(), _numpy_state())
+    assert torch.equal(before[0], after[0]), "torch's global random state was used"
+    assert before[1] == after[1], "numpy's global random state was used"
+    _assert_same(first, _select(make, chunk))
+
+
+def check_chunk_size(make: SelectorFactory) -> None:
+    """How the samples are cut into chunks does not change the answer."""
+    chunk = synthetic_chunk(make().requires)
+    whole = _select(make, chunk)
+    for size in (1, 64):
+        pieces = _select(make, chunk, size)
+        if whole.scores is not None and pieces.scores is not None:
+            np.testing.assert_allclose(pieces.scores, whole.scores, rtol=0, atol=TOLERANCE)
+        _assert_same(pieces, whole, f"chunks of {size}")
+
+
+def check_sample_order(make: SelectorFactory) -> None:
+    """The order in which the samples arrive does not change the answer."""
+    chunk = synthetic_chunk(make().requires)
+    shuffled = take(chunk, np.random.default_rng(3).permutation(len(chunk)))
+    _assert_same(_select(make, chunk), _select(make, shuffled))
+
+
+def check_input_untouched(make: SelectorFactory) -> None:
+    """The chunk is not modified."""
+    chunk = synthetic_chunk(make().requires)
+    original = copy.deepcopy(chunk)
+    _select(make, chunk)
+    assert np.array_equal(chunk.rows, original.rows)
+    assert np.array_equal(chunk.uids, original.uids)
+    for key, value in chunk.features.items():
+        assert torch.equal(value, original.features[key]), f"features {key!r} were modified"
+    if chunk.column is not None and original.column is not None:
+        assert np.array_equal(chunk.column, original.column)
+    assert chunk.captions == original.captions
+
+
+def check_picklable(make: SelectorFactory) -> None:
+    """The selector survives pickling, which processes that are spawned need."""
+    chunk = synthetic_chunk(make().requires)
+    try:
+        data = pickle.dumps(make())
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AssertionError(f"the selector cannot be pickled: {error}") from error
+    choice = _select(lambda: pickle.loads(data), chunk)  # noqa: S301 - our own bytes
+    _assert_same(choice, _select(make, chunk))
+
+
+def check_unjudged(make: SelectorFactory) -> None:
+    """A score selector never keeps a sample whose score is NaN."""
+    selector = make()
+    if not isinstance(selector, ScoreSelector):
+        return
+    chunk = synthetic_chunk(selector.requires)
+    scores = np.full(len(chunk), np.nan, dtype=np.float32)
+    scores[::2] = 1.0
+    kept = selector.rule(scores, chunk.uids, len(chunk))
+    assert kept[1::2].sum() == 0, "samples whose score is NaN were kept"
+
+
+def check_single_sample(make: SelectorFactory) -> None:
+    """A chunk of one sample is a legal input."""
+    choice = _select(make, synthetic_chunk(make().requires, samples=1))
+    assert choice.multiplicities.shape == (1,)
+
+
+def check_few_left(make: SelectorFactory) -> None:
+    """Earlier stages may have left two samples, one, or none."""
+    selector = make()
+    chunk = synthetic_chunk(selector.requires)
+    source = MemorySource(chunk, files=synthetic_files(selector.requires))
+    for samples in (2, 1, 0):
+        kept = make().select(source.restrict(chunk.rows[:samples])).multiplicities
+        assert kept.shape == (samples,), f"{samples} of a source of {len(chunk)} samples"
+
+
+CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
+    check_answer,
+    check_weights,
+    check_deterministic,
+    check_chunk_size,
+    check_sample_order,
+    check_input_untouched,
+    check_picklable,
+    check_unjudged,
+    check_single_sample,
+    check_few_left,
+)
+
+
+def check_selector(make: SelectorFactory) -> None:
+    """Run every check. `make` builds a fresh selector at each call.
+
+    Raises:
+        AssertionError: names the check that failed and what is wrong.
+    """
+    for check in CHECKS:
+        try:
+            check(make)
+        except AssertionError as error:
+            raise AssertionError(f"{check.__name__}: {error}") from error

@@ -1,0 +1,242 @@
+"""What stands for a selector: its parameters as plain values, and the code and files behind them.
+
+Answers that are kept are found again by this, so that it must tell apart whatever answers
+differently. `siftclip.datamodules.identity.identities` says what else a kept answer depends on.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import enum
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.aliases import old_name
+
+T = TypeVar("T")
+
+ARGUMENTS = "_arguments"  # where a selector records what its constructor was given
+_OF_THE_RULE = ("fraction", "threshold", "rule", "of")  # arguments that a rule stands for
+
+
+@dataclass(slots=True)
+class Behind:
+    """What a description mentions: the code that acts, and texts that may be names of files."""
+
+    code: set[type | FunctionType] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+    open: list[int] = field(default_factory=list)  # ids of the objects that are being described
+
+
+def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ...] = ()) -> Any:
+    """A value as plain JSON types that stand for it: a selector by its class and parameters.
+
+    The public attributes of an object are its parameters. What begins with an underscore is state
+    that follows from them; arguments of a selector's constructor that it keeps in such attributes
+    alone, or that differ from the attribute of their name, are parameters, too. Of objects that are
+    not ours all attributes count, or what pickle would keep of those that say so themselves.
+
+    Args:
+        value: of any type.
+        behind: takes up the classes, functions and texts that the value consists of.
+        without: names of attributes of `value` itself that do not count.
+
+    Raises:
+        TypeError: nothing tells the value from others: it has no attributes, or no name, such as a
+            lambda.
+    """
+    behind = Behind() if behind is None else behind
+    if isinstance(value, enum.Enum):
+        behind.code.add(type(value))
+        return f"{stored_name(type(value))}.{value.name}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    if isinstance(value, str):
+        behind.texts.add(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (np.generic, os.PathLike)):
+        return describe(value.item() if isinstance(value, np.generic) else os.fspath(value), behind)
+    if isinstance(value, bytes):
+        return {"bytes": hashlib.sha256(value).hexdigest()}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, ModuleType):
+        return {"module": value.__name__}
+    if isinstance(value, (type, FunctionType)) and "<" not in value.__qualname__:
+        behind.code.add(value)
+        return stored_name(value)
+    if isinstance(value, (np.ndarray, Tensor)):
+        return _described_array(value)
+    if isinstance(value, Mapping):
+        described = {str(key): describe(item, behind) for key, item in value.items()}
+        # The order counts where it is not that of the alphabet, in which identities are hashed.
+        in_order = list(described) == sorted(described)
+        return described if in_order else {**described, "order": list(described)}
+    if isinstance(value, (list, tuple)):
+        return [describe(item, behind) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return {"set": sorted((describe(item, behind) for item in value), key=repr)}
+    if isinstance(value, functools.partial):
+        parts = {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+        return {"partial": describe(parts, behind)}
+    if isinstance(value, MethodType):
+        return {"method": value.__name__, "of": describe(value.__self__, behind)}
+    if isinstance(value, torch.nn.Module):
+        behind.code.add(type(value))
+        return {"class": stored_name(type(value)), "weights": describe(value.state_dict(), behind)}
+    return _described_object(value, behind, without)
+
+
+def _described_object(value: Any, behind: Behind, without: tuple[str, ...]) -> dict[str, Any]:
+    if id(value) in behind.open:  # it contains itself
+        return {"again": behind.open.index(id(value))}
+    behind.open.append(id(value))
+    try:
+        return _described_parts(value, behind, without)
+    finally:
+        behind.open.pop()
+
+
+def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> dict[str, Any]:
+    attributes = None if isinstance(value, (type, FunctionType)) else _attributes(value)
+    of_siftclip = type(value).__module__.partition(".")[0] == "siftclip"
+    ours = of_siftclip or ARGUMENTS in (attributes or {})
+    pickled = None if ours else _pickled(value)
+    if pickled is not None:
+        behind.code.add(type(value))
+        return {"class": stored_name(type(value)), "pickled": describe(pickled, behind)}
+    if attributes is None:
+        raise TypeError(
+            f"a {type(value).__name__} cannot be a parameter of a selector: {value!r}. Keep it in "
+            "an attribute that begins with an underscore, and what decides about it in others."
+        )
+    behind.code.add(type(value))
+    chosen = {
+        name: item
+        for name, item in attributes.items()
+        if not (name.startswith("_") and (ours or name.startswith("__"))) and name not in without
+    }
+    described = {name: describe(item, behind) for name, item in chosen.items()}
+    private = {
+        name: item
+        for name, item in attributes.get(ARGUMENTS, {}).items()
+        if not ("rule" in attributes and name in _OF_THE_RULE)
+        and (name not in attributes or (not of_siftclip and _differs(item, attributes[name])))
+    }
+    if private:
+        described["arguments"] = describe(private, behind)
+    return {"class": stored_name(type(value)), **described}
+
+
+def _differs(argument: Any, attribute: Any) -> bool:
+    """Whether an attribute may hold less than the argument of its name that it was made from."""
+    if argument is attribute:
+        return False
+    try:
+        return bool(describe(argument) != describe(attribute))
+    except TypeError:  # such as an iterator, of which the attribute has the items
+        return False
+
+
+def _pickled(value: Any) -> list[Any] | None:
+    """What pickle would keep of an object whose class says itself what that is; else None.
+
+    Such as a regular expression, a date, a generator of random numbers, a table. Nothing is called
+    but the object's own code, and nothing is read from anywhere.
+    """
+    kind = type(value)
+    if isinstance(value, (type, FunctionType)):
+        return None
+    reduce = copyreg.dispatch_table.get(kind)
+    own = ("__reduce__", "__reduce_ex__", "__getstate__")
+    if reduce is None and all(
+        getattr(kind, name, None) is getattr(object, name, None) for name in own
+    ):
+        return None
+    try:
+        parts = value.__reduce_ex__(2) if reduce is None else reduce(value)
+    except Exception:  # a class may refuse in any way
+        return None
+    if isinstance(parts, str):  # the name of something that is no class of a project
+        return None
+    builder, *rest = parts
+    name = getattr(builder, "__qualname__", type(builder).__qualname__)
+    return [name, *(list(part) if isinstance(part, Iterator) else part for part in rest)]
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object by name, without cached properties; None if it can have none."""
+    slots = [
+        name
+        for kind in type(value).__mro__
+        for name in _slots_of(kind)
+        if name not in ("__dict__", "__weakref__")
+    ]
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    found |= getattr(value, "__dict__", {})
+    return {
+        name: item
+        for name, item in found.items()
+        if not isinstance(getattr(type(value), name, None), functools.cached_property)
+    }
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _described_array(value: np.ndarray | Tensor) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif value.dtype.hasobject:
+        raise TypeError("an array of objects cannot be a parameter of a selector")
+    else:
+        data = np.ascontiguousarray(value).tobytes()
+    return {"array": [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]}
+
+
+def stored_name(value: type | FunctionType) -> str:
+    """What a class or function is called in what is kept: by the name that its module had first."""
+    return f"{old_name(value.__module__)}.{value.__qualname__}"
+
+
+def nested(value: Any, kind: type[T]) -> Iterator[T]:
+    """The objects of a kind in a value, its public attributes and its constructor's arguments.
+
+    Each once: a composition's members, wherever it keeps them.
+    """
+    return _nested(value, kind, set())
+
+
+def _nested(value: Any, kind: type[T], seen: set[int]) -> Iterator[T]:
+    if isinstance(value, (str, bytes, np.ndarray, Tensor)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, kind):
+        yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _nested(item, kind, seen)
+        return
+    is_code = isinstance(value, (type, ModuleType, FunctionType))
+    attributes = {} if is_code else _attributes(value) or {}
+    for name, item in attributes.items():
+        if name == ARGUMENTS or not name.startswith("_"):
+            yield from _nested(item, kind, seen)

@@ -1,0 +1,44 @@
+"""Random numbers that are pure functions of a seed, a draw and the uid of a sample."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from siftclip.hashing import mix64, seed_state, uid_hashes
+
+_PURPOSE = 0x5AFE_C0DE_D1CE_0001  # other numbers than those of uniform_score with the same seed
+_FAR = 100.0  # between two logits: Gumbel noise of 52 bits is between -4 and 37
+
+
+def noise_state(uids: np.ndarray, seed: int) -> np.ndarray:
+    """What the noise of a sample begins with, uint64 [n], from uids uint64 [n, 2]."""
+    return uid_hashes(uids, seed_state(seed ^ _PURPOSE))
+
+
+def hashes(state: np.ndarray, draw: int) -> np.ndarray:
+    """Independent random bits for a draw: uint64 [n]."""
+    return mix64(state ^ seed_state(draw))
+
+
+def noise(state: np.ndarray, draw: int) -> np.ndarray:
+    """Independent uniform numbers in the open interval (0, 1) for a draw: float64 [n]."""
+    return ((hashes(state, draw) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def gumbel(state: np.ndarray, draw: int) -> np.ndarray:
+    """Independent standard Gumbel numbers for a draw: float64 [n]."""
+    return -np.log(-np.log(noise(state, draw)))
+
+
+def bounded_logits(logits: np.ndarray, *, penalties: float = 0.0) -> np.ndarray:
+    """Logits with a finite number for +inf, so far above all others that no noise makes it good.
+
+    So what has +inf is drawn first, and at random among its like, as in the limit of a large logit.
+
+    Args:
+        logits: float [n], above -inf.
+        penalties: what one may lose on the way, at most.
+    """
+    best = np.isposinf(logits)
+    top = logits[~best].max(initial=-np.inf) if not best.all() else 0.0
+    return np.where(best, top + _FAR + penalties, logits).astype(np.float64)

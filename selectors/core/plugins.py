@@ -1,0 +1,53 @@
+"""Selectors of other distributions, found through the entry-point group `siftclip.selectors`."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from siftclip.errors import InputError, ParameterError, call_by_name
+from siftclip.selectors.core.base import Selector
+
+GROUP = "siftclip.selectors"
+
+
+def find_plugins() -> dict[str, EntryPoint]:
+    """The installed selectors by name.
+
+    Raises:
+        InputError: two distributions give the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise InputError(
+                f"Two plug-ins of the group {GROUP!r} are called {point.name!r}: {other.value} and "
+                f"{point.value}. Uninstall one of them."
+            )
+    return found
+
+
+def build_plugin(plugin: str, **parameters: Any) -> Selector:
+    """Build the selector which a distribution registered as `plugin`.
+
+    Raises:
+        InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
+    """
+    found = find_plugins()
+    if plugin not in found:
+        raise ParameterError(
+            f"must be one of {sorted(found)}, the entry points of the group {GROUP!r} that are "
+            "installed",
+            owner=build_plugin,
+            parameter="plugin",
+            value=plugin,
+        )
+    name = f"The plug-in {plugin!r} ({found[plugin].value})"
+    try:
+        selector = call_by_name(found[plugin].load(), parameters)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(f"{name} could not be built with {parameters}: {error}.") from error
+    if not isinstance(selector, Selector):
+        raise InputError(f"{name} must be a subclass of siftclip.selectors.core.base.Selector.")
+    return selector

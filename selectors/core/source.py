@@ -1,0 +1,391 @@
+"""What a selector reads: samples in parts, with random access, shared among ranks.
+
+A source stands for the same samples on every rank. The work is cut into named tasks, and the task
+of number i belongs to rank i modulo the number of ranks. Tasks depend on the source alone, neither
+on the ranks nor on the size of chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.errors import InputError, require_text
+from siftclip.ranks import OneRank, Ranks
+from siftclip.selectors.kernels.blocks import usable_rows
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and the share of a rank
+
+
+class ListColumn(NamedTuple):
+    """A list of whole numbers for each sample, such as the concepts that it shows."""
+
+    values: np.ndarray  # int64 [m], all lists one after the other
+    offsets: np.ndarray  # int64 [n + 1]; list i is values[offsets[i] : offsets[i + 1]]
+
+    def take(self, index: np.ndarray) -> ListColumn:
+        """The lists at `index`, int64 [k], in that order."""
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts = np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        return ListColumn(self.values[starts + np.arange(offsets[-1])], offsets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logits:
+    """How a CLIP model turns a cosine into a logit: scale * cosine + bias."""
+
+    scale: float
+    bias: float = 0.0
+    has_bias: bool = True  # False: the model was trained without one, and not for a sigmoid loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Some samples, as a selector sees them. Nothing in it may be modified."""
+
+    rows: np.ndarray  # int64 [n], rows of the pool
+    uids: np.ndarray  # uint64 [n, 2], (high, low)
+    features: dict[str, Tensor] = field(default_factory=dict)  # key -> float [n, d], as stored
+    captions: list[str] | None = None  # n, if asked for
+    sizes: np.ndarray | None = None  # int64 [n, 2], original width and height; -1 where unknown
+    column: np.ndarray | None = None  # float64 [n], if asked for; NaN where it has no value
+    lists: ListColumn | None = None  # of n lists, if asked for; empty where there is none
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def usable(self) -> Tensor:
+        """Which samples can be judged by their features: bool [n], on the features' device.
+
+        A vector that is zero, or has a component that is not finite, says nothing about its sample.
+        """
+        masks = [usable_rows(values) for values in self.features.values()]
+        return torch.stack(masks).all(0) if masks else torch.ones(len(self), dtype=torch.bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalColumn:
+    """Numbers made elsewhere, keyed by uid.
+
+    `path` is a parquet file with the columns `uid` (32 hexadecimal digits) and `column`, a
+    structured `.npy` with the fields f0, f1 (the uid) and `column`, or a DataComp subset file
+    (`.npy`), whose value is how often it lists a uid; `column` is then None. Without a path it is a
+    column of the parquet files of the pool's own metadata, or `TRAINING_LOSS`.
+    """
+
+    path: str | None
+    column: str | None
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            require_text("path", self.path, owner=self)
+        if self.column is not None:
+            require_text("column", self.column, owner=self)
+
+
+# The contrastive loss of each sample when it was trained on last; NaN before. In training only.
+TRAINING_LOSS = ExternalColumn(path=None, column="training_loss")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureFile:
+    """Features of other samples than the pool's: of a target, of class names.
+
+    `path` is a file (`.npz`, `.npy`, `.pt`, `.safetensors`) or a folder of such files, whose rows
+    are joined in the order of the names; `key` is the array, None for a file with a single one.
+    """
+
+    path: str
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        require_text("path", self.path)
+        if self.key is not None:
+            require_text("key", self.key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What a selector reads beside rows and uids."""
+
+    features: tuple[str, ...] = ()  # feature keys, such as "l14_img", all of one feature set
+    captions: bool = False
+    sizes: bool = False
+    column: ExternalColumn | None = None
+    lists: ExternalColumn | None = None  # a column whose values are lists of whole numbers
+    files: tuple[FeatureFile, ...] = ()  # for `Source.file`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Samples that are stored together: those of one feature file, or of one tar."""
+
+    name: str  # unique, fit for the name of a file
+    rows: np.ndarray  # int64, in the order in which they are stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A piece of work that one rank does, and that is not done again once its answer is kept."""
+
+    name: str  # unique among the tasks of a selector, fit for the name of a file
+    rows: np.ndarray  # int64
+
+
+class Memo(Protocol):
+    """What a selector has worked out and need not work out again. Shared by the ranks."""
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays that were put under `name`, or None."""
+
+    def put(self, name: str, **arrays: np.ndarray) -> None:
+        """Keep arrays. Only one rank may put a name, except for equal arrays."""
+
+
+class DictMemo:
+    """Keeps arrays in memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, np.ndarray]] = {}
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        return self._kept.get(name)
+
+    def put(self, name: str, **arrays: np.ndarray) -> None:
+        self._kept[name] = arrays
+
+
+class Bar(Protocol):
+    """A progress bar."""
+
+    def update(self, n: int) -> object: ...
+
+
+class NoBar:
+    """Shows nothing."""
+
+    def update(self, n: int) -> None:
+        return None
+
+
+class Source(ABC):
+    """The samples that a selector decides about.
+
+    `rows` are int64 [n], ascending, distinct; `uids` uint64 [n, 2]. Scores and multiplicities of a
+    selector are arrays aligned with them.
+    """
+
+    rows: np.ndarray
+    uids: np.ndarray
+    ranks: Ranks
+    device: torch.device  # of the features that `take` gives
+    chunk_samples: int  # bounds the memory: never hold features of many more samples
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def whole(self) -> Source:
+        """The source before any restriction: the pool."""
+        return self
+
+    @abstractmethod
+    def parts(self, requires: Requirements) -> list[Part]:
+        """The samples for which there is what is required. Their rows are disjoint."""
+
+    @abstractmethod
+    def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
+        """The samples `rows`, int64 [m], in this order; any rows of `parts(requires)`."""
+
+    @abstractmethod
+    def file(self, file: FeatureFile) -> Iterator[Tensor]:
+        """The rows of a feature file, in tensors float [<= chunk_samples, d] on the device."""
+
+    def logits(self, features: str) -> Logits:
+        """Scale and bias of the model whose features are called so, such as "learner".
+
+        Raises:
+            InputError: they are not known.
+        """
+        raise InputError(
+            f"The logit scale of the model of the features {features!r} is not known here: set the "
+            "selector's logit_scale for them."
+        )
+
+    @abstractmethod
+    def memo(self, selector: object) -> Memo:
+        """What this selector has worked out for this source."""
+
+    @abstractmethod
+    def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
+        """A progress bar over `total` samples of this rank."""
+
+    def index_of(self, rows: np.ndarray) -> np.ndarray:
+        """Where `rows` stand in `self.rows`: int64 [m]."""
+        if len(self.rows) and self.rows[-1] == len(self.rows) - 1:
+            return rows  # all rows from 0: a whole pool
+        return np.searchsorted(self.rows, rows)
+
+    def tasks(self, requires: Requirements, label: str = "") -> list[Task]:
+        """The samples of all parts in tasks of at most TASK_SAMPLES, in their order."""
+        return [
+            Task(name=f"{label}{part.name}-{start}", rows=part.rows[start : start + TASK_SAMPLES])
+            for part in self.parts(requires)
+            for start in range(0, len(part.rows), TASK_SAMPLES)
+        ]
+
+    def mine(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """The tasks that belong to this rank."""
+        return tasks[self.ranks.rank :: self.ranks.size]
+
+    def chunks(self, rows: np.ndarray, requires: Requirements) -> Iterator[Chunk]:
+        """The samples `rows`, int64, in chunks of at most `chunk_samples`."""
+        for start in range(0, len(rows), self.chunk_samples):
+            yield self.take(rows[start : start + self.chunk_samples], requires)
+
+    def restrict(self, rows: np.ndarray) -> Source:
+        """The same source with some of its samples only: int64, ascending, distinct."""
+        return self if len(rows) == len(self) else RestrictedSource(self, rows)
+
+    def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
+        """Take note of what a selector has made of `samples` samples. Default: nothing."""
+        return None
+
+    def warn(self, text: str) -> None:
+        """Tell the user what is odd about a choice; every rank calls it with the same text."""
+        if self.ranks.rank == 0:
+            log.warning("%s", text)
+
+
+class RestrictedSource(Source):
+    """Some samples of another source."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        self.source = source
+        self.rows = rows
+        self.uids = source.uids[source.index_of(rows)]
+        self.ranks, self.device = source.ranks, source.device
+        self.chunk_samples = source.chunk_samples
+
+    @property
+    def whole(self) -> Source:
+        return self.source.whole
+
+    def parts(self, requires: Requirements) -> list[Part]:
+        kept = np.zeros(len(self.source), dtype=bool)
+        kept[self.source.index_of(self.rows)] = True
+        parts = (
+            replace(part, rows=part.rows[kept[self.source.index_of(part.rows)]])
+            for part in self.source.parts(requires)
+        )
+        return [part for part in parts if len(part.rows)]
+
+    def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
+        return self.source.take(rows, requires)
+
+    def chunks(self, rows: np.ndarray, requires: Requirements) -> Iterator[Chunk]:
+        return self.source.chunks(rows, requires)
+
+    def file(self, file: FeatureFile) -> Iterator[Tensor]:
+        return self.source.file(file)
+
+    def logits(self, features: str) -> Logits:
+        return self.source.logits(features)
+
+    def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
+        self.whole.report(selector, choice, samples, seconds)
+
+    def warn(self, text: str) -> None:
+        self.source.warn(text)
+
+    def memo(self, selector: object) -> Memo:
+        return self.whole.memo((selector, self.rows))
+
+    def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
+        return self.source.bar(total, label)
+
+
+class MemorySource(Source):
+    """Samples in memory: a super-batch, or the input of a test."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        *,
+        files: Mapping[FeatureFile, Tensor] | None = None,
+        logits: Mapping[str, Logits] | None = None,
+        part_samples: int | None = None,
+        chunk_samples: int = 8192,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Hold a chunk.
+
+        Args:
+            chunk: all samples, in any order. It has all that selectors will require.
+            files: what `file` gives.
+            logits: what `logits` gives.
+            part_samples: cut into parts of so many, in the order of the chunk; None: one part.
+            chunk_samples: how many samples a method should hold at a time.
+            ranks: that share the work.
+        """
+        order = np.argsort(chunk.rows)
+        self._chunk, self._order, self._files = chunk, order, dict(files or {})
+        self._logits = dict(logits or {})
+        self._part_samples = part_samples or max(1, len(chunk))
+        self.rows, self.uids = chunk.rows[order], chunk.uids[order]
+        self.ranks, self.chunk_samples = ranks or OneRank(), chunk_samples
+        devices = {values.device for values in chunk.features.values()}
+        self.device = devices.pop() if devices else torch.device("cpu")
+
+    def parts(self, requires: Requirements) -> list[Part]:
+        starts = range(0, len(self.rows), self._part_samples)
+        return [
+            Part(name=f"part{number}", rows=self._chunk.rows[start : start + self._part_samples])
+            for number, start in enumerate(starts)
+        ]
+
+    def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
+        if np.array_equal(rows, self._chunk.rows):
+            taken = self._chunk  # no copy of a whole super-batch
+        else:
+            taken = take(self._chunk, self._order[np.searchsorted(self.rows, rows)])
+        return replace(taken, features={key: taken.features[key] for key in requires.features})
+
+    def logits(self, features: str) -> Logits:
+        return self._logits[features] if features in self._logits else super().logits(features)
+
+    def file(self, file: FeatureFile) -> Iterator[Tensor]:
+        yield from self._files[file].split(self.chunk_samples)
+
+    def memo(self, selector: object) -> Memo:
+        return DictMemo()
+
+    def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
+        return nullcontext(NoBar())
+
+
+def take(chunk: Chunk, index: np.ndarray) -> Chunk:
+    """The samples of a chunk at `index`, int64 [m], in that order."""
+    at = torch.from_numpy(index)
+    return Chunk(
+        rows=chunk.rows[index],
+        uids=chunk.uids[index],
+        features={key: values[at.to(values.device)] for key, values in chunk.features.items()},
+        captions=None if chunk.captions is None else [chunk.captions[i] for i in index],
+        sizes=None if chunk.sizes is None else chunk.sizes[index],
+        column=None if chunk.column is None else chunk.column[index],
+        lists=None if chunk.lists is None else chunk.lists.take(index),
+    )

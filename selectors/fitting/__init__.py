@@ -1,0 +1,1 @@
+"""What is fitted to a pool before methods score: moments, clusters, classes."""

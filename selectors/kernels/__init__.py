@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the arithmetic that several methods share."""

@@ -1,0 +1,1 @@
+"""Methods that read captions, and the rules that they share."""

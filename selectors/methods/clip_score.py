@@ -1,0 +1,48 @@
+"""CLIP score: the cosine of a sample's image and caption (DataComp, arXiv 2304.14108)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siftclip.selectors.core.base import Chunk, Requirements, ScoreSelector
+from siftclip.selectors.kernels.blocks import row_blocks
+
+
+def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """The inner product of each image with its caption, float32 [n].
+
+    Args:
+        image_features: float [n, d] of unit norm. As in DataComp and the authors' releases they
+            are not normalised again, and the product is taken in float32.
+        text_features: float [n, d] of unit norm.
+    """
+    scores = image_features.new_empty(len(image_features), dtype=torch.float32)
+    pairs = row_blocks(image_features, text_features, scores)
+    for image, text, block in pairs:
+        torch.sum(image.float() * text.float(), dim=1, out=block)
+    return scores
+
+
+class ClipScore(ScoreSelector):
+    """Keep the pairs whose image and caption agree best according to a CLIP model."""
+
+    def __init__(self, *, features: str, **rule: Any) -> None:
+        """Choose the features.
+
+        Args:
+            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`.
+            **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
+        """
+        super().__init__(**rule)
+        self.features = features
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=(f"{self.features}_img", f"{self.features}_txt"))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        image, text = (chunk.features[key] for key in self.requires.features)
+        return clip_score(image, text)

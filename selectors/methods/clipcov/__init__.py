@@ -1,0 +1,1 @@
+"""ClipCov: the method, its terms, and the greedy choice."""

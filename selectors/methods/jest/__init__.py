@@ -1,0 +1,1 @@
+"""JEST: joint sampling, learnability, and the losses of single pairs."""

@@ -1,0 +1,216 @@
+"""What a contrastive loss charges to each of many pairs, whose negatives come piece by piece.
+
+`SoftmaxLosses` and `SigmoidLosses` hold some pairs of one model and what is known of their
+negatives so far. Logits exist one tile at a time: O((m + n) d) memory for m pairs and n negatives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from siftclip.selectors.core.source import Logits
+from siftclip.selectors.kernels.blocks import require_same_width
+from siftclip.selectors.kernels.pair_log_sums import CPU_TILE, GPU_TILE, LOG2_E
+
+# Beyond it softplus(x) is x: exp(-40) is below the rounding of float64, and exp(40) fits float32.
+_LINEAR = 40.0
+
+
+def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
+    """scale * <v_i, t_i> + bias of each pair, float64 [m]; image and text are float [m, d]."""
+    image, text = _operand(image), _operand(text)
+    products = torch.linalg.vecdot(image.to(_wide(image)), text.to(_wide(text)))
+    return products.double() * logits.scale + logits.bias
+
+
+def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None = None) -> Tensor:
+    """log sum_j exp(scale * <l_i, r_j>) of each row i: float64 [m], -inf where there is no j.
+
+    Products are float32, of float64 vectors float64; of equal 16-bit types a GPU multiplies what is
+    stored and adds in float32. Every row of a tile has its own largest exponent taken off, so that
+    nothing overflows or vanishes at any scale, and nothing waits for a GPU.
+
+    Args:
+        left: float [m, d], finite.
+        right: float [n, d], finite.
+        scale: finite.
+        skip: leave out j = i + skip, the partner of row i.
+    """
+    sums = left.new_full((len(left),), -torch.inf, dtype=torch.float64)
+    for rows, terms in _tiles(left, right, scale * LOG2_E, 0.0, skip):
+        # A row may be skipped as a whole, where the tile has a single column.
+        top = terms.amax(1).clamp_min_(torch.finfo(terms.dtype).min)
+        terms.sub_(top[:, None]).exp2_()
+        found = terms.sum(1).double().log2_() + top
+        sums[rows] = torch.logaddexp(sums[rows], found / LOG2_E)
+    return sums
+
+
+def row_softplus_sums(
+    left: Tensor, right: Tensor, logits: Logits, *, skip: int | None = None
+) -> Tensor:
+    """sum_j log(1 + exp(scale * <l_i, r_j> + bias)) of each row i: float64 [m].
+
+    These are the losses -log sigmoid(-logit) of negatives (arXiv 2303.15343). Arguments and
+    precision are those of `row_log_sums`.
+    """
+    sums = left.new_zeros((len(left),), dtype=torch.float64)
+    for rows, terms in _tiles(left, right, logits.scale, logits.bias, skip):
+        sums[rows] += functional.softplus(terms, threshold=_LINEAR).sum(1)
+    return sums
+
+
+class PairLosses(ABC):
+    """The losses of m pairs of one model against the negatives that were added so far.
+
+    All answers are float64 [m]. A row that is not finite spoils its own answer alone; what is added
+    must be finite.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, logits: Logits) -> None:
+        """Hold pairs, float [m, d] both, without negatives.
+
+        Raises:
+            InputError: images and texts are of different widths.
+        """
+        require_same_width("image features", image, "text features", text)
+        self.image, self.text, self.logits = _operand(image), _operand(text), logits
+        self.own = pair_logits(self.image, self.text, logits)
+
+    @abstractmethod
+    def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
+        """Judge against n more pairs, float [n, d] both; `skip`: all but i + skip for pair i."""
+
+    @abstractmethod
+    def alone(self) -> Tensor:
+        """What a pair is worth before anything is known of negatives."""
+
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """What the loss charges to each pair."""
+
+    @abstractmethod
+    def increases(self) -> Tensor:
+        """What each pair adds to the loss of a batch of all that was added, when it joins them."""
+
+
+class SigmoidLosses(PairLosses):
+    """SigLIP's loss, sum_ij l_ij with l_ij = -log sigmoid(+-(scale * cos_ij + bias)), + for i = j.
+
+    arXiv 2303.15343, equation 1, without its division by the size of the batch.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, logits: Logits) -> None:
+        super().__init__(image, text, logits)
+        self.negatives = torch.zeros_like(self.own)  # sum_j of l_ij + l_ji
+
+    def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
+        self.negatives += row_softplus_sums(self.image, text, self.logits, skip=skip)
+        self.negatives += row_softplus_sums(self.text, image, self.logits, skip=skip)
+
+    def alone(self) -> Tensor:
+        """l_ii."""
+        return functional.softplus(-self.own, threshold=_LINEAR)
+
+    def losses(self) -> Tensor:
+        """l_ii + (sum_j l_ij + sum_j l_ji) / 2 over the negatives j.
+
+        A negative pair is charged to its image and its text by halves, so that the sum over all
+        samples of a batch is the batch's loss.
+        """
+        return self.alone() + self.negatives / 2
+
+    def increases(self) -> Tensor:
+        """l_ii + sum_j l_ij + sum_j l_ji: exactly what the summed loss of a batch grows by."""
+        return self.alone() + self.negatives
+
+
+class SoftmaxLosses(PairLosses):
+    """CLIP's loss: the mean cross entropy of an image among texts and of a text among images.
+
+    A cross entropy is log(1 + exp(margin)), the margin being the log-sum-exp of the negatives less
+    the pair's own logit. So it is exact to a relative 1e-5 also where it is 1e-4 and logits are
+    100, which the log-sum-exp of all less the own logit is not in float32. A bias has no effect.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, logits: Logits) -> None:
+        super().__init__(image, text, Logits(scale=logits.scale))
+        self.of_image = torch.full_like(self.own, -torch.inf)
+        self.of_text = torch.full_like(self.own, -torch.inf)
+
+    def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
+        scale = self.logits.scale
+        found = row_log_sums(self.image, text, scale, skip=skip)
+        self.of_image = torch.logaddexp(self.of_image, found)
+        found = row_log_sums(self.text, image, scale, skip=skip)
+        self.of_text = torch.logaddexp(self.of_text, found)
+
+    def alone(self) -> Tensor:
+        """The negative logit of the pair: its loss is 0 without negatives, and tells nothing."""
+        return -self.own
+
+    def losses(self) -> Tensor:
+        """The mean of both directions' cross entropies."""
+        of_image, of_text = (
+            functional.softplus(sums - self.own, threshold=_LINEAR)
+            for sums in (self.of_image, self.of_text)
+        )
+        return (of_image + of_text) / 2
+
+    def increases(self) -> Tensor:
+        """The loss of the pair itself.
+
+        Not what the summed loss grows by: the pair is a negative of all others, too, and softmax
+        losses do not decompose into pairs.
+        """
+        return self.losses()
+
+
+LOSSES: dict[str, type[PairLosses]] = {"sigmoid": SigmoidLosses, "softmax": SoftmaxLosses}
+
+
+def _operand(values: Tensor) -> Tensor:
+    """As it is multiplied: 16 bits as stored on a GPU, float64 as it is, else float32."""
+    if values.dtype == torch.float64 or (values.is_cuda and values.element_size() == 2):
+        return values
+    return values.float()
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The type of sums of products."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _tiles(
+    left: Tensor, right: Tensor, scale: float, bias: float, skip: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of scale * left @ right.T + bias, with their rows; -inf where the column is skipped.
+
+    They depend on the shapes alone. Wider where there are few columns, so that a product is large.
+    """
+    left, right = _operand(left), _operand(right)
+    if left.dtype != right.dtype:
+        both = torch.promote_types(left.dtype, right.dtype)
+        left, right = left.to(both), right.to(both)
+    if not len(left) or not len(right):
+        return
+    tile = GPU_TILE if left.is_cuda else CPU_TILE
+    height, width = max(tile, tile * tile // len(right)), max(tile, tile * tile // len(left))
+    offset = torch.tensor(bias, dtype=_wide(left), device=left.device)
+    for i in range(0, len(left), height):
+        for j in range(0, len(right), width):
+            rows, columns = left[i : i + height], right[j : j + width]
+            if left.element_size() == 2:
+                terms = torch.mm(rows, columns.T, out_dtype=torch.float32)
+            else:
+                terms = rows @ columns.T
+            torch.add(offset, terms, alpha=scale, out=terms)
+            if skip is not None:
+                # out of the tile's range it is empty
+                terms.diagonal(i + skip - j).fill_(-torch.inf)
+            yield slice(i, i + height), terms

@@ -1,0 +1,1 @@
+"""negCLIPLoss, and its selection from 8-bit products."""

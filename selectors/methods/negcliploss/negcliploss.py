@@ -1,0 +1,173 @@
+"""negCLIPLoss: the CLIP score less what a caption and an image share with everybody else.
+
+Wang et al., "CLIPLoss and Norm-Based Data Selection Methods for Multimodal Contrastive Learning",
+arXiv 2405.19547.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.errors import require_choice, require_int, require_positive
+from siftclip.hashing import mix64, seed_state, uid_hashes
+from siftclip.selectors.core.base import Choice, Requirements, ScoreSelector, Source, Task
+from siftclip.selectors.core.rules import Threshold, TopFraction
+from siftclip.selectors.core.source import TASK_SAMPLES
+from siftclip.selectors.kernels.hardware import int8_is_fast
+from siftclip.selectors.kernels.pair_log_sums import pair_log_sums
+from siftclip.selectors.methods.clip_score import clip_score
+from siftclip.selectors.methods.negcliploss.screening import Screening, usable_blocks
+
+log = logging.getLogger(__name__)
+
+_PURPOSE = 0x6E65676C6F7373  # keeps the blocks apart from other uses of the same seed
+
+
+def negcliploss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
+    """The score of each pair of a block, float32 [b]: its CLIP score less two normalisers.
+
+    c_i - tau/2 log sum_j exp(<v_i, t_j> / tau) - tau/2 log sum_j exp(<v_j, t_i> / tau), j over the
+    block with i itself: -tau times the pair's symmetric InfoNCE loss (arXiv 2405.19547, section 3;
+    released code: `vas2.cs_new_helper`). The sums are sums, not means, so that a smaller block
+    scores higher, as released. At most 0, up to rounding. Unlike the released code it does not
+    overflow and holds no b x b matrix.
+
+    Args:
+        image: float [b, d] of unit norm, finite; not normalised again.
+        text: float [b, d] of unit norm, finite.
+        temperature: above 0.
+    """
+    row, column = pair_log_sums(image, text, temperature)
+    return clip_score(image, text) - temperature / 2 * (row + column)
+
+
+def block_order(uids: np.ndarray, seed: int, pass_number: int) -> np.ndarray:
+    """The order in which a pass cuts samples into blocks: int64 [n], uniformly random.
+
+    A pure function of the set of uids, uint64 [n, 2], of the seed and of the pass: samples are
+    sorted by a hash. The released code draws `torch.randperm` without a seed.
+    """
+    state = mix64(seed_state(seed ^ _PURPOSE) ^ np.uint64(pass_number))
+    keys = uid_hashes(uids, state)
+    return np.lexsort((uids[:, 1], uids[:, 0], keys))
+
+
+class NegCLIPLoss(ScoreSelector):
+    """Keep the pairs with the smallest contrastive loss among random others.
+
+    With precision "screened", `select` multiplies 8-bit integers first, and then computes in
+    float32 those samples alone that the bound of the error leaves undecided. It keeps what
+    "float32" keeps, up to ties within float32 rounding (about 1e-6). `Choice.scores` are then
+    within the bound (about 0.01) for decided samples; `scores` are float32 always.
+    """
+
+    def __init__(
+        self,
+        *,
+        features: str,
+        temperature: float = 0.01,
+        batch_size: int = 32768,
+        passes: int = 10,
+        partition: str = "file",
+        precision: str = "screened",
+        seed: int = 0,
+        **rule: Any,
+    ) -> None:
+        """Set the parameters.
+
+        Args:
+            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`.
+            temperature: of the CLIP model whose features these are.
+            batch_size: samples of a block; their features are in memory at once. The last block
+                of a partition is short, as released.
+            passes: partitions whose normalisers are averaged; K in the paper.
+            partition: cut each "file" into blocks by itself, as released, or the "global" pool.
+            precision: "screened" or "float32", see the class. A GPU, and a CPU without int8
+                instructions, compute float32 always.
+            seed: of the partitions.
+            **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
+        """
+        super().__init__(**rule)
+        self.features = features
+        self.temperature = require_positive("temperature", temperature, owner=self)
+        self.batch_size = require_int("batch_size", batch_size, minimum=1, owner=self)
+        self.passes = require_int("passes", passes, minimum=1, owner=self)
+        self.partition = require_choice("partition", partition, ("file", "global"), owner=self)
+        self.precision = require_choice("precision", precision, ("screened", "float32"), owner=self)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
+        self._recomputed = 0
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=(f"{self.features}_img", f"{self.features}_txt"))
+
+    @property
+    def recomputed_samples(self) -> int:
+        """How many samples the last screened `select` computed again in float32."""
+        return self._recomputed
+
+    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+        """Runs of whole blocks of one partition."""
+        parts = {part.name: part.rows for part in source.parts(self.requires)}
+        if self.partition == "global":
+            parts = {"pool": np.concatenate([*parts.values(), np.empty(0, dtype=np.int64)])}
+        if pass_number == 1 and max(map(len, parts.values()), default=0) <= self.batch_size:
+            source.warn(
+                f"NegCLIPLoss: batch_size={self.batch_size} holds every file whole, so that all "
+                f"{self.passes} passes compare the same pairs. One pass (passes) gives the same "
+                "scores for less"
+            )
+        step = max(1, TASK_SAMPLES // self.batch_size) * self.batch_size
+        tasks = []
+        for name, rows in parts.items():
+            order = block_order(source.uids[source.index_of(rows)], self.seed, pass_number)
+            rows = rows[order]
+            for start in range(0, len(rows), step):
+                label = f"pass{pass_number}-{name}-{start}"
+                tasks.append(Task(name=label, rows=rows[start : start + step]))
+        return tasks
+
+    def score_task(self, source: Source, task: Task) -> Tensor:
+        """The scores of a run of blocks in float32."""
+        values = torch.full((len(task.rows),), torch.nan)
+        for at, image, text in usable_blocks(source, self.requires, task, self.batch_size):
+            values[at] = negcliploss(image, text, self.temperature).cpu()
+        return values
+
+    @torch.no_grad()
+    def select(self, source: Source) -> Choice:
+        """Score the samples as precisely as the rule needs, and apply it."""
+        rule, screens = self.rule, self.precision == "screened" and int8_is_fast()
+        # what other rules need to know of a score is not known here
+        if not screens or source.device.type != "cpu" or type(rule) not in (TopFraction, Threshold):
+            return super().select(source)
+        assert isinstance(rule, (TopFraction, Threshold))
+        screening = Screening(
+            source,
+            source.memo(self),
+            self.requires,
+            rule=rule,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            passes=self.passes,
+            tasks=lambda number: self.tasks(source, number),
+        )
+        scores = screening.scores()
+        if scores is None:
+            return super().select(source)
+        self._recomputed = screening.recomputed
+        if source.ranks.rank == 0:
+            log.info(
+                "NegCLIPLoss: %d of %d samples were computed again in float32",
+                self._recomputed,
+                len(source),
+            )
+        values = scores.astype(np.float32)
+        kept = rule(values, source.uids, len(source.whole))
+        return Choice(multiplicities=kept, scores=values)

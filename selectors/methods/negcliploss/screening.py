@@ -1,0 +1,220 @@
+"""The selection by negCLIPLoss from 8-bit products, and float32 ones where they leave it open."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftclip.ranks import sum_arrays
+from siftclip.selectors.core.base import Requirements, Source, Task
+from siftclip.selectors.core.rules import Threshold, TopFraction
+from siftclip.selectors.core.source import Memo
+from siftclip.selectors.kernels.pair_log_sums import pair_log_sums, screened_log_sums
+from siftclip.selectors.methods.clip_score import clip_score
+
+_DIRECTIONS = ("row", "column")
+_SCORE = ("clip", *_DIRECTIONS)
+_MARGIN = 1.1  # in errors: the cut moves a little as the samples at it become exact
+
+
+def undecided(
+    scores: np.ndarray,
+    errors: np.ndarray,
+    *,
+    count: int | None = None,
+    threshold: float | None = None,
+) -> tuple[np.ndarray, float]:
+    """Whether the errors of scores leave open what a rule keeps, bool [n], and about where it cuts.
+
+    The rule keeps the `count` best, or those of at least `threshold`. Samples of which it is False
+    are kept or dropped whatever the true scores are, and stand on that side of all others.
+
+    Args:
+        scores: float64 [n], NaN where there is none.
+        errors: float64 [n], at least 0; the true score is not farther away.
+        count: of those that are kept.
+        threshold: of the score; exactly one of the two is given.
+    """
+    lower, upper = scores - errors, scores + errors
+    if threshold is not None:
+        return (lower <= threshold) & (upper >= threshold), threshold
+    judged = ~np.isnan(scores)
+    position = int(judged.sum()) - (count or 0)
+    if count == 0 or position <= 0:  # nothing or everything is kept
+        return np.zeros(len(scores), dtype=bool), np.nan
+    lowest, cut, highest = (
+        np.partition(values[judged], position)[position] for values in (lower, scores, upper)
+    )
+    return (upper >= lowest) & (lower <= highest), float(cut)  # False for NaN
+
+
+def usable_blocks(
+    source: Source,
+    requires: Requirements,
+    task: Task,
+    batch_size: int,
+    usable: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """The usable samples of each block of a task, which are compared with each other.
+
+    Args:
+        source: the samples.
+        requires: two feature keys, of images and texts.
+        task: m samples, in runs of blocks.
+        batch_size: samples of a block.
+        usable: bool [m] where it is known already.
+
+    Yields:
+        where they stand in the task, int64 [b], and their images and texts, float [b, d].
+    """
+    for start in range(0, len(task.rows), batch_size):
+        if usable is not None:
+            at = start + np.flatnonzero(usable[start : start + batch_size])
+            chunk = source.take(task.rows[at], requires)
+            image, text = (chunk.features[key] for key in requires.features)
+        else:
+            chunk = source.take(task.rows[start : start + batch_size], requires)
+            mask = chunk.usable()
+            at = start + mask.nonzero()[:, 0].cpu().numpy()
+            image, text = (chunk.features[key] for key in requires.features)
+            if len(at) < len(chunk):
+                image, text = image[mask], text[mask]
+        if len(at):
+            yield at, image, text
+
+
+class Screening:
+    """Scores of all samples of a source that are as precise as a rule needs them."""
+
+    def __init__(
+        self,
+        source: Source,
+        memo: Memo,
+        requires: Requirements,
+        *,
+        rule: TopFraction | Threshold,
+        temperature: float,
+        batch_size: int,
+        passes: int,
+        tasks: Callable[[int], Sequence[Task]],
+    ) -> None:
+        """Set what is scored; `tasks` gives those of a pass, and is asked again each time, because
+        they hold all rows."""
+        self._source, self._memo, self._requires = source, memo, requires
+        self._rule, self._temperature, self._batch_size = rule, temperature, batch_size
+        self._passes, self._tasks = passes, tasks
+        self.recomputed = 0  # samples that needed a float32 product
+
+    def scores(self) -> np.ndarray | None:
+        """Scores float64 [n] that the rule takes as those of float32; None if there is no bound."""
+        scores, errors = self._screened_scores()
+        if not np.isfinite(errors).all():
+            return None
+        steps = list(itertools.product(range(self._passes), _DIRECTIONS))
+        done = np.zeros(len(scores), dtype=np.int32)  # steps whose sums are float32
+        while True:
+            is_open, cut = self._undecided(scores, errors)
+            is_open &= done < len(steps)
+            if not is_open.any():
+                break
+            # Samples at the cut come first: once they are exact, so is the cut, and it decides
+            # about most others. Those that a better cut brings in catch up step by step.
+            near = is_open & (np.abs(scores - cut) <= _MARGIN * errors)
+            chosen = near if near.any() else is_open
+            step = int(done[chosen].min())
+            chosen &= done == step
+            changes = self._changes(*steps[step], chosen)
+            scores += changes[0] / self._passes
+            errors += changes[1] / self._passes
+            done[chosen] += 1
+        self.recomputed = int((done > 0).sum())
+        return scores
+
+    def _undecided(self, scores: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, float]:
+        if isinstance(self._rule, Threshold):
+            # as the rule compares
+            return undecided(scores, errors, threshold=float(np.float32(self._rule.threshold)))
+        count = self._rule.asked_samples(len(scores), len(self._source.whole))
+        return undecided(scores, errors, count=count)
+
+    def _screened_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores by 8-bit integers, and bounds of their errors: float64 [n] each."""
+        source = self._source
+        totals = np.zeros((2, len(source)))
+        unseen = np.ones(len(source), dtype=bool)
+        for number in range(self._passes):
+            tasks = self._tasks(number)
+            mine = source.mine(tasks)
+            gathered = np.zeros_like(totals)
+            label = f"NegCLIPLoss {number + 1}/{self._passes}"
+            with source.bar(sum(len(task.rows) for task in mine), label) as bar:
+                for task in mine:
+                    known = self._screened(task)
+                    at = source.index_of(task.rows)
+                    # in float64, so that nothing is left of a sum that is replaced later
+                    clip, row, column = (known[key].astype(np.float64) for key in _SCORE)
+                    gathered[0, at] = clip - row - column
+                    gathered[1, at] = known["row_error"].astype(np.float64) + known["column_error"]
+                    bar.update(len(task.rows))
+            totals += sum_arrays(source.ranks, gathered) / self._passes
+            for task in tasks:
+                unseen[source.index_of(task.rows)] = False
+        totals[0, unseen] = np.nan
+        return totals[0], totals[1]
+
+    def _screened(self, task: Task) -> dict[str, np.ndarray]:
+        """Of each sample: CLIP score, normalisers and bounds of their errors, float32 [m] each."""
+        kept = self._memo.get(f"screened-{task.name}")
+        if kept is not None:
+            return kept
+        names = ("row", "column", "row_error", "column_error")
+        arrays = {name: np.zeros(len(task.rows), dtype=np.float32) for name in names}
+        arrays["clip"] = np.full(len(task.rows), np.nan, dtype=np.float32)
+        for at, image, text in usable_blocks(self._source, self._requires, task, self._batch_size):
+            sums = screened_log_sums(image, text, self._temperature)
+            for name in names:
+                arrays[name][at] = self._temperature / 2 * getattr(sums, name).numpy()
+            arrays["clip"][at] = clip_score(image, text).numpy()
+        self._memo.put(f"screened-{task.name}", **arrays)
+        return arrays
+
+    def _changes(self, number: int, direction: str, wanted: np.ndarray) -> np.ndarray:
+        """What float32 normalisers of a pass change of scores and of errors: float64 [2, n]."""
+        source = self._source
+        changes = np.zeros((2, len(source)))
+        mine = source.mine(self._tasks(number))
+        mine = [task for task in mine if wanted[source.index_of(task.rows)].any()]
+        with source.bar(sum(len(task.rows) for task in mine), "NegCLIPLoss, undecided") as bar:
+            for task in mine:
+                chosen = wanted[source.index_of(task.rows)]
+                known = self._screened(task)
+                exact = self._exact(task, direction, chosen, ~np.isnan(known["clip"]))
+                at = source.index_of(task.rows[chosen])
+                changes[0, at] = known[direction][chosen].astype(np.float64) - exact
+                changes[1, at] = -known[f"{direction}_error"][chosen]
+                bar.update(len(task.rows))
+        return sum_arrays(source.ranks, changes)
+
+    def _exact(
+        self, task: Task, direction: str, chosen: np.ndarray, usable: np.ndarray
+    ) -> np.ndarray:
+        """The float32 normalisers of the chosen samples of a task in one direction: float32 [c]."""
+        # Which samples are chosen follows from the rule, of which a memo of scores knows nothing.
+        digest = hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
+        name = f"exact-{direction}-{task.name}-{digest}"
+        kept = self._memo.get(name)
+        if kept is not None:
+            return kept["normaliser"]
+        exact = np.zeros(len(task.rows), dtype=np.float32)
+        blocks = usable_blocks(self._source, self._requires, task, self._batch_size, usable)
+        for at, image, text in blocks:
+            own, other = (image, text) if direction == "row" else (text, image)
+            sums, _ = pair_log_sums(own[torch.from_numpy(chosen[at])], other, self._temperature)
+            exact[at[chosen[at]]] = self._temperature / 2 * sums.numpy()
+        self._memo.put(name, normaliser=exact[chosen])
+        return exact[chosen]

@@ -1,0 +1,24 @@
+"""Uniform random choice, the control of every comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siftclip.errors import require_int
+from siftclip.hashing import uniform_score
+from siftclip.selectors.core.base import Chunk, ScoreSelector
+
+
+class Uniform(ScoreSelector):
+    """Keep a uniformly random part of the pool, the same for every order and chunk size."""
+
+    def __init__(self, *, seed: int, **rule: Any) -> None:
+        """Set the seed; `rule` is `fraction`, `threshold` or `rule`, see `ScoreSelector`."""
+        super().__init__(**rule)
+        self.seed = require_int("seed", seed, minimum=0, owner=self)
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(uniform_score(chunk.uids, self.seed))

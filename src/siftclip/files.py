@@ -1,0 +1,251 @@
+"""Writing files so that a killed run never leaves half of one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from siftclip.errors import InputError
+from siftclip.file_identity import FileIdentity
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` which replaces it when the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically. NaN and infinity are an error, they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return _parsed(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except ValueError as error:
+        raise InputError(f"{path} must be a JSON file: {error}.") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        InputError: the file is missing, or is not a JSON object.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise InputError(f"{path} must be a JSON object. Got {reprlib.repr(record)}.")
+    return record
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one record as a line of JSON, in one write.
+
+    What a killed writer left of a last line is removed first, so that no record joins it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        _mend_last_line(file)
+        file.write(line.encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file of objects; a last line that a killed writer cut off is ignored.
+
+    Raises:
+        InputError: another line is not UTF-8 or not a JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _parsed(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, line {number}, must be a JSON object. Got {reprlib.repr(record)}."
+            )
+        records.append(record)
+    with suppress(ValueError):  # whole, but for its line break
+        last = _parsed(rest)
+        records += [last] if isinstance(last, dict) else []
+    return records
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON in UTF-8, with or without a mark at its start, or ValueError."""
+    text = data.decode("utf-8-sig")
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # of Python, with advice for programmers
+            raise ValueError("a number in it has thousands of digits") from None
+        raise
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a name is there twice, of which only one would count."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(
+            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+        )
+        raise ValueError(f"it has {reprlib.repr(twice)} twice")
+    return record
+
+
+def _mend_last_line(file: IO[bytes]) -> None:
+    """End the last line of a JSONL file, or cut it off where it is not whole."""
+    if not file.seek(0, os.SEEK_END):
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    before, _, rest = file.read().rpartition(b"\n")
+    try:
+        _parsed(rest)
+        file.write(b"\n")
+    except ValueError:
+        file.truncate(len(before) + 1 if before else 0)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as an uncompressed npz, atomically. Object arrays are refused."""
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise TypeError("object arrays would be pickled")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes allow_pickle for a key
+
+
+def read_npz(path: Path, keys: list[str]) -> list[np.ndarray]:
+    """Read `keys` of an npz without ever unpickling.
+
+    Raises:
+        InputError: the file is missing or damaged, or lacks a key (the message lists those it has).
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in keys if key not in file.files]
+            if missing:
+                raise InputError(
+                    f"{path} must hold the array {missing[0]!r}. It holds {sorted(file.files)}."
+                )
+            arrays = [file[key] for key in keys]
+            if not all(isinstance(array, np.ndarray) for array in arrays):
+                raise ValueError("a member is not in npy format")  # numpy gives its raw bytes
+            return arrays
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except InputError:
+        raise
+    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors for a damaged file
+        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+
+
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype of an npy; the file is then at the values.
+
+    Raises:
+        ValueError: this is not an npy file.
+    """
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def read_npz_all(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz by key, see `read_npz`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = list(file.files)
+    except Exception as error:  # numpy raises zipfile, value and OS errors for a damaged file
+        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    return dict(zip(keys, read_npz(path, keys), strict=True))
+
+
+def file_stamp(path: Path) -> list[Any]:
+    """Changes when the file does, without reading all of it; for the large files of a pool.
+
+    Name, size in bytes, time of the last change in ns, and a hash of blocks, the last among them:
+    there an npz has the checksums of its arrays, and a parquet file its statistics.
+    """
+    return FileIdentity.of(path).stamp(path.name)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file's content. One that has not changed is read once a process.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    # ctime changes with the content even where somebody sets the other times back
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _content_digest(path, stamp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_digest(path: Path, stamp: tuple[int, ...]) -> str:
+    return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content as it is on the disk now, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_digests(place: Path) -> dict[str, str]:
+    """The digest of a file, or of all files below a folder, by their paths in it; else nothing."""
+    if place.is_file():
+        return {place.name: content_digest(place)}
+    paths = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    return {path.relative_to(place).as_posix(): content_digest(path) for path in paths}
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for an identity."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,173 @@
+"""Tables for terminals and spreadsheets, which names and captions of strangers cannot harm."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from siftclip.files import atomic_path
+
+WIDTH = 100  # columns of a terminal that a table takes at most
+LEAST_WIDTH = 72  # also in narrower terminals
+NARROW = 92  # below this, tables leave columns out
+NOTHING = "-"  # a cell without a value
+_NAMES_SHOWN = 12  # in a sentence
+_NAME_WIDTH = 40  # there
+_LEAST_NAME = 12  # columns of the first column, also where a table gets wider
+_INDENT, _GAP, _CUT = "  ", "  ", "..."
+# The start of what a spreadsheet may take for a cell, also where it splits at another separator
+# than the comma, and then what makes it a formula; the wide forms of = + - @ do so too.
+_FORMULA = re.compile(
+    r"((?:^|[;,|\t\r\n])[\s\x00-\x1f\u200b\ufeff]*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
+)
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as `\\x1b` for all that a terminal would obey instead of show.
+
+    Control characters, line breaks, marks that turn the direction, and parts of characters.
+    """
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def table_width() -> int:
+    """Columns that a table may take: those of the terminal, from `LEAST_WIDTH` to `WIDTH`."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return max(LEAST_WIDTH, min(WIDTH, shutil.get_terminal_size().columns))
+
+
+def spreadsheet_safe(text: str) -> str:
+    """The text with an apostrophe before what a spreadsheet would run as a formula.
+
+    A cell that begins with = + - or @ is one (OWASP, "CSV Injection").
+    """
+    return _FORMULA.sub(r"\1'", text)
+
+
+def write_csv_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """`write_csv_rows` of records of equal keys, at least one."""
+    write_csv_rows(path, list(records[0]), [list(record.values()) for record in records])
+
+
+def write_csv_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as CSV in UTF-8, atomically.
+
+    Texts and names of columns are made safe for spreadsheets; None and NaN are empty cells. Not by
+    pandas, which turns whole numbers beside empty cells into floats and mends equal names.
+
+    Args:
+        path: the file.
+        header: names of the columns, which may be equal.
+        rows: texts, Python's numbers, and None.
+    """
+    with (
+        atomic_path(path) as temporary,
+        # errors: a folder's name need not be valid Unicode
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([_csv_cell(cell) for cell in row] for row in (header, *rows))
+
+
+def _csv_cell(cell: Any) -> Any:
+    if isinstance(cell, str):
+        return spreadsheet_safe(cell)
+    return None if isinstance(cell, float) and math.isnan(cell) else cell
+
+
+def text_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str] | str],
+    *,
+    right: Collection[int] = (),
+    least: Sequence[int] = (),
+) -> list[str]:
+    """Lines of aligned columns, at most `table_width` wide: the first is cut if they do not fit.
+
+    Args:
+        header: of the columns, at least one.
+        rows: cells of any text, or one text as a heading of the rows below it.
+        right: columns whose cells are aligned to the right.
+        least: widths that the first columns have at least, so that tables can be aligned.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows if not isinstance(row, str)]
+    for row in cells:
+        row[0] = _INDENT + row[0]
+    widths = [max(map(display_width, column)) for column in zip(header, *cells, strict=True)]
+    for column, minimum in enumerate(least):
+        widths[column] = max(widths[column], minimum)
+    width = table_width()
+    rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
+    widths[0] = min(widths[0], max(_LEAST_NAME, width - rest))
+    lines, following = [_line(header, widths, right)], iter(cells)
+    for line in rows:
+        if isinstance(line, str):
+            lines.append(cut(printable(line), width))
+        else:
+            lines.append(_line(next(following), widths, right))
+    return lines
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -> str:
+    parts = []
+    for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        text = cut(cell, width)
+        blank = " " * (width - display_width(text))
+        parts.append(blank + text if column in right else text + blank)
+    return _GAP.join(parts).rstrip()
+
+
+def display_width(text: str) -> int:
+    """Columns of a terminal that a printable text takes: Chinese characters two, accents none."""
+    return sum(
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "FW" else 1
+        for one in text
+    )
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most `width` columns, at least 3: dots stand for the middle.
+
+    Names are told apart by both of their ends.
+    """
+    if display_width(text) <= width:
+        return text
+    start, end = len(text) // 2, len(text) // 2
+    while display_width(text[:start] + _CUT + text[end:]) > width:
+        if start > len(text) - end:
+            start -= 1
+        else:
+            end += 1
+    return text[:start] + _CUT + text[end:]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence, long ones cut; of more than twelve, the number of the others."""
+    shown = ", ".join(cut(printable(name), _NAME_WIDTH) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most `table_width` characters, all but the first indented; no word is split.
+
+    So a long path can still be copied.
+    """
+    return textwrap.wrap(
+        printable(text),
+        table_width(),
+        subsequent_indent=_INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

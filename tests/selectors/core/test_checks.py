@@ -1,0 +1,267 @@
+"""The checks of the contract fail on selectors that break it: one bad selector for each clause."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from siftclip.hashing import uniform_score
+from siftclip.selectors.core import checks
+from siftclip.selectors.core.base import (
+    Choice,
+    Chunk,
+    ExternalColumn,
+    Requirements,
+    ScoreSelector,
+    Selector,
+    Source,
+)
+from siftclip.selectors.core.checks import SelectorFactory
+from siftclip.selectors.core.rules import TopFraction
+
+
+class Sound(ScoreSelector):
+    """Keeps the contract; the bad ones below break one clause of it each."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**(options or {"fraction": 0.3}))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(uniform_score(chunk.uids, 0))
+
+
+class Changed(Sound):
+    """Spoils the answer of a sound selector."""
+
+    def change(self, choice: Choice) -> Choice:
+        raise NotImplementedError
+
+    def select(self, source: Source) -> Choice:
+        return self.change(super().select(source))
+
+
+class LeavesOneOut(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(multiplicities=choice.multiplicities[1:])
+
+
+class BoolMask(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(multiplicities=choice.multiplicities > 0)
+
+
+class NegativeCounts(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(multiplicities=choice.multiplicities * 2 - 1)
+
+
+class KeepsNothing(Changed):
+    def change(self, choice: Choice) -> Choice:
+        return Choice(multiplicities=choice.multiplicities * 0)
+
+
+class DoubleScores(Changed):
+    def change(self, choice: Choice) -> Choice:
+        assert choice.scores is not None
+        scores = choice.scores.astype(np.float64)
+        return Choice(multiplicities=choice.multiplicities, scores=scores)
+
+
+class SaysNothingOfWeights(Changed):
+    def change(self, choice: Choice) -> Choice:
+        weights = np.ones(len(choice.multiplicities), dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+class NegativeWeights(SaysNothingOfWeights):
+    weighs = True
+
+    def change(self, choice: Choice) -> Choice:
+        weights = np.full(len(choice.multiplicities), -1, dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+class OtherWeights(SaysNothingOfWeights):
+    """Its weights depend on the order of the samples."""
+
+    weighs = True
+
+    def change(self, choice: Choice) -> Choice:
+        weights = np.arange(len(choice.multiplicities), dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+    def select(self, source: Source) -> Choice:
+        (part,) = source.parts(self.requires)
+        choice = super().select(source)
+        assert choice.weights is not None
+        weights = np.empty_like(choice.weights)
+        weights[source.index_of(part.rows)] = choice.weights
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+class TorchGlobal(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.rand(len(chunk))
+
+
+class NumpyGlobal(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(np.random.rand(len(chunk)).astype(np.float32))
+
+
+class PythonGlobal(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.tensor([random.random() for _ in range(len(chunk))])
+
+
+class RelativeToChunk(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        scores = super().score(chunk)
+        return scores - scores.mean()
+
+
+class PrefersEarly(Sound):
+    """Ties go to the samples that come first, not to the smaller uids."""
+
+    def select(self, source: Source) -> Choice:
+        kept = np.zeros(len(source), dtype=np.int64)
+        (part,) = source.parts(self.requires)
+        kept[source.index_of(part.rows[: len(source) // 2])] = 1
+        return Choice(multiplicities=kept)
+
+
+class RowsInPlace(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        chunk.rows[:] = chunk.rows[::-1].copy()
+        return super().score(chunk)
+
+
+class UidsInPlace(Sound):
+    def score(self, chunk: Chunk) -> Tensor:
+        chunk.uids[0] += np.uint64(1)
+        return super().score(chunk)
+
+
+class FeaturesInPlace(Sound):
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=("l14_img",))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return chunk.features["l14_img"].mul_(2.0).float().sum(dim=1)
+
+
+class ColumnInPlace(Sound):
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(column=ExternalColumn(path="a.parquet", column="a"))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        assert chunk.column is not None
+        np.add(chunk.column, 1, out=chunk.column)
+        return torch.from_numpy(chunk.column.astype(np.float32))
+
+
+class CaptionsInPlace(Sound):
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(captions=True)
+
+    def score(self, chunk: Chunk) -> Tensor:
+        assert chunk.captions is not None
+        chunk.captions.sort()
+        return super().score(chunk)
+
+
+class HoldsLambda(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform = lambda scores: scores
+
+
+class ForgetsSettings(Sound):
+    """Loses its seed when it is pickled."""
+
+    seed = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rule": self.rule, "seed": 2}
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return torch.from_numpy(uniform_score(chunk.uids, self.seed))
+
+
+class KeepsUnjudged(Sound):
+    def __init__(self) -> None:
+        best = TopFraction(0.9)
+        super().__init__(rule=lambda scores, uids, n: best(np.nan_to_num(scores), uids, n))
+
+
+class NeedsTwo(Sound):
+    def select(self, source: Source) -> Choice:
+        choice = super().select(source)
+        assert len(source) > 1, "the variance of one sample is not defined"
+        return choice
+
+
+class AnswersForThePool(Sound):
+    def select(self, source: Source) -> Choice:
+        return super().select(source.whole)
+
+
+BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] = [
+    (LeavesOneOut, checks.check_answer, "answered once"),
+    (BoolMask, checks.check_answer, "multiplicities must be int64"),
+    (NegativeCounts, checks.check_answer, "at least 0"),
+    (KeepsNothing, checks.check_answer, "nothing was kept"),
+    (DoubleScores, checks.check_answer, "scores must be float32"),
+    (SaysNothingOfWeights, checks.check_weights, "does not declare that it weighs samples"),
+    (NegativeWeights, checks.check_weights, "finite weights of at least 0"),
+    (OtherWeights, checks.check_sample_order, "weights differ"),
+    (TorchGlobal, checks.check_deterministic, "torch's global random state"),
+    (NumpyGlobal, checks.check_deterministic, "numpy's global random state"),
+    (PythonGlobal, checks.check_deterministic, None),
+    (RelativeToChunk, checks.check_chunk_size, None),
+    (PrefersEarly, checks.check_sample_order, None),
+    (RowsInPlace, checks.check_input_untouched, None),
+    (UidsInPlace, checks.check_input_untouched, None),
+    (FeaturesInPlace, checks.check_input_untouched, "features 'l14_img' were modified"),
+    (ColumnInPlace, checks.check_input_untouched, None),
+    (CaptionsInPlace, checks.check_input_untouched, None),
+    (ForgetsSettings, checks.check_picklable, None),
+    (KeepsUnjudged, checks.check_unjudged, "NaN were kept"),
+    (NeedsTwo, checks.check_single_sample, None),
+    (AnswersForThePool, checks.check_few_left, "2 of a source of 257 samples"),
+]
+
+
+def test_sound_selector_passes() -> None:
+    checks.check_selector(Sound)
+
+
+@pytest.mark.parametrize(("bad", "check", "message"), BAD, ids=[bad.__name__ for bad, _, _ in BAD])
+def test_bad_selector_fails(
+    bad: type[Selector], check: Callable[[SelectorFactory], None], message: str | None
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(bad)
+
+
+def test_selector_that_cannot_be_pickled_fails() -> None:
+    with pytest.raises(AssertionError, match="the selector cannot be pickled: "):
+        checks.check_picklable(HoldsLambda)
+
+
+def test_every_check_has_a_bad_selector() -> None:
+    assert {check for _, check, _ in BAD} == set(checks.CHECKS)
+
+
+def test_check_selector_names_the_check_that_failed() -> None:
+    with pytest.raises(AssertionError, match=r"^check_sample_order: "):
+        checks.check_selector(PrefersEarly)

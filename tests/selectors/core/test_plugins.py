@@ -1,0 +1,103 @@
+"""Selectors of other distributions, found through a real entry point."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from siftclip.errors import InputError
+from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.plugins import build_plugin, find_plugins
+from siftclip.selectors.methods.clip_score import ClipScore
+
+MODULE = """
+import torch
+from siftclip.selectors.core.base import ScoreSelector
+
+class LowestUid(ScoreSelector):
+    def __init__(self, *, sign, **rule):
+        super().__init__(**rule)
+        self.sign = sign
+
+    def score(self, chunk):
+        return torch.from_numpy(self.sign * (chunk.uids[:, 0] >> 11).astype("float32"))
+
+class NoSelector:
+    pass
+"""
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """`install("name = module:object", ..., distribution="thirdparty")`: as pip would."""
+
+    def make(*points: str, distribution: str = "thirdparty") -> None:
+        site = tmp_path / distribution
+        info = site / f"{distribution}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1\n")
+        lines = "\n".join(("[siftclip.selectors]", *points))
+        (info / "entry_points.txt").write_text(lines + "\n")
+        (site / f"{distribution}_selectors.py").write_text(MODULE)
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.delitem(sys.modules, f"{distribution}_selectors", raising=False)
+
+    return make
+
+
+def test_third_party_selector_is_found_and_built(install: Install) -> None:
+    install("lowest = thirdparty_selectors:LowestUid")
+    selector = build_plugin("lowest", sign=-1, fraction=0.25)
+    assert type(selector).__name__ == "LowestUid"
+    assert selector.sign == -1  # type: ignore[attr-defined]
+    check_selector(lambda: build_plugin("lowest", sign=-1, fraction=0.25))
+
+
+def test_own_entry_point_is_found() -> None:
+    assert isinstance(build_plugin("clip_score", features="l14", fraction=0.5), ClipScore)
+
+
+def test_unknown_plugin_lists_those_installed(install: Install) -> None:
+    install("lowest = thirdparty_selectors:LowestUid")
+    with pytest.raises(InputError, match=r"one of \['clip_score', 'lowest'\].*Got 'highest'"):
+        build_plugin("highest")
+
+
+def test_two_plugins_of_one_name_are_refused(install: Install) -> None:
+    install("lowest = thirdparty_selectors:LowestUid")
+    install("lowest = fourthparty_selectors:LowestUid", distribution="fourthparty")
+    with pytest.raises(InputError, match=r"called 'lowest': \w+_selectors:LowestUid and \w+_sel"):
+        find_plugins()
+
+
+def test_the_same_distribution_twice_on_the_path_is_no_clash(install: Install) -> None:
+    install("lowest = thirdparty_selectors:LowestUid")
+    install("lowest = thirdparty_selectors:LowestUid", distribution="copy_of_it")
+    assert find_plugins()["lowest"].value == "thirdparty_selectors:LowestUid"
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ("broken = no_such_module:LowestUid", "could not be built.*no_such_module"),
+        ("broken = thirdparty_selectors:Missing", "could not be built.*Missing"),
+        ("broken = thirdparty_selectors:NoSelector", "must be a subclass of .*Selector"),
+    ],
+)
+def test_broken_plugin_is_named(install: Install, point: str, message: str) -> None:
+    install(point)
+    with pytest.raises(InputError, match=f"plug-in 'broken' .*{message}"):
+        build_plugin("broken")
+
+
+def test_parameters_that_a_plugin_does_not_take_are_named(install: Install) -> None:
+    install("lowest = thirdparty_selectors:LowestUid")
+    with pytest.raises(InputError, match=r"^LowestUid: colour is not a parameter.* sign, fraction"):
+        build_plugin("lowest", sign=1, fraction=0.5, colour="red")
+    with pytest.raises(InputError, match=r"^LowestUid needs exactly one of"):
+        build_plugin("lowest", sign=1)

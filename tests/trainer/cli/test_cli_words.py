@@ -1,0 +1,229 @@
+"""What is typed behind a command: words, names with a slash, misspelt options, several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from siftclip.errors import InputError
+from siftclip.trainer.cli.application import FULL_ERROR, _named, application, is_first_rank
+from siftclip.trainer.settings.common import CommonSettings
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.tools import CompareSettings
+
+POSITIONAL = ["model.name", "model.pretrained"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sections:
+    """What the commands here take."""
+
+    common: CommonSettings
+    model: ModelSettings
+    eval: EvalSettings
+    compare: CompareSettings
+
+
+Run = Callable[..., tuple[int, str, list[Sections]]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*words)` of a command without a stage: exit status, stderr and the configurations."""
+
+    def command(*words: str, name: str = "eval") -> tuple[int, str, list[Sections]]:
+        configs: list[Sections] = []
+
+        def stage(config: Sections) -> None:
+            assert os.environ.get(FULL_ERROR) == before  # what children inherit
+            configs.append(config)
+            if config.common.seed == 7:
+                raise InputError("seed is 7.")
+            if config.common.seed == 8:
+                raise KeyboardInterrupt
+
+        before = os.environ.get(FULL_ERROR)
+        monkeypatch.setattr(sys, "argv", ["siftclip", name, *words])
+        status = 0
+        try:
+            positional = POSITIONAL if name == "eval" else ()
+            application(name, Sections, positional=positional)(stage)()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        assert os.environ.get(FULL_ERROR) == before
+        return status, capsys.readouterr().err, configs
+
+    return command
+
+
+# ---- mappings whose names are the user's --------------------------------------------------------
+def test_own_names_need_no_plus(run: Run) -> None:
+    words = [
+        "eval=vtab",
+        "eval.classnames.mnist=a.txt",
+        "eval.classnames.vtab/dtd=b.txt",
+        "+eval.classnames.imagenet-a=c.txt",
+        "++eval.classnames={misc/x:d.txt}",
+        "eval.templates={vtab/pets:e.txt}",
+        "eval.templates.misc/x=",
+        "eval.groups.own=[mnist,vtab/dtd]",
+        "eval.groups.v1.0=[cars]",
+        "~eval.groups.vtab",
+        "eval.tasks=[mnist]",
+        'compare.arms.half=["selector.fraction=0.5"]',
+    ]
+    status, errors, [config] = run("model", *words)
+    assert (status, errors) == (0, "")
+    assert config.eval.classnames == {
+        "mnist": "a.txt",
+        "vtab/dtd": "b.txt",
+        "imagenet-a": "c.txt",
+        "misc/x": "d.txt",
+    }
+    assert config.eval.templates == {"vtab/pets": "e.txt", "misc/x": ""}
+    assert config.eval.groups == {"own": ("mnist", "vtab/dtd"), "v1.0": ("cars",)}
+    assert config.compare.arms == {"half": ("selector.fraction=0.5",)}
+
+
+def test_plain_names_can_be_swept(run: Run) -> None:
+    status, _, configs = run("--multirun", "m", "eval.classnames.mnist=a,b", "progress=false")
+    assert status == 0
+    assert [config.eval.classnames["mnist"] for config in configs] == ["a", "b"]
+
+
+# ---- bare words and paths -----------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["model tiny=1", "runs/b=2,c", "it's"])
+def test_paths_are_taken_as_they_are(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    _, _, [config] = run(name, f"eval.root={name}")
+    assert config.model.name == config.eval.root == name
+
+
+def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("seed=0", "seeds=0"):
+        (tmp_path / name).mkdir()
+    words = ["seed=0", "seeds=0", "--config-dir", "a=b"]
+    expected = ["seed=0", "model.name='seeds=0'", "--config-dir", "a=b"]
+    assert _named("eval", words, POSITIONAL) == expected
+
+
+# ---- faults of the options ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("eval.task=[a]", "eval.task is not an option. Did you mean eval.tasks? All options: "),
+        ("evl=datacomp", "evl is not an option. Did you mean eval?"),
+        ("eval.probe={seed:1}", "eval.probe.seed is not an option. Did you mean eval.probe.seeds?"),
+        ("eval.devices=2", "eval.devices is not an option. Did you mean trainer.devices?"),
+        ("~eval.foo", "eval.foo is not an option."),
+        ("selector.alpha=2", "is added with a plus: +selector.alpha=VALUE."),
+        ("eval=datacmp", "eval=datacmp: there is no such configuration. There are datacomp, def"),
+        ("eval.tasks=a,b", "A list is written eval.tasks=[a,b]; --multirun runs one job for each."),
+        (
+            "logger.entity=me",
+            "logger.entity is not an option. All options: siftclip eval --cfg job",
+        ),
+        ("pool.storage_options.anon=true", "with a plus: +pool.storage_options.anon=VALUE."),
+        ("+seed=1", "Leave the + out: seed=1"),
+        ("eval=3", "Config group override must be a string"),
+        ("eval.groups=[1]", "Cannot merge DictConfig with ListConfig"),
+        ("eval.root=no's", 'the value of eval.root cannot be read. Got "no\'s"'),
+        ("--config-dir=nowhere", "nowhere' not found"),
+        ("--config-name=nope", "Cannot find primary config 'nope'."),
+    ],
+)
+def test_a_wrong_option_is_one_message(word: str, message: str, run: Run) -> None:
+    status, errors, configs = run("model", word)
+    assert (status, configs) == (2, [])
+    assert errors.startswith("siftclip eval: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not any(word in errors for word in ("HYDRA", "Traceback", "pkg://", "_type"))
+
+
+def test_a_suggested_quoting_works(run: Run) -> None:
+    value = 'bad/task\'s "x" = n, [y'
+    _, errors, _ = run("model", f"eval.root={value}")
+    [quoted] = shlex.split(errors.partition("for the shell it is ")[2])
+    assert OverridesParser.create().parse_override(quoted).value() == value
+
+
+def test_words_without_a_meaning(run: Run) -> None:
+    assert "'foo' has no '='" in run("foo", name="select")[1]
+    assert "'a b' cannot be the name of an option" in run("a b=1", name="select")[1]
+
+
+def test_a_wrong_value_of_a_sweep_is_found_before_its_first_job(run: Run) -> None:
+    status, errors, configs = run("--multirun", "m", "eval=fast,datacmp")
+    assert (status, configs) == (2, [])
+    assert "eval=fast,datacmp: there is no such configuration" in errors
+
+
+def test_hydras_own_message_if_it_was_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FULL_ERROR, "1")
+    with pytest.raises(Exception, match=r"Could not override 'eval.task'"):
+        run("model", "eval.task=1")
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_the_first_rank_is_known(environment: dict[str, str], first: bool) -> None:
+    assert is_first_rank(environment) is first
+
+
+@pytest.mark.parametrize(("word", "status"), [("seed=7", 2), ("seed=8", 130), ("sed=1", 2)])
+def test_one_rank_speaks_for_all(
+    word: str, status: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("model", word)[:2] == (status, "")
+    if word == "seed=8":
+        monkeypatch.setenv("RANK", "0")
+        assert "siftclip eval: interrupted" in run("model", word)[1]
+
+
+def test_a_rank_that_trains_says_what_it_alone_may_know(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("seed=7", name="train")[:2] == (2, "siftclip train: error: seed is 7.\n")
+
+
+# ---- what Hydra prints --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("option", "text"), [("--cfg=job", "a/b:\n"), ("--help", "eval.classnames.TASK=FILE")]
+)
+def test_configuration_and_help_are_printed(
+    option: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["siftclip", "eval", option, "x", "eval.groups.a/b=[c]"])
+    with contextlib.suppress(SystemExit):
+        application("eval", Sections, positional=POSITIONAL)(pytest.fail)()
+    assert text in capsys.readouterr().out

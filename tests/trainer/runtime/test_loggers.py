@@ -1,0 +1,188 @@
+"""wandb, read back from a real offline run, and the files that are always written."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+
+from siftclip.errors import InputError
+from siftclip.trainer.demo.pool import DemoData
+from siftclip.trainer.runtime.loggers import (
+    FileLogger,
+    finish,
+    make_loggers,
+    wandb_is_offline,
+    wandb_run_id,
+)
+from siftclip.trainer.stages.train import train_stage
+
+
+def offline_records(path: Path) -> Iterator[bytes]:
+    """The records of a `.wandb` file: a 7 byte header, then a log in LevelDB's format.
+
+    Blocks of 32 KiB hold chunks with a header of checksum (4 bytes), length (2) and type (1: whole,
+    2: first, 3: middle, 4: last); the rest of a block that cannot hold a header is padding.
+    """
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):
+            return  # still being written
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def read_offline_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """History records and configuration of the one offline wandb run in `folder`."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return read_offline_file(path)
+
+
+def read_offline_file(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """History records and configuration in a `.wandb` file."""
+    from wandb.proto import wandb_internal_pb2
+
+    history, config = [], {}
+    for data in offline_records(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            history.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+            )
+        elif kind in ("run", "config"):
+            updates = record.run.config.update if kind == "run" else record.config.update
+            config.update({item.key: json.loads(item.value_json) for item in updates})
+    return history, config
+
+
+def test_offline_run_holds_metrics_config_statistics_and_tables(
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    demo_data: DemoData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ["logger=wandb", f"eval.root={demo_data.tasks}", "eval.during.every_n_steps=3"]
+    run = train_stage(compose("train", [*base, *options]))
+    deadline = time.monotonic() + 60
+    while True:  # wandb's own process writes the file, and on a full machine it takes its time
+        history, config = read_offline_run(run.path)
+        if any("eval/tasks/path" in record for record in history) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    keys = {key for record in history for key in record}
+    assert {
+        "train/loss",
+        "train/contrastive_loss",
+        "train/lr",
+        "train/scale",
+        "train/data_time",
+        "train/batch_time",
+        "train/samples_per_second",
+        "train/samples_per_second_per_gpu",
+        "selection/samples",
+        "selection/coverage",
+        "selection/score_q50",
+        "eval_during/digit",
+        "eval_during/retrieval",
+        "eval/digit/acc1",
+        "eval/retrieval/mean_recall@1",
+        "eval/tasks/path",
+    } <= keys
+    steps = [r["trainer/global_step"] for r in history if "train/loss" in r]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert config["selector"]["fraction"] == 0.3
+    assert config["scale"]["samples_seen"] == 96
+    (logged,) = (r["eval/tasks/path"] for r in history if "eval/tasks/path" in r)
+    (found,) = run.path.glob(f"wandb/offline-run-*/files/{logged}")
+    content = json.loads(found.read_text())
+    assert content["columns"][:5] == ["task", "title", "family", "metric", "value"]
+    assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
+
+
+def test_a_restart_continues_the_wandb_run(tmp_path: Path) -> None:
+    """Two offline folders with one id, in the order of their start, which `wandb sync` joins."""
+    for steps in ([1, 2, 3], [3, 4]):
+        loggers = make_loggers(tmp_path, name="a run", wandb_enabled=True, mode="offline")
+        for step in steps:
+            for logger in loggers:
+                logger.log_metrics({"train/loss": 10.0 - step}, step=step)
+        finish(loggers)
+        time.sleep(1.1)  # wandb's folders are named by the second
+    folders = sorted(tmp_path.glob("wandb/offline-run-*"))
+    assert len(folders) == 2
+    run_id = wandb_run_id(tmp_path)
+    found = []
+    for folder in folders:
+        (path,) = folder.glob("*.wandb")
+        assert path.name == f"run-{run_id}.wandb"
+        history, _ = read_offline_file(path)
+        found.append([record["trainer/global_step"] for record in history])
+    assert found == [[1, 2, 3], [3, 4]]
+
+
+def test_ids_of_wandb_runs(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "50 %: über#1"]
+    ids = [wandb_run_id(folder) for folder in folders]
+    assert [wandb_run_id(folder) for folder in folders] == ids
+    assert len({*ids}) == 3
+    assert ids[0].startswith("run-")
+    for one in ids:
+        assert re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", one)
+
+
+def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_is_offline("auto")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert not wandb_is_offline("auto")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_is_offline("auto")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert not wandb_is_offline("auto")
+    assert wandb_is_offline("offline")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_is_offline("auto")
+    assert not wandb_is_offline("online")
+    with pytest.raises(InputError, match=r"logger\.mode must be one of .*Got 'on'"):
+        wandb_is_offline("on")
+
+
+def test_table_keeps_what_was_logged_before_a_restart(tmp_path: Path) -> None:
+    first = FileLogger(tmp_path)
+    first.log_metrics({"train/loss": 3.0}, step=1)
+    first.log_metrics({"train/loss": 2.5}, step=2)
+    second = FileLogger(tmp_path)
+    second.log_metrics({"train/loss": 2.0}, step=2)
+    second.log_metrics({"eval/digit/acc1": 0.5}, step=2)
+    second.finalize("success")
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].tolist() == [1, 2]
+    assert table["train/loss"].tolist() == [3.0, 2.0]
+    assert table["eval/digit/acc1"].iloc[1] == 0.5

@@ -1,0 +1,1 @@
+"""`siftclip data bench`: how fast samples come, and what training waits for."""

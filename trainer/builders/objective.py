@@ -1,0 +1,298 @@
+"""The objective of the settings: the loss, its teacher or reference features, its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from siftclip.datamodules.features.rows import RowFeatures
+from siftclip.datamodules.features.store import open_features
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.selection.columns import read_column
+from siftclip.datamodules.selection.selection import row_weights
+from siftclip.datamodules.streaming.batches import Batch
+from siftclip.errors import InputError
+from siftclip.files import content_digest
+from siftclip.selectors.core.base import Selector, product_of_weights
+from siftclip.trainer.builders.models import clip_model_from, model_files
+from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.losses import (
+    ContrastiveObjective,
+    DistillLoss,
+    ReferenceGuidedLoss,
+    SigLipLoss,
+    SoftmaxLoss,
+)
+from siftclip.trainer.optim.gradients import Objective, TeacherFeatures, no_teacher
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.settings.loss import (
+    CocaLoss,
+    DrrhoLoss,
+    LossSettings,
+    ReferenceFeatures,
+    SampleWeights,
+)
+from siftclip.trainer.settings.loss import (
+    DistillLoss as DistillSettings,
+)
+from siftclip.trainer.settings.loss import (
+    SigLipLoss as SigLipSettings,
+)
+from siftclip.trainer.settings.model import TeacherModel
+
+LOSSES: dict[str, type[ContrastiveObjective]] = {
+    "clip": SoftmaxLoss,
+    "siglip": SigLipLoss,
+    "coca": SoftmaxLoss,
+    "distill": DistillLoss,
+    "drrho": ReferenceGuidedLoss,
+}
+_PROBE = ["a photo of a cat", "Two dogs, 3 birds & a very small car!"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossData:
+    """What the batches carry for the loss."""
+
+    references: RowFeatures | None  # features of a teacher
+    weights: np.ndarray | None  # float32 [n] by the pool's rows, of `loss.weights` and `selector`
+    identity: dict[str, Any]  # of the files that these come from
+
+
+def check_weighing(loss: LossSettings, selector: Selector, option: str) -> None:
+    """Check that the loss can use the weights of a selector, if this one weighs samples.
+
+    Args:
+        loss: of the run.
+        selector: of the option.
+        option: such as "online.selector=infobatch", for the message.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if selector.weighs and not LOSSES[loss.name].takes_weights:
+        able = [name for name, known in LOSSES.items() if known.takes_weights]
+        raise InputError(
+            f"{option} weighs the samples that it keeps, and loss={loss.name} cannot use "
+            "weights: its pairs belong to two samples each. Without them the selection would be "
+            f"biased. Use one of loss={','.join(able)}, or a selector that does not weigh."
+        )
+
+
+def teacher_features(loss: LossSettings) -> ReferenceFeatures | None:
+    """The cached features of a loss that reads some."""
+    if not isinstance(loss, (DistillSettings, DrrhoLoss)):
+        return None
+    features = loss.teacher.features
+    return None if features.name is None else features
+
+
+def teacher_model(loss: LossSettings) -> TeacherModel | None:
+    """The live teacher of a loss that has one."""
+    if not isinstance(loss, DistillSettings) or loss.teacher.model.name is None:
+        return None
+    return loss.teacher.model
+
+
+def open_loss_data(
+    loss: LossSettings, selected: SelectOutcome, *, max_bad_fraction: float
+) -> LossData:
+    """Open the files that the loss needs and check them against the selection.
+
+    Raises:
+        InputError: a file is missing or damaged, or lacks a selected sample.
+    """
+    pool, rows = selected.pool, np.unique(selected.rows)
+    identity: dict[str, Any] = {}
+    references = weights = None
+    cached = teacher_features(loss)
+    if cached is not None:
+        name, root = cached.name, cached.root
+        keys = (f"{name}_img", f"{name}_txt")
+        store = open_features(
+            pool,
+            folder=None if root is None else Path(root),
+            keys=keys,
+            max_bad_fraction=max_bad_fraction,
+        )
+        references = RowFeatures.build(store, keys, len(pool))
+        lacking = int((references.part_of_row[rows] < 0).sum())
+        if lacking:
+            raise InputError(
+                f"loss.teacher.features: {lacking} of {len(rows)} selected samples have no "
+                f"features {name} in {store.folder}. Embed the pool, or select among samples that "
+                "have them."
+            )
+        identity["features"] = store.fingerprint
+    if not isinstance(loss, SigLipSettings) and loss.weights.path is not None:
+        weights = _sample_weights(loss.weights, loss.weights.path, pool, rows)
+        identity["weights"] = content_digest(Path(loss.weights.path))
+    teacher = teacher_model(loss)
+    if teacher is not None:
+        identity["teacher"] = model_files(teacher)
+    weights = product_of_weights(weights, row_weights(selected.selection, pool))
+    return LossData(references=references, weights=weights, identity=identity)
+
+
+def _sample_weights(settings: SampleWeights, path: str, pool: Pool, rows: np.ndarray) -> np.ndarray:
+    """What each sample counts: float32 by the pool's rows."""
+    with options_of(under("loss.weights", "path", "column")):
+        weights = read_column(pool, Path(path), settings.column).astype(np.float32)
+    chosen = weights[rows]
+    bad = int((~(np.isfinite(chosen) & (chosen >= 0))).sum())  # NaN: a sample without a weight
+    if bad:
+        raise InputError(
+            f"loss.weights.path={path!r} must give every selected sample a finite weight of at "
+            f"least 0. {bad} of {len(rows)} have none, or another one."
+        )
+    if not chosen.any():
+        raise InputError(f"loss.weights.path={path!r}: all weights are 0.")
+    return weights
+
+
+def objective_from(
+    loss: LossSettings, clip: ClipModel, data: LossData, rows: np.ndarray
+) -> Objective:
+    """The objective that trains `clip`.
+
+    Args:
+        loss: its settings.
+        clip: the model to be trained.
+        data: of the loss.
+        rows: int64 [n], the selection.
+
+    Raises:
+        InputError: loss, model and teacher do not go together.
+    """
+    _check_model(loss.name, clip)
+    if isinstance(loss, DrrhoLoss) and loss.logit_scale is not None:
+        _fix_logit_scale(clip.model, loss.logit_scale)
+    teacher: TeacherFeatures = no_teacher
+    teacher_scale = loss.teacher.features.logit_scale if isinstance(loss, DistillSettings) else 1.0
+    live = teacher_model(loss)
+    if data.references is not None:
+        teacher = CachedTeacher(data.references.keys)
+    elif live is not None:
+        model = clip_model_from(live, trained=True)
+        _check_same_inputs(clip, model)
+        teacher = ModelTeacher(model.model)
+        teacher_scale = float(model.model.logit_scale.exp())  # type: ignore[operator]
+    built = _loss_from(loss, teacher_scale, np.unique(rows))
+    if isinstance(loss, CocaLoss):
+        return Objective(
+            loss=built,
+            teacher=teacher,
+            contrastive_weight=loss.contrastive_weight,
+            caption_weight=loss.caption_weight,
+        )
+    return Objective(loss=built, teacher=teacher)
+
+
+def _loss_from(loss: LossSettings, teacher_scale: float, rows: np.ndarray) -> ContrastiveObjective:
+    if isinstance(loss, SigLipSettings):
+        return SigLipLoss(loss.dist_impl)
+    if isinstance(loss, DistillSettings):
+        return DistillLoss(teacher_logit_scale=teacher_scale)
+    if isinstance(loss, DrrhoLoss):
+        return ReferenceGuidedLoss(
+            selected_rows=rows, gamma=loss.gamma, epsilon=loss.epsilon, rho=loss.rho
+        )
+    return SoftmaxLoss()
+
+
+def _check_model(name: str, clip: ClipModel) -> None:
+    from open_clip.tokenizer import HFTokenizer
+
+    model: Any = clip.model
+    has_captions = hasattr(model, "text_decoder")
+    if has_captions != (name == "coca"):
+        raise InputError(
+            f"loss={name} does not go with this model, which "
+            + (
+                "is a CoCa: use loss=coca."
+                if has_captions
+                else "has no text decoder: use loss=clip."
+            )
+        )
+    if has_captions and isinstance(clip.tokenizer, HFTokenizer):
+        outputs, tokens = model.text_decoder.text_projection.shape[1], len(clip.tokenizer.tokenizer)
+        if outputs < tokens:
+            raise InputError(
+                f"loss=coca: the text decoder of this model can write {outputs} tokens, and its "
+                f"tokenizer makes {tokens}. Set model.architecture.text_cfg.vocab_size={tokens}."
+            )
+    if name == "siglip" and getattr(model, "logit_bias", None) is None:
+        raise InputError(
+            "loss=siglip needs a model with a logit bias: model.options.init_logit_bias=-10 and "
+            "model.options.init_logit_scale=2.3026, which loss=siglip sets unless model.options is "
+            "overridden."
+        )
+
+
+def _fix_logit_scale(model: nn.Module, scale: float) -> None:
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(scale))  # type: ignore[operator]
+    model.logit_scale.requires_grad_(False)
+
+
+def _check_same_inputs(student: ClipModel, teacher: ClipModel) -> None:
+    """The teacher sees the student's images and tokens, as in open_clip."""
+    # through JSON, because open_clip has lists where files are read and tuples elsewhere
+    ours, theirs = (
+        json.loads(json.dumps(clip.config["preprocess_cfg"])) for clip in (student, teacher)
+    )
+    different = {
+        key: (ours.get(key), theirs.get(key)) for key in ours if ours[key] != theirs.get(key)
+    }
+    if different:
+        raise InputError(
+            f"loss.teacher.model must take the images of the model. They differ in {different} "
+            "(model, teacher). Use cached features (loss.teacher.features) instead."
+        )
+    if not same_tokens(student, teacher):
+        raise InputError(
+            "loss.teacher.model must have the tokenizer and context length of the model. Use "
+            "cached features (loss.teacher.features) instead."
+        )
+
+
+def same_tokens(first: ClipModel, second: ClipModel) -> bool:
+    """Whether two models make the same tokens of a text, equally many."""
+    tokens = [clip.tokenizer(_PROBE) for clip in (first, second)]
+    return tokens[0].shape == tokens[1].shape and torch.equal(*tokens)
+
+
+class CachedTeacher:
+    """Takes the teacher's features from the batch."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.image_key, self.text_key = keys
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.references[self.image_key], batch.references[self.text_key]
+
+
+class ModelTeacher:
+    """A frozen model. It is no part of the trained module, so no checkpoint holds it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.device = torch.device("cpu")  # where load_clip_model builds models
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.device != batch.images.device:  # once: it walks over all weights
+            self.device = batch.images.device
+            self.model.to(self.device)
+        return (
+            self.model.encode_image(batch.images, normalize=True),  # type: ignore[operator]
+            self.model.encode_text(batch.tokens, normalize=True),  # type: ignore[operator]
+        )

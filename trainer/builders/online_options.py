@@ -1,0 +1,236 @@
+"""What the settings of `online` say, checked against selectors before any file is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from siftclip.errors import InputError, require_fraction
+from siftclip.selectors.core.base import Selector
+from siftclip.selectors.core.description import nested
+from siftclip.selectors.core.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
+from siftclip.trainer.builders.objective import check_weighing
+from siftclip.trainer.builders.selection import BuiltSelector, selector_from
+from siftclip.trainer.online.pool_embedding import require_whole_weights
+from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.lightning import Strategy
+from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.online import (
+    CachedReference,
+    EveryStepSettings,
+    LoopSettings,
+    OnceSettings,
+    OnlineSettings,
+)
+from siftclip.trainer.settings.selector import SelectorNode
+
+LEARNER, REFERENCE, SCORER = "learner", "reference", "scorer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a selector and the members of a composition read."""
+
+    features: frozenset[str]
+    files: tuple[FeatureFile, ...]
+    columns: frozenset[ExternalColumn]
+    learns: bool  # it, or a member, has a state that training changes
+
+    @classmethod
+    def of(cls, selector: Selector) -> Needs:
+        """Of a selector."""
+        members = list(nested(selector, Selector))  # type: ignore[type-abstract]  # mypy 4717
+        requires = [member.requires for member in members]
+        columns = [column for need in requires for column in (need.column, need.lists)]
+        return cls(
+            features=frozenset(key for need in requires for key in need.features),
+            files=tuple(file for need in requires for file in need.files),
+            columns=frozenset(column for column in columns if column is not None),
+            learns=any(_learns(member) for member in members),
+        )
+
+    def of_model(self, name: str) -> tuple[str, ...]:
+        """The arrays of a model that are needed."""
+        return tuple(sorted(self.features & {f"{name}_img", f"{name}_txt"}))
+
+    @property
+    def training_loss(self) -> bool:
+        return TRAINING_LOSS in self.columns
+
+
+def _learns(selector: Selector) -> bool:
+    return type(selector).state_dict is not Selector.state_dict
+
+
+def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> BuiltSelector:
+    """A selector of the loop: `online.selector`, or the one of the first stage.
+
+    Raises:
+        InputError: it cannot be built.
+    """
+    node = online.selector if node is None else node
+    if isinstance(online, EveryStepSettings):
+        for name in ("rule", "threshold"):
+            if node.parameters.get(name) is not None:
+                raise InputError(
+                    f"{node.place}.{name} has no place at every step, where a fraction of the "
+                    f"super-batch is chosen. Set {node.place}.fraction, and "
+                    "online.schedule.temperature to draw at random. Got "
+                    f"{node.parameters[name]!r}."
+                )
+        schedule_says = online.schedule.filter_ratio is not None
+        if "fraction" in node.parameters and node.fraction is None and schedule_says:
+            node = node.with_parameters(fraction=1.0)
+    return selector_from(node)
+
+
+def kept_fraction(node: SelectorNode) -> float:
+    """The `fraction` of a selector of the loop.
+
+    Raises:
+        InputError: it has none, and no schedule says what takes its place.
+    """
+    if node.fraction is None:
+        raise InputError(
+            f"{node.place}.fraction must say which part of a super-batch is trained on, such as "
+            "0.2; or set online.schedule.filter_ratio. Got null."
+        )
+    return require_fraction(f"{node.place}.fraction", node.fraction)
+
+
+def schedule_from(online: EveryStepSettings) -> Schedule:
+    """The schedule of `online.schedule`."""
+    options = to_plain(online.schedule)
+    if options["filter_ratio"] is None:
+        options["filter_ratio"] = 1 - kept_fraction(online.selector)
+    return Schedule(**options)
+
+
+def reference_logits(features: CachedReference) -> Logits:
+    """Scale and bias of the model that made the cached reference features."""
+    bias = features.logit_bias
+    return Logits(
+        scale=float(features.logit_scale),
+        bias=0.0 if bias is None else float(bias),
+        has_bias=bias is not None,
+    )
+
+
+def check_online(
+    online: OnlineSettings, offline: SelectorNode, loss: LossSettings, strategy: Strategy
+) -> None:
+    """Check all that can be known without a file or a model.
+
+    Raises:
+        InputError: an option of `online` does not go with its selector; or the loss cannot use the
+            weights of `selector` or `online.selector`.
+    """
+    check_weighing(loss, selector_from(offline).selector, f"selector={offline.name}")
+    if isinstance(online, OnceSettings):
+        return
+    selector, name = loop_selector(online).selector, online.selector.name
+    needs = Needs.of(selector)
+    check_weighing(loss, selector, f"online.selector={name}")
+    if getattr(selector, "loss", None) == "sigmoid" and needs.of_model(REFERENCE):
+        told = getattr(getattr(selector, "reference", None), "logit_bias", None)
+        has_bias = reference_logits(online.reference.features).has_bias
+        if not has_live_reference(online) and told is None and not has_bias:
+            raise InputError(
+                "online.selector.loss=sigmoid needs the logit bias of the reference: set "
+                "online.reference.features.logit_bias and .logit_scale to those of the model that "
+                "made the features, or use online.selector.loss=softmax."
+            )
+    if needs.training_loss and loss.name in ("siglip", "drrho"):
+        raise InputError(
+            f"online.selector={name} needs the loss of each sample, which "
+            f"loss={loss.name} does not tell. Use loss=clip."
+        )
+    if needs.learns and not _learns(selector):
+        raise InputError(
+            f"online.selector={name}: a member of this composition learns while the model trains, "
+            "and a composition does not let it. Use that member by itself."
+        )
+    if isinstance(online, EveryStepSettings):
+        _check_every_step(online, selector, needs)
+    elif needs.of_model(LEARNER):
+        require_whole_weights(strategy)
+
+
+def has_live_reference(online: LoopSettings) -> bool:
+    """Whether the reference is a model, in place of cached features."""
+    return isinstance(online, EveryStepSettings) and online.reference.model.name is not None
+
+
+def _check_every_step(online: EveryStepSettings, selector: Selector, needs: Needs) -> None:
+    require_draw(selector, online.selector.place)
+    if chooses_before_reading(online, selector):
+        _check_weightless(selector, "online.selector")
+    schedule_from(online)
+    if needs.of_model(SCORER) and online.scorer.name is None:
+        raise InputError(
+            "online.selector reads the features of a scorer: name a small model with "
+            "online.scorer.name, such as one of open_clip's."
+        )
+    if online.first_stage.selector is not None:
+        _check_first_stage(online, online.first_stage.selector, selector)
+
+
+def _check_first_stage(online: EveryStepSettings, node: SelectorNode, selector: Selector) -> None:
+    first = loop_selector(online, node).selector
+    require_draw(first, node.place)
+    _check_weightless(first, node.place)
+    needs = Needs.of(first)
+    if chooses_before_reading(online, selector):
+        raise InputError(
+            f"{node.place}={node.name} has no effect: online.selector itself chooses before "
+            "anything is read. Set it to null."
+        )
+    live = [key for model in (LEARNER, SCORER) for key in needs.of_model(model)]
+    if live or needs.training_loss or needs.learns:
+        what = live or "what training has shown"
+        raise InputError(
+            f"{node.place}={node.name} needs {what}, which nobody has before the samples are "
+            "read. Use cached features, as with online.features=NAME."
+        )
+
+
+def _check_weightless(selector: Selector, option: str) -> None:
+    """Refuse a selector that weighs where it chooses before anything is read.
+
+    Its choice is a list of rows, which brings no weights to the step.
+    """
+    if selector.weighs:
+        raise InputError(
+            f"{option}: {type(selector).__name__} weighs the samples that it keeps, and chooses "
+            "before they are read, where no weight can go with them. Select with it once "
+            "(selector=...), every epoch or every N steps (online=every_epoch, "
+            "online=every_n_steps), or use a selector that does not weigh."
+        )
+
+
+def require_draw(selector: Selector, option: str) -> None:
+    """Check that a selector can choose a sub-batch.
+
+    Args:
+        selector: of the loop.
+        option: the part of the configuration that it was built from.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if type(selector).draw is Selector.draw:
+        raise InputError(
+            f"{option}: {type(selector).__name__} decides by itself how many samples it keeps, and "
+            "cannot be used at every step. Use a selector with scores, or jest; or this one with "
+            "online=every_epoch or online=every_n_steps."
+        )
+
+
+def chooses_before_reading(online: EveryStepSettings, selector: Selector) -> bool:
+    """Whether the selector of every step needs nothing that only the step itself knows."""
+    needs = Needs.of(selector)
+    live = [LEARNER, SCORER]
+    if has_live_reference(online):
+        live.append(REFERENCE)
+    # A state would run ahead of the step with the loader, and be lost with it.
+    return not (any(map(needs.of_model, live)) or needs.training_loss or needs.learns)

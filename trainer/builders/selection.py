@@ -1,0 +1,228 @@
+"""From settings to a pool, features, a selector, scores and a selection.
+
+These functions are what the commands share. Each takes the groups of options that it needs, and
+calls the part of siftclip that does the work.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siftclip.datamodules.identity.identities import say_reused, say_why_not
+from siftclip.datamodules.pool.pool import (
+    Coverage,
+    Pool,
+    make_storage,
+    metadata_coverage,
+    open_pool,
+)
+from siftclip.datamodules.selection.pool_source import PoolSource
+from siftclip.datamodules.selection.run import run_selection, score_pool
+from siftclip.datamodules.selection.selection import (
+    MANIFEST_NAME,
+    Selection,
+    expand_rows,
+    read_selection,
+    write_selection,
+)
+from siftclip.datamodules.storage.local import default_cache
+from siftclip.datamodules.streaming.order import rows_digest
+from siftclip.errors import InputError
+from siftclip.files import identity_hash
+from siftclip.locks import LOCK_NAME, locked
+from siftclip.ranks import Ranks, of_first_rank
+from siftclip.selectors.core.base import ScoreSelector, Selector
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.options.objects import BuiltObjects
+from siftclip.trainer.runtime.cores import cores_of_rank
+from siftclip.trainer.runtime.rank_agreement import require_same
+from siftclip.trainer.runtime.selection_ranks import selection_ranks
+from siftclip.trainer.settings.commands import SelectSections
+from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
+from siftclip.trainer.settings.selector import SelectorNode
+
+
+def pool_cache(pool: PoolSettings) -> Path:
+    """Where indices and features of the pool are kept."""
+    return default_cache(pool.root) if pool.cache_dir is None else Path(pool.cache_dir)
+
+
+def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
+    """Open the pool that the settings name."""
+    cache = pool_cache(pool)
+    own = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
+    with options_of(under("pool", *own, options="storage_options")):
+        storage = make_storage(
+            pool.root,
+            cache_dir=cache,
+            options=pool.storage_options,
+            shard_cache_gb=pool.shard_cache_gb,
+        )
+        return open_pool(
+            storage,
+            cache_dir=cache,
+            max_bad_fraction=pool.max_bad_fraction,
+            key_split=pool.key_split,
+            workers=cores_of_rank() if pool.index_workers == "auto" else pool.index_workers,
+            progress=progress,
+        )
+
+
+def features_folder(features: FeaturesSettings, pool: PoolSettings) -> Path | None:
+    """The folder of the feature set; None means the pool's own metadata."""
+    if features.root is not None:
+        return Path(features.root)
+    if features.model is None:
+        return None
+    return pool_cache(pool) / "features" / features.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltSelector:
+    """A selector of the configuration."""
+
+    selector: Selector
+    name: str
+    parameters: dict[str, Any]  # that identify it
+    objects: BuiltObjects  # it and its members, which are told by their options
+
+
+def selector_from(node: SelectorNode) -> BuiltSelector:
+    """Build the selector that a node describes.
+
+    Raises:
+        InputError: the class is unknown, or does not take these parameters.
+    """
+    name, parameters = node.name, {**node.parameters}
+    objects = BuiltObjects()
+    selector = objects.build(parameters, node.place)
+    if not isinstance(selector, Selector):
+        raise InputError(
+            f"{node.place}._target_ must be a subclass of siftclip.selectors.Selector. Got "
+            f"{parameters.get('_target_')}."
+        )
+    return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
+
+
+def source_from(settings: SelectSections, *, may_launch: bool) -> PoolSource:
+    """The pool as selectors see it, shared among the ranks, see `selection_ranks`."""
+    common, features = settings.common, settings.features
+    pool = pool_from(settings.pool, progress=common.progress)
+    ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
+    folder = features_folder(features, settings.pool)
+    return PoolSource(
+        pool,
+        features=[folder, *(None if more is None else Path(more) for more in features.more)],
+        scores_root=common.output_root / "scores",
+        chunk_samples=features.chunk_samples,
+        max_bad_fraction=settings.pool.max_bad_fraction,
+        ranks=ranks,
+        device=device,
+        progress=common.progress,
+        reuse=common.reuse,
+    )
+
+
+def _once(folder: Path, what: str, ranks: Ranks) -> AbstractContextManager[None]:
+    """Inside, no other command makes what is kept in a folder; the work is not done twice."""
+    return locked(folder / LOCK_NAME, owner=f"{what} {folder}", ranks=ranks, wait=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOutcome:
+    """What the score stage made."""
+
+    source: PoolSource
+    scores: np.ndarray  # float32 [n]
+    folder: Path  # where they are kept
+
+
+def score_stage(settings: SelectSections) -> ScoreOutcome:
+    """Open the pool, find what the selector requires, and score.
+
+    Raises:
+        InputError: the selector chooses sets and has no scores, or an option or file is wrong.
+    """
+    built = selector_from(settings.selector)  # first: it fails without touching a file
+    selector = built.selector
+    if not isinstance(selector, ScoreSelector):
+        raise InputError(
+            f"selector={built.name} chooses sets and has no scores of single samples. "
+            "Use siftclip select."
+        )
+    source = source_from(settings, may_launch=True)
+    with built.objects.told_as_options():
+        folder = source.scores_root / identity_hash(source.identity(selector))
+        there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
+        with nullcontext() if there else _once(folder, "The scores", source.ranks):
+            scores = score_pool(selector, source)
+    return ScoreOutcome(source=source, scores=scores, folder=folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectOutcome:
+    """What the select stage made."""
+
+    pool: Pool
+    source: PoolSource
+    selection: Selection
+    folder: Path
+    rows: np.ndarray  # int64, the pool's rows, repetitions repeated
+    coverage: Coverage  # of the selection in the pool
+
+
+def select_stage(settings: SelectSections, *, may_launch: bool = False) -> SelectOutcome:
+    """Select, and write the selection with its manifest; reuse one that is there.
+
+    With `reuse=false` the selection and the scores behind it are computed again.
+    """
+    built = selector_from(settings.selector)  # first: it fails without touching a file
+    source = source_from(settings, may_launch=may_launch)
+    with built.objects.told_as_options():
+        return _select(built, source, settings.common.output_root / "selections")
+
+
+def _select(built: BuiltSelector, source: PoolSource, root: Path) -> SelectOutcome:
+    selector, name, pool = built.selector, built.name, source.pool
+    identity = source.identity(selector, with_rule=True)
+    folder = root / f"{name}-{identity_hash(identity)}"
+    ranks, path = source.ranks, folder / MANIFEST_NAME
+    there = of_first_rank(ranks, source.reuse and path.is_file())
+    if not there and ranks.rank == 0 and not path.is_file():
+        kept = root.glob(f"{name}-*/{MANIFEST_NAME}")
+        say_why_not("the selection", identity, kept, like="selector")
+    with nullcontext() if there else _once(folder, "The selection", ranks):
+        if there or of_first_rank(ranks, source.reuse and path.is_file()):
+            selection = read_selection(folder)
+            if ranks.rank == 0:
+                say_reused("the selection", path)
+            for text in selection.manifest.get("warnings", ()):
+                source.warn(text)
+        else:
+            selection = run_selection(selector, name, built.parameters, source)
+            available = metadata_coverage(pool)
+            if available is not None:
+                selection.manifest["pool"]["metadata_samples"] = available.named
+                selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
+            require_same(
+                ranks,
+                [rows_digest(selection.uids, selection.multiplicities, selection.weights)],
+                ["samples for the selection"],
+            )
+            if ranks.rank == 0:
+                write_selection(selection, folder)
+            ranks.barrier()
+    rows, coverage = expand_rows(selection, pool)
+    return SelectOutcome(
+        pool=pool,
+        source=source,
+        selection=selection,
+        folder=folder,
+        rows=rows,
+        coverage=coverage,
+    )

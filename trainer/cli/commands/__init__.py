@@ -1,0 +1,1 @@
+"""A module for each command: its settings, its stage, what it prints."""

@@ -1,0 +1,30 @@
+"""`siftclip compare`: selectors x seeds at one budget, with a report."""
+
+from __future__ import annotations
+
+from hydra.core.hydra_config import HydraConfig
+
+from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
+from siftclip.trainer.settings.read_command import compose
+
+
+@application("compare", CompareCommand)
+def main(settings: CompareCommand) -> None:
+    """Run all arms, print the table and say where the report is."""
+    # Here, since importing torch takes seconds, which `--help` need not cost.
+    from siftclip.trainer.compare.arms import compare_stage
+    from siftclip.trainer.runtime.run_dir import is_rank_zero
+
+    outcome = compare_stage(
+        settings,
+        list(HydraConfig.get().overrides.task),
+        lambda overrides: compose(TrainCommand, "compare", overrides),
+    )
+    if not is_rank_zero():
+        return
+    print(outcome.table)
+    print(f"\nreport     {outcome.folder / 'report.md'}")
+    print(f"           {outcome.folder / 'report.html'}")
+    print(f"results    {outcome.folder / 'results.csv'}")
+    outcome.require_complete()

@@ -1,0 +1,5 @@
+"""`siftclip demo`: a small pool of digits, and a comparison on it."""
+
+from siftclip.aliases import answer_for_module
+
+answer_for_module(__name__)  # the module of this name is in here now

@@ -1,0 +1,1 @@
+"""The training loop in Lightning: the module and its callbacks."""

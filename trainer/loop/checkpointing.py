@@ -1,0 +1,246 @@
+"""Lightning callbacks: checkpoints by step, and an end of training between two steps on a signal.
+
+A checkpoint has its name only once it is whole and on the disk:
+
+    step-300.ckpt                 to continue from
+    .step-400.ckpt.PID.tmp        being written; deleted at the next start if the writer was killed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from siftclip.errors import InputError, require_int
+from siftclip.files import atomic_path
+from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
+
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+_UNFINISHED = ".step-*.ckpt.*.tmp"
+
+
+def kept_steps(steps: Iterable[int], *, keep_last: int, keep_every_n_steps: int | None) -> set[int]:
+    """The steps whose checkpoints stay: the last few, and the multiples of `keep_every_n_steps`."""
+    ordered = sorted(steps)
+    kept = set(ordered[-keep_last:])
+    if keep_every_n_steps is not None:
+        kept.update(step for step in ordered if step % keep_every_n_steps == 0)
+    return kept
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Streams a checkpoint into a file beside its place, and renames it.
+
+    Lightning's own builds the whole file in memory twice, and then in the folder for temporary
+    files, which is often small, before it is copied to its place.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            InputError: there is no room, or no permission.
+        """
+        try:
+            with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash of the machine may leave a name without data
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written: {error}. Once it can, the same command continues from "
+                "the checkpoint before."
+            ) from error
+
+
+class StepCheckpoint(Checkpoint):
+    """Writes `step-N.ckpt` every N steps, at the last step, and where training is told to stop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_n_steps: int,
+        keep_last: int = 1,
+        keep_every_n_steps: int | None = None,
+    ) -> None:
+        """Set where, when and how many.
+
+        Args:
+            folder: of the checkpoints.
+            every_n_steps: optimizer steps between two checkpoints.
+            keep_last: how many stay.
+            keep_every_n_steps: those at its multiples stay too, a multiple of `every_n_steps`;
+                None keeps no more.
+
+        Raises:
+            InputError: a number is out of its range.
+        """
+        self.folder = Path(folder)
+        self.every_n_steps = require_int(
+            "trainer.checkpoint_every_n_steps", every_n_steps, minimum=1
+        )
+        self.keep_last = require_int("trainer.keep_checkpoints", keep_last, minimum=1)
+        self.keep_every_n_steps = keep_every_n_steps
+        if keep_every_n_steps is not None:
+            owner = "trainer.keep_every_n_steps"
+            if require_int(owner, keep_every_n_steps, minimum=1) % every_n_steps:
+                raise InputError(
+                    f"{owner} must be a multiple of trainer.checkpoint_every_n_steps="
+                    f"{every_n_steps}, or no checkpoint is there to be kept. "
+                    f"Got {keep_every_n_steps}."
+                )
+        self._saved_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.is_global_zero:
+            for path in self.folder.glob(_UNFINISHED):
+                path.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step  # what training continues from is there already
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop
+        # With several batches a step, the step is the same after all but one of them.
+        if due and step != self._saved_step:
+            self._saved_step = step
+            trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+            if trainer.is_global_zero:
+                self._delete_old()
+
+    def _delete_old(self) -> None:
+        names = {path: _NAME.fullmatch(path.name) for path in self.folder.glob("step-*.ckpt")}
+        steps = {int(match[1]): path for path, match in names.items() if match}
+        kept = kept_steps(
+            steps, keep_last=self.keep_last, keep_every_n_steps=self.keep_every_n_steps
+        )
+        for step, path in steps.items():
+            if step not in kept:
+                path.unlink(missing_ok=True)
+
+
+class StopOnSignal(Callback):
+    """Ends training after the step in which a signal came, so that a checkpoint can be written.
+
+    `stopped_by` is then that signal. It has to stand beside a StepCheckpoint, which Lightning calls
+    after all other callbacks. A second SIGINT interrupts at once.
+
+    The ranks get a signal at different steps, or only one of them gets it, so they agree every
+    `agree_every_n_steps` steps with an all-reduce of one number; one process alone stops at once.
+    """
+
+    def __init__(self, *, agree_every_n_steps: int = 10) -> None:
+        self.agree_every_n_steps = require_int(
+            "agree_every_n_steps", agree_every_n_steps, minimum=1
+        )
+        self.stopped_by: signal.Signals | None = None
+        self._received = 0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._seen_step = 0
+        self._process = 0
+        self._speaks = True
+
+    def raise_if_stopped(self, step: int, total_steps: int) -> None:
+        """To be called after `Trainer.fit`, with the step that it has reached.
+
+        Raises:
+            TrainingStopped: a signal has ended it.
+        """
+        if self.stopped_by is not None:
+            raise TrainingStopped(self.stopped_by, step=step, total_steps=total_steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: Lightning puts its own handlers in place just before.
+        self.stopped_by = None
+        self._received = int(signal.SIGTERM) if trainer.received_sigterm else 0
+        self._seen_step = trainer.global_step
+        self._process = os.getpid()
+        self._speaks = trainer.is_global_zero
+        if threading.current_thread() is threading.main_thread():
+            for number in stop_signals(os.environ):
+                self._previous[number] = signal.signal(number, self._handle)
+        _skip_lightnings_broadcast(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        step = trainer.global_step
+        if step == self._seen_step or self.stopped_by is not None:
+            return  # in the middle of a step of several batches
+        self._seen_step = step
+        if trainer.world_size == 1 or step % self.agree_every_n_steps == 0:
+            self._decide(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stopped_by is None:
+            self._decide(trainer)
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            # Lightning ignores SIGINT from here until it puts the handlers of the caller back
+            self._previous.pop(signal.SIGINT, None)
+        self._restore()
+
+    def _decide(self, trainer: Trainer) -> None:
+        received = self._received
+        if trainer.world_size > 1:
+            received = largest_over_ranks(received, trainer.strategy.root_device)
+        if received:
+            self.stopped_by = signal.Signals(received)
+            trainer.should_stop = True
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            # Lightning's handler of SIGTERM would broadcast to ranks that may have ended by now, as
+            # torchrun ends one rank when another has. Its teardown puts the caller's back.
+            if number != signal.SIGTERM or self.stopped_by is None:
+                signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked loader process has inherited the handler
+        if number == signal.SIGINT == self._received:
+            raise KeyboardInterrupt
+        if not self._received and self.stopped_by is None:
+            self._received = number
+            if self._speaks:
+                again = " A second one ends it at once." if number == signal.SIGINT else ""
+                name = signal.Signals(number).name
+                text = f"\n{name}: training stops after this step, with a checkpoint.{again}\n"
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+
+
+def largest_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers. All ranks must call it."""
+    tensor = torch.tensor(number, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def _skip_lightnings_broadcast(trainer: Trainer) -> None:
+    """Lightning 2.6 broadcasts at every step, and waits for, whether rank 0 has got a SIGTERM.
+
+    That is agreed here, and waiting at every step keeps the processor from working ahead.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        setattr(loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010 - not in all versions

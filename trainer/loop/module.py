@@ -1,0 +1,314 @@
+"""The Lightning module: an open_clip model, an objective, a step, metrics every N steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from siftclip.datamodules.models.weights import CONFIG_KEY
+from siftclip.datamodules.streaming.batches import StepBatch
+from siftclip.datamodules.streaming.datamodule import StreamDataModule
+from siftclip.datamodules.streaming.order import derive_generator
+from siftclip.errors import InputError, require_finite, require_int
+from siftclip.ranks import OneRank, ProcessGroup
+from siftclip.trainer.loop.meter import WindowMeter, peak_memory_gb
+from siftclip.trainer.models.sharding import is_sharded, shard_model, unsynced_shards
+from siftclip.trainer.online.controller import Online
+from siftclip.trainer.online.in_loop import Chosen
+from siftclip.trainer.optim.ema import ModelEma
+from siftclip.trainer.optim.gradients import (
+    Objective,
+    StepContext,
+    compute_gradients,
+    running_statistics,
+)
+from siftclip.trainer.optim.optimizer import clamp_logit_scale, make_optimizer
+from siftclip.trainer.optim.schedules import lr_factor
+from siftclip.trainer.optim.update import (
+    clip_gradients,
+    gradient_norm,
+    restore_unless,
+    step_if_finite,
+)
+from siftclip.trainer.runtime.rank_agreement import RankAgreement
+from siftclip.trainer.settings.optim import OptimSettings
+
+log = logging.getLogger(__name__)
+
+# Judged together, as FIRST_SAMPLES of the loader: fp16 skips some steps while its scale settles.
+FIRST_STEPS = 2000
+_PURPOSE_STEP = 4
+
+
+class ClipTraining(LightningModule):
+    """Trains an open_clip model on the batches of a `StreamDataModule`.
+
+    Optimisation is manual, because micro-batches share their negatives. Learning rates are a
+    function of the step and are set before it, as open_clip does.
+
+    Metrics gather on the device and go to the loggers every `log_every_n_steps` steps, under
+    open_clip's names: nothing is copied to the host in between.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        optim: OptimSettings,
+        total_steps: int,
+        global_batch_size: int,
+        seed: int,
+        log_every_n_steps: int,
+        max_skipped_fraction: float = 0.01,
+        online: Online | None = None,
+        model_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set what is trained.
+
+        Args:
+            model: the bare open_clip model.
+            objective: what is minimised. State of its loss belongs to the checkpoints.
+            optim: the optimiser, the schedule and the average of the weights.
+            total_steps: of the run.
+            global_batch_size: samples a step over all ranks.
+            seed: of dropout.
+            log_every_n_steps: steps between two records.
+            max_skipped_fraction: of the steps may have gradients that are not finite.
+            online: selection while training.
+            model_config: of the model, kept in its checkpoints: a file of weights alone does not
+                say its activation or preprocessing.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        model.output_dict = True  # type: ignore[assignment]  # open_clip's switch of what forward returns
+        self.model = model
+        self.ema = None if optim.ema_decay is None else ModelEma(model, optim.ema_decay)
+        self.loss = objective.loss
+        self.objective = objective
+        self.optim = optim
+        self.total_steps = total_steps
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.log_every_n_steps = require_int(
+            "trainer.log_every_n_steps", log_every_n_steps, minimum=1
+        )
+        if not 0 <= require_finite("trainer.max_skipped_fraction", max_skipped_fraction) <= 1:
+            raise InputError(
+                "trainer.max_skipped_fraction must be in the range [0, 1]. "
+                f"Got {max_skipped_fraction!r}."
+            )
+        self.max_skipped_fraction = max_skipped_fraction
+        self.online = online
+        self.model_config = model_config
+        self.agreement = RankAgreement()
+        self.latest: dict[str, float] = {}  # what the loggers got last; the bar shows its loss
+        self.evaluated: dict[str, float] = {}  # what EvaluateDuring found last; the bar shows it
+        self._skipped_before = 0.0  # in the processes before this one
+        self.meter = WindowMeter(torch.device("cpu"))
+        self._statistics: list[Tensor] = []
+        # In each step DDP would send these from rank 0 to the others, where they are equal anyway.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.startswith(("loss.", "ema."))
+        ]
+
+    # ---- what Lightning asks for ---------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_model(self.model, strategy.device_mesh)
+            if self.ema is not None:
+                shard_model(self.ema.averaged, strategy.device_mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(self.model, self.optim, fused=True)
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        return optimizer
+
+    def on_train_start(self) -> None:
+        # Not on_fit_start: sharded models are restored after it.
+        self._statistics = running_statistics(self.model)
+        self.meter = WindowMeter(self.device)
+        self.meter.skipped += self._skipped_before
+        if self.online is not None:
+            averaged = None if self.ema is None else self.ema.averaged
+            self.online.begin(self.device, model=self.model, averaged=averaged)
+        if self.global_step == 0 and self.global_rank == 0:
+            log.info(
+                "chance level of the contrastive loss: ln(%d) = %.3f",
+                self.global_batch_size,
+                math.log(self.global_batch_size),
+            )
+
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        if self.online is None:
+            self.meter.waited()
+            return
+        scoring, selection = self.online.take_reselection_seconds()
+        self.meter.waited(scoring_seconds=scoring, selection_seconds=selection)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        data = self._data
+        if data is not None:
+            for micro_batch in batch.micro_batches:
+                data.account(micro_batch)
+        optimizer = self.optimizers()
+        bare: torch.optim.Optimizer = optimizer.optimizer  # type: ignore[union-attr]
+        factor = lr_factor(self.optim, self.global_step, self.total_steps)
+        for group in bare.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        bare.zero_grad(set_to_none=True)
+        chosen = self._choose(batch)
+        self.agreement.note(self.global_step, read=batch.digest, trained=chosen.digest)
+        before = [buffer.clone() for buffer in self._statistics]
+        # Dropout of a step is a function of (seed, step, rank), also after a restart.
+        generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
+        terms = compute_gradients(
+            self.model,
+            self.objective,
+            chosen.batches,
+            StepContext(
+                rank=self.global_rank,
+                world_size=self._world_size,
+                backward=self.manual_backward,
+                unsynced=self._unsynced,
+                seeds=generator.integers(2**63, size=len(chosen.batches)).tolist(),
+            ),
+            features=chosen.learner_features,
+        )
+        if self.online is not None:
+            self.online.trained(
+                chosen.batches,
+                step=self.global_step,
+                sample_losses=self.loss.sample_losses,
+                lr_factor=factor,
+                rank=self.global_rank,
+                world_size=self._world_size,
+            )
+        finite = self._update(optimizer, bare, terms)
+        restore_unless(finite, self._statistics, before)
+        step = self.global_step
+        if self.ema is not None:
+            self.ema.update(self.model, step)
+        if self.agreement.is_due(step, self.total_steps):
+            self.agreement.check(OneRank() if self._world_size == 1 else ProcessGroup(self.device))
+        # Here, before the checkpoint of this step: a run that is killed after that would lack it.
+        if step % self.log_every_n_steps == 0 or step == self.total_steps:
+            self._log_window(step)
+
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        self.meter.stepped()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = float(self.meter.skipped)
+        if self.model_config is not None:
+            checkpoint[CONFIG_KEY] = dict(self.model_config)
+        if self.online is not None:
+            checkpoint["online"] = self.online.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._skipped_before = checkpoint["skipped_steps"]
+        if self.online is not None:
+            self.online.load_state_dict(checkpoint["online"])
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def _choose(self, batch: StepBatch) -> Chosen:
+        """What this rank trains on, of what it has read."""
+        if self.online is None:
+            return Chosen(batches=batch.micro_batches)
+        chosen = self.online.choose(
+            batch.micro_batches,
+            step=self.global_step,
+            rank=self.global_rank,
+            world_size=self._world_size,
+        )
+        self.meter.chose(chosen.scoring_seconds, chosen.selection_seconds)
+        return chosen
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size
+
+    def _update(
+        self, optimizer: Any, bare: torch.optim.Optimizer, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """Take the step if its gradients are finite; whether they are, as a scalar of bool."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(bare)
+        parameters = [parameter for group in bare.param_groups for parameter in group["params"]]
+        norm = gradient_norm(parameters)
+        finite = torch.isfinite(norm)
+        if self.optim.grad_clip_norm is not None:
+            clip_gradients(parameters, norm, self.optim.grad_clip_norm)
+        if scaler is not None:
+            optimizer.step()  # the scaler skips by itself
+        else:
+            step_if_finite(bare, finite, optimizer.step, on_device=not is_sharded(self))
+        clamp_logit_scale(self.model)
+        self.meter.add(terms, norm, finite)
+        return finite
+
+    def _unsynced(self) -> AbstractContextManager[Any]:
+        """Backward passes inside leave their gradients on this rank."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return unsynced_shards(self.model) if is_sharded(self) else nullcontext()
+
+    @property
+    def _data(self) -> StreamDataModule | None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
+        return data if isinstance(data, StreamDataModule) else None
+
+    # ---- what is logged ------------------------------------------------------------------------
+
+    def _log_window(self, step: int) -> None:
+        # Every rank takes part in the reduction; only rank 0's loggers write.
+        found = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
+        rate = self.global_batch_size / found["batch_time"]
+        scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
+        bias = getattr(self.model, "logit_bias", None)
+        self.latest = {
+            **{f"train/{name}": value for name, value in found.items()},
+            "train/lr": self.optim.lr * lr_factor(self.optim, step - 1, self.total_steps),
+            "train/scale": scale,  # its name in open_clip 3, and in 4
+            "train/logit_scale": scale,
+            **({} if bias is None else {"train/logit_bias": float(bias.detach())}),
+            "train/samples_per_second": rate,
+            "train/samples_per_second_per_gpu": rate / self.trainer.world_size,
+            "train/samples_seen": float(step * self.global_batch_size),
+            "train/peak_memory_gb": peak_memory_gb(self.device),
+        }
+        data = self._data
+        if data is not None:
+            self.latest["data/bad_samples"] = float(data.faults.samples)
+            self.latest["data/retries"] = float(data.retries)
+            self.latest["data/copies_fraction"] = data.copies_fraction
+        if self.online is not None:
+            self.latest.update(self.online.metrics(step))
+        for logger in self.trainer.loggers:
+            logger.log_metrics(self.latest, step=step)
+        self._check_skipped(step, int(found["skipped_steps"]))
+
+    def _check_skipped(self, step: int, skipped: int) -> None:
+        allowed = self.max_skipped_fraction * max(step, FIRST_STEPS)
+        if skipped > allowed:
+            raise InputError(
+                f"{skipped} of {step} steps had gradients that are not finite and were skipped; "
+                f"trainer.max_skipped_fraction={self.max_skipped_fraction} allows {allowed:.0f}. "
+                "Lower optim.lr, lengthen optim.warmup_steps, set optim.grad_clip_norm=1, or use "
+                "trainer.precision=bf16-mixed or 32-true."
+            )

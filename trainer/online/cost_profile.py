@@ -1,0 +1,181 @@
+"""How long a run will take, measured on a few of its steps, and what its selection must save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from siftclip.datamodules.streaming.step_plan import StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSeconds:
+    """Mean seconds of a step, and what they went into."""
+
+    total: float
+    data_wait: float
+    scoring: float
+    selection: float
+
+    @property
+    def training(self) -> float:
+        return self.total - self.data_wait - self.scoring - self.selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Measured seconds of this run's steps."""
+
+    plain: StepSeconds  # that trains on all that it reads
+    selecting: StepSeconds | None  # at `profiled_extra` samples more than are trained
+    profiled_extra: int  # samples that such a step considers beyond those it trains on
+    version_seconds: float = 0.0  # of making a version of the selection
+
+    def run_seconds(self, plan: StepPlan, versions: int = 0) -> float:
+        """Of all steps of a plan: what a step costs beyond a plain one grows with its super-batch.
+
+        Args:
+            plan: of the run.
+            versions: of the selection that are made on the way.
+        """
+        total = self.plain.total * plan.steps + self.version_seconds * versions
+        if self.selecting is not None and self.profiled_extra:
+            extra = float((plan.drawn - plan.trained).sum())
+            total += (self.selecting.total - self.plain.total) * extra / self.profiled_extra
+        return total
+
+    def saving_to_break_even(self, plan: StepPlan, versions: int = 0) -> float:
+        """The share of the steps that selection must make superfluous to pay, in (-inf, 1)."""
+        return 1 - self.plain.total * plan.steps / self.run_seconds(plan, versions)
+
+
+class StepClock(Callback):
+    """Times the steps of a short run after a few that warm up."""
+
+    def __init__(self, warm_up_steps: int) -> None:
+        self.warm_up_steps = warm_up_steps
+        self._parts = self._spent = np.zeros(3)
+        self._start = self._seconds = 0.0
+        self._steps = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if trainer.global_step == trainer.max_steps:
+            return  # its record closes the window that is read here
+        device = pl_module.device
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+        meter: Any = pl_module.meter
+        parts = np.array([meter.data_seconds, meter.scoring_seconds, meter.selection_seconds])
+        if trainer.global_step == self.warm_up_steps:
+            self._start, self._parts = time.perf_counter(), parts
+        elif trainer.global_step > self.warm_up_steps:
+            self._seconds = time.perf_counter() - self._start
+            self._steps = trainer.global_step - self.warm_up_steps
+            self._spent = parts - self._parts
+
+    def result(self) -> StepSeconds:
+        """Means over the steps that were timed."""
+        data_wait, scoring, selection = (self._spent / self._steps).tolist()
+        return StepSeconds(
+            total=self._seconds / self._steps,
+            data_wait=data_wait,
+            scoring=scoring,
+            selection=selection,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a run will cost; `table` says it in words."""
+
+    profile: Profile
+    plan: StepPlan
+    cost: dict[str, float]
+    versions: int
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, for `plan.json`."""
+        seconds = self.profile.run_seconds(self.plan, self.versions)
+        steps = {"plain": self.profile.plain, "selecting": self.profile.selecting}
+        return {
+            "steps": self.plan.steps,
+            "step_seconds": {
+                name: {
+                    "total": step.total,
+                    "data_wait": step.data_wait,
+                    "scoring": step.scoring,
+                    "selection": step.selection,
+                    "training": step.training,
+                }
+                for name, step in steps.items()
+                if step is not None
+            },
+            "versions": self.versions,
+            "version_seconds": self.profile.version_seconds,
+            "train_seconds": seconds,
+            "plain_seconds": self.profile.plain.total * self.plan.steps,
+            "saving_to_break_even": self.profile.saving_to_break_even(self.plan, self.versions),
+            **self.cost,
+        }
+
+    def table(self) -> str:
+        """For the terminal."""
+        record = self.record()
+        lines = ["step        seconds   data wait  scoring  selection  training"]
+        for name, step in record["step_seconds"].items():
+            lines.append(
+                f"{name:<10}  {step['total']:7.4f}  {step['data_wait']:9.4f}  "
+                f"{step['scoring']:7.4f}  {step['selection']:9.4f}  {step['training']:8.4f}"
+            )
+        if self.versions:
+            lines.append(
+                f"{self.versions} selections of {record['version_seconds']:.1f} s on the way"
+            )
+        saving = record["saving_to_break_even"]
+        lines += [
+            "",
+            f"{record['steps']:,} steps: {_duration(record['train_seconds'])}; without selection "
+            f"in the loop {_duration(record['plain_seconds'])}",
+            f"samples: {record['drawn_samples']:,.0f} drawn, "
+            f"{record['loaded_samples']:,.0f} loaded, "
+            f"{record['scored_samples']:,.0f} scored, {record['trained_samples']:,.0f} trained",
+            f"FLOPs of models: {_number(record.get('training_flops'))} training, "
+            f"{_number(record.get('scoring_flops'))} scoring",
+        ]
+        if saving > 0:
+            enough = max(1, round(record["steps"] * (1 - saving)))
+            lines.append(
+                f"to pay off in time, {enough:,} selecting steps must reach the quality of "
+                f"{record['steps']:,} plain ones ({saving:.0%} fewer)"
+            )
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def mean_profile(measure: Callable[[], StepSeconds], rounds: int) -> StepSeconds:
+    """The mean of several measurements."""
+    found = [measure() for _ in range(rounds)]
+    return StepSeconds(
+        total=float(np.mean([s.total for s in found])),
+        data_wait=float(np.mean([s.data_wait for s in found])),
+        scoring=float(np.mean([s.scoring for s in found])),
+        selection=float(np.mean([s.selection for s in found])),
+    )

@@ -1,0 +1,99 @@
+"""Models whose features a super-batch is judged by: the learner, a reference, a small scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from siftclip.datamodules.streaming.batches import Batch
+from siftclip.selectors.core.source import Logits
+from siftclip.trainer.online.scoring import (
+    ScoringConfig,
+    resized_images,
+    resized_positions,
+    scoring_features,
+)
+
+Pair = tuple[Tensor, Tensor]  # image and text features
+
+
+def carried(parts: Sequence[Batch], key: str) -> Tensor:
+    """Cached features of all parts, as stored: autocast to bfloat16 would refuse half precision."""
+    with torch.autocast(parts[0].images.device.type, enabled=False):
+        return torch.cat([part.references[key] for part in parts])
+
+
+class LiveFeatures(Protocol):
+    """Gives features under the keys `<name>_img` and `<name>_txt`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def features(self, parts: Sequence[Batch], seeds: Sequence[int]) -> Pair:
+        """Of the samples of all parts, float [n, d] of unit norm each, without gradients.
+
+        `seeds` are those of dropout, one a part.
+        """
+
+    def logits(self) -> Logits:
+        """How this model turns cosines into logits now."""
+
+
+def model_logits(model: nn.Module) -> Logits:
+    """Scale and bias of an open_clip model. Waits for its device."""
+    bias = getattr(model, "logit_bias", None)
+    return Logits(
+        scale=float(model.logit_scale.detach().exp()),  # type: ignore[operator]
+        bias=0.0 if bias is None else float(bias.detach()),
+        has_bias=bias is not None,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoredModel:
+    """A model that the scoring forward runs through."""
+
+    name: str
+    model: Callable[[], nn.Module]  # asked at every step: it may be replaced, or moved
+    config: ScoringConfig
+    image_size: int | None = None  # of its images; None: that of the learner's
+
+    def features(self, parts: Sequence[Batch], seeds: Sequence[int]) -> Pair:
+        model = self.model()
+        positions = resized_positions(model, self.config)
+        pairs = [
+            scoring_features(
+                model,
+                resized_images(part.images, self.image_size),
+                part.tokens,
+                self.config,
+                seed,
+                positions=positions,
+            )
+            for part, seed in zip(parts, seeds, strict=True)
+        ]
+        image, text = (torch.cat(features) for features in zip(*pairs, strict=True))
+        return image, text
+
+    def logits(self) -> Logits:
+        return model_logits(self.model())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedModel:
+    """A model whose features batches bring along; its logit scale is told."""
+
+    name: str
+    keys: tuple[str, str]  # of the batches' references
+    told: Logits
+
+    def features(self, parts: Sequence[Batch], seeds: Sequence[int]) -> Pair:
+        image, text = (carried(parts, key) for key in self.keys)
+        return image, text
+
+    def logits(self) -> Logits:
+        return self.told

@@ -1,0 +1,5 @@
+"""From a batch to new weights: gradients, optimizer, schedules, averages."""
+
+from siftclip.aliases import answer_for_module
+
+answer_for_module(__name__)  # the module of this name is in here now

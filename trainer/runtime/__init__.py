@@ -1,0 +1,1 @@
+"""What a run runs on and leaves behind: ranks, cores, folders, loggers."""

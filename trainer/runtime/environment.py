@@ -1,0 +1,198 @@
+"""What a run is computed with: code, packages, processors and threads, session by session.
+
+A run is cut off and continues, perhaps elsewhere. `versions.json` says what its first session ran
+on, and `sessions.jsonl` has a line for each session after which something was another.
+"""
+
+from __future__ import annotations
+
+import platform
+import reprlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import siftclip
+from siftclip.errors import InputError
+from siftclip.files import (
+    append_jsonl,
+    content_digest,
+    identity_hash,
+    read_json_object,
+    read_jsonl,
+    write_json,
+)
+
+VERSIONS_NAME = "versions.json"
+SESSIONS_NAME = "sessions.jsonl"
+PACKAGES = (
+    "siftclip",
+    "torch",
+    "torchvision",
+    "lightning",
+    "open_clip_torch",
+    "webdataset",
+    "clip-benchmark",
+    "wandb",
+    "numpy",
+    "pillow",
+)
+# What decides about results beyond rounding, and what moves them by rounding, which grows: on
+# another processor, or with another number of threads, a run is as far from this as another seed
+# after some 200 steps.
+CODE = ("git", "siftclip", "source", "torch", "open_clip_torch", "torchvision", "lightning")
+TARS = "tars"  # of the pool: their sizes and times
+MACHINE = ("cpu", "cpu_capability", "gpu", "threads", "ranks", "precision")
+
+FOLDERS = ("selectors", "datamodules", "eval", "trainer")  # of Siftclip's code
+
+Environment = dict[str, Any]
+
+
+def environment(*, ranks: int, loader_workers: int, precision: str) -> Environment:
+    """Code, versions, processors and threads of this process, by name; plain values.
+
+    Args:
+        ranks: that train.
+        loader_workers: processes that load, a rank.
+        precision: as it was resolved.
+    """
+    found: Environment = {"python": platform.python_version(), "git": git_commit()}
+    found["source"] = source_digest()
+    found["platform"] = platform.platform()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return {
+        **found,
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu_models(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+        "loader_workers": loader_workers,
+        "precision": precision,
+    }
+
+
+def cpu_model() -> str:
+    """The name of the processor, as the system calls it."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_models() -> str | None:
+    """The names of the GPUs that torch sees, each once; None without any."""
+    if not torch.cuda.is_available():
+        return None
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return ", ".join(dict.fromkeys(names))
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty`; None when installed.
+
+    Also where it is installed below somebody's checkout, which is of other code.
+    """
+    file = Path(__file__).resolve()
+    git = ["git", "-C", str(file.parent)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", file.name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        for command in (is_tracked, describe):
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+@cache
+def source_digest() -> str:
+    """Twelve digits that stand for the text of Siftclip itself; two edits of a commit differ."""
+    root = Path(__file__).resolve().parents[2]
+    paths = sorted(path for name in FOLDERS for path in (root / name).rglob("*.py"))
+    digests = {str(path.relative_to(root)): content_digest(path) for path in paths}
+    shared = sorted(Path(siftclip.__file__).parent.glob("*.py"))  # in a checkout not below the root
+    return identity_hash(digests | {path.name: content_digest(path) for path in shared})
+
+
+def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
+    """Write down what a session of a run is computed with.
+
+    Args:
+        folder: of the run.
+        now: of this session.
+        step: with which it begins.
+
+    Returns:
+        What is another than in the session before, such as "threads 8, before 4". Nothing for the
+        first one.
+    """
+    first = folder / VERSIONS_NAME
+    if not first.is_file() or step == 0:
+        write_json(first, now)
+        (folder / SESSIONS_NAME).unlink(missing_ok=True)
+        return []
+    before = environments(folder)[-1]
+    changed = [
+        f"{name} {now.get(name)}, before {before.get(name)}"
+        for name in (*CODE, *MACHINE, TARS)
+        if now.get(name) != before.get(name)
+    ]
+    if changed:
+        append_jsonl(folder / SESSIONS_NAME, {"step": step, "environment": now})
+    return changed
+
+
+def environments(folder: Path) -> list[Environment]:
+    """What the sessions of a run were computed with, in their order; none if it does not say.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    first = folder / VERSIONS_NAME
+    if not first.is_file():
+        return []
+    later: list[Environment] = []
+    for record in read_jsonl(folder / SESSIONS_NAME):
+        session = record.get("environment")
+        if not isinstance(session, dict):
+            raise InputError(
+                f"{folder / SESSIONS_NAME} must have an environment in each line. "
+                f"Got {reprlib.repr(session)}."
+            )
+        later.append(session)
+    return [read_json_object(first), *later]
+
+
+def mixed(runs: Mapping[str, Sequence[Environment]]) -> dict[str, dict[str, list[str]]]:
+    """In what the environments of several runs differ.
+
+    Args:
+        runs: the environments of each run, by its name.
+
+    Returns:
+        For each name of `CODE` and `MACHINE` with more than one value: the runs by value.
+    """
+    differing = {}
+    for name in (*CODE, *MACHINE):
+        by_value: dict[str, list[str]] = {}
+        for run, sessions in runs.items():
+            values = (str(session.get(name, "not recorded")) for session in sessions)
+            for value in dict.fromkeys(values):
+                by_value.setdefault(value, []).append(run)
+        if len(by_value) > 1:
+            differing[name] = by_value
+    return differing

@@ -1,0 +1,180 @@
+"""Lightning's Trainer from the settings, and what it must not say."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from siftclip.datamodules.streaming.loader import LoaderOptions
+from siftclip.errors import InputError
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.cores import worker_count
+from siftclip.trainer.runtime.launch import Devices, cluster_plugins, device_count, resolve_devices
+from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.lightning import Precision, Strategy, TrainerSettings
+
+if TYPE_CHECKING:
+    from lightning import Fabric, Trainer
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy as LightningStrategy
+
+# What Lightning raises for settings; its MisconfigurationException is a ValueError.
+_REFUSALS = (ValueError, TypeError, RuntimeError)
+# Advice that does not hold here: the stream is shuffled by its own order, and sized by the budget.
+_QUIET = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*treespec.*LeafSpec.*",
+    # The average of the weights and a teacher are in evaluation mode.
+    ".*module.* in eval mode at the start of training.*",
+    # The loader starts at the trainer's step; Lightning cannot know that.
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
+)
+
+
+def resolve_precision(precision: Precision) -> Precision:
+    """Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it, else fp32."""
+    if precision != "auto":
+        return precision
+    # emulated, as on a V100, it would be slower than fp32
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def make_trainer(
+    settings: TrainerSettings,
+    *,
+    progress: bool,
+    folder: Path,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+    **options: Any,
+) -> Trainer:
+    """A Trainer on the configured devices; DDP when there are several.
+
+    Raises:
+        InputError: Lightning refuses the settings, or this machine has no GPU for them.
+    """
+    from lightning import Trainer
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in _QUIET:
+        warnings.filterwarnings("ignore", message)
+    precision = resolve_precision(settings.precision)
+    if settings.sync_batchnorm and _on_cpu(settings.accelerator):
+        raise InputError("trainer.sync_batchnorm=true needs GPUs; torch has it for no CPU.")
+    # Under autocast only the loss has float32 products left, and these are to be exact.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    try:
+        return Trainer(
+            accelerator=settings.accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=_strategy(settings.strategy, devices, num_nodes),
+            default_root_dir=folder,
+            benchmark=True,  # of cudnn's convolutions, as open_clip trains
+            sync_batchnorm=settings.sync_batchnorm,
+            **_plugin_options(precision, settings.accelerator),
+            callbacks=callbacks,
+            logger=loggers,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            **options,
+        )
+    except _REFUSALS as error:
+        raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
+
+
+def make_fabric(settings: TrainerSettings) -> Fabric:
+    """Lightning Fabric on the configured devices, for work without training.
+
+    Raises:
+        InputError: Lightning refuses the settings.
+    """
+    from lightning import Fabric
+
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    try:
+        return Fabric(
+            accelerator=settings.accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            plugins=[*cluster_plugins(os.environ)],
+            precision=_lightning_precision(resolve_precision(settings.precision)),
+        )
+    except _REFUSALS as error:
+        raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
+
+
+def _lightning_precision(precision: str) -> Any:
+    return "32-true" if precision == "tf32" else precision
+
+
+def _on_cpu(accelerator: str) -> bool:
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
+def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
+    plugins: list[Any] = [*cluster_plugins(os.environ)]
+    if precision == "16-mixed" and _on_cpu(accelerator):
+        from lightning.pytorch.plugins.precision import MixedPrecision
+
+        # Lightning would train in bf16 instead; torch has a scaler for CPUs.
+        return {"plugins": [*plugins, MixedPrecision("16-mixed", device="cpu")]}
+    return {"plugins": plugins, "precision": _lightning_precision(precision)}
+
+
+def _ranks(devices: Devices, num_nodes: int) -> int:
+    found = device_count(devices) or max(1, torch.cuda.device_count())
+    return found * num_nodes
+
+
+def expected_world_size(settings: TrainerSettings) -> int:
+    """The number of ranks that `make_trainer` will count."""
+    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    count = device_count(devices)
+    if count is None:
+        count = 1 if _on_cpu(settings.accelerator) else max(1, torch.cuda.device_count())
+    return count * num_nodes
+
+
+def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | LightningStrategy:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    several = num_nodes > 1 or (device_count(devices) or 1) > 1
+    if name == "fsdp":
+        # Devices are told apart by their data alone; a checkpoint is one file that any number of
+        # ranks can read.
+        return ModelParallelStrategy(
+            data_parallel_size=_ranks(devices, num_nodes),
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    # Not with a static graph, as DataComp has it: that is for checkpointing which enters backward
+    # again, and open_clip's does not.
+    if name == "ddp" or several:
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return name
+
+
+def loader_options(data: DataSettings) -> LoaderOptions:
+    """How the settings want batches to be loaded."""
+    names = ("num_workers", "start_method", "prefetch_batches", "timeout_seconds")
+    with options_of(under("data", *names)):
+        return LoaderOptions(
+            num_workers=worker_count(data.num_workers),
+            start_method=data.start_method,
+            prefetch_batches=data.prefetch_batches,
+            timeout_seconds=data.timeout_seconds,
+        )

@@ -1,0 +1,159 @@
+"""Loggers of a run: JSONL and CSV always, wandb when asked for (offline unless logged in)."""
+
+from __future__ import annotations
+
+import math
+import netrc
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from siftclip.errors import InputError
+from siftclip.files import append_jsonl, atomic_path, write_text
+from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
+from siftclip.trainer.runtime.run_records import read_metrics
+
+WANDB_MODES = ("auto", "online", "offline")
+
+
+class FileLogger(Logger):
+    """Appends every record to `metrics.jsonl`, and ends with the same as a table, `metrics.csv`.
+
+    Lightning's CSVLogger deletes what an interrupted run has written when that run continues.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        # JSON has neither NaN nor infinity, and a metric without a value must not end a training.
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        append_jsonl(self.folder / METRICS_NAME, record)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` in the run directory holds them."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the table: a row a step, the last value where a step was logged again."""
+        import pandas as pd
+
+        rows: dict[int, dict[str, Any]] = {}
+        for record in read_metrics(self.folder / METRICS_NAME):
+            rows.setdefault(record["step"], {}).update(record)
+        with atomic_path(self.folder / "metrics.csv") as temporary:
+            pd.DataFrame([rows[step] for step in sorted(rows)]).to_csv(temporary, index=False)
+
+
+def wandb_is_offline(mode: str) -> bool:
+    """Whether wandb must not use the network: in mode `auto`, unless the user is logged in.
+
+    Raises:
+        InputError: the mode is not one of `WANDB_MODES`.
+    """
+    if mode not in WANDB_MODES:
+        raise InputError(f"logger.mode must be one of {list(WANDB_MODES)}. Got {mode!r}.")
+    if mode != "auto":
+        return mode == "offline"
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"] != "online"
+    return not _logged_in()
+
+
+def _logged_in() -> bool:
+    """Whether wandb has a key: in the environment, or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_run_id(folder: Path) -> str:
+    """The id of the wandb run of this folder, drawn once and kept in its file `wandb_id`.
+
+    A name alone would not do: in wandb a run that was deleted here and trained again, or one of the
+    same name elsewhere, would be taken for a restart, and its curves would be mixed.
+    """
+    path = folder / "wandb_id"
+    if not path.is_file():
+        name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
+        write_text(path, f"{name}-{uuid.uuid4().hex[:8]}\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def make_loggers(
+    folder: Path,
+    *,
+    name: str,
+    wandb_enabled: bool,
+    mode: str = "auto",
+    project: str = "siftclip",
+    config: Mapping[str, Any] | None = None,
+) -> list[Logger]:
+    """The loggers of the run in `folder`. After a restart wandb continues that folder's run.
+
+    Online it appends to it. Offline each start leaves a folder of its own with the id of the run,
+    and `wandb sync` sends them one after the other.
+    """
+    loggers: list[Logger] = [FileLogger(folder)]
+    if wandb_enabled:
+        loggers.append(
+            WandbLogger(
+                save_dir=folder,
+                project=project,
+                name=name,
+                id=wandb_run_id(folder) if is_rank_zero() else None,  # the others log nothing
+                offline=wandb_is_offline(mode),
+                config=dict(config or {}),
+                settings=_quiet_settings(),
+            )
+        )
+    return loggers
+
+
+def _quiet_settings() -> Any:
+    import wandb
+
+    return wandb.Settings(console="off", silent=True)
+
+
+def log_tables(loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Send tables, lists of equally keyed records, to wandb; the other loggers have no tables."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for key, records in tables.items():
+                if not records:
+                    continue
+                columns = list(records[0])
+                rows = [[record[column] for column in columns] for record in records]
+                logger.log_table(key=key, columns=columns, data=rows)
+
+
+def finish(loggers: list[Logger]) -> None:
+    """Close the loggers, so that another run of this process starts a new wandb run."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger) and is_rank_zero():
+            logger.experiment.finish()

@@ -1,0 +1,225 @@
+"""A run directory: everything that one run leaves behind, and the only thing a report reads.
+
+config.yaml      the resolved configuration
+identity.json    everything that the trained weights depend on
+versions.json    the code, versions, processors and threads that it ran on
+sessions.jsonl   the same for each later session in which something of that was another
+selection.npy    the selection in DataComp's format; selection.json its manifest
+metrics.jsonl    a record every N steps; metrics.csv the same
+checkpoints/     to continue from
+model/           the trained model, as open_clip's `local-dir:` loads it
+eval_results.jsonl  a line a task
+model.json       what was trained: architecture, activation, preprocessing, tokenizer
+budget.json      how long the run is
+summary.json     written last: the run is finished
+.lock            while a process trains: which one, and since when
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from siftclip.datamodules.models.load import CONFIG_NAME, MODEL_FOLDER
+from siftclip.datamodules.selection.selection import Selection, write_selection
+from siftclip.files import read_json_object, write_json, write_text
+from siftclip.locks import LOCK_NAME
+from siftclip.trainer.runtime.run_records import (
+    read_budget,
+    read_metrics,
+    read_summary,
+    require_shown,
+)
+from siftclip.trainer.settings.budget import Budget
+
+METRICS_NAME = "metrics.jsonl"
+RESULTS_NAME = "eval_results.jsonl"
+_SHARE = "online/share_"
+IDENTITY_NAME = "identity.json"
+SUMMARY_NAME = "summary.json"
+# Where Lightning looks for the rank of a process: torchrun's, its own launcher's, and others'.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes what all ranks share."""
+    # Lightning's own function, which gets a rank when Lightning is imported. That takes seconds, so
+    # until then the same variables are asked here.
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    rank = getattr(rank_zero_only, "rank", None)
+    if rank is None:
+        ranks = (os.environ.get(name) for name in _RANK_VARIABLES)
+        rank = int(next((rank for rank in ranks if rank is not None), 0))
+    return rank == 0
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a `step-N.ckpt` was written."""
+    return int(checkpoint.stem.split("-")[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDir:
+    """Paths and small files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL_FOLDER
+
+    @property
+    def lock(self) -> Path:
+        """Of the one process that trains, see `siftclip.locks`."""
+        return self.path / LOCK_NAME
+
+    @property
+    def results(self) -> Path:
+        return self.path / RESULTS_NAME
+
+    @property
+    def has_model(self) -> bool:
+        """Whether training has finished and the model is written."""
+        return (self.model / CONFIG_NAME).is_file()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the run says about itself; None while it is not finished."""
+        path = self.path / SUMMARY_NAME
+        return read_summary(path) if path.is_file() else None
+
+    @property
+    def shown_summary(self) -> dict[str, Any]:
+        """The summary of a finished run, with all that reports show.
+
+        Raises:
+            InputError: it is not finished, or its summary lacks something.
+        """
+        summary = self.summary or {}
+        require_shown(self.path / SUMMARY_NAME, summary)
+        return summary
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from: the one of the highest step."""
+        found = list(self.checkpoints.glob("step-*.ckpt"))
+        return max(found, key=step_of, default=None)
+
+    def budget(self) -> Budget | None:
+        """How long the run is, once that is known."""
+        path = self.path / "budget.json"
+        return Budget(**read_budget(path)) if path.is_file() else None
+
+    def keep_model(self, record: dict[str, Any]) -> None:
+        """Write down what is trained, `model_record`, as it was built for its weights."""
+        write_json(self.path / "model.json", record)
+
+    def keep_budget(self, budget: Budget) -> None:
+        """Write down how long the run is: what was measured for it need not come out again."""
+        write_json(
+            self.path / "budget.json",
+            {"samples_seen": budget.samples_seen, "global_batch_size": budget.global_batch_size},
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of the log so far, see `read_metrics`."""
+        return read_metrics(self.path / METRICS_NAME)
+
+    def costs(self) -> dict[str, float]:
+        """Samples and FLOPs of the whole run, by name, as the last record of the log has them."""
+        found: dict[str, float] = {}
+        for record in self.records():
+            found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
+        return found
+
+    def copies_fraction(self) -> float:
+        """The share of batches that held a sample twice, of the selection that had the most."""
+        shares = (record.get("data/copies_fraction", 0.0) for record in self.records())
+        return max(shares, default=0.0)
+
+    def cost_line(self) -> str:
+        """What a finished run has cost, in a line."""
+        found = self.shown_summary
+        flops = f"{found['flops']:.3g}" if "flops" in found else "unknown"
+        return (
+            f"{found['trained_samples']:,.0f} samples trained, {found['loaded_samples']:,.0f} "
+            f"loaded; {flops} FLOPs; {found['train_seconds']:.1f} s, of these waiting "
+            f"{found['data_wait_seconds']:.1f}, scoring {found['scoring_seconds']:.1f}, selecting "
+            f"{found['selection_seconds']:.1f}"
+        )
+
+    def shares_chosen(self) -> dict[str, float]:
+        """The share of each kind among what was chosen in the loop, mean over the log's steps."""
+        found: dict[str, dict[int, float]] = {}
+        for record in self.records():
+            for name, value in record.items():
+                if name.startswith(_SHARE) and not name.endswith("_offered"):
+                    found.setdefault(name.removeprefix(_SHARE), {})[record["step"]] = value
+        return {kind: sum(values.values()) / len(values) for kind, values in found.items()}
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training by what they went into, over all processes that worked on the run.
+
+        `train_seconds` is all of it; `data_wait_seconds`, `scoring_seconds` and
+        `selection_seconds` are parts of it, and what is left of them the training steps
+        themselves. Steps that were repeated after a restart count once: the time that the run would
+        have taken without the restart.
+        """
+        windows = {
+            record["step"]: record for record in self.records() if "train/batch_time" in record
+        }
+        steps = sorted(windows)
+        lengths = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+
+        def total(name: str) -> float:
+            return float(
+                sum(
+                    windows[step].get(name, 0.0) * n for step, n in zip(steps, lengths, strict=True)
+                )
+            )
+
+        return {
+            "train_seconds": total("train/batch_time"),
+            "data_wait_seconds": total("train/data_time"),
+            "scoring_seconds": total("train/scoring_time"),
+            "selection_seconds": total("train/selection_time"),
+        }
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a run was begun here, also by an earlier version, which kept a digest alone."""
+        return any((self.path / name).is_file() for name in (IDENTITY_NAME, "identity"))
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the run depends on; None if nothing was run here, or by an earlier version."""
+        path = self.path / IDENTITY_NAME
+        return read_json_object(path) if path.is_file() else None
+
+    def set_aside(self) -> Path:
+        """Move all files, so that the run can begin anew; returns the folder that has them now.
+
+        The lock stays where it is.
+        """
+        aside = self.path.with_name(f"{self.path.name}.replaced-{datetime.now():%Y%m%d-%H%M%S}")
+        aside.mkdir()
+        for path in self.path.iterdir():
+            if path != self.lock:
+                path.rename(aside / path.name)
+        return aside
+
+    def start(self, config: str, selection: Selection, identity: dict[str, Any]) -> None:
+        """Write down what the run is, before its first step; `config` goes into config.yaml."""
+        write_text(self.path / "config.yaml", config)
+        write_selection(selection, self.path)
+        write_json(self.path / IDENTITY_NAME, identity)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        write_json(self.path / SUMMARY_NAME, summary)

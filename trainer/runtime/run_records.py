@@ -1,0 +1,143 @@
+"""Reads back the numbers that a run has written, and refuses those that cannot be."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from siftclip.errors import InputError
+from siftclip.eval.results.result_checks import (
+    require_count,
+    require_number,
+    require_share,
+    require_text,
+)
+from siftclip.files import read_json, read_jsonl
+
+_TEXTS = ("selector", "selection", "pool", "online")
+_COUNTS = ("seed", "steps", "trained_samples", "requested_samples", "selected_samples")
+_SHOWN = (
+    *("online", "steps", "trained_samples", "loaded_samples", "selected_samples", "coverage"),
+    *("passes", "train_seconds", "data_wait_seconds", "scoring_seconds", "selection_seconds"),
+)
+_WAY_OUT = "Delete it, and the command that trained the run writes it again."
+_AMOUNTS = ("_samples", "_seconds", "flops", "passes", "_time")  # ends of names
+_SHARE = "/share_"
+_MAX_DEPTH = 100  # of YAML
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a finished run says about itself.
+
+    Raises:
+        InputError: the file is missing or damaged, or a number in it cannot be.
+    """
+    return _checked(path, read_json(path))
+
+
+def require_shown(path: Path, summary: Mapping[str, Any]) -> None:
+    """Raise InputError unless a summary has all that reports show of a finished run."""
+    missing = [name for name in _SHOWN if name not in summary]
+    if missing:
+        raise InputError(
+            f"{path} must hold the summary of a finished run, but {missing[0]} is missing. "
+            f"{_WAY_OUT}"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        InputError: the file is missing or damaged, or has aliases, with which a small file can grow
+            without end.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        _require_plain(text)
+        config = yaml.load(text, Loader=yaml.CSafeLoader)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path} is not the configuration of a run: {problem}.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the configuration of a run: {reprlib.repr(config)}.")
+    return config
+
+
+def _require_plain(text: str) -> None:
+    """Raise ValueError for YAML that must not be loaded: the loader is recursive and in C."""
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, which Siftclip never writes")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, each with its `step`; none if there is no file.
+
+    Raises:
+        InputError: the file is damaged, or a number in it cannot be.
+    """
+    records = read_jsonl(path)
+    for number, record in enumerate(records, start=1):
+        place = f"{path}, record {number},"
+        if "step" not in record:
+            raise InputError(f"{place} must have a step. It has {reprlib.repr(sorted(record))}.")
+        try:
+            require_count("step", record["step"])
+            for name, value in record.items():
+                _check_amount(name, value)
+        except ValueError as error:
+            raise InputError(f"{place} cannot be: {error}.") from None
+    return records
+
+
+def read_budget(path: Path) -> dict[str, int]:
+    """The lengths of a run, `samples_seen` and `global_batch_size`.
+
+    Raises:
+        InputError: the file is missing or damaged, or a number in it cannot be.
+    """
+    record = read_json(path)
+    wanted = ("samples_seen", "global_batch_size")
+    if not isinstance(record, Mapping) or record.keys() != {*wanted}:
+        raise InputError(f"{path} must hold {' and '.join(wanted)}. Got {reprlib.repr(record)}.")
+    try:
+        return {name: require_count(name, record[name], least=1) for name in wanted}
+    except ValueError as error:
+        raise InputError(f"{path} cannot be: {error}.") from None
+
+
+def _checked(path: Path, record: object) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise InputError(f"{path} must hold a summary. Got {reprlib.repr(record)}.")
+    try:
+        for name, value in record.items():
+            if name in _TEXTS:
+                require_text(name, value)
+            elif name in _COUNTS:
+                require_count(name, value)
+            elif name == "coverage":
+                require_share(name, value)
+            else:
+                _check_amount(name, value)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be: {error}. {_WAY_OUT}") from None
+    return record
+
+
+def _check_amount(name: str, value: object) -> None:
+    if _SHARE in name:
+        require_share(name, value)
+    else:
+        require_number(name, value, least=0 if name.endswith(_AMOUNTS) else -float("inf"))

@@ -1,0 +1,145 @@
+"""The watch stage: a run's checkpoints are evaluated as they come, beside the training."""
+
+from __future__ import annotations
+
+import logging
+import re
+import reprlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import InputError
+from siftclip.eval.reports.report import Summary
+from siftclip.eval.results.files import read_results
+from siftclip.locks import LOCK_NAME, locked
+from siftclip.trainer.builders.models import checkpoint_options, clip_model_from
+from siftclip.trainer.runtime.run_dir import METRICS_NAME, RunDir
+from siftclip.trainer.runtime.run_records import read_config, read_metrics
+from siftclip.trainer.settings.commands import WatchCommand
+from siftclip.trainer.settings.fields.reader import read, read_kept
+from siftclip.trainer.settings.fields.section import Weights
+from siftclip.trainer.settings.model import ModelOptions, ModelSettings
+from siftclip.trainer.settings.tools import WatchSettings
+from siftclip.trainer.stages.evaluation import eval_stage, log_records, tasks_from
+
+FOLDER = "eval_watch"
+_STEP = re.compile(r"step-(\d+)\.ckpt")
+
+log = logging.getLogger(__name__)
+
+
+def watch_stage(settings: WatchCommand) -> Iterator[tuple[int, Summary]]:
+    """Evaluate each checkpoint of a run, oldest first, until the run is finished.
+
+    Results go to `eval_watch/` in the run directory, those of chosen weights to `eval_watch-raw/`
+    or `eval_watch-ema/`: `step-N.jsonl` for each checkpoint, and the log `metrics.jsonl` by step,
+    which also goes to wandb as a run of its own. A checkpoint with results of all tasks is passed
+    over, and one with some of them gets the others.
+
+    Args:
+        settings: of the command.
+
+    Yields:
+        Steps with their results.
+
+    Raises:
+        HeldError: another command watches the run.
+        InputError: an option is wrong, or there is no run.
+    """
+    watch = settings.watch
+    run = RunDir(path=Path(watch.run))
+    if not (run.path / "config.yaml").is_file():
+        raise InputError(
+            f"watch.run={watch.run!r} must be the directory of a run. It has no config.yaml."
+        )
+    folder = watch_folder(watch)
+    names = {task.name for task in tasks_from(settings.eval).tasks}  # before any waiting
+    with locked(folder / LOCK_NAME, owner=str(folder)):
+        yield from _watch(settings, run, folder, names)
+
+
+def _watch(
+    settings: WatchCommand, run: RunDir, folder: Path, names: set[str]
+) -> Iterator[tuple[int, Summary]]:
+    from siftclip.trainer.runtime.loggers import finish, log_tables, make_loggers
+
+    watch, logger = settings.watch, settings.logger
+    logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
+    done: set[int] = set()  # by this call, with or without success
+    loggers = make_loggers(
+        folder,
+        name=f"{run.path.name}-eval",
+        wandb_enabled=logger.wandb,
+        mode=logger.mode,
+        project=logger.project,
+        config=settings.composed.values,
+    )
+    try:
+        while True:
+            finished = run.summary is not None  # looked at before the checkpoints: none can follow
+            for step, path in _checkpoints(run):
+                results = folder / f"step-{step}.jsonl"
+                found = {result.key for result in read_results(results)}
+                if step in done or (step in logged and names <= found):
+                    continue
+                done.add(step)
+                clip = _load(run, path, watch.weights)
+                if clip is None:
+                    continue
+                summary = eval_stage(settings, clip, results_path=results)
+                for each in loggers:
+                    each.log_metrics(summary.metrics(), step=step)
+                log_tables(loggers, log_records(summary))
+                yield step, summary
+            if finished or watch.once:
+                return
+            time.sleep(watch.interval_seconds)
+    finally:
+        finish(loggers)
+
+
+def watch_folder(watch: WatchSettings) -> Path:
+    """Where the results are."""
+    name = FOLDER if watch.weights == "auto" else f"{FOLDER}-{watch.weights}"
+    return Path(watch.run) / name
+
+
+def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
+    found = []
+    for path in run.checkpoints.glob("step-*.ckpt"):
+        match = _STEP.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def _load(run: RunDir, checkpoint: Path, weights: Weights) -> ClipModel | None:
+    """The model of a checkpoint; None if the training has removed the file in between."""
+    path = run.path / "config.yaml"
+    kept = read_config(path).get("model")
+    if not isinstance(kept, dict) or "name" not in kept or "${" in str(kept):
+        raise InputError(  # a run's configuration is written with all references resolved
+            f"{path} must hold the model of a run, with a name. Got {reprlib.repr(kept)}."
+        )
+    trained = read_kept(ModelSettings, kept, "model")
+    model = replace(
+        trained,
+        pretrained=str(checkpoint),
+        weights=weights,
+        pretrained_image=None,  # the checkpoint has both
+        pretrained_text=None,
+        options=read(ModelOptions, checkpoint_options(trained), "model.options"),
+    )
+    try:
+        return clip_model_from(model, trained=True)
+    except InputError:
+        if checkpoint.exists():
+            raise
+        log.warning(
+            "%s was removed before it could be evaluated. trainer.keep_every_n_steps keeps more.",
+            checkpoint,
+        )
+        return None

@@ -1,0 +1,85 @@
+"""What `siftclip select` prints: what was kept, at which cost, and what it has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from siftclip.datamodules.selection.selection import SUBSET_NAME, WEIGHTS_NAME
+from siftclip.selectors.core.rules import TopCount
+from siftclip.selectors.methods.clip_score import ClipScore
+from siftclip.trainer.builders.selection import SelectOutcome
+
+
+def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
+    """The share of the selected samples that CLIP score would keep, too, with as many samples.
+
+    Args:
+        features: the name of those that tell.
+        outcome: what was selected.
+
+    Returns:
+        None where there are no such features.
+    """
+    count = outcome.selection.manifest["kept_distinct"]
+    clip_score = ClipScore(features=features, rule=TopCount(count))
+    if not outcome.source.has_features(clip_score.requires.features):
+        return None
+    theirs = np.flatnonzero(clip_score.select(outcome.source).multiplicities)
+    ours = np.unique(outcome.rows)
+    return len(np.intersect1d(ours, theirs, assume_unique=True)) / len(ours)
+
+
+def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> str:
+    """A few lines about a selection, for the terminal."""
+    manifest = outcome.selection.manifest
+    cost = manifest["cost"]
+    lines = [
+        f"selector   {manifest['selector']}",
+        f"pool       {outcome.pool.root}: {len(outcome.pool)} samples",
+    ]
+    if "metadata_present_fraction" in manifest["pool"]:
+        share = 100 * manifest["pool"]["metadata_present_fraction"]
+        lines.append(f"coverage   {share:.1f} % of the pool's metadata is in its shards")
+    for member in manifest["members"]:
+        lines.append(
+            f"member     {member['selector']}: {member['kept_distinct']} of {member['samples']}, "
+            f"{member['seconds']:.1f} s"
+            + (
+                f", {unjudged} without a score"
+                if (unjudged := member.get("unjudged_samples"))
+                else ""
+            )
+        )
+    lines.append(
+        f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "
+        f"({100 * manifest['kept_fraction']:.1f} %)"
+    )
+    weights = manifest.get("weights")
+    if weights is not None:
+        lines.append(
+            f"weights    {weights['min']:g} to {weights['max']:g}, mean {weights['mean']:g}, in "
+            f"{WEIGHTS_NAME}; {SUBSET_NAME} lacks them"
+        )
+    if manifest["unjudged_samples"]:
+        lines.append(f"no score   {manifest['unjudged_samples']} samples")
+    if manifest.get("never_samples"):
+        lines.append(f"never      {manifest['never_samples']} samples with the score -inf")
+    if overlap is not None:
+        lines.append(f"overlap    {100 * overlap:.1f} % of them CLIP score would keep, too")
+    ranks = f" on {cost['ranks']} ranks" if cost["ranks"] > 1 else ""
+    lines.append(
+        f"cost       {cost['seconds']:.1f} s{ranks}, {cost['cpu_seconds']:.1f} CPU s "
+        f"({cost['device']})"
+    )
+    for which in ("pool", "kept"):
+        text = _quantiles(manifest[f"score_quantiles_{which}"])
+        if text:
+            lines.append(f"{which + ' scores':<13}{text}")
+    return "\n".join([*lines, f"written    {outcome.folder}"])
+
+
+def _quantiles(quantiles: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in quantiles.items())

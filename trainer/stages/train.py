@@ -1,0 +1,514 @@
+"""The train stage: select, stream, train, write the model, evaluate; continues where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from siftclip.datamodules.identity.identities import (
+    differences,
+    kept_identity,
+    say_reused,
+    say_why_not,
+)
+from siftclip.datamodules.models.load import save_model_folder
+from siftclip.datamodules.models.record import model_record
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.streaming.order import rank_slice
+from siftclip.errors import InputError
+from siftclip.files import identity_hash
+from siftclip.locks import locked
+from siftclip.ranks import Ranks, of_first_rank
+from siftclip.trainer.builders.models import activations_of_weights, model_files, models_of
+from siftclip.trainer.builders.objective import LossData, open_loss_data
+from siftclip.trainer.builders.online_options import check_online, schedule_from
+from siftclip.trainer.builders.selection import SelectOutcome, select_stage
+from siftclip.trainer.optim.schedules import check_schedule
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.cores import share_cores
+from siftclip.trainer.runtime.environment import (
+    CODE,
+    TARS,
+    Environment,
+    environment,
+    environments,
+    keep_environment,
+)
+from siftclip.trainer.runtime.launch import check_world_size
+from siftclip.trainer.runtime.lightning_setup import (
+    expected_world_size,
+    loader_options,
+    make_trainer,
+    resolve_precision,
+)
+from siftclip.trainer.runtime.run_dir import (
+    IDENTITY_NAME,
+    SUMMARY_NAME,
+    RunDir,
+    is_rank_zero,
+    step_of,
+)
+from siftclip.trainer.settings.budget import Budget, budget_from, limit_from
+from siftclip.trainer.settings.commands import EvalSections, TrainCommand
+from siftclip.trainer.settings.data import BudgetSettings, DataSettings
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
+from siftclip.trainer.stages.evaluation import eval_share, eval_stage, log_records, tasks_from
+
+# What imports Lightning or builds models is imported where it is needed: that takes seconds, in
+# which the options have been checked and the selection made.
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from siftclip.eval.reports.report import Summary
+    from siftclip.trainer.builders.online_setup import RunParts
+    from siftclip.trainer.online.cost_profile import Forecast
+
+log = logging.getLogger(__name__)
+
+
+_DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that move weights
+
+
+def run_identity(
+    settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
+) -> dict[str, Any]:
+    """Everything that the trained weights depend on; devices and workers do not belong to it."""
+    from siftclip.trainer.builders.online_setup import online_identity
+
+    return kept_identity(
+        "run",
+        {
+            "selection": selected.selection.digest,
+            "pool": selected.pool.fingerprint,
+            "members": selected.pool.members_digest,
+            "model": {**to_plain(settings.model), "files": model_files(settings.model)},
+            "activations": activations_of_weights(models_of(settings)),
+            "optim": to_plain(settings.optim),
+            "loss": to_plain(settings.loss),
+            "loss_data": loss_data.identity,
+            "scale": to_plain(settings.scale),
+            "budget": to_plain(settings.budget),
+            "online": online_identity(
+                settings.online,
+                selected.source,
+                world_size=expected_world_size(settings.trainer),
+            ),
+            "data": {key: getattr(settings.data, key) for key in _DATA},
+            "precision": resolve_precision(settings.trainer.precision),
+            "seed": settings.common.seed,
+        },
+    )
+
+
+def run_environment(trainer: TrainerSettings, data: DataSettings, pool: Pool) -> Environment:
+    """What this session computes with, and which tars it reads."""
+    options = loader_options(data)
+    share_cores(options.num_workers)
+    computed_with = environment(
+        ranks=expected_world_size(trainer),
+        loader_workers=options.num_workers,
+        precision=resolve_precision(trainer.precision),
+    )
+    return {**computed_with, TARS: pool.tars_stamp}
+
+
+def warn_of_other_code(run: RunDir, now: Environment) -> None:
+    """Say if a finished run was made with other code than this, or of tars that may be others.
+
+    A copy of a pool has other times, so that these are no reason to train again.
+    """
+    for before in environments(run.path)[-1:]:
+        changed = [
+            f"{name} {before.get(name)}, here {now.get(name)}"
+            for name in CODE
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            log.warning(
+                "%s was made with other code: %s. reuse=false trains it again.",
+                run.path,
+                "; ".join(changed),
+            )
+        if before.get(TARS) not in (None, now[TARS]):
+            log.warning(
+                "%s was trained on tars that have been written or copied since. If their images or "
+                "captions are others now, train again with reuse=false.",
+                run.path,
+            )
+
+
+def run_dir_for(
+    settings: TrainCommand, selected: SelectOutcome, identity: dict[str, Any]
+) -> RunDir:
+    """The run's directory: `run_dir`, or one whose name stands for what the run depends on.
+
+    Args:
+        settings: of the command.
+        selected: what is trained on.
+        identity: of the run.
+
+    Raises:
+        InputError: `run_dir` holds another run.
+    """
+    name, common = selected.selection.manifest["selector"], settings.common
+    if not isinstance(settings.online, OnceSettings):
+        name += f"+{settings.online.selector.name}"
+    if common.run_dir is None:
+        root = common.output_root / "train"
+        run = RunDir(path=root / f"{name}-s{common.seed}-{identity_hash(identity)[:8]}")
+        if is_rank_zero() and not run.path.exists():
+            kept = root.glob(f"{name}-s{common.seed}-*/{IDENTITY_NAME}")
+            say_why_not("the run", identity, kept, like="scale")
+        return run
+    run = RunDir(path=Path(common.run_dir))
+    # through JSON, which has no tuples
+    if run.has_started and run.identity() != json.loads(json.dumps(identity, default=str)):
+        reasons = "; ".join(differences(run.identity() or {}, identity))
+        raise InputError(
+            f"run_dir={common.run_dir!r} holds a run with another selection, model, budget or "
+            f"seed, or of other code or files. Different: {reasons}. Name another run_dir, or "
+            "delete that one."
+        )
+    return run
+
+
+def train_stage(settings: TrainCommand, *, wait: bool = False) -> RunDir:
+    """Train one model on one selection, and evaluate it if `eval.root` is set.
+
+    A finished run is returned as it is; an interrupted one continues from its last checkpoint.
+    With `reuse=false` either is set aside, under another name, and the run begins anew.
+
+    Args:
+        settings: of the command.
+        wait: for another process that trains this very run, instead of raising.
+
+    Raises:
+        HeldError: another process trains this run.
+        InputError: an option or a file is wrong; found before the first step where possible.
+    """
+    check_training(settings)
+    if is_rank_zero():
+        _say_what_begins(settings)
+    selected = select_stage(settings)
+    loss_data = _loss_data(settings, selected)
+    identity = run_identity(settings, selected, loss_data)
+    run, ranks = run_dir_for(settings, selected, identity), selected.source.ranks
+    reuse = settings.common.reuse
+    if not of_first_rank(ranks, reuse and run.summary is not None):
+        with _alone(run, ranks, wait=wait):
+            run_dir_for(settings, selected, identity)  # again: another may have begun it since
+            if not of_first_rank(ranks, reuse and run.summary is not None):
+                _train(settings, run, selected, loss_data, identity)
+                return run
+    if ranks.rank == 0:
+        say_reused("the finished run", run.path / SUMMARY_NAME)
+        warn_of_other_code(run, run_environment(settings.trainer, settings.data, selected.pool))
+    if settings.eval.root is not None:
+        _evaluate_run(settings.evaluation, run)
+    return run
+
+
+def _loss_data(settings: TrainCommand, selected: SelectOutcome) -> LossData:
+    bound = settings.pool.max_bad_fraction
+    return open_loss_data(settings.loss, selected, max_bad_fraction=bound)
+
+
+def _alone(run: RunDir, ranks: Ranks, *, wait: bool) -> AbstractContextManager[None]:
+    """Keep other commands from the run."""
+    if ranks.size == 1 and not is_rank_zero():
+        return nullcontext()  # Lightning has started this process; the first one holds the lock
+    return locked(run.lock, owner=f"The run {run.path}", ranks=ranks, wait=wait)
+
+
+def _train(
+    settings: TrainCommand,
+    run: RunDir,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    identity: dict[str, Any],
+) -> None:
+    """All that a run is, from where it is."""
+    from siftclip.trainer.runtime.loggers import finish, make_loggers
+
+    now = run_environment(settings.trainer, settings.data, selected.pool)
+    reuse, composed, logger = settings.common.reuse, settings.composed, settings.logger
+    if is_rank_zero():
+        if not reuse and run.has_started:
+            log.info("reuse=false: the run of before is now %s", run.set_aside())
+        checkpoint = run.latest_checkpoint()
+        run.start(composed.to_yaml(), selected.selection, identity)
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        changed = keep_environment(run.path, now, step=step)
+        if changed:
+            log.warning(
+                "the run continues at step %d on something else: %s. From here on it differs from "
+                "an uninterrupted run as another seed does (docs/training.md).",
+                step,
+                "; ".join(changed),
+            )
+    selected.source.ranks.barrier()  # none looks at the run before the first has begun it
+    loggers = make_loggers(
+        run.path,
+        name=run.path.name,
+        wandb_enabled=logger.wandb,
+        mode=logger.mode,
+        project=logger.project,
+        config=composed.values,
+    )
+    # without reuse, other ranks may look before the first has set the old run aside
+    if not reuse or not run.has_model:
+        _fit(settings, run, selected, loss_data, loggers)
+    budget = run.budget() or budget_from(settings.scale)
+    if settings.eval.root is not None:
+        _evaluate(settings.evaluation, run, budget, loggers)
+    if is_rank_zero():
+        seed, online = settings.common.seed, online_name(settings.online)
+        _conclude(run, selected, budget, loggers, seed=seed, online=online)
+    finish(loggers)
+
+
+def plan_stage(settings: TrainCommand) -> Forecast:
+    """What a run of these settings will cost, from a few measured steps. Nothing is kept.
+
+    Raises:
+        InputError: an option or a file is wrong.
+    """
+    check_training(settings)
+    selected = select_stage(settings)
+    share_cores(loader_options(settings.data).num_workers)
+    loss_data = _loss_data(settings, selected)
+    parts = run_parts(settings, selected, loss_data, settings.common.output_root)
+    from siftclip.trainer.stages.planning import forecast
+
+    return forecast(parts, _resolved_budget(parts, settings.budget, budget_from(settings.scale)))
+
+
+def check_training(settings: TrainCommand) -> None:
+    """All that can be known to be wrong before any file is read.
+
+    Raises:
+        InputError: a selector does not go with the other settings, or a task is missing.
+    """
+    strategy = settings.trainer.strategy
+    check_online(settings.online, settings.selector, settings.loss, strategy)
+    loader_options(settings.data)
+    if limit_from(settings.budget) is None:
+        check_schedule(settings.optim, budget_from(settings.scale).total_steps)
+    if settings.eval.root is not None:
+        tasks_from(settings.eval)
+
+
+def _say_what_begins(settings: TrainCommand) -> None:
+    """Log what the options ask for: known before the pool is opened and large packages imported."""
+    limit, budget = limit_from(settings.budget), budget_from(settings.scale)
+    length = (
+        f"{budget.total_steps:,} steps" if limit is None else "budget.{}={:g}, steps".format(*limit)
+    )
+    log.info(
+        "options checked: selector %s, seed %d, %s of %s samples, precision %s",
+        settings.selector.name,
+        settings.common.seed,
+        length,
+        f"{budget.global_batch_size:,}",
+        resolve_precision(settings.trainer.precision),
+    )
+
+
+def run_parts(
+    settings: TrainCommand, selected: SelectOutcome, loss_data: LossData, folder: Path
+) -> RunParts:
+    """What a run in a folder is made of, with a new model."""
+    from siftclip.trainer.builders.assembly import new_model
+    from siftclip.trainer.builders.online_setup import RunParts
+
+    common, trainer = settings.common, settings.trainer
+    return RunParts(
+        common=common,
+        pool=settings.pool,
+        data=settings.data,
+        model=settings.model,
+        loss=settings.loss,
+        optim=settings.optim,
+        trainer=trainer,
+        online=settings.online,
+        selector=settings.selector,
+        clip=new_model(
+            settings.model, seed=common.seed, grad_checkpointing=trainer.grad_checkpointing
+        ),
+        selected=selected,
+        loss_data=loss_data,
+        folder=folder,
+        global_batch_size=settings.scale.global_batch_size,
+        world_size=expected_world_size(trainer),
+    )
+
+
+def _resolved_budget(parts: RunParts, limits: BudgetSettings, budget: Budget) -> Budget:
+    """The budget in trained samples, also where something else limits the run."""
+    limit = limit_from(limits)
+    if limit is None:
+        return budget
+    from siftclip.trainer.stages.planning import steps_within
+
+    steps = steps_within(limit, parts)
+    resolved = Budget(
+        samples_seen=steps * budget.global_batch_size, global_batch_size=budget.global_batch_size
+    )
+    check_schedule(parts.optim, resolved.total_steps)
+    log.info("budget.%s=%g lasts for %d steps", *limit, resolved.total_steps)
+    return resolved
+
+
+def _fit(
+    settings: TrainCommand,
+    run: RunDir,
+    selected: SelectOutcome,
+    loss_data: LossData,
+    loggers: list[Logger],
+) -> None:
+    """Train, and write the model folder."""
+    from siftclip.datamodules.streaming.datamodule import count_micro_batches
+    from siftclip.trainer.builders.assembly import data_module_from, training_module
+    from siftclip.trainer.builders.online_setup import build_online, warn_of_rounding
+    from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal
+    from siftclip.trainer.loop.progress import TrainingBar
+    from siftclip.trainer.models.sharding import whole_state
+    from siftclip.trainer.runtime.loggers import finish
+    from siftclip.trainer.stages.evaluate_during import evaluate_during_from
+
+    share_cores(loader_options(settings.data).num_workers)
+    parts = run_parts(settings, selected, loss_data, run.path)
+    common, options = parts.common, parts.trainer
+    if is_rank_zero():
+        run.keep_model(model_record(parts.clip))
+    budget = run.budget()
+    if budget is None:  # measuring trains models of its own
+        budget = _resolved_budget(parts, settings.budget, budget_from(settings.scale))
+    if is_rank_zero():
+        run.keep_budget(budget)
+    if isinstance(parts.online, EveryStepSettings):
+        schedule_from(parts.online).check_length(budget.total_steps)
+    clip, online = parts.clip, build_online(parts, budget.total_steps)
+    if isinstance(parts.online, EveryStepSettings):
+        warn_of_rounding(parts, parts.online, online.plan)
+    during = evaluate_during_from(settings.evaluation, clip)
+    module = training_module(parts, budget, online)
+    stop = StopOnSignal()
+    trainer = make_trainer(
+        options,
+        progress=common.progress,
+        folder=run.path,
+        callbacks=[
+            StepCheckpoint(
+                run.checkpoints,
+                every_n_steps=options.checkpoint_every_n_steps,
+                keep_last=options.keep_checkpoints,
+                keep_every_n_steps=options.keep_every_n_steps,
+            ),
+            stop,
+            *([] if during is None else [during]),
+            *([TrainingBar()] if common.progress else []),
+        ],
+        loggers=loggers,
+        max_steps=budget.total_steps,
+        max_epochs=-1,
+    )
+    check_world_size(trainer.world_size, os.environ)
+    if trainer.world_size != parts.world_size:
+        raise RuntimeError(f"{trainer.world_size} ranks train, not {parts.world_size}")
+    with options_of(
+        under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
+    ):
+        share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
+        count_micro_batches(share.stop, options.micro_batch_size)
+    data = data_module_from(parts, budget, online)
+    resume = run.latest_checkpoint() if common.reuse else None
+    if resume is not None:
+        log.info("continuing from %s", resume)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if stop.stopped_by is not None:
+        finish(loggers)
+        trainer.strategy.barrier()  # or the launcher ends rank 0 while it still writes
+        stop.raise_if_stopped(trainer.global_step, budget.total_steps)
+    if trainer.global_step < budget.total_steps:
+        raise InputError(f"{run.path}: training stopped at step {trainer.global_step}.")
+    if data.faults.samples:
+        log.warning(
+            "training replaced %d bad samples: %s", data.faults.samples, data.faults.summary()
+        )
+    state = whole_state(module.model if module.ema is None else module.ema.averaged)
+    if is_rank_zero():
+        save_model_folder(clip, run.model, state)
+    trainer.strategy.barrier()  # the others evaluate what it has written
+
+
+def _evaluate_run(settings: EvalSections, run: RunDir) -> Summary:
+    share = eval_share(settings.trainer, may_launch=False)
+    return eval_stage(settings, run.path, results_path=run.results, share=share, wait=True)
+
+
+def _evaluate(settings: EvalSections, run: RunDir, budget: Budget, loggers: list[Logger]) -> None:
+    """Evaluate the trained model, with all ranks."""
+    from siftclip.trainer.runtime.loggers import log_tables
+
+    summary = _evaluate_run(settings, run)
+    for logger in loggers:
+        logger.log_metrics(summary.metrics(), step=budget.total_steps)
+    log_tables(loggers, log_records(summary))
+
+
+def _conclude(
+    run: RunDir,
+    selected: SelectOutcome,
+    budget: Budget,
+    loggers: list[Logger],
+    *,
+    seed: int,
+    online: str,
+) -> None:
+    """Log statistics of the selection, and mark the run as finished."""
+    manifest = selected.selection.manifest
+    drawn = run.costs().get("drawn_samples", budget.trained_samples)
+    statistics = {
+        "selection/samples": len(selected.selection),
+        "selection/distinct": len(selected.selection.uids),
+        "selection/fraction": manifest["kept_fraction"],
+        "selection/coverage": selected.coverage.fraction,
+        "train/passes": drawn / len(selected.rows),
+    }
+    for name, value in manifest["score_quantiles_kept"].items():
+        statistics[f"selection/score_{name}"] = value
+    for logger in loggers:
+        logger.log_metrics(statistics, step=budget.total_steps)
+    run.finish(
+        {
+            "selector": manifest["selector"],
+            "seed": seed,
+            "selection": selected.selection.digest,
+            "pool": selected.pool.fingerprint,
+            "steps": budget.total_steps,
+            "trained_samples": budget.trained_samples,
+            "requested_samples": budget.samples_seen,
+            "online": online,
+            **run.costs(),
+            "passes": drawn / len(selected.rows),
+            "selected_samples": len(selected.selection),
+            "coverage": selected.coverage.fraction,
+            "copies_fraction": run.copies_fraction(),
+            "offline_selection_seconds": round(manifest["cost"]["seconds"], 3),
+            **{name: round(value, 3) for name, value in run.seconds().items()},
+        }
+    )
+
+
+def online_name(online: OnlineSettings) -> str:
+    """What selects in the loop, in a few words."""
+    if isinstance(online, OnceSettings):
+        return "once"
+    return f"{online.cadence} {online.selector.name}"
