@@ -112,7 +112,7 @@ def test_checks_and_pools_need_torch_alone(
         for command, (words, says) in REFUSED.items()
     ]
     modules = [
-        module.name for module in pkgutil.iter_modules(selectors.__path__, "siftclip.selectors.")
+        module.name for module in pkgutil.walk_packages(selectors.__path__, "siftclip.selectors.")
     ]
     assert "siftclip.selectors.methods.vas" in modules
     write_pool(make_samples(6))

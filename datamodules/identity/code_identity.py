@@ -34,7 +34,8 @@ from siftclip.selectors.core.plugins import GROUP
 log = logging.getLogger(__name__)
 
 OURS = "siftclip"
-_NUMERICS = ("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow")
+# Packages whose versions move answers by rounding alone, or not at all
+_NO_ANSWERS = ("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "lazy_loader")
 _INSTALLED = ("site-packages", "dist-packages")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 _CODE = (".py", ".pyc", ".so", ".pyd")
@@ -119,7 +120,7 @@ def _top(name: str) -> str:
 def _is_own(name: str) -> bool:
     """Whether a module may be a project's: neither Python's nor of the packages for numerics."""
     top = _top(name)
-    return top == "__main__" or top not in (*sys.stdlib_module_names, *_NUMERICS)
+    return top == "__main__" or top not in (*sys.stdlib_module_names, *_NO_ANSWERS)
 
 
 def _is_followed(name: str, importer: str) -> bool:

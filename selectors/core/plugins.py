@@ -49,5 +49,5 @@ def build_plugin(plugin: str, **parameters: Any) -> Selector:
     except (ImportError, AttributeError, TypeError) as error:
         raise InputError(f"{name} could not be built with {parameters}: {error}.") from error
     if not isinstance(selector, Selector):
-        raise InputError(f"{name} must be a subclass of siftclip.selectors.core.base.Selector.")
+        raise InputError(f"{name} must be a subclass of siftclip.selectors.Selector.")
     return selector

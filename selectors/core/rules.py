@@ -24,7 +24,7 @@ class Rule(Protocol):
 
     `pool_samples` is the size of the whole pool, of which earlier stages may have left n. What a
     rule says of itself by `keeps_all`, `asked_samples` and `faults` is explained by the properties
-    of `siftclip.selectors.core.base.Selector` that have these names; it may lack them.
+    of `siftclip.selectors.Selector` that have these names; it may lack them.
     """
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray: ...

@@ -26,7 +26,7 @@ def selector_modules() -> list[str]:
     """All modules of the selectors, imported."""
     package = siftclip.selectors
     found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    names = sorted(info.name for info in found)
+    names = sorted(info.name for info in found if not info.ispkg)
     for name in names:
         importlib.import_module(name)
     return names

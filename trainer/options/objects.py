@@ -180,6 +180,10 @@ def _nearest_target(target: str) -> str | None:
             return None
         inside = {name for name, value in vars(module).items() if isinstance(value, type)}
         inside |= {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ()))}
+        public = getattr(module, "__all__", ())
+        if part not in inside and parts[-1] in public:
+            return ".".join([*parts[:number], parts[-1]])
+        inside.update(public)
         if part not in inside:
             close = difflib.get_close_matches(part, sorted(inside), n=1)
             return ".".join([*parts[:number], close[0], *parts[number + 1 :]]) if close else None

@@ -324,8 +324,8 @@ def test_targets_of_ours_have_the_names_that_are_kept() -> None:
         "seed": 1,
     }
     found = stored_targets(node)
-    assert found["_target_"] == "siftclip.selectors.core.compose.Then"
+    assert found["_target_"] == "siftclip.selectors.compose.Then"
     (stage,) = found["stages"]
     assert stage["_target_"] == "my_package.Mine"
-    assert stage["file"] == {**file, "_target_": "siftclip.selectors.core.source.FeatureFile"}
+    assert stage["file"] == {**file, "_target_": "siftclip.selectors.source.FeatureFile"}
     assert (found["seed"], file["_target_"]) == (1, "siftclip.selectors.FeatureFile")

@@ -111,7 +111,7 @@ def told(build: Callable[[], Any]) -> str:
         ),
         (
             [*VAS_CLIP, f"{VAS}._target_=siftclip.selectors.vass.Vas"],
-            "Did you mean siftclip.selectors.methods.vas.Vas?",
+            "Did you mean siftclip.selectors.Vas?",
         ),
         ([*VAS_CLIP, f"{VAS}._target_=nowhere.Vas"], "'nowhere.Vas': No module named 'nowhere'."),
         ([*VAS_CLIP, f"{VAS}._target_=7"], f"{VAS}._target_ must be the name of a class"),
