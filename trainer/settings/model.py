@@ -93,13 +93,13 @@ class LockSettings(Section):
     def check(self) -> None:
         if not self.image and (self.image_unlocked_groups or self.image_freeze_bn_stats):
             raise InputError(
-                "model.lock.image_unlocked_groups and model.lock.image_freeze_bn_stats have no "
-                "effect without model.lock.image=true."
+                "model.lock.image must be true, or image_unlocked_groups and image_freeze_bn_stats "
+                "have no effect. Got False."
             )
         if not self.text and (self.text_unlocked_layers or not self.text_freeze_layer_norm):
             raise InputError(
-                "model.lock.text_unlocked_layers and model.lock.text_freeze_layer_norm have no "
-                "effect without model.lock.text=true."
+                "model.lock.text must be true, or text_unlocked_layers and text_freeze_layer_norm "
+                "have no effect. Got False."
             )
 
 
