@@ -98,7 +98,7 @@ def selector_speed() -> Iterator[ModuleType]:
 
 def test_mutants_are_other_code_at_one_place() -> None:
     with loaded("tools/mutants") as mutants:
-        path = BENCHMARKS.parent / "selectors" / "hashing.py"
+        path = BENCHMARKS.parent / "src" / "siftclip" / "hashing.py"
         source, found = path.read_bytes(), mutants.mutants_of(path)
         whole = ast.dump(ast.parse(source))
         assert len({mutant.name for mutant in found}) == len(found) > 20

@@ -159,9 +159,16 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def source_files() -> list[Path]:
+    """All files of the packages, and those that the packages share."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return files + sorted((ROOT / "src" / "siftclip").glob("*.py"))
+
+
 def module_name(path: Path) -> str:
     """Of a file below the root."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    base = ROOT / "src" / "siftclip" if path.is_relative_to(ROOT / "src") else ROOT
+    parts = path.relative_to(base).with_suffix("").parts
     return ".".join(["siftclip", *(part for part in parts if part != "__init__")])
 
 
@@ -170,7 +177,7 @@ def tests_by_module() -> dict[str, list[str]]:
 
     Those that bear its name come first, then those of its package, then what takes most from it.
     """
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    files = source_files()
     importers: dict[str, set[str]] = defaultdict(set)
     for path in files:
         for name in imported(path):
@@ -187,7 +194,7 @@ def tests_by_module() -> dict[str, list[str]]:
             path: Path, module: str = module, word: str = word
         ) -> tuple[bool, bool, int, str]:
             taken = sum(name.startswith(f"{module}.") for name in tests[path])
-            is_other = module.split(".")[1] not in path.parts
+            is_other = not {*module.split(".")[1:2]} & {*path.parts}
             return word not in path.stem, is_other, -taken, path.name
 
         ordered = sorted(near, key=place)
@@ -270,11 +277,10 @@ def main() -> None:
     options = parser.parse_args()
     tests = tests_by_module()
     everything = []
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            own = tests[module_name(path)][: options.files]
-            if options.only in str(path.relative_to(ROOT)) and own:
-                everything += [(mutant, own) for mutant in mutants_of(path)]
+    for path in source_files():
+        own = tests[module_name(path)][: options.files]
+        if options.only in str(path.relative_to(ROOT)) and own:
+            everything += [(mutant, own) for mutant in mutants_of(path)]
     drawn = random.Random(options.seed).sample(everything, min(options.count, len(everything)))
     outcomes: dict[str, str] = {}
     if options.results.exists():

@@ -37,8 +37,8 @@ def test_infinity_can_be_written_as_json() -> None:
         (np.bool_(True), True),
         (math.floor, None),
         (lambda scores: scores, None),
-        (describe, "siftclip.selectors.core.description.describe"),
-        (KMeans, "siftclip.selectors.fitting.clusters.KMeans"),
+        (describe, "siftclip.selectors.description.describe"),
+        (KMeans, "siftclip.selectors.clusters.KMeans"),
     ],
 )
 def test_values_that_are_no_json(value: Any, described: Any) -> None:

@@ -145,9 +145,9 @@ for way, config in json.loads(sys.argv[1]).items():
     with patched(*WAYS[way]):
         try:
             train_stage(config)
-            print(f"{rank} {way}: trained", flush=True)
+            print(f"\\n{rank} {way}: trained", flush=True)  # others may have left a part of a line
         except InputError as error:
-            print(f"{rank} {way}: {error}", flush=True)
+            print(f"\\n{rank} {way}: {error}", flush=True)
 """
 EVERY_STEP = ["online=every_step", "online.selector.fraction=0.5"]
 EXPECTED = {
