@@ -31,7 +31,7 @@ from .core.source import Logits as Logits
 from .core.source import MemorySource as MemorySource
 from .core.source import Requirements as Requirements
 from .core.source import Source as Source
-from .core.source import Task as Task
+from .core.source import WorkUnit as WorkUnit
 from .core.sub_batch import SubBatch as SubBatch
 from .fitting.clusters import ClusterId as ClusterId
 from .fitting.clusters import GivenCentroids as GivenCentroids

@@ -1,7 +1,7 @@
 # The public names, imported when they are first asked for.
 from .loop.checkpointing import StepCheckpoint as StepCheckpoint
 from .loop.module import ClipTraining as ClipTraining
-from .losses.base import ContrastiveObjective as ContrastiveObjective
+from .losses.base import ContrastiveLoss as ContrastiveLoss
 from .losses.distill import DistillLoss as DistillLoss
 from .losses.reference import ReferenceGuidedLoss as ReferenceGuidedLoss
 from .losses.siglip import SigLipLoss as SigLipLoss

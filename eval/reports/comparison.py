@@ -114,7 +114,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class PairedComparison:
     """Two models on the tasks that both have results of, and on averages over these."""
 
     name_a: str
@@ -239,7 +239,7 @@ def compare_results(
     seeds_a: Sequence[Sequence[TaskResult]] = (),
     seeds_b: Sequence[Sequence[TaskResult]] = (),
     same_method: bool = False,
-) -> Comparison:
+) -> PairedComparison:
     """Test model b against model a, on each task that both have and on averages.
 
     p values are two-sided; Holm's correction is over all tasks, and over all averages. An average
@@ -293,7 +293,7 @@ def compare_results(
         members_by_key,
         same_method=same_method,
     )
-    return Comparison(
+    return PairedComparison(
         name_a=name_a,
         name_b=name_b,
         tasks=_corrected(tasks),

@@ -29,7 +29,7 @@ from siftclip.selectors.core.source import (
     FeatureFile,
     Requirements,
     Source,
-    Task,
+    WorkUnit,
 )
 from siftclip.selectors.core.sub_batch import SubBatch, check_draw, draw_by_score
 
@@ -43,7 +43,7 @@ __all__ = [
     "Selector",
     "Source",
     "SubBatch",
-    "Task",
+    "WorkUnit",
     "draw",
     "run",
 ]
@@ -348,11 +348,11 @@ class ScoreSelector(Selector):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement score or score_task")
 
-    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+    def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         """The work of a pass: each sample that can be scored is in one task."""
         return source.tasks(self.requires)
 
-    def score_task(self, source: Source, task: Task) -> Tensor:
+    def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         """The values of the samples of a task, float32 [m]: `score` of its chunks."""
         values = [self.checked_score(chunk) for chunk in source.chunks(task.rows, self.requires)]
         return torch.cat(values) if values else torch.empty(0)
@@ -421,7 +421,7 @@ class ScoreSelector(Selector):
         return Choice(multiplicities=kept, scores=scores)
 
 
-def _of_all_ranks(source: Source, tasks: Sequence[Task], values: np.ndarray) -> np.ndarray:
+def _of_all_ranks(source: Source, tasks: Sequence[WorkUnit], values: np.ndarray) -> np.ndarray:
     """The values of a pass on every rank, float32 [n], from those of this one; NaN without any.
 
     Ranks add arrays of which a single one is not zero in any place, so that the sum is exact.

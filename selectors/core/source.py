@@ -138,7 +138,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class WorkUnit:
     """A piece of work that one rank does, and that is not done again once its answer is kept."""
 
     name: str  # unique among the tasks of a selector, fit for the name of a file
@@ -239,15 +239,17 @@ class Source(ABC):
             return rows  # all rows from 0: a whole pool
         return np.searchsorted(self.rows, rows)
 
-    def tasks(self, requires: Requirements, label: str = "") -> list[Task]:
+    def tasks(self, requires: Requirements, label: str = "") -> list[WorkUnit]:
         """The samples of all parts in tasks of at most TASK_SAMPLES, in their order."""
         return [
-            Task(name=f"{label}{part.name}-{start}", rows=part.rows[start : start + TASK_SAMPLES])
+            WorkUnit(
+                name=f"{label}{part.name}-{start}", rows=part.rows[start : start + TASK_SAMPLES]
+            )
             for part in self.parts(requires)
             for start in range(0, len(part.rows), TASK_SAMPLES)
         ]
 
-    def mine(self, tasks: Sequence[Task]) -> Sequence[Task]:
+    def mine(self, tasks: Sequence[WorkUnit]) -> Sequence[WorkUnit]:
         """The tasks that belong to this rank."""
         return tasks[self.ranks.rank :: self.ranks.size]
 

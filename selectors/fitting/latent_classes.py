@@ -11,7 +11,7 @@ from torch import Tensor
 
 from siftclip.errors import ParameterError
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.source import FeatureFile, Memo, Requirements, Source, Task
+from siftclip.selectors.core.source import FeatureFile, Memo, Requirements, Source, WorkUnit
 from siftclip.selectors.fitting.kmeans import UNIT, whole_numbers
 from siftclip.selectors.kernels.blocks import joined, usable_rows
 
@@ -124,7 +124,7 @@ def find_classes(
     return LatentClasses(of=of, sizes=sizes, image_means=image_means, text_means=text_means)
 
 
-def _gather_classes(source: Source, memo: Memo, tasks: list[Task]) -> np.ndarray:
+def _gather_classes(source: Source, memo: Memo, tasks: list[WorkUnit]) -> np.ndarray:
     """The classes of all samples, int32 [n], on every rank; -1 where there is none."""
     above = np.zeros(len(source), dtype=np.int32)  # class + 1: the sum over ranks is exact
     for task in source.mine(tasks):

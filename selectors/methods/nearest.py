@@ -23,7 +23,7 @@ from siftclip.selectors.core.base import (
     ScoreSelector,
     Selector,
     Source,
-    Task,
+    WorkUnit,
 )
 from siftclip.selectors.core.rules import top_fraction
 from siftclip.selectors.kernels.blocks import require_same_width, usable_rows
@@ -175,7 +175,7 @@ class NearestRank(ScoreSelector):
             )
         self._ranks, _ = target_ranks(source, self.key, self.target, neighbours=self.neighbours)
 
-    def score_task(self, source: Source, task: Task) -> Tensor:
+    def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         ranks = torch.from_numpy(self._ranks[source.index_of(task.rows)])
         return torch.where(ranks < 0, torch.nan, 0.0 - ranks.float())
 

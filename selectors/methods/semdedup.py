@@ -11,7 +11,7 @@ from torch import Tensor
 
 from siftclip.errors import ParameterError, require_choice, require_finite, require_int
 from siftclip.hashing import uniform_score
-from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, Task
+from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.core.compose import merge
 from siftclip.selectors.core.rules import Threshold
 from siftclip.selectors.core.source import TASK_SAMPLES
@@ -109,7 +109,7 @@ class SemDeDup(ScoreSelector):
         own = Requirements(features=(self.key,), files=self.clustering.files())
         return own if self.prefer is None else merge([own, self.prefer.requires])
 
-    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+    def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         """Whole clusters in the order of `keep`, several a task where they are small."""
         _, clusters, products = assign_all(source, self.key, self.clustering)
         order = np.lexsort(
@@ -120,7 +120,7 @@ class SemDeDup(ScoreSelector):
         ends = np.flatnonzero(np.diff(clusters[order], append=np.iinfo(np.int32).max)) + 1
         cuts = _cuts(ends, TASK_SAMPLES)
         return [
-            Task(name=f"clusters-{begin}", rows=source.rows[order[begin:end]])
+            WorkUnit(name=f"clusters-{begin}", rows=source.rows[order[begin:end]])
             for begin, end in pairwise(cuts)
         ]
 
@@ -132,7 +132,7 @@ class SemDeDup(ScoreSelector):
             return -self.prefer.scores(source)  # NaN is sorted last
         return products if self.keep == "hard" else -products
 
-    def score_task(self, source: Source, task: Task) -> Tensor:
+    def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         """Compare within the clusters of a task: in memory, or block by block if one is large."""
         clusters = self._clusters[source.index_of(task.rows)]
         ends = np.flatnonzero(np.diff(clusters, append=np.iinfo(np.int32).max)) + 1

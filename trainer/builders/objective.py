@@ -25,7 +25,7 @@ from siftclip.selectors.core.base import Selector, product_of_weights
 from siftclip.trainer.builders.models import clip_model_from, model_files
 from siftclip.trainer.builders.selection import SelectOutcome
 from siftclip.trainer.losses import (
-    ContrastiveObjective,
+    ContrastiveLoss,
     DistillLoss,
     ReferenceGuidedLoss,
     SigLipLoss,
@@ -48,7 +48,7 @@ from siftclip.trainer.settings.loss import (
 )
 from siftclip.trainer.settings.model import TeacherModel
 
-LOSSES: dict[str, type[ContrastiveObjective]] = {
+LOSSES: dict[str, type[ContrastiveLoss]] = {
     "clip": SoftmaxLoss,
     "siglip": SigLipLoss,
     "coca": SoftmaxLoss,
@@ -196,7 +196,7 @@ def objective_from(
     return Objective(loss=built, teacher=teacher)
 
 
-def _loss_from(loss: LossSettings, teacher_scale: float, rows: np.ndarray) -> ContrastiveObjective:
+def _loss_from(loss: LossSettings, teacher_scale: float, rows: np.ndarray) -> ContrastiveLoss:
     if isinstance(loss, SigLipSettings):
         return SigLipLoss(loss.dist_impl)
     if isinstance(loss, DistillSettings):

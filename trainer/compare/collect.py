@@ -57,7 +57,7 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class ArmComparison:
     """All that a report shows.
 
     `results` has one row per run and metric: arm, seed, task, metric, value, low, high, samples,
@@ -81,7 +81,7 @@ class Comparison:
     missing: tuple[Missing, ...] = ()
 
 
-def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> Comparison:
+def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> ArmComparison:
     """Read results, summaries and selections of runs.
 
     Args:
@@ -107,7 +107,7 @@ def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> Comparison:
         truth = _truth(Path(compare.truth), selections, finished)
         complete = [arm for arm in arms if all((arm, seed) in selections for seed in seeds)]
         truth = truth.reindex(complete).reindex(list(arms))
-    return Comparison(
+    return ArmComparison(
         name=compare.name,
         arms=arms,
         seeds=seeds,
@@ -133,7 +133,7 @@ def _results(
     runs: Sequence[ArmRun],
     groups: Mapping[str, Sequence[str]],
 ) -> tuple[pd.DataFrame, tuple[Missing, ...]]:
-    """The rows of all arms with all seeds, see `Comparison`, and what they lack."""
+    """The rows of all arms with all seeds, see `ArmComparison`, and what they lack."""
     by_place = {(run.arm, run.seed): run.run for run in runs}
     finished = {place: run for place, run in by_place.items() if run.summary is not None}
     kept = {place: read_kept(run.results) for place, run in finished.items()}

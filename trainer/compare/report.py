@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.eval.reports.seed_comparison import SIGNIFICANCE, least_p_value
 from siftclip.files import atomic_path, write_text
-from siftclip.trainer.compare.collect import Comparison
+from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,
     as_markdown,
@@ -35,7 +35,7 @@ COST_NOTE = (
 TEMPLATE_NAME = "report.html.j2"
 
 
-def resolution_note(comparison: Comparison) -> str:
+def resolution_note(comparison: ArmComparison) -> str:
     """What the numbers of the tables are, and which differences they can show."""
     count = len(comparison.seeds)
     if count == 1:
@@ -55,7 +55,7 @@ def resolution_note(comparison: Comparison) -> str:
     )
 
 
-def run_rows(comparison: Comparison) -> list[list[str]]:
+def run_rows(comparison: ArmComparison) -> list[list[str]]:
     """Header and one row per finished run."""
     rows = [["run", "arm", "seed", "selected", "coverage", "passes", "train s"]]
     for run in comparison.runs.to_dict("records"):
@@ -73,7 +73,7 @@ def run_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
+def write_report(comparison: ArmComparison, folder: Path) -> None:
     """Write the three files into `folder`, each atomically."""
     with atomic_path(folder / "results.csv") as temporary:
         comparison.results.to_csv(temporary, index=False)
@@ -81,11 +81,11 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     write_text(folder / "report.html", html(comparison))
 
 
-def _tasks(comparison: Comparison) -> list[str]:
+def _tasks(comparison: ArmComparison) -> list[str]:
     return list(dict.fromkeys(comparison.results["task"]))
 
 
-def budget_sentence(comparison: Comparison) -> str:
+def budget_sentence(comparison: ArmComparison) -> str:
     """What all arms had in common."""
     runs = comparison.runs
     trained = int(runs["trained_samples"].iloc[0])
@@ -102,7 +102,7 @@ def budget_sentence(comparison: Comparison) -> str:
     return f"{len(comparison.arms)} selectors, {word} {seeds}; every run {budget}."
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(comparison: ArmComparison) -> str:
     """The report as Markdown."""
     header, *runs = run_rows(comparison)
     parts = [
@@ -129,12 +129,12 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _missing_part(comparison: Comparison) -> list[str]:
+def _missing_part(comparison: ArmComparison) -> list[str]:
     lines = missing_lines(comparison)
     return [MISSING_NOTE, "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def html(comparison: Comparison) -> str:
+def html(comparison: ArmComparison) -> str:
     """The report as one HTML page without scripts or anything from the network."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -162,7 +162,7 @@ def html(comparison: Comparison) -> str:
     )
 
 
-def made_with(comparison: Comparison) -> str:
+def made_with(comparison: ArmComparison) -> str:
     """The code and versions that all runs have in common; `mixed_notes` has the others."""
     sessions = [found for run in comparison.environments.values() for found in run]
     common = {
@@ -173,7 +173,7 @@ def made_with(comparison: Comparison) -> str:
     return f"Made with {', '.join(f'{name} {value}' for name, value in common.items())}."
 
 
-def mixed_notes(comparison: Comparison) -> list[str]:
+def mixed_notes(comparison: ArmComparison) -> list[str]:
     """A sentence for each thing that the runs were not all computed with, and what that means."""
     differing = mixed(comparison.environments)
     notes = [
@@ -194,7 +194,7 @@ def mixed_notes(comparison: Comparison) -> list[str]:
     return notes
 
 
-def plot(comparison: Comparison, task: str) -> dict[str, Any]:
+def plot(comparison: ArmComparison, task: str) -> dict[str, Any]:
     """A dot plot of one task: for each arm its seeds, mean and deviation on an axis in percent.
 
     Positions are shares of the axis in [0, 1]; the axis ends at round percentages around the data.

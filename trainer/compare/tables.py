@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 
 from siftclip.tables import printable
-from siftclip.trainer.compare.collect import Comparison
+from siftclip.trainer.compare.collect import ArmComparison
 
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
 
 
-def spread(comparison: Comparison, tasks: Sequence[str]) -> pd.DataFrame:
+def spread(comparison: ArmComparison, tasks: Sequence[str]) -> pd.DataFrame:
     """Mean and standard deviation of main metrics over seeds.
 
     Returns:
@@ -34,7 +34,7 @@ def spread(comparison: Comparison, tasks: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns).loc[list(comparison.arms)]
 
 
-def run_means(comparison: Comparison, arm: str, name: str) -> float:
+def run_means(comparison: ArmComparison, arm: str, name: str) -> float:
     """The mean of a number of the runs' summaries over the seeds; NaN where a run lacks it."""
     runs = comparison.runs
     if name not in runs:
@@ -48,7 +48,7 @@ def number(value: float, form: str) -> str:
     return "-" if pd.isna(value) else format(value, form)
 
 
-def seed_count(comparison: Comparison, arm: str) -> str:
+def seed_count(comparison: ArmComparison, arm: str) -> str:
     """How many seeds of an arm are there: `3`, or `2 of 3`."""
     count, wanted = int((comparison.runs["arm"] == arm).sum()), len(comparison.seeds)
     return str(count) if count == wanted else f"{count} of {wanted}"
@@ -67,7 +67,7 @@ def title(task: str) -> str:
     return task.removeprefix("average/")
 
 
-def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
+def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]]:
     """Header and one row per arm: seeds, kept, passes, the tasks in percent, training seconds."""
     table = spread(comparison, tasks)
     cells = [(table[task, "mean"], table[task, "sd"]) for task in tasks]
@@ -89,7 +89,7 @@ def main_rows(comparison: Comparison, tasks: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def cost_rows(comparison: Comparison) -> list[list[str]]:
+def cost_rows(comparison: ArmComparison) -> list[list[str]]:
     """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
 
     Published comparisons count by one of them, and which one decides who wins. FLOPs that a run of
@@ -132,7 +132,7 @@ def cost_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def selection_rows(comparison: Comparison) -> list[list[str]]:
+def selection_rows(comparison: ArmComparison) -> list[list[str]]:
     """Header and one row per arm: Jaccard overlap with the others, kinds where truth is known."""
     rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]
     for arm in comparison.arms:
@@ -166,12 +166,12 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def missing_lines(comparison: Comparison) -> list[str]:
+def missing_lines(comparison: ArmComparison) -> list[str]:
     """What has no value and why, one line each; all characters are printable."""
     return [printable(missing.text()) for missing in comparison.missing]
 
 
-def format_main_table(comparison: Comparison) -> str:
+def format_main_table(comparison: ArmComparison) -> str:
     """What the command prints: results, costs where arms differ in online selection, what lacks."""
     parts = [as_text(main_rows(comparison, comparison.columns))]
     if (comparison.runs["online"] != "once").any():

@@ -5,7 +5,7 @@ says of each pair; `ReferenceGuidedLoss` learns what a reference model does not 
 captioning term of CoCa is a sum of its own, `caption_loss_sum`.
 """
 
-from siftclip.trainer.losses.base import ContrastiveObjective
+from siftclip.trainer.losses.base import ContrastiveLoss
 from siftclip.trainer.losses.caption import caption_loss_sum, caption_tokens
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.distill import DistillLoss
@@ -15,7 +15,7 @@ from siftclip.trainer.losses.siglip import SigLipLoss
 from siftclip.trainer.losses.softmax import SoftmaxLoss
 
 __all__ = [
-    "ContrastiveObjective",
+    "ContrastiveLoss",
     "DistillLoss",
     "LossInputs",
     "ReferenceGuidedLoss",

@@ -13,7 +13,7 @@ from siftclip.errors import InputError
 from siftclip.trainer.losses.inputs import LossInputs, check_shapes, in_loss_precision
 
 
-class ContrastiveObjective(nn.Module, ABC):
+class ContrastiveLoss(nn.Module, ABC):
     """A loss of image and text features; a subclass computes its terms.
 
     DDP averages gradients over ranks. On every rank a term is a value whose mean over ranks is the

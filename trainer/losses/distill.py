@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from siftclip.errors import InputError, require_finite
-from siftclip.trainer.losses.base import ContrastiveObjective, keep_bias, mean_over_ranks
+from siftclip.trainer.losses.base import ContrastiveLoss, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.collectives import (
     gather_features,
     log_sum_exp_over_ranks,
@@ -18,7 +18,7 @@ from siftclip.trainer.losses.paired import paired_expectation, paired_log_sum_ex
 from siftclip.trainer.losses.softmax import PairedTerms, paired_terms
 
 
-class DistillLoss(ContrastiveObjective):
+class DistillLoss(ContrastiveLoss):
     """The softmax loss plus the cross entropy of the student's softmaxes under the teacher's.
 
     With weights of 1 equal to open_clip's DistillClipLoss(local_loss=True, gather_with_grad=True),

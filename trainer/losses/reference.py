@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from siftclip.errors import InputError, require_finite, require_fraction
-from siftclip.trainer.losses.base import ContrastiveObjective, keep_bias, mean_over_ranks
+from siftclip.trainer.losses.base import ContrastiveLoss, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
 from siftclip.trainer.losses.softmax import paired_terms
 
 
-class ReferenceGuidedLoss(ContrastiveObjective):
+class ReferenceGuidedLoss(ContrastiveLoss):
     """A softmax loss of how much better than a reference model each pair is told from the others.
 
     With s and r the similarities of model and reference (teacher_image, teacher_text), N + 1

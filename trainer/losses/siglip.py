@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from siftclip.errors import InputError
-from siftclip.trainer.losses.base import ContrastiveObjective
+from siftclip.trainer.losses.base import ContrastiveLoss
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.copies import Copies, copies_softplus
 from siftclip.trainer.losses.inputs import LossInputs
@@ -16,7 +16,7 @@ from siftclip.trainer.losses.inputs import LossInputs
 DistImpl = Literal["bidir", "shift", "reduce", "gather"]
 
 
-class SigLipLoss(ContrastiveObjective):
+class SigLipLoss(ContrastiveLoss):
     """The sigmoid loss of all pairs but those of copies, divided by the number of images.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siftclip.trainer.losses.base import ContrastiveObjective, keep_bias, mean_over_ranks
+from siftclip.trainer.losses.base import ContrastiveLoss, keep_bias, mean_over_ranks
 from siftclip.trainer.losses.collectives import gather_features, log_sum_exp_to_owner
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs
@@ -72,7 +72,7 @@ def paired_terms(
     )
 
 
-class SoftmaxLoss(ContrastiveObjective):
+class SoftmaxLoss(ContrastiveLoss):
     """The cross entropy of each image among all texts and of each text among all images.
 
     Equals open_clip's ClipLoss(local_loss=True, gather_with_grad=True), whose other combinations

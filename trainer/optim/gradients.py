@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from siftclip.datamodules.streaming.batches import Batch
 from siftclip.trainer.losses import (
-    ContrastiveObjective,
+    ContrastiveLoss,
     LossInputs,
     caption_loss_sum,
     caption_tokens,
@@ -34,7 +34,7 @@ def no_teacher(batch: Batch) -> None:
 class Objective:
     """What is minimised, and what it needs beside the model's own features."""
 
-    loss: ContrastiveObjective
+    loss: ContrastiveLoss
     teacher: TeacherFeatures = no_teacher  # image and text features [m, e] of a micro-batch
     contrastive_weight: float = 1.0  # of the loss, where there is a caption loss too
     caption_weight: float = 2.0  # of the caption loss of CoCa models; others have none

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from siftclip.errors import InputError
-from siftclip.eval.reports.comparison import Comparison, compare_results
+from siftclip.eval.reports.comparison import PairedComparison, compare_results
 from siftclip.eval.results.files import KeptResults, TaskResult, read_kept, read_results
 from siftclip.eval.tasks.task import require_names
 from siftclip.tables import write_csv_records
@@ -23,7 +23,7 @@ from siftclip.trainer.settings.tools import DiffSettings
 log = logging.getLogger(__name__)
 
 
-def diff_stage(settings: DiffCommand) -> Comparison:
+def diff_stage(settings: DiffCommand) -> PairedComparison:
     """Compare two results: run directories, or files `eval_results.jsonl`.
 
     Only the tasks of `eval.tasks` are compared, if it is set. Rows are written to `diff.output`,

@@ -81,7 +81,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class ExportSource:
     """A model to export, and what is known about how it came about."""
 
     clip: ClipModel
@@ -124,7 +124,7 @@ def describe_export(exported: Exported) -> str:
 
 
 # ---- the source ---------------------------------------------------------------------------------
-def open_source(source: Path, weights: Weights) -> Source:
+def open_source(source: Path, weights: Weights) -> ExportSource:
     """The model of a run directory, a model folder or a Lightning checkpoint of a run.
 
     A run's model folder holds what the run was asked for; its other weights, averaged or not, come
@@ -145,14 +145,14 @@ def open_source(source: Path, weights: Weights) -> Source:
                 f"folder {source} holds one set of weights. Set export.weights=auto."
             )
         clip = load_clip_model(str(source))
-        return Source(clip=clip, label=source.name, origin=source, run=None)
+        return ExportSource(clip=clip, label=source.name, origin=source, run=None)
     raise InputError(
         "export.source must be a run directory (with config.yaml), a model folder (with "
         f"{CONFIG_NAME}), or a .ckpt file of a run. Got {str(source)!r}."
     )
 
 
-def _source_of_run(run: RunDir, weights: Weights) -> Source:
+def _source_of_run(run: RunDir, weights: Weights) -> ExportSource:
     last = run.latest_checkpoint()
     if not run.has_model:
         hint = f" What it has so far: export.source={last}" if last else ""
@@ -160,7 +160,7 @@ def _source_of_run(run: RunDir, weights: Weights) -> Source:
     settings = _run_settings(run)
     if weights == "auto":
         clip = load_clip_model(str(run.model))
-        return Source(clip=clip, label=run.path.name, origin=run.model, run=settings)
+        return ExportSource(clip=clip, label=run.path.name, origin=run.model, run=settings)
     if last is None:
         raise InputError(
             f"export.weights={weights!r} takes them from the last checkpoint, and there is none in "
@@ -175,7 +175,7 @@ def _source_of_run(run: RunDir, weights: Weights) -> Source:
     return _source_of_checkpoint(last, weights)
 
 
-def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
+def _source_of_checkpoint(path: Path, weights: Weights) -> ExportSource:
     folder = next((at for at in path.resolve().parents[:2] if (at / "config.yaml").is_file()), None)
     if folder is None:
         raise InputError(
@@ -197,7 +197,7 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> Source:
         pretrained=str(path),
         weights=weights,
     )
-    return Source(clip=clip, label=f"{folder.name}-{path.stem}", origin=path, run=settings)
+    return ExportSource(clip=clip, label=f"{folder.name}-{path.stem}", origin=path, run=settings)
 
 
 def _run_settings(run: RunDir) -> RunSettings:
@@ -240,7 +240,7 @@ def _check_target(layout: str, path: Path, *, overwrite: bool) -> None:
         )
 
 
-def _write_checkpoint(source: Source, path: Path) -> None:
+def _write_checkpoint(source: ExportSource, path: Path) -> None:
     """Write what open_clip's `load_checkpoint` reads, in fp32."""
     state = portable_weights(source.clip.model.state_dict(), str(source.origin))
     content = {
@@ -253,7 +253,7 @@ def _write_checkpoint(source: Source, path: Path) -> None:
         torch.save(content, temporary)
 
 
-def _write_open_clip(source: Source, path: Path) -> Exported:
+def _write_open_clip(source: ExportSource, path: Path) -> Exported:
     _write_checkpoint(source, path)
     name = _built_in_name(source)
     if name is None:
@@ -263,7 +263,7 @@ def _write_open_clip(source: Source, path: Path) -> Exported:
     return Exported(origin=source.origin, path=path, files=[path], loading=loading)
 
 
-def _write_local_dir(source: Source, path: Path) -> Exported:
+def _write_local_dir(source: ExportSource, path: Path) -> Exported:
     (path / CONFIG_NAME).unlink(missing_ok=True)  # until the new one is complete
     save_model_folder(source.clip, path)
     return Exported(
@@ -274,7 +274,7 @@ def _write_local_dir(source: Source, path: Path) -> Exported:
     )
 
 
-def _write_datacomp(source: Source, path: Path) -> Exported:
+def _write_datacomp(source: ExportSource, path: Path) -> Exported:
     name = _built_in_name(source)
     if name is None:
         raise InputError(
@@ -295,7 +295,7 @@ def _write_datacomp(source: Source, path: Path) -> Exported:
     )
 
 
-def _training_info(source: Source, model: str, checkpoint: Path) -> dict[str, Any]:
+def _training_info(source: ExportSource, model: str, checkpoint: Path) -> dict[str, Any]:
     """What DataComp's train.py writes into info.pkl, in types that any Python unpickles.
 
     `scale` is one of DataComp's where the run was trained exactly so, else `custom`.
@@ -323,7 +323,7 @@ def _training_info(source: Source, model: str, checkpoint: Path) -> dict[str, An
     return {**info, "scale_config": own, "data_dir": run.pool_root}
 
 
-def _built_in_name(source: Source) -> str | None:
+def _built_in_name(source: ExportSource) -> str | None:
     """The name under which open_clip builds just this model, preprocessing included."""
     import open_clip
 
@@ -350,7 +350,7 @@ def _comparable(model_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (model_cfg or {}).items() if key not in skipped}
 
 
-_WRITERS: dict[str, Callable[[Source, Path], Exported]] = {
+_WRITERS: dict[str, Callable[[ExportSource, Path], Exported]] = {
     "open_clip": _write_open_clip,
     "local_dir": _write_local_dir,
     "datacomp": _write_datacomp,

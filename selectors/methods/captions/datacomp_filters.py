@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siftclip.errors import ParameterError, require_finite, require_int
-from siftclip.selectors.core.base import Chunk, Requirements, ScoreSelector, Source, Task
+from siftclip.selectors.core.base import Chunk, Requirements, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.methods.captions.caption_rules import (
     captions_with_entities,
     large_images,
@@ -126,7 +126,7 @@ class HasEntity(Predicate):
         self.lexicon, self.entities = lexicon, entities
         self._offsets: frozenset[int] = frozenset()
 
-    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+    def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         _, digest = read_list(self.entities, owner=self, parameter="entities")
         return source.tasks(self.requires, label=f"{digest}-")
 

@@ -12,7 +12,7 @@ import numpy as np
 from siftclip.errors import InputError, require_int, require_int_or_auto
 from siftclip.hashing import mix64
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.base import Choice, Requirements, Selector, Source, Task
+from siftclip.selectors.core.base import Choice, Requirements, Selector, Source, WorkUnit
 from siftclip.selectors.core.noise import noise, noise_state
 from siftclip.selectors.core.source import Memo
 from siftclip.selectors.methods.captions.datacomp_filters import captions_of
@@ -187,7 +187,7 @@ class MetaClip(Selector):
         return Choice(multiplicities=sum_arrays(source.ranks, kept))
 
     def _match(
-        self, source: Source, memo: Memo, tasks: Sequence[Task], entries: Sequence[str]
+        self, source: Source, memo: Memo, tasks: Sequence[WorkUnit], entries: Sequence[str]
     ) -> None:
         """Keep the matches of the tasks that have none yet."""
         todo = [task for task in tasks if memo.get(task.name) is None]
@@ -205,7 +205,7 @@ class MetaClip(Selector):
                 bar.update(len(task.rows))
 
 
-def _matches(memo: Memo, task: Task) -> tuple[np.ndarray, np.ndarray]:
+def _matches(memo: Memo, task: WorkUnit) -> tuple[np.ndarray, np.ndarray]:
     kept = memo.get(task.name)
     if kept is None:
         raise RuntimeError(f"the matches of {task.name} were put, and are gone")

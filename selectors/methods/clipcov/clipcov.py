@@ -23,7 +23,7 @@ from siftclip.selectors.fitting.latent_classes import LatentClasses, find_classe
 from siftclip.selectors.kernels.most_similar import most_similar
 from siftclip.selectors.methods.clipcov.greedy import (
     ClassState,
-    Schedule,
+    GreedySchedule,
     advance,
     choose,
     merge_classes,
@@ -247,7 +247,7 @@ class ClipCov(Selector):
         """The members that are kept, in the order of picking: int64 [budget]."""
         scaled = max(1, round(_INTERVAL_OF_PICKS * budget / len(members.labels)))
         interval = self.interval if isinstance(self.interval, int) else scaled
-        schedule = Schedule(
+        schedule = GreedySchedule(
             interval=interval,
             cumulative=self.charge == "cumulative",
             cross_weight=self.cross_weight,

@@ -38,7 +38,7 @@ class ClassState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class GreedySchedule:
     """When and how a class is scored again."""
 
     interval: int  # picks in the class between updates; 1: always fresh
@@ -55,7 +55,7 @@ class Schedule:
 
 
 def advance(
-    state: ClassState, similarities: Similarities, schedule: Schedule, *, until: float
+    state: ClassState, similarities: Similarities, schedule: GreedySchedule, *, until: float
 ) -> None:
     """Pick from a class while its best score is at least `until`.
 
@@ -69,7 +69,7 @@ def advance(
 
 
 def _advance_batched(
-    state: ClassState, similarities: Similarities, schedule: Schedule, until: float
+    state: ClassState, similarities: Similarities, schedule: GreedySchedule, until: float
 ) -> None:
     """Between updates the scores stand still, so that a batch of picks is the top of a sort."""
     scores, numbers = state.scores, state.numbers
@@ -88,7 +88,7 @@ def _advance_batched(
 
 
 def _update(
-    state: ClassState, similarities: Similarities, schedule: Schedule, new: np.ndarray
+    state: ClassState, similarities: Similarities, schedule: GreedySchedule, new: np.ndarray
 ) -> None:
     """Charge the class for its new picks."""
     if schedule.cross_weight:
@@ -98,7 +98,7 @@ def _update(
 
 
 def _advance_fresh(
-    state: ClassState, similarities: Similarities, schedule: Schedule, until: float
+    state: ClassState, similarities: Similarities, schedule: GreedySchedule, until: float
 ) -> None:
     """Every pick has the best score given all picks before it, without scoring all each time.
 

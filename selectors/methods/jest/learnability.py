@@ -19,7 +19,7 @@ from siftclip.errors import (
     require_finite,
     require_positive,
 )
-from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, Task
+from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.core.source import Logits
 from siftclip.selectors.methods.jest.pair_losses import LOSSES, PairLosses, pair_logits
 
@@ -139,7 +139,7 @@ class Learnability(ScoreSelector):
     def requires(self) -> Requirements:
         return required_features(self._models)
 
-    def score_task(self, source: Source, task: Task) -> Tensor:
+    def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         """The scores of a task's samples, float64 [m], among all samples of the source."""
         requires, models = self.requires, self._models
         own = list(source.chunks(task.rows, requires))

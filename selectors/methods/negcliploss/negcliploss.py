@@ -16,7 +16,7 @@ from torch import Tensor
 
 from siftclip.errors import require_choice, require_int, require_positive
 from siftclip.hashing import mix64, seed_state, uid_hashes
-from siftclip.selectors.core.base import Choice, Requirements, ScoreSelector, Source, Task
+from siftclip.selectors.core.base import Choice, Requirements, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.core.rules import Threshold, TopFraction
 from siftclip.selectors.core.source import TASK_SAMPLES
 from siftclip.selectors.kernels.hardware import int8_is_fast
@@ -112,7 +112,7 @@ class NegCLIPLoss(ScoreSelector):
         """How many samples the last screened `select` computed again in float32."""
         return self._recomputed
 
-    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+    def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         """Runs of whole blocks of one partition."""
         parts = {part.name: part.rows for part in source.parts(self.requires)}
         if self.partition == "global":
@@ -130,10 +130,10 @@ class NegCLIPLoss(ScoreSelector):
             rows = rows[order]
             for start in range(0, len(rows), step):
                 label = f"pass{pass_number}-{name}-{start}"
-                tasks.append(Task(name=label, rows=rows[start : start + step]))
+                tasks.append(WorkUnit(name=label, rows=rows[start : start + step]))
         return tasks
 
-    def score_task(self, source: Source, task: Task) -> Tensor:
+    def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         """The scores of a run of blocks in float32."""
         values = torch.full((len(task.rows),), torch.nan)
         for at, image, text in usable_blocks(source, self.requires, task, self.batch_size):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.base import Requirements, Source, Task
+from siftclip.selectors.core.base import Requirements, Source, WorkUnit
 from siftclip.selectors.core.rules import Threshold, TopFraction
 from siftclip.selectors.core.source import Memo
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums, screened_log_sums
@@ -56,7 +56,7 @@ def undecided(
 def usable_blocks(
     source: Source,
     requires: Requirements,
-    task: Task,
+    task: WorkUnit,
     batch_size: int,
     usable: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
@@ -101,7 +101,7 @@ class Screening:
         temperature: float,
         batch_size: int,
         passes: int,
-        tasks: Callable[[int], Sequence[Task]],
+        tasks: Callable[[int], Sequence[WorkUnit]],
     ) -> None:
         """Set what is scored; `tasks` gives those of a pass, and is asked again each time, because
         they hold all rows."""
@@ -167,7 +167,7 @@ class Screening:
         totals[0, unseen] = np.nan
         return totals[0], totals[1]
 
-    def _screened(self, task: Task) -> dict[str, np.ndarray]:
+    def _screened(self, task: WorkUnit) -> dict[str, np.ndarray]:
         """Of each sample: CLIP score, normalisers and bounds of their errors, float32 [m] each."""
         kept = self._memo.get(f"screened-{task.name}")
         if kept is not None:
@@ -201,7 +201,7 @@ class Screening:
         return sum_arrays(source.ranks, changes)
 
     def _exact(
-        self, task: Task, direction: str, chosen: np.ndarray, usable: np.ndarray
+        self, task: WorkUnit, direction: str, chosen: np.ndarray, usable: np.ndarray
     ) -> np.ndarray:
         """The float32 normalisers of the chosen samples of a task in one direction: float32 [c]."""
         # Which samples are chosen follows from the rule, of which a memo of scores knows nothing.

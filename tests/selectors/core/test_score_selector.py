@@ -15,7 +15,7 @@ from siftclip.errors import InputError, require_finite, require_fraction, requir
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Choice, Chunk, ScoreSelector, Source, check_choice
 from siftclip.selectors.core.rules import AsGiven, Threshold, TopFraction
-from siftclip.selectors.core.source import MemorySource, Requirements, Task
+from siftclip.selectors.core.source import MemorySource, Requirements, WorkUnit
 
 
 class Answers(ScoreSelector):
@@ -105,10 +105,10 @@ class TwoPasses(ScoreSelector):
 
     passes = 2
 
-    def tasks(self, source: Source, pass_number: int) -> Sequence[Task]:
+    def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         return source.tasks(self.requires, label=f"{pass_number}-")
 
-    def score_task(self, source: Source, task: Task) -> Tensor:
+    def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         return torch.from_numpy(task.rows).float() * (task.name[0] == "0")
 
 

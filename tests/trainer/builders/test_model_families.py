@@ -37,7 +37,7 @@ from siftclip.eval.encoding.encoder import EncodeOptions, Encoder
 from siftclip.eval.encoding.texts import check_tokens
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.trainer.demo.pool import DemoData
-from siftclip.trainer.losses import ContrastiveObjective, LossInputs, SigLipLoss, SoftmaxLoss
+from siftclip.trainer.losses import ContrastiveLoss, LossInputs, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.models.compilation import compile_towers
 from siftclip.trainer.models.sharding import sharded_blocks
 from siftclip.trainer.models.towers import LockConfig, enable_grad_checkpointing, lock_towers
@@ -267,7 +267,7 @@ def batch_of(clip: ClipModel, rows: slice = slice(None)) -> Batch:
     )
 
 
-class NoProducts(ContrastiveObjective):
+class NoProducts(ContrastiveLoss):
     """A loss without a matrix product, for counting what the towers do."""
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ class NoProducts(ContrastiveObjective):
 
 
 def gradients(
-    model: nn.Module, *batches: Batch, loss: ContrastiveObjective | None = None
+    model: nn.Module, *batches: Batch, loss: ContrastiveLoss | None = None
 ) -> dict[str, Tensor | None]:
     """Of one step; weights and statistics stay."""
     model.zero_grad()

@@ -21,7 +21,7 @@ from siftclip.eval.results.files import append_failure
 from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import read_jsonl
 from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
-from siftclip.trainer.compare.collect import ArmRun, Comparison, _truth, collect
+from siftclip.trainer.compare.collect import ArmComparison, ArmRun, _truth, collect
 from siftclip.trainer.compare.report import html, markdown, resolution_note
 from siftclip.trainer.compare.tables import (
     as_markdown,
@@ -167,7 +167,7 @@ def test_faults_are_found_before_the_first_run(
     assert not (tmp_path / "outputs" / "train").exists()
 
 
-def make_comparison(values: dict[str, list[float | None]]) -> Comparison:
+def make_comparison(values: dict[str, list[float | None]]) -> ArmComparison:
     records = [
         {"arm": arm, "seed": seed, "task": "t", "metric": "main_metric", "value": value}
         for arm, own in values.items()
@@ -183,7 +183,7 @@ def make_comparison(values: dict[str, list[float | None]]) -> Comparison:
         }
         for r in records
     ]
-    return Comparison(
+    return ArmComparison(
         name="x",
         arms=tuple(values),
         seeds=(0, 1),
@@ -242,7 +242,7 @@ def copied(compared: Compared, compose: Compose, options: list[str], tmp_path: P
     return Copied(compose("compare", options), runs)
 
 
-def cells_of(comparison: Comparison, arm: str) -> dict[str, str]:
+def cells_of(comparison: ArmComparison, arm: str) -> dict[str, str]:
     """What the tables show of an arm."""
     shown: dict[str, str] = {}
     for table in (

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from siftclip.trainer.compare.collect import Comparison
+from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.report import html, plot
 from siftclip.trainer.compare.tables import cost_rows
 
@@ -29,7 +29,7 @@ FLAGS = [
 
 
 @pytest.fixture
-def comparison() -> Comparison:
+def comparison() -> ArmComparison:
     values = {"random": (0.61, 0.63), "<script>alert(1)</script>": (0.70, 0.71)}
     records = [
         {"arm": arm, "seed": seed, "task": task, "metric": "main_metric", "value": value}
@@ -59,7 +59,7 @@ def comparison() -> Comparison:
         for arm in values
         for seed in (0, 1)
     ]
-    return Comparison(
+    return ArmComparison(
         name="a comparison",
         arms=tuple(values),
         seeds=(0, 1),
@@ -77,14 +77,14 @@ def comparison() -> Comparison:
     )
 
 
-def test_page_has_no_scripts_and_asks_the_network_for_nothing(comparison: Comparison) -> None:
+def test_page_has_no_scripts_and_asks_the_network_for_nothing(comparison: ArmComparison) -> None:
     page = html(comparison)
     assert "<script" not in page
     assert not re.search(r"(src|href)\s*=", page)
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_costs_that_are_not_known_are_unknown(comparison: Comparison) -> None:
+def test_costs_that_are_not_known_are_unknown(comparison: ArmComparison) -> None:
     comparison.runs.loc[0, "scoring_flops"] = np.nan  # one seed of the first arm
     header, first, second = cost_rows(comparison)
     place = header.index("scoring TFLOP")
@@ -93,7 +93,7 @@ def test_costs_that_are_not_known_are_unknown(comparison: Comparison) -> None:
     assert [row[place] for row in cost_rows(comparison)[1:]] == ["unknown", "unknown"]
 
 
-def test_positions_on_the_axis(comparison: Comparison) -> None:
+def test_positions_on_the_axis(comparison: ArmComparison) -> None:
     picture = plot(comparison, "digit")
     assert (picture["low"], picture["high"]) == ("60", "75")
     random = picture["arms"][0]
@@ -102,7 +102,7 @@ def test_positions_on_the_axis(comparison: Comparison) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium (Debian: apt-get install chromium)")
-def test_browser_shows_the_report(comparison: Comparison, tmp_path: Path) -> None:
+def test_browser_shows_the_report(comparison: ArmComparison, tmp_path: Path) -> None:
     page, picture = tmp_path / "report.html", tmp_path / "report.png"
     page.write_text(html(comparison), encoding="utf-8")
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from siftclip.trainer.losses import (
-    ContrastiveObjective,
+    ContrastiveLoss,
     DistillLoss,
     LossInputs,
     ReferenceGuidedLoss,
@@ -48,7 +48,7 @@ SELECTED = np.arange(100, 100 + 2 * BATCH)
 @dataclass(frozen=True, kw_only=True)
 class Case:
     name: str
-    make: Callable[[], ContrastiveObjective]
+    make: Callable[[], ContrastiveLoss]
     weighted: bool = False
     bias: bool = True
     copies: bool = False  # samples are in the batch several times, on other ranks as well
@@ -67,7 +67,7 @@ class Step:
 
 
 def cases() -> list[Case]:
-    def reference(**options: Any) -> Callable[[], ContrastiveObjective]:
+    def reference(**options: Any) -> Callable[[], ContrastiveLoss]:
         return lambda: ReferenceGuidedLoss(selected_rows=SELECTED, **options)
 
     both: list[Case] = []
@@ -150,7 +150,7 @@ class Towers(nn.Module):
 class ContrastiveStep:
     """A loss outside of the network that DDP wraps, so that DDP keeps its hands off the buffers."""
 
-    objective: ContrastiveObjective
+    objective: ContrastiveLoss
     copies: bool
 
     def __call__(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from siftclip.trainer.losses import (
-    ContrastiveObjective,
+    ContrastiveLoss,
     DistillLoss,
     LossInputs,
     ReferenceGuidedLoss,
@@ -110,7 +110,7 @@ def loop_reference(inputs: LossInputs, epsilon: float | None) -> Tensor:
     return torch.stack(losses).mean()
 
 
-CASES: list[tuple[ContrastiveObjective, Loop]] = [
+CASES: list[tuple[ContrastiveLoss, Loop]] = [
     (SoftmaxLoss(), loop_softmax),
     (DistillLoss(TEACHER_SCALE), loop_distill),
     (SigLipLoss(), loop_siglip),
@@ -129,7 +129,7 @@ def values(total: Tensor, inputs: LossInputs) -> list[Tensor]:
     return [total.detach(), *found]
 
 
-def total_of(objective: ContrastiveObjective, inputs: LossInputs) -> Tensor:
+def total_of(objective: ContrastiveLoss, inputs: LossInputs) -> Tensor:
     return torch.stack(list(objective(inputs).values())).sum()
 
 
@@ -139,7 +139,7 @@ def total_of(objective: ContrastiveObjective, inputs: LossInputs) -> Tensor:
     tile=st.tuples(st.integers(1, 5), st.integers(1, 5)) | st.just(tiles.CPU_TILE),
 )
 def test_equals_a_loop_over_the_others(
-    objective: ContrastiveObjective, loop: Loop, rows: list[int], tile: tuple[int, int]
+    objective: ContrastiveLoss, loop: Loop, rows: list[int], tile: tuple[int, int]
 ) -> None:
     inputs = make_inputs(rows, copies=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def test_equals_a_loop_over_the_others(
 
 
 @pytest.mark.parametrize("objective", [case[0] for case in CASES])
-def test_without_copies_the_look_for_them_changes_nothing(objective: ContrastiveObjective) -> None:
+def test_without_copies_the_look_for_them_changes_nothing(objective: ContrastiveLoss) -> None:
     rows = [9, 3, 4, 0, 7, 21, 2]
     plain, looked = (make_inputs(rows, copies=copies) for copies in (False, True))
     found, expected = (values(total_of(objective, i), i) for i in (looked, plain))
@@ -159,7 +159,7 @@ def test_without_copies_the_look_for_them_changes_nothing(objective: Contrastive
 
 
 @pytest.mark.parametrize("objective", [case[0] for case in CASES])
-def test_copies_do_matter_where_nobody_looks(objective: ContrastiveObjective) -> None:
+def test_copies_do_matter_where_nobody_looks(objective: ContrastiveLoss) -> None:
     rows = [1, 1, 2, 2, 2, 3]
     plain, looked = (make_inputs(rows, copies=copies) for copies in (False, True))
     assert float(total_of(objective, plain).detach()) != pytest.approx(

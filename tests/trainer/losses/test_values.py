@@ -15,7 +15,7 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.trainer.losses import (
-    ContrastiveObjective,
+    ContrastiveLoss,
     DistillLoss,
     LossInputs,
     ReferenceGuidedLoss,
@@ -67,7 +67,7 @@ def with_gradients(terms: dict[str, Tensor], inputs: LossInputs) -> list[Tensor]
     ]
 
 
-def open_clip_terms(objective: ContrastiveObjective, inputs: LossInputs) -> dict[str, Tensor]:
+def open_clip_terms(objective: ContrastiveLoss, inputs: LossInputs) -> dict[str, Tensor]:
     features = (inputs.image_features, inputs.text_features, inputs.logit_scale)
     if isinstance(objective, SoftmaxLoss):
         return ClipLoss()(*features, inputs.logit_bias, output_dict=True)
@@ -82,7 +82,7 @@ def open_clip_terms(objective: ContrastiveObjective, inputs: LossInputs) -> dict
 @pytest.mark.parametrize("samples", [1, 2, 7, 64])
 @pytest.mark.parametrize("objective", [SoftmaxLoss(), SigLipLoss(), DistillLoss(50.0)])
 def test_equals_open_clip(
-    objective: ContrastiveObjective,
+    objective: ContrastiveLoss,
     samples: int,
     dtype: torch.dtype,
     tile: tuple[int, int],
@@ -133,7 +133,7 @@ def test_weighted_softmax_equals_a_loop(
 @pytest.mark.parametrize(
     "objective", [SoftmaxLoss(), DistillLoss(50.0), ReferenceGuidedLoss(epsilon=1e-3)]
 )
-def test_equal_weights_change_nothing(objective: ContrastiveObjective) -> None:
+def test_equal_weights_change_nothing(objective: ContrastiveLoss) -> None:
     plain, weighted = make_inputs(9), make_inputs(9, weights=torch.full((9,), 0.7).double())
     found = with_gradients(objective(weighted), weighted)
     for one, other in zip(found, with_gradients(objective(plain), plain), strict=True):
@@ -241,7 +241,7 @@ def test_caption_sums_of_micro_batches_are_the_mean_of_the_batch() -> None:
         (ReferenceGuidedLoss(), {"teacher_image": None}, r"ReferenceGuidedLoss needs the feat"),
     ],
 )
-def test_refuses(objective: ContrastiveObjective, changes: dict[str, Any], message: str) -> None:
+def test_refuses(objective: ContrastiveLoss, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         objective(make_inputs(4, **changes))
 

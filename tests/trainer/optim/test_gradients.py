@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from siftclip.datamodules.models.load import load_clip_model
 from siftclip.datamodules.streaming.batches import Batch
-from siftclip.trainer.losses import ContrastiveObjective, DistillLoss, SigLipLoss, SoftmaxLoss
+from siftclip.trainer.losses import ContrastiveLoss, DistillLoss, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
 
 SAMPLES = 12
@@ -343,4 +343,4 @@ def test_coca_is_open_clips() -> None:
 
 
 Build = Callable[[], nn.Module]
-Loss = Callable[[], ContrastiveObjective]
+Loss = Callable[[], ContrastiveLoss]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from siftclip.errors import InputError
 from siftclip.trainer.builders.assembly import new_model
 from siftclip.trainer.loop.module import ClipTraining
-from siftclip.trainer.losses import ContrastiveObjective, LossInputs
+from siftclip.trainer.losses import ContrastiveLoss, LossInputs
 from siftclip.trainer.online import sample_flops
 from siftclip.trainer.online.in_loop import StepDraw
 from siftclip.trainer.stages.train import plan_stage, train_stage
@@ -46,7 +46,7 @@ def counting() -> Iterator[FlopCounterMode]:
     torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def loss_flops(loss: ContrastiveObjective, inputs: LossInputs) -> int:
+def loss_flops(loss: ContrastiveLoss, inputs: LossInputs) -> int:
     """Of the products in a loss, there and back."""
     names = ("image_features", "text_features", "logit_scale")
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
@@ -60,11 +60,11 @@ def loss_flops(loss: ContrastiveObjective, inputs: LossInputs) -> int:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """The FLOPs of all training steps, without those of losses and of choosing."""
     counters: list[FlopCounterMode] = []
-    losses: list[tuple[ContrastiveObjective, LossInputs]] = []
+    losses: list[tuple[ContrastiveLoss, LossInputs]] = []
     choosing = 0
     step, forward, draw = (
         ClipTraining.training_step,
-        ContrastiveObjective.forward,
+        ContrastiveLoss.forward,
         StepDraw.__call__,
     )
 
@@ -73,7 +73,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
             counters.append(counter)
             step(module, *args)
 
-    def spied_loss(loss: ContrastiveObjective, inputs: LossInputs) -> Any:
+    def spied_loss(loss: ContrastiveLoss, inputs: LossInputs) -> Any:
         losses.append((loss, inputs))
         return forward(loss, inputs)
 
@@ -85,11 +85,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         return choice
 
     monkeypatch.setattr(ClipTraining, "training_step", spied_step)
-    monkeypatch.setattr(ContrastiveObjective, "forward", spied_loss)
+    monkeypatch.setattr(ContrastiveLoss, "forward", spied_loss)
     monkeypatch.setattr(StepDraw, "__call__", spied_draw)
 
     def total() -> int:
-        monkeypatch.setattr(ContrastiveObjective, "forward", forward)
+        monkeypatch.setattr(ContrastiveLoss, "forward", forward)
         steps = sum(counter.get_total_flops() for counter in counters)
         return steps - choosing - sum(loss_flops(*call) for call in losses)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from siftclip.selectors.methods.clipcov import greedy as module
 from siftclip.selectors.methods.clipcov.greedy import (
     ClassState,
-    Schedule,
+    GreedySchedule,
     advance,
     choose,
     merge_classes,
@@ -53,7 +53,7 @@ class Pool:
             half = generator.integers(-levels if signed else 0, levels, size=(size, size)) / 8
             self.pairs.append(half + half.T)
 
-    def slow(self, budget: int, schedule: Schedule) -> list[int]:
+    def slow(self, budget: int, schedule: GreedySchedule) -> list[int]:
         """One pick of the whole pool after the other, with updates as in the notebook."""
         scores = self.scores.copy()
         picks: list[int] = []
@@ -80,7 +80,7 @@ class Pool:
                     scores[i] -= schedule.cross_weight / n * self.cross[j]
         return picks
 
-    def fast(self, budget: int, schedule: Schedule) -> list[int]:
+    def fast(self, budget: int, schedule: GreedySchedule) -> list[int]:
         scores = self.scores.copy()
         numbers = np.zeros(len(scores), dtype=np.int32)
         values = np.zeros(len(scores))
@@ -107,8 +107,8 @@ class Pool:
 
 def schedule(
     interval: int, *, cumulative: bool = False, nonnegative: bool = True, cross_weight: float = 1.0
-) -> Schedule:
-    return Schedule(
+) -> GreedySchedule:
+    return GreedySchedule(
         interval=interval,
         cumulative=cumulative,
         cross_weight=cross_weight,
