@@ -212,6 +212,7 @@ print(len(MOVED))
 """
 
 
+@pytest.mark.slow
 def test_every_name_of_the_table_is_the_module_that_it_names() -> None:
     command = [sys.executable, "-c", textwrap.dedent(EVERY_NAME)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

@@ -48,6 +48,7 @@ def test_benchmarks_of_training(run: Callable[..., str], model_folder: Path) -> 
     assert "scale" in run("large_batch.py", *alone, *options)
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_start(run: Callable[..., str]) -> None:
     first = "train, to its first line"
     table = run("start_up.py", "--rounds", "1", "--only", "siftclip --help", first)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from siftclip import selectors
 from siftclip.trainer.cli.main import COMMANDS
 
@@ -80,6 +82,7 @@ def offenders(cases: Sequence[Case], cwd: Path, *, after: str | None = None) -> 
     return wrong
 
 
+@pytest.mark.slow
 def test_help_and_options_need_no_torch(tmp_path: Path) -> None:
     everything = (*CONFIGURATION, *TORCH, *LARGE)
     without_torch = (*TORCH, *LARGE)
@@ -98,6 +101,7 @@ def test_help_and_options_need_no_torch(tmp_path: Path) -> None:
     assert offenders(cases, tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_checks_and_pools_need_torch_alone(
     tmp_path: Path, make_samples: Callable[..., Any], write_pool: Callable[..., Path]
 ) -> None:

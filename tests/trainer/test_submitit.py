@@ -60,6 +60,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]
     return run
 
 
+@pytest.mark.slow
 def test_tasks_run_the_command_and_a_stopped_job_runs_again(
     main: Callable[..., None], tmp_path: Path
 ) -> None:

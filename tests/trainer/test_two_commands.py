@@ -40,6 +40,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> 
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_one_trains_a_run_and_a_killed_one_does_not_block_it(
     base: list[str], cli: Completed, start_cli: Start, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_all_ranks_of_the_second_command_end(
     assert "is being written by another command" in second.stderr  # the other rank
 
 
+@pytest.mark.slow
 def test_two_comparisons_share_an_arm(
     base: list[str], demo_data: DemoData, cli: Completed, start_cli: Start, tmp_path: Path
 ) -> None:

@@ -174,6 +174,7 @@ class Stuck(LocalStorage):
     ":pytest.PytestUnraisableExceptionWarning"
 )
 # and torch's signal handler raises wherever the main thread is, even in a callback of the collector
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning"
 )
