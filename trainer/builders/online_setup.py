@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from siftclip.datamodules.features.files import feature_file_stamp
 from siftclip.datamodules.features.rows import RowFeatures
-from siftclip.datamodules.features.store import MissingArrayError
-from siftclip.datamodules.identity.identities import selector_identity, stored_targets
 from siftclip.datamodules.models.load import ClipModel
-from siftclip.datamodules.selection.columns import column_stamp, read_column
+from siftclip.datamodules.selection.columns import read_column
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import ScoreSelector
 from siftclip.selectors.core.source import TRAINING_LOSS, Logits
 from siftclip.selectors.methods.uniform import Uniform
-from siftclip.trainer.builders.models import clip_model_from, model_files
+from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.builders.objective import LossData, same_tokens, teacher_model
+from siftclip.trainer.builders.online_identity import check_cached, reference_aliases
 from siftclip.trainer.builders.online_options import (
     LEARNER,
     REFERENCE,
     SCORER,
     Needs,
     chooses_before_reading,
-    has_live_reference,
     loop_selector,
     reference_logits,
     schedule_from,
@@ -62,7 +59,6 @@ from siftclip.trainer.options.faults import options_of
 from siftclip.trainer.runtime.lightning_setup import loader_options
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.data import DataSettings
-from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.model import ModelSettings, ScorerModel
@@ -70,7 +66,6 @@ from siftclip.trainer.settings.online import (
     DiagnosticsSettings,
     EveryNStepsSettings,
     EveryStepSettings,
-    LoopSettings,
     OnceSettings,
     OnlineSettings,
     ScoringSettings,
@@ -152,44 +147,6 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
         reselection=reselection,
         losses=losses,
     )
-
-
-def online_identity(
-    online: OnlineSettings, source: PoolSource, *, world_size: int
-) -> dict[str, Any]:
-    """All of `online` that trained weights depend on, with the files that it reads."""
-    identity: dict[str, Any] = stored_targets(to_plain(online))
-    if isinstance(online, OnceSettings):
-        return identity
-    for name in ("diagnostics", "batch_size"):  # decide about no weight
-        identity.pop(name, None)
-    if identity.get("groups") == "auto":
-        identity["groups"] = world_size
-    aliases = reference_aliases(online)
-    parts: list[Any] = [{}, {}]  # the files of a scorer and of a live reference
-    nodes = [online.selector]
-    if isinstance(online, EveryStepSettings):
-        parts = [model_files(online.scorer), model_files(online.reference.model)]
-        first = online.first_stage.selector
-        nodes += [] if first is None else [first]
-    code: dict[str, str] = {}
-    for node in nodes:
-        built = loop_selector(online, node)
-        of_selector = selector_identity(built.selector)
-        code |= of_selector["code"]
-        parts.append(of_selector["files"])
-        needs = Needs.of(built.selector)
-        live = {key for name in (LEARNER, SCORER) for key in needs.of_model(name)}
-        if REFERENCE not in {key.rpartition("_")[0] for key in aliases}:
-            live |= set(needs.of_model(REFERENCE))
-        keys = {key: aliases.get(key, key) for key in sorted(needs.features - live)}
-        _check_cached(source, keys)
-        parts += [source.store((key,)).fingerprint for key in keys.values()]
-        parts += [feature_file_stamp(file) for file in needs.files]
-        with built.objects.told_as_options():
-            for column in sorted(needs.columns - {TRAINING_LOSS}, key=repr):
-                parts += column_stamp(source.pool, column)
-    return {**identity, "code": code, "files": parts}
 
 
 def _learner_flops(parts: RunParts) -> SampleFlops:
@@ -315,7 +272,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
 
     def first_stage(chosen: BuiltSelector, of: Needs, schedule: Schedule) -> CachedFirstStage:
         keys = {key: aliases.get(key, key) for key in sorted(of.features)}
-        _check_cached(source, keys)
+        check_cached(source, keys)
         return CachedFirstStage(
             draw=step_draw(chosen, schedule),
             data=pool_data(of),
@@ -427,28 +384,6 @@ def _scoring_config(scoring: ScoringSettings) -> ScoringConfig:
     )
 
 
-def reference_aliases(online: LoopSettings) -> dict[str, str]:
-    """What selectors call the reference's arrays -> what the pool calls its cached ones."""
-    if has_live_reference(online):
-        return {}
-    name = online.reference.features.name
-    return {f"{REFERENCE}_{kind}": f"{name}_{kind}" for kind in ("img", "txt")}
-
-
-def _check_cached(source: PoolSource, keys: Mapping[str, str]) -> None:
-    """Check that a feature set has each array; `keys` as `CachedFirstStage.keys`."""
-    for name, key in keys.items():
-        try:
-            source.store((key,))
-        except MissingArrayError as error:
-            if name == key:
-                raise
-            raise InputError(
-                f"online.reference.features.name asks for the array {error.key!r}, which "
-                f"{error.path} lacks. It holds {error.there}."
-            ) from None
-
-
 def _reference(
     parts: RunParts, online: EveryStepSettings, scoring: ScoringConfig, told: Logits
 ) -> tuple[LiveFeatures, Judge | None]:
@@ -457,7 +392,7 @@ def _reference(
     if live.name is None:
         aliases = reference_aliases(online)
         keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
-        _check_cached(parts.source, aliases)
+        check_cached(parts.source, aliases)
         return CachedModel(name=REFERENCE, keys=keys, told=told), None
     clip = clip_model_from(live, trained=True)
     _check_inputs(parts.clip, clip, live.PLACE)
@@ -577,7 +512,7 @@ def _reselection(
     losses = _losses_seen(source, needs)
     live_keys = needs.of_model(LEARNER)
     aliases = reference_aliases(online)
-    _check_cached(source, {key: aliases.get(key, key) for key in needs.features - {*live_keys}})
+    check_cached(source, {key: aliases.get(key, key) for key in needs.features - {*live_keys}})
     embedder = PoolEmbedder(
         clip=parts.clip,
         model=learner,

@@ -79,7 +79,7 @@ def run_identity(
     settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Everything that the trained weights depend on; devices and workers do not belong to it."""
-    from siftclip.trainer.builders.online_setup import online_identity
+    from siftclip.trainer.builders.online_identity import online_identity
 
     return kept_identity(
         "run",
