@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 OURS = "siftclip"
 # Packages whose versions move answers by rounding alone, or not at all
 _NO_ANSWERS = ("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "lazy_loader")
+_FLOORS = ("selectors", "datamodules", "eval", "trainer", "configs")
 _INSTALLED = ("site-packages", "dist-packages")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 _CODE = (".py", ".pyc", ".so", ".pyd")
@@ -139,8 +140,8 @@ def _is_followed(name: str, importer: str) -> bool:
 
 def _is_shared(name: str) -> bool:
     """Whether a module is one that all packages of Siftclip share, such as `siftclip.errors`."""
-    path = _source_file(name)
-    return path is not None and path.parent == Path(siftclip.__file__).parent and name != OURS
+    package, _, rest = name.partition(".")
+    return package == OURS and rest != "" and "." not in rest and rest not in _FLOORS
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,8 +179,14 @@ def _source_file(name: str) -> Path | None:
         except (ImportError, ValueError, AttributeError):  # of an optional dependency, say
             return None
         origin = None if spec is None else spec.origin
-    path = None if origin is None else Path(origin)
-    return path.resolve() if path is not None and path.is_file() else None
+    path = None if origin is None else _resolved(origin)
+    return path if path is not None and path.is_file() else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(origin: str) -> Path:
+    """The place of a file without links, which takes a look at each folder above it."""
+    return Path(origin).resolve()
 
 
 def _module_identity(

@@ -106,6 +106,9 @@ def application(
             sys.argv = [f"siftclip {command}", *words]
             config_name = command.replace(" ", "_")
             run = hydra.main(config_path=CONFIGS, config_name=config_name, version_base="1.3")(job)
+            options = [word for word in words if word != "--help"]
+            if len(options) < len(words) and not any(word[:1] == "-" for word in options):
+                run = functools.partial(_print_help, config_name, options)
             if before == "1":
                 run()
                 return
@@ -127,6 +130,13 @@ def application(
         return main
 
     return decorate
+
+
+def _print_help(config_name: str, overrides: list[str]) -> None:
+    """Print the help text, without all groups of Hydra, which it formats whether shown or not."""
+    with composing():
+        config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
+        print(config.hydra.help.template)
 
 
 def _leave(command: str, stop: TrainingStopped) -> NoReturn:
