@@ -9,7 +9,6 @@ The factories take what they write as plain objects, so that a test makes a defe
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -19,12 +18,14 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import made_once
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,52 +61,9 @@ TINY_ARCHITECTURE = {
 
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
-    """Hydra puts the files together once for each command and choice of groups, then copies.
-
-    That is four fifths of a composition, which takes a tenth of a second. The values that a test
-    sets are put in each time, by Hydra itself. Folders of configurations that a test writes are
-    read each time, too.
-    """
-    from hydra._internal import config_loader_impl
-    from hydra._internal.defaults_list import DefaultsList, Overrides
-
-    listed: dict[Any, DefaultsList] = {}
-    merged: dict[int, Any] = {}  # by the identity of a list of defaults, which `listed` keeps
-    list_defaults = config_loader_impl.create_defaults_list
-    merge_files = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
-
-    def list_once(
-        *, repo: Any, config_name: str, overrides_list: list[Any], **options: bool
-    ) -> DefaultsList:
-        places = [(source.scheme(), source.path) for source in repo.get_sources()]
-        if any(scheme not in ("pkg", "structured") for scheme, _ in places):
-            return list_defaults(
-                repo=repo, config_name=config_name, overrides_list=overrides_list, **options
-            )
-        values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
-        groups = [override for override in overrides_list if override not in values]
-        lines = [override.input_line for override in groups]
-        key = (config_name, *places, *lines, *options.items())
-        if key not in listed:
-            found = list_defaults(
-                repo=repo, config_name=config_name, overrides_list=groups, **options
-            )
-            listed[key] = found
-            merged[id(found.defaults)] = None
-        return replace(listed[key], config_overrides=values)
-
-    def merge_once(self: Any, *, defaults: list[Any], repo: Any) -> Any:
-        if id(defaults) not in merged:
-            return merge_files(self, defaults=defaults, repo=repo)
-        if merged[id(defaults)] is None:
-            merged[id(defaults)] = merge_files(self, defaults=defaults, repo=repo)
-        return copy.deepcopy(merged[id(defaults)])
-
+    """See made_once.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_loader_impl, "create_defaults_list", list_once)
-        patch.setattr(
-            config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once
-        )
+        made_once.compositions_once(patch)
         yield
 
 
@@ -371,8 +329,29 @@ def run_on_ranks() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
     return _run_on_ranks
 
 
+class StartedProcess:
+    """A process of the server that runs, used like subprocess.Popen."""
+
+    def __init__(self, pid: int, status: Path) -> None:
+        self.pid, self._status = pid, status
+
+    def poll(self) -> int | None:
+        return int(self._status.read_text()) if self._status.exists() else None
+
+    def wait(self, timeout: float = 120) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
 class PythonServer:
-    """Starts Python processes that have imported the large packages: see python_server.py."""
+    """Starts Python processes that have imported everything: see python_server.py."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -381,9 +360,22 @@ class PythonServer:
         self, *words: str, cwd: Path, folder: Path, env: dict[str, str], ranks: int | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run `python *words` in `cwd` to its end, on `ranks` if given; output goes to `folder`."""
+        files = {name: folder / name for name in ("stdout", "stderr")}
+        status = self._ask(words, cwd, env, ranks=ranks, **_texts(files))
+        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return subprocess.CompletedProcess(words, status, **texts)
+
+    def start(self, *words: str, cwd: Path, folder: Path, env: dict[str, str]) -> StartedProcess:
+        """The same, and do not wait for its end."""
+        status = folder / "status"
+        files = {name: folder / name for name in ("stdout", "stderr")}
+        pid = self._ask(words, cwd, env, ranks=None, status=str(status), **_texts(files))
+        return StartedProcess(pid, status)
+
+    def _ask(self, words: Sequence[str], cwd: Path, env: dict[str, str], **more: Any) -> int:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("python_server.py"))],
+                [sys.executable, str(Path(__file__).with_name("helpers") / "python_server.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -391,17 +383,13 @@ class PythonServer:
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        files = {name: folder / name for name in ("stdout", "stderr")}
-        request = {"words": words, "cwd": str(cwd), "environment": env, "ranks": ranks}
-        request |= {name: str(path) for name, path in files.items()}
+        request = {"words": words, "cwd": str(cwd), "environment": env, **more}
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            status = int(self._process.stdout.readline())
+            return int(self._process.stdout.readline())
         except BaseException:  # such as a timeout: the answer may come later, and would mislead
             self.stop()
             raise
-        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-        return subprocess.CompletedProcess(words, status, **texts)
 
     def stop(self) -> None:
         """End the server and whatever it runs."""
@@ -409,6 +397,10 @@ class PythonServer:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._process = None
+
+
+def _texts(paths: dict[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="session")
@@ -442,3 +434,20 @@ def run_python(
         return python_server.run(*words, cwd=cwd, folder=folder, env=child_environment, ranks=ranks)
 
     return run
+
+
+@pytest.fixture
+def start_python(
+    python_server: PythonServer,
+    child_environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., StartedProcess]:
+    """`start_python(*words, cwd=..., folder=...)`: the same, to be stopped by signals.
+
+    What it prints goes to the files `stdout` and `stderr` in `folder`.
+    """
+
+    def start(*words: str, cwd: Path, folder: Path) -> StartedProcess:
+        return python_server.start(*words, cwd=cwd, folder=folder, env=child_environment)
+
+    return start

@@ -2,8 +2,8 @@
 
 Reads from its input a JSON list of cases, each `{"words": [...], "cwd": FOLDER}`. Words are those
 of `siftclip`, or `import` and names of modules. The answers are a list of
-`{"status": ..., "printed": ..., "modules": [...]}`. With `--after MODULE` that module is imported
-once before all of them, to save its time.
+`{"status": ..., "printed": ..., "modules": [...]}`. The modules that the command line names are
+imported once before all of them, to save their time.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def run_case(case: dict[str, Any], folder: Path) -> None:
 
 def main() -> None:
     """Run all cases one after the other."""
-    if sys.argv[1:2] == ["--after"]:
-        importlib.import_module(sys.argv[2])
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     answers = []
     for case in json.load(sys.stdin):
         with tempfile.TemporaryDirectory() as name:

@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -213,9 +214,12 @@ print(len(MOVED))
 
 
 @pytest.mark.slow
-def test_every_name_of_the_table_is_the_module_that_it_names() -> None:
-    command = [sys.executable, "-c", textwrap.dedent(EVERY_NAME)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+def test_every_name_of_the_table_is_the_module_that_it_names(
+    run_python: Any, tmp_path: Path
+) -> None:
+    script = tmp_path / "every_name.py"
+    script.write_text(textwrap.dedent(EVERY_NAME))
+    result = run_python(str(script), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == len(MOVED)
 

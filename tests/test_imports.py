@@ -61,11 +61,11 @@ class Case(NamedTuple):
     says: str = ""
 
 
-def offenders(cases: Sequence[Case], cwd: Path, *, after: str | None = None) -> dict[str, Any]:
+def offenders(cases: Sequence[Case], cwd: Path, *, after: Sequence[str] = ()) -> dict[str, Any]:
     """What went wrong, by the words of the case: forbidden modules, or another end."""
     requests = [{"words": case.words, "cwd": str(cwd)} for case in cases]
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), *([] if after is None else ["--after", after])],
+        [sys.executable, str(SCRIPT), *after],
         input=json.dumps(requests),
         capture_output=True,
         text=True,
@@ -86,19 +86,22 @@ def offenders(cases: Sequence[Case], cwd: Path, *, after: str | None = None) -> 
 def test_help_and_options_need_no_torch(tmp_path: Path) -> None:
     everything = (*CONFIGURATION, *TORCH, *LARGE)
     without_torch = (*TORCH, *LARGE)
-    cases = [
+    bare = [
         Case(["import", "siftclip"], everything),
         Case(["--help"], everything),
         Case(["--version"], everything),
         Case(["data", "--help"], everything),
         Case(["trian"], everything, 2, "Did you mean train?"),
+    ]
+    composed = [
         Case(["train", "--help"], without_torch),
         Case(["train", "seeds=1"], without_torch, 2, "seeds is not an option"),
         Case(["train", "selector=vsa"], without_torch, 2, "there is no such configuration"),
         Case(["train", "seed"], without_torch, 2, "options are written NAME=VALUE"),
         *(Case([*command.split(), "--cfg", "job"], without_torch) for command in COMMANDS),
     ]
-    assert offenders(cases, tmp_path) == {}
+    assert offenders(bare, tmp_path) == {}
+    assert offenders(composed, tmp_path, after=["hydra.main"]) == {}
 
 
 @pytest.mark.slow
@@ -132,7 +135,7 @@ def test_checks_and_pools_need_torch_alone(
         Case(["select", *pool, "selector=random", "overlap=false"], LARGE, 0, "random"),
         Case(["score", *pool, "selector=random"], LARGE, 0, "written"),
     ]
-    assert offenders(cases, tmp_path, after="torch") == {}
+    assert offenders(cases, tmp_path, after=["torch", "hydra.main"]) == {}
 
 
 def test_imports_are_seen(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent))
-from python_server import PACKAGES, run_request  # noqa: E402 - tests are no package
+sys.path.insert(0, str(HERE.parent / "helpers"))
+from python_server import run_requests, warm_up  # noqa: E402 - tests are no package
 
 NAME_OF_BEFORE = "before.tar.xz"
 
@@ -171,16 +171,30 @@ class Commands:
 
     def run(self, *words: str, ranks: int | None = None) -> tuple[str, str]:
         """What a command prints, to its output and as errors; it has to end well."""
-        child, files = self._start(words, ranks)
+        (printed,) = self.run_all([words], ranks)
+        return printed
+
+    def run_all(
+        self, commands: Sequence[Sequence[str]], ranks: int | None = None
+    ) -> list[tuple[str, str]]:
+        """What commands print that run one after the other in one process, which is faster."""
+        requests = [self._request(words, ranks) for words in commands]
+        child = _start(requests)
         child.join()
-        output, errors = (path.read_text(encoding="utf-8") for path in files)
+        printed = []
+        for request in requests:
+            files = [Path(request[name]) for name in ("stdout", "stderr")]
+            if not files[0].exists():  # the one before it failed
+                break
+            printed.append(tuple(path.read_text(encoding="utf-8") for path in files))
         if child.exitcode:
-            raise RuntimeError(f"siftclip {' '.join(words)}: {child.exitcode}\n{errors[-3000:]}")
-        return output, errors
+            words = " ".join(commands[len(printed) - 1])
+            raise RuntimeError(f"siftclip {words}: {child.exitcode}\n{printed[-1][1][-3000:]}")
+        return printed
 
     def kill(self, *words: str, once: str) -> None:
         """Run a command, and kill it as soon as a file of this name, a pattern, is there."""
-        child, _ = self._start(words, None)
+        child = _start([self._request(words, None)])
         while not list(self.folder.glob(once)):
             if child.exitcode is not None:
                 raise RuntimeError(f"siftclip {' '.join(words)} ended before it was killed")
@@ -189,21 +203,23 @@ class Commands:
         os.kill(child.pid, signal.SIGKILL)
         child.join()
 
-    def _start(
-        self, words: tuple[str, ...], ranks: int | None
-    ) -> tuple[multiprocessing.Process, list[Path]]:
-        files = [self._output / name for name in ("stdout", "stderr")]
-        request = {
+    def _request(self, words: Sequence[str], ranks: int | None) -> dict[str, Any]:
+        folder = Path(tempfile.mkdtemp(dir=self._output))
+        return {
             "words": ["-m", "siftclip.trainer.cli", *words],
             "cwd": str(self.folder),
             "environment": self.environment,
             "ranks": ranks,
-            "stdout": str(files[0]),
-            "stderr": str(files[1]),
+            "stdout": str(folder / "stdout"),
+            "stderr": str(folder / "stderr"),
         }
-        child = multiprocessing.get_context("fork").Process(target=run_request, args=(request,))
-        child.start()
-        return child, files  # type: ignore[return-value]  # a ForkProcess is a Process
+
+
+def _start(requests: list[dict[str, Any]]) -> multiprocessing.Process:
+    context = multiprocessing.get_context("fork")
+    child: Any = context.Process(target=run_requests, args=(requests,))
+    child.start()
+    return child  # type: ignore[no-any-return]  # a ForkProcess is a Process
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -309,16 +325,16 @@ def record(before: Path, to: Path) -> None:
         found["reused"] = reuse(commands)
         found["continued"] = continued(commands)
         shutil.rmtree(folder / "outputs")
-        found["selectors"] = {name: selected(commands, name) for name in SELECTORS}
+        found["selectors"] = selected(commands)
         found["runs"] = {name: trained(commands, words) for name, words in RUNS.items()}
         found["runs"]["fsdp"] = trained(commands, FSDP, ranks=2)
         commands.run("eval", *EVAL)
         (results,) = folder.glob("outputs/eval/*/*.jsonl")
         found["eval"] = [_without_time(entry) for entry in _read_jsonl(results)]
         (to / "commands").mkdir(parents=True, exist_ok=True)
-        for command, words in COMMANDS.items():
-            text, _ = commands.run(*command.split("_"), *words, "--cfg", "job")
-            (to / "commands" / f"{command}.yaml").write_text(text, encoding="utf-8")
+        asked = [[*name.split("_"), *words, "--cfg", "job"] for name, words in COMMANDS.items()]
+        for name, (text, _) in zip(COMMANDS, commands.run_all(asked), strict=True):
+            (to / "commands" / f"{name}.yaml").write_text(text, encoding="utf-8")
         (to / "wheel.txt").write_text(wheel(Path(parent)), encoding="utf-8")
     text = json.dumps(found, indent=1) + "\n"
     (to / "behaviour.json").write_text(text, encoding="utf-8")
@@ -371,15 +387,17 @@ def continued(commands: Commands) -> dict[str, Any]:
     return {"kept": kept, "says": line, **_logged(run)}
 
 
-def selected(commands: Commands, name: str) -> dict[str, Any]:
-    """The answer of a selector, and the names under which it is kept."""
-    for path in ("outputs/selections", "outputs/scores"):
-        shutil.rmtree(commands.folder / path, ignore_errors=True)
-    commands.run(*_selecting(name))
-    (folder,) = (commands.folder / "outputs" / "selections").iterdir()
+def selected(commands: Commands) -> dict[str, Any]:
+    """The answers of the selectors, and the names under which they are kept."""
+    commands.run_all([[*_selecting(name), f"output_dir=alone/{name}"] for name in SELECTORS])
+    return {name: _answer(commands.folder / "alone" / name) for name in SELECTORS}
+
+
+def _answer(outputs: Path) -> dict[str, Any]:
+    (folder,) = (outputs / "selections").iterdir()
     selection = np.load(folder / "selection.npy")
     kept: dict[str, list[np.ndarray]] = {}  # scores and statistics, by their folder
-    for path in sorted((commands.folder / "outputs" / "scores").glob("*/*.npz")):
+    for path in sorted((outputs / "scores").glob("*/*.npz")):
         with np.load(path) as arrays:
             kept.setdefault(path.parent.name, []).extend(arrays[k] for k in sorted(arrays.files))
     return {
@@ -451,17 +469,11 @@ def main() -> None:
     parser.add_argument("--before", type=Path, default=HERE / NAME_OF_BEFORE)
     parser.add_argument("--keep", action="store_true", help="make the archive anew, in the folder")
     arguments = parser.parse_args()
-    for package in PACKAGES:  # once for all commands
-        importlib.import_module(package)
+    warm_up()
     before = arguments.before
     if arguments.keep:
         before = arguments.folder / NAME_OF_BEFORE
-        # in a child, so that the commands' processes import Siftclip anew
-        child = multiprocessing.get_context("fork").Process(target=keep, args=(before,))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit(child.exitcode)
+        keep(before)
     record(before, arguments.folder)
 
 

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(python_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What this code answers on this machine."""
-    folder = tmp_path_factory.mktemp("recorded")
-    command = [sys.executable, str(HERE / "record.py"), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    folder, printed = (tmp_path_factory.mktemp(name) for name in ("recorded", "printed"))
+    words = (str(HERE / "record.py"), str(folder))
+    result = python_server.run(*words, cwd=folder, folder=printed, env=dict(os.environ))
     assert result.returncode == 0, result.stderr[-5000:]
     return folder
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import made_once
 import numpy as np
 import pytest
 import torch
@@ -51,20 +52,9 @@ TINY_RUN = [
 
 @pytest.fixture(scope="session", autouse=True)
 def vocabulary_once() -> Iterator[None]:
-    """Every model comes with CLIP's tokenizer, whose 49,408 tokens are put together once."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    build, built = SimpleTokenizer.__init__, dict[str, dict[str, Any]]()
-
-    def build_once(self: Any, *arguments: Any, **options: Any) -> None:
-        key = repr((arguments, options))
-        if key not in built:
-            build(self, *arguments, **options)
-            built[key] = {**self.__dict__, "cache": dict(self.cache)}
-        self.__dict__.update(built[key], cache=dict(built[key]["cache"]))
-
+    """See made_once.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SimpleTokenizer, "__init__", build_once)
+        made_once.vocabulary_once(patch)
         yield
 
 
@@ -225,20 +215,13 @@ def train_on_ranks(launch: Completed, tmp_path: Path) -> Callable[[list[Any], in
 
 
 @pytest.fixture
-def start_cli(
-    child_environment: dict[str, str], tmp_path: Path
-) -> Callable[..., subprocess.Popen[bytes]]:
-    """Start `siftclip ...` in a process to be stopped; its errors go to `tmp_path`.stderr."""
+def start_cli(start_python: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Start `siftclip ...`, to be stopped; its errors go to `tmp_path`.printed/stderr."""
 
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        with tmp_path.with_suffix(".stderr").open("wb") as errors:
-            return subprocess.Popen(
-                siftclip_command(*arguments),
-                cwd=tmp_path,
-                env=child_environment,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
+    def start(*arguments: str) -> Any:
+        folder = tmp_path.with_suffix(".printed")
+        folder.mkdir()
+        return start_python("-m", "siftclip.trainer.cli", *arguments, cwd=tmp_path, folder=folder)
 
     return start
 

@@ -45,6 +45,7 @@ def test_two_ranks_train_what_one_trains(
     launcher: str,
     base: list[str],
     compose: Callable[..., DictConfig],
+    cli: Cli,
     new_cli: Cli,
     tmp_path: Path,
 ) -> None:
@@ -54,7 +55,7 @@ def test_two_ranks_train_what_one_trains(
     if launcher == "torchrun":
         result = new_cli("train", *options, ranks=2)
     else:
-        result = new_cli("train", *options, "trainer.devices=2")
+        result = cli("train", *options, "trainer.devices=2")  # which starts the other rank anew
     assert result.returncode == 0, result.stderr[-3000:]
     (run,) = (RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir())
     assert result.stdout.count("run        ") == 1

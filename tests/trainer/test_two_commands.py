@@ -23,7 +23,7 @@ from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.stages.train import train_stage
 
 Completed = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[bytes]]
+Start = Callable[..., Any]
 
 
 def steps(run: Path) -> Counter[int]:
@@ -32,7 +32,7 @@ def steps(run: Path) -> Counter[int]:
     return Counter(record["step"] for record in records if "train/loss" in record)
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Callable[[], Any], process: Any) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, "the first command ended too early"
@@ -100,7 +100,7 @@ def test_two_comparisons_share_an_arm(
         first.send_signal(signal.SIGCONT)
         second = running.result()
     assert second.returncode == 0, second.stderr
-    assert first.wait(120) == 0, tmp_path.with_suffix(".stderr").read_text()
+    assert first.wait(120) == 0, (tmp_path.with_suffix(".printed") / "stderr").read_text()
     said = f"seed 0, comes after the others. The run {held} is being written by process {first.pid}"
     assert said in re.sub(r"\s+", " ", second.stderr)
     runs = [*outputs.glob("train/*")]

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ SMALL = [
 @pytest.mark.slow
 def test_demo_ends_with_a_table_and_continues_after_a_kill(
     cli: Callable[..., subprocess.CompletedProcess[str]],
-    start_cli: Callable[..., subprocess.Popen[bytes]],
+    start_cli: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     process = start_cli("demo", *SMALL)

@@ -196,7 +196,7 @@ def stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FileLogger, "log_metrics", fail)
 
 
-def wait_for_checkpoint(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_checkpoint(folder: Path, step: int, process: Any) -> None:
     """Wait until a run below `folder` has the checkpoint of a step, while its process lives."""
     deadline = time.monotonic() + 120
     while not any(folder.glob(f"train/*/checkpoints/step-{step}.ckpt")):
@@ -209,7 +209,7 @@ def wait_for_checkpoint(folder: Path, step: int, process: subprocess.Popen[bytes
 def test_killed_run_continues_with_the_same_choices(
     base: list[str],
     compose: Compose,
-    start_cli: Callable[..., subprocess.Popen[bytes]],
+    start_cli: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     options = [*base, *JEST, "scale.samples_seen=640", "trainer.checkpoint_every_n_steps=7"]

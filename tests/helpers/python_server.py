@@ -1,9 +1,11 @@
-"""Runs `python ...` in processes forked from one that has imported the large packages already.
+"""Runs `python ...` in processes forked from one that has imported everything already.
 
 Lightning, torchmetrics, torchvision, open_clip and what they import take eight seconds of every
-command that a test starts. This process imports them once, and nothing of siftclip: every child
-imports that anew, as a person's command does. It reads requests from its input, a line of JSON
-each, and answers with the exit status when the child has ended.
+command that a test starts, and siftclip a quarter of a second. This process imports them once, with
+CLIP's vocabulary; what a person's command imports by itself is up to test_imports.py, and to tests
+that start a new Python. It reads requests from its input, a line of JSON each, and answers with the
+exit status when the child has ended; or, where a request names a file for the status, with the
+child's process number at once.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from made_once import compositions_once, vocabulary_once
+
+FORK = multiprocessing.get_context("fork")
 PACKAGES = (
     "torch",
     "torch._dynamo",
@@ -36,6 +43,20 @@ PACKAGES = (
     "webdataset",
     "clip_benchmark.metrics.zeroshot_classification",
 )
+
+
+def warm_up() -> None:
+    """Import the packages and siftclip, and make once what commands make."""
+    for package in PACKAGES:
+        importlib.import_module(package)
+    siftclip = importlib.import_module("siftclip")
+    for module in pkgutil.walk_packages(siftclip.__path__, "siftclip."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    patch = pytest.MonkeyPatch()
+    compositions_once(patch)
+    vocabulary_once(patch)
+    importlib.import_module("open_clip.tokenizer").SimpleTokenizer()
 
 
 def run_python(words: list[str]) -> None:
@@ -89,21 +110,45 @@ def run_request(request: dict[str, Any]) -> None:
         run_ranks(request["words"], request["ranks"])
 
 
+def run_requests(requests: list[dict[str, Any]]) -> None:
+    """The same with several, one after the other until one fails."""
+    for request in requests:
+        try:
+            run_request(request)
+        except SystemExit as status:
+            if status.code:
+                raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def watch_request(request: dict[str, Any], answers: int) -> None:
+    """In a child: start another for the request, answer with its number, and keep its status."""
+    child = FORK.Process(target=run_request, args=(request,))
+    child.start()
+    os.write(answers, b"%d\n" % child.pid)
+    child.join()
+    written = Path(f"{request['status']}.tmp")
+    written.write_text(str(child.exitcode), encoding="utf-8")
+    written.rename(request["status"])
+
+
 def serve() -> None:
     """Answer requests until there are no more."""
     answers = os.dup(1)  # whatever the children print goes to files
-    fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
-        # ends without Python's own clearing up, which takes two seconds for so many modules
-        child = fork.Process(target=run_request, args=(json.loads(line),))
-        child.start()
-        child.join()
-        os.write(answers, b"%d\n" % child.exitcode)
+        request = json.loads(line)
+        # both end without Python's own clearing up, which takes two seconds for so many modules
+        if "status" in request:
+            FORK.Process(target=watch_request, args=(request, answers)).start()
+        else:
+            child = FORK.Process(target=run_request, args=(request,))
+            child.start()
+            child.join()
+            os.write(answers, b"%d\n" % child.exitcode)
 
 
 if __name__ == "__main__":
-    for package in PACKAGES:
-        importlib.import_module(package)
-    assert not any(name.partition(".")[0] == "siftclip" for name in sys.modules)
+    warm_up()
     gc.freeze()  # else the first collection in every child would copy what they share
     serve()

@@ -1,0 +1,73 @@
+"""What is costly and always the same, made once in a process and in those forked from it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+
+def vocabulary_once(patch: pytest.MonkeyPatch) -> None:
+    """Every model comes with CLIP's tokenizer, whose 49,408 tokens are put together once."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    build, built = SimpleTokenizer.__init__, dict[str, dict[str, Any]]()
+
+    def build_once(self: Any, *arguments: Any, **options: Any) -> None:
+        key = repr((arguments, options))
+        if key not in built:
+            build(self, *arguments, **options)
+            built[key] = {**self.__dict__, "cache": dict(self.cache)}
+        self.__dict__.update(built[key], cache=dict(built[key]["cache"]))
+
+    patch.setattr(SimpleTokenizer, "__init__", build_once)
+
+
+def compositions_once(patch: pytest.MonkeyPatch) -> None:
+    """Hydra puts the files together once for each command and choice of groups, then copies.
+
+    That is four fifths of a composition, which takes a tenth of a second. The values that a test
+    sets are put in each time, by Hydra itself. Folders of configurations that a test writes are
+    read each time, too.
+    """
+    from hydra._internal import config_loader_impl
+    from hydra._internal.defaults_list import DefaultsList, Overrides
+
+    listed: dict[Any, DefaultsList] = {}
+    merged: dict[int, Any] = {}  # by the identity of a list of defaults, which `listed` keeps
+    list_defaults = config_loader_impl.create_defaults_list
+    merge_files = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
+
+    def list_once(
+        *, repo: Any, config_name: str, overrides_list: list[Any], **options: bool
+    ) -> DefaultsList:
+        places = [(source.scheme(), source.path) for source in repo.get_sources()]
+        if any(scheme not in ("pkg", "structured") for scheme, _ in places):
+            return list_defaults(
+                repo=repo, config_name=config_name, overrides_list=overrides_list, **options
+            )
+        values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
+        groups = [override for override in overrides_list if override not in values]
+        lines = [override.input_line for override in groups]
+        key = (config_name, *places, *lines, *options.items())
+        if key not in listed:
+            found = list_defaults(
+                repo=repo, config_name=config_name, overrides_list=groups, **options
+            )
+            listed[key] = found
+            merged[id(found.defaults)] = None
+        return replace(listed[key], config_overrides=values)
+
+    def merge_once(self: Any, *, defaults: list[Any], repo: Any) -> Any:
+        if id(defaults) not in merged:
+            return merge_files(self, defaults=defaults, repo=repo)
+        if merged[id(defaults)] is None:
+            merged[id(defaults)] = merge_files(self, defaults=defaults, repo=repo)
+        return copy.deepcopy(merged[id(defaults)])
+
+    patch.setattr(config_loader_impl, "create_defaults_list", list_once)
+    patch.setattr(
+        config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once
+    )
