@@ -183,13 +183,15 @@ def _tokenizer(
 
     text = {} if architecture is None else architecture["text_cfg"]
     if text.get("hf_tokenizer_name"):
-        return HFTokenizer(
+        tokenizer: Tokenizer = HFTokenizer(
             text["hf_tokenizer_name"],
             context_length=context_length or text.get("context_length", DEFAULT_CONTEXT_LENGTH),
             tokenizer_mode=text.get("tokenizer_mode"),
             **text.get("tokenizer_kwargs", {}),
         )
-    return open_clip.get_tokenizer(source, context_length=context_length)
+    else:
+        tokenizer = open_clip.get_tokenizer(source, context_length=context_length)
+    return tokenizer
 
 
 def holds_weights(name: str) -> bool:

@@ -406,7 +406,8 @@ class ScoreSelector(Selector):
                     values[source.index_of(task.rows)] = found
                     bar.update(len(task.rows))
             np.add(total, _of_all_ranks(source, tasks, values), out=total)
-        return np.divide(total, self.passes).astype(np.float32)
+        mean: np.ndarray = np.divide(total, self.passes)
+        return mean.astype(np.float32)
 
     def select(self, source: Source) -> Choice:
         """Score the samples and apply the rule."""

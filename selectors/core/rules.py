@@ -140,7 +140,8 @@ class DataCompFraction:
         if position >= len(judged):
             return able.astype(np.int64)
         threshold = np.partition(judged, len(judged) - 1 - position)[len(judged) - 1 - position]
-        return (scores >= threshold).astype(np.int64)
+        kept: np.ndarray = scores >= threshold
+        return kept.astype(np.int64)
 
 
 class Threshold:

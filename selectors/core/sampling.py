@@ -166,6 +166,7 @@ def _expected_end(logits: np.ndarray, total: int, cap: int) -> float:
     """The logarithm of a time until which about, and rather less than, `total` arrivals come."""
     samples, edges = np.histogram(logits, bins=256)
     middles = (edges[1:] + edges[:-1]) / 2
+    low: float
     low, high = -middles.max() - 50.0, -middles.min() + 50.0
     for _ in range(60):
         middle = (low + high) / 2

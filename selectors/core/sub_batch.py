@@ -128,7 +128,8 @@ def add_uniform(
             can_be_kept(scores), draws, np.where(np.isnan(scores), -1.0, -2.0) + draws / 2
         )
     quotas = SubBatch.of_quotas(uniform_samples)
-    return kept + draw_by_score(np.where(kept > 0, np.nan, draws), uids, quotas)
+    more: np.ndarray = kept + draw_by_score(np.where(kept > 0, np.nan, draws), uids, quotas)
+    return more
 
 
 def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:

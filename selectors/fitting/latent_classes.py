@@ -109,7 +109,7 @@ def find_classes(
                 shape = (2, classes, image.shape[1])
                 sums = torch.zeros(shape, dtype=torch.int64, device=image.device)
             at = (index >= 0).nonzero()[:, 0]
-            for block in at.split(_BLOCK_SAMPLES):
+            for block in torch.split(at, _BLOCK_SAMPLES):
                 for side, values in zip(sums, (image, text), strict=True):
                     side.index_add_(0, index[block], whole_numbers(values[block]))
         if kept is None:

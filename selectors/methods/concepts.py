@@ -58,7 +58,8 @@ def concept_targets(frequencies: np.ndarray, samples: int, chosen: int) -> np.nd
         chosen: how many of them are chosen.
     """
     concepts = int(frequencies.sum()) * chosen // max(1, samples)
-    return np.maximum(equal_quotas(frequencies, concepts), 1)
+    quotas: np.ndarray = np.maximum(equal_quotas(frequencies, concepts), 1)
+    return quotas
 
 
 def choose_diverse(

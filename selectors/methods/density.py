@@ -67,7 +67,8 @@ def cluster_shares(complexity: np.ndarray, temperature: float) -> np.ndarray:
     """The softmax of complexity / temperature, float64 [k]."""
     logits = complexity / temperature
     weights = np.exp(logits - logits.max(initial=-np.inf))
-    return weights / max(weights.sum(), np.finfo(np.float64).tiny)
+    shares: np.ndarray = weights / max(weights.sum(), np.finfo(np.float64).tiny)
+    return shares
 
 
 def allocate(

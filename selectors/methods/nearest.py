@@ -105,7 +105,7 @@ def _target_blocks(source: Source, target: FeatureFile, size: int, done: int) ->
         waiting.append(piece[done:])
         done = max(0, done - len(piece))
         if sum(map(len, waiting)) >= size:
-            *blocks, rest = torch.cat(waiting).split(size)
+            *blocks, rest = torch.split(torch.cat(waiting), size)
             waiting = [rest]
             yield from blocks
     if sum(map(len, waiting)):
@@ -121,7 +121,7 @@ def _add_chunk(lists: Tensor, targets: Tensor, chunk: Chunk, places: Tensor) -> 
     require_same_width("the features", values, "the target", targets)
     pieces = [
         update_lists(part, goals, values, places)
-        for part, goals in zip(lists.split(1024), targets.split(1024), strict=True)
+        for part, goals in zip(torch.split(lists, 1024), torch.split(targets, 1024), strict=True)
     ]
     return torch.cat(pieces)
 
@@ -132,7 +132,7 @@ def _merge(source: Source, lists: Tensor) -> Tensor:
     if ranks.size == 1:
         return lists
     merged = []
-    for part in lists.split(-(-len(lists) // ranks.size)):
+    for part in torch.split(lists, -(-len(lists) // ranks.size)):
         board = part.new_zeros((ranks.size, *part.shape))
         board[ranks.rank] = part
         board = ranks.sum(board).transpose(0, 1).reshape(len(part), -1)

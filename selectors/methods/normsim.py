@@ -7,7 +7,7 @@ p = inf only the most similar target counts, and every one has to be looked at.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def normsim(features: Tensor, targets: Tensor, p: float) -> Tensor:
     if p == 2:
         return normsim_2(features, (targets.double().T @ targets.double()).float())
     norms = []
-    for block in targets.split(_BLOCK):
+    for block in torch.split(targets, _BLOCK):
         products = multiply(features, block).abs_()
         largest = products.amax(1, keepdim=True).clamp_min(1e-30)
         # divided by the largest, so that no power is too small for float32
@@ -76,7 +76,7 @@ class NormSim(ScoreSelector):
         *,
         features: str,
         target: FeatureFile,
-        p: float = 2,
+        p: float | Literal["inf"] = 2,
         **rule: Any,
     ) -> None:
         """Choose features, target and norm.
@@ -130,4 +130,6 @@ class NormSim(ScoreSelector):
         if self._search is not None:
             return self._search.search(features)
         samples = 1 << 13  # whose products with a block of targets are held at a time
-        return torch.cat([normsim(x, self._targets, self.p) for x in features.split(samples)])
+        return torch.cat(
+            [normsim(x, self._targets, self.p) for x in torch.split(features, samples)]
+        )

@@ -48,7 +48,7 @@ def equal_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if np.minimum(sizes, middle).sum() <= total else (low, middle)
-    quotas = np.minimum(sizes, low)
+    quotas: np.ndarray = np.minimum(sizes, low)
     order = np.lexsort((np.arange(len(sizes)), -sizes))
     quotas[order[: total - int(quotas.sum())]] += 1
     return quotas
@@ -166,6 +166,7 @@ class QuotaPerCluster(Selector):
 
     def _quotas(self, sizes: np.ndarray, total: int | None) -> np.ndarray:
         if total is None:
-            return np.minimum(sizes, self.per_cluster or 0)
+            quotas: np.ndarray = np.minimum(sizes, self.per_cluster or 0)
+            return quotas
         share = proportional_quotas if self.quotas == "proportional" else equal_quotas
         return share(sizes, total)

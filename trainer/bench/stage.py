@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -129,7 +130,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _bar(what: str, total: int | None, *, progress: bool) -> tqdm:
+def _bar(what: str, total: int | None, *, progress: bool) -> tqdm[NoReturn]:
     return tqdm(total=total, desc=what, unit="sample", leave=False, disable=not progress)
 
 

@@ -302,7 +302,7 @@ class ClipCov(Selector):
             budget=budget,
             advance_all=advance_all,
         )
-        picked = np.flatnonzero(state["numbers"])
+        picked: np.ndarray = np.flatnonzero(state["numbers"])
         order = merge_classes(
             state["values"][picked],
             members.uid_ranks[picked],

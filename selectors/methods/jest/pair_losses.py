@@ -24,7 +24,7 @@ _LINEAR = 40.0
 def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
     """scale * <v_i, t_i> + bias of each pair, float64 [m]; image and text are float [m, d]."""
     image, text = _operand(image), _operand(text)
-    products = torch.linalg.vecdot(image.to(_wide(image)), text.to(_wide(text)))
+    products: Tensor = torch.linalg.vecdot(image.to(_wide(image)), text.to(_wide(text)))
     return products.double() * logits.scale + logits.bias
 
 

@@ -42,7 +42,7 @@ from siftclip.trainer.models.compilation import compile_towers
 from siftclip.trainer.models.sharding import sharded_blocks
 from siftclip.trainer.models.towers import LockConfig, enable_grad_checkpointing, lock_towers
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
-from siftclip.trainer.online.scoring import ScoringConfig
+from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
 from siftclip.trainer.optim.layer_decay import layer_scales
 from siftclip.trainer.optim.optimizer import make_optimizer
