@@ -32,7 +32,7 @@ from siftclip.trainer.bench.measure import (
 )
 from siftclip.trainer.builders.assembly import data_module_from, training_module
 from siftclip.trainer.builders.objective import open_loss_data
-from siftclip.trainer.builders.online_setup import RunParts
+from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.builders.selection import SelectOutcome, select_stage
 from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.loop.module import ClipTraining
