@@ -11,7 +11,6 @@ ranks share them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,11 +40,17 @@ class SubBatch:
         return quotas
 
     @classmethod
-    def of_quotas(cls, quotas: np.ndarray, **options: Any) -> SubBatch:
+    def of_quotas(
+        cls, quotas: np.ndarray, *, temperature: float | None = None, seed: int = 0
+    ) -> SubBatch:
         """The sub-batch with these quotas, int64 [groups], that differ by at most one."""
         less = np.flatnonzero(quotas < quotas.max())
         return cls(
-            samples=int(quotas.max()), groups=len(quotas), one_less=tuple(less.tolist()), **options
+            samples=int(quotas.max()),
+            groups=len(quotas),
+            temperature=temperature,
+            seed=seed,
+            one_less=tuple(less.tolist()),
         )
 
     def group_slices(self, candidates: int) -> list[slice]:

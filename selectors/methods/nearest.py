@@ -8,7 +8,7 @@ largest similarity to any target is another method (NormSim_inf).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,14 +20,18 @@ from siftclip.selectors.core.base import (
     Chunk,
     FeatureFile,
     Requirements,
+    RuleOptions,
     ScoreSelector,
     Selector,
     Source,
     WorkUnit,
 )
-from siftclip.selectors.core.rules import top_fraction
+from siftclip.selectors.core.rules import Of, top_fraction
 from siftclip.selectors.kernels.blocks import require_same_width, usable_rows
 from siftclip.selectors.kernels.neighbour_lists import NOTHING, best_ranks, update_lists
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _UNLISTED = NOTHING + 1  # the best entry of a usable sample that is in no list
 _ENTRIES = 1 << 24  # of the lists that exist at one time, 8 bytes each
@@ -149,7 +153,7 @@ class NearestRank(ScoreSelector):
     """
 
     def __init__(
-        self, *, key: str, target: FeatureFile, neighbours: int = 200, **rule: Any
+        self, *, key: str, target: FeatureFile, neighbours: int = 200, **rule: Unpack[RuleOptions]
     ) -> None:
         """Choose the features and the target.
 
@@ -188,7 +192,7 @@ class NearestUnion(Selector):
     fraction is kept, or all usable samples if these are fewer.
     """
 
-    def __init__(self, *, key: str, target: FeatureFile, fraction: float, of: str = "pool") -> None:
+    def __init__(self, *, key: str, target: FeatureFile, fraction: float, of: Of = "pool") -> None:
         """Choose the features, the target and the budget.
 
         Args:

@@ -7,13 +7,20 @@ p = inf only the most similar target counts, and every one has to be looked at.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError
-from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.core.base import (
+    Chunk,
+    FeatureFile,
+    Requirements,
+    RuleOptions,
+    ScoreSelector,
+    Source,
+)
 from siftclip.selectors.fitting.covariance import (
     UNIT,
     file_moment,
@@ -27,6 +34,9 @@ from siftclip.selectors.kernels.largest_product import (
     largest_product,
     multiply,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _BLOCK = 1 << 12  # targets whose products are held at a time
 _WORTH_INT8 = 1024  # targets; for fewer, rounding and looking at the answers costs too much
@@ -77,7 +87,7 @@ class NormSim(ScoreSelector):
         features: str,
         target: FeatureFile,
         p: float | Literal["inf"] = 2,
-        **rule: Any,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Choose features, target and norm.
 

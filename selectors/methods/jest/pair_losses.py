@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -171,7 +172,8 @@ class SoftmaxLosses(PairLosses):
         return self.losses()
 
 
-LOSSES: dict[str, type[PairLosses]] = {"sigmoid": SigmoidLosses, "softmax": SoftmaxLosses}
+LossName = Literal["sigmoid", "softmax"]
+LOSSES: dict[LossName, type[PairLosses]] = {"sigmoid": SigmoidLosses, "softmax": SoftmaxLosses}
 
 
 def _operand(values: Tensor) -> Tensor:
