@@ -20,7 +20,7 @@ from .selection.selection import read_subset as read_subset
 from .selection.selection import write_selection as write_selection
 from .selection.selection import write_subset as write_subset
 from .storage.local import LocalStorage as LocalStorage
-from .streaming.datamodule import LoaderOptions as LoaderOptions
 from .streaming.datamodule import SelectionVersion as SelectionVersion
 from .streaming.datamodule import StreamDataModule as StreamDataModule
 from .streaming.image_transform import ImageTransform as ImageTransform
+from .streaming.loader import LoaderOptions as LoaderOptions

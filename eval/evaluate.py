@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ from siftclip.eval.tasks.task import Task
 from siftclip.locks import lock_beside, locked
 from siftclip.ranks import OneRank, Ranks, sum_arrays
 
-PRECISIONS: dict[str, torch.dtype | None] = {
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: dict[Precision, torch.dtype | None] = {
     "fp32": None,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -63,7 +65,7 @@ class EvalOptions:
 
     batch_size: int = 256  # images, and texts, that a tower takes at once
     num_workers: int = 0  # processes that decode images
-    precision: str = "fp32"  # of the towers; similarities always have full precision
+    precision: Precision = "fp32"  # of the towers; similarities always have full precision
     max_image_pixels: int = 178_956_970  # larger pictures are errors; Pillow's own limit
     resamples: int = 1000  # for intervals; 0: none
     seed: int = 0  # of the resamples

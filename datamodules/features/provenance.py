@@ -56,6 +56,8 @@ def is_stale(path: Path, pool: Pool, shard: int) -> bool:
         (source,) = read_npz(path, [SOURCE])
     except InputError:  # an earlier version's, or damaged, which its reader says better
         return False
+    stamp: str
+    content: str
     stamp, content = source.tolist()
     return stamp != pool.shards[shard].stamp and content != _content(pool, shard)
 

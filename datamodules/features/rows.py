@@ -135,7 +135,8 @@ class RowFeatures:
                 # in order and without gaps, as in a pass over a part: nothing to copy
                 in_order = len(values) == len(positions) and (np.diff(positions) == 1).all()
                 return values if in_order else values[positions - first]
-        return self._array(part, key)[positions]
+        chosen: np.ndarray = self._array(part, key)[positions]
+        return chosen
 
     def _place(self, part: int, key: str) -> ArrayPlace | None:
         if (part, key) not in self._places:

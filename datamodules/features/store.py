@@ -198,7 +198,8 @@ def _first_positions(rows: np.ndarray, covered: np.ndarray) -> np.ndarray:
     positions = np.flatnonzero(rows >= 0)
     positions = positions[~covered[rows[positions]]]
     _, first = np.unique(rows[positions], return_index=True)
-    return positions[np.sort(first)]
+    distinct: np.ndarray = positions[np.sort(first)]
+    return distinct
 
 
 def _read_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:

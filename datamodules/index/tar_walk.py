@@ -268,106 +268,159 @@ class _Extended:
             record = record[length:]
 
 
-def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
-    """The regular files of a tar, in blocks whose headers have been checked."""
-    read, total = source.read, source.size_bytes
-    if total == 0:
-        raise InputError(f"{source.name} must be an uncompressed tar file. It is empty.")
-    base, window = 0, b""
-    position = start = 0  # of this header, and of the first that belongs to the same file
-    common, extended = _Extended(), _Extended()  # of all files that follow, and of the next
-    last_letters = (ending[-1], ending[-1].upper()) if ending else ()  # cheap to look at
-    problem: str | None = None
-    cut: str | None = None  # the member that is not whole
-    ended = False
-    while not ended:
-        begin = position
+class _HeaderWalk:
+    """Goes from header to header of a tar, and gives out its regular files in blocks."""
+
+    def __init__(self, source: TarSource, ending: str) -> None:
+        """`ending` is what the names of the files end with that come with their bytes."""
+        self._read, self._total = source.read, source.size_bytes
+        self._window, self._window_start, self._window_end = b"", 0, 0
+        self._position = self._start = 0  # of the next header, and of the first of its file
+        self._common, self._extended = _Extended(), _Extended()  # of all files, and of the next
+        self._ending = ending
+        self._last_letters = (ending[-1], ending[-1].upper()) if ending else ()  # cheap to look at
+        self.ended = False
+        self.problem: str | None = None  # why the tar ends too early
+        self.cut: str | None = None  # the member that is not whole
+
+    def stop(self, problem: str | None, *, cut: str | None = None) -> None:
+        """Read no further; `problem` says why, unless this is the end."""
+        self.ended, self.problem, self.cut = True, problem, cut
+
+    def read_block(self) -> tuple[list[bytes], list[_File], list[int]]:
+        """The next headers, the files among them, and how many headers there are up to each.
+
+        A pool has millions of files: what most of them need is done here, without a call.
+        """
         headers: list[bytes] = []
         files: list[_File] = []
-        counts: list[int] = []  # headers up to each file
-        while len(headers) < _HEADERS_A_BLOCK:
-            at = position - base
-            if at + BLOCK_BYTES > len(window):
-                is_inside = position < total  # a header may send us anywhere
-                window, base, at = read(position, BLOCK_BYTES) if is_inside else b"", position, 0
-                if len(window) < BLOCK_BYTES:
-                    problem, ended = "without an end mark", True
-                    break
-            header = window[at : at + BLOCK_BYTES]
+        counts: list[int] = []
+        total, last_letters = self._total, self._last_letters
+        while len(headers) < _HEADERS_A_BLOCK and not self.ended:
+            position = self._position
+            data = position + BLOCK_BYTES
+            if data > self._window_end and not self._move_window():
+                break
+            at = position - self._window_start
+            header = self._window[at : at + BLOCK_BYTES]
             kind = header[156]
             if kind == 0 and header == _ZEROS:
-                ended = True
+                self.stop(None)
                 break
             headers.append(header)
-            data = position + BLOCK_BYTES
             try:
                 # eleven octal digits and an end, unless the writer was creative
                 size = int(header[124:135], 8) if header[135] <= 32 else _number(header[124:136])
             except ValueError:
                 size = _number(header[124:136])
-            if kind in _FILE_KINDS:
-                end = header.find(0, 0, 100)
-                name = header[: end if end >= 0 else 100].decode("utf-8", "backslashreplace")
-                if header[345]:  # ustar's prefix
-                    name = f"{_text(header[345:500])}/{name}"
-                sparse = False
-                if extended.found or common.found:
-                    name = extended.path or common.path or name
-                    for found in (common.size_bytes, extended.size_bytes):
-                        size = size if found is None else found
-                    sparse = extended.sparse or common.sparse
-                    extended = _Extended()
-                if kind == 0 and name.endswith("/"):  # a folder, as old tars have it
-                    position = start = data
-                    continue
-                if not 0 <= size <= total - data:
-                    problem, cut, ended = f"inside the member {name!r}", name, True
-                    break
-                content = None
-                if name[-1:] in last_letters and name.lower().endswith(ending):
-                    content = b""
-                    if size <= MAX_CONTENT_BYTES:
-                        if data - base + size > len(window):
-                            window, base = read(data, size), data
-                        content = window[data - base : data - base + size]
-                position = data + round_up(size)
-                if not sparse:
-                    files.append((name, data, size, start, position, content))
-                    counts.append(len(headers))
-                start = position
-            elif kind in _EXTENDED_KINDS:
-                if not 0 <= size <= min(MAX_CONTENT_BYTES, total - data):
-                    problem, ended = "inside a long header", True
-                    break
-                if data - base + size > len(window):
-                    window, base = read(data, size), data
-                record = window[data - base : data - base + size]
-                # webdataset writes parts of a second for every file: a header with nothing else
-                if kind != ord("x") or record[:9] != b"%d mtime=" % size:
-                    try:
-                        (common if kind == ord("g") else extended).add(kind, record)
-                    except ValueError:
-                        problem, ended = "at a damaged long header", True
-                        break
-                position = data + round_up(size)
-            else:
-                position = data
-                if kind == ord("S"):
-                    position += _sparse_map_bytes(read, header, data)
-                if kind not in _EMPTY_KINDS:
-                    position += round_up(max(0, size))
-                if kind != ord("K"):  # the name of a link's target is part of the next file
-                    start, extended = position, _Extended()
+            if kind not in _FILE_KINDS:
+                read = self._read_extended if kind in _EXTENDED_KINDS else self._pass_over
+                read(header, kind, size)
+                continue
+            end = header.find(0, 0, 100)
+            name = header[: end if end >= 0 else 100].decode("utf-8", "backslashreplace")
+            is_sparse = False
+            if header[345] or self._extended.found or self._common.found:
+                name, size, is_sparse = self._stated_elsewhere(header, name, size)
+            is_folder = kind == 0 and name.endswith("/")  # as old tars have it
+            if is_folder or not 0 <= size <= total - data:
+                self._pass_folder_or_stop(name, is_folder)
+                continue
+            content = None
+            if name[-1:] in last_letters and name.lower().endswith(self._ending):
+                content = self._content(data, size) if size <= MAX_CONTENT_BYTES else b""
+            behind = data + (size + BLOCK_BYTES - 1 & -BLOCK_BYTES)  # `round_up`, without a call
+            if not is_sparse:
+                files.append((name, data, size, self._start, behind, content))
+                counts.append(len(headers))
+            self._position = self._start = behind
+        return headers, files, counts
+
+    def _move_window(self) -> bool:
+        """Read the next header; False where there is none."""
+        if self._position < self._total:  # a header may send us anywhere
+            self._read_window(self._position, BLOCK_BYTES)
+        if self._position + BLOCK_BYTES <= self._window_end:
+            return True
+        self.stop("without an end mark")
+        return False
+
+    def _read_window(self, offset: int, size: int) -> None:
+        self._window, self._window_start = self._read(offset, size), offset
+        self._window_end = offset + len(self._window)
+
+    def _content(self, data: int, size: int) -> bytes:
+        """`size` bytes from an offset, fewer where the tar ends."""
+        if data + size > self._window_end:
+            self._read_window(data, size)
+        at = data - self._window_start
+        return self._window[at : at + size]
+
+    def _stated_elsewhere(self, header: bytes, name: str, size: int) -> tuple[str, int, bool]:
+        """Name and size of a file, and whether it is sparse, by ustar's prefix and long headers."""
+        if header[345]:
+            name = f"{_text(header[345:500])}/{name}"
+        extended, common = self._extended, self._common
+        self._extended = _Extended()
+        for stated in (common.size_bytes, extended.size_bytes):
+            size = size if stated is None else stated
+        return extended.path or common.path or name, size, extended.sparse or common.sparse
+
+    def _pass_folder_or_stop(self, name: str, is_folder: bool) -> None:
+        if is_folder:
+            self._position = self._start = self._position + BLOCK_BYTES
+        else:
+            self.stop(f"inside the member {name!r}", cut=name)
+
+    def _pass_over(self, header: bytes, kind: int, size: int) -> None:
+        """Go on behind what is no regular file."""
+        data = position = self._position + BLOCK_BYTES
+        if kind == ord("S"):
+            position += _sparse_map_bytes(self._read, header, data)
+        if kind not in _EMPTY_KINDS:
+            position += round_up(max(0, size))
+        self._position = position
+        if kind != ord("K"):  # the name of a link's target is part of the next file
+            self._start, self._extended = position, _Extended()
+
+    def _read_extended(self, _: bytes, kind: int, size: int) -> None:
+        """Take note of the content of a long-name or pax header."""
+        data = self._position + BLOCK_BYTES
+        if not 0 <= size <= MAX_CONTENT_BYTES or size > self._total - data:
+            self.stop("inside a long header")
+            return
+        record = self._content(data, size)
+        # webdataset writes parts of a second for every file: a header with nothing else
+        if kind != ord("x") or record[:9] != b"%d mtime=" % size:
+            try:
+                (self._common if kind == ord("g") else self._extended).add(kind, record)
+            except ValueError:
+                self.stop("at a damaged long header")
+                return
+        self._position = data + (size + BLOCK_BYTES - 1 & -BLOCK_BYTES)  # as above
+
+
+def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
+    """The regular files of a tar, in blocks whose headers have been checked."""
+    if source.size_bytes == 0:
+        raise InputError(f"{source.name} must be an uncompressed tar file. It is empty.")
+    walk = _HeaderWalk(source, ending)
+    is_first = True
+    while not walk.ended:
+        headers, files, counts = walk.read_block()
         valid = _count_valid(headers)
         if valid < len(headers):
-            problem, cut, ended = "at a damaged header", None, True
-        if begin == 0 and valid == 0 and problem is not None:
+            walk.stop("at a damaged header")
+        if is_first and valid == 0 and walk.problem is not None:
             raise InputError(
                 f"{source.name} must be an uncompressed tar file. Its first header is damaged."
             )
+        is_first = False
         yield files[: bisect_right(counts, valid)]
-    if problem is not None:
-        raise TruncatedTarError(f"{source.name} ends after {total} bytes: {problem}", cut)
+    if walk.problem is not None:
+        raise TruncatedTarError(
+            f"{source.name} ends after {source.size_bytes} bytes: {walk.problem}", walk.cut
+        )
 
 
 def round_up(size_bytes: int) -> int:

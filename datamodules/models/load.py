@@ -94,6 +94,8 @@ def load_clip_model(
     import open_clip
 
     asked = check_options(options or {})
+    of_towers: dict[Tower, str | None] = {"image": pretrained_image, "text": pretrained_text}
+    towers = {tower: path for tower, path in of_towers.items() if path is not None}
     with tempfile.TemporaryDirectory() as temporary:
         if architecture is not None:
             _check_label(name, pretrained)
@@ -103,29 +105,13 @@ def load_clip_model(
         else:
             source = _resolve(name, pretrained)
         # Files are loaded below: open_clip ignores them with some sources, and says less.
-        tag = pretrained if pretrained is not None and _is_tag(source, pretrained) else None
-        file = None if tag is not None else pretrained
-        if file is not None and not Path(file).is_file():
-            rule = "must be a tag of open_clip or an existing file"
-            raise ParameterError(rule, parameter="pretrained", value=file)
-        if weights != "auto" and file is None:
-            raise ParameterError(
-                "chooses within a checkpoint file, which pretrained must name",
-                parameter="weights",
-                value=weights,
-                got=f"{weights!r} and pretrained={pretrained!r}",
-            )
+        tag, file = _tag_or_file(source, pretrained, weights)
+        is_random = architecture is not None and file is None
         try:
             model_cfg = open_clip.get_model_config(source)
-            needs = (
-                {}
-                if architecture is not None and file is None
-                else _needs(source, tag, file, model_cfg)
-            )
-            if pretrained_image is not None:
-                needs |= _tower_needs("image", pretrained_image, model_cfg)
-            if pretrained_text is not None:
-                needs |= _tower_needs("text", pretrained_text, model_cfg)
+            needs = {} if is_random else _needs(source, tag, file, model_cfg)
+            for tower, path in towers.items():
+                needs |= _tower_needs(tower, path, model_cfg)
             chosen, lines = fit_options(asked, needs, model_cfg, name)
             with _without_needless_warnings(
                 architecture is not None
@@ -155,10 +141,8 @@ def load_clip_model(
         _initialise_decoder(model, model_cfg["text_cfg"])
     if file is not None:
         load_weights(model, file, weights=weights)
-    if pretrained_image is not None:
-        load_tower_weights(model, "image", pretrained_image)
-    if pretrained_text is not None:
-        load_tower_weights(model, "text", pretrained_text)
+    for tower, path in towers.items():
+        load_tower_weights(model, tower, path)
     return ClipModel(
         model=model,
         train_transform=train_transform,
@@ -169,6 +153,27 @@ def load_clip_model(
             "preprocess_cfg": dict(model.visual.preprocess_cfg),
         },
     )
+
+
+def _tag_or_file(
+    source: str, pretrained: str | None, weights: Weights
+) -> tuple[str | None, str | None]:
+    """What `pretrained` names: a tag of open_clip, or a file that exists; None for the other."""
+    if pretrained is not None and _is_tag(source, pretrained):
+        tag, file = pretrained, None
+    else:
+        tag, file = None, pretrained
+    if file is not None and not Path(file).is_file():
+        rule = "must be a tag of open_clip or an existing file"
+        raise ParameterError(rule, parameter="pretrained", value=file)
+    if weights != "auto" and file is None:
+        raise ParameterError(
+            "chooses within a checkpoint file, which pretrained must name",
+            parameter="weights",
+            value=weights,
+            got=f"{weights!r} and pretrained={pretrained!r}",
+        )
+    return tag, file
 
 
 def _tokenizer(
@@ -183,13 +188,15 @@ def _tokenizer(
 
     text = {} if architecture is None else architecture["text_cfg"]
     if text.get("hf_tokenizer_name"):
-        return HFTokenizer(
+        tokenizer: Tokenizer = HFTokenizer(
             text["hf_tokenizer_name"],
             context_length=context_length or text.get("context_length", DEFAULT_CONTEXT_LENGTH),
             tokenizer_mode=text.get("tokenizer_mode"),
             **text.get("tokenizer_kwargs", {}),
         )
-    return open_clip.get_tokenizer(source, context_length=context_length)
+    else:
+        tokenizer = open_clip.get_tokenizer(source, context_length=context_length)
+    return tokenizer
 
 
 def holds_weights(name: str) -> bool:

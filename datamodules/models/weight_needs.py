@@ -212,11 +212,40 @@ def fit_options(
     """
     fitted = {key: value for key, value in options.items() if key != "force_quick_gelu"}
     known = {what: need for what, need in needs.items() if need is not None}
-    lines: list[str] = []
     default = bool(model_cfg.get("quick_gelu"))
-    asked = options.get("force_quick_gelu")
+    quick_gelu, lines = _fit_activation(options.get("force_quick_gelu"), needs, default, name)
+    if quick_gelu != default:
+        fitted["quick_gelu"] = quick_gelu
+    for what, need in known.items():
+        for key, value in need.image.items():
+            if options.get(key, value) != value:
+                lines.append(
+                    f"{what}: these weights were trained with {key.removeprefix('image_')} {value} "
+                    f"({need.says}). The option {key}={options[key]} is taken"
+                )
+            fitted.setdefault(key, value)
+    built_cfg = configured(model_cfg, fitted)
+    for what, need in known.items():
+        others = _differences(need.model_cfg, built_cfg, options)
+        if others:
+            lines.append(
+                f"{what}: these weights were trained with another architecture than they get here "
+                f"({need.says}): {'; '.join(others)}"
+            )
+    return fitted, lines
+
+
+def _fit_activation(
+    asked: Any, needs: Mapping[str, WeightNeeds | None], default: bool, name: str
+) -> tuple[bool, list[str]]:
+    """Whether a model has QuickGELU: as its weights say, else as asked, else by default."""
+    lines: list[str] = []
     quick_gelu = default if asked is None else bool(asked)
-    stated = {what: need for what, need in known.items() if need.quick_gelu is not None}
+    stated = {
+        what: need
+        for what, need in needs.items()
+        if need is not None and need.quick_gelu is not None
+    }
     for what, need in stated.items():
         wanted = bool(need.quick_gelu)
         trained = f"{what}: these weights were trained with {activation_name(wanted)} ({need.says})"
@@ -235,33 +264,15 @@ def fit_options(
         quick_gelu = wanted
         if wanted != default:
             lines.append(f"{trained}. {name} is built with it, not with {activation_name(default)}")
-    if quick_gelu != default:
-        fitted["quick_gelu"] = quick_gelu
-    if asked is None:
+    silent = [what for what, need in needs.items() if need is None]
+    if asked is None and silent and not stated and (twin := _twin(name)) is not None:
         built, other = activation_name(quick_gelu), activation_name(not quick_gelu)
         lines += [
             f"{what}: the file does not say its activation. {name} is built with {built}; "
             f"{twin} has {other}"
-            for what, need in needs.items()
-            if need is None and not stated and (twin := _twin(name)) is not None
+            for what in silent
         ]
-    for what, need in known.items():
-        for key, value in need.image.items():
-            if options.get(key, value) != value:
-                lines.append(
-                    f"{what}: these weights were trained with {key.removeprefix('image_')} {value} "
-                    f"({need.says}). The option {key}={options[key]} is taken"
-                )
-            fitted.setdefault(key, value)
-    built_cfg = configured(model_cfg, fitted)
-    for what, need in known.items():
-        others = _differences(need.model_cfg, built_cfg, options)
-        if others:
-            lines.append(
-                f"{what}: these weights were trained with another architecture than they get here "
-                f"({need.says}): {'; '.join(others)}"
-            )
-    return fitted, lines
+    return quick_gelu, lines
 
 
 def _differences(

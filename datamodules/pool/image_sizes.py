@@ -48,7 +48,8 @@ def _from_metadata(pool: Pool, paths: list[Path]) -> np.ndarray:
 def _from_json(pool: Pool, progress: bool) -> np.ndarray:
     path = pool.table_folder / "image_sizes.npy"
     if path.is_file():
-        return np.load(path, allow_pickle=False)
+        known: np.ndarray = np.load(path, allow_pickle=False)
+        return known
     sizes = np.full((len(pool), 2), -1, dtype=np.int64)
     bar = tqdm(pool.shards, desc="sizes", unit="tar", disable=not progress, leave=False)
     for number, shard in enumerate(bar):

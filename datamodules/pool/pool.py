@@ -372,7 +372,7 @@ def _map_array(path: Path) -> np.ndarray:
             # as a plain array: numpy's class for maps is slow to index
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         except ValueError:  # an empty array cannot be mapped
-            return np.load(path, allow_pickle=False)
+            return np.asarray(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
             f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."

@@ -266,7 +266,8 @@ def _decode_jpeg(data: bytes, max_image_pixels: int) -> np.ndarray | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > max_image_pixels or colorspace not in _JPEG_COLORS:
             return None  # Pillow has the words for it, and other arithmetic for CMYK
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return pixels
     except ValueError:  # damaged or cut: Pillow decides
         return None
 

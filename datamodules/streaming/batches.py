@@ -220,7 +220,7 @@ def _empty_batch(count: int, shape: torch.Size) -> Tensor:
         return torch.empty(count, *shape)
     elements = count * shape.numel()
     # as torch's own collation does; `share_memory_` would copy what is not yet written
-    storage = torch.UntypedStorage._new_shared(4 * elements)
+    storage = torch.UntypedStorage._new_shared(4 * elements)  # type: ignore[no-untyped-call]  # torch ships it without types
     return torch.empty(0).set_(storage).view(count, *shape)
 
 

@@ -92,10 +92,10 @@ class ImageTransform:
             pixels: uint8 [h, w, 3] with `resize="torch"`, else an RGB picture.
         """
         if self.on_tensors:
-            image: Any = torch.from_numpy(pixels).permute(2, 0, 1)
+            tensor = torch.from_numpy(pixels).permute(2, 0, 1)
             for step in self.steps:
-                image = step(image)
-            return image
+                tensor = step(tensor)
+            return tensor
         if self.normalize is None:
             return self.transform(pixels)  # type: ignore[arg-type]  # a picture, as said above
         image = pixels
@@ -134,7 +134,8 @@ def _on_tensors(step: Any) -> Callable[[Tensor], Tensor]:
     if type(step) is Resize:
         return _Resize(step)
     if type(step) is CenterCrop:
-        return step  # picks pixels: the same on both
+        crop: Callable[[Tensor], Tensor] = step  # picks pixels: the same on both
+        return crop
     raise ParameterError(
         f"does not know the step {type(step).__name__} of this model's transform",
         parameter="resize",
@@ -150,9 +151,10 @@ class _RandomResizedCrop:
     def __call__(self, image: Tensor) -> Tensor:
         step = self.step
         top, left, height, width = step.get_params(image, list(step.scale), list(step.ratio))
-        return functional.resized_crop(
+        crop: Tensor = functional.resized_crop(
             image, top, left, height, width, list(step.size), step.interpolation, antialias=True
         )
+        return crop
 
 
 class _Resize:
@@ -161,10 +163,11 @@ class _Resize:
 
     def __call__(self, image: Tensor) -> Tensor:
         size = self.step.size
-        return functional.resize(
+        resized: Tensor = functional.resize(
             image,
             [size] if isinstance(size, int) else list(size),
             self.step.interpolation,
             max_size=self.step.max_size,
             antialias=True,
         )
+        return resized

@@ -23,7 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from siftclip.errors import InputError, require_choice
 from siftclip.eval.download.checksums import (
@@ -72,7 +72,7 @@ def convert_task(source: Path, folder: Path, kind: ConvertedKind, *, split: str 
     Raises:
         InputError: a file is missing, damaged or in another form, or a row is wrong.
     """
-    require_choice("kind", kind, ("retrieval", "association"))
+    require_choice("kind", kind, get_args(ConvertedKind))
     if folder.resolve() == source.resolve():
         raise InputError(f"A task must be converted to another folder than its source, {source}.")
     make_members = _retrieval_members if kind == "retrieval" else _association_members

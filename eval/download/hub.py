@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -174,7 +174,7 @@ def _remote_file(entry: RepoFile) -> RemoteFile:
 class _Fetch:
     """What the threads of one `fetch_files` share."""
 
-    bar: tqdm
+    bar: tqdm[NoReturn]  # fed by hand
 
     def __init__(self, dataset: HubDataset, commit: str, folder: Path) -> None:
         self.dataset = dataset

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from siftclip.agreement import share_texts
 from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.eval.encoding.texts import (
     check_tokens,
     encode_tokens,
@@ -168,8 +169,9 @@ class Encoder:
     def _encode_images(self, images: Tensor) -> np.ndarray:
         images = self._finish(images)
         with self._autocast():
-            features = self.clip.model.encode_image(images, normalize=True)  # type: ignore[operator]
-        return features.float().cpu().numpy()
+            features = as_clip(self.clip.model).encode_image(images, normalize=True)
+        array: np.ndarray = features.float().cpu().numpy()
+        return array
 
     def _finish(self, prepared: Tensor) -> Tensor:
         """Loaders send what a transform has prepared, a quarter of the bytes of its end result."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.errors import InputError
 
 
@@ -25,7 +26,7 @@ class _TextTower(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+        return as_clip(self.model).encode_text(tokens, normalize=True)
 
 
 def token_lengths(model: nn.Module, tokens: Tensor) -> Tensor | None:
@@ -64,13 +65,14 @@ def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     tower: Any = getattr(model, "text", model)
     mask, length = getattr(tower, "attn_mask", None), tokens.shape[1]
     if mask is None or length == getattr(tower, "context_length", len(mask)):
-        return model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+        return as_clip(model).encode_text(tokens, normalize=True)
     prefix = "model." if tower is model else "model.text."
     shorter = {
         f"{prefix}positional_embedding": tower.positional_embedding[:length],
         f"{prefix}attn_mask": mask[:length, :length],
     }
-    return functional_call(_TextTower(model), shorter, (tokens,))
+    features: Tensor = functional_call(_TextTower(model), shorter, (tokens,))
+    return features
 
 
 def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

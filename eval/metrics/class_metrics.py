@@ -111,7 +111,7 @@ def _logit_blocks(features: Tensor, classifier: Tensor, chunk_samples: int) -> I
         raise InputError("A task must have at least one sample. It has none.")
     weights = classifier.double()
     bad = 0
-    for block in features.split(chunk_samples):
+    for block in torch.split(features, chunk_samples):
         logits = (LOGIT_SCALE * block.double() @ weights).float().cpu()
         bad += int((~logits.isfinite()).any(dim=1).sum())
         yield logits
@@ -228,7 +228,8 @@ def average_precisions(scores: Tensor, labels: np.ndarray) -> Tensor:
     # Here, since importing it takes a second and a half, which other tasks need not cost.
     from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
 
-    return average_precision_per_class(scores, torch.tensor(labels))
+    precisions: Tensor = average_precision_per_class(scores, torch.tensor(labels))
+    return precisions
 
 
 def confusion_counts(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

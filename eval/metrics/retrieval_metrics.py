@@ -146,16 +146,16 @@ def _expected_hits(
     own = torch.cat(
         [
             (fixed_point(text_features[t]) * fixed_point(image_features[i])).sum(dim=1)
-            for t, i in zip(text_of.split(chunk), image_of.split(chunk), strict=True)
+            for t, i in zip(torch.split(text_of, chunk), torch.split(image_of, chunk), strict=True)
         ]
     )
     best = own.new_full((images,), -torch.inf).scatter_reduce_(0, image_of, own, "amax")
     # rows: candidates strictly above the best positive, and at least as high
     of_captions = torch.zeros(2, captions, dtype=torch.int64, device=device)
     of_images = torch.zeros(2, images, dtype=torch.int64, device=device)
-    for c in torch.arange(captions, device=device).split(chunk):
+    for c in torch.split(torch.arange(captions, device=device), chunk):
         texts = fixed_point(text_features[text_of[c]])
-        for i in torch.arange(images, device=device).split(chunk):
+        for i in torch.split(torch.arange(images, device=device), chunk):
             scores = texts @ fixed_point(image_features[i]).T
             of_captions[0, c] += (scores > own[c, None]).sum(dim=1)
             of_captions[1, c] += (scores >= own[c, None]).sum(dim=1)

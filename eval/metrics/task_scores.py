@@ -94,7 +94,7 @@ class TaskTexts:
             return torch.from_numpy(self.cache.features(ids)).to(self.device)
         prompts = [t.replace("{c}", name) for name in classnames for t in templates]
         features, rows = self.distinct(prompts)
-        means = features[rows].unflatten(0, (len(classnames), len(templates))).mean(dim=1)
+        means = torch.unflatten(features[rows], 0, (len(classnames), len(templates))).mean(dim=1)
         classes = F.normalize(means, dim=-1)
         if self.cache is not None:
             self.cache.add(ids, classes.cpu().numpy())
@@ -183,7 +183,7 @@ def _caption_selection(samples: TaskSamples, images: Tensor, texts: TaskTexts) -
     features, rows = texts.distinct(flat)
     count = len(samples)
     metrics, outcomes = caption_selection_metrics(
-        images.unflatten(0, (count, -1)), features[rows].unflatten(0, (count, -1))
+        torch.unflatten(images, 0, (count, -1)), torch.unflatten(features[rows], 0, (count, -1))
     )
     return TaskScores(metrics=metrics, outcomes=outcomes)
 

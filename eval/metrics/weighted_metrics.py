@@ -56,7 +56,8 @@ def weighted_worst_cell(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
         arrays: as for `weighted_class_mean`.
         weights: as for `weighted_mean`.
     """
-    return np.fmin.reduce(_cell_means(arrays, weights), axis=0, initial=np.nan)
+    lowest: np.ndarray = np.fmin.reduce(_cell_means(arrays, weights), axis=0, initial=np.nan)
+    return lowest
 
 
 def weighted_f1_macro(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
@@ -95,7 +96,8 @@ def weighted_two_means(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
     value, hits, queries = (key.astype(np.float64) for key in keys)
     known = ~np.isnan(value)
     mean = _ratio(value[known] @ drawn[known], drawn[known].sum(axis=0))
-    return (mean + _ratio(hits @ drawn, queries @ drawn)) / 2
+    both: np.ndarray = (mean + _ratio(hits @ drawn, queries @ drawn)) / 2
+    return both
 
 
 def weighted_average_precision(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
@@ -193,12 +195,14 @@ def _sums(
 
     if factors is None:
         factors = np.ones(len(rows), dtype=matrix.dtype)
-    product = csr_matrix((factors, (groups, rows)), shape=(count, len(matrix))) @ matrix
+    product: np.ndarray = csr_matrix((factors, (groups, rows)), shape=(count, len(matrix))) @ matrix
     return product.astype(np.float64, copy=False)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+    ratio = np.full_like(top, np.nan)
+    np.divide(top, bottom, out=ratio, where=bottom > 0)
+    return ratio
 
 
 def _mean_of_defined(rows: np.ndarray) -> np.ndarray:

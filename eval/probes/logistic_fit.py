@@ -80,7 +80,7 @@ def check_samples(owner: str, features: Tensor, labels: Tensor, classes: int) ->
             f"{owner}: labels must be from 0 to {classes - 1}, as there are {classes} classes. "
             f"Got {int(wrong[0])} ({len(wrong)} labels are out of range)."
         )
-    present = len(labels.unique())
+    present = len(torch.unique(labels))
     if present < 2:
         raise InputError(
             f"{owner}: there must be samples of at least 2 classes to tell them apart. "
@@ -155,7 +155,8 @@ class LogisticProblem:
         self.features = features
         self.classes = classes
         self.weights = None if weights is None else _mean_one(weights, len(labels))
-        self.present, relabelled = labels.unique(return_inverse=True)
+        relabelled: Tensor
+        self.present, relabelled = torch.unique(labels, return_inverse=True)
         self.labels = relabelled[:, None]
         counts = torch.zeros(len(self.present), dtype=torch.float64, device=labels.device)
         ones = torch.ones_like(counts[:1]).expand(len(labels))

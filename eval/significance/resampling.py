@@ -84,7 +84,8 @@ def replicates(outcomes: Outcomes, units: np.ndarray, *, resamples: int, seed: i
         resamples: R, at least 1.
         seed: any integer; results of equal (resamples, seed) may be combined row by row.
     """
-    return joint_replicates([outcomes], units, resamples=resamples, seed=seed)[0]
+    replicates: np.ndarray = joint_replicates([outcomes], units, resamples=resamples, seed=seed)[0]
+    return replicates
 
 
 def joint_replicates(
@@ -204,7 +205,8 @@ def _centred(replicates: np.ndarray, outcomes: Outcomes) -> np.ndarray:
     defined = replicates[~np.isnan(replicates)]
     if outcomes.statistic == "mean" or not len(defined):
         return replicates  # a mean has no bias: only the chance of the draws would be taken off
-    return replicates + (point_value(outcomes) - defined.mean())
+    centred: np.ndarray = replicates + (point_value(outcomes) - defined.mean())
+    return centred
 
 
 def _units_of_worst_cell(outcomes: Outcomes, units: np.ndarray, point: float) -> int:

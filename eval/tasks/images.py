@@ -116,7 +116,8 @@ def _likely_shared(
     ]
 
     def common(one: int, other: int) -> np.ndarray:
-        return repeats[one] if one == other else has[one] & has[other]
+        sizes: np.ndarray = repeats[one] if one == other else has[one] & has[other]
+        return sizes
 
     probed, worth = np.zeros((2, *has.shape), dtype=np.bool_)
     for one, other in pairs:
@@ -134,7 +135,8 @@ def _likely_shared(
         if agree:
             worth[one] |= common(one, other)
             worth[other] |= common(one, other)
-    return rows[worth[owner, column]]
+    worth_comparing: np.ndarray = rows[worth[owner, column]]
+    return worth_comparing
 
 
 def _owners(samples: Sequence[TaskSamples], table: ImageTable) -> tuple[np.ndarray, np.ndarray]:

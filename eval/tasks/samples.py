@@ -210,6 +210,10 @@ def _read_label(file: Any, sample: TarSample, task: Task, images: int, place: st
         return _Label(value=_multi_hot(data, task, place))
     if task.kind == "association":
         return _association(data, images, place)
+    return _Label(captions=_captions(data, place))
+
+
+def _captions(data: bytes, place: str) -> tuple[str, ...]:
     try:
         captions = tuple(data.decode("utf-8").splitlines())
     except UnicodeDecodeError as error:
@@ -219,7 +223,7 @@ def _read_label(file: Any, sample: TarSample, task: Task, images: int, place: st
     for number, caption in enumerate(captions, start=1):
         if not caption.strip():
             raise InputError(f"{place}: a caption must not be blank. Line {number} of .txt is.")
-    return _Label(captions=captions)
+    return captions
 
 
 def _class_number(data: bytes, task: Task, place: str) -> int:

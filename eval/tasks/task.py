@@ -146,18 +146,7 @@ def find_tasks(
     if not root.is_dir():
         rule = "must be a folder of tasks, or one task"
         raise ParameterError(rule, parameter="root", value=str(root))
-    chosen = None if names is None else require_names("names", names)
-    if chosen == []:
-        rule = "must name at least one task, or be null for all"
-        raise ParameterError(rule, parameter="names", value=names)
-    twice = [name for name, count in Counter(chosen or ()).items() if count > 1]
-    if twice:
-        raise ParameterError(
-            "must name each task once",
-            parameter="names",
-            value=names,
-            got=f"{twice} more than once",
-        )
+    chosen = None if names is None else _distinct_names(names)
     folders = [root] if _is_task_folder(root, split) else _walk(root, split)
     if not folders:
         raise ParameterError(
@@ -167,23 +156,14 @@ def find_tasks(
             value=str(root),
             way_out="There is neither.",
         )
-    by_name: dict[str, Path] = {}
-    damaged = dict[str, str]()
-    for folder in folders:
-        name = _task_name(folder)
-        other = by_name.setdefault(name, folder)
-        if other is not folder:
-            damaged[name] = (
-                f"Tasks must differ in more than the prefix {FOLDER_PREFIX} and the ending _test. "
-                f"{other} and {folder} are both {name!r}."
-            )
+    by_name, alike = _by_name(folders)
     wanted = sorted(by_name) if chosen is None else chosen
     missing = [name for name in wanted if name not in by_name]
     if missing and not may_miss:
         rule = f"must name tasks in {root}: {sorted(by_name)}"
         raise ParameterError(rule, parameter="names", value=missing[0])
     tasks = list[Task]()
-    damaged = {name: message for name, message in damaged.items() if name in wanted}
+    damaged = {name: message for name, message in alike.items() if name in wanted}
     for name in wanted:
         if name in by_name and name not in damaged:
             try:
@@ -196,6 +176,38 @@ def find_tasks(
         damaged=damaged,
         available=tuple(sorted(by_name)),
     )
+
+
+def _distinct_names(names: Sequence[str]) -> list[str]:
+    """The names of tasks that were asked for: at least one, each once."""
+    chosen = require_names("names", names)
+    if not chosen:
+        rule = "must name at least one task, or be null for all"
+        raise ParameterError(rule, parameter="names", value=names)
+    twice = [name for name, count in Counter(chosen).items() if count > 1]
+    if twice:
+        raise ParameterError(
+            "must name each task once",
+            parameter="names",
+            value=names,
+            got=f"{twice} more than once",
+        )
+    return chosen
+
+
+def _by_name(folders: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """The first folder of each name, and what is wrong with names that several folders have."""
+    by_name: dict[str, Path] = {}
+    alike: dict[str, str] = {}
+    for folder in folders:
+        name = _task_name(folder)
+        other = by_name.setdefault(name, folder)
+        if other is not folder:
+            alike[name] = (
+                f"Tasks must differ in more than the prefix {FOLDER_PREFIX} and the ending _test. "
+                f"{other} and {folder} are both {name!r}."
+            )
+    return by_name, alike
 
 
 def _walk(folder: Path, split: str) -> list[Path]:
@@ -307,7 +319,7 @@ def _read_text(path: Path) -> str:
 
 def _read_kind(path: Path, default: str) -> TaskKind:
     kind = _read_text(path).strip().lower() if path.exists() else default
-    for known in get_args(TaskKind):
+    for known in MAIN_METRICS:
         if kind == known:
             return known
     raise InputError(f"{path} must say one of {list(get_args(TaskKind))}. It says {kind!r}.")

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from siftclip.errors import InputError, ParameterError
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.description import ARGUMENTS
-from siftclip.selectors.core.rules import Rule, can_be_kept, threshold_rule, top_fraction
+from siftclip.selectors.core.rules import Of, Rule, can_be_kept, threshold_rule, top_fraction
 from siftclip.selectors.core.source import (
     Chunk,
     ExternalColumn,
@@ -307,6 +307,15 @@ class Selector(ABC):
         return None
 
 
+class RuleOptions(TypedDict, total=False):
+    """The parameters of every score selector, which `ScoreSelector` explains."""
+
+    fraction: float | None
+    threshold: float | None
+    rule: Rule | None
+    of: Of
+
+
 class ScoreSelector(Selector):
     """A selector that gives each sample one number, higher is better, and applies a rule to it.
 
@@ -321,7 +330,7 @@ class ScoreSelector(Selector):
         fraction: float | None = None,
         threshold: float | None = None,
         rule: Rule | None = None,
-        of: str = "pool",
+        of: Of = "pool",
     ) -> None:
         """Set the rule.
 
@@ -406,7 +415,8 @@ class ScoreSelector(Selector):
                     values[source.index_of(task.rows)] = found
                     bar.update(len(task.rows))
             np.add(total, _of_all_ranks(source, tasks, values), out=total)
-        return np.divide(total, self.passes).astype(np.float32)
+        mean: np.ndarray = np.divide(total, self.passes)
+        return mean.astype(np.float32)
 
     def select(self, source: Source) -> Choice:
         """Score the samples and apply the rule."""
@@ -440,7 +450,7 @@ def make_rule(
     fraction: float | None,
     threshold: float | None,
     rule: Rule | None,
-    of: str = "pool",
+    of: Of = "pool",
 ) -> Rule:
     """Build the rule that a score selector asks for; exactly one of the three must be given."""
     options = {"fraction": fraction, "threshold": threshold, "rule": rule}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from siftclip.errors import ParameterError, require_finite
 from siftclip.selectors.core.base import (
     Choice,
     Requirements,
+    RuleOptions,
     ScoreSelector,
     Selector,
     Source,
@@ -19,6 +20,9 @@ from siftclip.selectors.core.base import (
     run,
 )
 from siftclip.selectors.core.description import nested
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 S = TypeVar("S", bound=Selector)
 
@@ -352,7 +356,7 @@ class Combined(ScoreSelector):
         *,
         selectors: Selectors,
         weights: Iterable[float] | None = None,
-        **rule: Any,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Name the selectors.
 

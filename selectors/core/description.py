@@ -12,9 +12,9 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,46 +56,90 @@ def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ..
             lambda.
     """
     behind = Behind() if behind is None else behind
-    if isinstance(value, enum.Enum):
-        behind.code.add(type(value))
-        return f"{stored_name(type(value))}.{value.name}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    if isinstance(value, str):
-        behind.texts.add(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (np.generic, os.PathLike)):
-        return describe(value.item() if isinstance(value, np.generic) else os.fspath(value), behind)
-    if isinstance(value, bytes):
-        return {"bytes": hashlib.sha256(value).hexdigest()}
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
-    if isinstance(value, ModuleType):
-        return {"module": value.__name__}
-    if isinstance(value, (type, FunctionType)) and "<" not in value.__qualname__:
-        behind.code.add(value)
-        return stored_name(value)
-    if isinstance(value, (np.ndarray, Tensor)):
-        return _described_array(value)
-    if isinstance(value, Mapping):
-        described = {str(key): describe(item, behind) for key, item in value.items()}
-        # The order counts where it is not that of the alphabet, in which identities are hashed.
-        in_order = list(described) == sorted(described)
-        return described if in_order else {**described, "order": list(described)}
-    if isinstance(value, (list, tuple)):
-        return [describe(item, behind) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return {"set": sorted((describe(item, behind) for item in value), key=repr)}
-    if isinstance(value, functools.partial):
-        parts = {"function": value.func, "arguments": value.args, "keywords": value.keywords}
-        return {"partial": describe(parts, behind)}
-    if isinstance(value, MethodType):
-        return {"method": value.__name__, "of": describe(value.__self__, behind)}
-    if isinstance(value, torch.nn.Module):
-        behind.code.add(type(value))
-        return {"class": stored_name(type(value)), "weights": describe(value.state_dict(), behind)}
+    for kinds, encode in _ENCODINGS:
+        if isinstance(value, kinds):
+            return encode(value, behind)
     return _described_object(value, behind, without)
+
+
+def _described_member(value: enum.Enum, behind: Behind) -> str:
+    behind.code.add(type(value))
+    return f"{stored_name(type(value))}.{value.name}"
+
+
+def _described_text(value: str, behind: Behind) -> str:
+    behind.texts.add(value)
+    return value
+
+
+def _described_code(value: type | FunctionType, behind: Behind) -> Any:
+    if "<" in value.__qualname__:  # a lambda, or local to a function
+        return _described_object(value, behind, without=())
+    behind.code.add(value)
+    return stored_name(value)
+
+
+def _described_array(value: np.ndarray | Tensor, _: Behind) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif value.dtype.hasobject:
+        raise TypeError("an array of objects cannot be a parameter of a selector")
+    else:
+        data = np.ascontiguousarray(value).tobytes()
+    return {"array": [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]}
+
+
+def _described_mapping(value: Mapping[Any, Any], behind: Behind) -> dict[str, Any]:
+    described = {str(key): describe(item, behind) for key, item in value.items()}
+    # The order counts where it is not that of the alphabet, in which identities are hashed.
+    in_order = list(described) == sorted(described)
+    return described if in_order else {**described, "order": list(described)}
+
+
+def _described_list(value: Iterable[Any], behind: Behind) -> list[Any]:
+    return [describe(item, behind) for item in value]
+
+
+def _described_set(value: Iterable[Any], behind: Behind) -> dict[str, Any]:
+    return {"set": sorted(_described_list(value, behind), key=repr)}
+
+
+def _described_partial(value: functools.partial[Any], behind: Behind) -> dict[str, Any]:
+    parts = {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+    return {"partial": describe(parts, behind)}
+
+
+def _described_method(value: MethodType, behind: Behind) -> dict[str, Any]:
+    return {"method": value.__name__, "of": describe(value.__self__, behind)}
+
+
+def _described_module(value: torch.nn.Module, behind: Behind) -> dict[str, Any]:
+    behind.code.add(type(value))
+    return {"class": stored_name(type(value)), "weights": describe(value.state_dict(), behind)}
+
+
+# The first whose types a value has describes it: an enum may be a string, too, and numpy's bytes
+# are bytes. What has none of them is an object with attributes.
+_ENCODINGS: tuple[tuple[Any, Callable[[Any, Behind], Any]], ...] = (
+    (enum.Enum, _described_member),
+    (float, lambda value, _: value if math.isfinite(value) else str(value)),  # JSON has no infinity
+    (str, _described_text),
+    ((bool, int, NoneType), lambda value, _: value),
+    (np.generic, lambda value, behind: describe(value.item(), behind)),
+    (os.PathLike, lambda value, behind: describe(os.fspath(value), behind)),
+    (bytes, lambda value, _: {"bytes": hashlib.sha256(value).hexdigest()}),
+    ((torch.dtype, torch.device), lambda value, _: str(value)),
+    (ModuleType, lambda value, _: {"module": value.__name__}),
+    ((type, FunctionType), _described_code),
+    ((np.ndarray, Tensor), _described_array),
+    (Mapping, _described_mapping),
+    ((list, tuple), _described_list),
+    ((set, frozenset), _described_set),
+    (functools.partial, _described_partial),
+    (MethodType, _described_method),
+    (torch.nn.Module, _described_module),
+)
 
 
 def _described_object(value: Any, behind: Behind, without: tuple[str, ...]) -> dict[str, Any]:
@@ -197,17 +241,6 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 def _slots_of(kind: type) -> tuple[str, ...]:
     slots = kind.__dict__.get("__slots__", ())
     return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _described_array(value: np.ndarray | Tensor) -> dict[str, Any]:
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif value.dtype.hasobject:
-        raise TypeError("an array of objects cannot be a parameter of a selector")
-    else:
-        data = np.ascontiguousarray(value).tobytes()
-    return {"array": [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]}
 
 
 def stored_name(value: type | FunctionType) -> str:

@@ -27,7 +27,8 @@ def noise(state: np.ndarray, draw: int) -> np.ndarray:
 
 def gumbel(state: np.ndarray, draw: int) -> np.ndarray:
     """Independent standard Gumbel numbers for a draw: float64 [n]."""
-    return -np.log(-np.log(noise(state, draw)))
+    numbers: np.ndarray = -np.log(-np.log(noise(state, draw)))
+    return numbers
 
 
 def bounded_logits(logits: np.ndarray, *, penalties: float = 0.0) -> np.ndarray:

@@ -6,7 +6,7 @@ would need them to reach its number, it keeps fewer. +inf is the best there is.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -17,6 +17,10 @@ from siftclip.errors import (
     require_fraction,
     require_int,
 )
+
+# What a fraction is of: the samples of the whole pool, or those that earlier stages have left
+Of = Literal["pool", "left"]
+OFS: tuple[Of, ...] = ("pool", "left")
 
 
 class Rule(Protocol):
@@ -61,7 +65,7 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
     return kept
 
 
-def counted(of: str, left_samples: int, pool_samples: int) -> int:
+def counted(of: Of, left_samples: int, pool_samples: int) -> int:
     """How many samples a fraction is `of`: the whole "pool", or those "left"."""
     return pool_samples if of == "pool" else left_samples
 
@@ -73,10 +77,10 @@ class TopFraction:
     score is NaN or -inf. DataComp's `get_threshold` keeps one more, and all ties at the cut.
     """
 
-    def __init__(self, fraction: float, of: str = "pool") -> None:
+    def __init__(self, fraction: float, of: Of = "pool") -> None:
         """Set the fraction, in (0, 1], `of` the "pool" or of what is "left"."""
         self.fraction = require_fraction("fraction", fraction, owner=self)
-        self.of = require_choice("of", of, ("pool", "left"), owner=self)
+        self.of = require_choice("of", of, OFS, owner=self)
 
     @property
     def keeps_all(self) -> bool:
@@ -90,10 +94,10 @@ class TopFraction:
         return keep_top(scores, uids, self.asked_samples(len(scores), pool_samples))
 
 
-def top_fraction(owner: object, fraction: float, of: str) -> TopFraction:
+def top_fraction(owner: object, fraction: float, of: Of) -> TopFraction:
     """Build the rule of a selector, `owner`, from parameters that are its own."""
     require_fraction("fraction", fraction, owner=owner)
-    require_choice("of", of, ("pool", "left"), owner=owner)
+    require_choice("of", of, OFS, owner=owner)
     return TopFraction(fraction, of)
 
 
@@ -119,10 +123,10 @@ class DataCompFraction:
     exist, as for a fraction of 1; here all samples with a score above -inf are then kept.
     """
 
-    def __init__(self, fraction: float, of: str = "pool") -> None:
+    def __init__(self, fraction: float, of: Of = "pool") -> None:
         """Set the fraction, in (0, 1], `of` the "pool" or of what is "left"."""
         self.fraction = require_fraction("fraction", fraction, owner=self)
-        self.of = require_choice("of", of, ("pool", "left"), owner=self)
+        self.of = require_choice("of", of, OFS, owner=self)
 
     @property
     def keeps_all(self) -> bool:
@@ -140,7 +144,8 @@ class DataCompFraction:
         if position >= len(judged):
             return able.astype(np.int64)
         threshold = np.partition(judged, len(judged) - 1 - position)[len(judged) - 1 - position]
-        return (scores >= threshold).astype(np.int64)
+        kept: np.ndarray = scores >= threshold
+        return kept.astype(np.int64)
 
 
 class Threshold:

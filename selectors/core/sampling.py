@@ -7,7 +7,7 @@ that are finite.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,10 @@ from siftclip.errors import (
     require_positive,
 )
 from siftclip.selectors.core.noise import bounded_logits, gumbel, hashes, noise, noise_state
-from siftclip.selectors.core.rules import can_be_kept, counted, keep_top
+from siftclip.selectors.core.rules import OFS, Of, can_be_kept, counted, keep_top
+
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack
 
 _BLOCK = 1 << 15  # samples at a time: their numbers stay in the processor's cache
 _FEWEST_BATCHES = 10  # of Soft Cap Sampling: with fewer, its scores hardly matter
@@ -166,6 +169,7 @@ def _expected_end(logits: np.ndarray, total: int, cap: int) -> float:
     """The logarithm of a time until which about, and rather less than, `total` arrivals come."""
     samples, edges = np.histogram(logits, bins=256)
     middles = (edges[1:] + edges[:-1]) / 2
+    low: float
     low, high = -middles.max() - 50.0, -middles.min() + 50.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -193,6 +197,16 @@ def _arrivals(
     return np.concatenate(owners), np.concatenate(times)
 
 
+class DrawOptions(TypedDict, total=False):
+    """The parameters of every rule that draws, which `SoftmaxSampling` has alone."""
+
+    seed: Required[int]
+    fraction: float | None
+    count: int | None
+    temperature: float
+    of: Of
+
+
 class _Draws:
     """What the sampling rules have in common: how many samples, temperature and seed."""
 
@@ -203,7 +217,7 @@ class _Draws:
         fraction: float | None = None,
         count: int | None = None,
         temperature: float = 1.0,
-        of: str = "pool",
+        of: Of = "pool",
     ) -> None:
         """Set what is drawn.
 
@@ -226,7 +240,7 @@ class _Draws:
         self.fraction = None if fraction is None else self.checked_fraction(fraction)
         self.count = None if count is None else require_int("count", count, minimum=0, owner=self)
         self.temperature = require_positive("temperature", temperature, owner=self)
-        self.of = require_choice("of", of, ("pool", "left"), owner=self)
+        self.of = require_choice("of", of, OFS, owner=self)
 
     def checked_fraction(self, fraction: object) -> float:
         """Multiplicities may sum to more than the pool."""
@@ -266,7 +280,11 @@ class SoftCapSampling(_Draws):
     """
 
     def __init__(
-        self, *, penalty: float = 0.15, batch_samples: int | str = "auto", **draws: Any
+        self,
+        *,
+        penalty: float = 0.15,
+        batch_samples: int | str = "auto",
+        **draws: Unpack[DrawOptions],
     ) -> None:
         """Set the repetition.
 
@@ -320,7 +338,7 @@ class SoftCapSampling(_Draws):
 class HardCapSampling(_Draws):
     """Draw with replacement by the softmax of scores, each sample at most `cap` times."""
 
-    def __init__(self, *, cap: int = 15, **draws: Any) -> None:
+    def __init__(self, *, cap: int = 15, **draws: Unpack[DrawOptions]) -> None:
         """Set the cap; `draws` are `seed`, `fraction` or `count`, `temperature` and `of`."""
         super().__init__(**draws)
         self.cap = require_int("cap", cap, minimum=1, owner=self)

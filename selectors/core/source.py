@@ -370,7 +370,7 @@ class MemorySource(Source):
         return self._logits[features] if features in self._logits else super().logits(features)
 
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
-        yield from self._files[file].split(self.chunk_samples)
+        yield from torch.split(self._files[file], self.chunk_samples)
 
     def memo(self, selector: object) -> Memo:
         return DictMemo()

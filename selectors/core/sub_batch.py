@@ -11,7 +11,6 @@ ranks share them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,11 +40,17 @@ class SubBatch:
         return quotas
 
     @classmethod
-    def of_quotas(cls, quotas: np.ndarray, **options: Any) -> SubBatch:
+    def of_quotas(
+        cls, quotas: np.ndarray, *, temperature: float | None = None, seed: int = 0
+    ) -> SubBatch:
         """The sub-batch with these quotas, int64 [groups], that differ by at most one."""
         less = np.flatnonzero(quotas < quotas.max())
         return cls(
-            samples=int(quotas.max()), groups=len(quotas), one_less=tuple(less.tolist()), **options
+            samples=int(quotas.max()),
+            groups=len(quotas),
+            temperature=temperature,
+            seed=seed,
+            one_less=tuple(less.tolist()),
         )
 
     def group_slices(self, candidates: int) -> list[slice]:
@@ -128,7 +133,8 @@ def add_uniform(
             can_be_kept(scores), draws, np.where(np.isnan(scores), -1.0, -2.0) + draws / 2
         )
     quotas = SubBatch.of_quotas(uniform_samples)
-    return kept + draw_by_score(np.where(kept > 0, np.nan, draws), uids, quotas)
+    more: np.ndarray = kept + draw_by_score(np.where(kept > 0, np.nan, draws), uids, quotas)
+    return more
 
 
 def check_draw(owner: str, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,20 @@ from siftclip.errors import (
     require_int_or_auto,
 )
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.core.base import (
+    Chunk,
+    FeatureFile,
+    Requirements,
+    RuleOptions,
+    ScoreSelector,
+    Source,
+)
 from siftclip.selectors.core.source import Memo
 from siftclip.selectors.fitting.kmeans import assign, fit_kmeans
 from siftclip.selectors.kernels.blocks import joined
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MOST_CLUSTERS = 0.2  # of the samples: with more, most are alone or nearly
 
@@ -187,7 +197,7 @@ def _assign_chunk(chunk: Chunk, centroids: Tensor) -> tuple[np.ndarray, np.ndarr
 class ClusterId(ScoreSelector):
     """The number of each sample's cluster as its score, for rules that keep a quota of each."""
 
-    def __init__(self, *, key: str, clustering: Clustering, **rule: Any) -> None:
+    def __init__(self, *, key: str, clustering: Clustering, **rule: Unpack[RuleOptions]) -> None:
         """Choose the features and the clusters.
 
         Args:

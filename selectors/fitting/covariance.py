@@ -57,7 +57,7 @@ def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
 def _largest_component(features: Tensor) -> float:
     """The largest |x| of all vectors, float [n, d] with n at least 1."""
     wide = torch.promote_types(features.dtype, torch.float32)  # half is slow on a CPU
-    return max(float(x.to(wide).abs().amax()) for x in features.split(_CACHED_SAMPLES))
+    return max(float(x.to(wide).abs().amax()) for x in torch.split(features, _CACHED_SAMPLES))
 
 
 def _whole_numbers(features: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def low_rank_form(features: Tensor, basis: Tensor, values: Tensor) -> Tensor:
         values: float32 [r].
     """
     samples = 512 if features.device.type == "cpu" else 1 << 16
-    pieces = [(x.float() @ basis).square_() @ values for x in features.split(samples)]
+    pieces = [(x.float() @ basis).square_() @ values for x in torch.split(features, samples)]
     return torch.cat(pieces) if pieces else features.new_zeros(0)
 
 
@@ -167,7 +167,7 @@ def bilinear_form(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     """x^T S y of each sample: float32 [n], for float [n, d], float [n, e] and S float [d, e]."""
     matrix = matrix.float()
     samples = 512 if left.device.type == "cpu" else 1 << 16
-    pieces = zip(left.split(samples), right.split(samples), strict=True)
+    pieces = zip(torch.split(left, samples), torch.split(right, samples), strict=True)
     return torch.cat([torch.linalg.vecdot(x.float() @ matrix, y.float()) for x, y in pieces])
 
 

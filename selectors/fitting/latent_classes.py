@@ -86,7 +86,7 @@ def find_classes(
     means = memo.get("means")
     if int(source.ranks.sum(torch.tensor(int(means is not None)))) < source.ranks.size:
         means = None  # all ranks must take the same way
-    sums: Tensor | None = None  # int64 [2, c, d], in units of UNIT
+    sums = _ClassSums(classes)
     for task in source.mine(tasks):
         kept = memo.get(task.name)
         if kept is not None and means is not None:
@@ -94,34 +94,45 @@ def find_classes(
         found, start = [], 0
         for chunk in source.chunks(task.rows, requires):
             image, text = (chunk.features[key] for key in requires.features)
-            usable = chunk.usable()
             if kept is None:
+                usable = chunk.usable()
                 clean = image.masked_fill(~usable[:, None], 0)
                 index = nearest(clean).masked_fill(~usable, -1)
             else:
-                index = torch.from_numpy(kept["classes"][start : start + len(chunk)]).to(
-                    image.device
-                )
+                known = torch.from_numpy(kept["classes"][start : start + len(chunk)])
+                index = known.to(image.device)
             index = index.long()
             found.append(index.cpu())
             start += len(chunk)
-            if sums is None:
-                shape = (2, classes, image.shape[1])
-                sums = torch.zeros(shape, dtype=torch.int64, device=image.device)
-            at = (index >= 0).nonzero()[:, 0]
-            for block in at.split(_BLOCK_SAMPLES):
-                for side, values in zip(sums, (image, text), strict=True):
-                    side.index_add_(0, index[block], whole_numbers(values[block]))
+            sums.add(index, image, text)
         if kept is None:
             memo.put(task.name, classes=torch.cat(found).numpy().astype(np.int32))
     of = _gather_classes(source, memo, tasks)
     sizes = np.bincount(of[of >= 0], minlength=classes).astype(np.int64)
     if means is None:
-        means = {"means": _mean_over_ranks(source, sums, sizes)}
+        means = {"means": _mean_over_ranks(source, sums.values, sizes)}
         if source.ranks.rank == 0:
             memo.put("means", **means)
     image_means, text_means = torch.from_numpy(means["means"]).to(source.device)
     return LatentClasses(of=of, sizes=sizes, image_means=image_means, text_means=text_means)
+
+
+class _ClassSums:
+    """Sums of the features of each class, exact in any order."""
+
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self.values: Tensor | None = None  # int64 [2, c, d], in units of UNIT; None without samples
+
+    def add(self, index: Tensor, image: Tensor, text: Tensor) -> None:
+        """Add samples of features float [n, d] whose classes, int64 [n], are not below 0."""
+        if self.values is None:
+            shape = (2, self._classes, image.shape[1])
+            self.values = torch.zeros(shape, dtype=torch.int64, device=image.device)
+        at = (index >= 0).nonzero()[:, 0]
+        for block in torch.split(at, _BLOCK_SAMPLES):
+            for side, values in zip(self.values, (image, text), strict=True):
+                side.index_add_(0, index[block], whole_numbers(values[block]))
 
 
 def _gather_classes(source: Source, memo: Memo, tasks: list[WorkUnit]) -> np.ndarray:

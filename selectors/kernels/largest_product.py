@@ -34,7 +34,7 @@ def largest_product(features: Tensor, targets: Tensor) -> Tensor:
     best = torch.zeros(len(features), device=features.device)
     if features.device.type == "cpu":
         features = features.float()
-    for block in targets.split(_TILE if features.device.type == "cpu" else _BLOCK):
+    for block in torch.split(targets, _TILE if features.device.type == "cpu" else _BLOCK):
         products = multiply(features, block)
         best = torch.maximum(best, torch.maximum(products.amax(1), -products.amin(1)))
     return best
@@ -58,12 +58,16 @@ class Int8Targets:
         # ones are about normally distributed, for which equal steps of rounding are right.
         generator = torch.Generator().manual_seed(0)
         self._rotation = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
-        self._mean = sum(block.float().sum(0) for block in targets.split(_TILE)) / len(targets)
+        total = sum(
+            (block.float().sum(0) for block in torch.split(targets, _TILE)), torch.zeros(dim)
+        )
+        self._mean = total / len(targets)
         self._targets = targets = targets[_order(targets)]
         missing = -len(targets) % GROUP
         self._rounded = torch.zeros(len(targets) + missing, dim, dtype=torch.int8)
         squares = sum(
-            float((block.float() - self._mean).square().sum()) for block in targets.split(_TILE)
+            float((block.float() - self._mean).square().sum())
+            for block in torch.split(targets, _TILE)
         )
         # one step for all targets, so that their products can be compared as whole numbers
         self._step = _DEVIATIONS * (squares / targets.numel()) ** 0.5 / _LEVELS or 1.0
@@ -84,7 +88,7 @@ class Int8Targets:
         usable = features.isfinite().all(1)
         scores = torch.full((len(features),), torch.nan)
         if usable.any():
-            pieces = features[usable].split(_ROWS)
+            pieces = torch.split(features[usable], _ROWS)
             scores[usable] = torch.cat([self._search(piece.float()) for piece in pieces])
         return scores
 
@@ -110,7 +114,7 @@ class Int8Targets:
 
     def _bounds(self, columns: Tensor, start: int, unit: Tensor, shift: Tensor) -> Tensor:
         """The largest |product| of each group by int8 products: float32 [groups, n]."""
-        tiles = self._rounded[start : start + _BLOCK].split(_TILE)
+        tiles = torch.split(self._rounded[start : start + _BLOCK], _TILE)
         bounds = torch.empty(sum(map(len, tiles)) // GROUP, columns.shape[1])
         for first in range(0, columns.shape[1], _TILE):
             piece = slice(first, first + _TILE)
@@ -136,7 +140,7 @@ class Int8Targets:
 def _order(targets: Tensor) -> Tensor:
     """Targets that are alike one after another: int64 [m]. So few groups have the largest ones."""
     pivots = targets[:: max(_PER_PIVOT, -(-len(targets) // _PIVOTS))]
-    nearest = [multiply(block, pivots).argmax(1) for block in targets.split(_TILE)]
+    nearest = [multiply(block, pivots).argmax(1) for block in torch.split(targets, _TILE)]
     return torch.cat(nearest).argsort(stable=True)
 
 

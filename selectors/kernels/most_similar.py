@@ -47,7 +47,9 @@ def most_similar(
             float(largest),
             float(offset),
         )
-        for start, rows in zip(range(0, len(features), tile), features.split(tile), strict=False)
+        for start, rows in zip(
+            range(0, len(features), tile), torch.split(features, tile), strict=False
+        )
     ]
     if not answers:
         return features.new_empty(0, dtype=torch.int64), features.new_empty(0, dtype=torch.float32)

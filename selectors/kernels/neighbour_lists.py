@@ -58,7 +58,7 @@ def update_lists(lists: Tensor, targets: Tensor, features: Tensor, places: Tenso
     exact = torch.cat(
         [
             inner_products(goals[r], values[c]).float()
-            for r, c in zip(rows.split(8192), columns.split(8192), strict=True)
+            for r, c in zip(torch.split(rows, 8192), torch.split(columns, 8192), strict=True)
         ]
     )
     touched, position, found = torch.unique_consecutive(

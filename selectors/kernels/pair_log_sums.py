@@ -140,7 +140,7 @@ class _Quantised:
 def _quantise(values: Tensor, mean: Tensor) -> _Quantised:
     """Round float32 [n, d] less its mean, each row with the step that its largest entry allows."""
     pieces = []
-    for piece in values.split(CPU_TILE):  # which the cache holds
+    for piece in torch.split(values, CPU_TILE):  # which the cache holds
         piece = piece - mean
         step = (piece.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
         whole = (piece / step).round_()
@@ -223,7 +223,7 @@ def _safe_log_sums(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
     tile = GPU_TILE if keys.is_cuda else CPU_TILE
     return torch.cat(
         [
-            torch.stack([(q @ k.T).logsumexp(1) for k in keys.split(tile)]).logsumexp(0)
-            for q in query.split(tile)
+            torch.stack([(q @ k.T).logsumexp(1) for k in torch.split(keys, tile)]).logsumexp(0)
+            for q in torch.split(query, tile)
         ]
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from siftclip.selectors.core.base import Chunk, Requirements, ScoreSelector
+from siftclip.selectors.core.base import Chunk, Requirements, RuleOptions, ScoreSelector
 from siftclip.selectors.kernels.blocks import row_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
 class ClipScore(ScoreSelector):
     """Keep the pairs whose image and caption agree best according to a CLIP model."""
 
-    def __init__(self, *, features: str, **rule: Any) -> None:
+    def __init__(self, *, features: str, **rule: Unpack[RuleOptions]) -> None:
         """Choose the features.
 
         Args:

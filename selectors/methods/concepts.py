@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from math import fsum, isqrt
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from siftclip.selectors.core.base import (
     Source,
     SubBatch,
 )
-from siftclip.selectors.core.rules import counted
+from siftclip.selectors.core.rules import OFS, Of, counted
 from siftclip.selectors.core.source import ListColumn
 from siftclip.selectors.core.sub_batch import draw_by_score
 from siftclip.selectors.methods.quota import equal_quotas
@@ -58,7 +58,8 @@ def concept_targets(frequencies: np.ndarray, samples: int, chosen: int) -> np.nd
         chosen: how many of them are chosen.
     """
     concepts = int(frequencies.sum()) * chosen // max(1, samples)
-    return np.maximum(equal_quotas(frequencies, concepts), 1)
+    quotas: np.ndarray = np.maximum(equal_quotas(frequencies, concepts), 1)
+    return quotas
 
 
 def choose_diverse(
@@ -239,8 +240,8 @@ class ConceptBalance(Selector):
         path: str | None,
         column: str,
         fraction: float,
-        mode: str = "diversity",
-        of: str = "pool",
+        mode: Literal["diversity", "frequency"] = "diversity",
+        of: Of = "pool",
     ) -> None:
         """Name the concepts.
 
@@ -258,7 +259,7 @@ class ConceptBalance(Selector):
         self.concepts = ExternalColumn(path=path, column=column)
         self.fraction = require_fraction("fraction", fraction, owner=self)
         self.mode = require_choice("mode", mode, ("diversity", "frequency"), owner=self)
-        self.of = require_choice("of", of, ("pool", "left"), owner=self)
+        self.of = require_choice("of", of, OFS, owner=self)
 
     @property
     def requires(self) -> Requirements:

@@ -7,6 +7,8 @@ released, so that there are no outputs to compare with.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from siftclip.errors import (
 from siftclip.hashing import uniform_score
 from siftclip.ranks import SCALE
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source
-from siftclip.selectors.core.rules import top_fraction
+from siftclip.selectors.core.rules import Of, top_fraction
 from siftclip.selectors.fitting.clusters import Clustering, assign_all
+
+Keep = Literal["hard", "easy", "random"]  # which samples of a cluster are kept
 
 
 def centroid_distances(centroids: Tensor, *, neighbours: int = 20) -> np.ndarray:
@@ -67,7 +71,8 @@ def cluster_shares(complexity: np.ndarray, temperature: float) -> np.ndarray:
     """The softmax of complexity / temperature, float64 [k]."""
     logits = complexity / temperature
     weights = np.exp(logits - logits.max(initial=-np.inf))
-    return weights / max(weights.sum(), np.finfo(np.float64).tiny)
+    shares: np.ndarray = weights / max(weights.sum(), np.finfo(np.float64).tiny)
+    return shares
 
 
 def allocate(
@@ -149,11 +154,11 @@ class DensityPruning(Selector):
         clustering: Clustering,
         fraction: float,
         temperature: float = 0.5,
-        keep: str = "hard",
+        keep: Keep = "hard",
         minimum: int = 1,
         neighbours: int = 20,
         seed: int = 0,
-        of: str = "pool",
+        of: Of = "pool",
     ) -> None:
         """Choose the features, the clusters and the budget.
 
@@ -173,7 +178,7 @@ class DensityPruning(Selector):
         self.key, self.clustering = key, clustering
         self.rule = top_fraction(self, fraction, of)
         self.temperature = require_positive("temperature", temperature, owner=self)
-        self.keep = require_choice("keep", keep, ("hard", "easy", "random"), owner=self)
+        self.keep: Keep = require_choice("keep", keep, get_args(Keep), owner=self)
         self.minimum = require_int("minimum", minimum, minimum=0, owner=self)
         self.neighbours = require_int("neighbours", neighbours, minimum=1, owner=self)
         self.seed = require_int("seed", seed, minimum=0, owner=self)

@@ -63,7 +63,8 @@ def sample_clusters(
     sizes = np.bincount(clusters, minlength=len(quotas))
     repeats, more = np.divmod(quotas, sizes)
     keys = noise(noise_state(uids, seed), 0)
-    return repeats[clusters] + keep_top_of_each(keys, uids, clusters, more)
+    multiplicities: np.ndarray = repeats[clusters] + keep_top_of_each(keys, uids, clusters, more)
+    return multiplicities
 
 
 class DynamicClusterSampling(Selector):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from siftclip.errors import ParameterError, require_suffix
 from siftclip.selectors.core.base import Chunk, ExternalColumn, Requirements, ScoreSelector
-from siftclip.selectors.core.rules import AsGiven, Rule
+from siftclip.selectors.core.rules import AsGiven, Of, Rule
 
 
 class External(ScoreSelector):
@@ -22,7 +22,7 @@ class External(ScoreSelector):
         fraction: float | None = None,
         threshold: float | None = None,
         rule: Rule | None = None,
-        of: str = "pool",
+        of: Of = "pool",
     ) -> None:
         """Name the file.
 

@@ -8,7 +8,7 @@ largest similarity to any target is another method (NormSim_inf).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,14 +20,18 @@ from siftclip.selectors.core.base import (
     Chunk,
     FeatureFile,
     Requirements,
+    RuleOptions,
     ScoreSelector,
     Selector,
     Source,
     WorkUnit,
 )
-from siftclip.selectors.core.rules import top_fraction
+from siftclip.selectors.core.rules import Of, top_fraction
 from siftclip.selectors.kernels.blocks import require_same_width, usable_rows
 from siftclip.selectors.kernels.neighbour_lists import NOTHING, best_ranks, update_lists
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _UNLISTED = NOTHING + 1  # the best entry of a usable sample that is in no list
 _ENTRIES = 1 << 24  # of the lists that exist at one time, 8 bytes each
@@ -105,7 +109,7 @@ def _target_blocks(source: Source, target: FeatureFile, size: int, done: int) ->
         waiting.append(piece[done:])
         done = max(0, done - len(piece))
         if sum(map(len, waiting)) >= size:
-            *blocks, rest = torch.cat(waiting).split(size)
+            *blocks, rest = torch.split(torch.cat(waiting), size)
             waiting = [rest]
             yield from blocks
     if sum(map(len, waiting)):
@@ -121,7 +125,7 @@ def _add_chunk(lists: Tensor, targets: Tensor, chunk: Chunk, places: Tensor) -> 
     require_same_width("the features", values, "the target", targets)
     pieces = [
         update_lists(part, goals, values, places)
-        for part, goals in zip(lists.split(1024), targets.split(1024), strict=True)
+        for part, goals in zip(torch.split(lists, 1024), torch.split(targets, 1024), strict=True)
     ]
     return torch.cat(pieces)
 
@@ -132,7 +136,7 @@ def _merge(source: Source, lists: Tensor) -> Tensor:
     if ranks.size == 1:
         return lists
     merged = []
-    for part in lists.split(-(-len(lists) // ranks.size)):
+    for part in torch.split(lists, -(-len(lists) // ranks.size)):
         board = part.new_zeros((ranks.size, *part.shape))
         board[ranks.rank] = part
         board = ranks.sum(board).transpose(0, 1).reshape(len(part), -1)
@@ -149,7 +153,7 @@ class NearestRank(ScoreSelector):
     """
 
     def __init__(
-        self, *, key: str, target: FeatureFile, neighbours: int = 200, **rule: Any
+        self, *, key: str, target: FeatureFile, neighbours: int = 200, **rule: Unpack[RuleOptions]
     ) -> None:
         """Choose the features and the target.
 
@@ -188,7 +192,7 @@ class NearestUnion(Selector):
     fraction is kept, or all usable samples if these are fewer.
     """
 
-    def __init__(self, *, key: str, target: FeatureFile, fraction: float, of: str = "pool") -> None:
+    def __init__(self, *, key: str, target: FeatureFile, fraction: float, of: Of = "pool") -> None:
         """Choose the features, the target and the budget.
 
         Args:

@@ -7,13 +7,20 @@ p = inf only the most similar target counts, and every one has to be looked at.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError
-from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.core.base import (
+    Chunk,
+    FeatureFile,
+    Requirements,
+    RuleOptions,
+    ScoreSelector,
+    Source,
+)
 from siftclip.selectors.fitting.covariance import (
     UNIT,
     file_moment,
@@ -27,6 +34,9 @@ from siftclip.selectors.kernels.largest_product import (
     largest_product,
     multiply,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _BLOCK = 1 << 12  # targets whose products are held at a time
 _WORTH_INT8 = 1024  # targets; for fewer, rounding and looking at the answers costs too much
@@ -47,7 +57,7 @@ def normsim(features: Tensor, targets: Tensor, p: float) -> Tensor:
     if p == 2:
         return normsim_2(features, (targets.double().T @ targets.double()).float())
     norms = []
-    for block in targets.split(_BLOCK):
+    for block in torch.split(targets, _BLOCK):
         products = multiply(features, block).abs_()
         largest = products.amax(1, keepdim=True).clamp_min(1e-30)
         # divided by the largest, so that no power is too small for float32
@@ -76,8 +86,8 @@ class NormSim(ScoreSelector):
         *,
         features: str,
         target: FeatureFile,
-        p: float = 2,
-        **rule: Any,
+        p: float | Literal["inf"] = 2,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Choose features, target and norm.
 
@@ -130,4 +140,6 @@ class NormSim(ScoreSelector):
         if self._search is not None:
             return self._search.search(features)
         samples = 1 << 13  # whose products with a block of targets are held at a time
-        return torch.cat([normsim(x, self._targets, self.p) for x in features.split(samples)])
+        return torch.cat(
+            [normsim(x, self._targets, self.p) for x in torch.split(features, samples)]
+        )

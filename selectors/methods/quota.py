@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from siftclip.errors import ParameterError, require_choice, require_fraction, require_int
 from siftclip.selectors.core.base import Choice, Requirements, ScoreSelector, Selector, Source
 from siftclip.selectors.core.compose import require_selector, union
-from siftclip.selectors.core.rules import can_be_kept, counted
+from siftclip.selectors.core.rules import OFS, Of, can_be_kept, counted
 
 
 def proportional_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
@@ -48,7 +50,7 @@ def equal_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if np.minimum(sizes, middle).sum() <= total else (low, middle)
-    quotas = np.minimum(sizes, low)
+    quotas: np.ndarray = np.minimum(sizes, low)
     order = np.lexsort((np.arange(len(sizes)), -sizes))
     quotas[order[: total - int(quotas.sum())]] += 1
     return quotas
@@ -95,8 +97,8 @@ class QuotaPerCluster(Selector):
         fraction: float | None = None,
         count: int | None = None,
         per_cluster: int | None = None,
-        quotas: str = "proportional",
-        of: str = "pool",
+        quotas: Literal["proportional", "equal"] = "proportional",
+        of: Of = "pool",
     ) -> None:
         """Set scores, clusters and how many to keep. The rules of both selectors do not count.
 
@@ -133,7 +135,7 @@ class QuotaPerCluster(Selector):
             else require_int("per_cluster", per_cluster, minimum=1, owner=self)
         )
         self.quotas = require_choice("quotas", quotas, ("proportional", "equal"), owner=self)
-        self.of = require_choice("of", of, ("pool", "left"), owner=self)
+        self.of = require_choice("of", of, OFS, owner=self)
 
     @property
     def requires(self) -> Requirements:
@@ -166,6 +168,7 @@ class QuotaPerCluster(Selector):
 
     def _quotas(self, sizes: np.ndarray, total: int | None) -> np.ndarray:
         if total is None:
-            return np.minimum(sizes, self.per_cluster or 0)
+            quotas: np.ndarray = np.minimum(sizes, self.per_cluster or 0)
+            return quotas
         share = proportional_quotas if self.quotas == "proportional" else equal_quotas
         return share(sizes, total)

@@ -9,7 +9,7 @@ NormSim_2 with the same target is sqrt(m f^T S f) for m samples: the same rankin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from siftclip.selectors.core.base import (
     Choice,
     Chunk,
     Requirements,
+    RuleOptions,
     ScoreSelector,
     Source,
     SubBatch,
@@ -33,6 +34,9 @@ from siftclip.selectors.fitting.covariance import (
 )
 from siftclip.selectors.kernels.blocks import usable_rows
 from siftclip.selectors.methods.vas import vas
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def updated_moment(moment: Tensor | None, features: Tensor, decay: float) -> Tensor | None:
@@ -62,7 +66,9 @@ class RunningVas(ScoreSelector):
     source, as `Vas` does with the target "pool", and changes nothing.
     """
 
-    def __init__(self, *, key: str = "learner_img", decay: float = 0.99, **rule: Any) -> None:
+    def __init__(
+        self, *, key: str = "learner_img", decay: float = 0.99, **rule: Unpack[RuleOptions]
+    ) -> None:
         """Choose the features and how fast the covariance moves.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ from siftclip.errors import ParameterError, require_choice, require_finite, requ
 from siftclip.hashing import uniform_score
 from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.core.compose import merge
-from siftclip.selectors.core.rules import Threshold
+from siftclip.selectors.core.rules import Of, Threshold
 from siftclip.selectors.core.source import TASK_SAMPLES
 from siftclip.selectors.fitting.clusters import Clustering, assign_all
 from siftclip.selectors.kernels.most_similar import most_similar
+
+Keep = Literal["hard", "easy", "random", "best"]  # which one of several duplicates is kept
 
 
 def largest_earlier_similarity(features: Tensor, *, block: int = 8192) -> Tensor:
@@ -59,10 +62,10 @@ class SemDeDup(ScoreSelector):
         clustering: Clustering,
         eps: float | None = None,
         fraction: float | None = None,
-        keep: str = "hard",
+        keep: Keep = "hard",
         prefer: ScoreSelector | None = None,
         seed: int = 0,
-        of: str = "pool",
+        of: Of = "pool",
     ) -> None:
         """Choose the features, the clusters and the rule.
 
@@ -93,7 +96,7 @@ class SemDeDup(ScoreSelector):
         super().__init__(fraction=fraction, rule=None if eps is None else Threshold(eps - 1), of=of)
         self.key, self.clustering, self.eps = key, clustering, eps
         self._own = Requirements(features=(key,))
-        self.keep = require_choice("keep", keep, ("hard", "easy", "random", "best"), owner=self)
+        self.keep: Keep = require_choice("keep", keep, get_args(Keep), owner=self)
         self.seed, self.prefer = require_int("seed", seed, minimum=0, owner=self), prefer
         if (prefer is None) == (keep == "best"):
             raise ParameterError(

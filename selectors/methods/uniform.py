@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from siftclip.errors import require_int
 from siftclip.hashing import uniform_score
-from siftclip.selectors.core.base import Chunk, ScoreSelector
+from siftclip.selectors.core.base import Chunk, RuleOptions, ScoreSelector
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Uniform(ScoreSelector):
     """Keep a uniformly random part of the pool, the same for every order and chunk size."""
 
-    def __init__(self, *, seed: int, **rule: Any) -> None:
+    def __init__(self, *, seed: int, **rule: Unpack[RuleOptions]) -> None:
         """Set the seed; `rule` is `fraction`, `threshold` or `rule`, see `ScoreSelector`."""
         super().__init__(**rule)
         self.seed = require_int("seed", seed, minimum=0, owner=self)

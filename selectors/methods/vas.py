@@ -6,12 +6,19 @@ costs one quadratic form a sample, however large the target.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError, require_choice
-from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.core.base import (
+    Chunk,
+    FeatureFile,
+    Requirements,
+    RuleOptions,
+    ScoreSelector,
+    Source,
+)
 from siftclip.selectors.fitting.covariance import (
     bilinear_form,
     file_moment,
@@ -23,7 +30,15 @@ from siftclip.selectors.fitting.covariance import (
 )
 from siftclip.selectors.kernels.blocks import joined
 
-_SUFFIXES = {"image": ("img",), "text": ("txt",), "cross": ("img", "txt")}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Modality = Literal["image", "text", "cross"]
+_SUFFIXES: dict[Modality, tuple[str, ...]] = {
+    "image": ("img",),
+    "text": ("txt",),
+    "cross": ("img", "txt"),
+}
 
 
 def vas(features: Tensor, covariance: Tensor) -> Tensor:
@@ -55,11 +70,11 @@ class Vas(ScoreSelector):
         self,
         *,
         features: str,
-        modality: str = "image",
+        modality: Modality = "image",
         target: FeatureFile | str | None = None,
         text_target: FeatureFile | None = None,
         covariance: FeatureFile | None = None,
-        **rule: Any,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Choose features and target.
 

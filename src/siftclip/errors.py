@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+C = TypeVar("C", bound=str)
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _NOTHING: Any = object()  # no value belongs to the message
@@ -248,13 +249,14 @@ def require_suffix(
 
 
 def require_choice(
-    parameter: str, value: object, choices: tuple[str, ...], *, owner: object = None
-) -> str:
-    """Return `value` if it is one of `choices`."""
-    if value not in choices:
-        rule = f"must be one of {', '.join(choices)}"
-        raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
-    return str(value)
+    parameter: str, value: object, choices: tuple[C, ...], *, owner: object = None
+) -> C:
+    """Return that one of `choices` which `value` is."""
+    for choice in choices:
+        if value == choice:
+            return choice
+    rule = f"must be one of {', '.join(choices)}"
+    raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
 
 
 def require_bool(parameter: str, value: object, *, owner: object = None) -> bool:

@@ -10,10 +10,11 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 def mix64(values: np.ndarray) -> np.ndarray:
     """SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) of each value: uint64 [n] -> uint64 [n]."""
-    values = values + np.uint64(_INCREMENT)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values + np.uint64(_INCREMENT)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed
 
 
 def seed_state(seed: int) -> np.ndarray:

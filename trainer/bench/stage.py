@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ from siftclip.trainer.bench.measure import (
 )
 from siftclip.trainer.builders.assembly import data_module_from, training_module
 from siftclip.trainer.builders.objective import open_loss_data
-from siftclip.trainer.builders.online_setup import RunParts
+from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.builders.selection import SelectOutcome, select_stage
 from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.loop.module import ClipTraining
@@ -129,7 +130,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _bar(what: str, total: int | None, *, progress: bool) -> tqdm:
+def _bar(what: str, total: int | None, *, progress: bool) -> tqdm[NoReturn]:
     return tqdm(total=total, desc=what, unit="sample", leave=False, disable=not progress)
 
 

@@ -8,7 +8,7 @@ from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.streaming.datamodule import StreamDataModule
 from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.builders.objective import objective_from
-from siftclip.trainer.builders.online_setup import RunParts
+from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.models.compilation import compile_towers
 from siftclip.trainer.models.towers import enable_grad_checkpointing

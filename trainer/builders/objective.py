@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.features.store import open_features
 from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.selection.columns import read_column
 from siftclip.datamodules.selection.selection import row_weights
@@ -184,7 +185,7 @@ def objective_from(
         model = clip_model_from(live, trained=True)
         _check_same_inputs(clip, model)
         teacher = ModelTeacher(model.model)
-        teacher_scale = float(model.model.logit_scale.exp())  # type: ignore[operator]
+        teacher_scale = float(as_clip(model.model).logit_scale.exp())
     built = _loss_from(loss, teacher_scale, np.unique(rows))
     if isinstance(loss, CocaLoss):
         return Objective(
@@ -239,7 +240,7 @@ def _check_model(name: str, clip: ClipModel) -> None:
 
 def _fix_logit_scale(model: nn.Module, scale: float) -> None:
     with torch.no_grad():
-        model.logit_scale.fill_(math.log(scale))  # type: ignore[operator]
+        as_clip(model).logit_scale.fill_(math.log(scale))
     model.logit_scale.requires_grad_(False)
 
 
@@ -293,6 +294,6 @@ class ModelTeacher:
             self.device = batch.images.device
             self.model.to(self.device)
         return (
-            self.model.encode_image(batch.images, normalize=True),  # type: ignore[operator]
-            self.model.encode_text(batch.tokens, normalize=True),  # type: ignore[operator]
+            as_clip(self.model).encode_image(batch.images, normalize=True),
+            as_clip(self.model).encode_text(batch.tokens, normalize=True),
         )

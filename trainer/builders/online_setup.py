@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from siftclip.datamodules.features.rows import RowFeatures
-from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.selection.columns import read_column
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.streaming.step_plan import StepPlan
@@ -20,20 +18,21 @@ from siftclip.errors import InputError
 from siftclip.selectors.core.base import ScoreSelector
 from siftclip.selectors.core.source import TRAINING_LOSS, Logits
 from siftclip.selectors.methods.uniform import Uniform
+from siftclip.trainer.builders.live_models import live_models, scoring_config
 from siftclip.trainer.builders.models import clip_model_from
-from siftclip.trainer.builders.objective import LossData, same_tokens, teacher_model
+from siftclip.trainer.builders.objective import teacher_model
 from siftclip.trainer.builders.online_identity import check_cached, reference_aliases
 from siftclip.trainer.builders.online_options import (
     LEARNER,
     REFERENCE,
-    SCORER,
     Needs,
     chooses_before_reading,
     loop_selector,
     reference_logits,
     schedule_from,
 )
-from siftclip.trainer.builders.selection import BuiltSelector, SelectOutcome, selector_from
+from siftclip.trainer.builders.run_parts import RunParts
+from siftclip.trainer.builders.selection import BuiltSelector, selector_from
 from siftclip.trainer.online.controller import Learner, Online
 from siftclip.trainer.online.cost import CostModel, SampleFlops
 from siftclip.trainer.online.diagnostics import Diagnostics, read_kinds
@@ -43,66 +42,26 @@ from siftclip.trainer.online.losses_seen import LossesSeen
 from siftclip.trainer.online.pool_embedding import PoolEmbedder
 from siftclip.trainer.online.record import RECORD_NAME, ChosenRows
 from siftclip.trainer.online.reselection import Reselection
-from siftclip.trainer.online.sample_flops import Judge, counted, learner_flops, selecting_flops
+from siftclip.trainer.online.sample_flops import counted, learner_flops, selecting_flops
 from siftclip.trainer.online.schedule import Schedule
-from siftclip.trainer.online.scorer import OnlineScorer
 from siftclip.trainer.online.scoring import check_scoring, scoring_is_forward
-from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.scoring_models import (
-    CachedModel,
-    LiveFeatures,
-    ScoredModel,
     model_logits,
 )
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.options.faults import options_of
 from siftclip.trainer.runtime.lightning_setup import loader_options
-from siftclip.trainer.settings.common import CommonSettings
-from siftclip.trainer.settings.data import DataSettings
-from siftclip.trainer.settings.lightning import TrainerSettings
-from siftclip.trainer.settings.loss import LossSettings
-from siftclip.trainer.settings.model import ModelSettings, ScorerModel
 from siftclip.trainer.settings.online import (
     DiagnosticsSettings,
     EveryNStepsSettings,
     EveryStepSettings,
     OnceSettings,
-    OnlineSettings,
-    ScoringSettings,
 )
-from siftclip.trainer.settings.optim import OptimSettings
-from siftclip.trainer.settings.pool import PoolSettings
-from siftclip.trainer.settings.selector import SelectorNode
 
 log = logging.getLogger(__name__)
 
 VERSIONS_FOLDER = "selections"
 ROUNDED_FRACTION = 0.05  # of the samples that a run draws may come from rounding without a word
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunParts:
-    """What a run is made of: the settings of its parts, and what they have been made into."""
-
-    common: CommonSettings
-    pool: PoolSettings
-    data: DataSettings
-    model: ModelSettings
-    loss: LossSettings
-    optim: OptimSettings
-    trainer: TrainerSettings
-    online: OnlineSettings
-    selector: SelectorNode
-    clip: ClipModel
-    selected: SelectOutcome
-    loss_data: LossData
-    folder: Path  # of the run
-    global_batch_size: int
-    world_size: int
-
-    @property
-    def source(self) -> PoolSource:
-        return self.selected.source
 
 
 def build_online(parts: RunParts, total_steps: int) -> Online:
@@ -239,13 +198,56 @@ def _groups(parts: RunParts, online: EveryStepSettings) -> int:
     return groups
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stages:
+    """Makes the stages of a selection every step, of one run and one kind of super-batch."""
+
+    parts: RunParts
+    online: EveryStepSettings
+    total_steps: int
+    groups: int
+
+    def draw(self, built: BuiltSelector, schedule: Schedule) -> StepDraw:
+        return StepDraw(
+            selector=built.selector,
+            objects=built.objects,
+            schedule=schedule,
+            total_steps=self.total_steps,
+            groups=self.groups,
+            seed=self.parts.common.seed,
+        )
+
+    def pool_data(self, needs: Needs) -> PoolData:
+        source = self.parts.source
+        return PoolData(source=source, files=read_files(source, needs.files))
+
+    def first(self, built: BuiltSelector, needs: Needs, schedule: Schedule) -> CachedFirstStage:
+        """A stage that chooses by cached features, before samples are read."""
+        aliases = reference_aliases(self.online)
+        keys = {key: aliases.get(key, key) for key in sorted(needs.features)}
+        check_cached(self.parts.source, keys)
+        return CachedFirstStage(
+            draw=self.draw(built, schedule),
+            data=self.pool_data(needs),
+            keys=keys,
+            features=_row_features(self.parts, set(keys.values())),
+            logits={REFERENCE: reference_logits(self.online.reference.features)},
+        )
+
+    def early(self) -> CachedFirstStage | None:
+        """The stage before the one that scores live, where there is one."""
+        if self.online.first_stage.selector is None:
+            return None
+        built = loop_selector(self.online, self.online.first_stage.selector)
+        return self.first(built, Needs.of(built.selector), Schedule(filter_ratio=0.0))
+
+
 def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) -> Online:
     source, model = parts.source, parts.clip.model
     schedule, groups = schedule_from(online), _groups(parts, online)
     plan = step_plan(parts, total_steps)
     built = loop_selector(online)
-    selector = built.selector
-    needs = Needs.of(selector)
+    needs = Needs.of(built.selector)
     losses = _losses_seen(source, needs)
     ratio = schedule.filter_ratio
     if ratio != 0 and (plan.drawn == plan.trained).all() and total_steps > 1:
@@ -253,41 +255,14 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
             f"online.schedule.filter_ratio={ratio} is so small that a super-batch has no more than "
             f"the {plan.trained} samples of scale.global_batch_size. Raise it, or set it to 0."
         )
-
-    def step_draw(chosen: BuiltSelector, schedule: Schedule) -> StepDraw:
-        return StepDraw(
-            selector=chosen.selector,
-            objects=chosen.objects,
-            schedule=schedule,
-            total_steps=total_steps,
-            groups=groups,
-            seed=parts.common.seed,
-        )
-
-    def pool_data(of: Needs) -> PoolData:
-        return PoolData(source=source, files=read_files(source, of.files))
-
-    aliases = reference_aliases(online)
-    told = {REFERENCE: reference_logits(online.reference.features)}
-
-    def first_stage(chosen: BuiltSelector, of: Needs, schedule: Schedule) -> CachedFirstStage:
-        keys = {key: aliases.get(key, key) for key in sorted(of.features)}
-        check_cached(source, keys)
-        return CachedFirstStage(
-            draw=step_draw(chosen, schedule),
-            data=pool_data(of),
-            keys=keys,
-            features=_row_features(parts, set(keys.values())),
-            logits=told,
-        )
-
+    stages = _Stages(parts=parts, online=online, total_steps=total_steps, groups=groups)
     learner = Learner(weights=online.weights)
     diagnostics, record = _diagnostics(parts, online.diagnostics), None
     if online.diagnostics.record_chosen:
         record = ChosenRows(
             parts.folder / RECORD_NAME, steps=total_steps, samples=parts.global_batch_size
         )
-    if chooses_before_reading(online, selector):
+    if chooses_before_reading(online, built.selector):
         return Online(
             plan=plan,
             cost=CostModel(
@@ -297,35 +272,14 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
             ),
             source=source,
             learner=learner,
-            first_stage=first_stage(built, needs, schedule),
+            first_stage=stages.first(built, needs, schedule),
             diagnostics=diagnostics,
             record=record,
         )
-    scoring = _scoring_config(online.scoring)
+    scoring = scoring_config(online.scoring)
     check_scoring(model, scoring)
-    live: list[LiveFeatures] = []
-    judges: list[Judge] = []
-    small: ClipModel | None = None
-    scorer: OnlineScorer | None = None
-    carried = needs.features
-    if needs.of_model(LEARNER):
-        live.append(ScoredModel(name=LEARNER, model=learner, config=scoring))
-        judges.append(Judge(parts.clip, scoring))
-    if needs.of_model(REFERENCE):
-        reference, judge = _reference(parts, online, scoring, told[REFERENCE])
-        live.append(reference)
-        judges += [] if judge is None else [judge]
-    if needs.of_model(SCORER):
-        scorer, small, features = _scorer(parts, online.scorer)
-        live.append(features)
-        judges.append(Judge(small, features.config))
-    carried = carried - {f"{m.name}_{kind}" for m in live for kind in ("img", "txt")}
-    cached = {key for m in live if isinstance(m, CachedModel) for key in m.keys} | carried
-    first = None
-    if online.first_stage.selector is not None:
-        early = loop_selector(online, online.first_stage.selector)
-        course = Schedule(filter_ratio=0.0)
-        first = first_stage(early, Needs.of(early.selector), course)
+    live = live_models(parts, online, needs, learner, scoring)
+    first = stages.early()
     reuses_forward = (
         needs.of_model(LEARNER) != ()
         and online.weights == "learner"
@@ -335,14 +289,15 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
 
     def sample_flops() -> SampleFlops:
         cuts = _cuts_batches(parts)
-        return selecting_flops(_learner_flops(parts), judges, scorer=small, micro_batches=cuts)
+        learning = _learner_flops(parts)
+        return selecting_flops(learning, live.judges, scorer=live.small, micro_batches=cuts)
 
     in_loop = InLoopSelection(
-        draw=step_draw(built, schedule),
+        draw=stages.draw(built, schedule),
         plan=plan,
-        live=live,
-        carried=tuple(sorted(carried)),
-        data=pool_data(needs),
+        live=live.features,
+        carried=tuple(sorted(live.not_theirs(needs.features))),
+        data=stages.pool_data(needs),
         reuses_forward=reuses_forward,
         micro_batch=parts.trainer.micro_batch_size,
     )
@@ -356,13 +311,13 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
         ),
         source=source,
         learner=learner,
-        references=_carried_features(parts, cached),
+        references=_carried_features(parts, live.cached_keys(needs.features)),
         in_loop=in_loop,
         first_stage=first,
         losses=losses,
         diagnostics=diagnostics,
         record=record,
-        scorer=scorer,
+        scorer=live.scorer,
     )
 
 
@@ -373,82 +328,6 @@ def _losses_seen(source: PoolSource, needs: Needs) -> LossesSeen | None:
     losses = LossesSeen(len(source))
     source.provide(TRAINING_LOSS, losses.values)
     return losses
-
-
-def _scoring_config(scoring: ScoringSettings) -> ScoringConfig:
-    return ScoringConfig(
-        image_size=scoring.image_size,
-        patch_dropout=scoring.patch_dropout,
-        precision=scoring.precision,
-        mode=scoring.mode,
-    )
-
-
-def _reference(
-    parts: RunParts, online: EveryStepSettings, scoring: ScoringConfig, told: Logits
-) -> tuple[LiveFeatures, Judge | None]:
-    """The reference, and its model where it is not cached."""
-    live = online.reference.model
-    if live.name is None:
-        aliases = reference_aliases(online)
-        keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
-        check_cached(parts.source, aliases)
-        return CachedModel(name=REFERENCE, keys=keys, told=told), None
-    clip = clip_model_from(live, trained=True)
-    _check_inputs(parts.clip, clip, live.PLACE)
-    frozen = clip.model.eval().requires_grad_(False)
-    plain_scoring = ScoringConfig(precision=scoring.precision)
-    return (
-        ScoredModel(
-            name=REFERENCE,
-            model=lambda: frozen.to(parts.source.device),
-            config=plain_scoring,
-            image_size=_image_size(clip),
-        ),
-        Judge(clip, plain_scoring),
-    )
-
-
-def _scorer(parts: RunParts, settings: ScorerModel) -> tuple[OnlineScorer, ClipModel, ScoredModel]:
-    """The small scorer, its model, and its features."""
-    with torch.random.fork_rng():
-        torch.manual_seed(parts.common.seed)
-        clip = clip_model_from(settings)
-    _check_inputs(parts.clip, clip, settings.PLACE)
-    size = _image_size(clip)
-    scorer = OnlineScorer(clip.model, parts.optim, image_size=size)
-    features = ScoredModel(
-        name=SCORER,
-        model=lambda: scorer.on_device(parts.source.device),
-        config=ScoringConfig(),
-        image_size=size,
-    )
-    return scorer, clip, features
-
-
-def _image_size(clip: ClipModel) -> int:
-    size = clip.config["preprocess_cfg"]["size"]
-    return int(size if isinstance(size, int) else size[0])
-
-
-def _check_inputs(learner: ClipModel, other: ClipModel, option: str) -> None:
-    """Another model sees the learner's images, resized, and its tokens.
-
-    Raises:
-        InputError: its images are normalised otherwise, or it has another tokenizer.
-    """
-    for key in ("mean", "std"):
-        ours, theirs = (tuple(clip.config["preprocess_cfg"][key]) for clip in (learner, other))
-        if ours != theirs:
-            raise InputError(
-                f"{option} must take images with the model's {key}, {ours}. It wants {theirs}. Use "
-                "cached features instead."
-            )
-    if not same_tokens(learner, other):
-        raise InputError(
-            f"{option} must have the tokenizer and context length of the model: for a small model "
-            "of your own set its architecture."
-        )
 
 
 def _carried_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:

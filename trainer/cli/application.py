@@ -67,69 +67,93 @@ def application(
         def main() -> None:
             # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            full_arguments = list(sys.argv)
-            before = os.environ.get(FULL_ERROR)
-
-            @functools.wraps(stage)
-            def job(config: DictConfig) -> None:
-                _set_full_error(before)  # also in a job of submitit, which is another process
-                sys.argv = full_arguments  # Lightning starts the other ranks with these
-                try:
-                    stage(read_command(kind, config))
-                except (InputError, OmegaConfBaseException) as error:
-                    if before == "1":
-                        raise
-                    # Those of an evaluation are the same on all ranks; a rank that trains may
-                    # be the only one to meet a fault.
-                    quiet = command.startswith("eval") and not is_first_rank(os.environ)
-                    message = str(error) if isinstance(error, InputError) else _in_one_line(error)
-                    _end("" if quiet else f"siftclip {command}: error: {message}", FAILURE)
-                except TrainingStopped as stop:
-                    _leave(command, stop)
-                except (KeyboardInterrupt, SystemExit) as error:
-                    # Lightning turns an interrupt during training into sys.exit(1)
-                    causes = (error, error.__context__)
-                    if not any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-                        raise
-                    if is_first_rank(os.environ):
-                        print(
-                            f"\nsiftclip {command}: interrupted; the same command continues.",
-                            file=sys.stderr,
-                        )
-                    raise SystemExit(INTERRUPTED) from None
-
+            arguments = list(sys.argv)
+            full_error = os.environ.get(FULL_ERROR)
             register()
             register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
-            typed = _overrides(full_arguments, command)
+            typed = _overrides(arguments, command)
             words = _named(command, typed, positional)
             sys.argv = [f"siftclip {command}", *words]
-            config_name = command.replace(" ", "_")
-            run = hydra.main(config_path=CONFIGS, config_name=config_name, version_base="1.3")(job)
-            options = [word for word in words if word != "--help"]
-            if len(options) < len(words) and not any(word[:1] == "-" for word in options):
-                run = functools.partial(_print_help, config_name, options)
-            if before == "1":
+            run = _hydra_main(command, words, _job(command, kind, stage, arguments, full_error))
+            if full_error == "1":
                 run()
-                return
-            _set_full_error("1")  # until the job begins: faults of the options come to here
-            try:
-                run()
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if type(error) is CompactHydraException:  # of a job of submitit: see _end
-                    print(error, file=sys.stderr, flush=True)
-                    raise SystemExit(1) from None
-                if isinstance(error, ValueError) and not str(error).startswith(_VALUE_ERRORS):
-                    raise
-                message = _explain(error, command, dict(zip(words, typed, strict=True)))
-                quiet = not is_first_rank(os.environ)
-                _end("" if quiet else f"siftclip {command}: error: {message}", FAILURE)
-            finally:
-                _set_full_error(before)
+            else:
+                _run_hydra(run, command, dict(zip(words, typed, strict=True)), full_error)
 
         return main
 
     return decorate
+
+
+def _job(
+    command: str,
+    kind: type[T],
+    stage: Callable[[T], None],
+    arguments: list[str],
+    full_error: str | None,
+) -> Callable[[DictConfig], None]:
+    """What Hydra calls with the composed configuration; of a job of submitit, in another process.
+
+    Args:
+        command: as it is typed.
+        kind: what the stage takes.
+        stage: the work itself.
+        arguments: the whole command line: Lightning starts the other ranks with it.
+        full_error: the user's value of `FULL_ERROR`.
+    """
+
+    @functools.wraps(stage)
+    def job(config: DictConfig) -> None:
+        _set_full_error(full_error)
+        sys.argv = arguments
+        try:
+            stage(read_command(kind, config))
+        except (InputError, OmegaConfBaseException) as error:
+            if full_error == "1":
+                raise
+            # Those of an evaluation are the same on all ranks; a rank that trains may
+            # be the only one to meet a fault.
+            message = str(error) if isinstance(error, InputError) else _in_one_line(error)
+            _end_faulty(command, message, quiet=command.startswith("eval"))
+        except TrainingStopped as stop:
+            _leave(command, stop)
+        except (KeyboardInterrupt, SystemExit) as error:
+            _leave_interrupted(command, error)
+
+    return job
+
+
+def _hydra_main(
+    command: str, words: list[str], job: Callable[[DictConfig], None]
+) -> Callable[[], None]:
+    """Hydra's own main function for a command, or what prints its help where that is asked for."""
+    config_name = command.replace(" ", "_")
+    options = [word for word in words if word != "--help"]
+    if len(options) < len(words) and not any(word[:1] == "-" for word in options):
+        return functools.partial(_print_help, config_name, options)
+    run: Callable[[], None] = hydra.main(
+        config_path=CONFIGS, config_name=config_name, version_base="1.3"
+    )(job)
+    return run
+
+
+def _run_hydra(
+    run: Callable[[], None], command: str, typed: Mapping[str, str], full_error: str | None
+) -> None:
+    """Run, and tell faults of the options in one message; `typed` as for `_explain`."""
+    _set_full_error("1")  # until the job begins: faults of the options come to here
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if type(error) is CompactHydraException:  # of a job of submitit: see _end
+            print(error, file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+        if isinstance(error, ValueError) and not str(error).startswith(_VALUE_ERRORS):
+            raise
+        _end_faulty(command, _explain(error, command, typed), quiet=True)
+    finally:
+        _set_full_error(full_error)
 
 
 def _print_help(config_name: str, overrides: list[str]) -> None:
@@ -153,6 +177,24 @@ def _leave(command: str, stop: TrainingStopped) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
         signal.raise_signal(stop.signal)  # its handler queues the job again, and exits
     _end(message, stop.exit_status)
+
+
+def _leave_interrupted(command: str, error: BaseException) -> NoReturn:
+    """End the process after Ctrl-C, or as it was going to end.
+
+    Lightning turns an interrupt during training into sys.exit(1).
+    """
+    if not any(isinstance(cause, KeyboardInterrupt) for cause in (error, error.__context__)):
+        raise error
+    if is_first_rank(os.environ):
+        print(f"\nsiftclip {command}: interrupted; the same command continues.", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
+
+
+def _end_faulty(command: str, fault: str, *, quiet: bool) -> NoReturn:
+    """End the process for a fault of the user; with `quiet` the first rank alone says it."""
+    quiet = quiet and not is_first_rank(os.environ)
+    _end("" if quiet else f"siftclip {command}: error: {fault}", FAILURE)
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -281,7 +281,8 @@ def _jitter(rng: np.random.Generator, colour: tuple[int, int, int], spread: floa
 
 def _add_noise(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     noise = rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(*NOISE_RANGE)
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+    noisy: np.ndarray = np.clip(canvas + noise, 0, 255)
+    return noisy.astype(np.uint8)
 
 
 def render_scene(rng: np.random.Generator, scene: Scene, digits: DigitImages) -> np.ndarray:

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.models.weights import CONFIG_KEY
 from siftclip.datamodules.streaming.batches import StepBatch
 from siftclip.datamodules.streaming.datamodule import StreamDataModule
@@ -279,7 +280,7 @@ class ClipTraining(LightningModule):
         # Every rank takes part in the reduction; only rank 0's loggers write.
         found = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
         rate = self.global_batch_size / found["batch_time"]
-        scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
+        scale = float(as_clip(self.model).logit_scale.detach().exp())
         bias = getattr(self.model, "logit_bias", None)
         self.latest = {
             **{f"train/{name}": value for name, value in found.items()},

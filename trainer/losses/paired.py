@@ -50,7 +50,8 @@ def paired_log_sum_exp(
         everything = (slice(0, len(image)), slice(0, len(text)))
         _leave_out(logits, *everything, skip_diagonal, copies)
         return logits.logsumexp(1), logits.logsumexp(0)
-    return _PairedLogSumExp.apply(image, text, skip_diagonal, copies, shape)
+    sums: tuple[Tensor, Tensor] = _PairedLogSumExp.apply(image, text, skip_diagonal, copies, shape)
+    return sums
 
 
 def paired_expectation(
@@ -91,7 +92,8 @@ def paired_expectation(
             by_column = teacher_logits.sub_(column_lse).exp_()
         logits = image @ text.T
         return (by_row * logits).sum(1), (by_column * logits).sum(0)
-    return _PairedExpectation.apply(image, text, *teacher, copies, shape)
+    means: tuple[Tensor, Tensor] = _PairedExpectation.apply(image, text, *teacher, copies, shape)
+    return means
 
 
 class _PairedLogSumExp(torch.autograd.Function):

@@ -86,7 +86,8 @@ class ReferenceGuidedLoss(ContrastiveLoss):
         for name in ("log_mean_image", "log_mean_text"):
             # -inf, the logarithm of nothing, says that a sample has not been seen yet.
             self.register_buffer(name, torch.full((len(rows),), -torch.inf))
-        self.register_load_state_dict_pre_hook(_require_same_rows)
+        # torch ships it without types
+        self.register_load_state_dict_pre_hook(_require_same_rows)  # type: ignore[no-untyped-call]
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
         """`contrastive_loss`."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.streaming.batches import Batch, SampleDataset
@@ -17,8 +18,8 @@ def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     float16 is how DataComp stores features.
     """
-    image = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
-    text = model.encode_text(batch.tokens, normalize=True)  # type: ignore[operator]
+    image = as_clip(model).encode_image(batch.images, normalize=True)
+    text = as_clip(model).encode_text(batch.tokens, normalize=True)
     invalid = ~batch.valid[:, None]
     return (
         image.masked_fill(invalid, torch.nan).half().cpu(),

@@ -51,7 +51,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(model, name)
     for parameter in scalars:
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_average_gradient)
+            # torch ships it without types
+            parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
 
 
 def sharded_blocks(module: nn.Module) -> Iterator[nn.Module]:

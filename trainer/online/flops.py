@@ -99,7 +99,7 @@ def training_flops(
         values = outputs.values() if isinstance(outputs, dict) else outputs
         parts = [value.float().sum() for value in values if _has_graph(value)]
         if parts:  # not with everything locked
-            torch.stack(parts).sum().backward()
+            torch.autograd.backward(torch.stack(parts).sum())
     return int(counter.get_total_flops()) // SAMPLES
 
 
@@ -142,6 +142,8 @@ def _convolution_backward(
     **named: Any,
 ) -> int:
     """Each gradient takes as much as the forward: a product of a weight for a place of a map."""
+    of_inputs: bool
+    of_weight: bool
     _, _, _, _, transposed, _, _, (of_inputs, of_weight, _) = others
     places = inputs if transposed else gradient
     forward = 2 * places[0] * math.prod(weight) * math.prod(places[2:])

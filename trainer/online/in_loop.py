@@ -130,7 +130,7 @@ class InLoopSelection:
             kept = choice.multiplicities
             share = rank_slice(len(rows), rank=rank, world_size=world_size)
             mine = torch.from_numpy(np.flatnonzero(kept[share]))
-            indices = mine.split(part_sizes(len(mine), self.micro_batch or len(mine)))
+            indices = torch.split(mine, part_sizes(len(mine), self.micro_batch or len(mine)))
             batches = [pick(parts, index) for index in indices]
             if choice.weights is not None:
                 weights = torch.from_numpy(choice.weights[share])

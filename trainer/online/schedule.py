@@ -139,7 +139,8 @@ def course_values(course: Course, shares: np.ndarray) -> np.ndarray:
     if isinstance(course, (int, float)):
         return np.full(len(shares), float(course))
     knots = np.asarray(course, dtype=np.float64)
-    return np.interp(shares, knots[:, 0], knots[:, 1])
+    values: np.ndarray = np.interp(shares, knots[:, 0], knots[:, 1])
+    return values
 
 
 def _check_share(option: str, value: object) -> float:

@@ -121,7 +121,7 @@ class OnlineScorer:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
             flat /= world_size
-            pieces = flat.split([gradient.numel() for gradient in gradients])
+            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, piece in zip(gradients, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
         parameters = list(model.parameters())

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.errors import InputError
 from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.optim.gradients import kept_statistics
@@ -65,7 +66,7 @@ def scoring_features(
         _patch_dropout(visual, config.patch_dropout, seed),
     ):
         image = functional_call(_ImageEncoder(model), dict(positions), (images,))
-        text = model.encode_text(tokens, normalize=False)  # type: ignore[operator]
+        text = as_clip(model).encode_text(tokens, normalize=False)
     return _unit(image), _unit(text)
 
 
@@ -178,8 +179,7 @@ class _ImageEncoder(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.model.encode_image(images, normalize=False)  # type: ignore[operator]
-        return features
+        return as_clip(self.model).encode_image(images, normalize=False)
 
 
 class _SeededPatchDropout(nn.Module):
@@ -189,7 +189,7 @@ class _SeededPatchDropout(nn.Module):
         super().__init__()
         self.probability, self.seed = probability, seed
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch ships it without types
     def forward(self, tokens: Tensor) -> Tensor:
         samples, patches, width = tokens.shape[0], tokens.shape[1] - 1, tokens.shape[2]
         kept = max(1, int(patches * (1 - self.probability)))  # as many as open_clip keeps

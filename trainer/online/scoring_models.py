@@ -9,14 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.streaming.batches import Batch
 from siftclip.selectors.core.source import Logits
 from siftclip.trainer.online.scoring import (
-    ScoringConfig,
     resized_images,
     resized_positions,
     scoring_features,
 )
+from siftclip.trainer.online.scoring_config import ScoringConfig
 
 Pair = tuple[Tensor, Tensor]  # image and text features
 
@@ -47,7 +48,7 @@ def model_logits(model: nn.Module) -> Logits:
     """Scale and bias of an open_clip model. Waits for its device."""
     bias = getattr(model, "logit_bias", None)
     return Logits(
-        scale=float(model.logit_scale.detach().exp()),  # type: ignore[operator]
+        scale=float(as_clip(model).logit_scale.detach().exp()),
         bias=0.0 if bias is None else float(bias.detach()),
         has_bias=bias is not None,
     )

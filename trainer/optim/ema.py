@@ -68,6 +68,7 @@ class ModelEma(nn.Module):
             )
         if len(averaged) != len(current):
             raise ValueError(f"the model has {len(current)} parameters, not {len(averaged)}")
-        get_ema_multi_avg_fn(ema_decay_at(self.decay, step))(averaged, current, step)
+        average = get_ema_multi_avg_fn(ema_decay_at(self.decay, step))  # type: ignore[no-untyped-call]  # torch ships it without types
+        average(averaged, current, step)
         for ours, theirs in zip(self.averaged.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.streaming.batches import Batch
 from siftclip.trainer.losses import (
     ContrastiveLoss,
@@ -116,14 +117,15 @@ def _cached_gradients(
     caption_share: Tensor | None,
     features: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
+    clip = as_clip(model)
     images, texts = ([], []) if features is None else ([features[0]], [features[1]])
     with torch.no_grad(), kept_statistics(model):
         for index, batch in enumerate(micro_batches if features is None else ()):
             _seed(context, index, batch.images.device)
-            images.append(model.encode_image(_cast(model, batch.images), normalize=True))  # type: ignore[operator]
-            texts.append(model.encode_text(batch.tokens, normalize=True))  # type: ignore[operator]
+            images.append(clip.encode_image(_cast(model, batch.images), normalize=True))
+            texts.append(clip.encode_text(batch.tokens, normalize=True))
         teachers = [objective.teacher(batch) for batch in micro_batches]
-        scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", None)  # type: ignore[operator]
+        scale, bias = clip.logit_scale.exp(), getattr(model, "logit_bias", None)
     leaves = {"image": torch.cat(images), "text": torch.cat(texts), "scale": scale}
     if bias is not None:
         leaves["bias"] = bias
@@ -265,7 +267,7 @@ def _cast(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.visual.parameters()).dtype  # type: ignore[union-attr]
+    return next(as_clip(model).visual.parameters()).dtype
 
 
 def _seed(context: StepContext, index: int, device: torch.device) -> None:

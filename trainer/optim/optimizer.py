@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from siftclip.datamodules.models.typed import as_clip
 from siftclip.errors import InputError
 from siftclip.trainer.optim.layer_decay import layer_scales
 from siftclip.trainer.settings.optim import OptimSettings
@@ -121,4 +122,4 @@ def make_optimizer(model: nn.Module, config: OptimSettings, *, fused: bool) -> t
 def clamp_logit_scale(model: nn.Module) -> None:
     """Keep exp(logit_scale) in [1, 100], as open_clip does after every optimiser step."""
     with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
+        as_clip(model).logit_scale.clamp_(0, MAX_LOGIT_SCALE)

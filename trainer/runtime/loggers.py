@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -20,8 +20,9 @@ from siftclip.errors import InputError
 from siftclip.files import append_jsonl, atomic_path, write_text
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
+from siftclip.trainer.settings.lightning import WandbMode
 
-WANDB_MODES = ("auto", "online", "offline")
+WANDB_MODES: tuple[WandbMode, ...] = get_args(WandbMode)
 
 
 class FileLogger(Logger):
@@ -64,7 +65,7 @@ class FileLogger(Logger):
             pd.DataFrame([rows[step] for step in sorted(rows)]).to_csv(temporary, index=False)
 
 
-def wandb_is_offline(mode: str) -> bool:
+def wandb_is_offline(mode: WandbMode) -> bool:
     """Whether wandb must not use the network: in mode `auto`, unless the user is logged in.
 
     Raises:
@@ -108,7 +109,7 @@ def make_loggers(
     *,
     name: str,
     wandb_enabled: bool,
-    mode: str = "auto",
+    mode: WandbMode = "auto",
     project: str = "siftclip",
     config: Mapping[str, Any] | None = None,
 ) -> list[Logger]:

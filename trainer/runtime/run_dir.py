@@ -23,7 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from siftclip.datamodules.models.load import CONFIG_NAME, MODEL_FOLDER
+from siftclip.datamodules.models.load import MODEL_FOLDER
+from siftclip.datamodules.models.weight_needs import CONFIG_NAME
 from siftclip.datamodules.selection.selection import Selection, write_selection
 from siftclip.files import read_json_object, write_json, write_text
 from siftclip.locks import LOCK_NAME

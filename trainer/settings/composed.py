@@ -27,7 +27,8 @@ class Composed:
 
     def to_yaml(self) -> str:
         """The text of a run's `config.yaml`."""
-        return OmegaConf.to_yaml(OmegaConf.create({**self.values}))
+        text: str = OmegaConf.to_yaml(OmegaConf.create({**self.values}))
+        return text
 
 
 def composed(tree: Mapping[str, Any]) -> Composed:

@@ -13,6 +13,7 @@ Precision: TypeAlias = Literal[
     "auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true"
 ]
 Strategy: TypeAlias = Literal["auto", "ddp", "fsdp"]
+WandbMode: TypeAlias = Literal["auto", "online", "offline"]
 _DEVICES = Words("auto, a number of devices on each node, or a list of them")
 
 
@@ -81,7 +82,7 @@ class LoggerSettings(Section):
     wandb: bool = True
     """Log to Weights & Biases, too."""
 
-    mode: Literal["auto", "online", "offline"] = "auto"
+    mode: WandbMode = "auto"
     """auto: online if you are logged in, else offline."""
 
     project: str = "siftclip"

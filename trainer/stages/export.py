@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from siftclip.datamodules.models.load import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
     ClipModel,
     load_clip_model,
     save_model_folder,
 )
+from siftclip.datamodules.models.weight_needs import CONFIG_NAME
 from siftclip.datamodules.models.weights import (
     CONFIG_KEY,
     Weights,

@@ -17,7 +17,8 @@ from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.errors import InputError
 from siftclip.ranks import OneRank
 from siftclip.trainer.builders.assembly import data_module_from, new_model, training_module
-from siftclip.trainer.builders.online_setup import RunParts, build_online, step_plan, step_planner
+from siftclip.trainer.builders.online_setup import build_online, step_plan, step_planner
+from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.online.controller import Online
 from siftclip.trainer.online.cost import largest_within
 from siftclip.trainer.online.cost_profile import (

@@ -63,10 +63,12 @@ from siftclip.trainer.stages.evaluation import eval_share, eval_stage, log_recor
 # What imports Lightning or builds models is imported where it is needed: that takes seconds, in
 # which the options have been checked and the selection made.
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger
 
     from siftclip.eval.reports.report import Summary
-    from siftclip.trainer.builders.online_setup import RunParts
+    from siftclip.trainer.builders.run_parts import RunParts
+    from siftclip.trainer.loop.checkpointing import StopOnSignal
     from siftclip.trainer.online.cost_profile import Forecast
 
 log = logging.getLogger(__name__)
@@ -325,7 +327,7 @@ def run_parts(
 ) -> RunParts:
     """What a run in a folder is made of, with a new model."""
     from siftclip.trainer.builders.assembly import new_model
-    from siftclip.trainer.builders.online_setup import RunParts
+    from siftclip.trainer.builders.run_parts import RunParts
 
     common, trainer = settings.common, settings.trainer
     return RunParts(
@@ -373,62 +375,37 @@ def _fit(
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
-    from siftclip.datamodules.streaming.datamodule import count_micro_batches
     from siftclip.trainer.builders.assembly import data_module_from, training_module
     from siftclip.trainer.builders.online_setup import build_online, warn_of_rounding
-    from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal
-    from siftclip.trainer.loop.progress import TrainingBar
+    from siftclip.trainer.loop.checkpointing import StopOnSignal
     from siftclip.trainer.models.sharding import whole_state
     from siftclip.trainer.runtime.loggers import finish
-    from siftclip.trainer.stages.evaluate_during import evaluate_during_from
 
     share_cores(loader_options(settings.data).num_workers)
     parts = run_parts(settings, selected, loss_data, run.path)
-    common, options = parts.common, parts.trainer
     if is_rank_zero():
         run.keep_model(model_record(parts.clip))
-    budget = run.budget()
-    if budget is None:  # measuring trains models of its own
-        budget = _resolved_budget(parts, settings.budget, budget_from(settings.scale))
-    if is_rank_zero():
-        run.keep_budget(budget)
+    budget = _kept_budget(parts, settings, run)
     if isinstance(parts.online, EveryStepSettings):
         schedule_from(parts.online).check_length(budget.total_steps)
-    clip, online = parts.clip, build_online(parts, budget.total_steps)
+    online = build_online(parts, budget.total_steps)
     if isinstance(parts.online, EveryStepSettings):
         warn_of_rounding(parts, parts.online, online.plan)
-    during = evaluate_during_from(settings.evaluation, clip)
-    module = training_module(parts, budget, online)
     stop = StopOnSignal()
+    callbacks = _callbacks(settings, parts, run, stop)
+    module = training_module(parts, budget, online)
     trainer = make_trainer(
-        options,
-        progress=common.progress,
+        parts.trainer,
+        progress=parts.common.progress,
         folder=run.path,
-        callbacks=[
-            StepCheckpoint(
-                run.checkpoints,
-                every_n_steps=options.checkpoint_every_n_steps,
-                keep_last=options.keep_checkpoints,
-                keep_every_n_steps=options.keep_every_n_steps,
-            ),
-            stop,
-            *([] if during is None else [during]),
-            *([TrainingBar()] if common.progress else []),
-        ],
+        callbacks=callbacks,
         loggers=loggers,
         max_steps=budget.total_steps,
         max_epochs=-1,
     )
-    check_world_size(trainer.world_size, os.environ)
-    if trainer.world_size != parts.world_size:
-        raise RuntimeError(f"{trainer.world_size} ranks train, not {parts.world_size}")
-    with options_of(
-        under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
-    ):
-        share = rank_slice(budget.global_batch_size, rank=0, world_size=trainer.world_size)
-        count_micro_batches(share.stop, options.micro_batch_size)
+    _check_ranks(trainer.world_size, parts, budget)
     data = data_module_from(parts, budget, online)
-    resume = run.latest_checkpoint() if common.reuse else None
+    resume = run.latest_checkpoint() if parts.common.reuse else None
     if resume is not None:
         log.info("continuing from %s", resume)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -444,8 +421,55 @@ def _fit(
         )
     state = whole_state(module.model if module.ema is None else module.ema.averaged)
     if is_rank_zero():
-        save_model_folder(clip, run.model, state)
+        save_model_folder(parts.clip, run.model, state)
     trainer.strategy.barrier()  # the others evaluate what it has written
+
+
+def _kept_budget(parts: RunParts, settings: TrainCommand, run: RunDir) -> Budget:
+    """The budget in trained samples, as the run keeps it."""
+    budget = run.budget()
+    if budget is None:  # measuring trains models of its own
+        budget = _resolved_budget(parts, settings.budget, budget_from(settings.scale))
+    if is_rank_zero():
+        run.keep_budget(budget)
+    return budget
+
+
+def _callbacks(
+    settings: TrainCommand, parts: RunParts, run: RunDir, stop: StopOnSignal
+) -> list[Callback]:
+    from siftclip.trainer.loop.checkpointing import StepCheckpoint
+    from siftclip.trainer.loop.progress import TrainingBar
+    from siftclip.trainer.stages.evaluate_during import evaluate_during_from
+
+    options = settings.trainer
+    during = evaluate_during_from(settings.evaluation, parts.clip)
+    checkpoint = StepCheckpoint(
+        run.checkpoints,
+        every_n_steps=options.checkpoint_every_n_steps,
+        keep_last=options.keep_checkpoints,
+        keep_every_n_steps=options.keep_every_n_steps,
+    )
+    return [
+        checkpoint,
+        stop,
+        *([] if during is None else [during]),
+        *([TrainingBar()] if settings.common.progress else []),
+    ]
+
+
+def _check_ranks(world_size: int, parts: RunParts, budget: Budget) -> None:
+    """Check that the ranks are those that were planned, and their shares of a batch can be cut."""
+    from siftclip.datamodules.streaming.datamodule import count_micro_batches
+
+    check_world_size(world_size, os.environ)
+    if world_size != parts.world_size:
+        raise RuntimeError(f"{world_size} ranks train, not {parts.world_size}")
+    with options_of(
+        under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
+    ):
+        share = rank_slice(budget.global_batch_size, rank=0, world_size=world_size)
+        count_micro_batches(share.stop, parts.trainer.micro_batch_size)
 
 
 def _evaluate_run(settings: EvalSections, run: RunDir) -> Summary:

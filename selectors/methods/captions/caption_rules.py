@@ -60,7 +60,8 @@ def large_images(sizes: np.ndarray, *, min_side: int, max_aspect: float) -> np.n
         max_aspect: of the longer side to the shorter one.
     """
     shorter, longer = sizes.min(axis=1), sizes.max(axis=1)
-    return (shorter >= min_side) & (longer / np.maximum(shorter, 1) <= max_aspect)
+    passes: np.ndarray = (shorter >= min_side) & (longer / np.maximum(shorter, 1) <= max_aspect)
+    return passes
 
 
 def captions_with_entities(

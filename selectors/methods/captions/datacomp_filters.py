@@ -94,7 +94,9 @@ class BasicFilter(Predicate):
         long = long_captions(
             captions_of(chunk), min_words=self.min_words, min_characters=self.min_characters
         )
-        return long & large_images(chunk.sizes, min_side=self.min_side, max_aspect=self.max_aspect)
+        large = large_images(chunk.sizes, min_side=self.min_side, max_aspect=self.max_aspect)
+        passes: np.ndarray = long & large
+        return passes
 
 
 class CaptionFilter(Predicate):

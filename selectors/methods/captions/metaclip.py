@@ -70,7 +70,8 @@ def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np
 
 def keep_probabilities(counts: np.ndarray, t: int) -> np.ndarray:
     """With which probability a match of an entry is drawn, min(1, t / count): float64 [c]."""
-    return t / np.maximum(counts, t)
+    probabilities: np.ndarray = t / np.maximum(counts, t)
+    return probabilities
 
 
 def entry_state(entries: Sequence[str]) -> np.ndarray:

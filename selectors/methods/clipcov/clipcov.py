@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from siftclip.errors import (
 )
 from siftclip.ranks import SCALE, sum_arrays
 from siftclip.selectors.core.base import Choice, FeatureFile, Requirements, Selector, Source
-from siftclip.selectors.core.rules import top_fraction
+from siftclip.selectors.core.rules import Of, top_fraction
 from siftclip.selectors.core.source import Memo
 from siftclip.selectors.fitting.clusters import Clustering
 from siftclip.selectors.fitting.latent_classes import LatentClasses, find_classes, read_labels
@@ -73,11 +74,11 @@ class ClipCov(Selector):
         *,
         features: str,
         fraction: float,
-        of: str = "pool",
+        of: Of = "pool",
         labels: FeatureFile | None = None,
         clustering: Clustering | None = None,
         interval: int | str = 200,
-        charge: str = "cumulative",
+        charge: Literal["cumulative", "once"] = "cumulative",
         threshold: float | None = 0.0,
         cross_weight: float = 1.0,
         self_weight: float = 2.0,
@@ -302,7 +303,7 @@ class ClipCov(Selector):
             budget=budget,
             advance_all=advance_all,
         )
-        picked = np.flatnonzero(state["numbers"])
+        picked: np.ndarray = np.flatnonzero(state["numbers"])
         order = merge_classes(
             state["values"][picked],
             members.uid_ranks[picked],

@@ -12,14 +12,14 @@ import torch
 
 from siftclip.errors import require_choice, require_int
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source, SubBatch
-from siftclip.selectors.core.rules import top_fraction
+from siftclip.selectors.core.rules import Of, top_fraction
 from siftclip.selectors.methods.jest.joint_sampling import Judge, joint_sample
 from siftclip.selectors.methods.jest.learnability import (
     ModelFeatures,
     required_features,
     signed_models,
 )
-from siftclip.selectors.methods.jest.pair_losses import LOSSES
+from siftclip.selectors.methods.jest.pair_losses import LOSSES, LossName
 
 
 class JEST(Selector):
@@ -34,10 +34,10 @@ class JEST(Selector):
         *,
         learner: ModelFeatures | None,
         reference: ModelFeatures | None,
-        loss: str = "sigmoid",
+        loss: LossName = "sigmoid",
         chunks: int = 16,
         fraction: float,
-        of: str = "pool",
+        of: Of = "pool",
         seed: int = 0,
     ) -> None:
         """Set the parameters.

@@ -7,7 +7,7 @@ Learnt" (RHO-LOSS), arXiv 2206.07137, with contrastive losses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,9 +19,14 @@ from siftclip.errors import (
     require_finite,
     require_positive,
 )
-from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, WorkUnit
+from siftclip.selectors.core.base import Requirements, RuleOptions, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.core.source import Logits
 from siftclip.selectors.methods.jest.pair_losses import LOSSES, PairLosses, pair_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Loss = Literal["softmax", "sigmoid", "pair"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +118,8 @@ class Learnability(ScoreSelector):
         *,
         learner: ModelFeatures | None,
         reference: ModelFeatures | None,
-        loss: str = "softmax",
-        **rule: Any,
+        loss: Loss = "softmax",
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Set the parameters.
 
@@ -128,7 +133,7 @@ class Learnability(ScoreSelector):
         """
         super().__init__(**rule)
         self.learner, self.reference = learner, reference
-        self.loss = require_choice("loss", loss, ("softmax", "sigmoid", "pair"), owner=self)
+        self.loss: Loss = require_choice("loss", loss, get_args(Loss), owner=self)
         signed_models(self, learner, reference)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ _LINEAR = 40.0
 def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
     """scale * <v_i, t_i> + bias of each pair, float64 [m]; image and text are float [m, d]."""
     image, text = _operand(image), _operand(text)
-    products = torch.linalg.vecdot(image.to(_wide(image)), text.to(_wide(text)))
+    products: Tensor = torch.linalg.vecdot(image.to(_wide(image)), text.to(_wide(text)))
     return products.double() * logits.scale + logits.bias
 
 
@@ -171,7 +172,8 @@ class SoftmaxLosses(PairLosses):
         return self.losses()
 
 
-LOSSES: dict[str, type[PairLosses]] = {"sigmoid": SigmoidLosses, "softmax": SoftmaxLosses}
+LossName = Literal["sigmoid", "softmax"]
+LOSSES: dict[LossName, type[PairLosses]] = {"sigmoid": SigmoidLosses, "softmax": SoftmaxLosses}
 
 
 def _operand(values: Tensor) -> Tensor:

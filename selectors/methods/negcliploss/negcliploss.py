@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,23 @@ from torch import Tensor
 
 from siftclip.errors import require_choice, require_int, require_positive
 from siftclip.hashing import mix64, seed_state, uid_hashes
-from siftclip.selectors.core.base import Choice, Requirements, ScoreSelector, Source, WorkUnit
+from siftclip.selectors.core.base import (
+    Choice,
+    Requirements,
+    RuleOptions,
+    ScoreSelector,
+    Source,
+    WorkUnit,
+)
 from siftclip.selectors.core.rules import Threshold, TopFraction
 from siftclip.selectors.core.source import TASK_SAMPLES
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums
 from siftclip.selectors.methods.clip_score import clip_score
 from siftclip.selectors.methods.negcliploss.screening import Screening, usable_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +84,10 @@ class NegCLIPLoss(ScoreSelector):
         temperature: float = 0.01,
         batch_size: int = 32768,
         passes: int = 10,
-        partition: str = "file",
-        precision: str = "screened",
+        partition: Literal["file", "global"] = "file",
+        precision: Literal["screened", "float32"] = "screened",
         seed: int = 0,
-        **rule: Any,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Set the parameters.
 

@@ -216,5 +216,6 @@ class Screening:
             own, other = (image, text) if direction == "row" else (text, image)
             sums, _ = pair_log_sums(own[torch.from_numpy(chosen[at])], other, self._temperature)
             exact[at[chosen[at]]] = self._temperature / 2 * sums.numpy()
-        self._memo.put(name, normaliser=exact[chosen])
-        return exact[chosen]
+        of_chosen: np.ndarray = exact[chosen]
+        self._memo.put(name, normaliser=of_chosen)
+        return of_chosen

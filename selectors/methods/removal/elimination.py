@@ -126,7 +126,8 @@ def exact_quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
         matrix: float64 [d, d].
     """
     x = features.double()
-    return torch.linalg.vecdot(x @ matrix, x).float()
+    products: Tensor = torch.linalg.vecdot(x @ matrix, x)
+    return products.float()
 
 
 def _upwards(bound: float) -> float:
@@ -276,7 +277,8 @@ class LazyForms:
         self._score(positions[np.sort(np.argpartition(middle, count - 1)[:count])])
         middle, reach = self._bounds(positions)
         cut = np.partition(middle + reach, count - 1)[count - 1]  # `count` samples are not above
-        return positions[middle - reach <= cut]
+        low: np.ndarray = positions[middle - reach <= cut]
+        return low
 
     def _bounds(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the scores of this step lie: float64 [m], and how far they may be off there."""

@@ -36,7 +36,8 @@ def removal_cost(features: Tensor, moment: Tensor, target: Tensor | None = None)
     x = features.double()
     weights = x @ inverse
     growth = weights if target is None else weights @ target
-    return torch.linalg.vecdot(growth, weights) / (1 - torch.linalg.vecdot(weights, x))
+    costs: Tensor = torch.linalg.vecdot(growth, weights) / (1 - torch.linalg.vecdot(weights, x))
+    return costs
 
 
 class DesignCriterion:
@@ -56,7 +57,8 @@ class DesignCriterion:
         moment.diagonal().add_(self._ridge)
         costs = self._samples.map(left, lambda x: removal_cost(x, moment, self._target))
         kept = keep_top(costs.astype(np.float32), self._samples.uids[left], len(left) - count)
-        return kept == 0
+        lowest: np.ndarray = kept == 0
+        return lowest
 
     def _check_target(self, dim: int) -> None:
         if self._target is not None and len(self._target) != dim:

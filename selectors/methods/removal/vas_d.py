@@ -18,7 +18,7 @@ from torch import Tensor
 from siftclip.errors import require_choice, require_fraction, require_int
 from siftclip.hashing import uniform_score
 from siftclip.selectors.core.base import Source
-from siftclip.selectors.core.rules import keep_top
+from siftclip.selectors.core.rules import OFS, Of, keep_top
 from siftclip.selectors.fitting.covariance import mean_moment, pool_moment, rows_of
 from siftclip.selectors.methods.removal.elimination import LazyForms, Samples
 from siftclip.selectors.methods.removal.stepwise import Criterion, StepwiseRemoval
@@ -74,9 +74,7 @@ class OwnCovariance:
 class VasD(StepwiseRemoval):
     """Remove the samples that lie least in the directions in which the rest varies."""
 
-    def __init__(
-        self, *, features: str, fraction: float, steps: int, initial: str = "pool"
-    ) -> None:
+    def __init__(self, *, features: str, fraction: float, steps: int, initial: Of = "pool") -> None:
         """Choose features and schedule.
 
         Args:
@@ -87,7 +85,7 @@ class VasD(StepwiseRemoval):
                 code, or of what earlier stages have `left`.
         """
         super().__init__(features=features, fraction=fraction, steps=steps)
-        self.initial = require_choice("initial", initial, ("pool", "left"), owner=self)
+        self.initial = require_choice("initial", initial, OFS, owner=self)
 
     def criterion(self, source: Source, samples: Samples) -> Criterion:
         return self._criterion(source, samples, draw=None)
@@ -117,7 +115,7 @@ class NormSimD(VasD):
         fraction: float,
         steps: int,
         seed: int,
-        initial: str = "pool",
+        initial: Of = "pool",
         sample_fraction: float = 0.1,
     ) -> None:
         """Choose features, schedule and samples.

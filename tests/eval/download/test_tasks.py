@@ -51,82 +51,81 @@ class FakeHub:
         return [head for _, path, head in self.requests if address in path and name in path]
 
 
-def _handler(fake: FakeHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = urllib.parse.unquote(self.path.partition("?")[0])
-            fake.requests.append((self.command, path, dict(self.headers)))
-            root = f"/api/datasets/{REPOSITORY}"
-            if fake.status is not None:
-                self.answer(fake.status[0], b"{}", {"X-Error-Code": fake.status[1]})
-            elif fake.page is not None:
-                self.answer(200, fake.page)
-            elif path.startswith(f"{root}/tree/{fake.commit}"):
-                self.answer(200, json.dumps([self.entry(name) for name in fake.files]).encode())
-            elif path in (root, f"{root}/revision/main", f"{root}/revision/{fake.commit}"):
-                about = {"_id": "1", "id": REPOSITORY, "sha": fake.commit, "siblings": []}
-                self.answer(200, json.dumps(about).encode())
-            elif path.startswith(f"{root}/revision/"):
-                self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            elif path.startswith(f"/datasets/{REPOSITORY}/resolve/{fake.commit}/"):
-                name = path.partition(f"/{fake.commit}/")[2]
-                if name.endswith(".tar"):
-                    self.answer(302, b"", {"Location": f"{fake.storage}/storage/{name}"})
-                else:
-                    self.answer_file(name)
-            elif path.startswith("/storage/"):
-                self.answer_file(path.removeprefix("/storage/"))
-            else:
-                self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers as the hub does; `fake` says what it has."""
 
-        do_HEAD = do_GET
+    fake: FakeHub
 
-        def entry(self, name: str) -> dict[str, Any]:
-            data = fake.files[name]
-            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": blob}
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        self.fake.requests.append((self.command, path, dict(self.headers)))
+        root = f"/api/datasets/{REPOSITORY}"
+        if self.fake.status is not None:
+            self.answer(self.fake.status[0], b"{}", {"X-Error-Code": self.fake.status[1]})
+        elif self.fake.page is not None:
+            self.answer(200, self.fake.page)
+        elif path.startswith(f"{root}/tree/{self.fake.commit}"):
+            self.answer(200, json.dumps([self.entry(name) for name in self.fake.files]).encode())
+        elif path in (root, f"{root}/revision/main", f"{root}/revision/{self.fake.commit}"):
+            about = {"_id": "1", "id": REPOSITORY, "sha": self.fake.commit, "siblings": []}
+            self.answer(200, json.dumps(about).encode())
+        elif path.startswith(f"{root}/revision/"):
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif path.startswith(f"/datasets/{REPOSITORY}/resolve/{self.fake.commit}/"):
+            name = path.partition(f"/{self.fake.commit}/")[2]
             if name.endswith(".tar"):
-                entry["oid"] = "f" * 40  # the pointer's
-                sha256 = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
-            return entry
+                self.answer(302, b"", {"Location": f"{self.fake.storage}/storage/{name}"})
+            else:
+                self.answer_file(name)
+        elif path.startswith("/storage/"):
+            self.answer_file(path.removeprefix("/storage/"))
+        else:
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
-        def answer_file(self, name: str) -> None:
-            data = fake.files[name]
-            if fake.wrong.get(name, 0) > 0:
-                fake.wrong[name] -= 1
-                data = data[:-1] + bytes([data[-1] ^ 1])
-            start = 0
-            if "Range" in self.headers and not fake.without_range:
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            headers = {"ETag": '"x"', "X-Repo-Commit": fake.commit}
-            if start:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            cuts = fake.cut_after.get(name)
-            body = data[start:]
-            self.answer(
-                206 if start else 200, body, headers, send=cuts.pop(0) if cuts else len(body)
-            )
+    do_HEAD = do_GET
 
-        def answer(
-            self,
-            status: int,
-            body: bytes,
-            headers: dict[str, str] | None = None,
-            send: int | None = None,
-        ) -> None:
-            self.send_response(status)
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body[:send])
+    def entry(self, name: str) -> dict[str, Any]:
+        data = self.fake.files[name]
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": blob}
+        if name.endswith(".tar"):
+            entry["oid"] = "f" * 40  # the pointer's
+            sha256 = hashlib.sha256(data).hexdigest()
+            entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
+        return entry
 
-        def log_message(self, *arguments: object) -> None:
-            pass
+    def answer_file(self, name: str) -> None:
+        data = self.fake.files[name]
+        if self.fake.wrong.get(name, 0) > 0:
+            self.fake.wrong[name] -= 1
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        start = 0
+        if "Range" in self.headers and not self.fake.without_range:
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        headers = {"ETag": '"x"', "X-Repo-Commit": self.fake.commit}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        cuts = self.fake.cut_after.get(name)
+        body = data[start:]
+        self.answer(206 if start else 200, body, headers, send=cuts.pop(0) if cuts else len(body))
 
-    return Handler
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        send: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:send])
+
+    def log_message(self, *arguments: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -156,7 +155,10 @@ def fake(
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # of http_get, before it tries again
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what a cut may lose
     monkeypatch.setattr(hub, "_PAUSES_SECONDS", (0.0, 0.0))
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake)) for _ in range(2)]
+    servers = [
+        ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"fake": fake}))
+        for _ in range(2)
+    ]
     fake.endpoint, fake.storage = (f"http://127.0.0.1:{s.server_port}" for s in servers)
     threads = [
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)

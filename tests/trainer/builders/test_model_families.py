@@ -42,7 +42,7 @@ from siftclip.trainer.models.compilation import compile_towers
 from siftclip.trainer.models.sharding import sharded_blocks
 from siftclip.trainer.models.towers import LockConfig, enable_grad_checkpointing, lock_towers
 from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
-from siftclip.trainer.online.scoring import ScoringConfig
+from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
 from siftclip.trainer.optim.layer_decay import layer_scales
 from siftclip.trainer.optim.optimizer import make_optimizer
@@ -192,6 +192,15 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         vision |= {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
     if vision.get("attentional_pool"):
         vision |= {"attn_pooler_heads": 2, "attn_pooler_queries": 4}
+    make_text_small(text)
+    if "multimodal_cfg" in config:
+        config["multimodal_cfg"] |= {"width": 32, "heads": 2, "layers": 2}
+    for part in (vision, text):
+        part.pop("mlp_ratio", None)  # a number of a size alone
+    return config
+
+
+def make_text_small(text: dict[str, Any]) -> None:
     for key in ("hf_model_name", "hf_tokenizer_name"):
         if key in text:
             kind = next(kind for name, kind in KINDS.items() if text[key].startswith(name))
@@ -200,11 +209,6 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         text |= {"width": 32, "heads": 2, "layers": 2}
         if "hf_tokenizer_name" in text:
             text["vocab_size"] = len(ROBERTA) + len(WORDS)
-    if "multimodal_cfg" in config:
-        config["multimodal_cfg"] |= {"width": 32, "heads": 2, "layers": 2}
-    for part in (vision, text):
-        part.pop("mlp_ratio", None)  # a number of a size alone
-    return config
 
 
 def families() -> dict[str, str]:

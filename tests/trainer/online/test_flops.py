@@ -14,7 +14,7 @@ from torch import nn
 
 from siftclip.errors import InputError
 from siftclip.trainer.online.flops import forward_flops, training_flops
-from siftclip.trainer.online.scoring import ScoringConfig
+from siftclip.trainer.online.scoring_config import ScoringConfig
 
 DIM, TOKENS, TEXT_WIDTH = 16, 12, 24
 TEXT = {"context_length": TOKENS, "vocab_size": 64, "width": TEXT_WIDTH, "heads": 2, "layers": 3}

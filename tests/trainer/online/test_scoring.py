@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from siftclip.errors import InputError
 from siftclip.trainer.online.scoring import (
-    ScoringConfig,
     check_scoring,
     resized_positions,
     scoring_features,
     scoring_is_forward,
 )
+from siftclip.trainer.online.scoring_config import ScoringConfig
 
 SAMPLES = 6
 TEXT = {"context_length": 12, "vocab_size": 64, "width": 24, "heads": 2, "layers": 2}

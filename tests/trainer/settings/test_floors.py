@@ -21,7 +21,7 @@ from siftclip.trainer.builders.objective import LOSSES
 from siftclip.trainer.losses.siglip import SigLipLoss
 from siftclip.trainer.models.towers import LockConfig
 from siftclip.trainer.online.schedule import Schedule
-from siftclip.trainer.online.scoring import ScoringConfig
+from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.settings import evaluation
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.fields import section

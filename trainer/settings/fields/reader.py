@@ -33,7 +33,7 @@ def read(kind: type[S], values: Mapping[str, Any], place: str = "") -> S:
         InputError: values are wrong, missing or unknown; all of them are told.
     """
     reader = Reader()
-    section = reader.read(kind, values, place)
+    section: S = reader.read(kind, values, place)
     reader.raise_if_faulty()
     return section
 
