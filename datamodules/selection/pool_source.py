@@ -40,11 +40,11 @@ from siftclip.selectors.core.base import Choice, ScoreSelector, Selector
 from siftclip.selectors.core.description import describe, nested
 from siftclip.selectors.core.source import (
     Bar,
+    Cache,
     Chunk,
     ExternalColumn,
     FeatureFile,
     ListColumn,
-    Memo,
     Part,
     Requirements,
     Source,
@@ -65,7 +65,7 @@ def summarise(scores: np.ndarray) -> dict[str, float]:
 
 
 @dataclass(slots=True)
-class FolderMemo:
+class FolderCache:
     """Keeps each answer in an npz of its own, written atomically, and knows what it has given."""
 
     folder: Path
@@ -129,7 +129,7 @@ class PoolSource(Source):
         self.max_bad_fraction = max_bad_fraction
         self.progress = progress
         self.reuse = reuse
-        self._memos: dict[str, FolderMemo] = {}
+        self._caches: dict[str, FolderCache] = {}
         self._stores: dict[Path | None, FeatureStore] = {}
         self._checked: dict[tuple[str, ...], FeatureStore] = {}
         self._features: dict[Path, RowFeatures] = {}
@@ -220,17 +220,17 @@ class PoolSource(Source):
             self._require_same(file)
             yield values.to(self.device)
 
-    def memo(self, selector: object) -> Memo:
+    def cache(self, selector: object) -> Cache:
         identity = self.identity(selector)
         name = identity_hash(identity)
-        if name not in self._memos:
+        if name not in self._caches:
             folder = self.scores_root / name
             if self.ranks.rank == 0:
                 self._open_folder(folder, identity)
             if not self.reuse:
                 self.ranks.barrier()  # before any rank writes to it
-            self._memos[name] = FolderMemo(folder)
-        return self._memos[name]
+            self._caches[name] = FolderCache(folder)
+        return self._caches[name]
 
     def _open_folder(self, folder: Path, identity: dict[str, Any]) -> None:
         """Say what stands for the answers in a folder, and empty it if they shall not be reused."""
@@ -248,13 +248,13 @@ class PoolSource(Source):
 
         Once for what was reused since the last call, on the first rank, of its own share.
         """
-        for memo in self._memos.values():
-            if memo.reused and self.ranks.rank == 0:
-                oldest = min(memo.reused.values(), key=lambda path: path.stat().st_mtime)
-                parts = "1 part" if len(memo.reused) == 1 else f"{len(memo.reused)} parts"
+        for cache in self._caches.values():
+            if cache.reused and self.ranks.rank == 0:
+                oldest = min(cache.reused.values(), key=lambda path: path.stat().st_mtime)
+                parts = "1 part" if len(cache.reused) == 1 else f"{len(cache.reused)} parts"
                 say_reused(f"the scores or statistics of {parts}", oldest)
-            memo.written.update(memo.reused)
-            memo.reused.clear()
+            cache.written.update(cache.reused)
+            cache.reused.clear()
 
     def report(self, selector: object, choice: Choice, samples: int, seconds: float) -> None:
         """See `Source`: a line in `reports`, which selections carry in their manifest."""
@@ -310,7 +310,7 @@ class PoolSource(Source):
         if isinstance(selector, tuple):
             selector, rows = selector
         if not isinstance(selector, Selector):
-            raise TypeError(f"a memo belongs to a Selector. Got {type(selector).__name__}.")
+            raise TypeError(f"a cache belongs to a Selector. Got {type(selector).__name__}.")
         ruled = isinstance(selector, ScoreSelector) and not with_rule
         needs = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
         named = [column for need in needs for column in (need.column, need.lists)]

@@ -379,7 +379,7 @@ class ScoreSelector(Selector):
 
         The tasks are shared among the ranks; what was kept of an earlier call is not done again.
         """
-        memo = source.memo(self)
+        cache = source.cache(self)
         fitted = False
         total = np.zeros(len(source), dtype=np.float64 if self.passes > 1 else np.float32)
         for number in range(self.passes):
@@ -387,7 +387,7 @@ class ScoreSelector(Selector):
             values = np.zeros(len(source), dtype=np.float32)
             todo = []
             for task in source.mine(tasks):
-                kept = memo.get(task.name)
+                kept = cache.get(task.name)
                 if kept is None:
                     todo.append(task)
                 else:
@@ -402,7 +402,7 @@ class ScoreSelector(Selector):
             with source.bar(sum(len(task.rows) for task in todo), label) as bar:
                 for task in todo:
                     found = self.score_task(source, task).float().cpu().numpy()
-                    memo.put(task.name, values=found)
+                    cache.put(task.name, values=found)
                     values[source.index_of(task.rows)] = found
                     bar.update(len(task.rows))
             np.add(total, _of_all_ranks(source, tasks, values), out=total)

@@ -17,7 +17,7 @@ from siftclip.hashing import uniform_score
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.base import Chunk, Requirements, Source
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import DictMemo, Memo
+from siftclip.selectors.core.source import Cache, DictCache
 from siftclip.selectors.kernels.blocks import joined, require_same_width
 from siftclip.selectors.kernels.most_similar import most_similar
 
@@ -56,7 +56,7 @@ def fit_kmeans(
     iterations: int = 20,
     sample: int | None = None,
     spherical: bool = True,
-    memo: Memo | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Cluster the samples by Lloyd's algorithm; the centroids, float32 [k, d].
 
@@ -75,11 +75,11 @@ def fit_kmeans(
             cluster, DataComp all at its scale small.
         spherical: centroids are the means scaled to unit norm, and a vector belongs to the one with
             the largest inner product; else they are plain means and the nearest one is meant.
-        memo: keeps the last iteration for these very arguments, at which a killed run continues.
+        cache: keeps the last iteration for these very arguments, at which a killed run continues.
     """
-    memo, requires = memo or DictMemo(), Requirements(features=(key,))
+    cache, requires = cache or DictCache(), Requirements(features=(key,))
     # One rank looks and tells the others, so that all begin at the same iteration.
-    kept = memo.get("centroids") if source.ranks.rank == 0 else None
+    kept = cache.get("centroids") if source.ranks.rank == 0 else None
     shape = (0, 0, 0) if kept is None else (int(kept["iterations"]), *kept["centroids"].shape)
     begin, rows, dim = source.ranks.sum(torch.tensor(shape)).tolist()
     if begin:
@@ -108,7 +108,7 @@ def fit_kmeans(
             centroids = new
             if source.ranks.rank == 0:
                 last = iterations if done else iteration + 1
-                memo.put("centroids", centroids=centroids.cpu().numpy(), iterations=np.array(last))
+                cache.put("centroids", centroids=centroids.cpu().numpy(), iterations=np.array(last))
             if done:
                 break
     return centroids

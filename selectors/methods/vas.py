@@ -121,7 +121,7 @@ class Vas(ScoreSelector):
             pool = source.whole
             return pool_moment("Vas", pool, rows_of(pool, self.requires), self.requires)
 
-        sums, count = kept_moment(source, source.memo(self), "covariance", moment)
+        sums, count = kept_moment(source, source.cache(self), "covariance", moment)
         if count == 0 and self._files:
             names = " and ".join(file.path for file in self._files)
             raise InputError(f"Vas: {names} has no rows that are finite and not 0.")

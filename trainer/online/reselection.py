@@ -40,10 +40,10 @@ from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.core.base import Selector, product_of_weights, run
 from siftclip.selectors.core.rules import keep_top
 from siftclip.selectors.core.source import (
+    Cache,
     Chunk,
-    DictMemo,
+    DictCache,
     Logits,
-    Memo,
     Part,
     Requirements,
     RestrictedSource,
@@ -156,8 +156,8 @@ class TrainingSource(PoolSource):
     def logits(self, features: str) -> Logits:
         return self._logits[features] if features in self._logits else super().logits(features)
 
-    def memo(self, selector: object) -> Memo:
-        return DictMemo()  # the learner's features change
+    def cache(self, selector: object) -> Cache:
+        return DictCache()  # the learner's features change
 
     def _split(self, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The learner's arrays among `keys`, and what the pool calls the others."""
@@ -172,8 +172,8 @@ class Candidates(RestrictedSource):
     def whole(self) -> Source:
         return self
 
-    def memo(self, selector: object) -> Memo:
-        return self.source.memo(selector)
+    def cache(self, selector: object) -> Cache:
+        return self.source.cache(selector)
 
     def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
         self.source.report(selector, choice, samples, seconds)

@@ -14,7 +14,7 @@ from siftclip.hashing import mix64
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source, WorkUnit
 from siftclip.selectors.core.noise import noise, noise_state
-from siftclip.selectors.core.source import Memo
+from siftclip.selectors.core.source import Cache
 from siftclip.selectors.methods.captions.datacomp_filters import captions_of
 from siftclip.selectors.methods.captions.languages import read_list
 
@@ -161,12 +161,12 @@ class MetaClip(Selector):
         """Match, count over all ranks, and draw."""
         text, digest = read_list(self.entries, owner=self, parameter="entries")
         entries = parse_entries(self.entries, text)
-        memo = source.memo(self)
+        cache = source.cache(self)
         mine = source.mine(source.tasks(self.requires, label=f"{digest}-"))
-        self._match(source, memo, mine, entries)
+        self._match(source, cache, mine, entries)
         counts = np.zeros(len(entries), dtype=np.int64)
         for task in mine:
-            counts += np.bincount(_matches(memo, task)[0], minlength=len(entries))
+            counts += np.bincount(_matches(cache, task)[0], minlength=len(entries))
         counts = sum_arrays(source.ranks, counts)
         scaled = max(1, round(len(source) / _SAMPLES_PER_T))
         t = self.t if isinstance(self.t, int) else scaled
@@ -179,7 +179,7 @@ class MetaClip(Selector):
         states = entry_state(entries)
         kept = np.zeros(len(source), dtype=np.int64)
         for task in mine:
-            numbers, lengths = _matches(memo, task)
+            numbers, lengths = _matches(cache, task)
             at = source.index_of(task.rows)
             kept[at] = draw_balanced(
                 source.uids[at], numbers, lengths, probabilities, states, seed=self.seed
@@ -187,10 +187,10 @@ class MetaClip(Selector):
         return Choice(multiplicities=sum_arrays(source.ranks, kept))
 
     def _match(
-        self, source: Source, memo: Memo, tasks: Sequence[WorkUnit], entries: Sequence[str]
+        self, source: Source, cache: Cache, tasks: Sequence[WorkUnit], entries: Sequence[str]
     ) -> None:
         """Keep the matches of the tasks that have none yet."""
-        todo = [task for task in tasks if memo.get(task.name) is None]
+        todo = [task for task in tasks if cache.get(task.name) is None]
         if not todo:
             return
         matcher = Matcher(entries)
@@ -201,12 +201,12 @@ class MetaClip(Selector):
                     for chunk in source.chunks(task.rows, self.requires)
                 ]
                 numbers, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-                memo.put(task.name, numbers=numbers, lengths=lengths)
+                cache.put(task.name, numbers=numbers, lengths=lengths)
                 bar.update(len(task.rows))
 
 
-def _matches(memo: Memo, task: WorkUnit) -> tuple[np.ndarray, np.ndarray]:
-    kept = memo.get(task.name)
+def _matches(cache: Cache, task: WorkUnit) -> tuple[np.ndarray, np.ndarray]:
+    kept = cache.get(task.name)
     if kept is None:
         raise RuntimeError(f"the matches of {task.name} were put, and are gone")
     return kept["numbers"], kept["lengths"]

@@ -150,7 +150,7 @@ class NegCLIPLoss(ScoreSelector):
         assert isinstance(rule, (TopFraction, Threshold))
         screening = Screening(
             source,
-            source.memo(self),
+            source.cache(self),
             self.requires,
             rule=rule,
             temperature=self.temperature,
