@@ -32,6 +32,7 @@ from siftclip.datamodules.pool.reader import (
     decode_caption,
 )
 from siftclip.datamodules.selection.columns import column_stamp, read_pool_column, read_pool_lists
+from siftclip.datamodules.selection.selection import UNSCORED_KEY
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, has_changed
 from siftclip.files import identity_hash, read_npz_all, write_json, write_npz
@@ -268,7 +269,7 @@ class PoolSource(Source):
         }
         if isinstance(selector, ScoreSelector) and choice.scores is not None:
             # of a composition, NaN also stands for what an earlier stage has dropped
-            record["unjudged_samples"] = int(np.isnan(choice.scores).sum())
+            record[UNSCORED_KEY] = int(np.isnan(choice.scores).sum())
             record["never_samples"] = int(np.isneginf(choice.scores).sum())
         if choice.scores is not None:
             record["score_quantiles"] = summarise(choice.scores)

@@ -23,6 +23,8 @@ SUBSET_NAME = "selection.npy"
 WEIGHTS_NAME = "weights.npy"
 WEIGHTS_COLUMN = "weight"
 MANIFEST_NAME = "selection.json"
+# In manifests, the number of samples without a score: older ones have it under this name.
+UNSCORED_KEY = "unjudged_samples"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

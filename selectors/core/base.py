@@ -137,10 +137,10 @@ def run(selector: Selector, source: Source) -> Choice:
 
 def score_faults(scores: np.ndarray) -> list[str]:
     """How many of the scores, float [n], exclude their samples from every selection, in words."""
-    unjudged, never = int(np.isnan(scores).sum()), int(np.isneginf(scores).sum())
+    unscored, never = int(np.isnan(scores).sum()), int(np.isneginf(scores).sum())
     found = []
-    if unjudged:
-        found.append(f"{unjudged} of {len(scores)} samples have no score and cannot be selected")
+    if unscored:
+        found.append(f"{unscored} of {len(scores)} samples have no score and cannot be selected")
     if never:
         found.append(f"{never} of {len(scores)} samples have the score -inf and are never kept")
     return found
@@ -338,7 +338,7 @@ class ScoreSelector(Selector):
         """Gather what scoring needs from one or more passes over the input. Default: nothing."""
 
     def score(self, chunk: Chunk) -> Tensor:
-        """The scores of a chunk, float32 [n], higher is better; NaN means "cannot be judged".
+        """The scores of a chunk, float32 [n], higher is better; NaN means "no score".
 
         -inf means "never": no rule keeps it, even where it would need it to reach its fraction.
         +inf is the best. A statistic of scores leaves all three out.
@@ -375,7 +375,7 @@ class ScoreSelector(Selector):
 
     @torch.no_grad()
     def scores(self, source: Source) -> np.ndarray:
-        """Fit, and score all samples of `source`: float32 [n], NaN for what cannot be judged.
+        """Fit, and score all samples of `source`: float32 [n], NaN for what has no score.
 
         The tasks are shared among the ranks; what was kept of an earlier call is not done again.
         """

@@ -68,7 +68,7 @@ class Chunk:
         return len(self.rows)
 
     def usable(self) -> Tensor:
-        """Which samples can be judged by their features: bool [n], on the features' device.
+        """Which samples can be scored by their features: bool [n], on the features' device.
 
         A vector that is zero, or has a component that is not finite, says nothing about its sample.
         """

@@ -74,7 +74,7 @@ class SemDeDup(ScoreSelector):
             fraction: ... the int(n * fraction) samples with the smallest ones.
             keep: of a group of duplicates, keep the one farthest from its centroid ("hard", the
                 paper's choice), the nearest ("easy"), a "random" one, or the "best" by `prefer`.
-            prefer: with keep="best", such as `ClipScore`; what it cannot judge comes last. Its own
+            prefer: with keep="best", such as `ClipScore`; what has no score comes last. Its own
                 rule plays no part.
             seed: with keep="random".
             of: what n counts: the "pool", or what earlier stages have "left".

@@ -54,11 +54,11 @@ def offline_overlap(offline: np.ndarray, kept: np.ndarray) -> float | None:
         In [0, 1]; None where nothing was chosen or no sample has a score.
     """
     chosen = int(kept.sum())
-    judged = ~np.isnan(offline)
-    if not chosen or not judged.any():
+    scored = ~np.isnan(offline)
+    if not chosen or not scored.any():
         return None
     places = np.full(len(offline), -1, dtype=np.int64)  # -1: below all that have a score
-    places[judged] = np.unique(offline[judged], return_inverse=True)[1].reshape(-1)
+    places[scored] = np.unique(offline[scored], return_inverse=True)[1].reshape(-1)
     edge = np.partition(places, -chosen)[-chosen]
     above, at_edge = places > edge, places == edge
     odds = (chosen - above.sum()) / at_edge.sum()

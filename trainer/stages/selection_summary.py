@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from siftclip.datamodules.selection.selection import SUBSET_NAME, WEIGHTS_NAME
+from siftclip.datamodules.selection.selection import SUBSET_NAME, UNSCORED_KEY, WEIGHTS_NAME
 from siftclip.selectors.core.rules import TopCount
 from siftclip.selectors.methods.clip_score import ClipScore
 from siftclip.trainer.builders.selection import SelectOutcome
@@ -47,11 +47,7 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
         lines.append(
             f"member     {member['selector']}: {member['kept_distinct']} of {member['samples']}, "
             f"{member['seconds']:.1f} s"
-            + (
-                f", {unjudged} without a score"
-                if (unjudged := member.get("unjudged_samples"))
-                else ""
-            )
+            + (f", {unscored} without a score" if (unscored := member.get(UNSCORED_KEY)) else "")
         )
     lines.append(
         f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "
@@ -63,8 +59,8 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
             f"weights    {weights['min']:g} to {weights['max']:g}, mean {weights['mean']:g}, in "
             f"{WEIGHTS_NAME}; {SUBSET_NAME} lacks them"
         )
-    if manifest["unjudged_samples"]:
-        lines.append(f"no score   {manifest['unjudged_samples']} samples")
+    if manifest[UNSCORED_KEY]:
+        lines.append(f"no score   {manifest[UNSCORED_KEY]} samples")
     if manifest.get("never_samples"):
         lines.append(f"never      {manifest['never_samples']} samples with the score -inf")
     if overlap is not None:

@@ -43,12 +43,12 @@ def undecided(
     lower, upper = scores - errors, scores + errors
     if threshold is not None:
         return (lower <= threshold) & (upper >= threshold), threshold
-    judged = ~np.isnan(scores)
-    position = int(judged.sum()) - (count or 0)
+    scored = ~np.isnan(scores)
+    position = int(scored.sum()) - (count or 0)
     if count == 0 or position <= 0:  # nothing or everything is kept
         return np.zeros(len(scores), dtype=bool), np.nan
     lowest, cut, highest = (
-        np.partition(values[judged], position)[position] for values in (lower, scores, upper)
+        np.partition(values[scored], position)[position] for values in (lower, scores, upper)
     )
     return (upper >= lowest) & (lower <= highest), float(cut)  # False for NaN
 

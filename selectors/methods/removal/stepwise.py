@@ -68,7 +68,7 @@ class StepwiseRemoval(Selector):
 
         Returns:
             A choice whose scores are the step, from 0, at which a sample was removed, the number
-            of steps for what is kept, and NaN for what cannot be judged.
+            of steps for what is kept, and NaN for what has no score.
         """
         cache = source.cache(self)
         samples = Samples(type(self).__name__, source, self.requires)

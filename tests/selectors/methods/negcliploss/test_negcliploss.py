@@ -333,21 +333,21 @@ def test_decided_samples_are_decided(data: st.DataObject, count: int) -> None:
     errors = np.array([data.draw(st.integers(0, 4)) for _ in true], dtype=np.float64)
     scores = true + np.array([data.draw(st.integers(-int(e), int(e))) for e in errors])
     scores[data.draw(st.integers(0, len(true) - 1))] = np.nan
-    judged = ~np.isnan(scores)
+    scored = ~np.isnan(scores)
     is_open, cut = undecided(scores, errors, count=count)
     if is_open.any():
-        assert cut == np.sort(scores[judged])[-count]
-    assert not is_open[~judged].any()
-    values = np.where(judged, true, -np.inf)
-    mixed = np.where(is_open | ~judged, values, scores)
-    count = min(count, int(judged.sum()))
-    if not is_open.any() and 0 < count < judged.sum():
-        assert np.sort(scores[judged])[-count] > np.sort(scores[judged])[-count - 1]
+        assert cut == np.sort(scores[scored])[-count]
+    assert not is_open[~scored].any()
+    values = np.where(scored, true, -np.inf)
+    mixed = np.where(is_open | ~scored, values, scores)
+    count = min(count, int(scored.sum()))
+    if not is_open.any() and 0 < count < scored.sum():
+        assert np.sort(scores[scored])[-count] > np.sort(scores[scored])[-count - 1]
     kept = np.argsort(-mixed, kind="stable")[:count]
     assert np.array_equal(np.sort(values[kept]), np.sort(values)[len(values) - count :])
     threshold = float(data.draw(grid))
     is_open, _ = undecided(scores, errors, threshold=threshold)
-    decided = judged & ~is_open
+    decided = scored & ~is_open
     assert np.array_equal((scores >= threshold)[decided], (true >= threshold)[decided])
 
 
