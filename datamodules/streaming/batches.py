@@ -28,12 +28,12 @@ from siftclip.datamodules.pool.reader import (
 )
 from siftclip.datamodules.streaming.order import DrawnRequests, Substitutes, derive_seeds
 from siftclip.errors import InputError
+from siftclip.purposes import GeneratorPurpose
 
 if TYPE_CHECKING:
     from siftclip.datamodules.streaming.image_transform import ImageTransform, ResizeBackend
 
 SUBSTITUTE_ATTEMPTS = 20
-_PURPOSE_AUGMENT = 3
 
 Request = tuple[int, int]  # (position in the order, row of the pool)
 Fault = tuple[str, str]  # (cause, place)
@@ -141,7 +141,7 @@ class SampleDataset(Dataset[Batch]):
     def _load(self, requests: Sequence[Request]) -> Batch:
         positions, rows = np.asarray(requests, dtype=np.int64).T
         replacing: Substitutes | None = None  # of a bad sample, made when there is one
-        seeds = derive_seeds(positions, self.seed, _PURPOSE_AUGMENT).tolist()
+        seeds = derive_seeds(positions, self.seed, GeneratorPurpose.AUGMENT).tolist()
         images: Tensor | None = None
         valid = torch.zeros(len(rows), dtype=torch.bool)
         captions = [""] * len(rows)

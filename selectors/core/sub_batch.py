@@ -17,10 +17,9 @@ import numpy as np
 
 from siftclip.errors import InputError
 from siftclip.hashing import uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.selectors.core.noise import bounded_logits, gumbel, noise_state
 from siftclip.selectors.core.rules import can_be_kept, keep_top
-
-_PURPOSE_UNIFORM = 0x756E69666F726D  # keeps these numbers apart from other uses of the seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +121,7 @@ def add_uniform(
         seed: of the sub-batch.
         scores: float [n]; what has NaN or -inf there comes last here, too.
     """
-    draws = uniform_score(uids, seed ^ _PURPOSE_UNIFORM).astype(np.float64)
+    draws = uniform_score(uids, seed ^ HashPurpose.UNIFORM_PART).astype(np.float64)
     if scores is not None:
         draws = np.where(
             can_be_kept(scores), draws, np.where(np.isnan(scores), -1.0, -2.0) + draws / 2

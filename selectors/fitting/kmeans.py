@@ -14,6 +14,7 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.hashing import uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.base import Chunk, Requirements, Source
 from siftclip.selectors.core.rules import keep_top
@@ -23,7 +24,6 @@ from siftclip.selectors.kernels.most_similar import most_similar
 
 UNIT = 2.0**-24  # of the sums; float16 numbers are multiples of it, so that their sums are exact
 LARGEST = 1024.0  # component of a vector; 2**29 samples cannot overflow the sums
-_PURPOSE = 0x6B6D65616E73  # keeps the choice of samples apart from other uses of the same seed
 
 
 def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def _hashed_rows(source: Source, requires: Requirements, seed: int, count: int) 
     parts = source.parts(requires)
     rows = np.sort(np.concatenate([part.rows for part in parts] or [np.empty(0, np.int64)]))
     uids = source.uids[source.index_of(rows)]
-    return rows[keep_top(-uniform_score(uids, seed ^ _PURPOSE), uids, count) > 0]
+    return rows[keep_top(-uniform_score(uids, seed ^ HashPurpose.KMEANS), uids, count) > 0]
 
 
 def _first_centroids(
@@ -201,7 +201,9 @@ def _first_centroids(
     while True:
         rows = _hashed_rows(source, requires, seed, count)
         uids = source.uids[source.index_of(rows)]
-        rows = rows[np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, seed ^ _PURPOSE)))]
+        rows = rows[
+            np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, seed ^ HashPurpose.KMEANS)))
+        ]
         found = [
             chunk.features[key][chunk.usable()].float() for chunk in source.chunks(rows, requires)
         ]

@@ -32,6 +32,7 @@ from siftclip.datamodules.streaming.batches import Request, SampleDataset
 from siftclip.datamodules.streaming.image_transform import ImageTransform
 from siftclip.datamodules.streaming.loader import StreamLoader
 from siftclip.datamodules.streaming.order import SampleOrder, derive_generator
+from siftclip.purposes import GeneratorPurpose
 
 KEEP_FRACTIONS = (1.0, 0.5, 0.3, 0.1)
 COPY_BYTES = 256 << 20  # written at most to find out what writing costs
@@ -39,7 +40,6 @@ COPY_BYTES = 256 << 20  # written at most to find out what writing costs
 NOTICEABLE_FRACTION = 0.01
 ROUNDS = 4  # of each reading, because a single one says little
 SEQUENTIAL_SAMPLES = 1024  # read as one batch where the order is that of the tars
-_PURPOSE_BENCH = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,7 +313,7 @@ def compare_reading(
     pool = reader.pool
     orders, counts = [], []
     for number, fraction in enumerate(keep_fractions):
-        generator = derive_generator(seed, number, _PURPOSE_BENCH)
+        generator = derive_generator(seed, number, GeneratorPurpose.BENCH)
         kept = generator.choice(len(pool), max(1, round(fraction * len(pool))), replace=False)
         counts.append(-(-min(samples, len(kept)) // ROUNDS))
         orders.append(
@@ -334,7 +334,7 @@ def compare_reading(
             steps = -(-count // order.global_batch)
             numbers = range(turn * steps, (turn + 1) * steps)
             shuffled = np.concatenate([order.batch(step)[1] for step in numbers])[:count]
-            generator = derive_generator(seed, number, turn, _PURPOSE_BENCH)
+            generator = derive_generator(seed, number, turn, GeneratorPurpose.BENCH)
             first = int(generator.integers(len(pool) - count + 1))
             in_a_row = np.arange(first, first + count, dtype=np.int64)
             readings = [

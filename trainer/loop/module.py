@@ -19,6 +19,7 @@ from siftclip.datamodules.streaming.batches import StepBatch
 from siftclip.datamodules.streaming.datamodule import StreamDataModule
 from siftclip.datamodules.streaming.order import derive_generator
 from siftclip.errors import InputError, require_finite, require_int
+from siftclip.purposes import GeneratorPurpose
 from siftclip.ranks import OneRank, ProcessGroup
 from siftclip.trainer.loop.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.models.sharding import is_sharded, shard_model, unsynced_shards
@@ -46,7 +47,6 @@ log = logging.getLogger(__name__)
 
 # Judged together, as FIRST_SAMPLES of the loader: fp16 skips some steps while its scale settles.
 FIRST_STEPS = 2000
-_PURPOSE_STEP = 4
 
 
 class ClipTraining(LightningModule):
@@ -173,7 +173,9 @@ class ClipTraining(LightningModule):
         self.agreement.note(self.global_step, read=batch.digest, trained=chosen.digest)
         before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
-        generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
+        generator = derive_generator(
+            self.seed, self.global_step, self.global_rank, GeneratorPurpose.STEP
+        )
         terms = compute_gradients(
             self.model,
             self.objective,

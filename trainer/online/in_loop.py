@@ -14,6 +14,7 @@ from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.streaming.batches import Batch, pick
 from siftclip.datamodules.streaming.order import derive_seeds, rank_slice, rows_digest
 from siftclip.datamodules.streaming.step_plan import StepPlan, part_sizes
+from siftclip.purposes import GeneratorPurpose
 from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.core.base import Choice, Selector, SubBatch, draw
 from siftclip.selectors.core.source import Logits, Source
@@ -23,9 +24,6 @@ from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_models import LiveFeatures, Pair, carried
 from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
 from siftclip.trainer.options.objects import BuiltObjects
-
-_PURPOSE_SCORING = 6
-
 
 # Scores float32 [n] or None, kept int64 [n], rows of the pool int64 [n]: of a super-batch.
 Described = tuple[np.ndarray | None, np.ndarray, np.ndarray]
@@ -156,7 +154,7 @@ class InLoopSelection:
         """Of dropout, by the place of a part in the super-batch, which the ranks do not change."""
         sizes = [len(part.rows) for part in parts]
         places = rank * sum(sizes) + np.cumsum([0, *sizes[:-1]])
-        seeds = derive_seeds(places, self.draw.seed, step, _PURPOSE_SCORING)
+        seeds = derive_seeds(places, self.draw.seed, step, GeneratorPurpose.SCORING)
         found: list[int] = (seeds >> np.uint64(1)).astype(np.int64).tolist()
         return found
 

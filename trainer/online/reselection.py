@@ -36,6 +36,7 @@ from siftclip.datamodules.streaming.order import rows_digest
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.errors import InputError
 from siftclip.hashing import mix64, seed_state, uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.core.base import Selector, product_of_weights, run
 from siftclip.selectors.core.rules import keep_top
@@ -53,8 +54,6 @@ from siftclip.trainer.options.objects import BuiltObjects
 from siftclip.trainer.runtime.rank_agreement import require_same
 
 log = logging.getLogger(__name__)
-
-_PURPOSE_SAMPLE, _PURPOSE_VERSION = 0x73616D706C65, 0x76657273
 
 
 class Embed(Protocol):
@@ -103,7 +102,7 @@ class TrainingSource(PoolSource):
             device=source.device,
             progress=source.progress,
         )
-        state = seed_state(version ^ _PURPOSE_VERSION)
+        state = seed_state(version ^ HashPurpose.VERSION)
         self.uids = mix64(source.uids ^ state)
         self._live = (
             None
@@ -269,7 +268,7 @@ class Reselection:
         if self.pool_fraction == 1:
             return rows
         uids = self.source.uids[rows]
-        draws = uniform_score(uids, self.seed ^ _PURPOSE_SAMPLE ^ (version << 32))
+        draws = uniform_score(uids, self.seed ^ HashPurpose.CANDIDATES ^ (version << 32))
         return rows[keep_top(draws, uids, self.candidates) > 0]
 
     def _make(self, number: int, start: int) -> SelectionVersion:
