@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.pool.pool import Pool
@@ -71,28 +69,6 @@ class LoaderRate:
     @property
     def samples_per_second(self) -> float:
         return self.samples / self.seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaitTimes:
-    """Training steps: how long they took, and how much of it was waiting for the loader."""
-
-    samples: int
-    waiting_seconds: float
-    total_seconds: float
-
-    @property
-    def wait_fraction(self) -> float:
-        return self.waiting_seconds / self.total_seconds
-
-    @property
-    def model_seconds(self) -> float:
-        """Of a sample, without the waiting."""
-        return (self.total_seconds - self.waiting_seconds) / self.samples
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.total_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,46 +211,6 @@ def time_loader(
             samples += len(batch.rows)
         advance(len(batch.rows))
     return LoaderRate(samples=samples, seconds=time.perf_counter() - start)
-
-
-class WaitClock(Callback):
-    """Measures how much of a training run is waiting for batches.
-
-    The device is waited for after every step, so that work which is still under way there does not
-    count as waiting for the loader.
-    """
-
-    def __init__(self, *, skipped_steps: int) -> None:
-        """`skipped_steps` at the beginning are not counted: kernels are chosen, processes start."""
-        self._skipped_steps = skipped_steps
-        self._samples = self._steps = 0
-        self._waiting_seconds = self._start = self._step_end = 0.0
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._steps >= self._skipped_steps:
-            self._waiting_seconds += time.perf_counter() - self._step_end
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self._step_end = time.perf_counter()
-        self._steps += 1
-        if self._steps == self._skipped_steps:
-            self._start = self._step_end
-        elif self._steps > self._skipped_steps:
-            self._samples += sum(len(part.rows) for part in batch.micro_batches)
-
-    def times(self) -> WaitTimes:
-        """Of the steps so far."""
-        return WaitTimes(
-            samples=self._samples,
-            waiting_seconds=self._waiting_seconds,
-            total_seconds=self._step_end - self._start,
-        )
 
 
 def time_reading(reader: SampleReader, batches: Iterable[np.ndarray]) -> float:

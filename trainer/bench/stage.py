@@ -19,8 +19,6 @@ from siftclip.trainer.bench.measure import (
     LoaderRate,
     ReadCost,
     StageTimes,
-    WaitClock,
-    WaitTimes,
     available_memory_bytes,
     compare_reading,
     conclude,
@@ -38,6 +36,7 @@ from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.loop.progress import TrainingBar
 from siftclip.trainer.runtime.cores import share_cores
 from siftclip.trainer.runtime.lightning_setup import loader_options, make_trainer
+from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
 from siftclip.trainer.settings.budget import Budget, budget_from
 from siftclip.trainer.settings.commands import BenchCommand
 from siftclip.trainer.stages.train import run_parts
@@ -60,7 +59,7 @@ class BenchOutcome:
     run_passes: float  # of a training run with this configuration
     stages: StageTimes
     loader: LoaderRate
-    training: WaitTimes
+    training: StepTimes
     reading: list[ReadCost]
     copying: CopyCost
 
@@ -174,9 +173,9 @@ def _time_loading(
 
 def _time_training(
     parts: RunParts, module: ClipTraining, data: StreamDataModule, folder: Path
-) -> tuple[WaitTimes, str]:
+) -> tuple[StepTimes, str]:
     """The steps of a training run on one device, and the device."""
-    clock = WaitClock(skipped_steps=WARM_UP_STEPS)
+    clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=data.total_steps - WARM_UP_STEPS)
     progress = parts.common.progress
     trainer = make_trainer(
         replace(parts.trainer, devices=1, num_nodes=1, strategy="auto"),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
 from siftclip.datamodules.streaming.step_plan import StepPlan
+from siftclip.trainer.runtime.step_clock import StepTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +20,16 @@ class StepSeconds:
     data_wait: float
     scoring: float
     selection: float
+
+    @classmethod
+    def of(cls, times: StepTimes) -> StepSeconds:
+        """The means over steps that were timed."""
+        return cls(
+            total=times.total_seconds / times.steps,
+            data_wait=times.waiting_seconds / times.steps,
+            scoring=times.scoring_seconds / times.steps,
+            selection=times.selection_seconds / times.steps,
+        )
 
     @property
     def training(self) -> float:
@@ -54,43 +61,6 @@ class Profile:
     def saving_to_break_even(self, plan: StepPlan, versions: int = 0) -> float:
         """The share of the steps that selection must make superfluous to pay, in (-inf, 1)."""
         return 1 - self.plain.total * plan.steps / self.run_seconds(plan, versions)
-
-
-class StepClock(Callback):
-    """Times the steps of a short run after a few that warm up."""
-
-    def __init__(self, warm_up_steps: int) -> None:
-        self.warm_up_steps = warm_up_steps
-        self._parts = self._spent = np.zeros(3)
-        self._start = self._seconds = 0.0
-        self._steps = 0
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        if trainer.global_step == trainer.max_steps:
-            return  # its record closes the window that is read here
-        device = pl_module.device
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize(device)
-        meter: Any = pl_module.meter
-        parts = np.array([meter.data_seconds, meter.scoring_seconds, meter.selection_seconds])
-        if trainer.global_step == self.warm_up_steps:
-            self._start, self._parts = time.perf_counter(), parts
-        elif trainer.global_step > self.warm_up_steps:
-            self._seconds = time.perf_counter() - self._start
-            self._steps = trainer.global_step - self.warm_up_steps
-            self._spent = parts - self._parts
-
-    def result(self) -> StepSeconds:
-        """Means over the steps that were timed."""
-        data_wait, scoring, selection = (self._spent / self._steps).tolist()
-        return StepSeconds(
-            total=self._seconds / self._steps,
-            data_wait=data_wait,
-            scoring=scoring,
-            selection=selection,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

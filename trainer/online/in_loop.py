@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +23,7 @@ from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_models import LiveFeatures, Pair, carried
 from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
 from siftclip.trainer.options.objects import BuiltObjects
+from siftclip.trainer.runtime.step_clock import device_seconds
 
 # Scores float32 [n] or None, kept int64 [n], rows of the pool int64 [n]: of a super-batch.
 Described = tuple[np.ndarray | None, np.ndarray, np.ndarray]
@@ -97,7 +97,7 @@ class InLoopSelection:
         makes the same choice, in which each group of the super-batch has the same share.
         """
         device = parts[0].images.device
-        start = _now(device)
+        start = device_seconds(device)
         seeds = self._seeds(parts, step, rank)
         own = {
             f"{live.name}_{kind}": values
@@ -112,7 +112,7 @@ class InLoopSelection:
 
         features = {key: gathered(values) for key, values in own.items()}
         rows = gathered(torch.cat([part.rows for part in parts])).cpu().numpy()
-        scored = _now(device)
+        scored = device_seconds(device)
         ranks: Ranks = OneRank() if world_size == 1 else ProcessGroup(device)
         source = SuperBatchSource(
             rows,
@@ -137,7 +137,7 @@ class InLoopSelection:
                     for batch, index in zip(batches, indices, strict=True)
                 ]
         self.latest = (choice.scores, kept, rows)
-        selected = _now(device)
+        selected = device_seconds(device)
         reused = None
         if self.reuses_forward:
             at = mine.to(device)
@@ -190,10 +190,3 @@ def weighted(batch: Batch, weights: Tensor) -> Batch:
     """The batch with weights of its samples, float [b], times those that it has."""
     weights = weights.to(batch.rows.device)
     return replace(batch, weights=weights if batch.weights is None else batch.weights * weights)
-
-
-def _now(device: torch.device) -> float:
-    """A clock that is read when the device has done what it was given."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-    return time.perf_counter()

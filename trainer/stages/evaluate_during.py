@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -23,6 +22,7 @@ from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.models.sharding import whole_state
 from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.step_clock import device_seconds
 from siftclip.trainer.settings.commands import EvalSections
 from siftclip.trainer.stages.evaluation import eval_options, tasks_from
 
@@ -70,9 +70,7 @@ class EvaluateDuring(Callback):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, module: ClipTraining) -> None:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)  # what is queued belongs to training
-        start = time.perf_counter()
+        start = device_seconds(module.device)  # what is queued belongs to training
         ranks: Ranks = ProcessGroup(module.device) if trainer.world_size > 1 else OneRank()
         evaluation = evaluate_tasks(
             self._evaluated(module),

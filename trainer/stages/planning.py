@@ -23,12 +23,12 @@ from siftclip.trainer.online.cost import largest_within
 from siftclip.trainer.online.cost_profile import (
     Forecast,
     Profile,
-    StepClock,
     StepSeconds,
     mean_profile,
 )
 from siftclip.trainer.runtime.launch import require_launcher
 from siftclip.trainer.runtime.lightning_setup import make_trainer
+from siftclip.trainer.runtime.step_clock import StepClock
 from siftclip.trainer.settings.budget import MAX_STEPS, Budget, Limit, require_steps
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings
 
@@ -121,7 +121,7 @@ def profile_run(parts: RunParts) -> Profile:
     def measured(changed: RunParts, folder: Path) -> StepSeconds:
         own = replace(changed, clip=_new_model(changed), folder=folder)
         online = build_online(own, steps)
-        clock = StepClock(WARM_UP_STEPS)
+        clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=STEPS)
         trainer = make_trainer(
             own.trainer,
             progress=False,
@@ -134,7 +134,7 @@ def profile_run(parts: RunParts) -> Profile:
         )
         data = data_module_from(own, short, online)
         trainer.fit(training_module(own, short, online), datamodule=data)
-        return clock.result()
+        return StepSeconds.of(clock.times())
 
     quiet = replace(
         parts,
