@@ -13,6 +13,7 @@ from tqdm import tqdm
 from siftclip.datamodules.streaming.datamodule import OrderSampler, StreamDataModule
 from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
+from siftclip.tables import ruled_table
 from siftclip.trainer.bench.measure import (
     ROUNDS,
     CopyCost,
@@ -31,7 +32,6 @@ from siftclip.trainer.builders.assembly import data_module_from, training_module
 from siftclip.trainer.builders.objective import open_loss_data
 from siftclip.trainer.builders.online_setup import RunParts
 from siftclip.trainer.builders.selection import SelectOutcome, select_stage
-from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.loop.progress import TrainingBar
 from siftclip.trainer.runtime.cores import share_cores
@@ -212,7 +212,7 @@ def describe_bench(outcome: BenchOutcome) -> str:
             "What was read before may come from memory: the numbers are of this state of the "
             "page cache.",
             "",
-            as_text(
+            ruled_table(
                 [
                     ["one process", "us/sample", "share"],
                     *(
@@ -237,7 +237,7 @@ def describe_bench(outcome: BenchOutcome) -> str:
             f"copying    {1e6 * copying.sample_seconds:.1f} us/sample, "
             f"{copying.size_bytes / copying.seconds / 1e6:.0f} MB/s read and written",
             "",
-            as_text(
+            ruled_table(
                 [
                     ["kept", "streaming us/sample", "sequential us/sample", "a copy pays after"],
                     *(

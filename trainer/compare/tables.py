@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from siftclip.tables import printable
+from siftclip.tables import printable, ruled_table
 from siftclip.trainer.compare.collect import ArmComparison
 
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
@@ -147,18 +147,6 @@ def selection_rows(comparison: ArmComparison) -> list[list[str]]:
     return rows
 
 
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; pipes in cells are escaped."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -173,9 +161,9 @@ def missing_lines(comparison: ArmComparison) -> list[str]:
 
 def format_main_table(comparison: ArmComparison) -> str:
     """What the command prints: results, costs where arms differ in online selection, what lacks."""
-    parts = [as_text(main_rows(comparison, comparison.columns))]
+    parts = [ruled_table(main_rows(comparison, comparison.columns))]
     if (comparison.runs["online"] != "once").any():
-        parts.append(as_text(cost_rows(comparison)))
+        parts.append(ruled_table(cost_rows(comparison)))
     if comparison.missing:
         parts.append("\n".join([MISSING_NOTE, *missing_lines(comparison)]))
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from siftclip.datamodules.streaming.step_plan import StepPlan
+from siftclip.tables import ruled_table
 from siftclip.trainer.runtime.step_clock import StepTimes
 
 
@@ -100,12 +101,12 @@ class Forecast:
     def table(self) -> str:
         """For the terminal."""
         record = self.record()
-        lines = ["step        seconds   data wait  scoring  selection  training"]
-        for name, step in record["step_seconds"].items():
-            lines.append(
-                f"{name:<10}  {step['total']:7.4f}  {step['data_wait']:9.4f}  "
-                f"{step['scoring']:7.4f}  {step['selection']:9.4f}  {step['training']:8.4f}"
-            )
+        header = ["step", "seconds", "data wait", "scoring", "selection", "training"]
+        steps = [
+            [name, *(f"{seconds:.4f}" for seconds in step.values())]
+            for name, step in record["step_seconds"].items()
+        ]
+        lines = [ruled_table([header, *steps])]
         if self.versions:
             lines.append(
                 f"{self.versions} selections of {record['version_seconds']:.1f} s on the way"
