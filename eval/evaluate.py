@@ -64,7 +64,7 @@ class EvalOptions:
     batch_size: int = 256  # images, and texts, that a tower takes at once
     num_workers: int = 0  # processes that decode images
     precision: str = "fp32"  # of the towers; similarities always have full precision
-    max_image_pixels: int = 178_956_970  # larger pictures are errors; Pillow's own limit
+    max_image_pixels: int = 178_956_970  # larger images are errors; Pillow's own limit
     resamples: int = 1000  # for intervals; 0: none
     seed: int = 0  # of the resamples
     cache: Path | None = None  # a folder where features are kept for later runs

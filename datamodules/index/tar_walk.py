@@ -92,7 +92,7 @@ class TarSample(NamedTuple):
         """The pairs of suffixes, one of each kind, that more dots in the names hide in this key.
 
         `movie.1.jpg, movie.1.txt, movie.2.jpg, movie.2.txt` are the pairs `1` and `2` of the key
-        `movie`; a mask `0001.seg.png` beside a picture is none. A pair that is there twice counts
+        `movie`; a mask `0001.seg.png` beside an image is none. A pair that is there twice counts
         as two.
         """
         counts: dict[str, Counter[str]] = {}

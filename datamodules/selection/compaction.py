@@ -4,7 +4,7 @@ Training does not need one: it streams the selection from the original tars. Sam
 for byte with their headers. Only where the copy would lose who a sample is, it is written anew: its
 uid was derived from the names of tar and key, which change, or its key is taken in the new tar.
 
-What a tar holds follows from pool and selection alone, so a killed run goes on where it was.
+What a tar holds follows from pool and selection alone, so a killed run continues where it was.
 """
 
 from __future__ import annotations

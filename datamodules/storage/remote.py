@@ -63,7 +63,7 @@ CHECK_SECONDS = 60.0  # a tar's version is asked for so often, where answers do 
 class RemoteStorage:
     """Tars behind a URL; see `siftclip.datamodules.storage.local.Storage`.
 
-    The URL names a folder with the tars, there or in `shards/`, or with braces the tars themselves
+    The URL names a folder with the tars, in it or its `shards/`, or with braces the tars themselves
     (`http://host/pool/{00000..00127}.tar`), which servers without listings need.
     """
 
@@ -139,7 +139,7 @@ class RemoteStorage:
             ) from None
         if not found:
             raise ParameterError(
-                "must hold webdataset tars (*.tar), there or in shards/",
+                "must hold webdataset tars (*.tar), in this folder or its shards/",
                 parameter="root",
                 value=self.root,
                 way_out=f"It holds none. {hint}",

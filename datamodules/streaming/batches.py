@@ -52,7 +52,7 @@ class Batch:
     copies: bool = False  # the batch of all ranks may hold a sample twice; the same on all ranks
     faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
     retries: int = 0  # reads that had to be repeated
-    failure: str = ""  # why the run cannot go on; the rest means nothing then
+    failure: str = ""  # why the run cannot continue; the rest means nothing then
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""

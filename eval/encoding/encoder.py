@@ -177,8 +177,8 @@ class Encoder:
         prepared = prepared.to(device, non_blocking=True)
         images = torch.empty(prepared.shape, dtype=torch.float32, device=device)
         if device.type == "cpu":  # one by one they stay in the cache
-            for picture, out in zip(prepared, images, strict=True):
-                self._finisher.finish(picture, out)
+            for image, out in zip(prepared, images, strict=True):
+                self._finisher.finish(image, out)
         else:
             self._finisher.finish(prepared, images)
         return images

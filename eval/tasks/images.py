@@ -1,6 +1,6 @@
 """The images that tasks share: each is read, decoded and encoded once.
 
-Tasks share images more often than it seems: the same pictures with other labels, a test set as a
+Tasks share images more often than it seems: the same images with other labels, a test set as a
 task of its own and as that of a linear probe, candidates that occur in many associations.
 """
 
@@ -237,7 +237,7 @@ class ImageDataset(Dataset[ImageBatch]):
         Args:
             table: of the images.
             transform: the model's eval transform.
-            max_image_pixels: larger pictures are faults.
+            max_image_pixels: larger images are faults.
         """
         self.table = table
         self.transform = transform
@@ -248,14 +248,14 @@ class ImageDataset(Dataset[ImageBatch]):
         return self.__getitems__([row])
 
     def __getitems__(self, rows: list[int]) -> ImageBatch:
-        """A batch. A fault is told, not raised: other tasks go on."""
+        """A batch. A fault is told, not raised: other tasks continue."""
         prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
         for place, row in enumerate(rows):
             number, offset, size = self.table.places[row].tolist()
-            shard, data, picture = self.table.shards[number], b"", self._blank
+            shard, data, image = self.table.shards[number], b"", self._blank
             try:
                 data = _read(shard, self.table.identities[number], offset, size)
-                picture = self._prepare(data)
+                image = self._prepare(data)
             except InputError as error:
                 faults.append((row, str(error)))
             except OSError as error:
@@ -263,7 +263,7 @@ class ImageDataset(Dataset[ImageBatch]):
             except BadSampleError as error:
                 faults.append((row, f"{shard}: {self.table.names[row]}: {_fault(error)}"))
             ids[place] = content_id(data)
-            prepared.append(picture)
+            prepared.append(image)
         return ImageBatch(np.asarray(rows), torch.stack(prepared), ids, faults)
 
     def _prepare(self, data: bytes) -> Tensor:

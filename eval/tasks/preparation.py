@@ -78,7 +78,7 @@ class PreparedTasks:
 def prepare_tasks(
     tasks: Sequence[Task], *, max_samples: int | None = None, train_split: str = "train"
 ) -> PreparedTasks:
-    """Index the tars of tasks. What cannot be read becomes a failure; the others go on.
+    """Index the tars of tasks. What cannot be read becomes a failure; the others continue.
 
     Args:
         tasks: each name once. The tars of several protocols of one task are read once.

@@ -144,7 +144,7 @@ def time_stages(
                         raise raw
                     read_bytes += len(raw.image) + len(raw.caption)
                     caption = decode_caption(raw.caption)
-                    picture = images.decode(raw.image, reader.max_image_pixels)
+                    image = images.decode(raw.image, reader.max_image_pixels)
                 except ChangedTarError as error:
                     raise error.stop() from None
                 except BadSampleError as error:
@@ -153,7 +153,7 @@ def time_stages(
                     seconds["decode"] += mark - now
                     continue
                 decoded = clock()
-                prepared = images.prepare(picture)
+                prepared = images.prepare(image)
                 transformed = clock()
                 if batch is None:
                     batch = torch.empty(len(rows), *prepared.shape)

@@ -39,6 +39,7 @@ from siftclip.trainer.runtime.lightning_setup import loader_options, make_traine
 from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
 from siftclip.trainer.settings.budget import Budget, budget_from
 from siftclip.trainer.settings.commands import BenchCommand
+from siftclip.trainer.stages.selection_summary import counted
 from siftclip.trainer.stages.train import run_parts
 
 WARM_UP_STEPS = 2
@@ -135,7 +136,7 @@ def _bar(what: str, total: int | None, *, progress: bool) -> tqdm:
 def _time_loading(
     data: StreamDataModule, options: LoaderOptions, samples: int, *, progress: bool
 ) -> tuple[StageTimes, LoaderRate]:
-    """In one process stage by stage, then through the loader, which goes on behind it."""
+    """In one process stage by stage, then through the loader, which continues behind it."""
     batch = min(data.global_batch_size, LOADER_BATCH_SAMPLES, samples)
     order = SampleOrder(
         rows=data.order.rows,
@@ -206,8 +207,9 @@ def describe_bench(outcome: BenchOutcome) -> str:
         [
             f"pool       {pool.root}: {len(pool)} samples, {pool_bytes / 1e9:.2f} GB; "
             f"{free} available",
-            f"selection  {selection.manifest['selector']}: {len(selection)} samples, "
-            f"{len(selection.uids)} distinct; {outcome.run_passes:.1f} passes in this run",
+            f"selection  {selection.manifest['selector']}: "
+            f"{counted(len(selection), len(selection.uids))}; {outcome.run_passes:.1f} passes in "
+            "this run",
             "",
             "What was read before may come from memory: the numbers are of this state of the "
             "page cache.",

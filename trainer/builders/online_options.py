@@ -92,8 +92,8 @@ def kept_fraction(node: SelectorNode) -> float:
     """
     if node.fraction is None:
         raise InputError(
-            f"{node.place}.fraction must say which part of a super-batch is trained on, such as "
-            "0.2; or set online.schedule.filter_ratio. Got null."
+            f"{node.place}.fraction is not set. It must say which part of a super-batch is trained "
+            "on, such as 0.2; or set online.schedule.filter_ratio."
         )
     return require_fraction(f"{node.place}.fraction", node.fraction)
 

@@ -499,7 +499,7 @@ def _diagnostics(parts: RunParts, settings: DiagnosticsSettings) -> Diagnostics:
     return Diagnostics(len(pool), offline=offline, clusters=clusters, kinds=kinds, kind_names=names)
 
 
-# ---- every so many steps -------------------------------------------------------------------------
+# ---- every N steps -------------------------------------------------------------------------------
 
 
 def _reselection(

@@ -345,8 +345,8 @@ def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     if close:
         way_out = f" Did you mean {close[0]}?"
     elif options.get(parent) and takes_more(parent):
-        way_out = f" What {parent} does not list is added with a plus: +{key}=VALUE."
-    return f"{key} is not an option.{way_out} All options: siftclip {command} --cfg job"
+        way_out = f" Unknown options of {parent} need a plus: +{key}=VALUE."
+    return f"{key} is not an option.{way_out} List all options: siftclip {command} --cfg job"
 
 
 def _no_configuration(missing: str, options: Sequence[str], typed: Iterable[str]) -> str:

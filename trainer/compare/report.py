@@ -29,8 +29,8 @@ from siftclip.trainer.runtime.environment import CODE, MACHINE, mixed
 COST_NOTE = (
     "Means over seeds. Drawn: taken from the selection's order; loaded: read and decoded; scored: "
     "by a forward pass; FLOPs of the towers, a multiplication and an addition being two. Seconds "
-    "of training contain those of waiting for data, scoring and selecting; offline seconds went "
-    "into the selection before, without the embedding of the pool."
+    "of training contain those of waiting for data, scoring and selecting; those of the "
+    "selection before training come on top, without the embedding of the pool."
 )
 TEMPLATE_NAME = "report.html.j2"
 

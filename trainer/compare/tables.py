@@ -90,7 +90,7 @@ def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]
 
 
 def cost_rows(comparison: ArmComparison) -> list[list[str]]:
-    """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
+    """Header and one row per arm, means over seeds: samples, FLOPs and the time breakdown.
 
     Published comparisons count by one of them, and which one decides who wins. FLOPs that a run of
     the arm does not know are unknown.
@@ -99,7 +99,8 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
         [
             *("selector", "seeds", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
             *("training TFLOP", "scoring TFLOP"),
-            *("offline s", "train s", "waiting s", "scoring s", "selecting s"),
+            *("selection before training s", "train s", "waiting s", "scoring s"),
+            "selection during training s",
         ]
     ]
     counts = [f"{name}_samples" for name in ("drawn", "loaded", "scored", "trained")]
@@ -123,13 +124,17 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
             [
                 arm,
                 seed_count(comparison, arm),
-                str(own["online"].iloc[0]) if len(own) else "-",
+                _online(str(own["online"].iloc[0])) if len(own) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
                 *flops,
                 *(number(means[name], ",.0f") for name in seconds),
             ]
         )
     return rows
+
+
+def _online(name: str) -> str:
+    return "selected before training" if name == "once" else name
 
 
 def selection_rows(comparison: ArmComparison) -> list[list[str]]:

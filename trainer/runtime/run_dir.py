@@ -8,7 +8,7 @@ selection.npy    the selection in DataComp's format; selection.json its manifest
 metrics.jsonl    a record every N steps; metrics.csv the same
 checkpoints/     to continue from
 model/           the trained model, as open_clip's `local-dir:` loads it
-eval_results.jsonl  a line a task
+eval_results.jsonl  one line per task
 model.json       what was trained: architecture, activation, preprocessing, tokenizer
 budget.json      how long the run is
 summary.json     written last: the run is finished

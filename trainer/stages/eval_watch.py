@@ -1,4 +1,4 @@
-"""The watch stage: a run's checkpoints are evaluated as they come, beside the training."""
+"""The watch stage: a run's checkpoints are evaluated when they appear, beside the training."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class EvaluateDuring(Callback):
     """Evaluates what would be written as the model: the average of the weights if there is one.
 
     Its seconds are no part of those of training. Lightning calls checkpoint callbacks last, so a
-    run that is killed in an evaluation goes on before it.
+    run that is killed in an evaluation continues before it.
     """
 
     def __init__(

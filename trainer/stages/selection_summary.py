@@ -32,6 +32,11 @@ def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
     return len(np.intersect1d(ours, theirs, assume_unique=True)) / len(ours)
 
 
+def counted(samples: int, distinct: int) -> str:
+    """How many samples there are, and how many of them are distinct if that is another number."""
+    return f"{samples} samples" + (f", {distinct} distinct" if distinct != samples else "")
+
+
 def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> str:
     """A few lines about a selection, for the terminal."""
     manifest = outcome.selection.manifest
@@ -50,7 +55,7 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
             + (f", {unscored} without a score" if (unscored := member.get(UNSCORED_KEY)) else "")
         )
     lines.append(
-        f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "
+        f"kept       {counted(manifest['kept_samples'], manifest['kept_distinct'])} "
         f"({100 * manifest['kept_fraction']:.1f} %)"
     )
     weights = manifest.get("weights")
@@ -64,7 +69,7 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
     if manifest.get("never_samples"):
         lines.append(f"never      {manifest['never_samples']} samples with the score -inf")
     if overlap is not None:
-        lines.append(f"overlap    {100 * overlap:.1f} % of them CLIP score would keep, too")
+        lines.append(f"overlap    {100 * overlap:.1f} % also kept by CLIP score")
     ranks = f" on {cost['ranks']} ranks" if cost["ranks"] > 1 else ""
     lines.append(
         f"cost       {cost['seconds']:.1f} s{ranks}, {cost['cpu_seconds']:.1f} CPU s "

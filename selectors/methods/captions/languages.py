@@ -135,7 +135,7 @@ def is_language(
 def read_list(path: str, *, owner: object, parameter: str) -> tuple[str, str]:
     """Return the text of a file that the user wrote, and a digest that tells when it has changed.
 
-    A path alone would let a killed run go on with what it had worked out for another text.
+    A path alone would let a killed run continue with what it had worked out for another text.
 
     Args:
         path: of the file.
