@@ -192,15 +192,15 @@ def walk_tar(
     try:
         for files in _walk_files(source, ending):
             for name, offset, size, start, end, content in files:
-                found, _, suffix = name.partition(".")
+                key_here, _, suffix = name.partition(".")
                 if not is_quick or not suffix or "/" in suffix or name[0] in "._":  # rare
-                    found, suffix = split(name)
-                    if not found:
+                    key_here, suffix = split(name)
+                    if not key_here:
                         continue
-                if found != key:
+                if key_here != key:
                     if members:
                         yield TarSample(key, members, first, last)
-                    key, members, first = found, [], start
+                    key, members, first = key_here, [], start
                 members.append(new(Member, (suffix.lower(), offset, size, content)))
                 last = end
     except TruncatedTarError as error:
@@ -313,8 +313,8 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
                 sparse = False
                 if extended.found or common.found:
                     name = extended.path or common.path or name
-                    for found in (common.size_bytes, extended.size_bytes):
-                        size = size if found is None else found
+                    for stated in (common.size_bytes, extended.size_bytes):
+                        size = size if stated is None else stated
                     sparse = extended.sparse or common.sparse
                     extended = _Extended()
                 if kind == 0 and name.endswith("/"):  # a folder, as old tars have it

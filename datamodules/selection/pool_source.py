@@ -155,8 +155,8 @@ class PoolSource(Source):
             InputError: there are no features, or none with all of the keys.
         """
         if keys not in self._checked:  # once, for it opens every file
-            found = self._find_store(keys) or self._stores[self.folders[-1]]
-            self._checked[keys] = found.require(keys)
+            store = self._find_store(keys) or self._stores[self.folders[-1]]
+            self._checked[keys] = store.require(keys)
         return self._checked[keys]
 
     def _find_store(self, keys: tuple[str, ...]) -> FeatureStore | None:
@@ -363,13 +363,13 @@ class PoolSource(Source):
 
     def _fingerprints(self, keys_of_members: list[tuple[str, ...]]) -> list[str]:
         """Of the feature sets that the members of a selector read."""
-        found: set[str] = set()
+        fingerprints: set[str] = set()
         for keys in filter(None, keys_of_members):
             store = self._find_store(keys)
             # a composition names the arrays of all its members, which may be in several sets
             stores = [self.store((key,)) for key in keys] + ([store] if store else [])
-            found.update(store.fingerprint for store in stores)
-        return sorted(found)
+            fingerprints.update(store.fingerprint for store in stores)
+        return sorted(fingerprints)
 
     def _shows_bars(self) -> bool:
         return self.progress and self.ranks.rank == 0

@@ -186,7 +186,7 @@ class SampleDataset(Dataset[Batch]):
             },
             weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
             copies=isinstance(requests, DrawnRequests) and requests.copies,
-            faults=tuple(fault for found in faults for fault in found),
+            faults=tuple(fault for of_sample in faults for fault in of_sample),
         )
 
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str]:

@@ -313,9 +313,9 @@ def _drawn_rows(
 ) -> np.ndarray:
     """Of each class, whose size the quota is told, the samples of the smallest random numbers."""
     by_class = np.argsort(labels, kind="stable")
-    found, starts = np.unique(labels[by_class], return_index=True)
+    classes, starts = np.unique(labels[by_class], return_index=True)
     drawn = [np.empty(0, np.int64)]
-    for label, rows in zip(found, np.split(by_class, starts[1:]), strict=True):
+    for label, rows in zip(classes, np.split(by_class, starts[1:]), strict=True):
         order = np.argsort(derive_seeds(np.arange(len(rows)), seed, int(label), purpose))
         drawn.append(rows[order[: quota(len(rows))]])
     return np.sort(np.concatenate(drawn))

@@ -96,9 +96,11 @@ def joint_replicates(
     blocks = []
     for start in range(0, resamples, step):
         weights = _weights(units, start, min(start + step, resamples), seed)
-        blocks.append([STATISTICS[one.statistic](one.arrays, weights) for one in several])
+        blocks.append(
+            [STATISTICS[outcomes.statistic](outcomes.arrays, weights) for outcomes in several]
+        )
     rows: np.ndarray = np.concatenate(blocks, axis=1)
-    return np.stack([_centred(row, one) for row, one in zip(rows, several, strict=True)])
+    return np.stack([_centred(row, outcomes) for row, outcomes in zip(rows, several, strict=True)])
 
 
 def interval(

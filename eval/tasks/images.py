@@ -87,10 +87,10 @@ def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np
         suspects, signature = _repeated(suspects, signature)
     first_like = np.arange(len(table))
     if len(suspects):
-        _, one, which = np.unique(signature, return_index=True, return_inverse=True)
-        first_like[suspects] = suspects[one][which.reshape(-1)]
+        _, first_place, which = np.unique(signature, return_index=True, return_inverse=True)
+        first_like[suspects] = suspects[first_place][which.reshape(-1)]
     distinct, number = np.unique(first_like[first[inverse.reshape(-1)]], return_inverse=True)
-    ends = np.cumsum([len(one.places) for one in samples])[:-1]
+    ends = np.cumsum([len(of_task.places) for of_task in samples])[:-1]
     return table.take(distinct), np.split(number.reshape(-1), ends)
 
 
@@ -115,25 +115,25 @@ def _likely_shared(
         if pair[0] != pair[1] or several[pair[0]]
     ]
 
-    def common(one: int, other: int) -> np.ndarray:
-        return repeats[one] if one == other else has[one] & has[other]
+    def common(first: int, second: int) -> np.ndarray:
+        return repeats[first] if first == second else has[first] & has[second]
 
     probed, worth = np.zeros((2, *has.shape), dtype=np.bool_)
-    for one, other in pairs:
-        some = np.flatnonzero(common(one, other))[:_PROBED_SIZES]
-        probed[one, some] = probed[other, some] = True
+    for first, second in pairs:
+        some = np.flatnonzero(common(first, second))[:_PROBED_SIZES]
+        probed[first, some] = probed[second, some] = True
     looked_at = probed[owner, column]
     middles = replace(table.take(rows[looked_at]), places=_middles(table.places[rows[looked_at]]))
     signature = mix64(sizes[looked_at].astype(np.uint64)) ^ image_ids(middles)
     of_owner = [signature[owner[looked_at] == number] for number in range(len(several))]
-    for one, other in pairs:
-        if one == other:
-            agree = len(np.unique(of_owner[one])) < len(of_owner[one])
+    for first, second in pairs:
+        if first == second:
+            agree = len(np.unique(of_owner[first])) < len(of_owner[first])
         else:
-            agree = bool(np.isin(of_owner[one], of_owner[other]).any())
+            agree = bool(np.isin(of_owner[first], of_owner[second]).any())
         if agree:
-            worth[one] |= common(one, other)
-            worth[other] |= common(one, other)
+            worth[first] |= common(first, second)
+            worth[second] |= common(first, second)
     return rows[worth[owner, column]]
 
 
@@ -141,23 +141,23 @@ def _owners(samples: Sequence[TaskSamples], table: ImageTable) -> tuple[np.ndarr
     """Which task each tar belongs to, the first that reads it, and which have several images."""
     numbers = {shard: number for number, shard in enumerate(table.shards)}
     owners = np.empty(len(numbers), dtype=np.int64)
-    for number, one in reversed([*enumerate(samples)]):
-        owners[[numbers[shard] for shard in one.task.shards]] = number
-    return owners, np.asarray([len(one.places) > len(one) for one in samples])
+    for number, of_task in reversed([*enumerate(samples)]):
+        owners[[numbers[shard] for shard in of_task.task.shards]] = number
+    return owners, np.asarray([len(of_task.places) > len(of_task) for of_task in samples])
 
 
 def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
     numbers: dict[Path, int] = {}
     identities: dict[Path, FileIdentity] = {}
     places, names = [], []
-    for one in samples:
-        own = [numbers.setdefault(shard, len(numbers)) for shard in one.task.shards]
-        for shard, identity in zip(one.task.shards, one.identities, strict=True):
+    for of_task in samples:
+        shards_of_task = [numbers.setdefault(shard, len(numbers)) for shard in of_task.task.shards]
+        for shard, identity in zip(of_task.task.shards, of_task.identities, strict=True):
             if identities.setdefault(shard, identity) != identity:  # of two tasks that share it
                 raise has_changed(shard, CHANGED)
-        tars = np.asarray(own, dtype=np.int64)[one.places[:, 0]]
-        places.append(np.column_stack([tars, one.places[:, 1:]]))
-        names.append(np.repeat(one.keys.astype(object), np.diff(one.first_image)))
+        tars = np.asarray(shards_of_task, dtype=np.int64)[of_task.places[:, 0]]
+        places.append(np.column_stack([tars, of_task.places[:, 1:]]))
+        names.append(np.repeat(of_task.keys.astype(object), np.diff(of_task.first_image)))
     return ImageTable(
         shards=tuple(numbers),
         identities=tuple(identities[shard] for shard in numbers),

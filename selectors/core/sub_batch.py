@@ -83,13 +83,13 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
     kept = np.zeros(len(keys), dtype=np.int64)
     groups = sub_batch.group_slices(len(keys))
     for group, quota in zip(groups, sub_batch.quotas.tolist(), strict=True):
-        own = keys[group]
-        kept[group] = keep_top(own, uids[group], quota)
+        of_group = keys[group]
+        kept[group] = keep_top(of_group, uids[group], quota)
         for is_next in (np.isnan, np.isneginf):
             missing = quota - int(kept[group].sum())
             if not missing:
                 break
-            kept[group] += keep_top(np.where(is_next(own), 0.0, np.nan), uids[group], missing)
+            kept[group] += keep_top(np.where(is_next(of_group), 0.0, np.nan), uids[group], missing)
     return kept
 
 

@@ -83,8 +83,8 @@ def fit_kmeans(
     shape = (0, 0, 0) if kept is None else (int(kept["iterations"]), *kept["centroids"].shape)
     begin, rows, dim = source.ranks.sum(torch.tensor(shape)).tolist()
     if begin:
-        found = np.zeros((rows, dim), np.float32) if kept is None else kept["centroids"]
-        centroids = torch.from_numpy(sum_arrays(source.ranks, found)).to(source.device)
+        start = np.zeros((rows, dim), np.float32) if kept is None else kept["centroids"]
+        centroids = torch.from_numpy(sum_arrays(source.ranks, start)).to(source.device)
     else:
         centroids = _first_centroids(source, requires, clusters, seed, spherical=spherical)
     samples = source
@@ -204,10 +204,10 @@ def _first_centroids(
         rows = rows[
             np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, seed ^ HashPurpose.KMEANS)))
         ]
-        found = [
+        pieces = [
             chunk.features[key][chunk.usable()].float() for chunk in source.chunks(rows, requires)
         ]
-        usable = joined(found).to(source.device)
+        usable = joined(pieces).to(source.device)
         if len(usable) >= clusters or len(rows) < count:
             break
         count *= 2

@@ -91,7 +91,7 @@ def find_classes(
         kept = cache.get(task.name)
         if kept is not None and means is not None:
             continue
-        found, start = [], 0
+        pieces, start = [], 0
         for chunk in source.chunks(task.rows, requires):
             image, text = (chunk.features[key] for key in requires.features)
             usable = chunk.usable()
@@ -103,7 +103,7 @@ def find_classes(
                     image.device
                 )
             index = index.long()
-            found.append(index.cpu())
+            pieces.append(index.cpu())
             start += len(chunk)
             if sums is None:
                 shape = (2, classes, image.shape[1])
@@ -113,7 +113,7 @@ def find_classes(
                 for side, values in zip(sums, (image, text), strict=True):
                     side.index_add_(0, index[block], whole_numbers(values[block]))
         if kept is None:
-            cache.put(task.name, classes=torch.cat(found).numpy().astype(np.int32))
+            cache.put(task.name, classes=torch.cat(pieces).numpy().astype(np.int32))
     of = _gather_classes(source, cache, tasks)
     sizes = np.bincount(of[of >= 0], minlength=classes).astype(np.int64)
     if means is None:

@@ -81,9 +81,9 @@ def target_ranks(
             cache.put("best", best=best.cpu().numpy(), targets=np.array(done))
     if not done:
         raise InputError(f"The target {target.path} has no row that is finite and not zero.")
-    found = best.cpu().numpy()[place]
-    ranks = np.where(found == _UNLISTED, neighbours, -(found >> 32))
-    return np.where(found == NOTHING, -1, ranks).astype(np.int32), found & (2**32 - 1)
+    entries = best.cpu().numpy()[place]
+    ranks = np.where(entries == _UNLISTED, neighbours, -(entries >> 32))
+    return np.where(entries == NOTHING, -1, ranks).astype(np.int32), entries & (2**32 - 1)
 
 
 def _kept(source: Source, kept: dict[str, np.ndarray] | None) -> tuple[int, Tensor]:

@@ -99,8 +99,8 @@ class Vas(ScoreSelector):
 
     @property
     def _files(self) -> tuple[FeatureFile, ...]:
-        found = (self.target, self.text_target, self.covariance)
-        return tuple(file for file in found if isinstance(file, FeatureFile))
+        sources = (self.target, self.text_target, self.covariance)
+        return tuple(file for file in sources if isinstance(file, FeatureFile))
 
     @property
     def requires(self) -> Requirements:

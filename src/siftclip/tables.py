@@ -37,7 +37,8 @@ def printable(text: str) -> str:
     Control characters, line breaks, marks that turn the direction, and parts of characters.
     """
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 

@@ -134,11 +134,11 @@ def activations_of_weights(models: Sequence[AnyModel]) -> dict[str, str]:
     Returns:
         By the option that holds the model; nothing where names and tags agree.
     """
-    found = {}
+    activations = {}
     for model in models:
         if model.architecture is not None:
             continue
         built = wrong_activation(str(model.name), model.pretrained, to_plain(model.options))
         if built is not None:
-            found[model.PLACE] = activation_name(not built)
-    return found
+            activations[model.PLACE] = activation_name(not built)
+    return activations

@@ -268,7 +268,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
         return PoolData(source=source, files=read_files(source, of.files))
 
     aliases = reference_aliases(online)
-    told = {REFERENCE: reference_logits(online.reference.features)}
+    logits_of = {REFERENCE: reference_logits(online.reference.features)}
 
     def first_stage(chosen: BuiltSelector, of: Needs, schedule: Schedule) -> CachedFirstStage:
         keys = {key: aliases.get(key, key) for key in sorted(of.features)}
@@ -278,7 +278,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
             data=pool_data(of),
             keys=keys,
             features=_row_features(parts, set(keys.values())),
-            logits=told,
+            logits=logits_of,
         )
 
     learner = Learner(weights=online.weights)
@@ -312,7 +312,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
         live.append(ScoredModel(name=LEARNER, model=learner, config=scoring))
         judges.append(Judge(parts.clip, scoring))
     if needs.of_model(REFERENCE):
-        reference, judge = _reference(parts, online, scoring, told[REFERENCE])
+        reference, judge = _reference(parts, online, scoring, logits_of[REFERENCE])
         live.append(reference)
         judges += [] if judge is None else [judge]
     if needs.of_model(SCORER):
@@ -385,7 +385,7 @@ def _scoring_config(scoring: ScoringSettings) -> ScoringConfig:
 
 
 def _reference(
-    parts: RunParts, online: EveryStepSettings, scoring: ScoringConfig, told: Logits
+    parts: RunParts, online: EveryStepSettings, scoring: ScoringConfig, logits: Logits
 ) -> tuple[LiveFeatures, Judge | None]:
     """The reference, and its model where it is not cached."""
     live = online.reference.model
@@ -393,7 +393,7 @@ def _reference(
         aliases = reference_aliases(online)
         keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
         check_cached(parts.source, aliases)
-        return CachedModel(name=REFERENCE, keys=keys, told=told), None
+        return CachedModel(name=REFERENCE, keys=keys, known_logits=logits), None
     clip = clip_model_from(live, trained=True)
     _check_inputs(parts.clip, clip, live.PLACE)
     frozen = clip.model.eval().requires_grad_(False)
@@ -492,8 +492,8 @@ def _diagnostics(parts: RunParts, settings: DiagnosticsSettings) -> Diagnostics:
                 offline = selector.scores(parts.source)  # kept by the select stage
     if settings.clusters is not None:
         with options_of({"path": "online.diagnostics.clusters"}):
-            found = read_column(pool, Path(settings.clusters), "cluster")
-        clusters = np.where(np.isfinite(found), found, -1).astype(np.int64)
+            from_file = read_column(pool, Path(settings.clusters), "cluster")
+        clusters = np.where(np.isfinite(from_file), from_file, -1).astype(np.int64)
     if settings.truth is not None:
         kinds, names = read_kinds(pool, Path(settings.truth))
     return Diagnostics(len(pool), offline=offline, clusters=clusters, kinds=kinds, kind_names=names)
@@ -506,7 +506,7 @@ def _reselection(
     parts: RunParts, online: EveryNStepsSettings, plan: StepPlan, learner: Learner
 ) -> tuple[Reselection, LossesSeen | None]:
     source, progress = parts.source, parts.common.progress
-    told = reference_logits(online.reference.features)
+    of_reference = reference_logits(online.reference.features)
     built = loop_selector(online)
     needs = Needs.of(built.selector)
     losses = _losses_seen(source, needs)
@@ -536,7 +536,7 @@ def _reselection(
         live_keys=live_keys,
         aliases=aliases,
         embed=embedder if live_keys else None,
-        logits=lambda: {REFERENCE: told, **_learner_logits(learner, live_keys)},
+        logits=lambda: {REFERENCE: of_reference, **_learner_logits(learner, live_keys)},
         weights=parts.loss_data.weights,
         seed=parts.common.seed,
     )

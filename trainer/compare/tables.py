@@ -109,14 +109,14 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
         for name in ("offline_selection", "train", "data_wait", "scoring", "selection")
     ]
     for arm in comparison.arms:
-        own = comparison.runs[comparison.runs["arm"] == arm]
+        runs = comparison.runs[comparison.runs["arm"] == arm]
         means = {
             name: run_means(comparison, arm, name)
             for name in ("steps", *counts, "training_flops", "scoring_flops", *seconds)
         }
         flops = [
             "unknown"
-            if len(own) and own.reindex(columns=[name])[name].isna().any()
+            if len(runs) and runs.reindex(columns=[name])[name].isna().any()
             else number(means[name] / 1e12, ".3g")
             for name in ("training_flops", "scoring_flops")
         ]
@@ -124,7 +124,7 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
             [
                 arm,
                 seed_count(comparison, arm),
-                _online(str(own["online"].iloc[0])) if len(own) else "-",
+                _online(str(runs["online"].iloc[0])) if len(runs) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
                 *flops,
                 *(number(means[name], ",.0f") for name in seconds),

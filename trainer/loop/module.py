@@ -279,12 +279,12 @@ class ClipTraining(LightningModule):
 
     def _log_window(self, step: int) -> None:
         # Every rank takes part in the reduction; only rank 0's loggers write.
-        found = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
-        rate = self.global_batch_size / found["batch_time"]
+        means = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
+        rate = self.global_batch_size / means["batch_time"]
         scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
         bias = getattr(self.model, "logit_bias", None)
         self.latest = {
-            **{f"train/{name}": value for name, value in found.items()},
+            **{f"train/{name}": value for name, value in means.items()},
             "train/lr": self.optim.lr * lr_factor(self.optim, step - 1, self.total_steps),
             "train/scale": scale,  # its name in open_clip 3, and in 4
             "train/logit_scale": scale,
@@ -303,7 +303,7 @@ class ClipTraining(LightningModule):
             self.latest.update(self.online.metrics(step))
         for logger in self.trainer.loggers:
             logger.log_metrics(self.latest, step=step)
-        self._check_skipped(step, int(found["skipped_steps"]))
+        self._check_skipped(step, int(means["skipped_steps"]))
 
     def _check_skipped(self, step: int, skipped: int) -> None:
         allowed = self.max_skipped_fraction * max(step, FIRST_STEPS)

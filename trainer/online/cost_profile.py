@@ -143,10 +143,10 @@ def _duration(seconds: float) -> str:
 
 def mean_profile(measure: Callable[[], StepSeconds], rounds: int) -> StepSeconds:
     """The mean of several measurements."""
-    found = [measure() for _ in range(rounds)]
+    measured = [measure() for _ in range(rounds)]
     return StepSeconds(
-        total=float(np.mean([s.total for s in found])),
-        data_wait=float(np.mean([s.data_wait for s in found])),
-        scoring=float(np.mean([s.scoring for s in found])),
-        selection=float(np.mean([s.selection for s in found])),
+        total=float(np.mean([s.total for s in measured])),
+        data_wait=float(np.mean([s.data_wait for s in measured])),
+        scoring=float(np.mean([s.scoring for s in measured])),
+        selection=float(np.mean([s.selection for s in measured])),
     )

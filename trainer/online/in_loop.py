@@ -99,18 +99,18 @@ class InLoopSelection:
         device = parts[0].images.device
         start = device_seconds(device)
         seeds = self._seeds(parts, step, rank)
-        own = {
+        of_rank = {
             f"{live.name}_{kind}": values
             for live in self.live
             for kind, values in zip(("img", "txt"), live.features(parts, seeds), strict=True)
         }
         for key in self.carried:
-            own[key] = carried(parts, key)
+            of_rank[key] = carried(parts, key)
 
         def gathered(values: Tensor) -> Tensor:
             return gather_features(values, rank=rank, world_size=world_size)
 
-        features = {key: gathered(values) for key, values in own.items()}
+        features = {key: gathered(values) for key, values in of_rank.items()}
         rows = gathered(torch.cat([part.rows for part in parts])).cpu().numpy()
         scored = device_seconds(device)
         ranks: Ranks = OneRank() if world_size == 1 else ProcessGroup(device)
@@ -141,7 +141,7 @@ class InLoopSelection:
         reused = None
         if self.reuses_forward:
             at = mine.to(device)
-            reused = (own["learner_img"][at], own["learner_txt"][at])
+            reused = (of_rank["learner_img"][at], of_rank["learner_txt"][at])
         return Chosen(
             batches=batches,
             learner_features=reused,
@@ -155,8 +155,8 @@ class InLoopSelection:
         sizes = [len(part.rows) for part in parts]
         places = rank * sum(sizes) + np.cumsum([0, *sizes[:-1]])
         seeds = derive_seeds(places, self.draw.seed, step, GeneratorPurpose.SCORING)
-        found: list[int] = (seeds >> np.uint64(1)).astype(np.int64).tolist()
-        return found
+        of_torch: list[int] = (seeds >> np.uint64(1)).astype(np.int64).tolist()
+        return of_torch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,7 +170,7 @@ class CachedFirstStage:
     logits: Mapping[str, Logits]
 
     def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
-        found = {
+        cached = {
             key: values.to(self.data.source.device)
             for features in self.features
             for key, values in features.gather(rows).items()
@@ -178,7 +178,7 @@ class CachedFirstStage:
         source = SuperBatchSource(
             rows,
             step=step,
-            features={name: found[key] for name, key in self.keys.items()},
+            features={name: cached[key] for name, key in self.keys.items()},
             data=self.data,
             logits=self.logits,
             groups=self.draw.groups,

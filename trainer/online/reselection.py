@@ -141,9 +141,9 @@ class TrainingSource(PoolSource):
         if live and self._live is not None:
             features |= self._live.take_features(rows, live)
         if cached:
-            found = self.take_features(rows, cached)
+            from_files = self.take_features(rows, cached)
             features |= {
-                key: found[self._aliases.get(key, key)]
+                key: from_files[self._aliases.get(key, key)]
                 for key in requires.features
                 if key not in live
             }

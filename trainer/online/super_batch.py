@@ -95,8 +95,8 @@ class SuperBatchSource(MemorySource):
         asked = replace(requires, features=())
         if asked == Requirements():
             return taken
-        found = self.data.source.take(self.pool_rows[rows], asked)
-        return replace(found, rows=taken.rows, uids=taken.uids, features=taken.features)
+        of_pool = self.data.source.take(self.pool_rows[rows], asked)
+        return replace(of_pool, rows=taken.rows, uids=taken.uids, features=taken.features)
 
 
 def read_files(source: PoolSource, files: tuple[FeatureFile, ...]) -> dict[FeatureFile, Tensor]:

@@ -95,13 +95,13 @@ class EvaluateDuring(Callback):
         return replace(self.clip, model=self.whole)
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
-        found = {f"{PREFIX}{result.key}": result.main_metric for result in evaluation.results}
+        values = {f"{PREFIX}{result.key}": result.main_metric for result in evaluation.results}
         with options_of(under("eval", "groups")):
             averages = result_averages(evaluation.results, self.groups)
         for name, average in averages.items():
             if average.complete:
-                found[f"{PREFIX}average/{name}"] = average.value
-        return {name: value for name, value in found.items() if value is not None}
+                values[f"{PREFIX}average/{name}"] = average.value
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDuring | None:
@@ -113,12 +113,12 @@ def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDur
     during = settings.eval.during
     if during.every_n_steps is None:
         return None
-    found = tasks_from(settings.eval, during=True)
-    if found.missing:
-        log.warning("eval.during: there is no folder of %s", ", ".join(found.missing))
-    for message in found.damaged.values():
+    known = tasks_from(settings.eval, during=True)
+    if known.missing:
+        log.warning("eval.during: there is no folder of %s", ", ".join(known.missing))
+    for message in known.damaged.values():
         raise InputError(f"eval.during: {message}")
-    tasks = prepare_tasks(found.tasks, max_samples=during.max_samples)
+    tasks = prepare_tasks(known.tasks, max_samples=during.max_samples)
     for failure in tasks.failures:
         raise InputError(f"eval.during: {failure.key}: {failure.message}")
     options = replace(eval_options(settings), cache=None)

@@ -119,11 +119,11 @@ def profile_run(parts: RunParts) -> Profile:
     short = Budget(samples_seen=steps * batch, global_batch_size=batch)
 
     def measured(changed: RunParts, folder: Path) -> StepSeconds:
-        own = replace(changed, clip=_new_model(changed), folder=folder)
-        online = build_online(own, steps)
+        run = replace(changed, clip=_new_model(changed), folder=folder)
+        online = build_online(run, steps)
         clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=STEPS)
         trainer = make_trainer(
-            own.trainer,
+            run.trainer,
             progress=False,
             folder=folder,
             callbacks=[clock],
@@ -132,8 +132,8 @@ def profile_run(parts: RunParts) -> Profile:
             max_epochs=-1,
             enable_checkpointing=False,
         )
-        data = data_module_from(own, short, online)
-        trainer.fit(training_module(own, short, online), datamodule=data)
+        data = data_module_from(run, short, online)
+        trainer.fit(training_module(run, short, online), datamodule=data)
         return StepSeconds.of(clock.times())
 
     quiet = replace(

@@ -40,21 +40,21 @@ class Matcher:
         for entry in entries:
             words = entry.split(" ")
             lengths.setdefault(words[0], set()).add(len(words))
-        self._lengths = {word: tuple(sorted(found)) for word, found in lengths.items()}
+        self._lengths = {word: tuple(sorted(of_word)) for word, of_word in lengths.items()}
 
     def __call__(self, caption: str) -> list[int]:
         """The numbers of the entries that match, ascending, each once."""
         # What stands between two spaces; split gives an empty text at either end beside these.
         words = caption.translate(_SPACED).split(" ")
-        found = set()
+        numbers = set()
         for start, word in enumerate(words):
             for length in self._lengths.get(word, ()):
                 if start + length <= len(words):
                     row = word if length == 1 else " ".join(words[start : start + length])
                     number = self._numbers.get(row)
                     if number is not None:
-                        found.add(number)
-        return sorted(found)
+                        numbers.add(number)
+        return sorted(numbers)
 
 
 def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +63,9 @@ def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np
     Returns:
         their numbers int32 [m], one caption after the other, and how many each has, int32 [n].
     """
-    found = [matcher(caption) for caption in captions]
-    numbers = np.fromiter((number for entries in found for number in entries), dtype=np.int32)
-    return numbers, np.array([len(entries) for entries in found], dtype=np.int32)
+    matches = [matcher(caption) for caption in captions]
+    numbers = np.fromiter((number for entries in matches for number in entries), dtype=np.int32)
+    return numbers, np.array([len(entries) for entries in matches], dtype=np.int32)
 
 
 def keep_probabilities(counts: np.ndarray, t: int) -> np.ndarray:
@@ -196,11 +196,11 @@ class MetaClip(Selector):
         matcher = Matcher(entries)
         with source.bar(sum(len(task.rows) for task in todo), type(self).__name__) as bar:
             for task in todo:
-                found = [
+                matches = [
                     match_all(matcher, captions_of(chunk))
                     for chunk in source.chunks(task.rows, self.requires)
                 ]
-                numbers, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+                numbers, lengths = (np.concatenate(arrays) for arrays in zip(*matches, strict=True))
                 cache.put(task.name, numbers=numbers, lengths=lengths)
                 bar.update(len(task.rows))
 

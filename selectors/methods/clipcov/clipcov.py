@@ -169,8 +169,8 @@ class ClipCov(Selector):
         def nearest(image: Tensor) -> Tensor:
             return most_similar(image, centres)[0]
 
-        found = find_classes(source, cache, self.requires, classes=len(centres), nearest=nearest)
-        return found, names
+        latent = find_classes(source, cache, self.requires, classes=len(centres), nearest=nearest)
+        return latent, names
 
     def _score(
         self,
@@ -279,12 +279,12 @@ class ClipCov(Selector):
                         image_low=terms.image_low[at],
                         text_low=terms.text_low[at],
                     )
-                    one = ClassState(
+                    state_of_class = ClassState(
                         cross=terms.cross[at],
                         label=terms.label[at],
                         **{name: array[at] for name, array in state.items()},
                     )
-                    advance(one, similarities, schedule, until=until)
+                    advance(state_of_class, similarities, schedule, until=until)
                     bar.update(at.stop - at.start)
             # In each place one rank alone adds what it has: the one that had the class, or rank 0.
             given = np.isin(members.classes, mine)

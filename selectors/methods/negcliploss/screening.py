@@ -213,8 +213,8 @@ class Screening:
         exact = np.zeros(len(task.rows), dtype=np.float32)
         blocks = usable_blocks(self._source, self._requires, task, self._batch_size, usable)
         for at, image, text in blocks:
-            own, other = (image, text) if direction == "row" else (text, image)
-            sums, _ = pair_log_sums(own[torch.from_numpy(chosen[at])], other, self._temperature)
+            left, right = (image, text) if direction == "row" else (text, image)
+            sums, _ = pair_log_sums(left[torch.from_numpy(chosen[at])], right, self._temperature)
             exact[at[chosen[at]]] = self._temperature / 2 * sums.numpy()
         self._cache.put(name, normaliser=exact[chosen])
         return exact[chosen]
