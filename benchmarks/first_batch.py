@@ -1,4 +1,4 @@
-"""Seconds to the first batch: of a new selection, and of a run that goes on at 90 % of a pass.
+"""Seconds to the first batch: of a new selection, and of a run that continues at 90 % of a pass.
 
     python benchmarks/first_batch.py POOL
 

@@ -66,7 +66,7 @@ class EvalOptions:
     batch_size: int = 256  # images, and texts, that a tower takes at once
     num_workers: int = 0  # processes that decode images
     precision: Precision = "fp32"  # of the towers; similarities always have full precision
-    max_image_pixels: int = 178_956_970  # larger pictures are errors; Pillow's own limit
+    max_image_pixels: int = 178_956_970  # larger images are errors; Pillow's own limit
     resamples: int = 1000  # for intervals; 0: none
     seed: int = 0  # of the resamples
     cache: Path | None = None  # a folder where features are kept for later runs
@@ -141,8 +141,8 @@ def evaluate_tasks(
     if not isinstance(tasks, PreparedTasks):
         wanted_tasks, split = tasks, options.probe.train_split
         tasks = agreed(ranks, lambda: prepare_tasks(wanted_tasks, train_split=split))
-    identities = {one.task.name: task_identity(one, options.probe) for one in tasks.data}
-    stamps = {one.task.name: tars_stamp(one) for one in tasks.data}
+    identities = {data.task.name: task_identity(data, options.probe) for data in tasks.data}
+    stamps = {data.task.name: tars_stamp(data) for data in tasks.data}
     with ExitStack() as stack:
         stack.enter_context(buffers_of_first_rank(clip.model, ranks))
         if results_path is not None:
@@ -162,7 +162,7 @@ def evaluate_tasks(
             files = [file for file in files if file.exists()] or [results_path]
             oldest = min(files, key=lambda file: file.stat().st_mtime)
             say_reused(f"the results of {len(done)} of {len(identities)} tasks", oldest)
-        _require_agreement(ranks, [identity, *(identities[one.task.name] for one in wanted.data)])
+        _require_agreement(ranks, [identity, *(identities[data.task.name] for data in wanted.data)])
         evaluator = _Evaluator(
             clip,
             options,
@@ -174,12 +174,12 @@ def evaluate_tasks(
             results_path,
             on_scored,
         )
-        found = evaluator.run(wanted) if wanted.data else {}
+        new_results = evaluator.run(wanted) if wanted.data else {}
         failures = (*failed, *tasks.failures, *evaluator.failures)
         if results_path is not None:
             agreed(ranks, lambda: _keep_failures(results_path, failures, identity, ranks))
-    names = [one.task.name for one in tasks.data]
-    results = {**done, **found}
+    names = [data.task.name for data in tasks.data]
+    results = {**done, **new_results}
     for failure in failures:
         if ranks.rank == 0:
             log.warning("%s failed: %s", failure.key, failure.message)
@@ -231,8 +231,8 @@ def _resume(
     """
     before = agreed(ranks, lambda: _read_own(path))  # all, before the first replaces the file
     results = before.results
-    own = [result for result in results if result.model == model]
-    valid = [result for result in own if tasks.get(result.key, result.task) == result.task]
+    of_model = [result for result in results if result.model == model]
+    valid = [result for result in of_model if tasks.get(result.key, result.task) == result.task]
     same_tars = np.zeros(len(valid), dtype=np.int64)
     if ranks.rank == 0:
         same_tars[:] = [stamps.get(result.key, result.tars) == result.tars for result in valid]
@@ -242,12 +242,12 @@ def _resume(
     kept = [result for result in valid if result.key not in again and not result.note]
     kept = [_with_interval(result, options, ranks) for result in kept]
     if ranks.rank == 0 and path.exists():
-        if len(own) < len(results):
-            gone = len(results) - len(own)
+        if len(of_model) < len(results):
+            gone = len(results) - len(of_model)
             differs = "its weights, activation, preprocessing or tokenizer differ"
             log.warning("%s: %d results of another model are removed (%s)", path, gone, differs)
-        if len(valid) < len(own):
-            changed = ", ".join(sorted({r.key for r in own} - {r.key for r in valid}))
+        if len(valid) < len(of_model):
+            changed = ", ".join(sorted({r.key for r in of_model} - {r.key for r in valid}))
             log.warning("%s: results of tasks that have changed are removed: %s", path, changed)
         if others:
             log.warning(
@@ -256,9 +256,9 @@ def _resume(
                 path,
                 ", ".join(sorted(others)),
             )
-        failures = [one for one in before.failures if one.model == model]
+        failures = [failure for failure in before.failures if failure.model == model]
         tried = {*tasks, *again}  # which have a new result or failure soon
-        untried = tuple(one for one in failures if one.key not in tried)
+        untried = tuple(failure for failure in failures if failure.key not in tried)
         # also when all are kept: without a last line that was cut off
         write_lines(path, KeptResults(results=tuple(kept), failures=untried))
     return {result.key: result for result in kept}
@@ -332,17 +332,17 @@ class _Evaluator:
         with evaluation_mode(self.clip, self.device) as ready:
             encoder = Encoder(ready, self._encode_options(), self.ranks)
             texts = TaskTexts(encoder.texts, self.classes, self.device)
-            sets = [np.unique(np.concatenate([one.rows() for one in group])) for group in groups]
+            sets = [np.unique(np.concatenate([data.rows() for data in group])) for group in groups]
             features_of_sets = self._features(encoder, table, sets)
             for group, rows, features in zip(groups, sets, features_of_sets, strict=True):
-                for one in group:
+                for data in group:
                     try:
-                        result, scored = self._evaluate(one, rows, features, texts)
+                        result, scored = self._evaluate(data, rows, features, texts)
                     except InputError as error:
-                        self.failures.append(TaskFailure(key=one.task.name, message=str(error)))
+                        self.failures.append(TaskFailure(key=data.task.name, message=str(error)))
                         continue
                     agreed(self.ranks, functools.partial(self._keep, result, scored))
-                    results[one.task.name] = result
+                    results[data.task.name] = result
         return results
 
     def _keep(self, result: TaskResult, scored: ScoredTask) -> None:
@@ -399,31 +399,31 @@ class _Evaluator:
         return sum_arrays(self.ranks, ids).view(np.uint64)
 
     def _evaluate(
-        self, one: TaskData, rows: np.ndarray, features: ImageFeatures, texts: TaskTexts
+        self, data: TaskData, rows: np.ndarray, features: ImageFeatures, texts: TaskTexts
     ) -> tuple[TaskResult, ScoredTask]:
         start = time.perf_counter()
-        task = one.task
-        at = np.searchsorted(rows, one.rows())
+        task = data.task
+        at = np.searchsorted(rows, data.rows())
         for place in at.tolist():
             if place in features.faults:
                 raise InputError(features.faults[place])
-        images = self._take(features, rows, one.images)
-        ids = features.ids[np.searchsorted(rows, one.images)]
+        images = self._take(features, rows, data.images)
+        ids = features.ids[np.searchsorted(rows, data.images)]
         if task.protocol == "zero_shot":
-            scores = score_task(one.samples, images, texts)
+            scores = score_task(data.samples, images, texts)
         else:
-            if one.train is None or one.train_images is None:
+            if data.train is None or data.train_images is None:
                 raise RuntimeError("probes are fitted on a train split")
-            train_ids = features.ids[np.searchsorted(rows, one.train_images)]
+            train_ids = features.ids[np.searchsorted(rows, data.train_images)]
             in_train = count_in_train(ids, train_ids, task)
-            train = self._take(features, rows, one.train_images)
-            scores = score_probe(one.samples, images, one.train, train, self.options.probe)
+            train = self._take(features, rows, data.train_images)
+            scores = score_probe(data.samples, images, data.train, train, self.options.probe)
             scores = replace(scores, metrics={**scores.metrics, IN_TRAIN: float(in_train)})
             if in_train and self.ranks.rank == 0:
                 text = "%s: %d of %d test images are in the train split, too: its value is too high"
                 log.warning(text, task.name, in_train, len(ids))
-        result = self._result(task, scores, unit_ids(one.samples, ids), start)
-        return result, ScoredTask(samples=one.samples, scores=scores)
+        result = self._result(task, scores, unit_ids(data.samples, ids), start)
+        return result, ScoredTask(samples=data.samples, scores=scores)
 
     def _take(self, features: ImageFeatures, rows: np.ndarray, wanted: np.ndarray) -> Tensor:
         chosen = features.features[np.searchsorted(rows, wanted)]

@@ -53,13 +53,17 @@ def buffers_of_first_rank(model: nn.Module, ranks: Ranks) -> Iterator[None]:
 
     In a training on several ranks each has its own statistics of batch normalisation.
     """
-    own = []
+    kept = []
     if ranks.size > 1:
-        own = [(one, one.clone()) for one in model.buffers() if one.is_floating_point()]
+        kept = [
+            (statistic, statistic.clone())
+            for statistic in model.buffers()
+            if statistic.is_floating_point()
+        ]
     try:
-        for buffer, before in own:
+        for buffer, before in kept:
             buffer.copy_(ranks.sum(before if ranks.rank == 0 else torch.zeros_like(before)))
         yield
     finally:
-        for buffer, before in own:
+        for buffer, before in kept:
             buffer.copy_(before)

@@ -26,18 +26,18 @@ def model_identity(clip: ClipModel, precision: str) -> str:
     return hashlib.sha256(f"{weights} {precision}".encode()).hexdigest()
 
 
-def task_identity(one: TaskData, probe: ProbeSettings) -> str:
+def task_identity(data: TaskData, probe: ProbeSettings) -> str:
     """What results are known by besides the model: SHA-256 of the samples and how they are scored.
 
     Of images it covers keys and sizes, not the bytes.
     """
-    task = one.task
+    task = data.task
     digest = hashlib.sha256()
     asked: list[Any] = [task.kind, task.special, task.main_metric, task.classnames, task.templates]
     if task.protocol != "zero_shot":
         asked += [task.protocol, task.shots, repr(probe), IN_TRAIN]
     digest.update(json.dumps(asked).encode())
-    for samples in (one.samples, one.train):
+    for samples in (data.samples, data.train):
         if samples is None:
             continue
         digest.update(json.dumps([samples.keys.tolist(), samples.captions]).encode())
@@ -52,9 +52,9 @@ def task_identity(one: TaskData, probe: ProbeSettings) -> str:
     return digest.hexdigest()
 
 
-def tars_stamp(one: TaskData) -> str:
+def tars_stamp(data: TaskData) -> str:
     """Changes with the tars of a task, whose images `task_identity` knows by their sizes alone."""
-    sets = [samples.task.shards for samples in (one.samples, one.train) if samples is not None]
+    sets = [samples.task.shards for samples in (data.samples, data.train) if samples is not None]
     return identity_hash({"tars": [file_stamp(path) for shards in sets for path in shards]})
 
 

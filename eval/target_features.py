@@ -69,7 +69,7 @@ def embed_tasks(
     prepared = prepare_tasks(tasks)
     for failure in prepared.failures:
         raise InputError(failure.message)
-    identities = {one.task.name: _identity(one, model_hash) for one in prepared.data}
+    identities = {data.task.name: _identity(data, model_hash) for data in prepared.data}
     done = {name for name in identities if reuse and _is_there(paths[name], identities[name])}
     if done:
         oldest = min((paths[name] for name in done), key=lambda path: path.stat().st_mtime)
@@ -79,13 +79,13 @@ def embed_tasks(
         with evaluation_mode(clip, options.device) as ready:
             encoder = Encoder(ready, options)
             texts = TaskTexts(encoder.texts)
-            sets = [one.rows() for one in prepared.data]
+            sets = [data.rows() for data in prepared.data]
             features_of_sets = encoder.image_sets(prepared.table, sets)
-            for one, rows, found in zip(prepared.data, sets, features_of_sets, strict=True):
-                arrays = _arrays(one, rows, found, texts)
+            for data, rows, features in zip(prepared.data, sets, features_of_sets, strict=True):
+                arrays = _arrays(data, rows, features, texts)
                 arrays |= {MODEL_ARRAY: np.asarray(model_hash), ACTIVATION_ARRAY: activation}
-                identity = json.dumps(identities[one.task.name], sort_keys=True)
-                write_npz(paths[one.task.name], identity=np.asarray(identity), **arrays)
+                identity = json.dumps(identities[data.task.name], sort_keys=True)
+                write_npz(paths[data.task.name], identity=np.asarray(identity), **arrays)
     return [*paths.values()]
 
 
@@ -93,13 +93,13 @@ def _file_name(task: Task) -> str:
     return f"{task.name.replace('/', '-')}-{task.split}.npz"  # DataComp's keys have slashes
 
 
-def _identity(one: TaskData, model: str) -> dict[str, Any]:
+def _identity(data: TaskData, model: str) -> dict[str, Any]:
     return kept_identity(
         "target",
         {
             "model": model,
-            "task": task_identity(one, ProbeSettings()),
-            "tars": tars_stamp(one),
+            "task": task_identity(data, ProbeSettings()),
+            "tars": tars_stamp(data),
         },
     )
 
@@ -115,9 +115,9 @@ def _is_there(path: Path, identity: dict[str, Any]) -> bool:
     return not reasons
 
 
-def _check_others(folder: Path, own: set[Path], model: str) -> None:
+def _check_others(folder: Path, written: set[Path], model: str) -> None:
     """Look at the files of a folder that are not of the tasks which are asked for."""
-    others = sorted(set(folder.glob("*.npz")) - own) if folder.is_dir() else []
+    others = sorted(set(folder.glob("*.npz")) - written) if folder.is_dir() else []
     foreign = [path.name for path in others if str(read_npz_all(path).get(MODEL_ARRAY)) != model]
     if foreign:
         raise InputError(
@@ -133,16 +133,16 @@ def _check_others(folder: Path, own: set[Path], model: str) -> None:
 
 
 def _arrays(
-    one: TaskData, rows: np.ndarray, found: ImageFeatures, texts: TaskTexts
+    data: TaskData, rows: np.ndarray, image_features: ImageFeatures, texts: TaskTexts
 ) -> dict[str, np.ndarray]:
-    for message in found.faults.values():
+    for message in image_features.faults.values():
         raise InputError(message)
-    task = one.task
-    arrays = {"img": found.features[np.searchsorted(rows, one.images)].astype(np.float16)}
+    task = data.task
+    arrays = {"img": image_features.features[np.searchsorted(rows, data.images)].astype(np.float16)}
     if task.has_classes:
         classes = texts.classifier(task.classnames, task.templates).T
         arrays["class_txt"] = classes.half().cpu().numpy()
     else:
-        features, places = texts.distinct([captions[0] for captions in one.samples.captions])
+        features, places = texts.distinct([captions[0] for captions in data.samples.captions])
         arrays["txt"] = features[places].half().cpu().numpy()
     return arrays

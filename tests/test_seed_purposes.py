@@ -19,9 +19,9 @@ import siftclip
 from siftclip import hashing
 from siftclip.datamodules.streaming import order
 from siftclip.eval.metrics.outcomes import Outcomes
-from siftclip.eval.probes import linear_probe
 from siftclip.eval.significance.paired_tests import swapped_differences
 from siftclip.eval.significance.resampling import poisson_weights
+from siftclip.purposes import GeneratorPurpose, HashPurpose
 from siftclip.selectors.core.base import Requirements
 from siftclip.selectors.core.checks import synthetic_chunk
 from siftclip.selectors.core.noise import noise_state
@@ -113,26 +113,50 @@ def test_what_two_uses_draw_has_nothing_in_common() -> None:
 
 
 def test_purposes_are_different_numbers() -> None:
-    """Also those that no test above calls, and those of modules to come."""
-    purposes = {
-        f"{module.__name__}.{name}": value
+    """Also those that no test above calls; `unique` refuses two of one kind."""
+    purposes = [*HashPurpose, *GeneratorPurpose]
+    assert len(purposes) == len({int(purpose) for purpose in purposes}) >= 18
+    for kind in (HashPurpose, GeneratorPurpose):
+        assert len(kind.__members__) == len(kind)  # no name is another one's alias
+
+
+def test_purposes_stand_in_one_place() -> None:
+    """Modules to come put theirs into `siftclip.purposes`, too."""
+    elsewhere = [
+        f"{module.__name__}.{name}"
         for module in modules()
         for name, value in vars(module).items()
-        if name.startswith("_PURPOSE")
+        if "PURPOSE" in name.upper() and isinstance(value, int)
+    ]
+    assert not elsewhere
+
+
+def test_purposes_keep_their_numbers() -> None:
+    """Another number draws other samples, and gives other answers, under the same seed."""
+    assert {purpose.name: int(purpose) for purpose in HashPurpose} == {
+        "NOISE": 0x5AFEC0DED1CE0001,
+        "UNIFORM_PART": int.from_bytes(b"uniform", "big"),
+        "KMEANS": int.from_bytes(b"kmeans", "big"),
+        "NEGCLIPLOSS_BLOCKS": int.from_bytes(b"negloss", "big"),
+        "NORMSIM_D": 93 * 2**40,
+        "CANDIDATES": int.from_bytes(b"sample", "big"),
+        "VERSION": int.from_bytes(b"vers", "big"),
+        "STEP": int.from_bytes(b"super", "big"),
+        "BOOTSTRAP": 0x0B007572A9000001,
+        "PERMUTATION": 0x0B007572A9000002,
     }
-    assert len(purposes) >= 14
-    assert len(set(purposes.values())) == len(purposes), purposes
+    assert [int(purpose) for purpose in GeneratorPurpose] == [1, 2, 3, 4, 5, 6, 11, 12]
 
 
 @pytest.mark.parametrize(
     "purposes",
     [
-        (order._PURPOSE_ORDER, order._PURPOSE_SUBSTITUTE),
-        (linear_probe._PURPOSE_VALIDATION, linear_probe._PURPOSE_SHOTS),
+        (GeneratorPurpose.ORDER, GeneratorPurpose.SUBSTITUTE),
+        (GeneratorPurpose.VALIDATION, GeneratorPurpose.SHOTS),
     ],
 )
 def test_generators_of_two_purposes_differ(purposes: tuple[int, int]) -> None:
     first, second = (order.derive_generator(SEED, 0, 0, purpose) for purpose in purposes)
     assert not set(first.integers(2**62, size=100)) & set(second.integers(2**62, size=100))
-    one, other = (order.derive_seeds(np.arange(100), SEED, purpose) for purpose in purposes)
-    assert not set(one.tolist()) & set(other.tolist())
+    first, second = (order.derive_seeds(np.arange(100), SEED, purpose) for purpose in purposes)
+    assert not set(first.tolist()) & set(second.tolist())

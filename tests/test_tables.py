@@ -13,6 +13,7 @@ from siftclip.tables import (
     cut,
     display_width,
     printable,
+    ruled_table,
     spreadsheet_safe,
     table_width,
     text_table,
@@ -119,6 +120,31 @@ def test_tables_are_aligned() -> None:
         "  cat\\n  1,000  b",
     ]
     assert text_table(("task", "n"), [], least=(6, 3), right=(1,)) == ["task      n"]
+
+
+def test_ruled_tables_are_as_wide_as_their_cells() -> None:
+    rows = [("arm", "value"), ("狗" * 60, "0.1"), ("a\nb", "-")]
+    assert ruled_table(rows).splitlines() == [
+        f"arm{' ' * 117}  value",
+        f"{'-' * 120}  -----",
+        f"{'狗' * 60}    0.1",
+        f"a\\nb{' ' * 116}      -",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("狗", 2),
+        ("a\u0301", 1),
+        ("ก\u0e35", 1),  # Thai vowels stand above
+        ("שָ", 1),
+        ("👩\u200d👧", 2),  # joined into one
+        ("⚀", 1),
+    ],
+)
+def test_columns_of_a_terminal(text: str, columns: int) -> None:
+    assert display_width(text) == columns
 
 
 names = st.text(max_size=150) | st.sampled_from(["狗" * 80, "a\u0301" * 90, "x" * 300])

@@ -5,7 +5,7 @@
 Every image is cut, mixed and recoloured from the two photographs that scikit-learn ships, so that
 JPEG decoders and page caches meet real image statistics: about 30 kB each, the longer side at most
 512 pixels as img2dataset leaves it. A sample depends only on the seed and its number; shards that
-exist are skipped, so an interrupted run goes on where it stopped (use another folder for another
+exist are skipped, so an interrupted run continues where it stopped (use another folder for another
 seed or another shard size).
 """
 

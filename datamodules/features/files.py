@@ -81,20 +81,20 @@ def _open(path: Path, key: str | None) -> Tensor:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found = load_file(path)
+            content = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise InputError(f"{path} is not a readable {path.suffix} file: {error}.") from None
-    if isinstance(found, Tensor):
-        return found
-    names = sorted(found) if isinstance(found, dict) else []
+    if isinstance(content, Tensor):
+        return content
+    names = sorted(content) if isinstance(content, dict) else []
     chosen = key if key is not None else (names[0] if len(names) == 1 else None)
-    if chosen not in names or not isinstance(found[chosen], Tensor):
+    if chosen not in names or not isinstance(content[chosen], Tensor):
         raise InputError(f"{path}: name one of its tensors {names}. Got {key!r}.")
-    return found[chosen]
+    return content[chosen]
 
 
 @cache

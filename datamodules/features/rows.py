@@ -92,18 +92,18 @@ class RowFeatures:
         """
         parts, positions = self.part_of_row[rows], self.position_of_row[rows]
         present = np.unique(parts[parts >= 0]).tolist()
-        found = {}
+        features = {}
         for key in self.keys if keys is None else keys:
             if len(present) == 1 and (parts >= 0).all():
-                found[key] = torch.from_numpy(self._read(present[0], key, positions))
+                features[key] = torch.from_numpy(self._read(present[0], key, positions))
                 continue
             pieces = {part: self._read(part, key, positions[parts == part]) for part in present}
             example = pieces[present[0]] if present else self._read(0, key, positions[:0])
             values = np.full((len(rows), example.shape[1]), np.nan, dtype=example.dtype)
             for part, piece in pieces.items():
                 values[parts == part] = piece
-            found[key] = torch.from_numpy(values)
-        return found
+            features[key] = torch.from_numpy(values)
+        return features
 
     def _read(self, part: int, key: str, positions: np.ndarray) -> np.ndarray:
         """Rows `positions` of an array of a part: a new array [m, d].

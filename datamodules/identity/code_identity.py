@@ -62,8 +62,8 @@ def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
         at = vars(item).get("loaded_ns", sys.maxsize)
         loaded_ns[item.__module__] = min(at, loaded_ns.get(item.__module__, sys.maxsize))
     built_in = [name for name in loaded_ns if _top(name) == OURS]
-    own = {name: at for name, at in loaded_ns.items() if _top(name) != OURS}
-    identity = {OURS: kept_code().siftclip, **_identity_of(own)}
+    of_others = {name: at for name, at in loaded_ns.items() if _top(name) != OURS}
+    identity = {OURS: kept_code().siftclip, **_identity_of(of_others)}
     as_they_are: dict[str, str] = {}
     for name in built_in:
         digests = _identity_of({name: loaded_ns[name]})
@@ -147,17 +147,17 @@ def _is_shared(name: str) -> bool:
 @functools.lru_cache(maxsize=1)
 def _distributions() -> dict[str, dict[str, str]]:
     """Names and versions of what is installed, by the package that it brings."""
-    found: dict[str, dict[str, str]] = {}
+    versions: dict[str, dict[str, str]] = {}
     for top, names in packages_distributions().items():
         for name in names:
             try:
-                found.setdefault(top, {})[name] = version(name)
+                versions.setdefault(top, {})[name] = version(name)
             except PackageNotFoundError:  # removed at this moment
                 continue
     for point in entry_points(group=GROUP):  # also those that do not list their files
         if point.dist is not None:
-            found.setdefault(_top(point.module), {})[point.dist.name] = point.dist.version
-    return found
+            versions.setdefault(_top(point.module), {})[point.dist.name] = point.dist.version
+    return versions
 
 
 def _distribution_of(name: str) -> dict[str, str]:

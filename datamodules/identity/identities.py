@@ -84,11 +84,11 @@ def stored_targets(node: Any) -> Any:
         return [stored_targets(item) for item in node]
     if not isinstance(node, Mapping):
         return node
-    found = {key: stored_targets(value) for key, value in node.items()}
-    target = found.get("_target_")
+    stored = {key: stored_targets(value) for key, value in node.items()}
+    target = stored.get("_target_")
     if isinstance(target, str) and target.startswith("siftclip."):
-        found["_target_"] = stored_name(pkgutil.resolve_name(target))
-    return found
+        stored["_target_"] = stored_name(pkgutil.resolve_name(target))
+    return stored
 
 
 def named_files(texts: Iterable[str]) -> dict[str, str]:
@@ -174,9 +174,9 @@ def say_why_not(what: str, new: Mapping[str, Any], kept: Iterable[Path], *, like
         old = old.get("identity", old) if isinstance(old, Mapping) else {}
         if not isinstance(old, Mapping) or old.get(like) != new.get(like):
             continue
-        found = differences(old, new)
-        if found and (nearest is None or len(found) < nearest[0]):
-            nearest = len(found), path, found
+        reasons = differences(old, new)
+        if reasons and (nearest is None or len(reasons) < nearest[0]):
+            nearest = len(reasons), path, reasons
     if nearest is not None:
         _, path, words = nearest
         log.info("not reused: %s of %s (%s): %s", what, when(path), path, "; ".join(words))

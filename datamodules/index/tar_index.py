@@ -210,14 +210,14 @@ class _IndexBuilder:
             Member("", image_at, image_bytes, None), image
         ) and self._same_bytes(Member("", text_at, text_bytes, None), text)
 
-    def _same_bytes(self, one: Member, other: Member) -> bool:
+    def _same_bytes(self, member: Member, other: Member) -> bool:
         """Whether two members hold the same; only names that occur twice are read for it."""
-        if one is other:
+        if member is other:
             return True
-        size = one.size_bytes
+        size = member.size_bytes
         if size != other.size_bytes or size > MAX_CONTENT_BYTES:
             return False
-        first = self._source.read(one.offset_bytes, size)[:size]
+        first = self._source.read(member.offset_bytes, size)[:size]
         return first == self._source.read(other.offset_bytes, size)[:size]
 
     def _place(self, sample: TarSample) -> str:

@@ -92,7 +92,7 @@ class TarSample(NamedTuple):
         """The pairs of suffixes, one of each kind, that more dots in the names hide in this key.
 
         `movie.1.jpg, movie.1.txt, movie.2.jpg, movie.2.txt` are the pairs `1` and `2` of the key
-        `movie`; a mask `0001.seg.png` beside a picture is none. A pair that is there twice counts
+        `movie`; a mask `0001.seg.png` beside an image is none. A pair that is there twice counts
         as two.
         """
         counts: dict[str, Counter[str]] = {}
@@ -192,15 +192,15 @@ def walk_tar(
     try:
         for files in _walk_files(source, ending):
             for name, offset, size, start, end, content in files:
-                found, _, suffix = name.partition(".")
+                key_here, _, suffix = name.partition(".")
                 if not is_quick or not suffix or "/" in suffix or name[0] in "._":  # rare
-                    found, suffix = split(name)
-                    if not found:
+                    key_here, suffix = split(name)
+                    if not key_here:
                         continue
-                if found != key:
+                if key_here != key:
                     if members:
                         yield TarSample(key, members, first, last)
-                    key, members, first = found, [], start
+                    key, members, first = key_here, [], start
                 members.append(new(Member, (suffix.lower(), offset, size, content)))
                 last = end
     except TruncatedTarError as error:

@@ -91,13 +91,13 @@ class UidTable:
         high, low = self.sorted_uids[:, 0], self.sorted_uids[:, 1]
         start = np.searchsorted(high, uids[:, 0], side="left")
         end = np.searchsorted(high, uids[:, 0], side="right")
-        found = np.full(len(uids), -1, dtype=np.int64)
+        matched = np.full(len(uids), -1, dtype=np.int64)
         single = end - start == 1
         hit = np.flatnonzero(single)
         hit = hit[low[start[hit]] == uids[hit, 1]]
-        found[hit] = self.rows[start[hit]]
+        matched[hit] = self.rows[start[hit]]
         for i in np.flatnonzero(end - start > 1):  # equal high halves: rare but legal
             at = int(start[i] + np.searchsorted(low[start[i] : end[i]], uids[i, 1]))
             if at < end[i] and low[at] == uids[i, 1]:
-                found[i] = self.rows[at]
-        return found
+                matched[i] = self.rows[at]
+        return matched

@@ -227,7 +227,7 @@ def _tower_needs(
 
     ResNets and towers of timm and Hugging Face have activations of their own.
     """
-    found = needs_of_file(path)
+    needs = needs_of_file(path)
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     has_own = (
         "timm_model_name" in vision or isinstance(vision.get("layers"), (list, tuple))
@@ -235,13 +235,13 @@ def _tower_needs(
         else "hf_model_name" in text
     )
     if has_own:
-        found = replace(found or WeightNeeds(says=""), quick_gelu=None)
-    if found is not None:
+        needs = replace(needs or WeightNeeds(says=""), quick_gelu=None)
+    if needs is not None:
         part = "vision_cfg" if tower == "image" else "text_cfg"
-        found = replace(found, model_cfg={k: v for k, v in found.model_cfg.items() if k == part})
-    if tower == "text" and found is not None:
-        found = replace(found, image={})
-    return {f"pretrained_{tower}={path!r}": found}
+        needs = replace(needs, model_cfg={k: v for k, v in needs.model_cfg.items() if k == part})
+    if tower == "text" and needs is not None:
+        needs = replace(needs, image={})
+    return {f"pretrained_{tower}={path!r}": needs}
 
 
 def _initialise_decoder(model: torch.nn.Module, text_cfg: dict[str, Any]) -> None:

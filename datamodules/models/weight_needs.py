@@ -156,8 +156,10 @@ def _needs_of_config(
 
 
 def _image_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {f"image_{key}": config[key] for key in IMAGE_KEYS if config.get(key) is not None}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    options = {f"image_{key}": config[key] for key in IMAGE_KEYS if config.get(key) is not None}
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
+    }
 
 
 def _listed_needs(path: Path) -> WeightNeeds | None:

@@ -207,9 +207,9 @@ def _converted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for key in ("logit_scale", "logit_bias"):
-        own = getattr(model, key, None)
-        if own is not None and key in state:
-            state[key] = state[key].reshape(own.shape)
+        buffer = getattr(model, key, None)
+        if buffer is not None and key in state:
+            state[key] = state[key].reshape(buffer.shape)
     if model.logit_bias is not None:
         state.setdefault("logit_bias", torch.zeros_like(model.logit_bias))
     if POSITION_IDS not in model.state_dict():
@@ -225,14 +225,14 @@ def _resize_embeddings(state: dict[str, Tensor], model: nn.Module) -> None:
     resize_text_pos_embed(state, model)
 
 
-def _require_same_keys(expected: Iterable[str], found: Iterable[str]) -> None:
+def _require_same_keys(expected: Iterable[str], given: Iterable[str]) -> None:
     """Compare names before shapes, whose mismatch would say less.
 
     Raises:
         ValueError: a key is missing or left over.
     """
     # PyTorch loads a frozen batch norm, which counts no batches, into a usual one and back.
-    first, second = ({k for k in keys if not k.endswith(COUNTER)} for keys in (expected, found))
+    first, second = ({k for k in keys if not k.endswith(COUNTER)} for keys in (expected, given))
     faults = [
         f"{len(keys)} {kind} ({_some(keys)})"
         for kind, keys in (("missing", first - second), ("unexpected", second - first))

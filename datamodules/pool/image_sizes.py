@@ -15,7 +15,7 @@ from siftclip.errors import InputError
 from siftclip.files import atomic_path
 
 COLUMNS = ("original_width", "original_height")
-_JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then a picture's as it is stored
+_JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then an image's as it is stored
 
 
 def read_image_sizes(pool: Pool, *, progress: bool) -> np.ndarray:

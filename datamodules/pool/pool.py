@@ -210,7 +210,7 @@ def open_pool(
         )
     if pool.repeated_uids:
         log.warning(
-            "pool %s: %d samples repeat a uid; the first of each is used",
+            "pool %s: %d samples with duplicate uids are left out; the first of each uid is used",
             pool.root,
             pool.repeated_uids,
         )
@@ -225,7 +225,7 @@ def _index_shards(
     workers: int,
     progress: bool,
 ) -> list[ShardIndex]:
-    """The indices of all tars. Each is written when it is ready: a killed run goes on there."""
+    """The indices of all tars. Each is written when it is ready: a killed run continues there."""
     total = sum(shard.size_bytes for shard in shards)
     todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
     bar = tqdm(

@@ -38,7 +38,7 @@ class BadSampleError(Exception):
 class ChangedTarError(BadSampleError):
     """The tar of a sample has changed since the pool was opened, and with it all of its samples.
 
-    No run should go on, whatever share of its samples that is: `stop` says why.
+    No run should continue, whatever share of its samples that is: `stop` says why.
     """
 
     def __init__(self, cause: str, path: str) -> None:
@@ -151,7 +151,7 @@ class SampleReader:
 
     @property
     def max_member_bytes(self) -> int:
-        """No picture of `max_image_pixels` is larger: four bytes a pixel, and some description."""
+        """No image of `max_image_pixels` is larger: four bytes a pixel, and some description."""
         return 4 * self.max_image_pixels + (1 << 20)
 
     def read(self, rows: np.ndarray) -> Iterator[tuple[int, RawSample | BadSampleError]]:

@@ -31,8 +31,8 @@ def read_pool_column(pool: Pool, column: ExternalColumn) -> np.ndarray:
     paths = _paths(pool, column)
     values = np.full(len(pool), np.nan)
     for path in reversed(paths):  # of a uid that several files have, the first counts
-        found = read_column(pool, path, column.column, owner=column, must_match=len(paths) == 1)
-        values = np.where(np.isnan(found), values, found)
+        from_file = read_column(pool, path, column.column, owner=column, must_match=len(paths) == 1)
+        values = np.where(np.isnan(from_file), values, from_file)
     return values
 
 
@@ -55,15 +55,15 @@ def read_pool_lists(pool: Pool, column: ExternalColumn) -> ListColumn:
     values, sizes, rows = [], [], []
     for path in paths:
         uids, lists = _read_lists(path, column.column, column)
-        found = pool.table.find(uids)
-        log.info("%s: %d of %d uids are in the pool", path, int((found >= 0).sum()), len(uids))
-        if len(paths) == 1 and not (found >= 0).any():
+        pool_rows = pool.table.find(uids)
+        log.info("%s: %d of %d uids are in the pool", path, int((pool_rows >= 0).sum()), len(uids))
+        if len(paths) == 1 and not (pool_rows >= 0).any():
             raise InputError(f"None of the {len(uids)} uids in {path} is in the pool {pool.root}.")
-        used = np.flatnonzero((found >= 0) & (np.diff(lists.offsets) > 0))
+        used = np.flatnonzero((pool_rows >= 0) & (np.diff(lists.offsets) > 0))
         lists = lists.take(used)
         values.append(lists.values)
         sizes.append(np.diff(lists.offsets))
-        rows.append(found[used])
+        rows.append(pool_rows[used])
     # an empty list at the end, for the rows without one
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([*sizes, [0]]))])
     joined, owners = np.concatenate(rows), np.full(len(pool), len(offsets) - 2)

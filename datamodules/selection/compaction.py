@@ -4,7 +4,7 @@ Training does not need one: it streams the selection from the original tars. Sam
 for byte with their headers. Only where the copy would lose who a sample is, it is written anew: its
 uid was derived from the names of tar and key, which change, or its key is taken in the new tar.
 
-What a tar holds follows from pool and selection alone, so a killed run goes on where it was.
+What a tar holds follows from pool and selection alone, so a killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -376,13 +376,13 @@ def _finished_shards(
     _delete_leftovers(path)
     if not path.is_file():
         entries = folder.iterdir() if folder.exists() else ()
-        found = sorted(entry.name for entry in entries if entry.name != LOCK_NAME)
-        if found:
+        there = sorted(entry.name for entry in entries if entry.name != LOCK_NAME)
+        if there:
             raise ParameterError(
                 "must be a new or an empty folder",
                 parameter="folder",
                 value=str(folder),
-                way_out=f"It holds {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}, "
+                way_out=f"It holds {', '.join(there[:5])}{' and more' if len(there) > 5 else ''}, "
                 f"but no {MANIFEST_NAME}.",
             )
         return {}
@@ -398,12 +398,12 @@ def _finished_shards(
             value=str(folder),
             way_out="Name another folder, or delete that one.",
         )
-    for own in (
+    for leftover in (
         folder / SUBSET_NAME,
         folder / WEIGHTS_NAME,
         *(folder / SHARDS_FOLDER / name for name in names),
     ):
-        _delete_leftovers(own)
+        _delete_leftovers(leftover)
     strangers = sorted({entry.name for entry in (folder / SHARDS_FOLDER).glob("*")} - {*names})
     if strangers:
         raise InputError(

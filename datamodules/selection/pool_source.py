@@ -32,6 +32,7 @@ from siftclip.datamodules.pool.reader import (
     decode_caption,
 )
 from siftclip.datamodules.selection.columns import column_stamp, read_pool_column, read_pool_lists
+from siftclip.datamodules.selection.selection import UNSCORED_KEY
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, has_changed
 from siftclip.files import identity_hash, read_npz_all, write_json, write_npz
@@ -40,11 +41,11 @@ from siftclip.selectors.core.base import Choice, ScoreSelector, Selector
 from siftclip.selectors.core.description import describe, nested
 from siftclip.selectors.core.source import (
     Bar,
+    Cache,
     Chunk,
     ExternalColumn,
     FeatureFile,
     ListColumn,
-    Memo,
     Part,
     Requirements,
     Source,
@@ -65,7 +66,7 @@ def summarise(scores: np.ndarray) -> dict[str, float]:
 
 
 @dataclass(slots=True)
-class FolderMemo:
+class FolderCache:
     """Keeps each answer in an npz of its own, written atomically, and knows what it has given."""
 
     folder: Path
@@ -129,7 +130,7 @@ class PoolSource(Source):
         self.max_bad_fraction = max_bad_fraction
         self.progress = progress
         self.reuse = reuse
-        self._memos: dict[str, FolderMemo] = {}
+        self._caches: dict[str, FolderCache] = {}
         self._stores: dict[Path | None, FeatureStore] = {}
         self._checked: dict[tuple[str, ...], FeatureStore] = {}
         self._features: dict[Path, RowFeatures] = {}
@@ -154,8 +155,8 @@ class PoolSource(Source):
             InputError: there are no features, or none with all of the keys.
         """
         if keys not in self._checked:  # once, for it opens every file
-            found = self._find_store(keys) or self._stores[self.folders[-1]]
-            self._checked[keys] = found.require(keys)
+            store = self._find_store(keys) or self._stores[self.folders[-1]]
+            self._checked[keys] = store.require(keys)
         return self._checked[keys]
 
     def _find_store(self, keys: tuple[str, ...]) -> FeatureStore | None:
@@ -220,17 +221,17 @@ class PoolSource(Source):
             self._require_same(file)
             yield values.to(self.device)
 
-    def memo(self, selector: object) -> Memo:
+    def cache(self, selector: object) -> Cache:
         identity = self.identity(selector)
         name = identity_hash(identity)
-        if name not in self._memos:
+        if name not in self._caches:
             folder = self.scores_root / name
             if self.ranks.rank == 0:
                 self._open_folder(folder, identity)
             if not self.reuse:
                 self.ranks.barrier()  # before any rank writes to it
-            self._memos[name] = FolderMemo(folder)
-        return self._memos[name]
+            self._caches[name] = FolderCache(folder)
+        return self._caches[name]
 
     def _open_folder(self, folder: Path, identity: dict[str, Any]) -> None:
         """Say what stands for the answers in a folder, and empty it if they shall not be reused."""
@@ -248,13 +249,13 @@ class PoolSource(Source):
 
         Once for what was reused since the last call, on the first rank, of its own share.
         """
-        for memo in self._memos.values():
-            if memo.reused and self.ranks.rank == 0:
-                oldest = min(memo.reused.values(), key=lambda path: path.stat().st_mtime)
-                parts = "1 part" if len(memo.reused) == 1 else f"{len(memo.reused)} parts"
+        for cache in self._caches.values():
+            if cache.reused and self.ranks.rank == 0:
+                oldest = min(cache.reused.values(), key=lambda path: path.stat().st_mtime)
+                parts = "1 part" if len(cache.reused) == 1 else f"{len(cache.reused)} parts"
                 say_reused(f"the scores or statistics of {parts}", oldest)
-            memo.written.update(memo.reused)
-            memo.reused.clear()
+            cache.written.update(cache.reused)
+            cache.reused.clear()
 
     def report(self, selector: object, choice: Choice, samples: int, seconds: float) -> None:
         """See `Source`: a line in `reports`, which selections carry in their manifest."""
@@ -268,7 +269,7 @@ class PoolSource(Source):
         }
         if isinstance(selector, ScoreSelector) and choice.scores is not None:
             # of a composition, NaN also stands for what an earlier stage has dropped
-            record["unjudged_samples"] = int(np.isnan(choice.scores).sum())
+            record[UNSCORED_KEY] = int(np.isnan(choice.scores).sum())
             record["never_samples"] = int(np.isneginf(choice.scores).sum())
         if choice.scores is not None:
             record["score_quantiles"] = summarise(choice.scores)
@@ -310,7 +311,7 @@ class PoolSource(Source):
         if isinstance(selector, tuple):
             selector, rows = selector
         if not isinstance(selector, Selector):
-            raise TypeError(f"a memo belongs to a Selector. Got {type(selector).__name__}.")
+            raise TypeError(f"a cache belongs to a Selector. Got {type(selector).__name__}.")
         ruled = isinstance(selector, ScoreSelector) and not with_rule
         needs = [member.requires for member in nested(selector, Selector)]  # type: ignore[type-abstract]  # mypy 4717
         named = [column for need in needs for column in (need.column, need.lists)]
@@ -362,13 +363,13 @@ class PoolSource(Source):
 
     def _fingerprints(self, keys_of_members: list[tuple[str, ...]]) -> list[str]:
         """Of the feature sets that the members of a selector read."""
-        found: set[str] = set()
+        fingerprints: set[str] = set()
         for keys in filter(None, keys_of_members):
             store = self._find_store(keys)
             # a composition names the arrays of all its members, which may be in several sets
             stores = [self.store((key,)) for key in keys] + ([store] if store else [])
-            found.update(store.fingerprint for store in stores)
-        return sorted(found)
+            fingerprints.update(store.fingerprint for store in stores)
+        return sorted(fingerprints)
 
     def _shows_bars(self) -> bool:
         return self.progress and self.ranks.rank == 0

@@ -11,12 +11,12 @@ import numpy as np
 
 import siftclip
 from siftclip.datamodules.selection.pool_source import PoolSource
-from siftclip.datamodules.selection.selection import Selection, make_selection
+from siftclip.datamodules.selection.selection import UNSCORED_KEY, Selection, make_selection
 from siftclip.selectors.core.base import ScoreSelector, Selector, run, score_faults
 
 
 def score_pool(selector: ScoreSelector, source: PoolSource) -> np.ndarray:
-    """Score every sample of a pool: float32 [n], NaN where a sample cannot be judged."""
+    """Score every sample of a pool: float32 [n], NaN for a sample without a score."""
     scores = selector.scores(source)
     for text in score_faults(scores):
         source.warn(text)
@@ -55,7 +55,7 @@ def run_selection(
         "kept_samples": whole["kept_samples"],
         "kept_distinct": whole["kept_distinct"],
         "kept_fraction": whole["kept_distinct"] / len(pool),
-        "unjudged_samples": whole.get("unjudged_samples", 0),
+        UNSCORED_KEY: whole.get(UNSCORED_KEY, 0),
         "never_samples": whole.get("never_samples", 0),  # of score -inf
         "score_quantiles_pool": whole.get("score_quantiles", {}),
         "score_quantiles_kept": whole.get("score_quantiles_kept", {}),

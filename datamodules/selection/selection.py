@@ -23,6 +23,8 @@ SUBSET_NAME = "selection.npy"
 WEIGHTS_NAME = "weights.npy"
 WEIGHTS_COLUMN = "weight"
 MANIFEST_NAME = "selection.json"
+# In manifests, the number of samples without a score: older ones have it under this name.
+UNSCORED_KEY = "unjudged_samples"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +46,10 @@ class Selection:
 
         Where it has weights, they follow.
         """
-        found = hashlib.sha256(self.to_subset().tobytes())
+        digest = hashlib.sha256(self.to_subset().tobytes())
         if self.weights is not None:
-            found.update(self.weights.astype("<f4").tobytes())
-        return found.hexdigest()
+            digest.update(self.weights.astype("<f4").tobytes())
+        return digest.hexdigest()
 
     def to_subset(self) -> np.ndarray:
         """DataComp's subset, structured `u8,u8` [len(self)], sorted, repetitions repeated."""

@@ -69,12 +69,12 @@ def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
         options["client_kwargs"] = {"timeout": silence, **(options.get("client_kwargs") or {})}
     if scheme in ("s3", "s3a"):
         # botocore and s3fs would each repeat what is repeated here: a minute for a wrong host
-        own = {
+        defaults = {
             "retries": {"max_attempts": 0},
             "max_pool_connections": CONCURRENT_READS,
             "read_timeout": READ_TIMEOUT_SECONDS,
         }
-        options["config_kwargs"] = {**own, **(options.get("config_kwargs") or {})}
+        options["config_kwargs"] = {**defaults, **(options.get("config_kwargs") or {})}
     try:
         filesystem, _ = fsspec.core.url_to_fs(
             next(iter(braceexpand(root))), skip_instance_cache=True, **options

@@ -156,7 +156,7 @@ class LocalStorage:
         paths = sorted(root.glob("shards/*.tar")) or sorted(root.glob("*.tar"))
         if not paths:
             raise ParameterError(
-                "must hold webdataset tars (*.tar), there or in shards/",
+                "must hold webdataset tars (*.tar), in this folder or its shards/",
                 parameter="root",
                 value=self.root,
                 way_out="It holds none.",

@@ -63,7 +63,7 @@ CHECK_SECONDS = 60.0  # a tar's version is asked for so often, where answers do 
 class RemoteStorage:
     """Tars behind a URL; see `siftclip.datamodules.storage.local.Storage`.
 
-    The URL names a folder with the tars, there or in `shards/`, or with braces the tars themselves
+    The URL names a folder with the tars, in it or its `shards/`, or with braces the tars themselves
     (`http://host/pool/{00000..00127}.tar`), which servers without listings need.
     """
 
@@ -124,10 +124,10 @@ class RemoteStorage:
         try:
             if "{" in self.root:
                 strip = self._filesystem._strip_protocol
-                found = self._describe([{"name": strip(url)} for url in braceexpand(self.root)])
+                shards = self._describe([{"name": strip(url)} for url in braceexpand(self.root)])
             else:
-                found = self._list("shards/", (".tar",)) or self._list("", (".tar",))
-            answers_ranges = self._cache is not None or self._answers_ranges(found)
+                shards = self._list("shards/", (".tar",)) or self._list("", (".tar",))
+            answers_ranges = self._cache is not None or self._answers_ranges(shards)
         except InputError:
             raise
         except Exception as error:  # every file system raises its own
@@ -137,28 +137,28 @@ class RemoteStorage:
                 value=self.root,
                 way_out=hint,
             ) from None
-        if not found:
+        if not shards:
             raise ParameterError(
-                "must hold webdataset tars (*.tar), there or in shards/",
+                "must hold webdataset tars (*.tar), in this folder or its shards/",
                 parameter="root",
                 value=self.root,
                 way_out=f"It holds none. {hint}",
             )
-        for shard, other in pairwise(found):
+        for shard, other in pairwise(shards):
             if shard.name == other.name:
                 raise InputError(
                     f"The tars of a pool must have different names. {self.root} has {shard.path} "
                     f"and {other.path}."
                 )
-        if not all(shard.version[0] for shard in found):
+        if not all(shard.version[0] for shard in shards):
             log.warning(
                 "%s tells neither an ETag nor a time of change: a tar that is replaced by another "
                 "of the same size is not noticed.",
                 self.root,
             )
         if not answers_ranges:
-            self._cache = self._cache_for_all(found)
-        return tuple(found)
+            self._cache = self._cache_for_all(shards)
+        return tuple(shards)
 
     def _list(self, folder: str, suffixes: tuple[str, ...]) -> list[ShardFile]:
         """The files with these suffixes in a folder below the root; "" is the root itself."""

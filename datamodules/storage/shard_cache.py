@@ -125,10 +125,10 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    found = []
+    copies = []
     for path in folder.glob(_COPIES):
         try:
-            found.append((path, path.stat()))
+            copies.append((path, path.stat()))
         except FileNotFoundError:  # another process made room
             continue
-    return found
+    return copies

@@ -28,12 +28,12 @@ from siftclip.datamodules.pool.reader import (
 )
 from siftclip.datamodules.streaming.order import DrawnRequests, Substitutes, derive_seeds
 from siftclip.errors import InputError
+from siftclip.purposes import GeneratorPurpose
 
 if TYPE_CHECKING:
     from siftclip.datamodules.streaming.image_transform import ImageTransform, ResizeBackend
 
 SUBSTITUTE_ATTEMPTS = 20
-_PURPOSE_AUGMENT = 3
 
 Request = tuple[int, int]  # (position in the order, row of the pool)
 Fault = tuple[str, str]  # (cause, place)
@@ -52,7 +52,7 @@ class Batch:
     copies: bool = False  # the batch of all ranks may hold a sample twice; the same on all ranks
     faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
     retries: int = 0  # reads that had to be repeated
-    failure: str = ""  # why the run cannot go on; the rest means nothing then
+    failure: str = ""  # why the run cannot continue; the rest means nothing then
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
@@ -141,7 +141,7 @@ class SampleDataset(Dataset[Batch]):
     def _load(self, requests: Sequence[Request]) -> Batch:
         positions, rows = np.asarray(requests, dtype=np.int64).T
         replacing: Substitutes | None = None  # of a bad sample, made when there is one
-        seeds = derive_seeds(positions, self.seed, _PURPOSE_AUGMENT).tolist()
+        seeds = derive_seeds(positions, self.seed, GeneratorPurpose.AUGMENT).tolist()
         images: Tensor | None = None
         valid = torch.zeros(len(rows), dtype=torch.bool)
         captions = [""] * len(rows)
@@ -186,7 +186,7 @@ class SampleDataset(Dataset[Batch]):
             },
             weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
             copies=isinstance(requests, DrawnRequests) and requests.copies,
-            faults=tuple(fault for found in faults for fault in found),
+            faults=tuple(fault for of_sample in faults for fault in of_sample),
         )
 
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str]:

@@ -23,8 +23,8 @@ def count_copies(rows: np.ndarray) -> int:
 class CutPass:
     """One pass over a selection, cut into draws, whose samples change places.
 
-    The first draw may hold samples of the pass before, which stay, and the last one goes on in the
-    pass behind.
+    The first draw may hold samples of the pass before, which stay, and the last one continues
+    in the pass behind.
     """
 
     def __init__(self, rows: np.ndarray, cuts: np.ndarray, *, before: np.ndarray) -> None:

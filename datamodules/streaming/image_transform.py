@@ -1,8 +1,8 @@
 """open_clip's image transforms, without what costs time and changes nothing.
 
-open_clip gives a torchvision pipeline from an RGB picture to a normalised tensor. Here its last
+open_clip gives a torchvision pipeline from an RGB image to a normalised tensor. Here its last
 steps, from bytes to normalised floats, are done in place in the tensor of the batch, and a copy of
-RGB pictures to RGB is left out: the numbers are the same to the bit.
+RGB images to RGB is left out: the numbers are the same to the bit.
 
 With `resize="torch"` torch's resizing of uint8 takes the place of Pillow's. It computes the same
 antialiased bicubic filter with other rounding: 0.4 % of the values differ, all by 1 of 255, and
@@ -38,13 +38,13 @@ RESIZE_BACKENDS = ("pillow", "torch")
 
 
 class ImageTransform:
-    """From a decoded picture into the batch. Picklable if the transform is."""
+    """From a decoded image into the batch. Picklable if the transform is."""
 
     def __init__(self, transform: Transform, resize: ResizeBackend = "pillow") -> None:
         """Take a transform apart.
 
         Args:
-            transform: RGB picture -> float32 [3, size, size].
+            transform: RGB image -> float32 [3, size, size].
             resize: `pillow` for open_clip's own pixels, `torch` for the faster ones.
 
         Raises:
@@ -89,7 +89,7 @@ class ImageTransform:
         """Crop and resize: uint8 [3, size, size], or float32 if the transform is not taken apart.
 
         Args:
-            pixels: uint8 [h, w, 3] with `resize="torch"`, else an RGB picture.
+            pixels: uint8 [h, w, 3] with `resize="torch"`, else an RGB image.
         """
         if self.on_tensors:
             tensor = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -97,7 +97,7 @@ class ImageTransform:
                 tensor = step(tensor)
             return tensor
         if self.normalize is None:
-            return self.transform(pixels)  # type: ignore[arg-type]  # a picture, as said above
+            return self.transform(pixels)  # type: ignore[arg-type]  # an image, as said above
         image = pixels
         for step in self.steps:
             image = step(image)
@@ -120,7 +120,7 @@ def _last_normalize(transform: Transform) -> Normalize | None:
 
 
 def _changes_nothing(step: Any) -> bool:
-    return isinstance(step, MaybeConvertMode) and step.mode == "RGB"  # pictures are RGB already
+    return isinstance(step, MaybeConvertMode) and step.mode == "RGB"  # images are RGB already
 
 
 def _on_tensors(step: Any) -> Callable[[Tensor], Tensor]:

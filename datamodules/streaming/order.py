@@ -19,11 +19,11 @@ import numpy as np
 
 from siftclip.datamodules.streaming.copies import CutPass, count_copies
 from siftclip.errors import InputError, ParameterError, require_int
+from siftclip.hashing import split_seeds
+from siftclip.purposes import GeneratorPurpose
 
 # How often a pass goes through the tars, at most, to keep repetitions of a sample apart.
 MAX_ROUNDS = 8
-_PURPOSE_ORDER = 1
-_PURPOSE_SUBSTITUTE = 2
 _NONE = np.empty(0, dtype=np.int64)
 
 
@@ -40,11 +40,7 @@ def derive_seeds(positions: np.ndarray, *words: int) -> np.ndarray:
     comes from the words: a generator of its own for every sample would cost more than its read.
     """
     start = derive_generator(*words).integers(2**63, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
-        state = start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    return split_seeds(start, positions)
 
 
 def shuffle(
@@ -221,7 +217,9 @@ class SampleOrder:
 
     def _make(self, number: int, before: np.ndarray) -> np.ndarray:
         """The rows of a pass in order, when a draw has begun with those before it."""
-        generator = derive_generator(self.seed, number, self.selection_version, _PURPOSE_ORDER)
+        generator = derive_generator(
+            self.seed, number, self.selection_version, GeneratorPurpose.ORDER
+        )
         rows = shuffle(
             self.rows,
             generator,
@@ -364,13 +362,13 @@ class Substitutes:
         self._left_before = places - np.arange(len(places))  # of the others, by drawn row
         self._others = len(distinct) - len(places)
         self._distinct, self._size, self._seed = distinct, len(drawn), seed
-        generator = derive_generator(seed, start, _PURPOSE_SUBSTITUTE)
+        generator = derive_generator(seed, start, GeneratorPurpose.SUBSTITUTE)
         self._shift = int(generator.integers(max(1, self._others)))
 
     def row(self, place: int, attempt: int) -> int:
         """The row that replaces the sample at a place of the draw, on an attempt (0, 1, ...)."""
         if self._others < (attempt + 1) * self._size:
-            words = (self._seed, self.start + place, attempt, _PURPOSE_SUBSTITUTE)
+            words = (self._seed, self.start + place, attempt, GeneratorPurpose.SUBSTITUTE)
             number = int(derive_generator(*words).integers(len(self._distinct)))
         else:
             number = (self._shift + place + attempt * self._size) % self._others

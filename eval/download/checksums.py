@@ -119,7 +119,7 @@ def verify_task(folder: Path) -> list[str]:
     if checksums is None:
         raise InputError(
             f"{folder} must hold {CHECKSUMS_FILE}, which is written when a download is complete. "
-            "Run the download again; it goes on where it was."
+            "Run the download again; it continues where it was."
         )
     return [
         name

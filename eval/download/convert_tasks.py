@@ -302,13 +302,13 @@ def _reader(
     place: str, zip_path: Path, archive: zipfile.ZipFile, members: dict[str, list[zipfile.ZipInfo]]
 ) -> ImageReader:
     def read(name: str) -> bytes:
-        found = members.get(name, [])
-        if len(found) != 1:
+        entries = members.get(name, [])
+        if len(entries) != 1:
             raise InputError(
-                f"{place}: {zip_path} must hold one image {name!r}. It holds {len(found)}."
+                f"{place}: {zip_path} must hold one image {name!r}. It holds {len(entries)}."
             )
         try:
-            return archive.read(found[0])
+            return archive.read(entries[0])
         except _ZIP_ERRORS as error:
             raise InputError(f"{place}: {name!r} in {zip_path} is not readable: {error}.") from None
 

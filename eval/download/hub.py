@@ -118,7 +118,7 @@ class HubDataset:
         """Fetch files of a commit into a folder, several at once.
 
         A file that is there with the right content is kept. Another one is written to
-        `WORK_FOLDER`, where a later call goes on with it, and moved once its content is right.
+        `WORK_FOLDER`, where a later call continues it, and moved once its content is right.
 
         Returns:
             The checksums by name, and how many files were fetched.
@@ -213,7 +213,7 @@ class _Fetch:
         )
 
     def _fetch_bytes(self, file: RemoteFile, part: Path) -> None:
-        """Append what `part` lacks; `http_get` goes on after it."""
+        """Append what `part` lacks; `http_get` continues after it."""
         url = hf_hub_url(
             self.dataset.repository,
             file.name,

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from siftclip.errors import InputError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_OTHER_WAY = "A task folder that was downloaded elsewhere can be copied here as it is."
+_OTHER_WAY = "A task folder that was downloaded elsewhere can be copied here unchanged."
 
 
 @contextmanager
@@ -72,14 +72,14 @@ def _explain(error: Exception, repository: str, endpoint: str, folder: Path | No
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return (
             f"There is no room left on the disk of {folder}. Make room and run this again; "
-            "it goes on where it was."
+            "it continues where it was."
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be written: {error.strerror}."
     return (
         f"{repository} could not be fetched from {endpoint}: {_first_line(error)}. Without a "
-        "network, set a mirror in HF_ENDPOINT or a proxy in HTTPS_PROXY. Run this again to go on. "
-        f"{_OTHER_WAY}"
+        "network, set a mirror in HF_ENDPOINT or a proxy in HTTPS_PROXY. Run this again to "
+        f"continue. {_OTHER_WAY}"
     )
 
 

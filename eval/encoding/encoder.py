@@ -133,8 +133,8 @@ class Encoder:
             ]
         )
         check_tokens(model, tokens)
-        found = token_lengths(model, tokens)
-        lengths = torch.full((len(tokens),), tokens.shape[1]) if found is None else found
+        ends = token_lengths(model, tokens)
+        lengths = torch.full((len(tokens),), tokens.shape[1]) if ends is None else ends
         batches = length_batches(lengths.numpy(), self.options.batch_size)
         mine = batches[self.ranks.rank :: self.ranks.size]
         quiet = True if len(mine) < 16 else self._quiet()
@@ -179,8 +179,8 @@ class Encoder:
         prepared = prepared.to(device, non_blocking=True)
         images = torch.empty(prepared.shape, dtype=torch.float32, device=device)
         if device.type == "cpu":  # one by one they stay in the cache
-            for picture, out in zip(prepared, images, strict=True):
-                self._finisher.finish(picture, out)
+            for image, out in zip(prepared, images, strict=True):
+                self._finisher.finish(image, out)
         else:
             self._finisher.finish(prepared, images)
         return images
@@ -191,7 +191,7 @@ class Encoder:
         """The features of one set on all ranks, by position in `rows`."""
         place = np.empty(len(table), dtype=np.int64)
         place[rows] = np.arange(len(rows))
-        features = self._place(len(rows), [(place[batch.rows], found) for batch, found in parts])
+        features = self._place(len(rows), [(place[batch.rows], values) for batch, values in parts])
         ids = np.zeros(len(rows), dtype=np.int64)
         faulty = np.zeros(len(rows), dtype=np.int64)
         messages: dict[int, str] = {}
@@ -214,8 +214,8 @@ class Encoder:
             known = sum_arrays(self.ranks, np.asarray([int(len(parts) > 0)]))
             width = sum_arrays(self.ranks, width) // np.maximum(known, 1)
         features = np.zeros((count, int(width[0])), dtype=np.float32)
-        for rows, found in parts:
-            features[rows] = found
+        for rows, of_rows in parts:
+            features[rows] = of_rows
         if self.ranks.size > 1:
             # All but one add zero to a number, so that the sums are exact
             for start in range(0, count, _ROWS_A_SUM):

@@ -26,7 +26,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        parts = [found for path in sorted(self.folder.glob("*.npz")) if (found := _read(path))]
+        parts = [kept for path in sorted(self.folder.glob("*.npz")) if (kept := _read(path))]
         ids = [part[0] for part in parts] or [np.empty(0, dtype=np.uint64)]
         self._ids = np.concatenate(ids)
         self._features = np.concatenate([part[1] for part in parts]) if parts else None
@@ -72,17 +72,17 @@ class SharedCache:
 
     def known(self, ids: np.ndarray) -> np.ndarray:
         """Which ids, uint64 [n], have features: bool [n]."""
-        found = np.zeros(len(ids), dtype=np.int64)
+        is_known = np.zeros(len(ids), dtype=np.int64)
         if self._cache is not None:
-            found = self._cache.find(ids)[0].astype(np.int64)
-        return sum_arrays(self.ranks, found).astype(np.bool_)
+            is_known = self._cache.find(ids)[0].astype(np.int64)
+        return sum_arrays(self.ranks, is_known).astype(np.bool_)
 
     def features(self, ids: np.ndarray) -> np.ndarray:
         """The features of known ids, float32 [n, d]; [0, 0] for none."""
         values = np.zeros((0, 0), dtype=np.float32)
         if self._cache is not None and len(ids):
-            found = self._cache.find(ids)[1]
-            values = values if found is None else found
+            cached = self._cache.find(ids)[1]
+            values = values if cached is None else cached
         shape = sum_arrays(self.ranks, np.asarray(values.shape))
         if self.ranks.rank > 0:
             values = np.zeros(shape.tolist(), dtype=np.float32)

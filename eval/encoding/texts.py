@@ -48,9 +48,9 @@ def token_lengths(model: nn.Module, tokens: Tensor) -> Tensor | None:
         return tokens.argmax(dim=-1) + 1
     if pool == "eos":
         end: int = getattr(tower, "text_eos_id", getattr(tower, "eos_id", -1))
-        found: Tensor = tokens == end
+        is_end: Tensor = tokens == end
         whole = torch.full((len(tokens),), tokens.shape[1])
-        return torch.where(found.any(dim=-1), found.int().argmax(dim=-1) + 1, whole)
+        return torch.where(is_end.any(dim=-1), is_end.int().argmax(dim=-1) + 1, whole)
     return None
 
 

@@ -155,22 +155,22 @@ def classification_metrics(
         InputError: labels are not of this shape, type or range.
     """
     require_labels(labels, len(predictions.argmax), classes)
-    found = predictions.top == labels[:, None]
+    is_right = predictions.top == labels[:, None]
     right = predictions.argmax == labels
     outcomes = {
-        "acc1": Outcomes(statistic="mean", arrays={"value": found[:, 0].astype(np.float32)}),
+        "acc1": Outcomes(statistic="mean", arrays={"value": is_right[:, 0].astype(np.float32)}),
         "mean_per_class_recall": Outcomes(
             statistic="class_mean",
             arrays={"value": right.astype(np.float32), "cell": labels.astype(np.int32)},
         ),
     }
     metrics = {
-        "acc1": float(found[:, 0].mean()),
+        "acc1": float(is_right[:, 0].mean()),
         "acc5": float("nan"),
         "mean_per_class_recall": float(group_means(right, labels)[1].mean()),
     }
-    if found.shape[1] == TOP:
-        hits = found.any(axis=1)
+    if is_right.shape[1] == TOP:
+        hits = is_right.any(axis=1)
         metrics["acc5"] = float(hits.mean())
         outcomes["acc5"] = Outcomes(statistic="mean", arrays={"value": hits.astype(np.float32)})
     return metrics, outcomes

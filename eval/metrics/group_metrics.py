@@ -232,19 +232,19 @@ def split_objectives(lines: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         InputError: a line has no colon or another objective, or an objective has no line.
     """
-    found: dict[str, list[str]] = {objective: [] for objective in FACE_OBJECTIVES}
+    texts_of: dict[str, list[str]] = {objective: [] for objective in FACE_OBJECTIVES}
     for number, line in enumerate(lines, start=1):
         objective, colon, text = line.partition(":")
-        if not colon or objective not in found:
+        if not colon or objective not in texts_of:
             raise InputError(
                 f"Line {number} must be an objective of {', '.join(FACE_OBJECTIVES)}, a colon and "
                 f"a text. Got {line!r}."
             )
-        found[objective].append(text)
-    missing = [objective for objective, texts in found.items() if not texts]
+        texts_of[objective].append(text)
+    missing = [objective for objective, texts in texts_of.items() if not texts]
     if missing:
         raise InputError(f"There must be lines of each objective. {', '.join(missing)} has none.")
-    return found
+    return texts_of
 
 
 def face_metrics(predictions: np.ndarray, metadata: np.ndarray) -> Results:

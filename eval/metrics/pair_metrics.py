@@ -46,9 +46,9 @@ def caption_selection_metrics(
     require_unit_length("The text features", text_features)
     scores = fixed_point(image_features) @ fixed_point(text_features).mT
     table = scores.cpu().numpy()  # whose argmax is the first of equals, which torch's need not be
-    own = np.arange(min(table.shape[1:]))
-    text = (table.argmax(axis=2)[:, : len(own)] == own).all(axis=1)
-    image = (table.argmax(axis=1)[:, : len(own)] == own).all(axis=1)
+    matching = np.arange(min(table.shape[1:]))
+    text = (table.argmax(axis=2)[:, : len(matching)] == matching).all(axis=1)
+    image = (table.argmax(axis=1)[:, : len(matching)] == matching).all(axis=1)
     right = {"image_acc": image, "text_acc": text, "acc": image & text}
     return _means({name: values.astype(np.float32) for name, values in right.items()})
 

@@ -143,13 +143,13 @@ def _expected_hits(
     text_of = torch.tensor(text_of_caption, device=device)
     image_of = torch.tensor(image_of_caption, device=device)
     captions, images = len(text_of), len(image_features)
-    own = torch.cat(
+    of_pairs = torch.cat(
         [
             (fixed_point(text_features[t]) * fixed_point(image_features[i])).sum(dim=1)
             for t, i in zip(torch.split(text_of, chunk), torch.split(image_of, chunk), strict=True)
         ]
     )
-    best = own.new_full((images,), -torch.inf).scatter_reduce_(0, image_of, own, "amax")
+    best = of_pairs.new_full((images,), -torch.inf).scatter_reduce_(0, image_of, of_pairs, "amax")
     # rows: candidates strictly above the best positive, and at least as high
     of_captions = torch.zeros(2, captions, dtype=torch.int64, device=device)
     of_images = torch.zeros(2, images, dtype=torch.int64, device=device)
@@ -157,11 +157,11 @@ def _expected_hits(
         texts = fixed_point(text_features[text_of[c]])
         for i in torch.split(torch.arange(images, device=device), chunk):
             scores = texts @ fixed_point(image_features[i]).T
-            of_captions[0, c] += (scores > own[c, None]).sum(dim=1)
-            of_captions[1, c] += (scores >= own[c, None]).sum(dim=1)
+            of_captions[0, c] += (scores > of_pairs[c, None]).sum(dim=1)
+            of_captions[1, c] += (scores >= of_pairs[c, None]).sum(dim=1)
             of_images[0, i] += (scores > best[i]).sum(dim=0)
             of_images[1, i] += (scores >= best[i]).sum(dim=0)
-    tied_positives = torch.bincount(image_of[own == best[image_of]], minlength=images)
+    tied_positives = torch.bincount(image_of[of_pairs == best[image_of]], minlength=images)
     above_c, reach_c = of_captions.cpu().numpy()
     above_i, reach_i = of_images.cpu().numpy()
     positives = tied_positives.cpu().numpy()

@@ -154,7 +154,7 @@ def _faces(samples: TaskSamples, images: Tensor, texts: TaskTexts) -> TaskScores
     ]
     if samples.metadata is None:
         raise RuntimeError("face tasks have metadata")
-    columns = np.column_stack([one.argmax for one in predicted])
+    columns = np.column_stack([prediction.argmax for prediction in predicted])
     metrics, outcomes = face_metrics(columns, samples.metadata)
     return TaskScores(metrics=metrics, outcomes=outcomes)
 

@@ -27,14 +27,13 @@ from torch import Tensor
 from siftclip.datamodules.streaming.order import derive_seeds
 from siftclip.errors import InputError, require_fraction, require_int
 from siftclip.eval.probes.logistic_fit import LogisticProblem, Probe, check_features, check_samples
+from siftclip.purposes import GeneratorPurpose
 
 STEPS_PER_DECADE = 8
 L2_EXPONENTS = (-8, 2)  # the grid is 10 ** these and what is between
 MIN_VALIDATION = 10  # fewer samples cannot tell penalties apart
 FEW_SHOT_PRIOR = 0.1  # the penalty of few-shot times the number of samples, see `few_shot_l2`
 _SEARCH_TOLERANCE = 1e-6  # accuracies on a few thousand samples do not see more
-_PURPOSE_VALIDATION = 11
-_PURPOSE_SHOTS = 12
 _TEST_ROWS = 2**16
 _LONGEST = 1.01  # unit length, also of vectors that were kept in float16
 
@@ -205,7 +204,7 @@ def few_shot_rows(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
     """
     require_int("few_shot.shots", shots, minimum=1)
     require_int("few_shot.seeds", seed, minimum=0)
-    return _drawn_rows(labels, lambda count: shots, seed, _PURPOSE_SHOTS)
+    return _drawn_rows(labels, lambda count: shots, seed, GeneratorPurpose.SHOTS)
 
 
 def validation_rows(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
@@ -228,7 +227,7 @@ def validation_rows(labels: np.ndarray, fraction: float, *, seed: int) -> np.nda
         labels,
         lambda count: min(int(fraction * count + 0.5), count - 1),
         seed,
-        _PURPOSE_VALIDATION,
+        GeneratorPurpose.VALIDATION,
     )
     if len(rows) < MIN_VALIDATION:
         raise InputError(
@@ -314,9 +313,9 @@ def _drawn_rows(
 ) -> np.ndarray:
     """Of each class, whose size the quota is told, the samples of the smallest random numbers."""
     by_class = np.argsort(labels, kind="stable")
-    found, starts = np.unique(labels[by_class], return_index=True)
+    classes, starts = np.unique(labels[by_class], return_index=True)
     drawn = [np.empty(0, np.int64)]
-    for label, rows in zip(found, np.split(by_class, starts[1:]), strict=True):
+    for label, rows in zip(classes, np.split(by_class, starts[1:]), strict=True):
         order = np.argsort(derive_seeds(np.arange(len(rows)), seed, int(label), purpose))
         drawn.append(rows[order[: quota(len(rows))]])
     return np.sort(np.concatenate(drawn))

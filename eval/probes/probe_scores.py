@@ -95,10 +95,10 @@ def count_in_train(test_ids: np.ndarray, train_ids: np.ndarray, task: Task) -> i
 
 
 def _mean_of_draws(draws: list[tuple[Metrics, dict[str, Outcomes]]]) -> TaskScores:
-    found = {name: np.asarray([metrics[name] for metrics, _ in draws]) for name in draws[0][0]}
-    metrics = {name: float(values.mean()) for name, values in found.items()}
+    values_of = {name: np.asarray([metrics[name] for metrics, _ in draws]) for name in draws[0][0]}
+    metrics = {name: float(values.mean()) for name, values in values_of.items()}
     if len(draws) > 1:
-        metrics["acc1_sd"] = float(found["acc1"].std(ddof=1))
+        metrics["acc1_sd"] = float(values_of["acc1"].std(ddof=1))
     outcomes = {}
     for name, first in draws[0][1].items():
         values = np.mean([outcomes[name].arrays["value"] for _, outcomes in draws], axis=0)

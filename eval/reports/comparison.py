@@ -154,11 +154,15 @@ class PairedComparison:
         lines = [*wrapped(f"a = {self.name_a}"), *wrapped(f"b = {self.name_b}")]
         lines += [*wrapped(self.headline()), ""]
         rows: list[Sequence[str] | str] = []
-        for family in by_family(one.family or "" for one in self.tasks):
+        for family in by_family(difference.family or "" for difference in self.tasks):
             rows.append(FAMILY_TITLES.get(family, family))
-            rows += [(*_cells(one), _mcnemar(one)) for one in self.tasks if one.family == family]
-        of_averages = [(*_cells(one), one.note) for one in self.averages]
-        titles = [printable(one.title) for one in (*self.tasks, *self.averages)]
+            rows += [
+                (*_cells(difference), _mcnemar(difference))
+                for difference in self.tasks
+                if difference.family == family
+            ]
+        of_averages = [(*_cells(difference), difference.note) for difference in self.averages]
+        titles = [printable(difference.title) for difference in (*self.tasks, *self.averages)]
         widths = (max(map(display_width, ["", *titles])) + 2, *_WIDTHS)  # for both to be aligned
         lines += _table(("task", *_HEADER, "McNemar"), rows, widths)
         if of_averages:
@@ -180,9 +184,9 @@ class PairedComparison:
                 "templates or settings of the probe are not the same for a and b, so that "
                 "differences are not those of the models alone"
             )
-        reasons = dict.fromkeys(one.note for one in self.tasks if one.note)
+        reasons = dict.fromkeys(difference.note for difference in self.tasks if difference.note)
         for reason in reasons:
-            keys = tuple(one.key for one in self.tasks if one.note == reason)
+            keys = tuple(difference.key for difference in self.tasks if difference.note == reason)
             lines += wrapped(f"not tested: {', '.join(keys)}: {reason}")
         return "\n".join([*lines, *self.verdict()])
 
@@ -194,14 +198,14 @@ class PairedComparison:
         if self.averages:
             lines += _conclusion("averages", self.averages)
             lines += within_seeds(_significant(self.averages), self.seeds)
-        tests = sum(one.p_holm is not None for one in self.tasks)
+        tests = sum(difference.p_holm is not None for difference in self.tasks)
         least = 2 / (self.resamples + 1)
         if tests * least > SIGNIFICANCE:
             lines.append(
                 f"With {self.resamples:,} resamples no p value is small enough for {tests} tests: "
                 "take more."
             )
-        tested = any(one.p_holm is not None for one in (*self.tasks, *self.averages))
+        tested = any(difference.p_holm is not None for difference in (*self.tasks, *self.averages))
         if tested:
             lines.append(
                 "p: how often models that are equally good would differ by as much, by resampling "
@@ -223,7 +227,8 @@ class PairedComparison:
         """
         known = {} if self.seeds is None else self.seeds.by_key
         return [
-            one.record() | seed_record(known.get(one.key)) for one in (*self.tasks, *self.averages)
+            difference.record() | seed_record(known.get(difference.key))
+            for difference in (*self.tasks, *self.averages)
         ]
 
 
@@ -275,7 +280,7 @@ def compare_results(
         replace(_compare(all_a[key], all_b[key], resamples, seed), title=titles[key])
         for key in shared
     ]
-    comparable = [one.key for one in tasks if one.comparable]
+    comparable = [difference.key for difference in tasks if difference.comparable]
     of_averages, members_by_key = _compare_averages(
         {key: all_a[key] for key in comparable},
         {key: all_b[key] for key in comparable},
@@ -284,7 +289,7 @@ def compare_results(
             for name, members in group_members(groups).items()
             if any(member.partition(":")[0] in shared for member in members)
         },
-        {one.key: one.test for one in tasks if one.test is not None},
+        {difference.key: difference.test for difference in tasks if difference.test is not None},
     )
     by_seed = compare_seeds(
         [a, *([b] if same_method else []), *seeds_a],
@@ -334,7 +339,7 @@ def _compare(a: TaskResult, b: TaskResult, resamples: int, seed: int) -> Differe
 
 
 def _same_model(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> bool:
-    models = {one.model for one in (*a, *b)}
+    models = {result.model for result in (*a, *b)}
     return len(models) == 1 and None not in models
 
 
@@ -363,8 +368,8 @@ def _compare_averages(
 ) -> tuple[list[Difference], dict[str, tuple[str, ...]]]:
     """Averages over the tasks that can be compared, and their members by key."""
     metrics_a, metrics_b = _shared_metrics(a, b), _shared_metrics(b, a)
-    of_a = averages({k: one.main_metric for k, one in a.items()}, groups, metrics=metrics_a)
-    of_b = averages({k: one.main_metric for k, one in b.items()}, groups, metrics=metrics_b)
+    of_a = averages({k: item.main_metric for k, item in a.items()}, groups, metrics=metrics_a)
+    of_b = averages({k: item.main_metric for k, item in b.items()}, groups, metrics=metrics_b)
     by_key = {
         f"average/{name}": average
         for name, average in zip(named_values(of_a), of_a.values(), strict=True)
@@ -383,7 +388,7 @@ def _compare_averages(
         )
         for key, average in by_key.items()
     ]
-    return differences, {key: one.present for key, one in by_key.items() if one.present}
+    return differences, {key: item.present for key, item in by_key.items() if item.present}
 
 
 def _shared_metrics(
@@ -401,23 +406,25 @@ def _shared_metrics(
 
 def _corrected(differences: Sequence[Difference]) -> tuple[Difference, ...]:
     """With Holm's correction for all of them."""
-    found = [None if one.test is None else one.test.p_value for one in differences]
-    corrected = iter(holm([p for p in found if p is not None]).tolist())
+    p_values = [
+        None if difference.test is None else difference.test.p_value for difference in differences
+    ]
+    corrected = iter(holm([p for p in p_values if p is not None]).tolist())
     return tuple(
-        one if p is None else replace(one, p_holm=next(corrected))
-        for one, p in zip(differences, found, strict=True)
+        difference if p is None else replace(difference, p_holm=next(corrected))
+        for difference, p in zip(differences, p_values, strict=True)
     )
 
 
-def _cells(one: Difference) -> tuple[str, ...]:
-    test = one.test
+def _cells(difference: Difference) -> tuple[str, ...]:
+    test = difference.test
     return (
-        one.title,
-        number_text(one.value_a),
-        number_text(one.value_b),
-        number_text(one.value, SIGNED),
+        difference.title,
+        number_text(difference.value_a),
+        number_text(difference.value_b),
+        number_text(difference.value, SIGNED),
         interval_text(None if test is None else test.interval, SIGNED),
-        p_text(one.p_holm) + ("*" if one.significant else " "),
+        p_text(difference.p_holm) + ("*" if difference.significant else " "),
         p_text(None if test is None else test.p_value),
     )
 
@@ -430,21 +437,25 @@ def _table(
     return text_table(header[:columns], shown, right=_RIGHT, least=widths[:columns])
 
 
-def _mcnemar(one: Difference) -> str:
-    return p_text(None if one.test is None else one.test.mcnemar_p_value)
+def _mcnemar(difference: Difference) -> str:
+    return p_text(None if difference.test is None else difference.test.mcnemar_p_value)
 
 
 def _significant(differences: Sequence[Difference]) -> list[tuple[str, str, float]]:
-    return [(one.key, one.title, one.value or 0.0) for one in differences if one.significant]
+    return [
+        (difference.key, difference.title, difference.value or 0.0)
+        for difference in differences
+        if difference.significant
+    ]
 
 
 def _conclusion(what: str, differences: Sequence[Difference]) -> list[str]:
-    tested = [one for one in differences if one.p_holm is not None]
+    tested = [difference for difference in differences if difference.p_holm is not None]
     if not tested:
         return [f"{what}: no difference was tested"]
-    sure = [one for one in tested if one.significant]
-    won = [one.title for one in sure if (one.value or 0.0) > 0]
-    lost = [one.title for one in sure if (one.value or 0.0) < 0]
+    sure = [difference for difference in tested if difference.significant]
+    won = [difference.title for difference in sure if (difference.value or 0.0) > 0]
+    lost = [difference.title for difference in sure if (difference.value or 0.0) < 0]
     lines = [
         f"{what}: {len(sure)} of {len(tested)} differences are significant at 5 % after Holm's "
         f"correction, {len(won)} for b and {len(lost)} for a"

@@ -153,7 +153,9 @@ def _prediction_columns(scored: ScoredTask) -> Columns | None:
         return _association(samples, scores.outcomes["avg_jaccard_score"])
     if kind == "retrieval":
         return _retrieval(samples, scores.outcomes)
-    right = {name: one.arrays["value"].astype(np.bool_) for name, one in scores.outcomes.items()}
+    right = {
+        name: outcome.arrays["value"].astype(np.bool_) for name, outcome in scores.outcomes.items()
+    }
     return {"captions": _captions(samples), **right}
 
 
@@ -203,10 +205,10 @@ def _lists(rows: np.ndarray) -> pa.FixedSizeListArray:
 
 def _retrieval(samples: TaskSamples, outcomes: dict[str, Outcomes]) -> Columns:
     columns: Columns = {"captions": _captions(samples)}
-    for name, one in outcomes.items():
+    for name, outcome in outcomes.items():
         k = name.partition("@")[2]
-        columns[f"text_hit@{k}"] = one.arrays["value"]
-        columns[f"image_hits@{k}"] = one.arrays["hits"]
+        columns[f"text_hit@{k}"] = outcome.arrays["value"]
+        columns[f"image_hits@{k}"] = outcome.arrays["hits"]
     return columns
 
 

@@ -94,14 +94,14 @@ class Summary:
         `eval/<task>/<metric>` and `eval/average/<group>`; the name of a partial average says so,
         so that its curve is not continued by that of other tasks.
         """
-        found = {
+        values = {
             f"eval/{result.key}/{name}": value
             for result in self.results
             for name, value in result.metrics.items()
         }
         for name, value in named_values(self.averages).items():
-            found[f"eval/average/{name}"] = value
-        return {name: value for name, value in found.items() if value is not None}
+            values[f"eval/average/{name}"] = value
+        return {name: value for name, value in values.items() if value is not None}
 
     def records(self) -> list[dict[str, Any]]:
         """One row per task, then one per average, all with the same keys; None = there is none.
@@ -160,18 +160,18 @@ def summarise(
     require_int("resamples", resamples, minimum=0)
     groups = group_members(groups)
     by_key = results_by_key(results)
-    found = result_averages(by_key.values(), groups)
+    averages = result_averages(by_key.values(), groups)
     members = {
         name: [main_member(member, by_key) for member in average.present]
-        for name, average in found.items()
+        for name, average in averages.items()
     }
     intervals = _average_intervals(members, by_key, resamples, seed) if resamples else {}
     wanted = [*missing, *(m.partition(":")[0] for group in groups.values() for m in group)]
     accounted = by_key.keys() | {failure.key for failure in failures}
     return Summary(
         results=tuple(results),
-        averages=found,
-        average_intervals={name: intervals.get(name) for name in found},
+        averages=averages,
+        average_intervals={name: intervals.get(name) for name in averages},
         missing=tuple(name for name in dict.fromkeys(wanted) if name not in accounted),
         failures=tuple(failures),
     )
@@ -232,7 +232,7 @@ def by_family(families: Iterable[str]) -> list[str]:
     """Each family once, in the order of a table."""
     order = list(FAMILY_TITLES)
     given = list(dict.fromkeys(families))
-    return sorted(given, key=lambda one: order.index(one) if one in order else len(order))
+    return sorted(given, key=lambda family: order.index(family) if family in order else len(order))
 
 
 def shown_titles(results: Sequence[TaskResult]) -> dict[str, str]:

@@ -95,7 +95,7 @@ class SeedComparison:
     @property
     def by_key(self) -> dict[str, SeedDifference]:
         """Tasks and averages."""
-        return {one.key: one for one in (*self.tasks, *self.averages)}
+        return {difference.key: difference for difference in (*self.tasks, *self.averages)}
 
     @property
     def least_p_value(self) -> float:
@@ -142,8 +142,12 @@ def compare_seeds(
         runs_a=len(a),
         runs_b=len(b),
         same_method=same_method,
-        tasks=tuple(one for one in tasks if one.values_a and one.values_b),
-        averages=tuple(one for one in of_groups if one.values_a and one.values_b),
+        tasks=tuple(
+            difference for difference in tasks if difference.values_a and difference.values_b
+        ),
+        averages=tuple(
+            difference for difference in of_groups if difference.values_a and difference.values_b
+        ),
     )
 
 
@@ -183,13 +187,17 @@ def _alike(runs: Sequence[Sequence[TaskResult]]) -> list[dict[str, TaskResult]]:
     by_key = [{result.key: result for result in run} for run in runs]
     first = by_key[0]
     return [
-        {key: one for key, one in run.items() if key in first and _asked_alike(one, first[key])}
+        {
+            key: of_run
+            for key, of_run in run.items()
+            if key in first and _asked_alike(of_run, first[key])
+        }
         for run in by_key
     ]
 
 
-def _asked_alike(one: TaskResult, other: TaskResult) -> bool:
-    return (one.task, one.samples, one.main_metric_name) == (
+def _asked_alike(result: TaskResult, other: TaskResult) -> bool:
+    return (result.task, result.samples, result.main_metric_name) == (
         other.task,
         other.samples,
         other.main_metric_name,
@@ -197,8 +205,8 @@ def _asked_alike(one: TaskResult, other: TaskResult) -> bool:
 
 
 def _values(runs: Sequence[Mapping[str, TaskResult]], key: str) -> tuple[float, ...]:
-    found = [run[key].main_metric for run in runs if key in run]
-    return tuple(value for value in found if value is not None)
+    values = [run[key].main_metric for run in runs if key in run]
+    return tuple(value for value in values if value is not None)
 
 
 def _averages(
@@ -206,21 +214,21 @@ def _averages(
 ) -> dict[str, tuple[float, ...]]:
     """The averages of the runs that have all members, by the key of the group."""
     names = {key.removesuffix(PARTIAL_SUFFIX): key for key in groups}  # no name may end with it
-    found: dict[str, list[float]] = {key: [] for key in groups}
+    values_of: dict[str, list[float]] = {key: [] for key in groups}
     for run in runs:
         metrics = {
-            key: {name: one.metrics.get(name) for name in runs[0][key].metrics}
-            for key, one in run.items()
+            key: {name: result.metrics.get(name) for name in runs[0][key].metrics}
+            for key, result in run.items()
         }
         of_run = averages(
-            {key: one.main_metric for key, one in run.items()},
+            {key: result.main_metric for key, result in run.items()},
             {name: groups[key] for name, key in names.items()},
             metrics=metrics,
         )
         for name, average in of_run.items():
             if average.complete and average.value is not None:
-                found[names[name]].append(average.value)
-    return {key: tuple(values) for key, values in found.items()}
+                values_of[names[name]].append(average.value)
+    return {key: tuple(values) for key, values in values_of.items()}
 
 
 def _difference(
@@ -233,10 +241,10 @@ def _test(differences: list[SeedDifference], level: float) -> None:
     """Give those p values that have enough seeds for one at the level, in place."""
     places = [
         place
-        for place, one in enumerate(differences)
-        if one.values_a
-        and one.values_b
-        and least_p_value(len(one.values_a), len(one.values_b)) <= level
+        for place, difference in enumerate(differences)
+        if difference.values_a
+        and difference.values_b
+        and least_p_value(len(difference.values_a), len(difference.values_b)) <= level
     ]
     p_values = [split_p_value(differences[i].values_a, differences[i].values_b) for i in places]
     for place, p_value, corrected in zip(places, p_values, holm(p_values).tolist(), strict=True):

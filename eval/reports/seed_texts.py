@@ -18,7 +18,7 @@ _NARROW_COLUMNS = 4
 def seed_sentence(seeds: SeedComparison | None) -> str:
     """By how much seeds alone move the tasks; empty where that is not known."""
     tasks = () if seeds is None else seeds.tasks
-    moved = [(one.between_seeds, one.title) for one in tasks if one.between_seeds is not None]
+    moved = [(task.between_seeds, task.title) for task in tasks if task.between_seeds is not None]
     if seeds is None or not moved:
         return ""
     largest, title = max(moved)
@@ -37,14 +37,14 @@ def seed_table(seeds: SeedComparison | None) -> list[str]:
         return []
     rows = [
         (
-            one.title,
-            _mean_text(one.values_a),
-            _mean_text(one.values_b),
-            number_text(one.value, SIGNED),
-            p_text(one.p_holm) + ("*" if one.significant else " "),
-            p_text(one.p_value),
+            difference.title,
+            _mean_text(difference.values_a),
+            _mean_text(difference.values_b),
+            number_text(difference.value, SIGNED),
+            p_text(difference.p_holm) + ("*" if difference.significant else " "),
+            p_text(difference.p_value),
         )
-        for one in (*seeds.tasks, *seeds.averages)
+        for difference in (*seeds.tasks, *seeds.averages)
     ]
     columns = _NARROW_COLUMNS if table_width() < NARROW else len(_HEADER)
     shown = [row[:columns] for row in rows]
@@ -84,8 +84,8 @@ def about_methods(seeds: SeedComparison | None) -> list[str]:
         ]
     lines = []
     for what, differences in (("tasks", seeds.tasks), ("averages", seeds.averages)):
-        tested = [one for one in differences if one.p_holm is not None]
-        sure = [one for one in tested if one.significant]
+        tested = [difference for difference in differences if difference.p_holm is not None]
+        sure = [difference for difference in tested if difference.significant]
         if not tested:
             continue
         lines.append(
@@ -98,21 +98,21 @@ def about_methods(seeds: SeedComparison | None) -> list[str]:
                 f"for {len(tested)} tests: train more, or name fewer tasks."
             )
         for name, sign in (("b", 1), ("a", -1)):
-            won = [one.title for one in sure if sign * one.value > 0]
+            won = [difference.title for difference in sure if sign * difference.value > 0]
             lines += [f"{name}'s method is better on {listed(won)}"] if won else []
     return lines
 
 
-def seed_record(one: SeedDifference | None) -> dict[str, Any]:
+def seed_record(difference: SeedDifference | None) -> dict[str, Any]:
     """The columns of a table about seeds; None = there is none."""
     return {
-        "seeds_a": None if one is None else len(one.values_a),
-        "seeds_b": None if one is None else len(one.values_b),
-        "mean_a": None if one is None else fmean(one.values_a),
-        "mean_b": None if one is None else fmean(one.values_b),
-        "seed_sd": None if one is None else one.seed_deviation,
-        "p_seeds": None if one is None else one.p_value,
-        "p_seeds_holm": None if one is None else one.p_holm,
+        "seeds_a": None if difference is None else len(difference.values_a),
+        "seeds_b": None if difference is None else len(difference.values_b),
+        "mean_a": None if difference is None else fmean(difference.values_a),
+        "mean_b": None if difference is None else fmean(difference.values_b),
+        "seed_sd": None if difference is None else difference.seed_deviation,
+        "p_seeds": None if difference is None else difference.p_value,
+        "p_seeds_holm": None if difference is None else difference.p_holm,
     }
 
 

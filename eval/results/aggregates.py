@@ -58,7 +58,7 @@ def group_members(groups: object) -> dict[str, list[str]]:
             parameter="groups",
             value=groups,
         )
-    found = {}
+    members_of = {}
     for name, given in groups.items():
         members = require_names(f"groups.{name}", given)
         if not members:
@@ -74,8 +74,8 @@ def group_members(groups: object) -> dict[str, list[str]]:
                 parameter="groups",
                 value=name,
             )
-        found[name] = members
-    return found
+        members_of[name] = members
+    return members_of
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], known: Collection[str], suite: bool) -> None:
@@ -130,11 +130,11 @@ def result_averages(
     results: Iterable[TaskResult], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, Average]:
     """`averages` of the results of one model, each task at most once."""
-    found = list(results)
+    all_results = list(results)
     return averages(
-        {result.key: result.main_metric for result in found},
+        {result.key: result.main_metric for result in all_results},
         groups,
-        metrics={result.key: result.metrics for result in found},
+        metrics={result.key: result.metrics for result in all_results},
     )
 
 
@@ -144,13 +144,13 @@ def _average(
     values: Mapping[str, float | None],
     metrics: Mapping[str, Mapping[str, float | None]],
 ) -> Average:
-    found = {member: _member_value(name, member, values, metrics) for member in members}
-    known = [value for member in members if (value := found[member]) is not None]
+    value_of = {member: _member_value(name, member, values, metrics) for member in members}
+    known = [value for member in members if (value := value_of[member]) is not None]
     return Average(
         name=name,
         value=math.fsum(known) / len(known) if known else None,
-        present=tuple(member for member in members if found[member] is not None),
-        missing=tuple(member for member in members if found[member] is None),
+        present=tuple(member for member in members if value_of[member] is not None),
+        missing=tuple(member for member in members if value_of[member] is None),
     )
 
 

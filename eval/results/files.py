@@ -100,7 +100,7 @@ def write_lines(path: Path, kept: KeptResults) -> None:
         *(_to_record(result) for result in kept.results),
         *(_failure_record(failure) for failure in kept.failures),
     ]
-    write_text(path, "".join(json.dumps(one, allow_nan=False) + "\n" for one in records))
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def read_results(path: Path) -> list[TaskResult]:
@@ -155,7 +155,7 @@ def read_kept(path: Path, *, latest: bool = False) -> KeptResults:
         log.warning("%s: %d metrics are NaN and count as missing", path, undefined)
     return KeptResults(
         results=tuple(results.values()),
-        failures=tuple(one for one in failures if one.key not in results),
+        failures=tuple(failure for failure in failures if failure.key not in results),
     )
 
 

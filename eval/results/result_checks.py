@@ -136,7 +136,9 @@ def check_outcomes(statistic: object, arrays: Mapping[str, np.ndarray], units: A
         arrays: by name.
         units: uint64 [n], n at least 1.
     """
-    known: Statistic | None = next((one for one in get_args(Statistic) if one == statistic), None)
+    known: Statistic | None = next(
+        (name for name in get_args(Statistic) if name == statistic), None
+    )
     if known is None:
         raise ValueError(f"statistic must be one of {[*get_args(Statistic)]}. Got {statistic!r}")
     if units.dtype != np.uint64 or units.ndim != 1 or not len(units):

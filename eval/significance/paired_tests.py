@@ -21,6 +21,7 @@ from siftclip.eval.metrics.outcomes import Outcomes
 from siftclip.eval.metrics.weighted_metrics import STATISTICS
 from siftclip.eval.significance.resampling import interval, joint_replicates, point_value
 from siftclip.hashing import mix64, seed_state
+from siftclip.purposes import HashPurpose
 
 # The least p value is 2 / (resamples + 1). After Holm's correction for 40 tasks, 1,000 resamples
 # could not find anything at 5 %; these can.
@@ -28,7 +29,6 @@ PAIRED_RESAMPLES = 10_000
 # For shares of right units, McNemar's test and the bootstrap are about the same from here on, also
 # at levels of 0.001. A metric that hangs on a few of the units that differ may need more.
 _FEW_DIFFERING = 100
-_PURPOSE = 0x0B00_7572_A900_0002  # other numbers than those of other uses of the same seed
 _BLOCK = 1 << 24  # weights held at a time
 _ROUNDING = 1e-12  # differences that should be equal are summed in other orders
 
@@ -169,7 +169,7 @@ def swapped_differences(
         for name, of_a in a.arrays.items()
     }
     metric = STATISTICS[a.statistic]
-    state = seed_state(seed ^ _PURPOSE)
+    state = seed_state(seed ^ HashPurpose.PERMUTATION)
     of_unit = mix64(units[differs] ^ state)
     step = max(_BLOCK // max(len(units), 1), 1)
     blocks = []

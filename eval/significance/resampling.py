@@ -26,8 +26,8 @@ import numpy as np
 from siftclip.eval.metrics.outcomes import Outcomes
 from siftclip.eval.metrics.weighted_metrics import STATISTICS
 from siftclip.hashing import mix64, seed_state
+from siftclip.purposes import HashPurpose
 
-_PURPOSE = 0x0B00_7572_A900_0001  # other numbers than those of other uses of the same seed
 # Of 65,536 draws, those of at least 1, 2, ... 8. The mean is 1 exactly, the variance 0.99997; 9 or
 # more, one in 900,000, never comes.
 _AT_LEAST = (41427, 17317, 5263, 1244, 240, 39, 5, 1)
@@ -52,7 +52,7 @@ def poisson_weights(units: np.ndarray, resamples: int, *, seed: int) -> np.ndarr
 
 def _weights(units: np.ndarray, start: int, stop: int, seed: int) -> np.ndarray:
     """The rows from `start`, a multiple of 4, to `stop` of `poisson_weights`."""
-    state = seed_state(seed ^ _PURPOSE)
+    state = seed_state(seed ^ HashPurpose.BOOTSTRAP)
     of_unit = mix64(units ^ state)
     numbers = np.arange(start // _DRAWS_PER_HASH, -(-stop // _DRAWS_PER_HASH), dtype=np.uint64)
     of_number = mix64(numbers + state)
@@ -97,9 +97,11 @@ def joint_replicates(
     blocks = []
     for start in range(0, resamples, step):
         weights = _weights(units, start, min(start + step, resamples), seed)
-        blocks.append([STATISTICS[one.statistic](one.arrays, weights) for one in several])
+        blocks.append(
+            [STATISTICS[outcomes.statistic](outcomes.arrays, weights) for outcomes in several]
+        )
     rows: np.ndarray = np.concatenate(blocks, axis=1)
-    return np.stack([_centred(row, one) for row, one in zip(rows, several, strict=True)])
+    return np.stack([_centred(row, outcomes) for row, outcomes in zip(rows, several, strict=True)])
 
 
 def interval(

@@ -1,6 +1,6 @@
 """The images that tasks share: each is read, decoded and encoded once.
 
-Tasks share images more often than it seems: the same pictures with other labels, a test set as a
+Tasks share images more often than it seems: the same images with other labels, a test set as a
 task of its own and as that of a linear probe, candidates that occur in many associations.
 """
 
@@ -87,10 +87,10 @@ def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np
         suspects, signature = _repeated(suspects, signature)
     first_like = np.arange(len(table))
     if len(suspects):
-        _, one, which = np.unique(signature, return_index=True, return_inverse=True)
-        first_like[suspects] = suspects[one][which.reshape(-1)]
+        _, first_place, which = np.unique(signature, return_index=True, return_inverse=True)
+        first_like[suspects] = suspects[first_place][which.reshape(-1)]
     distinct, number = np.unique(first_like[first[inverse.reshape(-1)]], return_inverse=True)
-    ends = np.cumsum([len(one.places) for one in samples])[:-1]
+    ends = np.cumsum([len(of_task.places) for of_task in samples])[:-1]
     return table.take(distinct), np.split(number.reshape(-1), ends)
 
 
@@ -115,26 +115,26 @@ def _likely_shared(
         if pair[0] != pair[1] or several[pair[0]]
     ]
 
-    def common(one: int, other: int) -> np.ndarray:
-        sizes: np.ndarray = repeats[one] if one == other else has[one] & has[other]
+    def common(first: int, second: int) -> np.ndarray:
+        sizes: np.ndarray = repeats[first] if first == second else has[first] & has[second]
         return sizes
 
     probed, worth = np.zeros((2, *has.shape), dtype=np.bool_)
-    for one, other in pairs:
-        some = np.flatnonzero(common(one, other))[:_PROBED_SIZES]
-        probed[one, some] = probed[other, some] = True
+    for first, second in pairs:
+        some = np.flatnonzero(common(first, second))[:_PROBED_SIZES]
+        probed[first, some] = probed[second, some] = True
     looked_at = probed[owner, column]
     middles = replace(table.take(rows[looked_at]), places=_middles(table.places[rows[looked_at]]))
     signature = mix64(sizes[looked_at].astype(np.uint64)) ^ image_ids(middles)
     of_owner = [signature[owner[looked_at] == number] for number in range(len(several))]
-    for one, other in pairs:
-        if one == other:
-            agree = len(np.unique(of_owner[one])) < len(of_owner[one])
+    for first, second in pairs:
+        if first == second:
+            agree = len(np.unique(of_owner[first])) < len(of_owner[first])
         else:
-            agree = bool(np.isin(of_owner[one], of_owner[other]).any())
+            agree = bool(np.isin(of_owner[first], of_owner[second]).any())
         if agree:
-            worth[one] |= common(one, other)
-            worth[other] |= common(one, other)
+            worth[first] |= common(first, second)
+            worth[second] |= common(first, second)
     worth_comparing: np.ndarray = rows[worth[owner, column]]
     return worth_comparing
 
@@ -143,23 +143,23 @@ def _owners(samples: Sequence[TaskSamples], table: ImageTable) -> tuple[np.ndarr
     """Which task each tar belongs to, the first that reads it, and which have several images."""
     numbers = {shard: number for number, shard in enumerate(table.shards)}
     owners = np.empty(len(numbers), dtype=np.int64)
-    for number, one in reversed([*enumerate(samples)]):
-        owners[[numbers[shard] for shard in one.task.shards]] = number
-    return owners, np.asarray([len(one.places) > len(one) for one in samples])
+    for number, of_task in reversed([*enumerate(samples)]):
+        owners[[numbers[shard] for shard in of_task.task.shards]] = number
+    return owners, np.asarray([len(of_task.places) > len(of_task) for of_task in samples])
 
 
 def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
     numbers: dict[Path, int] = {}
     identities: dict[Path, FileIdentity] = {}
     places, names = [], []
-    for one in samples:
-        own = [numbers.setdefault(shard, len(numbers)) for shard in one.task.shards]
-        for shard, identity in zip(one.task.shards, one.identities, strict=True):
+    for of_task in samples:
+        shards_of_task = [numbers.setdefault(shard, len(numbers)) for shard in of_task.task.shards]
+        for shard, identity in zip(of_task.task.shards, of_task.identities, strict=True):
             if identities.setdefault(shard, identity) != identity:  # of two tasks that share it
                 raise has_changed(shard, CHANGED)
-        tars = np.asarray(own, dtype=np.int64)[one.places[:, 0]]
-        places.append(np.column_stack([tars, one.places[:, 1:]]))
-        names.append(np.repeat(one.keys.astype(object), np.diff(one.first_image)))
+        tars = np.asarray(shards_of_task, dtype=np.int64)[of_task.places[:, 0]]
+        places.append(np.column_stack([tars, of_task.places[:, 1:]]))
+        names.append(np.repeat(of_task.keys.astype(object), np.diff(of_task.first_image)))
     return ImageTable(
         shards=tuple(numbers),
         identities=tuple(identities[shard] for shard in numbers),
@@ -239,7 +239,7 @@ class ImageDataset(Dataset[ImageBatch]):
         Args:
             table: of the images.
             transform: the model's eval transform.
-            max_image_pixels: larger pictures are faults.
+            max_image_pixels: larger images are faults.
         """
         self.table = table
         self.transform = transform
@@ -250,14 +250,14 @@ class ImageDataset(Dataset[ImageBatch]):
         return self.__getitems__([row])
 
     def __getitems__(self, rows: list[int]) -> ImageBatch:
-        """A batch. A fault is told, not raised: other tasks go on."""
+        """A batch. A fault is told, not raised: other tasks continue."""
         prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
         for place, row in enumerate(rows):
             number, offset, size = self.table.places[row].tolist()
-            shard, data, picture = self.table.shards[number], b"", self._blank
+            shard, data, image = self.table.shards[number], b"", self._blank
             try:
                 data = _read(shard, self.table.identities[number], offset, size)
-                picture = self._prepare(data)
+                image = self._prepare(data)
             except InputError as error:
                 faults.append((row, str(error)))
             except OSError as error:
@@ -265,7 +265,7 @@ class ImageDataset(Dataset[ImageBatch]):
             except BadSampleError as error:
                 faults.append((row, f"{shard}: {self.table.names[row]}: {_fault(error)}"))
             ids[place] = content_id(data)
-            prepared.append(picture)
+            prepared.append(image)
         return ImageBatch(np.asarray(rows), torch.stack(prepared), ids, faults)
 
     def _prepare(self, data: bytes) -> Tensor:

@@ -50,7 +50,7 @@ class PreparedTasks:
 
     def without(self, names: set[str]) -> PreparedTasks:
         """The tasks that are left without some."""
-        return replace(self, data=tuple(one for one in self.data if one.task.name not in names))
+        return replace(self, data=tuple(data for data in self.data if data.task.name not in names))
 
     def groups(self) -> list[list[TaskData]]:
         """The tasks in groups that share images, in the order of their first tasks."""
@@ -62,23 +62,23 @@ class PreparedTasks:
             return number
 
         owner = np.full(0 if self.table is None else len(self.table), -1)
-        for number, one in enumerate(self.data):
-            rows = one.rows()
+        for number, data in enumerate(self.data):
+            rows = data.rows()
             for other in np.unique(owner[rows]).tolist():
                 if other >= 0 and root(other) != root(number):
                     low, high = sorted((root(other), root(number)))
                     parents[high] = low
             owner[rows] = number
         groups: dict[int, list[TaskData]] = {}
-        for number, one in enumerate(self.data):
-            groups.setdefault(root(number), []).append(one)
+        for number, data in enumerate(self.data):
+            groups.setdefault(root(number), []).append(data)
         return [*groups.values()]
 
 
 def prepare_tasks(
     tasks: Sequence[Task], *, max_samples: int | None = None, train_split: str = "train"
 ) -> PreparedTasks:
-    """Index the tars of tasks. What cannot be read becomes a failure; the others go on.
+    """Index the tars of tasks. What cannot be read becomes a failure; the others continue.
 
     Args:
         tasks: each name once. The tars of several protocols of one task are read once.

@@ -212,17 +212,17 @@ def _by_name(folders: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
 
 def _walk(folder: Path, split: str) -> list[Path]:
     """The task folders below a folder; nothing inside of one is looked at."""
-    found = []
+    files = []
     try:
         folders = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from None
     for inner in folders:
         if inner.name.startswith((FOLDER_PREFIX, ".")) or _is_task_folder(inner, split):
-            found += [] if inner.name.startswith(".") else [inner]
+            files += [] if inner.name.startswith(".") else [inner]
         elif not inner.is_symlink():  # which may lead back up
-            found += _walk(inner, split)
-    return found
+            files += _walk(inner, split)
+    return files
 
 
 def _task_name(folder: Path) -> str:

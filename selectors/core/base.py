@@ -137,13 +137,13 @@ def run(selector: Selector, source: Source) -> Choice:
 
 def score_faults(scores: np.ndarray) -> list[str]:
     """How many of the scores, float [n], exclude their samples from every selection, in words."""
-    unjudged, never = int(np.isnan(scores).sum()), int(np.isneginf(scores).sum())
-    found = []
-    if unjudged:
-        found.append(f"{unjudged} of {len(scores)} samples have no score and cannot be selected")
+    unscored, never = int(np.isnan(scores).sum()), int(np.isneginf(scores).sum())
+    faults = []
+    if unscored:
+        faults.append(f"{unscored} of {len(scores)} samples have no score and cannot be selected")
     if never:
-        found.append(f"{never} of {len(scores)} samples have the score -inf and are never kept")
-    return found
+        faults.append(f"{never} of {len(scores)} samples have the score -inf and are never kept")
+    return faults
 
 
 def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]:
@@ -159,22 +159,22 @@ def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]
         return []
     asked = selector.asked_samples(samples, pool_samples)
     kept, distinct = int(choice.multiplicities.sum()), np.count_nonzero(choice.multiplicities)
-    found = selector.faults(samples, pool_samples)
+    texts = selector.faults(samples, pool_samples)
     if choice.scores is not None and isinstance(selector, ScoreSelector):
-        found += score_faults(choice.scores)
+        texts += score_faults(choice.scores)
     share = f"{distinct} of {samples} samples ({100 * distinct / samples:.3g} %)"
     if distinct >= _NEARLY_ALL * samples and kept == distinct:
         if not selector.keeps_all:
-            found.append(f"keeps {share}: it changes next to nothing")
+            texts.append(f"keeps {share}: it changes next to nothing")
     elif asked is not None and kept < asked:
-        found.append(f"keeps {kept} samples where {asked} were asked for: no others can be kept")
+        texts.append(f"keeps {kept} samples where {asked} were asked for: no others can be kept")
     elif asked is None and distinct < (1 - _NEARLY_ALL) * samples:
-        found.append(f"keeps {share}")
+        texts.append(f"keeps {share}")
     elif distinct < (1 - _NEARLY_ALL) * min(samples, kept):
-        found.append(f"keeps {share}, each {kept / distinct:.3g} times on average")
+        texts.append(f"keeps {share}, each {kept / distinct:.3g} times on average")
     if choice.scores is not None and kept and isinstance(selector, ScoreSelector):
-        found += _ties_at_cut(choice.scores, choice.multiplicities > 0)
-    return found
+        texts += _ties_at_cut(choice.scores, choice.multiplicities > 0)
+    return texts
 
 
 def _ties_at_cut(scores: np.ndarray, kept: np.ndarray) -> list[str]:
@@ -274,8 +274,8 @@ class Selector(ABC):
 
     def faults(self, left_samples: int, pool_samples: int) -> list[str]:
         """What makes its parameters meaningless for so many samples; by default its rule's."""
-        found = getattr(getattr(self, "rule", None), "faults", None)
-        return [] if found is None else list(found(left_samples, pool_samples))
+        of_rule = getattr(getattr(self, "rule", None), "faults", None)
+        return [] if of_rule is None else list(of_rule(left_samples, pool_samples))
 
     @abstractmethod
     def select(self, source: Source) -> Choice:
@@ -347,7 +347,7 @@ class ScoreSelector(Selector):
         """Gather what scoring needs from one or more passes over the input. Default: nothing."""
 
     def score(self, chunk: Chunk) -> Tensor:
-        """The scores of a chunk, float32 [n], higher is better; NaN means "cannot be judged".
+        """The scores of a chunk, float32 [n], higher is better; NaN means "no score".
 
         -inf means "never": no rule keeps it, even where it would need it to reach its fraction.
         +inf is the best. A statistic of scores leaves all three out.
@@ -384,11 +384,11 @@ class ScoreSelector(Selector):
 
     @torch.no_grad()
     def scores(self, source: Source) -> np.ndarray:
-        """Fit, and score all samples of `source`: float32 [n], NaN for what cannot be judged.
+        """Fit, and score all samples of `source`: float32 [n], NaN for what has no score.
 
         The tasks are shared among the ranks; what was kept of an earlier call is not done again.
         """
-        memo = source.memo(self)
+        cache = source.cache(self)
         fitted = False
         total = np.zeros(len(source), dtype=np.float64 if self.passes > 1 else np.float32)
         for number in range(self.passes):
@@ -396,7 +396,7 @@ class ScoreSelector(Selector):
             values = np.zeros(len(source), dtype=np.float32)
             todo = []
             for task in source.mine(tasks):
-                kept = memo.get(task.name)
+                kept = cache.get(task.name)
                 if kept is None:
                     todo.append(task)
                 else:
@@ -410,9 +410,9 @@ class ScoreSelector(Selector):
             )
             with source.bar(sum(len(task.rows) for task in todo), label) as bar:
                 for task in todo:
-                    found = self.score_task(source, task).float().cpu().numpy()
-                    memo.put(task.name, values=found)
-                    values[source.index_of(task.rows)] = found
+                    of_task = self.score_task(source, task).float().cpu().numpy()
+                    cache.put(task.name, values=of_task)
+                    values[source.index_of(task.rows)] = of_task
                     bar.update(len(task.rows))
             np.add(total, _of_all_ranks(source, tasks, values), out=total)
         mean: np.ndarray = np.divide(total, self.passes)

@@ -181,7 +181,7 @@ def check_picklable(make: SelectorFactory) -> None:
     _assert_same(choice, _select(make, chunk))
 
 
-def check_unjudged(make: SelectorFactory) -> None:
+def check_unscored(make: SelectorFactory) -> None:
     """A score selector never keeps a sample whose score is NaN."""
     selector = make()
     if not isinstance(selector, ScoreSelector):
@@ -217,7 +217,7 @@ CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
     check_sample_order,
     check_input_untouched,
     check_picklable,
-    check_unjudged,
+    check_unscored,
     check_single_sample,
     check_few_left,
 )

@@ -154,9 +154,9 @@ def rank_sum(
         weights: k finite numbers.
     """
     total = _verdicts(scores)
-    judged = np.flatnonzero(total == 0.0)
+    scored = np.flatnonzero(total == 0.0)
     for values, weight in zip(scores, weights, strict=True):
-        total[judged] += weight * ordinal_ranks(values[judged], uids[judged])
+        total[scored] += weight * ordinal_ranks(values[scored], uids[scored])
     return total
 
 
@@ -173,10 +173,10 @@ def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
         weights: k finite numbers.
     """
     total = _verdicts(scores)
-    judged = total == 0.0
+    scored = total == 0.0
     finite = np.isfinite(np.stack(scores)).all(0)
     for values, weight in zip(scores, weights, strict=True):
-        best = judged & np.isposinf(values)
+        best = scored & np.isposinf(values)
         if weight < 0:
             total[best] = -np.inf
         elif weight > 0:
@@ -187,7 +187,7 @@ def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
         ordered = np.sort(values[finite]).astype(np.float64)
         mean = ordered.mean()
         spread = np.sqrt(np.square(ordered - mean).mean()) if ordered[0] < ordered[-1] else np.inf
-        here = judged & np.isfinite(values)
+        here = scored & np.isfinite(values)
         total[here] += weight * ((values[here] - mean) / spread)
     return total
 
@@ -195,8 +195,8 @@ def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
 def _verdicts(scores: Sequence[np.ndarray]) -> np.ndarray:
     """-inf where one of the scores is -inf, else NaN where one is NaN, else 0: float64 [n]."""
     values = np.stack(scores)
-    unjudged = np.where(np.isnan(values).any(0), np.nan, 0.0)
-    return np.where(np.isneginf(values).any(0), -np.inf, unjudged)
+    unscored = np.where(np.isnan(values).any(0), np.nan, 0.0)
+    return np.where(np.isneginf(values).any(0), -np.inf, unscored)
 
 
 class Then(Selector):

@@ -203,9 +203,9 @@ def _pickled(value: Any) -> list[Any] | None:
     if isinstance(value, (type, FunctionType)):
         return None
     reduce = copyreg.dispatch_table.get(kind)
-    own = ("__reduce__", "__reduce_ex__", "__getstate__")
+    methods = ("__reduce__", "__reduce_ex__", "__getstate__")
     if reduce is None and all(
-        getattr(kind, name, None) is getattr(object, name, None) for name in own
+        getattr(kind, name, None) is getattr(object, name, None) for name in methods
     ):
         return None
     try:
@@ -229,11 +229,11 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     ]
     if not slots and not hasattr(value, "__dict__"):
         return None
-    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    found |= getattr(value, "__dict__", {})
+    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    attributes |= getattr(value, "__dict__", {})
     return {
         name: item
-        for name, item in found.items()
+        for name, item in attributes.items()
         if not isinstance(getattr(type(value), name, None), functools.cached_property)
     }
 

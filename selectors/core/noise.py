@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from siftclip.hashing import mix64, seed_state, uid_hashes
+from siftclip.purposes import HashPurpose
 
-_PURPOSE = 0x5AFE_C0DE_D1CE_0001  # other numbers than those of uniform_score with the same seed
 _FAR = 100.0  # between two logits: Gumbel noise of 52 bits is between -4 and 37
 
 
 def noise_state(uids: np.ndarray, seed: int) -> np.ndarray:
     """What the noise of a sample begins with, uint64 [n], from uids uint64 [n, 2]."""
-    return uid_hashes(uids, seed_state(seed ^ _PURPOSE))
+    return uid_hashes(uids, seed_state(seed ^ HashPurpose.NOISE))
 
 
 def hashes(state: np.ndarray, draw: int) -> np.ndarray:

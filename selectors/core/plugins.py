@@ -17,15 +17,15 @@ def find_plugins() -> dict[str, EntryPoint]:
     Raises:
         InputError: two distributions give the same name.
     """
-    found: dict[str, EntryPoint] = {}
+    plugins: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
-        other = found.setdefault(point.name, point)
+        other = plugins.setdefault(point.name, point)
         if other.value != point.value:
             raise InputError(
                 f"Two plug-ins of the group {GROUP!r} are called {point.name!r}: {other.value} and "
                 f"{point.value}. Uninstall one of them."
             )
-    return found
+    return plugins
 
 
 def build_plugin(plugin: str, **parameters: Any) -> Selector:
@@ -34,18 +34,18 @@ def build_plugin(plugin: str, **parameters: Any) -> Selector:
     Raises:
         InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
     """
-    found = find_plugins()
-    if plugin not in found:
+    plugins = find_plugins()
+    if plugin not in plugins:
         raise ParameterError(
-            f"must be one of {sorted(found)}, the entry points of the group {GROUP!r} that are "
+            f"must be one of {sorted(plugins)}, the entry points of the group {GROUP!r} that are "
             "installed",
             owner=build_plugin,
             parameter="plugin",
             value=plugin,
         )
-    name = f"The plug-in {plugin!r} ({found[plugin].value})"
+    name = f"The plug-in {plugin!r} ({plugins[plugin].value})"
     try:
-        selector = call_by_name(found[plugin].load(), parameters)
+        selector = call_by_name(plugins[plugin].load(), parameters)
     except (ImportError, AttributeError, TypeError) as error:
         raise InputError(f"{name} could not be built with {parameters}: {error}.") from error
     if not isinstance(selector, Selector):

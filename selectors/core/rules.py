@@ -1,6 +1,6 @@
 """Rules turn scores into multiplicities; ties are broken by uid.
 
-A score of -inf says "never", and NaN "cannot be judged": no rule keeps either, and where a rule
+A score of -inf says "never", and NaN "no score": no rule keeps either, and where a rule
 would need them to reach its number, it keeps fewer. +inf is the best there is.
 """
 
@@ -139,11 +139,11 @@ class DataCompFraction:
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         able = can_be_kept(scores)
-        judged = scores[able]
+        scored = scores[able]
         position = int(counted(self.of, len(scores), pool_samples) * self.fraction)
-        if position >= len(judged):
+        if position >= len(scored):
             return able.astype(np.int64)
-        threshold = np.partition(judged, len(judged) - 1 - position)[len(judged) - 1 - position]
+        threshold = np.partition(scored, len(scored) - 1 - position)[len(scored) - 1 - position]
         kept: np.ndarray = scores >= threshold
         return kept.astype(np.int64)
 

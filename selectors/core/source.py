@@ -68,7 +68,7 @@ class Chunk:
         return len(self.rows)
 
     def usable(self) -> Tensor:
-        """Which samples can be judged by their features: bool [n], on the features' device.
+        """Which samples can be scored by their features: bool [n], on the features' device.
 
         A vector that is zero, or has a component that is not finite, says nothing about its sample.
         """
@@ -145,7 +145,7 @@ class WorkUnit:
     rows: np.ndarray  # int64
 
 
-class Memo(Protocol):
+class Cache(Protocol):
     """What a selector has worked out and need not work out again. Shared by the ranks."""
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
@@ -155,7 +155,7 @@ class Memo(Protocol):
         """Keep arrays. Only one rank may put a name, except for equal arrays."""
 
 
-class DictMemo:
+class DictCache:
     """Keeps arrays in memory."""
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ class Source(ABC):
         )
 
     @abstractmethod
-    def memo(self, selector: object) -> Memo:
+    def cache(self, selector: object) -> Cache:
         """What this selector has worked out for this source."""
 
     @abstractmethod
@@ -313,8 +313,8 @@ class RestrictedSource(Source):
     def warn(self, text: str) -> None:
         self.source.warn(text)
 
-    def memo(self, selector: object) -> Memo:
-        return self.whole.memo((selector, self.rows))
+    def cache(self, selector: object) -> Cache:
+        return self.whole.cache((selector, self.rows))
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
         return self.source.bar(total, label)
@@ -372,8 +372,8 @@ class MemorySource(Source):
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
         yield from torch.split(self._files[file], self.chunk_samples)
 
-    def memo(self, selector: object) -> Memo:
-        return DictMemo()
+    def cache(self, selector: object) -> Cache:
+        return DictCache()
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
         return nullcontext(NoBar())

@@ -16,10 +16,9 @@ import numpy as np
 
 from siftclip.errors import InputError
 from siftclip.hashing import uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.selectors.core.noise import bounded_logits, gumbel, noise_state
 from siftclip.selectors.core.rules import can_be_kept, keep_top
-
-_PURPOSE_UNIFORM = 0x756E69666F726D  # keeps these numbers apart from other uses of the seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +88,13 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
     kept = np.zeros(len(keys), dtype=np.int64)
     groups = sub_batch.group_slices(len(keys))
     for group, quota in zip(groups, sub_batch.quotas.tolist(), strict=True):
-        own = keys[group]
-        kept[group] = keep_top(own, uids[group], quota)
+        of_group = keys[group]
+        kept[group] = keep_top(of_group, uids[group], quota)
         for is_next in (np.isnan, np.isneginf):
             missing = quota - int(kept[group].sum())
             if not missing:
                 break
-            kept[group] += keep_top(np.where(is_next(own), 0.0, np.nan), uids[group], missing)
+            kept[group] += keep_top(np.where(is_next(of_group), 0.0, np.nan), uids[group], missing)
     return kept
 
 
@@ -127,7 +126,7 @@ def add_uniform(
         seed: of the sub-batch.
         scores: float [n]; what has NaN or -inf there comes last here, too.
     """
-    draws = uniform_score(uids, seed ^ _PURPOSE_UNIFORM).astype(np.float64)
+    draws = uniform_score(uids, seed ^ HashPurpose.UNIFORM_PART).astype(np.float64)
     if scores is not None:
         draws = np.where(
             can_be_kept(scores), draws, np.where(np.isnan(scores), -1.0, -2.0) + draws / 2

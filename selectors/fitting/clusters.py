@@ -23,7 +23,7 @@ from siftclip.selectors.core.base import (
     ScoreSelector,
     Source,
 )
-from siftclip.selectors.core.source import Memo
+from siftclip.selectors.core.source import Cache
 from siftclip.selectors.fitting.kmeans import assign, fit_kmeans
 from siftclip.selectors.kernels.blocks import joined
 
@@ -126,7 +126,7 @@ class KMeans:
             iterations=self.iterations,
             sample=self.sample,
             spherical=self.spherical,
-            memo=_memo(source, key, self),
+            cache=_cache(source, key, self),
         )
 
 
@@ -161,21 +161,21 @@ def assign_all(
         products with the own centroid float32 [n], 0 where there is none.
     """
     requires = Requirements(features=(key,), files=clustering.files())
-    memo, tasks = _memo(source, key, clustering), source.tasks(requires, label="assigned-")
+    cache, tasks = _cache(source, key, clustering), source.tasks(requires, label="assigned-")
     centroids = clustering.centroids(source, key)
     clusters = np.zeros(len(source), dtype=np.int32)  # plus one, so that ranks can add them
     products = np.zeros(len(source), dtype=np.float32)
     mine = source.mine(tasks)
     with source.bar(sum(len(task.rows) for task in mine), "clusters") as bar:
         for task in mine:
-            kept = memo.get(task.name)
+            kept = cache.get(task.name)
             if kept is None:
                 pieces = [_assign_chunk(c, centroids) for c in source.chunks(task.rows, requires)]
                 kept = {
                     "clusters": np.concatenate([piece[0] for piece in pieces]),
                     "products": np.concatenate([piece[1] for piece in pieces]),
                 }
-                memo.put(task.name, **kept)
+                cache.put(task.name, **kept)
             at = source.index_of(task.rows)
             clusters[at], products[at] = kept["clusters"] + 1, kept["products"]
             bar.update(len(task.rows))
@@ -220,6 +220,6 @@ class ClusterId(ScoreSelector):
         return assign(chunk.features[self.key], self._centroids)[0].float()
 
 
-def _memo(source: Source, key: str, clustering: Clustering) -> Memo:
+def _cache(source: Source, key: str, clustering: Clustering) -> Cache:
     """What is known of these clusters, whichever selector needs them."""
-    return source.memo(ClusterId(key=key, clustering=clustering, fraction=1))
+    return source.cache(ClusterId(key=key, clustering=clustering, fraction=1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
-from siftclip.selectors.core.source import FeatureFile, Memo, Requirements, Source
+from siftclip.selectors.core.source import Cache, FeatureFile, Requirements, Source
 from siftclip.selectors.kernels.blocks import usable_rows
 from siftclip.selectors.kernels.hardware import int8_is_fast
 
@@ -268,15 +268,15 @@ def file_moment(owner: str, source: Source, files: tuple[FeatureFile, ...]) -> t
 
 
 def kept_moment(
-    source: Source, memo: Memo, name: str, compute: Callable[[], tuple[Tensor, int]]
+    source: Source, cache: Cache, name: str, compute: Callable[[], tuple[Tensor, int]]
 ) -> tuple[Tensor, int]:
     """The sum that was kept under `name`, or else that of `compute`, which is then kept."""
-    kept = memo.get(name)
+    kept = cache.get(name)
     if all_ranks(source.ranks, kept is not None) and kept is not None:
         return torch.from_numpy(kept["sums"]).to(source.device), int(kept["samples"])
     sums, samples = compute()
     if source.ranks.rank == 0:
-        memo.put(name, sums=sums.cpu().numpy(), samples=np.asarray(samples))
+        cache.put(name, sums=sums.cpu().numpy(), samples=np.asarray(samples))
     return sums, samples
 
 

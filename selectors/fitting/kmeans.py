@@ -14,16 +14,16 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.hashing import uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.base import Chunk, Requirements, Source
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import DictMemo, Memo
+from siftclip.selectors.core.source import Cache, DictCache
 from siftclip.selectors.kernels.blocks import joined, require_same_width
 from siftclip.selectors.kernels.most_similar import most_similar
 
 UNIT = 2.0**-24  # of the sums; float16 numbers are multiples of it, so that their sums are exact
 LARGEST = 1024.0  # component of a vector; 2**29 samples cannot overflow the sums
-_PURPOSE = 0x6B6D65616E73  # keeps the choice of samples apart from other uses of the same seed
 
 
 def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def fit_kmeans(
     iterations: int = 20,
     sample: int | None = None,
     spherical: bool = True,
-    memo: Memo | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Cluster the samples by Lloyd's algorithm; the centroids, float32 [k, d].
 
@@ -75,16 +75,16 @@ def fit_kmeans(
             cluster, DataComp all at its scale small.
         spherical: centroids are the means scaled to unit norm, and a vector belongs to the one with
             the largest inner product; else they are plain means and the nearest one is meant.
-        memo: keeps the last iteration for these very arguments, at which a killed run continues.
+        cache: keeps the last iteration for these very arguments, at which a killed run continues.
     """
-    memo, requires = memo or DictMemo(), Requirements(features=(key,))
+    cache, requires = cache or DictCache(), Requirements(features=(key,))
     # One rank looks and tells the others, so that all begin at the same iteration.
-    kept = memo.get("centroids") if source.ranks.rank == 0 else None
+    kept = cache.get("centroids") if source.ranks.rank == 0 else None
     shape = (0, 0, 0) if kept is None else (int(kept["iterations"]), *kept["centroids"].shape)
     begin, rows, dim = source.ranks.sum(torch.tensor(shape)).tolist()
     if begin:
-        found = np.zeros((rows, dim), np.float32) if kept is None else kept["centroids"]
-        centroids = torch.from_numpy(sum_arrays(source.ranks, found)).to(source.device)
+        start = np.zeros((rows, dim), np.float32) if kept is None else kept["centroids"]
+        centroids = torch.from_numpy(sum_arrays(source.ranks, start)).to(source.device)
     else:
         centroids = _first_centroids(source, requires, clusters, seed, spherical=spherical)
     samples = source
@@ -108,7 +108,7 @@ def fit_kmeans(
             centroids = new
             if source.ranks.rank == 0:
                 last = iterations if done else iteration + 1
-                memo.put("centroids", centroids=centroids.cpu().numpy(), iterations=np.array(last))
+                cache.put("centroids", centroids=centroids.cpu().numpy(), iterations=np.array(last))
             if done:
                 break
     return centroids
@@ -190,7 +190,7 @@ def _hashed_rows(source: Source, requires: Requirements, seed: int, count: int) 
     parts = source.parts(requires)
     rows = np.sort(np.concatenate([part.rows for part in parts] or [np.empty(0, np.int64)]))
     uids = source.uids[source.index_of(rows)]
-    return rows[keep_top(-uniform_score(uids, seed ^ _PURPOSE), uids, count) > 0]
+    return rows[keep_top(-uniform_score(uids, seed ^ HashPurpose.KMEANS), uids, count) > 0]
 
 
 def _first_centroids(
@@ -201,11 +201,13 @@ def _first_centroids(
     while True:
         rows = _hashed_rows(source, requires, seed, count)
         uids = source.uids[source.index_of(rows)]
-        rows = rows[np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, seed ^ _PURPOSE)))]
-        found = [
+        rows = rows[
+            np.lexsort((uids[:, 1], uids[:, 0], uniform_score(uids, seed ^ HashPurpose.KMEANS)))
+        ]
+        pieces = [
             chunk.features[key][chunk.usable()].float() for chunk in source.chunks(rows, requires)
         ]
-        usable = joined(found).to(source.device)
+        usable = joined(pieces).to(source.device)
         if len(usable) >= clusters or len(rows) < count:
             break
         count *= 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from siftclip.errors import ParameterError
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.source import FeatureFile, Memo, Requirements, Source, WorkUnit
+from siftclip.selectors.core.source import Cache, FeatureFile, Requirements, Source, WorkUnit
 from siftclip.selectors.fitting.kmeans import UNIT, whole_numbers
 from siftclip.selectors.kernels.blocks import joined, usable_rows
 
@@ -67,7 +67,7 @@ def read_labels(owner: object, source: Source, file: FeatureFile) -> Tensor:
 
 def find_classes(
     source: Source,
-    memo: Memo,
+    cache: Cache,
     requires: Requirements,
     *,
     classes: int,
@@ -77,21 +77,21 @@ def find_classes(
 
     Args:
         source: whose tasks are shared among the ranks.
-        memo: keeps the classes of each task and the means.
+        cache: keeps the classes of each task and the means.
         requires: with two feature keys, image and text.
         classes: how many there are.
         nearest: image features float [n, d] -> classes int64 [n].
     """
     tasks = source.tasks(requires, "classes-")
-    means = memo.get("means")
+    means = cache.get("means")
     if int(source.ranks.sum(torch.tensor(int(means is not None)))) < source.ranks.size:
         means = None  # all ranks must take the same way
     sums = _ClassSums(classes)
     for task in source.mine(tasks):
-        kept = memo.get(task.name)
+        kept = cache.get(task.name)
         if kept is not None and means is not None:
             continue
-        found, start = [], 0
+        pieces, start = [], 0
         for chunk in source.chunks(task.rows, requires):
             image, text = (chunk.features[key] for key in requires.features)
             if kept is None:
@@ -102,17 +102,17 @@ def find_classes(
                 known = torch.from_numpy(kept["classes"][start : start + len(chunk)])
                 index = known.to(image.device)
             index = index.long()
-            found.append(index.cpu())
+            pieces.append(index.cpu())
             start += len(chunk)
             sums.add(index, image, text)
         if kept is None:
-            memo.put(task.name, classes=torch.cat(found).numpy().astype(np.int32))
-    of = _gather_classes(source, memo, tasks)
+            cache.put(task.name, classes=torch.cat(pieces).numpy().astype(np.int32))
+    of = _gather_classes(source, cache, tasks)
     sizes = np.bincount(of[of >= 0], minlength=classes).astype(np.int64)
     if means is None:
         means = {"means": _mean_over_ranks(source, sums.values, sizes)}
         if source.ranks.rank == 0:
-            memo.put("means", **means)
+            cache.put("means", **means)
     image_means, text_means = torch.from_numpy(means["means"]).to(source.device)
     return LatentClasses(of=of, sizes=sizes, image_means=image_means, text_means=text_means)
 
@@ -135,11 +135,11 @@ class _ClassSums:
                 side.index_add_(0, index[block], whole_numbers(values[block]))
 
 
-def _gather_classes(source: Source, memo: Memo, tasks: list[WorkUnit]) -> np.ndarray:
+def _gather_classes(source: Source, cache: Cache, tasks: list[WorkUnit]) -> np.ndarray:
     """The classes of all samples, int32 [n], on every rank; -1 where there is none."""
     above = np.zeros(len(source), dtype=np.int32)  # class + 1: the sum over ranks is exact
     for task in source.mine(tasks):
-        kept = memo.get(task.name)
+        kept = cache.get(task.name)
         if kept is None:
             raise RuntimeError(f"the classes of {task.name} were put, and are gone")
         above[source.index_of(task.rows)] = kept["classes"] + 1

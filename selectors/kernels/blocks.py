@@ -24,8 +24,8 @@ def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def joined(pieces: Iterable[Tensor]) -> Tensor:
     """Pieces [., d] of a matrix, one below the other; [0, 0] where there is none."""
-    found = list(pieces)
-    return torch.cat(found) if found else torch.empty(0, 0)
+    tensors = list(pieces)
+    return torch.cat(tensors) if tensors else torch.empty(0, 0)
 
 
 def usable_rows(features: Tensor) -> Tensor:

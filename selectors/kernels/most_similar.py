@@ -96,10 +96,10 @@ def _most_similar_rows(
         near = products[open_rows] >= (top - undecided)[open_rows, None].float().nextafter(
             torch.tensor(-torch.inf, device=values.device)
         )
-        found = near.to(torch.uint8).argmax(1)
-        exact = inner_products(values[open_rows], columns[found])
+        nearest = near.to(torch.uint8).argmax(1)
+        exact = inner_products(values[open_rows], columns[nearest])
         if shift is not None:
-            exact = exact + shift.double()[found]
+            exact = exact + shift.double()[nearest]
         several = torch.nonzero(near.sum(1) > 1)[:, 0]
         if len(several):
             rows = open_rows[several]
@@ -108,13 +108,13 @@ def _most_similar_rows(
             if before is not None:
                 _hide(wide, before[rows] - start)
             first = (wide >= (wide.amax(1) - equal[rows])[:, None]).to(torch.uint8).argmax(1)
-            found[several] = first
+            nearest[several] = first
             exact[several] = inner_products(values[rows], columns[first])
             if shift is not None:
                 exact[several] += shift.double()[first]
         better = exact > best[open_rows] + equal[open_rows]
         rows = open_rows[better]
-        best[rows], index[rows] = exact[better], found[better] + start
+        best[rows], index[rows] = exact[better], nearest[better] + start
     return index, best
 
 

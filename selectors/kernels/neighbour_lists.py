@@ -61,11 +61,11 @@ def update_lists(lists: Tensor, targets: Tensor, features: Tensor, places: Tenso
             for r, c in zip(torch.split(rows, 8192), torch.split(columns, 8192), strict=True)
         ]
     )
-    touched, position, found = torch.unique_consecutive(
+    touched, position, counts = torch.unique_consecutive(
         rows, return_inverse=True, return_counts=True
     )
-    starts = found.cumsum(0) - found
-    new = lists.new_full((len(touched), int(found.max())), NOTHING)
+    starts = counts.cumsum(0) - counts
+    new = lists.new_full((len(touched), int(counts.max())), NOTHING)
     new[position, torch.arange(len(rows), device=rows.device) - starts[position]] = pack(
         exact, places[columns]
     )

@@ -117,8 +117,10 @@ def screened_log_sums(image: Tensor, text: Tensor, temperature: float) -> LogSum
             column_sums[k, j] += row_weights[k, i] @ terms
     rounding = 2.0**-18 * _largest_norm(v) * _largest_norm(t) / temperature + 2.0**-14
     row, column = (
-        _bounded(own, other, sums, (ours + theirs + shift) / LOG2_E, bound, rounding, temperature)
-        for own, other, sums, ours, theirs, bound in (
+        _bounded(
+            rows, columns, sums, (ours + theirs + shift) / LOG2_E, bound, rounding, temperature
+        )
+        for rows, columns, sums, ours, theirs, bound in (
             (v, t, row_sums, of_row, top_column, base_row / temperature),
             (t, v, column_sums, of_column, top_row, base_column / temperature),
         )
@@ -150,16 +152,16 @@ def _quantise(values: Tensor, mean: Tensor) -> _Quantised:
     return _Quantised(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
 
-def _error_terms(own: _Quantised, other: _Quantised) -> tuple[Tensor, Tensor]:
+def _error_terms(left: _Quantised, right: _Quantised) -> tuple[Tensor, Tensor]:
     """Bounds x_i and y_j such that a product of own i and other j is wrong by x_i + y_j at most.
 
     A bound a_i b_j is split at the median of b: a_i b_median + a_largest (b_j - b_median)+.
     """
-    norm, error = other.norm.median(), other.error_norm.median()
-    of_own = own.error_norm * norm + own.rounded_norm * error
-    of_other = own.error_norm.max() * (other.norm - norm).clamp_min(0)
-    of_other += own.rounded_norm.max() * (other.error_norm - error).clamp_min(0)
-    return of_own, of_other
+    norm, error = right.norm.median(), right.error_norm.median()
+    of_left = left.error_norm * norm + left.rounded_norm * error
+    of_right = left.error_norm.max() * (right.norm - norm).clamp_min(0)
+    of_right += left.rounded_norm.max() * (right.error_norm - error).clamp_min(0)
+    return of_left, of_right
 
 
 def _weights(exponent: Tensor, spread: Tensor) -> Tensor:
@@ -168,8 +170,8 @@ def _weights(exponent: Tensor, spread: Tensor) -> Tensor:
 
 
 def _bounded(
-    own: Tensor,
-    other: Tensor,
+    left: Tensor,
+    right: Tensor,
     sums: Tensor,
     offset: Tensor,
     bound: Tensor,
@@ -185,7 +187,7 @@ def _bounded(
     values, error = (logs[0] + offset).float(), (bound + logs[1] - logs[0] + rounding).float()
     lost = ~((sums[0] >= FLOOR) & values.isfinite() & error.isfinite())
     if lost.any():
-        values[lost], _ = pair_log_sums(own[lost], other, temperature)
+        values[lost], _ = pair_log_sums(left[lost], right, temperature)
         error[lost] = rounding
     return values, error
 

@@ -103,10 +103,10 @@ def choose_diverse(
     others = np.inf  # no gain that is not in the heap is as large
     for _ in range(total):
         while _largest_gain(heap, queues, state, left) < others:
-            found, others = state.near_top(left)
+            near, others = state.near_top(left)
             heap = [
                 (-state.gain(queues[i].concepts), int(place[queues[i].samples[-1]]), i)
-                for i in found.tolist()
+                for i in near.tolist()
             ]
             heapq.heapify(heap)
         stored, _, number = heap[0]

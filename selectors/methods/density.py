@@ -131,11 +131,11 @@ def keep_quotas(
         quotas: int64 [k].
     """
     sequence = np.lexsort((uids[:, 1], uids[:, 0], order, clusters))
-    own = clusters[sequence]
-    place = np.arange(len(own)) - np.searchsorted(own, own)
-    kept = np.zeros(len(own), dtype=np.int64)
-    member = own >= 0
-    kept[sequence[member]] = place[member] < quotas[own[member]]
+    cluster = clusters[sequence]
+    place = np.arange(len(cluster)) - np.searchsorted(cluster, cluster)
+    kept = np.zeros(len(cluster), dtype=np.int64)
+    member = cluster >= 0
+    kept[sequence[member]] = place[member] < quotas[cluster[member]]
     return kept
 
 

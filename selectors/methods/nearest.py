@@ -60,11 +60,11 @@ def target_ranks(
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     owner = NearestRank(key=key, target=target, neighbours=neighbours, fraction=1)
-    memo = source.memo(owner)  # whichever selector needs the ranks
+    cache = source.cache(owner)  # whichever selector needs the ranks
     requires = Requirements(features=(key,))
     tasks = source.mine(source.tasks(requires))
     samples = sum(len(task.rows) for task in tasks)
-    done, best = _kept(source, memo.get("best") if source.ranks.rank == 0 else None)
+    done, best = _kept(source, cache.get("best") if source.ranks.rank == 0 else None)
     size = max(1, min(_ENTRIES // neighbours, 8 * source.chunk_samples))
     for targets in _target_blocks(source, target, size, done):
         lists = torch.full((len(targets), neighbours), NOTHING, device=source.device)
@@ -82,16 +82,16 @@ def target_ranks(
         best = best_ranks(best, _merge(source, lists))
         done += len(targets)
         if source.ranks.rank == 0:
-            memo.put("best", best=best.cpu().numpy(), targets=np.array(done))
+            cache.put("best", best=best.cpu().numpy(), targets=np.array(done))
     if not done:
         raise InputError(f"The target {target.path} has no row that is finite and not zero.")
-    found = best.cpu().numpy()[place]
-    ranks = np.where(found == _UNLISTED, neighbours, -(found >> 32))
-    return np.where(found == NOTHING, -1, ranks).astype(np.int32), found & (2**32 - 1)
+    entries = best.cpu().numpy()[place]
+    ranks = np.where(entries == _UNLISTED, neighbours, -(entries >> 32))
+    return np.where(entries == NOTHING, -1, ranks).astype(np.int32), entries & (2**32 - 1)
 
 
 def _kept(source: Source, kept: dict[str, np.ndarray] | None) -> tuple[int, Tensor]:
-    """Finished targets and best entries by place, of what one rank has found in its memo."""
+    """Finished targets and best entries by place, of what one rank has found in its cache."""
     done = int(source.ranks.sum(torch.tensor(0 if kept is None else int(kept["targets"]))))
     if not done:
         return 0, torch.full((len(source),), NOTHING, device=source.device)

@@ -115,7 +115,7 @@ class NormSim(ScoreSelector):
         if self.p == 2:
             sums, count = kept_moment(
                 source,
-                source.memo(self),
+                source.cache(self),
                 "moment",
                 lambda: file_moment("NormSim", source, (self.target,)),
             )

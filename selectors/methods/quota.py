@@ -144,12 +144,12 @@ class QuotaPerCluster(Selector):
     def select(self, source: Source) -> Choice:
         """Keep the best; a sample without a score above -inf or a cluster counts for nothing."""
         scores, names = self.selector.scores(source), self.clusters.scores(source)
-        judged = np.flatnonzero(can_be_kept(scores) & np.isfinite(names))
-        _, clusters, sizes = np.unique(names[judged], return_inverse=True, return_counts=True)
+        scored = np.flatnonzero(can_be_kept(scores) & np.isfinite(names))
+        _, clusters, sizes = np.unique(names[scored], return_inverse=True, return_counts=True)
         kept = np.zeros(len(source), dtype=np.int64)
-        kept[judged] = keep_top_of_each(
-            scores[judged],
-            source.uids[judged],
+        kept[scored] = keep_top_of_each(
+            scores[scored],
+            source.uids[scored],
             clusters,
             self._quotas(
                 sizes.astype(np.int64), self.asked_samples(len(source), len(source.whole))

@@ -77,7 +77,7 @@ class SemDeDup(ScoreSelector):
             fraction: ... the int(n * fraction) samples with the smallest ones.
             keep: of a group of duplicates, keep the one farthest from its centroid ("hard", the
                 paper's choice), the nearest ("easy"), a "random" one, or the "best" by `prefer`.
-            prefer: with keep="best", such as `ClipScore`; what it cannot judge comes last. Its own
+            prefer: with keep="best", such as `ClipScore`; what has no score comes last. Its own
                 rule plays no part.
             seed: with keep="random".
             of: what n counts: the "pool", or what earlier stages have "left".
@@ -109,8 +109,8 @@ class SemDeDup(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        own = Requirements(features=(self.key,), files=self.clustering.files())
-        return own if self.prefer is None else merge([own, self.prefer.requires])
+        clusters = Requirements(features=(self.key,), files=self.clustering.files())
+        return clusters if self.prefer is None else merge([clusters, self.prefer.requires])
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         """Whole clusters in the order of `keep`, several a task where they are small."""
@@ -142,12 +142,12 @@ class SemDeDup(ScoreSelector):
         cuts = _cuts(ends, source.chunk_samples)
         largest = []
         for begin, end in pairwise(cuts):
-            rows, own = task.rows[begin:end], clusters[begin:end]
+            rows, of_rows = task.rows[begin:end], clusters[begin:end]
             if len(rows) > source.chunk_samples:
                 largest.append(self._large_cluster(source, rows))
                 continue
             features = source.take(rows, self._own).features[self.key]
-            starts = np.flatnonzero(np.diff(own, prepend=-1))
+            starts = np.flatnonzero(np.diff(of_rows, prepend=-1))
             largest += [
                 largest_earlier_similarity(features[first:last])
                 for first, last in zip(starts, [*starts[1:], len(rows)], strict=True)

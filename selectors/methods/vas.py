@@ -114,8 +114,8 @@ class Vas(ScoreSelector):
 
     @property
     def _files(self) -> tuple[FeatureFile, ...]:
-        found = (self.target, self.text_target, self.covariance)
-        return tuple(file for file in found if isinstance(file, FeatureFile))
+        sources = (self.target, self.text_target, self.covariance)
+        return tuple(file for file in sources if isinstance(file, FeatureFile))
 
     @property
     def requires(self) -> Requirements:
@@ -136,7 +136,7 @@ class Vas(ScoreSelector):
             pool = source.whole
             return pool_moment("Vas", pool, rows_of(pool, self.requires), self.requires)
 
-        sums, count = kept_moment(source, source.memo(self), "covariance", moment)
+        sums, count = kept_moment(source, source.cache(self), "covariance", moment)
         if count == 0 and self._files:
             names = " and ".join(file.path for file in self._files)
             raise InputError(f"Vas: {names} has no rows that are finite and not 0.")

@@ -25,8 +25,8 @@ def share_texts(ranks: Ranks, texts: Sequence[str]) -> list[str]:
         return list(texts)
     board = np.zeros((len(texts), _TEXT_BYTES), dtype=np.uint8)
     for line, text in zip(board, texts, strict=True):
-        own = text.encode()[:_TEXT_BYTES]
-        line[: len(own)] = np.frombuffer(own, dtype=np.uint8)
+        data = text.encode()[:_TEXT_BYTES]
+        line[: len(data)] = np.frombuffer(data, dtype=np.uint8)
     board = sum_arrays(ranks, board)
     return [line.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for line in board]
 

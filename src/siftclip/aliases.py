@@ -260,8 +260,8 @@ class _PackageForModule(ModuleType):
 
     def _replaced(self) -> dict[str, Any]:
         """What the module held before something else was set."""
-        found: dict[str, Any] = vars(self).setdefault("__replaced__", {})
-        return found
+        replaced: dict[str, Any] = vars(self).setdefault("__replaced__", {})
+        return replaced
 
 
 class _OldNames:

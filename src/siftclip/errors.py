@@ -117,7 +117,7 @@ def _check_names(
     target: Callable[..., Any], given: Mapping[str, Any], *, checks_rest: bool
 ) -> None:
     try:
-        own, known = _signature(target), parameters_of(target)
+        parameters, known = _signature(target), parameters_of(target)
     except (TypeError, ValueError):  # some that are written in C tell nothing
         return
     for name in given if checks_rest else ():
@@ -130,7 +130,7 @@ def _check_names(
                 parameter=name,
                 way_out=f"Did you mean {close[0]}?" if close else names,
             )
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         is_needed = parameter.kind in _NAMED and parameter.default is parameter.empty
         if is_needed and name not in given:
             rule = f"must be given: {name_of(target)} needs it"

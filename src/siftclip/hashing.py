@@ -17,6 +17,16 @@ def mix64(values: np.ndarray) -> np.ndarray:
     return mixed
 
 
+def split_seeds(start: np.uint64, positions: np.ndarray) -> np.ndarray:
+    """The numbers at some positions of the sequence that SplitMix64 begins at `start`: uint64 [n].
+
+    Args:
+        start: of the sequence.
+        positions: int64 [n].
+    """
+    return mix64(start + positions.astype(np.uint64) * np.uint64(_INCREMENT))
+
+
 def seed_state(seed: int) -> np.ndarray:
     """What a hash begins with: uint64 [1], from any integer."""
     return mix64(np.asarray([seed % 2**64], dtype=np.uint64))

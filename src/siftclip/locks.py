@@ -89,7 +89,7 @@ def locked(
         InputError: no file can be written there.
     """
     ranks, path = ranks or OneRank(), path.parent.resolve() / path.name
-    start, told = time.monotonic(), False
+    start, warned = time.monotonic(), False
     while True:
         handle, state, words = _take(path) if ranks.rank == 0 else (None, 0, "")
         # the first rank decides for all, so that none waits where the others have ended
@@ -103,9 +103,9 @@ def locked(
                 f"{owner} is being written {words or 'by another command'}. Wait for it or end it, "
                 f"or write elsewhere. If its machine has crashed, delete {path}."
             )
-        if not told and ranks.rank == 0 and time.monotonic() - start > PATIENCE_SECONDS:
+        if not warned and ranks.rank == 0 and time.monotonic() - start > PATIENCE_SECONDS:
             log.warning("%s is being written %s: waiting for it", owner, words)
-            told = True
+            warned = True
         time.sleep(POLL_SECONDS)
     try:
         yield

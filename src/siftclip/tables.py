@@ -8,10 +8,11 @@ import re
 import shutil
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from wcwidth import wcswidth
 
 from siftclip.files import atomic_path
 
@@ -36,7 +37,8 @@ def printable(text: str) -> str:
     Control characters, line breaks, marks that turn the direction, and parts of characters.
     """
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
@@ -104,7 +106,7 @@ def text_table(
     cells = [[printable(cell) for cell in row] for row in rows if not isinstance(row, str)]
     for row in cells:
         row[0] = _INDENT + row[0]
-    widths = [max(map(display_width, column)) for column in zip(header, *cells, strict=True)]
+    widths = _column_widths([header, *cells])
     for column, minimum in enumerate(least):
         widths[column] = max(widths[column], minimum)
     width = table_width()
@@ -119,6 +121,24 @@ def text_table(
     return lines
 
 
+def ruled_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns as wide as their cells, with a rule below the first row.
+
+    The first column is aligned to the left, the others to the right.
+
+    Args:
+        rows: cells of any text; the header first.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = _column_widths(cells)
+    header, *below = (_line(row, widths, range(1, len(widths))) for row in cells)
+    return "\n".join([header, _GAP.join("-" * width for width in widths), *below])
+
+
+def _column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+
+
 def _line(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -> str:
     parts = []
     for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
@@ -130,10 +150,7 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -
 
 def display_width(text: str) -> int:
     """Columns of a terminal that a printable text takes: Chinese characters two, accents none."""
-    return sum(
-        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "FW" else 1
-        for one in text
-    )
+    return wcswidth(text)
 
 
 def cut(text: str, width: int) -> str:

@@ -26,8 +26,6 @@ from siftclip.trainer.bench.measure import (
     LoaderRate,
     ReadCost,
     StageTimes,
-    WaitClock,
-    WaitTimes,
     available_memory_bytes,
     compare_reading,
     conclude,
@@ -36,6 +34,8 @@ from siftclip.trainer.bench.measure import (
     time_loader,
     time_stages,
 )
+from siftclip.trainer.runtime import step_clock
+from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
 
 Make = Callable[..., Any]
 MakeDataset = Callable[..., SampleDataset]
@@ -151,16 +151,25 @@ def test_loader_is_timed_after_its_start(
 def test_waiting_is_what_passes_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps are skipped; then 1 s of waiting and 3 of work, and 2 and 3."""
     times = iter([10.0, 20.0, 21.0, 24.0, 26.0, 29.0])
-    monkeypatch.setattr(data_bench.time, "perf_counter", lambda: next(times))
-    clock = WaitClock(skipped_steps=2)
-    module = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: next(times))
+    clock = StepClock(skipped_steps=2, steps=2)
+    meter = SimpleNamespace(scoring_seconds=0.0, selection_seconds=0.0)
+    module = SimpleNamespace(device=torch.device("cpu"), meter=meter)
     part = SimpleNamespace(rows=torch.zeros(4))
     batch = SimpleNamespace(micro_batches=[part, part])
-    for step in range(4):
+    for step in range(5):  # the last is not counted
         clock.on_train_batch_start(None, module, batch, step)
+        meter.scoring_seconds, meter.selection_seconds = 2.0 * step, 0.5 * step
         clock.on_train_batch_end(None, module, None, batch, step)
     found = clock.times()
-    assert found == WaitTimes(samples=16, waiting_seconds=3.0, total_seconds=9.0)
+    assert found == StepTimes(
+        steps=2,
+        samples=16,
+        total_seconds=9.0,
+        waiting_seconds=3.0,
+        scoring_seconds=4.0,
+        selection_seconds=1.0,
+    )
     assert found.wait_fraction == pytest.approx(1 / 3)
     assert found.model_seconds == pytest.approx(6 / 16)
     assert found.samples_per_second == pytest.approx(16 / 9)

@@ -107,7 +107,7 @@ def test_outcomes_make_the_main_metric(tasks: list[Task], clip: ClipModel) -> No
 def test_units_are_images_or_instances(tasks: list[Task], clip: ClipModel) -> None:
     units = {result.key: result.units for result in run(clip, tasks)}
     things, few = units["things"], units["few"]
-    assert few.tolist() == things[:7].tolist()  # type: ignore[index] # the same pictures
+    assert few.tolist() == things[:7].tolist()  # type: ignore[index] # the same images
     for name in ("pairs", "cues"):  # each instance has other texts
         assert len(np.unique(units[name])) == len(units[name])  # type: ignore[arg-type]
     assert all(array is not None and array.dtype == np.uint64 for array in units.values())
@@ -348,7 +348,7 @@ def test_a_cache_on_ranks_that_knows_a_part(
 
 @pytest.fixture
 def bad_tasks(tmp_path: Path, make_task: MakeTask, make_image: Any) -> list[Task]:
-    """One of each kind whose last image is no picture, and one whose tar cannot be indexed."""
+    """One of each kind whose last image is no image, and one whose tar cannot be indexed."""
     root = tmp_path / "bad"
     labels: dict[str, list[tuple[str, bytes]]] = {
         "classification": [("cls", b"0")],
@@ -374,7 +374,7 @@ def test_one_bad_task_of_each_kind_leaves_the_others_alone(
     run_on_ranks: RunOnRanks,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The pictures of the bad tasks before the last are also in the good ones."""
+    """The images of the bad tasks before the last are also in the good ones."""
     good = run(clip, tasks, batch_size=4)
     path = tmp_path / "r.jsonl"
     mixed = [*bad_tasks[:3], *tasks, *bad_tasks[3:]]
@@ -420,7 +420,7 @@ def test_a_fault_is_not_kept_in_the_cache(
         second = evaluate(clip, bad_tasks, cache=tmp_path / "cache")
     assert second.failures == first.failures
     assert len(second.failures) == len(bad_tasks)
-    assert counts["images"] == 4  # the four that are no pictures
+    assert counts["images"] == 4  # the four that are no images
 
 
 def test_a_model_that_gives_no_numbers_fails_all(tasks: list[Task], clip: ClipModel) -> None:

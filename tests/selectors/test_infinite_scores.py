@@ -133,9 +133,9 @@ def test_sub_batches_take_minus_infinity_last(
     for group in (slice(0, 4), slice(4, 8)):
         own, chosen = scores[group], kept[group]
         assert chosen.sum() == samples
-        able, unjudged = own > -np.inf, np.isnan(own)
+        able, unscored = own > -np.inf, np.isnan(own)
         assert chosen[able].sum() == min(samples, able.sum())
-        assert chosen[able | unjudged].sum() == min(samples, (able | unjudged).sum())
+        assert chosen[able | unscored].sum() == min(samples, (able | unscored).sum())
         assert chosen[own == np.inf].sum() == min(samples, (own == np.inf).sum())
 
 

@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.pool.pool import Pool
@@ -32,6 +30,7 @@ from siftclip.datamodules.streaming.batches import Request, SampleDataset
 from siftclip.datamodules.streaming.image_transform import ImageTransform
 from siftclip.datamodules.streaming.loader import StreamLoader
 from siftclip.datamodules.streaming.order import SampleOrder, derive_generator
+from siftclip.purposes import GeneratorPurpose
 
 KEEP_FRACTIONS = (1.0, 0.5, 0.3, 0.1)
 COPY_BYTES = 256 << 20  # written at most to find out what writing costs
@@ -39,7 +38,6 @@ COPY_BYTES = 256 << 20  # written at most to find out what writing costs
 NOTICEABLE_FRACTION = 0.01
 ROUNDS = 4  # of each reading, because a single one says little
 SEQUENTIAL_SAMPLES = 1024  # read as one batch where the order is that of the tars
-_PURPOSE_BENCH = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,28 +69,6 @@ class LoaderRate:
     @property
     def samples_per_second(self) -> float:
         return self.samples / self.seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaitTimes:
-    """Training steps: how long they took, and how much of it was waiting for the loader."""
-
-    samples: int
-    waiting_seconds: float
-    total_seconds: float
-
-    @property
-    def wait_fraction(self) -> float:
-        return self.waiting_seconds / self.total_seconds
-
-    @property
-    def model_seconds(self) -> float:
-        """Of a sample, without the waiting."""
-        return (self.total_seconds - self.waiting_seconds) / self.samples
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.total_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +144,7 @@ def time_stages(
                         raise raw
                     read_bytes += len(raw.image) + len(raw.caption)
                     caption = decode_caption(raw.caption)
-                    picture = images.decode(raw.image, reader.max_image_pixels)
+                    image = images.decode(raw.image, reader.max_image_pixels)
                 except ChangedTarError as error:
                     raise error.stop() from None
                 except BadSampleError as error:
@@ -177,7 +153,7 @@ def time_stages(
                     seconds["decode"] += mark - now
                     continue
                 decoded = clock()
-                prepared = images.prepare(picture)
+                prepared = images.prepare(image)
                 transformed = clock()
                 if batch is None:
                     batch = torch.empty(len(rows), *prepared.shape)
@@ -237,46 +213,6 @@ def time_loader(
     return LoaderRate(samples=samples, seconds=time.perf_counter() - start)
 
 
-class WaitClock(Callback):
-    """Measures how much of a training run is waiting for batches.
-
-    The device is waited for after every step, so that work which is still under way there does not
-    count as waiting for the loader.
-    """
-
-    def __init__(self, *, skipped_steps: int) -> None:
-        """`skipped_steps` at the beginning are not counted: kernels are chosen, processes start."""
-        self._skipped_steps = skipped_steps
-        self._samples = self._steps = 0
-        self._waiting_seconds = self._start = self._step_end = 0.0
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._steps >= self._skipped_steps:
-            self._waiting_seconds += time.perf_counter() - self._step_end
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self._step_end = time.perf_counter()
-        self._steps += 1
-        if self._steps == self._skipped_steps:
-            self._start = self._step_end
-        elif self._steps > self._skipped_steps:
-            self._samples += sum(len(part.rows) for part in batch.micro_batches)
-
-    def times(self) -> WaitTimes:
-        """Of the steps so far."""
-        return WaitTimes(
-            samples=self._samples,
-            waiting_seconds=self._waiting_seconds,
-            total_seconds=self._step_end - self._start,
-        )
-
-
 def time_reading(reader: SampleReader, batches: Iterable[np.ndarray]) -> float:
     """Seconds for reading batches of rows, int64 [n], bytes alone."""
     start = time.perf_counter()
@@ -313,7 +249,7 @@ def compare_reading(
     pool = reader.pool
     orders, counts = [], []
     for number, fraction in enumerate(keep_fractions):
-        generator = derive_generator(seed, number, _PURPOSE_BENCH)
+        generator = derive_generator(seed, number, GeneratorPurpose.BENCH)
         kept = generator.choice(len(pool), max(1, round(fraction * len(pool))), replace=False)
         counts.append(-(-min(samples, len(kept)) // ROUNDS))
         orders.append(
@@ -334,7 +270,7 @@ def compare_reading(
             steps = -(-count // order.global_batch)
             numbers = range(turn * steps, (turn + 1) * steps)
             shuffled = np.concatenate([order.batch(step)[1] for step in numbers])[:count]
-            generator = derive_generator(seed, number, turn, _PURPOSE_BENCH)
+            generator = derive_generator(seed, number, turn, GeneratorPurpose.BENCH)
             first = int(generator.integers(len(pool) - count + 1))
             in_a_row = np.arange(first, first + count, dtype=np.int64)
             readings = [

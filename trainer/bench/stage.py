@@ -14,14 +14,13 @@ from tqdm import tqdm
 from siftclip.datamodules.streaming.datamodule import OrderSampler, StreamDataModule
 from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
+from siftclip.tables import ruled_table
 from siftclip.trainer.bench.measure import (
     ROUNDS,
     CopyCost,
     LoaderRate,
     ReadCost,
     StageTimes,
-    WaitClock,
-    WaitTimes,
     available_memory_bytes,
     compare_reading,
     conclude,
@@ -34,13 +33,14 @@ from siftclip.trainer.builders.assembly import data_module_from, training_module
 from siftclip.trainer.builders.objective import open_loss_data
 from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.builders.selection import SelectOutcome, select_stage
-from siftclip.trainer.compare.tables import as_text
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.loop.progress import TrainingBar
 from siftclip.trainer.runtime.cores import share_cores
 from siftclip.trainer.runtime.lightning_setup import loader_options, make_trainer
+from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
 from siftclip.trainer.settings.budget import Budget, budget_from
 from siftclip.trainer.settings.commands import BenchCommand
+from siftclip.trainer.stages.selection_summary import counted
 from siftclip.trainer.stages.train import run_parts
 
 WARM_UP_STEPS = 2
@@ -61,7 +61,7 @@ class BenchOutcome:
     run_passes: float  # of a training run with this configuration
     stages: StageTimes
     loader: LoaderRate
-    training: WaitTimes
+    training: StepTimes
     reading: list[ReadCost]
     copying: CopyCost
 
@@ -137,7 +137,7 @@ def _bar(what: str, total: int | None, *, progress: bool) -> tqdm[NoReturn]:
 def _time_loading(
     data: StreamDataModule, options: LoaderOptions, samples: int, *, progress: bool
 ) -> tuple[StageTimes, LoaderRate]:
-    """In one process stage by stage, then through the loader, which goes on behind it."""
+    """In one process stage by stage, then through the loader, which continues behind it."""
     batch = min(data.global_batch_size, LOADER_BATCH_SAMPLES, samples)
     order = SampleOrder(
         rows=data.order.rows,
@@ -175,9 +175,9 @@ def _time_loading(
 
 def _time_training(
     parts: RunParts, module: ClipTraining, data: StreamDataModule, folder: Path
-) -> tuple[WaitTimes, str]:
+) -> tuple[StepTimes, str]:
     """The steps of a training run on one device, and the device."""
-    clock = WaitClock(skipped_steps=WARM_UP_STEPS)
+    clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=data.total_steps - WARM_UP_STEPS)
     progress = parts.common.progress
     trainer = make_trainer(
         replace(parts.trainer, devices=1, num_nodes=1, strategy="auto"),
@@ -208,13 +208,14 @@ def describe_bench(outcome: BenchOutcome) -> str:
         [
             f"pool       {pool.root}: {len(pool)} samples, {pool_bytes / 1e9:.2f} GB; "
             f"{free} available",
-            f"selection  {selection.manifest['selector']}: {len(selection)} samples, "
-            f"{len(selection.uids)} distinct; {outcome.run_passes:.1f} passes in this run",
+            f"selection  {selection.manifest['selector']}: "
+            f"{counted(len(selection), len(selection.uids))}; {outcome.run_passes:.1f} passes in "
+            "this run",
             "",
             "What was read before may come from memory: the numbers are of this state of the "
             "page cache.",
             "",
-            as_text(
+            ruled_table(
                 [
                     ["one process", "us/sample", "share"],
                     *(
@@ -239,7 +240,7 @@ def describe_bench(outcome: BenchOutcome) -> str:
             f"copying    {1e6 * copying.sample_seconds:.1f} us/sample, "
             f"{copying.size_bytes / copying.seconds / 1e6:.0f} MB/s read and written",
             "",
-            as_text(
+            ruled_table(
                 [
                     ["kept", "streaming us/sample", "sequential us/sample", "a copy pays after"],
                     *(

@@ -90,8 +90,8 @@ def _reference(
         aliases = reference_aliases(online)
         keys = (aliases[f"{REFERENCE}_img"], aliases[f"{REFERENCE}_txt"])
         check_cached(parts.source, aliases)
-        told = reference_logits(online.reference.features)
-        return CachedModel(name=REFERENCE, keys=keys, told=told), None
+        logits = reference_logits(online.reference.features)
+        return CachedModel(name=REFERENCE, keys=keys, known_logits=logits), None
     clip = clip_model_from(live, trained=True)
     _check_inputs(parts.clip, clip, live.PLACE)
     frozen = clip.model.eval().requires_grad_(False)

@@ -71,8 +71,8 @@ def clip_model_from(model: AnyModel, *, trained: bool = False) -> ClipModel:
     towers = {"image": model.pretrained_image, "text": model.pretrained_text}
     if trained and not has_weights and None in towers.values():
         raise InputError(
-            f"{option}.pretrained must be an open_clip tag or a checkpoint file, since "
-            f"{option}.name={name!r} brings no weights and random ones would be used. Got null."
+            f"No weights given: {option}.name={name!r} has none of its own, and "
+            f"{option}.pretrained is not set. Set it to an open_clip tag or a checkpoint file."
         )
     with options_of(under(option, "name", "pretrained", "options", "weights")):
         clip = load_clip_model(
@@ -134,11 +134,11 @@ def activations_of_weights(models: Sequence[AnyModel]) -> dict[str, str]:
     Returns:
         By the option that holds the model; nothing where names and tags agree.
     """
-    found = {}
+    activations = {}
     for model in models:
         if model.architecture is not None:
             continue
         built = wrong_activation(str(model.name), model.pretrained, to_plain(model.options))
         if built is not None:
-            found[model.PLACE] = activation_name(not built)
-    return found
+            activations[model.PLACE] = activation_name(not built)
+    return activations

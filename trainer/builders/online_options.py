@@ -92,8 +92,8 @@ def kept_fraction(node: SelectorNode) -> float:
     """
     if node.fraction is None:
         raise InputError(
-            f"{node.place}.fraction must say which part of a super-batch is trained on, such as "
-            "0.2; or set online.schedule.filter_ratio. Got null."
+            f"{node.place}.fraction is not set. It must say which part of a super-batch is trained "
+            "on, such as 0.2; or set online.schedule.filter_ratio."
         )
     return require_fraction(f"{node.place}.fraction", node.fraction)
 
@@ -132,9 +132,9 @@ def check_online(
     needs = Needs.of(selector)
     check_weighing(loss, selector, f"online.selector={name}")
     if getattr(selector, "loss", None) == "sigmoid" and needs.of_model(REFERENCE):
-        told = getattr(getattr(selector, "reference", None), "logit_bias", None)
+        bias = getattr(getattr(selector, "reference", None), "logit_bias", None)
         has_bias = reference_logits(online.reference.features).has_bias
-        if not has_live_reference(online) and told is None and not has_bias:
+        if not has_live_reference(online) and bias is None and not has_bias:
             raise InputError(
                 "online.selector.loss=sigmoid needs the logit bias of the reference: set "
                 "online.reference.features.logit_bias and .logit_scale to those of the model that "

@@ -371,21 +371,21 @@ def _diagnostics(parts: RunParts, settings: DiagnosticsSettings) -> Diagnostics:
                 offline = selector.scores(parts.source)  # kept by the select stage
     if settings.clusters is not None:
         with options_of({"path": "online.diagnostics.clusters"}):
-            found = read_column(pool, Path(settings.clusters), "cluster")
-        clusters = np.where(np.isfinite(found), found, -1).astype(np.int64)
+            from_file = read_column(pool, Path(settings.clusters), "cluster")
+        clusters = np.where(np.isfinite(from_file), from_file, -1).astype(np.int64)
     if settings.truth is not None:
         kinds, names = read_kinds(pool, Path(settings.truth))
     return Diagnostics(len(pool), offline=offline, clusters=clusters, kinds=kinds, kind_names=names)
 
 
-# ---- every so many steps -------------------------------------------------------------------------
+# ---- every N steps -------------------------------------------------------------------------------
 
 
 def _reselection(
     parts: RunParts, online: EveryNStepsSettings, plan: StepPlan, learner: Learner
 ) -> tuple[Reselection, LossesSeen | None]:
     source, progress = parts.source, parts.common.progress
-    told = reference_logits(online.reference.features)
+    of_reference = reference_logits(online.reference.features)
     built = loop_selector(online)
     needs = Needs.of(built.selector)
     losses = _losses_seen(source, needs)
@@ -415,7 +415,7 @@ def _reselection(
         live_keys=live_keys,
         aliases=aliases,
         embed=embedder if live_keys else None,
-        logits=lambda: {REFERENCE: told, **_learner_logits(learner, live_keys)},
+        logits=lambda: {REFERENCE: of_reference, **_learner_logits(learner, live_keys)},
         weights=parts.loss_data.weights,
         seed=parts.common.seed,
     )

@@ -55,8 +55,8 @@ def pool_cache(pool: PoolSettings) -> Path:
 def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
     """Open the pool that the settings name."""
     cache = pool_cache(pool)
-    own = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
-    with options_of(under("pool", *own, options="storage_options")):
+    names = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
+    with options_of(under("pool", *names, options="storage_options")):
         storage = make_storage(
             pool.root,
             cache_dir=cache,

@@ -241,15 +241,15 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
     such as the folder behind `--config-dir`, stays as it is.
     """
     names = iter(positional)
-    found, value_follows = [], False
+    overrides, value_follows = [], False
     for argument in arguments:
         of_hydra = value_follows or argument[:1] == "-"
         value_follows = argument in _TAKE_A_VALUE
         if of_hydra:
-            found.append(argument)
+            overrides.append(argument)
             continue
         if not positional or _is_override(argument, command):
-            found.append(_opened(_with_quoted_path(argument)))
+            overrides.append(_opened(_with_quoted_path(argument)))
             continue
         name = next(names, None)
         if name is None:
@@ -258,8 +258,8 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
                 f"stand for {', '.join(positional)}.",
                 FAILURE,
             )
-        found.append(f"{name}={_quoted(argument)}")
-    return found
+        overrides.append(f"{name}={_quoted(argument)}")
+    return overrides
 
 
 def _is_override(word: str, command: str) -> bool:
@@ -336,11 +336,11 @@ def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> s
     `ConfigCompositionException` has no fields, and of these faults no cause that has any.
     """
     text = str(error)
-    if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
-        key, _, value = found[1].partition("=")
+    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
+        key, _, value = match[1].partition("=")
         as_list = "" if "(" in value else f"A list is written {key}=[{value}]; "
         return (
-            f"{found[1]} names several values of one option. {as_list}--multirun runs one job for "
+            f"{match[1]} names several values of one option. {as_list}--multirun runs one job for "
             "each."
         )
     unknown = re.match(r"Could not override '(.*?)'|Could not delete .* '(.*?)'\s+does not", text)
@@ -366,8 +366,8 @@ def _in_one_line(error: BaseException) -> str:
         text += "" if error.full_key in text else f" ({error.full_key})"
     cause = error.__cause__
     if cause is not None and not isinstance(error, OmegaConfBaseException):
-        told = _in_one_line(cause)
-        text = f"{text}: {told}" if text and told not in text else text or told
+        reason = _in_one_line(cause)
+        text = f"{text}: {reason}" if text and reason not in text else text or reason
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -387,8 +387,8 @@ def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     if close:
         way_out = f" Did you mean {close[0]}?"
     elif options.get(parent) and takes_more(parent):
-        way_out = f" What {parent} does not list is added with a plus: +{key}=VALUE."
-    return f"{key} is not an option.{way_out} All options: siftclip {command} --cfg job"
+        way_out = f" Unknown options of {parent} need a plus: +{key}=VALUE."
+    return f"{key} is not an option.{way_out} List all options: siftclip {command} --cfg job"
 
 
 def _no_configuration(missing: str, options: Sequence[str], typed: Iterable[str]) -> str:

@@ -13,24 +13,26 @@ import sys
 import siftclip
 
 COMMANDS = {
-    "index": "where a pool's samples are, looked up once",
-    "embed": "features of a pool with an open_clip model",
-    "target": "features of tasks, which selectors select for",
-    "score": "scores of a pool's samples, from features",
-    "select": "a selection, from scores",
-    "train": "a CLIP on a selection, streamed from the original tars",
-    "eval": "zero-shot tasks on a run, a checkpoint or a model",
-    "eval watch": "the checkpoints of a run that trains, as they come",
-    "eval diff": "two results, task by task: which model is better, and how sure that is",
-    "eval download": "DataComp's evaluation sets, or clip-benchmark's",
-    "export": "a trained model for open_clip, the Hugging Face hub or DataComp",
-    "compare": "selectors x seeds at one budget, with a report",
-    "data compact": "a copy of a selection, as tars of its own",
-    "data bench": "how fast samples come, and whether a copy would pay",
-    "demo": "all of it on handwritten digits, in a few minutes on a CPU",
+    "index": "find the samples of a pool, once",
+    "embed": "compute image and text embeddings of a pool",
+    "target": "embed target tasks, for selectors that need a target",
+    "score": "score the samples of a pool by their features",
+    "select": "select samples by score",
+    "train": "train a CLIP on a selection, streamed from the original tars",
+    "eval": "evaluate a run, a checkpoint or a model on zero-shot tasks",
+    "eval watch": "evaluate the checkpoints of a run when they appear",
+    "eval diff": "compare two results by task: which model is better, and how sure that is",
+    "eval download": "download DataComp's evaluation sets, or clip-benchmark's",
+    "export": "export a trained model for open_clip, the Hugging Face hub or DataComp",
+    "compare": "compare selectors x seeds at one budget, with a report",
+    "data compact": "copy a selection into tars of its own",
+    "data bench": "measure how fast samples come, and whether a copy would pay",
+    "demo": "run all of it on handwritten digits, in a few minutes on a CPU",
 }
 # Commands without a configuration
-PLAIN_COMMANDS = {"explain": "meaning, default and allowed values of an option: explain optim.lr"}
+PLAIN_COMMANDS = {
+    "explain": "print meaning, default and allowed values of an option: explain optim.lr"
+}
 
 USAGE = """siftclip {version}: train CLIP on the part of a pool that is worth training on
 

@@ -138,10 +138,10 @@ def _plan(
     plan = []
     budget = _budget(settings)
     for seed in seeds:
-        for arm, own in arms.items():
+        for arm, of_arm in arms.items():
             if not ARM_NAME.fullmatch(arm):
                 raise InputError(f"compare.arms: {arm!r} must consist of letters, digits, _ . -")
-            arm_settings = _composed(compose, arm, [*overrides, *own, f"seed={seed}"])
+            arm_settings = _composed(compose, arm, [*overrides, *of_arm, f"seed={seed}"])
             if _budget(arm_settings) != budget:
                 raise InputError(
                     f"compare.arms.{arm} has the budget {_budget(arm_settings)[0]}, the others "

@@ -137,8 +137,8 @@ def _results(
     by_place = {(run.arm, run.seed): run.run for run in runs}
     finished = {place: run for place, run in by_place.items() if run.summary is not None}
     kept = {place: read_kept(run.results) for place, run in finished.items()}
-    names = dict.fromkeys(result.key for one in kept.values() for result in one.results)
-    names |= dict.fromkeys(failure.key for one in kept.values() for failure in one.failures)
+    names = dict.fromkeys(result.key for of_run in kept.values() for result in of_run.results)
+    names |= dict.fromkeys(failure.key for of_run in kept.values() for failure in of_run.failures)
     rows: list[dict[str, Any]] = []
     missing: list[Missing] = []
     for seed in seeds:
@@ -146,7 +146,7 @@ def _results(
             run = by_place.get((arm, seed))
             base = {"arm": arm, "seed": seed, "run": None if run is None else str(run.path)}
             if (arm, seed) in kept:
-                found, lacking = _rows_of_run(kept[arm, seed], [*names], groups)
+                task_rows, lacking = _rows_of_run(kept[arm, seed], [*names], groups)
                 missing += [
                     Missing(arm=arm, seed=seed, task=task, reason=reason, failed=failed)
                     for task, reason, failed in lacking
@@ -154,9 +154,9 @@ def _results(
             else:
                 reason = "there is no run" if run is None else "the run is not finished"
                 tasks = [*names, *(f"average/{group}" for group in groups)]
-                found = [_empty_row(task, reason) for task in tasks]
+                task_rows = [_empty_row(task, reason) for task in tasks]
                 missing.append(Missing(arm=arm, seed=seed, task=None, reason=reason, failed=True))
-            rows += [{**base, **row} for row in found]
+            rows += [{**base, **row} for row in task_rows]
     order = ["arm", "seed", "task", "metric", "value", "low", "high", "samples", "run", "note"]
     return pd.DataFrame(rows, columns=order), tuple(missing)
 
@@ -249,9 +249,9 @@ def _truth(
     table = UidTable.build(uids[valid])
     rows = {}
     for (arm, seed), selection in selections.items():
-        found = table.find(selection.uids)
-        kept = kinds.iloc[found[found >= 0]]
-        weights = pd.Series(selection.multiplicities[found >= 0], index=kept.index)
+        places = table.find(selection.uids)
+        kept = kinds.iloc[places[places >= 0]]
+        weights = pd.Series(selection.multiplicities[places >= 0], index=kept.index)
         rows[arm, seed] = weights.groupby(kept).sum() / len(selection)
     for run in runs:
         chosen = run.run.shares_chosen()

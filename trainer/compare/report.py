@@ -29,8 +29,8 @@ from siftclip.trainer.runtime.environment import CODE, MACHINE, mixed
 COST_NOTE = (
     "Means over seeds. Drawn: taken from the selection's order; loaded: read and decoded; scored: "
     "by a forward pass; FLOPs of the towers, a multiplication and an addition being two. Seconds "
-    "of training contain those of waiting for data, scoring and selecting; offline seconds went "
-    "into the selection before, without the embedding of the pool."
+    "of training contain those of waiting for data, scoring and selecting; those of the "
+    "selection before training come on top, without the embedding of the pool."
 )
 TEMPLATE_NAME = "report.html.j2"
 
@@ -164,7 +164,7 @@ def html(comparison: ArmComparison) -> str:
 
 def made_with(comparison: ArmComparison) -> str:
     """The code and versions that all runs have in common; `mixed_notes` has the others."""
-    sessions = [found for run in comparison.environments.values() for found in run]
+    sessions = [of_run for run in comparison.environments.values() for of_run in run]
     common = {
         name: value
         for name, value in (sessions[0] if sessions else {}).items()
@@ -209,13 +209,13 @@ def plot(comparison: ArmComparison, task: str) -> dict[str, Any]:
     for arm in comparison.arms:
         mean = float(means[arm])
         deviation = float(table[task, "sd"][arm])
-        own = main[main["arm"] == arm]["value"].astype(float) * 100
+        values = main[main["arm"] == arm]["value"].astype(float) * 100
         whisker = 0.0 if pd.isna(deviation) else deviation
         arms.append(
             {
                 "arm": arm,
                 "text": percent(mean / 100, deviation / 100),
-                "dots": [(value - low) / (high - low) for value in own.dropna()],
+                "dots": [(value - low) / (high - low) for value in values.dropna()],
                 "mean": None if pd.isna(mean) else (mean - low) / (high - low),
                 "start": max(0.0, (mean - whisker - low) / (high - low)),
                 "end": min(1.0, (mean + whisker - low) / (high - low)),

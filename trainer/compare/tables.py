@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from siftclip.tables import printable
+from siftclip.tables import printable, ruled_table
 from siftclip.trainer.compare.collect import ArmComparison
 
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
@@ -90,7 +90,7 @@ def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]
 
 
 def cost_rows(comparison: ArmComparison) -> list[list[str]]:
-    """Header and one row per arm, means over seeds: samples, FLOPs and seconds by their use.
+    """Header and one row per arm, means over seeds: samples, FLOPs and the time breakdown.
 
     Published comparisons count by one of them, and which one decides who wins. FLOPs that a run of
     the arm does not know are unknown.
@@ -99,7 +99,8 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
         [
             *("selector", "seeds", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
             *("training TFLOP", "scoring TFLOP"),
-            *("offline s", "train s", "waiting s", "scoring s", "selecting s"),
+            *("selection before training s", "train s", "waiting s", "scoring s"),
+            "selection during training s",
         ]
     ]
     counts = [f"{name}_samples" for name in ("drawn", "loaded", "scored", "trained")]
@@ -108,14 +109,14 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
         for name in ("offline_selection", "train", "data_wait", "scoring", "selection")
     ]
     for arm in comparison.arms:
-        own = comparison.runs[comparison.runs["arm"] == arm]
+        runs = comparison.runs[comparison.runs["arm"] == arm]
         means = {
             name: run_means(comparison, arm, name)
             for name in ("steps", *counts, "training_flops", "scoring_flops", *seconds)
         }
         flops = [
             "unknown"
-            if len(own) and own.reindex(columns=[name])[name].isna().any()
+            if len(runs) and runs.reindex(columns=[name])[name].isna().any()
             else number(means[name] / 1e12, ".3g")
             for name in ("training_flops", "scoring_flops")
         ]
@@ -123,13 +124,17 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
             [
                 arm,
                 seed_count(comparison, arm),
-                str(own["online"].iloc[0]) if len(own) else "-",
+                _online(str(runs["online"].iloc[0])) if len(runs) else "-",
                 *(number(means[name], ",.0f") for name in ("steps", *counts)),
                 *flops,
                 *(number(means[name], ",.0f") for name in seconds),
             ]
         )
     return rows
+
+
+def _online(name: str) -> str:
+    return "selected before training" if name == "once" else name
 
 
 def selection_rows(comparison: ArmComparison) -> list[list[str]]:
@@ -147,18 +152,6 @@ def selection_rows(comparison: ArmComparison) -> list[list[str]]:
     return rows
 
 
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; pipes in cells are escaped."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -173,9 +166,9 @@ def missing_lines(comparison: ArmComparison) -> list[str]:
 
 def format_main_table(comparison: ArmComparison) -> str:
     """What the command prints: results, costs where arms differ in online selection, what lacks."""
-    parts = [as_text(main_rows(comparison, comparison.columns))]
+    parts = [ruled_table(main_rows(comparison, comparison.columns))]
     if (comparison.runs["online"] != "once").any():
-        parts.append(as_text(cost_rows(comparison)))
+        parts.append(ruled_table(cost_rows(comparison)))
     if comparison.missing:
         parts.append("\n".join([MISSING_NOTE, *missing_lines(comparison)]))
     return "\n\n".join(parts)

@@ -67,12 +67,12 @@ def demo_stage(settings: DemoCommand, overrides: Sequence[str], compose: Compose
     teacher = compose(TrainCommand, "train", ["experiment=digits_teacher", *overrides])
     train_stage(teacher, wait=True)
     log.info("3/4 the features: the teacher embeds the pool")
-    own = ["experiment=digits", *overrides]
-    embed_stage(compose(EmbedCommand, "compare", own))
+    words = ["experiment=digits", *overrides]
+    embed_stage(compose(EmbedCommand, "compare", words))
     log.info("4/4 the comparison: select, train on each selection, evaluate")
     comparison = compare_stage(
-        compose(CompareCommand, "compare", own),
-        own,
+        compose(CompareCommand, "compare", words),
+        words,
         lambda arm: compose(TrainCommand, "compare", arm),
     )
     return DemoOutcome(data=root, comparison=comparison, seconds=time.perf_counter() - start)

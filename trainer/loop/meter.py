@@ -57,8 +57,8 @@ class WindowMeter:
         if self.names != tuple(terms):
             self.names = tuple(terms)
             self._clear()
-        one = torch.ones((), device=self.device)
-        values = torch.stack([*(value.float() for value in terms.values()), one])
+        count = torch.ones((), device=self.device)
+        values = torch.stack([*(value.float() for value in terms.values()), count])
         self._sums += torch.where(torch.isfinite(values).all(), values, 0.0)
         self.skipped += ~finite
         self.norm = torch.where(finite, norm, self.norm)
@@ -80,7 +80,7 @@ class WindowMeter:
         # The device has worked until now: a clock that is read earlier would flatter a GPU.
         now = time.perf_counter()
         seconds = max(now - self.window_start, 1e-9)
-        found = {
+        means = {
             **(
                 {name: value / counted for name, value in zip(self.names, sums, strict=True)}
                 if counted
@@ -96,7 +96,7 @@ class WindowMeter:
         }
         self._clear()
         self.window_start = self.step_end = now
-        return found
+        return means
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -20,6 +20,7 @@ from siftclip.datamodules.streaming.batches import StepBatch
 from siftclip.datamodules.streaming.datamodule import StreamDataModule
 from siftclip.datamodules.streaming.order import derive_generator
 from siftclip.errors import InputError, require_finite, require_int
+from siftclip.purposes import GeneratorPurpose
 from siftclip.ranks import OneRank, ProcessGroup
 from siftclip.trainer.loop.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.models.sharding import is_sharded, shard_model, unsynced_shards
@@ -47,7 +48,6 @@ log = logging.getLogger(__name__)
 
 # Judged together, as FIRST_SAMPLES of the loader: fp16 skips some steps while its scale settles.
 FIRST_STEPS = 2000
-_PURPOSE_STEP = 4
 
 
 class ClipTraining(LightningModule):
@@ -174,7 +174,9 @@ class ClipTraining(LightningModule):
         self.agreement.note(self.global_step, read=batch.digest, trained=chosen.digest)
         before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
-        generator = derive_generator(self.seed, self.global_step, self.global_rank, _PURPOSE_STEP)
+        generator = derive_generator(
+            self.seed, self.global_step, self.global_rank, GeneratorPurpose.STEP
+        )
         terms = compute_gradients(
             self.model,
             self.objective,
@@ -278,12 +280,12 @@ class ClipTraining(LightningModule):
 
     def _log_window(self, step: int) -> None:
         # Every rank takes part in the reduction; only rank 0's loggers write.
-        found = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
-        rate = self.global_batch_size / found["batch_time"]
+        means = self.meter.close(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="mean"))
+        rate = self.global_batch_size / means["batch_time"]
         scale = float(as_clip(self.model).logit_scale.detach().exp())
         bias = getattr(self.model, "logit_bias", None)
         self.latest = {
-            **{f"train/{name}": value for name, value in found.items()},
+            **{f"train/{name}": value for name, value in means.items()},
             "train/lr": self.optim.lr * lr_factor(self.optim, step - 1, self.total_steps),
             "train/scale": scale,  # its name in open_clip 3, and in 4
             "train/logit_scale": scale,
@@ -302,7 +304,7 @@ class ClipTraining(LightningModule):
             self.latest.update(self.online.metrics(step))
         for logger in self.trainer.loggers:
             logger.log_metrics(self.latest, step=step)
-        self._check_skipped(step, int(found["skipped_steps"]))
+        self._check_skipped(step, int(means["skipped_steps"]))
 
     def _check_skipped(self, step: int, skipped: int) -> None:
         allowed = self.max_skipped_fraction * max(step, FIRST_STEPS)

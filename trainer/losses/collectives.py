@@ -65,8 +65,8 @@ def log_sum_exp_to_owner(partial: Tensor, *, rank: int, world_size: int) -> Tens
     if world_size == 1:
         return partial
     top = _max_over_ranks(partial)
-    own = top.view(world_size, -1)[rank]
-    return sum_to_owner((partial - top).exp(), rank=rank, world_size=world_size).log() + own
+    top_of_rank = top.view(world_size, -1)[rank]
+    return sum_to_owner((partial - top).exp(), rank=rank, world_size=world_size).log() + top_of_rank
 
 
 @torch.no_grad()
@@ -99,9 +99,9 @@ def _all_gather(local: Tensor, world_size: int) -> Tensor:
 def _reduce_scatter(total: Tensor, rank: int, world_size: int) -> Tensor:
     samples = len(total) // world_size
     if _on_nccl(total):
-        own = total.new_empty((samples, *total.shape[1:]))
-        dist.reduce_scatter_tensor(own, total.contiguous())
-        return own
+        part = total.new_empty((samples, *total.shape[1:]))
+        dist.reduce_scatter_tensor(part, total.contiguous())
+        return part
     # A copy, since a gradient that autograd hands over may be needed elsewhere.
     total = total.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)

@@ -41,9 +41,9 @@ class Copies:
 
     def mask(self, rows: slice, columns: slice) -> Tensor:
         """Which logits of a tile are of copies, bool."""
-        found = self.rows[rows, None] == self.all_rows[columns]
-        fill_pairs(found, rows, columns, self.offset, value=False)
-        return found
+        is_copy = self.rows[rows, None] == self.all_rows[columns]
+        fill_pairs(is_copy, rows, columns, self.offset, value=False)
+        return is_copy
 
     def others(self) -> Tensor:
         """How many other samples each of this rank is compared with, int64 [b]."""

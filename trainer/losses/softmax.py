@@ -62,13 +62,16 @@ def paired_terms(
     """
     scaled = image * scale
     all_text = gather_features(text, rank=rank, world_size=world_size)
-    own = (scaled * text).sum(1)
+    matching = (scaled * text).sum(1)
     by_image, partial = paired_log_sum_exp(
         scaled, all_text, skip_diagonal=rank * len(image), copies=copies
     )
     by_text = log_sum_exp_to_owner(partial, rank=rank, world_size=world_size)
     return PairedTerms(
-        image=scaled, all_text=all_text, own=own, margins=torch.stack([by_image, by_text]) - own
+        image=scaled,
+        all_text=all_text,
+        own=matching,
+        margins=torch.stack([by_image, by_text]) - matching,
     )
 
 

@@ -88,8 +88,8 @@ class Online:
     ) -> None:
         """Take note of a step: the losses of its samples; a scorer learns from them."""
         if self.losses is not None or self.diagnostics is not None:
-            own = torch.cat([batch.rows for batch in batches])
-            rows = gather_features(own, rank=rank, world_size=world_size).cpu().numpy()
+            of_rank = torch.cat([batch.rows for batch in batches])
+            rows = gather_features(of_rank, rank=rank, world_size=world_size).cpu().numpy()
             self._trained_rows = rows
             if self.diagnostics is not None:
                 self.diagnostics.saw(rows)
@@ -101,8 +101,8 @@ class Online:
                         "online.selector reads the loss of each sample, and the loss of this run "
                         "charges none. Use loss=clip or loss=distill."
                     )
-                found = gather_features(sample_losses, rank=rank, world_size=world_size)
-                self.losses.update(rows, found.float().cpu().numpy())
+                losses = gather_features(sample_losses, rank=rank, world_size=world_size)
+                self.losses.update(rows, losses.float().cpu().numpy())
         if self.scorer is not None:
             self._scorer_loss = self.scorer.step(
                 batches,
@@ -116,22 +116,22 @@ class Online:
         """Seconds of embedding the pool and of choosing from it since this was asked last."""
         if self.reselection is None:
             return 0.0, 0.0
-        found = self.reselection
-        now = (found.embedding_seconds, found.seconds - found.embedding_seconds)
+        reselection = self.reselection
+        now = (reselection.embedding_seconds, reselection.seconds - reselection.embedding_seconds)
         before, self._seconds_told = self._seconds_told, now
         return now[0] - before[0], now[1] - before[1]
 
     def metrics(self, step: int) -> dict[str, float]:
         """For the loggers, after `step` steps."""
-        found = {f"cost/{name}": value for name, value in self.cost.at(step).items()}
+        values = {f"cost/{name}": value for name, value in self.cost.at(step).items()}
         if self.diagnostics is not None:
-            found.update(self._described(self.diagnostics))
+            values.update(self._described(self.diagnostics))
         if self.reselection is not None and self.reselection.current is not None:
-            found["online/selection_version"] = float(self.reselection.current.number)
-            found["online/selection_samples"] = float(len(self.reselection.current.rows))
+            values["online/selection_version"] = float(self.reselection.current.number)
+            values["online/selection_samples"] = float(len(self.reselection.current.rows))
         if self._scorer_loss is not None:
-            found["online/scorer_loss"] = float(self._scorer_loss)
-        return found
+            values["online/scorer_loss"] = float(self._scorer_loss)
+        return values
 
     def _described(self, diagnostics: Diagnostics) -> dict[str, float]:
         """What the last step was like: of a super-batch, or of what was trained on alone."""
@@ -139,9 +139,9 @@ class Online:
         if latest is not None:
             return diagnostics.describe(*latest)
         rows = self._trained_rows
-        found = diagnostics.describe(None, np.ones(len(rows), dtype=np.int64), rows)
+        values = diagnostics.describe(None, np.ones(len(rows), dtype=np.int64), rows)
         seen_alone = ("_offered", "offline_overlap")  # of what was not chosen nothing is known here
-        return {name: value for name, value in found.items() if not name.endswith(seen_alone)}
+        return {name: value for name, value in values.items() if not name.endswith(seen_alone)}
 
     def _stateful(self) -> dict[str, Any]:
         parts = {

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
 from siftclip.datamodules.streaming.step_plan import StepPlan
+from siftclip.tables import ruled_table
+from siftclip.trainer.runtime.step_clock import StepTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +21,16 @@ class StepSeconds:
     data_wait: float
     scoring: float
     selection: float
+
+    @classmethod
+    def of(cls, times: StepTimes) -> StepSeconds:
+        """The means over steps that were timed."""
+        return cls(
+            total=times.total_seconds / times.steps,
+            data_wait=times.waiting_seconds / times.steps,
+            scoring=times.scoring_seconds / times.steps,
+            selection=times.selection_seconds / times.steps,
+        )
 
     @property
     def training(self) -> float:
@@ -54,43 +62,6 @@ class Profile:
     def saving_to_break_even(self, plan: StepPlan, versions: int = 0) -> float:
         """The share of the steps that selection must make superfluous to pay, in (-inf, 1)."""
         return 1 - self.plain.total * plan.steps / self.run_seconds(plan, versions)
-
-
-class StepClock(Callback):
-    """Times the steps of a short run after a few that warm up."""
-
-    def __init__(self, warm_up_steps: int) -> None:
-        self.warm_up_steps = warm_up_steps
-        self._parts = self._spent = np.zeros(3)
-        self._start = self._seconds = 0.0
-        self._steps = 0
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        if trainer.global_step == trainer.max_steps:
-            return  # its record closes the window that is read here
-        device = pl_module.device
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize(device)
-        meter: Any = pl_module.meter
-        parts = np.array([meter.data_seconds, meter.scoring_seconds, meter.selection_seconds])
-        if trainer.global_step == self.warm_up_steps:
-            self._start, self._parts = time.perf_counter(), parts
-        elif trainer.global_step > self.warm_up_steps:
-            self._seconds = time.perf_counter() - self._start
-            self._steps = trainer.global_step - self.warm_up_steps
-            self._spent = parts - self._parts
-
-    def result(self) -> StepSeconds:
-        """Means over the steps that were timed."""
-        data_wait, scoring, selection = (self._spent / self._steps).tolist()
-        return StepSeconds(
-            total=self._seconds / self._steps,
-            data_wait=data_wait,
-            scoring=scoring,
-            selection=selection,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +101,12 @@ class Forecast:
     def table(self) -> str:
         """For the terminal."""
         record = self.record()
-        lines = ["step        seconds   data wait  scoring  selection  training"]
-        for name, step in record["step_seconds"].items():
-            lines.append(
-                f"{name:<10}  {step['total']:7.4f}  {step['data_wait']:9.4f}  "
-                f"{step['scoring']:7.4f}  {step['selection']:9.4f}  {step['training']:8.4f}"
-            )
+        header = ["step", "seconds", "data wait", "scoring", "selection", "training"]
+        steps = [
+            [name, *(f"{seconds:.4f}" for seconds in step.values())]
+            for name, step in record["step_seconds"].items()
+        ]
+        lines = [ruled_table([header, *steps])]
         if self.versions:
             lines.append(
                 f"{self.versions} selections of {record['version_seconds']:.1f} s on the way"
@@ -172,10 +143,10 @@ def _duration(seconds: float) -> str:
 
 def mean_profile(measure: Callable[[], StepSeconds], rounds: int) -> StepSeconds:
     """The mean of several measurements."""
-    found = [measure() for _ in range(rounds)]
+    measured = [measure() for _ in range(rounds)]
     return StepSeconds(
-        total=float(np.mean([s.total for s in found])),
-        data_wait=float(np.mean([s.data_wait for s in found])),
-        scoring=float(np.mean([s.scoring for s in found])),
-        selection=float(np.mean([s.selection for s in found])),
+        total=float(np.mean([s.total for s in measured])),
+        data_wait=float(np.mean([s.data_wait for s in measured])),
+        scoring=float(np.mean([s.scoring for s in measured])),
+        selection=float(np.mean([s.selection for s in measured])),
     )

@@ -30,14 +30,14 @@ def score_quantiles(scores: np.ndarray, kept: np.ndarray) -> dict[str, float]:
         `score_chosen_q10`, `_q50`, `_q90`, and the same for `score_rejected`; none where no sample
         has a finite score.
     """
-    found = {}
+    named = {}
     for name, mask in (("chosen", kept), ("rejected", ~kept)):
         values = scores[mask & np.isfinite(scores)]
         if len(values):
             quantiles = np.percentile(values.astype(np.float64), QUANTILES)
             for percent, value in zip(QUANTILES, quantiles, strict=True):
-                found[f"score_{name}_q{percent}"] = float(value)
-    return found
+                named[f"score_{name}_q{percent}"] = float(value)
+    return named
 
 
 def offline_overlap(offline: np.ndarray, kept: np.ndarray) -> float | None:
@@ -54,11 +54,11 @@ def offline_overlap(offline: np.ndarray, kept: np.ndarray) -> float | None:
         In [0, 1]; None where nothing was chosen or no sample has a score.
     """
     chosen = int(kept.sum())
-    judged = ~np.isnan(offline)
-    if not chosen or not judged.any():
+    scored = ~np.isnan(offline)
+    if not chosen or not scored.any():
         return None
     places = np.full(len(offline), -1, dtype=np.int64)  # -1: below all that have a score
-    places[judged] = np.unique(offline[judged], return_inverse=True)[1].reshape(-1)
+    places[scored] = np.unique(offline[scored], return_inverse=True)[1].reshape(-1)
     edge = np.partition(places, -chosen)[-chosen]
     above, at_edge = places > edge, places == edge
     odds = (chosen - above.sum()) / at_edge.sum()
@@ -176,21 +176,21 @@ class Diagnostics:
             rows: int64 [B], rows of the pool.
         """
         kept = kept.astype(bool)
-        found: dict[str, float | None] = {"unique_samples": float(self._seen.count)}
+        values: dict[str, float | None] = {"unique_samples": float(self._seen.count)}
         if scores is not None:
-            found.update(score_quantiles(scores, kept))
+            values.update(score_quantiles(scores, kept))
         if self._offline is not None:
-            found["offline_overlap"] = offline_overlap(self._offline[rows], kept)
+            values["offline_overlap"] = offline_overlap(self._offline[rows], kept)
         if self._clusters is not None:
             chosen = self._clusters[rows[kept]]
-            found["cluster_entropy"] = cluster_entropy(chosen, self._total_clusters)
+            values["cluster_entropy"] = cluster_entropy(chosen, self._total_clusters)
         if self._kinds is not None and kept.any():
             kinds = self._kinds[rows]
             for suffix, part in (("", kinds[kept]), ("_offered", kinds)):
                 shares = kind_shares(part, len(self._kind_names)).tolist()
                 for name, share in zip(self._kind_names, shares, strict=True):
-                    found[f"share_{name}{suffix}"] = share
-        return {f"online/{name}": value for name, value in found.items() if value is not None}
+                    values[f"share_{name}{suffix}"] = share
+        return {f"online/{name}": value for name, value in values.items() if value is not None}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a continued run needs, for a checkpoint."""
@@ -235,9 +235,9 @@ def read_kinds(pool: Pool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
             f"The column 'kind' of the truth file {path} has {len(kinds.categories)} different "
             f"values; at most {np.iinfo(np.int16).max} are described."
         )
-    found = UidTable.build(uids[valid]).find(pool.uids)
+    places = UidTable.build(uids[valid]).find(pool.uids)
     answer = np.full(len(pool), UNKNOWN, dtype=np.int16)
-    answer[found >= 0] = kinds.codes[found[found >= 0]]
+    answer[places >= 0] = kinds.codes[places[places >= 0]]
     if (answer == UNKNOWN).all():
         raise InputError(
             f"The truth file {path} names none of the {len(pool)} samples of the pool {pool.root}. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +13,7 @@ from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.streaming.batches import Batch, pick
 from siftclip.datamodules.streaming.order import derive_seeds, rank_slice, rows_digest
 from siftclip.datamodules.streaming.step_plan import StepPlan, part_sizes
+from siftclip.purposes import GeneratorPurpose
 from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.core.base import Choice, Selector, SubBatch, draw
 from siftclip.selectors.core.source import Logits, Source
@@ -23,9 +23,7 @@ from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_models import LiveFeatures, Pair, carried
 from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
 from siftclip.trainer.options.objects import BuiltObjects
-
-_PURPOSE_SCORING = 6
-
+from siftclip.trainer.runtime.step_clock import device_seconds
 
 # Scores float32 [n] or None, kept int64 [n], rows of the pool int64 [n]: of a super-batch.
 Described = tuple[np.ndarray | None, np.ndarray, np.ndarray]
@@ -99,22 +97,22 @@ class InLoopSelection:
         makes the same choice, in which each group of the super-batch has the same share.
         """
         device = parts[0].images.device
-        start = _now(device)
+        start = device_seconds(device)
         seeds = self._seeds(parts, step, rank)
-        own = {
+        of_rank = {
             f"{live.name}_{kind}": values
             for live in self.live
             for kind, values in zip(("img", "txt"), live.features(parts, seeds), strict=True)
         }
         for key in self.carried:
-            own[key] = carried(parts, key)
+            of_rank[key] = carried(parts, key)
 
         def gathered(values: Tensor) -> Tensor:
             return gather_features(values, rank=rank, world_size=world_size)
 
-        features = {key: gathered(values) for key, values in own.items()}
+        features = {key: gathered(values) for key, values in of_rank.items()}
         rows = gathered(torch.cat([part.rows for part in parts])).cpu().numpy()
-        scored = _now(device)
+        scored = device_seconds(device)
         ranks: Ranks = OneRank() if world_size == 1 else ProcessGroup(device)
         source = SuperBatchSource(
             rows,
@@ -139,11 +137,11 @@ class InLoopSelection:
                     for batch, index in zip(batches, indices, strict=True)
                 ]
         self.latest = (choice.scores, kept, rows)
-        selected = _now(device)
+        selected = device_seconds(device)
         reused = None
         if self.reuses_forward:
             at = mine.to(device)
-            reused = (own["learner_img"][at], own["learner_txt"][at])
+            reused = (of_rank["learner_img"][at], of_rank["learner_txt"][at])
         return Chosen(
             batches=batches,
             learner_features=reused,
@@ -156,9 +154,9 @@ class InLoopSelection:
         """Of dropout, by the place of a part in the super-batch, which the ranks do not change."""
         sizes = [len(part.rows) for part in parts]
         places = rank * sum(sizes) + np.cumsum([0, *sizes[:-1]])
-        seeds = derive_seeds(places, self.draw.seed, step, _PURPOSE_SCORING)
-        found: list[int] = (seeds >> np.uint64(1)).astype(np.int64).tolist()
-        return found
+        seeds = derive_seeds(places, self.draw.seed, step, GeneratorPurpose.SCORING)
+        of_torch: list[int] = (seeds >> np.uint64(1)).astype(np.int64).tolist()
+        return of_torch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,7 +170,7 @@ class CachedFirstStage:
     logits: Mapping[str, Logits]
 
     def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
-        found = {
+        cached = {
             key: values.to(self.data.source.device)
             for features in self.features
             for key, values in features.gather(rows).items()
@@ -180,7 +178,7 @@ class CachedFirstStage:
         source = SuperBatchSource(
             rows,
             step=step,
-            features={name: found[key] for name, key in self.keys.items()},
+            features={name: cached[key] for name, key in self.keys.items()},
             data=self.data,
             logits=self.logits,
             groups=self.draw.groups,
@@ -192,10 +190,3 @@ def weighted(batch: Batch, weights: Tensor) -> Batch:
     """The batch with weights of its samples, float [b], times those that it has."""
     weights = weights.to(batch.rows.device)
     return replace(batch, weights=weights if batch.weights is None else batch.weights * weights)
-
-
-def _now(device: torch.device) -> float:
-    """A clock that is read when the device has done what it was given."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-    return time.perf_counter()

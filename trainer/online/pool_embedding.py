@@ -89,14 +89,14 @@ class PoolEmbedder:
         with evaluation_mode(replace(self.clip, model=model), device) as ready, bar:
             batches = iter(loader)
             for part in parts:
-                found = []
+                embedded = []
                 for _ in range(-(-len(part) // self.batch_size)):
                     batch = next(batches)
-                    found.append(embed_batch(ready.model, batch.to(device, non_blocking=True)))
+                    embedded.append(embed_batch(ready.model, batch.to(device, non_blocking=True)))
                     for cause, place in batch.faults:
                         faults.add(cause, place)
                     bar.update(len(batch.rows))
-                image, text = (torch.cat(values).numpy() for values in zip(*found, strict=True))
+                image, text = (torch.cat(values).numpy() for values in zip(*embedded, strict=True))
                 write_npz(
                     folder / f"{self.pool.shards[self.pool.shard_of_row[part[0]]].stem}.npz",
                     uids=self.pool.uids[part],

@@ -36,14 +36,15 @@ from siftclip.datamodules.streaming.order import rows_digest
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.errors import InputError
 from siftclip.hashing import mix64, seed_state, uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.core.base import Selector, product_of_weights, run
 from siftclip.selectors.core.rules import keep_top
 from siftclip.selectors.core.source import (
+    Cache,
     Chunk,
-    DictMemo,
+    DictCache,
     Logits,
-    Memo,
     Part,
     Requirements,
     RestrictedSource,
@@ -53,8 +54,6 @@ from siftclip.trainer.options.objects import BuiltObjects
 from siftclip.trainer.runtime.rank_agreement import require_same
 
 log = logging.getLogger(__name__)
-
-_PURPOSE_SAMPLE, _PURPOSE_VERSION = 0x73616D706C65, 0x76657273
 
 
 class Embed(Protocol):
@@ -103,7 +102,7 @@ class TrainingSource(PoolSource):
             device=source.device,
             progress=source.progress,
         )
-        state = seed_state(version ^ _PURPOSE_VERSION)
+        state = seed_state(version ^ HashPurpose.VERSION)
         self.uids = mix64(source.uids ^ state)
         self._live = (
             None
@@ -142,9 +141,9 @@ class TrainingSource(PoolSource):
         if live and self._live is not None:
             features |= self._live.take_features(rows, live)
         if cached:
-            found = self.take_features(rows, cached)
+            from_files = self.take_features(rows, cached)
             features |= {
-                key: found[self._aliases.get(key, key)]
+                key: from_files[self._aliases.get(key, key)]
                 for key in requires.features
                 if key not in live
             }
@@ -156,8 +155,8 @@ class TrainingSource(PoolSource):
     def logits(self, features: str) -> Logits:
         return self._logits[features] if features in self._logits else super().logits(features)
 
-    def memo(self, selector: object) -> Memo:
-        return DictMemo()  # the learner's features change
+    def cache(self, selector: object) -> Cache:
+        return DictCache()  # the learner's features change
 
     def _split(self, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The learner's arrays among `keys`, and what the pool calls the others."""
@@ -172,8 +171,8 @@ class Candidates(RestrictedSource):
     def whole(self) -> Source:
         return self
 
-    def memo(self, selector: object) -> Memo:
-        return self.source.memo(selector)
+    def cache(self, selector: object) -> Cache:
+        return self.source.cache(selector)
 
     def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
         self.source.report(selector, choice, samples, seconds)
@@ -269,7 +268,7 @@ class Reselection:
         if self.pool_fraction == 1:
             return rows
         uids = self.source.uids[rows]
-        draws = uniform_score(uids, self.seed ^ _PURPOSE_SAMPLE ^ (version << 32))
+        draws = uniform_score(uids, self.seed ^ HashPurpose.CANDIDATES ^ (version << 32))
         return rows[keep_top(draws, uids, self.candidates) > 0]
 
     def _make(self, number: int, start: int) -> SelectionVersion:

@@ -205,12 +205,12 @@ def _patch_dropout(visual: Any, probability: float, seed: int) -> Iterator[None]
     if not probability:
         yield
         return
-    own = visual.patch_dropout
+    before = visual.patch_dropout
     visual.patch_dropout = _SeededPatchDropout(probability, seed)
     try:
         yield
     finally:
-        visual.patch_dropout = own
+        visual.patch_dropout = before
 
 
 @contextmanager

@@ -86,15 +86,15 @@ class ScoredModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedModel:
-    """A model whose features batches bring along; its logit scale is told."""
+    """A model whose features batches bring along; its logit scale is known."""
 
     name: str
     keys: tuple[str, str]  # of the batches' references
-    told: Logits
+    known_logits: Logits
 
     def features(self, parts: Sequence[Batch], seeds: Sequence[int]) -> Pair:
         image, text = (carried(parts, key) for key in self.keys)
         return image, text
 
     def logits(self) -> Logits:
-        return self.told
+        return self.known_logits

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.hashing import mix64, seed_state
+from siftclip.purposes import HashPurpose
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.source import (
     Chunk,
@@ -19,8 +20,6 @@ from siftclip.selectors.core.source import (
     MemorySource,
     Requirements,
 )
-
-_PURPOSE = 0x7375706572
 
 
 def step_uids(uids: np.ndarray, step: int) -> np.ndarray:
@@ -34,7 +33,7 @@ def step_uids(uids: np.ndarray, step: int) -> np.ndarray:
         uids: uint64 [n, 2], of the samples in the order of the super-batch.
         step: of the run.
     """
-    place = mix64(np.arange(len(uids), dtype=np.uint64) ^ seed_state(step ^ _PURPOSE))
+    place = mix64(np.arange(len(uids), dtype=np.uint64) ^ seed_state(step ^ HashPurpose.STEP))
     return np.stack([mix64(uids[:, 0] ^ place), mix64(uids[:, 1] + place)], axis=1)
 
 
@@ -96,8 +95,8 @@ class SuperBatchSource(MemorySource):
         asked = replace(requires, features=())
         if asked == Requirements():
             return taken
-        found = self.data.source.take(self.pool_rows[rows], asked)
-        return replace(found, rows=taken.rows, uids=taken.uids, features=taken.features)
+        of_pool = self.data.source.take(self.pool_rows[rows], asked)
+        return replace(of_pool, rows=taken.rows, uids=taken.uids, features=taken.features)
 
 
 def read_files(source: PoolSource, files: tuple[FeatureFile, ...]) -> dict[FeatureFile, Tensor]:

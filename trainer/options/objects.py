@@ -179,7 +179,9 @@ def _nearest_target(target: str) -> str | None:
         if module is None:
             return None
         inside = {name for name, value in vars(module).items() if isinstance(value, type)}
-        inside |= {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ()))}
+        inside |= {
+            submodule.name for submodule in pkgutil.iter_modules(getattr(module, "__path__", ()))
+        }
         public = getattr(module, "__all__", ())
         if part not in inside and parts[-1] in public:
             return ".".join([*parts[:number], parts[-1]])

@@ -62,16 +62,16 @@ def environment(*, ranks: int, loader_workers: int, precision: str) -> Environme
         loader_workers: processes that load, a rank.
         precision: as it was resolved.
     """
-    found: Environment = {"python": platform.python_version(), "git": git_commit()}
-    found["source"] = source_digest()
-    found["platform"] = platform.platform()
+    versions: Environment = {"python": platform.python_version(), "git": git_commit()}
+    versions["source"] = source_digest()
+    versions["platform"] = platform.platform()
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            versions[package] = None
     return {
-        **found,
+        **versions,
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu_models(),

@@ -136,8 +136,8 @@ def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
 
 
 def _ranks(devices: Devices, num_nodes: int) -> int:
-    found = device_count(devices) or max(1, torch.cuda.device_count())
-    return found * num_nodes
+    per_node = device_count(devices) or max(1, torch.cuda.device_count())
+    return per_node * num_nodes
 
 
 def expected_world_size(settings: TrainerSettings) -> int:

@@ -21,7 +21,7 @@ EVERY_N_STEPS = 50
 
 
 class RankAgreement:
-    """Compares over ranks what each step reads and trains on, as digests, every so many steps."""
+    """Compares over ranks what each step reads and trains on, as digests, every N steps."""
 
     def __init__(self) -> None:
         self._steps: list[int] = []

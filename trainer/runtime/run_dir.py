@@ -8,7 +8,7 @@ selection.npy    the selection in DataComp's format; selection.json its manifest
 metrics.jsonl    a record every N steps; metrics.csv the same
 checkpoints/     to continue from
 model/           the trained model, as open_clip's `local-dir:` loads it
-eval_results.jsonl  a line a task
+eval_results.jsonl  one line per task
 model.json       what was trained: architecture, activation, preprocessing, tokenizer
 budget.json      how long the run is
 summary.json     written last: the run is finished
@@ -110,8 +110,8 @@ class RunDir:
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint to continue from: the one of the highest step."""
-        found = list(self.checkpoints.glob("step-*.ckpt"))
-        return max(found, key=step_of, default=None)
+        paths = list(self.checkpoints.glob("step-*.ckpt"))
+        return max(paths, key=step_of, default=None)
 
     def budget(self) -> Budget | None:
         """How long the run is, once that is known."""
@@ -135,10 +135,10 @@ class RunDir:
 
     def costs(self) -> dict[str, float]:
         """Samples and FLOPs of the whole run, by name, as the last record of the log has them."""
-        found: dict[str, float] = {}
+        costs: dict[str, float] = {}
         for record in self.records():
-            found.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
-        return found
+            costs.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
+        return costs
 
     def copies_fraction(self) -> float:
         """The share of batches that held a sample twice, of the selection that had the most."""
@@ -147,23 +147,23 @@ class RunDir:
 
     def cost_line(self) -> str:
         """What a finished run has cost, in a line."""
-        found = self.shown_summary
-        flops = f"{found['flops']:.3g}" if "flops" in found else "unknown"
+        summary = self.shown_summary
+        flops = f"{summary['flops']:.3g}" if "flops" in summary else "unknown"
         return (
-            f"{found['trained_samples']:,.0f} samples trained, {found['loaded_samples']:,.0f} "
-            f"loaded; {flops} FLOPs; {found['train_seconds']:.1f} s, of these waiting "
-            f"{found['data_wait_seconds']:.1f}, scoring {found['scoring_seconds']:.1f}, selecting "
-            f"{found['selection_seconds']:.1f}"
+            f"{summary['trained_samples']:,.0f} samples trained, {summary['loaded_samples']:,.0f} "
+            f"loaded; {flops} FLOPs; {summary['train_seconds']:.1f} s, of these waiting "
+            f"{summary['data_wait_seconds']:.1f}, scoring {summary['scoring_seconds']:.1f}, "
+            f"selecting {summary['selection_seconds']:.1f}"
         )
 
     def shares_chosen(self) -> dict[str, float]:
         """The share of each kind among what was chosen in the loop, mean over the log's steps."""
-        found: dict[str, dict[int, float]] = {}
+        shares: dict[str, dict[int, float]] = {}
         for record in self.records():
             for name, value in record.items():
                 if name.startswith(_SHARE) and not name.endswith("_offered"):
-                    found.setdefault(name.removeprefix(_SHARE), {})[record["step"]] = value
-        return {kind: sum(values.values()) / len(values) for kind, values in found.items()}
+                    shares.setdefault(name.removeprefix(_SHARE), {})[record["step"]] = value
+        return {kind: sum(values.values()) / len(values) for kind, values in shares.items()}
 
     def seconds(self) -> dict[str, float]:
         """Seconds of training by what they went into, over all processes that worked on the run.

@@ -48,7 +48,7 @@ def other_seeds(run: RunDir) -> list[RunDir]:
     One of each seed, the first by name. What cannot be read is left out with a warning.
     """
     pattern = _RUN_NAME.fullmatch(run.path.resolve().name)
-    found: dict[Any, RunDir] = {read_config(run.path / "config.yaml").get(_SEED): run}
+    runs: dict[Any, RunDir] = {read_config(run.path / "config.yaml").get(_SEED): run}
     for folder in sorted(run.path.resolve().parent.iterdir()):
         name = _RUN_NAME.fullmatch(folder.name)
         if pattern is not None and (name is None or name[1] != pattern[1]):
@@ -57,10 +57,10 @@ def other_seeds(run: RunDir) -> list[RunDir]:
             other = run_of(RunDir(path=folder).results)
             if other is None or not other.results.is_file() or not same_method(run, other):
                 continue
-            found.setdefault(read_config(other.path / "config.yaml").get(_SEED), other)
+            runs.setdefault(read_config(other.path / "config.yaml").get(_SEED), other)
         except (InputError, OSError) as error:
             log.warning("%s is not looked at as another seed of %s: %s", folder, run.path, error)
-    return [found[seed] for seed in sorted(found, key=str) if found[seed] is not run]
+    return [runs[seed] for seed in sorted(runs, key=str) if runs[seed] is not run]
 
 
 def _part(config: Mapping[str, Any], name: str) -> Any:

@@ -69,8 +69,8 @@ def _scoped_to_loop(config: DictConfig, tree: Mapping[str, Any]) -> dict[str, An
     scoped = copy.deepcopy(config)
     if _at(tree, "online.features") is not None and _at(tree, "features") is not None:
         scoped.features.name = _at(tree, "online.features")
-    found: dict[str, Any] = _plain(OmegaConf.to_container(scoped, resolve=False), scoped)
-    return found
+    values: dict[str, Any] = _plain(OmegaConf.to_container(scoped, resolve=False), scoped)
+    return values
 
 
 def _put_node(tree: dict[str, Any], place: str, parameters: Any) -> None:
@@ -99,13 +99,13 @@ def _value(raw: Any, node: Any, key: Any) -> Any:
         return Unset()
     if isinstance(raw, str) and OmegaConf.is_interpolation(node, key):
         try:
-            found = node[key]
+            value = node[key]
         except InterpolationToMissingValueError:
             names = _REFERENCE.findall(raw)
             return Unset(f"takes its value from {' and '.join(names) or raw}, which is not set.")
         except OmegaConfBaseException as error:
             return Unset(f"refers to what is not there: {raw} ({str(error).splitlines()[0]}).")
-        if isinstance(found, DictConfig | ListConfig):
-            return _plain(OmegaConf.to_container(found, resolve=False), found)
-        return found
+        if isinstance(value, DictConfig | ListConfig):
+            return _plain(OmegaConf.to_container(value, resolve=False), value)
+        return value
     return _plain(raw, node[key]) if isinstance(raw, dict | list) else raw

@@ -97,8 +97,8 @@ class OptimSettings(Section):
         if self.schedule == "cooldown":
             if self.cooldown_steps is None:
                 raise InputError(
-                    "optim.cooldown_steps must be an integer of at least 1 with "
-                    "optim.schedule=cooldown. Got null."
+                    "optim.cooldown_steps is not set. It must be an integer of at least 1 with "
+                    "optim.schedule=cooldown."
                 )
             if self.cooldown_end_lr >= self.lr:
                 raise InputError(

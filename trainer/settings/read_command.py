@@ -26,10 +26,12 @@ _TOP = (CommonSettings, SelectOptions)
 
 def groups() -> dict[str, Any]:
     """All groups of options by their names, and the annotations of what they are."""
-    found: dict[str, Any] = {}
+    hints_of: dict[str, Any] = {}
     for kind in COMMANDS.values():
-        found |= {name: hint for name, hint in hints(kind).items() if hint not in (*_TOP, Composed)}
-    return found
+        hints_of |= {
+            name: hint for name, hint in hints(kind).items() if hint not in (*_TOP, Composed)
+        }
+    return hints_of
 
 
 def top_level() -> dict[str, Any]:
@@ -53,8 +55,8 @@ def read_command(kind: type[T], config: DictConfig) -> T:
         if hint is Composed:
             given[name] = composed(tree)
         elif hint in _TOP:
-            own = {option: tree[option] for option in hints(hint) if option in tree}
-            given[name] = reader.read(hint, own, "")
+            values = {option: tree[option] for option in hints(hint) if option in tree}
+            given[name] = reader.read(hint, values, "")
         else:
             given[name] = reader.read(hint, tree.get(name, Unset()), name)
     others = Reader(needed=False)

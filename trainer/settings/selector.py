@@ -30,9 +30,9 @@ class SelectorNode(Recorded):
             written: the values, with the name.
             parameters: the same as the selector shall get them, where they differ.
         """
-        own = {**(written if parameters is None else parameters)}
-        name = own.pop("name", None)
-        return cls(place=place, name=str(name), parameters=own, written=written)
+        rest = {**(written if parameters is None else parameters)}
+        name = rest.pop("name", None)
+        return cls(place=place, name=str(name), parameters=rest, written=written)
 
     def record(self) -> dict[str, Any]:
         return {**self.written}

@@ -120,28 +120,28 @@ STORED = (
 def node_of(kind: type) -> dict[str, Any]:
     """The defaults of a group of options, as a file of the configuration would have them."""
     node: dict[str, Any] = {}
-    for one in fields(kind):
-        hint = hints(kind)[one.name]
-        value = _default_of(one, hint)
+    for entry in fields(kind):
+        hint = hints(kind)[entry.name]
+        value = _default_of(entry, hint)
         if mark_of(hint, Rare) is None and value is not _NOT_HERE:
-            node[one.name] = value
+            node[entry.name] = value
     return node
 
 
-def _default_of(one: Any, hint: Any) -> Any:
+def _default_of(entry: Any, hint: Any) -> Any:
     follows = mark_of(hint, Follows)
     if follows is not None:
         return f"${{{follows.option}}}"
     if mark_of(hint, Late) is not None:
         return "???"
-    if one.default is not MISSING:
-        return to_plain(one.default)
+    if entry.default is not MISSING:
+        return to_plain(entry.default)
     kinds = [alternative.plain for alternative in alternatives(hint) if alternative.is_group]
     if SelectorNode in kinds:
         return _NOT_HERE
     if kinds:  # also where a field of it follows another option, so that it has no default itself
         return node_of(kinds[0])
-    return "???" if one.default_factory is MISSING else to_plain(one.default_factory())
+    return "???" if entry.default_factory is MISSING else to_plain(entry.default_factory())
 
 
 @contextmanager

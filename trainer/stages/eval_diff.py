@@ -40,7 +40,7 @@ def diff_stage(settings: DiffCommand) -> PairedComparison:
     kept = {name: _read(f"diff.{name}={sides[name]!r}", file) for name, file in files.items()}
     a, b = _chosen(settings.eval, *(list(kept[name].results) for name in sides))
     runs = {name: run_of(file) for name, file in files.items()}
-    models = {name: _models(one.results) for name, one in kept.items()}
+    models = {name: _models(of_run.results) for name, of_run in kept.items()}
     of_one_method = (
         runs["a"] is not None
         and runs["b"] is not None
@@ -68,8 +68,8 @@ def diff_stage(settings: DiffCommand) -> PairedComparison:
         comparison,
         failed={
             f"{name}: {failure.key}": failure.message
-            for name, one in kept.items()
-            for failure in one.failures
+            for name, of_run in kept.items()
+            for failure in of_run.failures
         },
     )
     if output is not None:
@@ -100,7 +100,7 @@ def _read(given: str, file: Path) -> KeptResults:
 
 def _models(results: Sequence[TaskResult]) -> set[str]:
     """What models results are of, as far as they say."""
-    return {one.model for one in results if one.model is not None}
+    return {result.model for result in results if result.model is not None}
 
 
 def _seeds(
@@ -184,7 +184,7 @@ def _chosen(
             f"eval.tasks must name tasks that have results: {sorted(known)}. "
             f"Got {unknown[0]!r}.{hint}"
         )
-    return [one for one in a if one.key in names], [one for one in b if one.key in names]
+    return [task for task in a if task.key in names], [task for task in b if task.key in names]
 
 
 def _output(diff: DiffSettings) -> Path | None:

@@ -1,4 +1,4 @@
-"""The watch stage: a run's checkpoints are evaluated as they come, beside the training."""
+"""The watch stage: a run's checkpoints are evaluated when they appear, beside the training."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def _watch(
             finished = run.summary is not None  # looked at before the checkpoints: none can follow
             for step, path in _checkpoints(run):
                 results = folder / f"step-{step}.jsonl"
-                found = {result.key for result in read_results(results)}
-                if step in done or (step in logged and names <= found):
+                evaluated = {result.key for result in read_results(results)}
+                if step in done or (step in logged and names <= evaluated):
                     continue
                 done.add(step)
                 clip = _load(run, path, watch.weights)
@@ -108,12 +108,12 @@ def watch_folder(watch: WatchSettings) -> Path:
 
 
 def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
-    found = []
+    checkpoints = []
     for path in run.checkpoints.glob("step-*.ckpt"):
         match = _STEP.fullmatch(path.name)
         if match:
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+    return sorted(checkpoints)
 
 
 def _load(run: RunDir, checkpoint: Path, weights: Weights) -> ClipModel | None:

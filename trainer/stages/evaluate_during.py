@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -23,6 +22,7 @@ from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.models.sharding import whole_state
 from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.step_clock import device_seconds
 from siftclip.trainer.settings.commands import EvalSections
 from siftclip.trainer.stages.evaluation import eval_options, tasks_from
 
@@ -35,7 +35,7 @@ class EvaluateDuring(Callback):
     """Evaluates what would be written as the model: the average of the weights if there is one.
 
     Its seconds are no part of those of training. Lightning calls checkpoint callbacks last, so a
-    run that is killed in an evaluation goes on before it.
+    run that is killed in an evaluation continues before it.
     """
 
     def __init__(
@@ -70,9 +70,7 @@ class EvaluateDuring(Callback):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, module: ClipTraining) -> None:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)  # what is queued belongs to training
-        start = time.perf_counter()
+        start = device_seconds(module.device)  # what is queued belongs to training
         ranks: Ranks = ProcessGroup(module.device) if trainer.world_size > 1 else OneRank()
         evaluation = evaluate_tasks(
             self._evaluated(module),
@@ -97,13 +95,13 @@ class EvaluateDuring(Callback):
         return replace(self.clip, model=self.whole)
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
-        found = {f"{PREFIX}{result.key}": result.main_metric for result in evaluation.results}
+        values = {f"{PREFIX}{result.key}": result.main_metric for result in evaluation.results}
         with options_of(under("eval", "groups")):
             averages = result_averages(evaluation.results, self.groups)
         for name, average in averages.items():
             if average.complete:
-                found[f"{PREFIX}average/{name}"] = average.value
-        return {name: value for name, value in found.items() if value is not None}
+                values[f"{PREFIX}average/{name}"] = average.value
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDuring | None:
@@ -115,12 +113,12 @@ def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDur
     during = settings.eval.during
     if during.every_n_steps is None:
         return None
-    found = tasks_from(settings.eval, during=True)
-    if found.missing:
-        log.warning("eval.during: there is no folder of %s", ", ".join(found.missing))
-    for message in found.damaged.values():
+    known = tasks_from(settings.eval, during=True)
+    if known.missing:
+        log.warning("eval.during: there is no folder of %s", ", ".join(known.missing))
+    for message in known.damaged.values():
         raise InputError(f"eval.during: {message}")
-    tasks = prepare_tasks(found.tasks, max_samples=during.max_samples)
+    tasks = prepare_tasks(known.tasks, max_samples=during.max_samples)
     for failure in tasks.failures:
         raise InputError(f"eval.during: {failure.key}: {failure.message}")
     options = replace(eval_options(settings), cache=None)

@@ -69,35 +69,35 @@ def tasks_from(settings: EvalSettings, *, during: bool = False) -> FoundTasks:
     if during and settings.during.tasks is not None:
         wanted, option = settings.during.tasks, "eval.during.tasks"
     with options_of({"root": "eval.root", "names": option}):
-        found = find_tasks(
+        found_tasks = find_tasks(
             Path(settings.root),
             wanted,
             key_split=settings.key_split,
             may_miss=settings.suite is not None,
         )
-    if not found.tasks and not found.damaged:
+    if not found_tasks.tasks and not found_tasks.damaged:
         raise InputError(
-            f"eval.root={settings.root!r} has none of the {len(found.missing)} tasks of "
+            f"eval.root={settings.root!r} has none of the {len(found_tasks.missing)} tasks of "
             f"eval={settings.suite}. siftclip eval download gets them."
         )
     if not during:
-        names = [*found.available, *found.missing]
+        names = [*found_tasks.available, *found_tasks.missing]
         with options_of(under("eval", "groups")):
             check_groups(settings.groups, names, suite=settings.suite is not None)
     texts = {"classnames": settings.classnames, "templates": settings.templates}
-    _check_texts(texts, found, others_may_be=during)
+    _check_texts(texts, found_tasks, others_may_be=during)
     tasks = []
-    for task in found.tasks:
+    for task in found_tasks.tasks:
         files = {option: Path(by[task.name]) for option, by in texts.items() if task.name in by}
         with options_of(under("eval", "classnames", "templates")):
             tasks.append(with_texts(task, **files) if files else task)
-    return replace(found, tasks=tuple(tasks if during else _under_protocols(settings, tasks)))
+    return replace(found_tasks, tasks=tuple(tasks if during else _under_protocols(settings, tasks)))
 
 
 def _check_texts(
-    texts: Mapping[str, Mapping[str, str]], found: FoundTasks, *, others_may_be: bool
+    texts: Mapping[str, Mapping[str, str]], found_tasks: FoundTasks, *, others_may_be: bool
 ) -> None:
-    known = {*(task.name for task in found.tasks), *found.missing, *found.damaged}
+    known = {*(task.name for task in found_tasks.tasks), *found_tasks.missing, *found_tasks.damaged}
     for option, files in texts.items():
         for name, file in files.items():
             if name not in known and not others_may_be:
@@ -134,13 +134,13 @@ def _under_protocols(settings: EvalSettings, tasks: list[Task]) -> list[Task]:
             f"eval.protocols={chosen} fits classifiers, but no classification task in "
             f"{settings.root} has the split {split!r} (eval.probe.train_split)."
         )
-    found = list(tasks) if "zero_shot" in chosen else []
+    asked = list(tasks) if "zero_shot" in chosen else []
     if "linear_probe" in chosen:
-        found += [_probe(task, None) for task in probed]
+        asked += [_probe(task, None) for task in probed]
     if "few_shot" in chosen:
         for shots in settings.probe.shots:
-            found += [_probe(task, shots) for task in probed]
-    return found
+            asked += [_probe(task, shots) for task in probed]
+    return asked
 
 
 def _probe(task: Task, shots: int | None) -> Task:
@@ -163,18 +163,18 @@ def _probe(task: Task, shots: int | None) -> Task:
 
 def eval_options(settings: EvalSections) -> EvalOptions:
     """How the settings want tasks to be evaluated."""
-    own, data, common = settings.eval, settings.data, settings.common
+    evaluation, data, common = settings.eval, settings.data, settings.common
     return EvalOptions(
-        batch_size=own.batch_size,
+        batch_size=evaluation.batch_size,
         num_workers=worker_count(data.num_workers),
-        precision=own.precision,
+        precision=evaluation.precision,
         max_image_pixels=data.max_image_pixels,
-        resamples=own.resamples,
-        cache=own.cache if common.reuse else None,
+        resamples=evaluation.resamples,
+        cache=evaluation.cache if common.reuse else None,
         probe=ProbeSettings(
-            train_split=own.probe.train_split,
-            few_shot_seeds=own.probe.seeds,
-            options=ProbeOptions(l2=own.probe.l2),
+            train_split=evaluation.probe.train_split,
+            few_shot_seeds=evaluation.probe.seeds,
+            options=ProbeOptions(l2=evaluation.probe.l2),
         ),
         progress=common.progress,
     )
@@ -226,20 +226,20 @@ def eval_stage(
     """
     device = torch.device(evaluation_device(settings.trainer))
     share = share or EvalShare(ranks=OneRank(), device=device)
-    found = tasks_from(settings.eval)
+    found_tasks = tasks_from(settings.eval)
     options = eval_options(settings)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
     share_cores(options.num_workers)
     details = None if results_path is None else details_folder(results_path)
-    damaged = [TaskFailure(key=name, message=text) for name, text in found.damaged.items()]
+    damaged = [TaskFailure(key=name, message=text) for name, text in found_tasks.damaged.items()]
     evaluation = evaluate_tasks(
         clip,
-        found.tasks,
+        found_tasks.tasks,
         device=share.device,
         options=options,
         ranks=share.ranks,
         results_path=results_path,
-        again=_to_do_again(settings, found.tasks, details),
+        again=_to_do_again(settings, found_tasks.tasks, details),
         failed=damaged,
         on_scored=None if details is None else _write_details(settings.eval, details),
         wait=wait,
@@ -247,7 +247,7 @@ def eval_stage(
     summary = _summary(
         settings.eval,
         evaluation.results,
-        missing=found.missing,
+        missing=found_tasks.missing,
         failures=evaluation.failures,
         resamples=options.resamples if share.ranks.rank == 0 else 0,
     )
@@ -322,9 +322,12 @@ def _summary(
 
 def failed_tasks(settings: EvalSettings, run: RunDir) -> list[str]:
     """The tasks of the settings that are there, and of which a finished run has no result."""
-    found = tasks_from(settings)
+    found_tasks = tasks_from(settings)
     done = {result.key for result in read_results(run.results)}
-    return [*(task.name for task in found.tasks if task.name not in done), *found.damaged]
+    return [
+        *(task.name for task in found_tasks.tasks if task.name not in done),
+        *found_tasks.damaged,
+    ]
 
 
 def results_path_for(settings: EvalCommand) -> Path:

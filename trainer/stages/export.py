@@ -304,7 +304,7 @@ def _training_info(source: ExportSource, model: str, checkpoint: Path) -> dict[s
     run = source.run
     if run is None:
         return {**info, "scale_config": {"model": model}, "data_dir": None}
-    own = {
+    ours = {
         "batch_size": run.scale.global_batch_size,
         "learning_rate": run.optim.lr,
         "train_num_samples": run.scale.samples_seen,
@@ -313,14 +313,14 @@ def _training_info(source: ExportSource, model: str, checkpoint: Path) -> dict[s
         "beta2": run.optim.beta2,
     }
     for scale, theirs in DATACOMP_SCALES.items():
-        if own == {**theirs, "beta2": theirs["beta2"] or OPEN_CLIP_BETA2}:
+        if ours == {**theirs, "beta2": theirs["beta2"] or OPEN_CLIP_BETA2}:
             return {
                 **info,
                 "scale": scale,
                 "scale_config": dict(theirs),
                 "data_dir": run.pool_root,
             }
-    return {**info, "scale_config": own, "data_dir": run.pool_root}
+    return {**info, "scale_config": ours, "data_dir": run.pool_root}
 
 
 def _built_in_name(source: ExportSource) -> str | None:
@@ -330,8 +330,8 @@ def _built_in_name(source: ExportSource) -> str | None:
     config = source.clip.config
     default = open_clip.transform.PreprocessCfg()
     for key in ("mean", "std", "interpolation", "resize_mode", "mode", "fill_color"):
-        own, theirs = config["preprocess_cfg"][key], getattr(default, key)
-        if (list(own) if isinstance(own, (list, tuple)) else own) != (
+        ours, theirs = config["preprocess_cfg"][key], getattr(default, key)
+        if (list(ours) if isinstance(ours, (list, tuple)) else ours) != (
             list(theirs) if isinstance(theirs, (list, tuple)) else theirs
         ):
             return None

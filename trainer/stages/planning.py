@@ -24,12 +24,12 @@ from siftclip.trainer.online.cost import largest_within
 from siftclip.trainer.online.cost_profile import (
     Forecast,
     Profile,
-    StepClock,
     StepSeconds,
     mean_profile,
 )
 from siftclip.trainer.runtime.launch import require_launcher
 from siftclip.trainer.runtime.lightning_setup import make_trainer
+from siftclip.trainer.runtime.step_clock import StepClock
 from siftclip.trainer.settings.budget import MAX_STEPS, Budget, Limit, require_steps
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings
 
@@ -120,11 +120,11 @@ def profile_run(parts: RunParts) -> Profile:
     short = Budget(samples_seen=steps * batch, global_batch_size=batch)
 
     def measured(changed: RunParts, folder: Path) -> StepSeconds:
-        own = replace(changed, clip=_new_model(changed), folder=folder)
-        online = build_online(own, steps)
-        clock = StepClock(WARM_UP_STEPS)
+        run = replace(changed, clip=_new_model(changed), folder=folder)
+        online = build_online(run, steps)
+        clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=STEPS)
         trainer = make_trainer(
-            own.trainer,
+            run.trainer,
             progress=False,
             folder=folder,
             callbacks=[clock],
@@ -133,9 +133,9 @@ def profile_run(parts: RunParts) -> Profile:
             max_epochs=-1,
             enable_checkpointing=False,
         )
-        data = data_module_from(own, short, online)
-        trainer.fit(training_module(own, short, online), datamodule=data)
-        return clock.result()
+        data = data_module_from(run, short, online)
+        trainer.fit(training_module(run, short, online), datamodule=data)
+        return StepSeconds.of(clock.times())
 
     quiet = replace(
         parts,

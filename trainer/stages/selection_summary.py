@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from siftclip.datamodules.selection.selection import SUBSET_NAME, WEIGHTS_NAME
+from siftclip.datamodules.selection.selection import SUBSET_NAME, UNSCORED_KEY, WEIGHTS_NAME
 from siftclip.selectors.core.rules import TopCount
 from siftclip.selectors.methods.clip_score import ClipScore
 from siftclip.trainer.builders.selection import SelectOutcome
@@ -32,6 +32,11 @@ def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
     return len(np.intersect1d(ours, theirs, assume_unique=True)) / len(ours)
 
 
+def counted(samples: int, distinct: int) -> str:
+    """How many samples there are, and how many of them are distinct if that is another number."""
+    return f"{samples} samples" + (f", {distinct} distinct" if distinct != samples else "")
+
+
 def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> str:
     """A few lines about a selection, for the terminal."""
     manifest = outcome.selection.manifest
@@ -47,14 +52,10 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
         lines.append(
             f"member     {member['selector']}: {member['kept_distinct']} of {member['samples']}, "
             f"{member['seconds']:.1f} s"
-            + (
-                f", {unjudged} without a score"
-                if (unjudged := member.get("unjudged_samples"))
-                else ""
-            )
+            + (f", {unscored} without a score" if (unscored := member.get(UNSCORED_KEY)) else "")
         )
     lines.append(
-        f"kept       {manifest['kept_samples']} samples, {manifest['kept_distinct']} distinct "
+        f"kept       {counted(manifest['kept_samples'], manifest['kept_distinct'])} "
         f"({100 * manifest['kept_fraction']:.1f} %)"
     )
     weights = manifest.get("weights")
@@ -63,12 +64,12 @@ def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> 
             f"weights    {weights['min']:g} to {weights['max']:g}, mean {weights['mean']:g}, in "
             f"{WEIGHTS_NAME}; {SUBSET_NAME} lacks them"
         )
-    if manifest["unjudged_samples"]:
-        lines.append(f"no score   {manifest['unjudged_samples']} samples")
+    if manifest[UNSCORED_KEY]:
+        lines.append(f"no score   {manifest[UNSCORED_KEY]} samples")
     if manifest.get("never_samples"):
         lines.append(f"never      {manifest['never_samples']} samples with the score -inf")
     if overlap is not None:
-        lines.append(f"overlap    {100 * overlap:.1f} % of them CLIP score would keep, too")
+        lines.append(f"overlap    {100 * overlap:.1f} % also kept by CLIP score")
     ranks = f" on {cost['ranks']} ranks" if cost["ranks"] > 1 else ""
     lines.append(
         f"cost       {cost['seconds']:.1f} s{ranks}, {cost['cpu_seconds']:.1f} CPU s "

@@ -80,7 +80,7 @@ class FastText(_Loaded):
 
     def __call__(self, captions: Sequence[str]) -> list[str | None]:
         labels, _ = self.model().predict([one_line(text) for text in captions], k=1)
-        return [found[0].removeprefix("__label__") if found else None for found in labels]
+        return [best[0].removeprefix("__label__") if best else None for best in labels]
 
 
 class Gcld3(_Loaded):
@@ -129,13 +129,13 @@ def is_language(
     captions: Sequence[str], identifier: LanguageIdentifier, language: str
 ) -> np.ndarray:
     """Which captions are written in a language: bool [n]."""
-    return np.array([found == language for found in identifier(captions)], dtype=bool)
+    return np.array([code == language for code in identifier(captions)], dtype=bool)
 
 
 def read_list(path: str, *, owner: object, parameter: str) -> tuple[str, str]:
     """Return the text of a file that the user wrote, and a digest that tells when it has changed.
 
-    A path alone would let a killed run go on with what it had worked out for another text.
+    A path alone would let a killed run continue with what it had worked out for another text.
 
     Args:
         path: of the file.

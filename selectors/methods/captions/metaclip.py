@@ -14,7 +14,7 @@ from siftclip.hashing import mix64
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source, WorkUnit
 from siftclip.selectors.core.noise import noise, noise_state
-from siftclip.selectors.core.source import Memo
+from siftclip.selectors.core.source import Cache
 from siftclip.selectors.methods.captions.datacomp_filters import captions_of
 from siftclip.selectors.methods.captions.languages import read_list
 
@@ -40,21 +40,21 @@ class Matcher:
         for entry in entries:
             words = entry.split(" ")
             lengths.setdefault(words[0], set()).add(len(words))
-        self._lengths = {word: tuple(sorted(found)) for word, found in lengths.items()}
+        self._lengths = {word: tuple(sorted(of_word)) for word, of_word in lengths.items()}
 
     def __call__(self, caption: str) -> list[int]:
         """The numbers of the entries that match, ascending, each once."""
         # What stands between two spaces; split gives an empty text at either end beside these.
         words = caption.translate(_SPACED).split(" ")
-        found = set()
+        numbers = set()
         for start, word in enumerate(words):
             for length in self._lengths.get(word, ()):
                 if start + length <= len(words):
                     row = word if length == 1 else " ".join(words[start : start + length])
                     number = self._numbers.get(row)
                     if number is not None:
-                        found.add(number)
-        return sorted(found)
+                        numbers.add(number)
+        return sorted(numbers)
 
 
 def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +63,9 @@ def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np
     Returns:
         their numbers int32 [m], one caption after the other, and how many each has, int32 [n].
     """
-    found = [matcher(caption) for caption in captions]
-    numbers = np.fromiter((number for entries in found for number in entries), dtype=np.int32)
-    return numbers, np.array([len(entries) for entries in found], dtype=np.int32)
+    matches = [matcher(caption) for caption in captions]
+    numbers = np.fromiter((number for entries in matches for number in entries), dtype=np.int32)
+    return numbers, np.array([len(entries) for entries in matches], dtype=np.int32)
 
 
 def keep_probabilities(counts: np.ndarray, t: int) -> np.ndarray:
@@ -162,12 +162,12 @@ class MetaClip(Selector):
         """Match, count over all ranks, and draw."""
         text, digest = read_list(self.entries, owner=self, parameter="entries")
         entries = parse_entries(self.entries, text)
-        memo = source.memo(self)
+        cache = source.cache(self)
         mine = source.mine(source.tasks(self.requires, label=f"{digest}-"))
-        self._match(source, memo, mine, entries)
+        self._match(source, cache, mine, entries)
         counts = np.zeros(len(entries), dtype=np.int64)
         for task in mine:
-            counts += np.bincount(_matches(memo, task)[0], minlength=len(entries))
+            counts += np.bincount(_matches(cache, task)[0], minlength=len(entries))
         counts = sum_arrays(source.ranks, counts)
         scaled = max(1, round(len(source) / _SAMPLES_PER_T))
         t = self.t if isinstance(self.t, int) else scaled
@@ -180,7 +180,7 @@ class MetaClip(Selector):
         states = entry_state(entries)
         kept = np.zeros(len(source), dtype=np.int64)
         for task in mine:
-            numbers, lengths = _matches(memo, task)
+            numbers, lengths = _matches(cache, task)
             at = source.index_of(task.rows)
             kept[at] = draw_balanced(
                 source.uids[at], numbers, lengths, probabilities, states, seed=self.seed
@@ -188,26 +188,26 @@ class MetaClip(Selector):
         return Choice(multiplicities=sum_arrays(source.ranks, kept))
 
     def _match(
-        self, source: Source, memo: Memo, tasks: Sequence[WorkUnit], entries: Sequence[str]
+        self, source: Source, cache: Cache, tasks: Sequence[WorkUnit], entries: Sequence[str]
     ) -> None:
         """Keep the matches of the tasks that have none yet."""
-        todo = [task for task in tasks if memo.get(task.name) is None]
+        todo = [task for task in tasks if cache.get(task.name) is None]
         if not todo:
             return
         matcher = Matcher(entries)
         with source.bar(sum(len(task.rows) for task in todo), type(self).__name__) as bar:
             for task in todo:
-                found = [
+                matches = [
                     match_all(matcher, captions_of(chunk))
                     for chunk in source.chunks(task.rows, self.requires)
                 ]
-                numbers, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-                memo.put(task.name, numbers=numbers, lengths=lengths)
+                numbers, lengths = (np.concatenate(arrays) for arrays in zip(*matches, strict=True))
+                cache.put(task.name, numbers=numbers, lengths=lengths)
                 bar.update(len(task.rows))
 
 
-def _matches(memo: Memo, task: WorkUnit) -> tuple[np.ndarray, np.ndarray]:
-    kept = memo.get(task.name)
+def _matches(cache: Cache, task: WorkUnit) -> tuple[np.ndarray, np.ndarray]:
+    kept = cache.get(task.name)
     if kept is None:
         raise RuntimeError(f"the matches of {task.name} were put, and are gone")
     return kept["numbers"], kept["lengths"]

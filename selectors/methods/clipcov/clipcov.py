@@ -18,7 +18,7 @@ from siftclip.errors import (
 from siftclip.ranks import SCALE, sum_arrays
 from siftclip.selectors.core.base import Choice, FeatureFile, Requirements, Selector, Source
 from siftclip.selectors.core.rules import Of, top_fraction
-from siftclip.selectors.core.source import Memo
+from siftclip.selectors.core.source import Cache
 from siftclip.selectors.fitting.clusters import Clustering
 from siftclip.selectors.fitting.latent_classes import LatentClasses, find_classes, read_labels
 from siftclip.selectors.kernels.most_similar import most_similar
@@ -146,20 +146,20 @@ class ClipCov(Selector):
     @torch.no_grad()
     def select(self, source: Source) -> Choice:
         """Find the classes, score all samples, and pick."""
-        memo = source.memo(self)
-        classes, names = self._find_classes(source, memo)
+        cache = source.cache(self)
+        classes, names = self._find_classes(source, cache)
         members = Members.of(source, classes)
         kept = np.zeros(len(source), dtype=np.int64)
         scores = np.full(len(source), np.nan, dtype=np.float32)
         if len(members.rows):
-            terms = self._score(source, memo, members, classes, names)
+            terms = self._score(source, cache, members, classes, names)
             initial = self._weigh(terms)
             scores[members.index] = initial
             budget = min(self.rule.asked_samples(len(source), len(source.whole)), len(members.rows))
-            kept[members.index[self._pick(source, memo, members, terms, initial, budget)]] = 1
+            kept[members.index[self._pick(source, cache, members, terms, initial, budget)]] = 1
         return Choice(multiplicities=kept, scores=scores)
 
-    def _find_classes(self, source: Source, memo: Memo) -> tuple[LatentClasses, Tensor | None]:
+    def _find_classes(self, source: Source, cache: Cache) -> tuple[LatentClasses, Tensor | None]:
         """The class of each sample, and the features of class names float32 [c, d]."""
         names = None if self.labels is None else read_labels(self, source, self.labels)
         if names is not None:
@@ -170,13 +170,13 @@ class ClipCov(Selector):
         def nearest(image: Tensor) -> Tensor:
             return most_similar(image, centres)[0]
 
-        found = find_classes(source, memo, self.requires, classes=len(centres), nearest=nearest)
-        return found, names
+        latent = find_classes(source, cache, self.requires, classes=len(centres), nearest=nearest)
+        return latent, names
 
     def _score(
         self,
         source: Source,
-        memo: Memo,
+        cache: Cache,
         members: Members,
         classes: LatentClasses,
         names: Tensor | None,
@@ -202,13 +202,13 @@ class ClipCov(Selector):
         with source.bar(sum(pieces[i][1] - pieces[i][0] for i in mine), "ClipCov terms") as bar:
             for number in mine:
                 begin, end = pieces[number]
-                answer = memo.get(f"terms-{number}")
+                answer = cache.get(f"terms-{number}")
                 if answer is None:
                     threshold = self.threshold if self.cross_weight else None
                     answer = piece_terms(
                         source, self.requires, members, centres, pieces[number], threshold
                     )
-                    memo.put(f"terms-{number}", **answer)
+                    cache.put(f"terms-{number}", **answer)
                 base = int(members.starts[members.classes[begin]])
                 span = slice(base, base + len(answer["low_sums"]))
                 linear[:, begin:end] = answer["linear"]
@@ -239,7 +239,7 @@ class ClipCov(Selector):
     def _pick(
         self,
         source: Source,
-        memo: Memo,
+        cache: Cache,
         members: Members,
         terms: InitialScores,
         initial: np.ndarray,
@@ -257,7 +257,7 @@ class ClipCov(Selector):
             and self.threshold is not None
             and self.threshold >= 0,
         )
-        state = memo.get("picks") or {
+        state = cache.get("picks") or {
             "scores": initial,
             "numbers": np.zeros(len(initial), dtype=np.int32),
             "values": np.zeros(len(initial)),
@@ -280,12 +280,12 @@ class ClipCov(Selector):
                         image_low=terms.image_low[at],
                         text_low=terms.text_low[at],
                     )
-                    one = ClassState(
+                    state_of_class = ClassState(
                         cross=terms.cross[at],
                         label=terms.label[at],
                         **{name: array[at] for name, array in state.items()},
                     )
-                    advance(one, similarities, schedule, until=until)
+                    advance(state_of_class, similarities, schedule, until=until)
                     bar.update(at.stop - at.start)
             # In each place one rank alone adds what it has: the one that had the class, or rank 0.
             given = np.isin(members.classes, mine)
@@ -294,7 +294,7 @@ class ClipCov(Selector):
             for array in state.values():
                 array[:] = sum_arrays(source.ranks, np.where(given, array, 0))
             if source.ranks.rank == 0:
-                memo.put("picks", **{name: array.copy() for name, array in state.items()})
+                cache.put("picks", **{name: array.copy() for name, array in state.items()})
 
         choose(
             state["scores"],

@@ -92,8 +92,8 @@ def linear_terms(image_features: Tensor, text_features: Tensor, centres: Centres
     label = torch.zeros_like(centres.text) if centres.label is None else centres.label
     by_image = image @ torch.stack([centres.text, centres.other_text], 1)
     by_text = text @ torch.stack([centres.image, centres.other_image, label], 1)
-    own = (image * text).sum(1)
-    terms = [by_image[:, 0] + by_text[:, 0], own, by_text[:, 2], by_image[:, 1] + by_text[:, 1]]
+    cosine = (image * text).sum(1)
+    terms = [by_image[:, 0] + by_text[:, 0], cosine, by_text[:, 2], by_image[:, 1] + by_text[:, 1]]
     return torch.stack(terms).double()
 
 
@@ -131,12 +131,12 @@ def piece_terms(
         whole = low == start and high == until
         place = start
         for other in [text] if whole else _texts(source, requires, members.rows[start:until]):
-            found = low_similarities(image, other, threshold)
+            similar = low_similarities(image, other, threshold)
             to = slice(place - base, place - base + len(other))
-            low_sums[at] += (found.image_sums * SCALE).round().long().cpu().numpy()
-            low_sums[to] += (found.text_sums * SCALE).round().long().cpu().numpy()
-            image_low[at] |= found.image_low.int().cpu().numpy()
-            text_low[to] |= found.text_low.int().cpu().numpy()
+            low_sums[at] += (similar.image_sums * SCALE).round().long().cpu().numpy()
+            low_sums[to] += (similar.text_sums * SCALE).round().long().cpu().numpy()
+            image_low[at] |= similar.image_low.int().cpu().numpy()
+            text_low[to] |= similar.text_low.int().cpu().numpy()
             place += len(other)
     return {"linear": linear, "low_sums": low_sums, "image_low": image_low, "text_low": text_low}
 

@@ -94,7 +94,8 @@ def joint_sample(
         for number, at in enumerate(groups[begin:end], start=begin)
     }
     logits = {
-        number: _signed([(sign, x.alone()) for sign, x in own]) for number, own in terms.items()
+        number: _signed([(sign, x.alone()) for sign, x in of_judges])
+        for number, of_judges in terms.items()
     }
     first = np.zeros(len(uids), dtype=np.float32)
     for number, values in logits.items():
@@ -111,18 +112,18 @@ def joint_sample(
             at = groups[number]
             if temperature:
                 keys = keys / temperature + gumbel(state[at], chunk)
-            found = np.flatnonzero(
+            drawn = np.flatnonzero(
                 keep_top(np.where(able[at], keys, np.nan), uids[at], widths[number])
             )
-            chosen[number, : len(found)] = at.start + found + 1
+            chosen[number, : len(drawn)] = at.start + drawn + 1
         chosen = sum_arrays(ranks, chosen)  # a single rank has filled each row
         new = chosen[chosen > 0] - 1
         able[new] = False
         if chunk + 1 < count:
             _add(terms.values(), judges, torch.from_numpy(new))
             logits = {
-                number: _signed([(sign, x.increases()) for sign, x in own])
-                for number, own in terms.items()
+                number: _signed([(sign, x.increases()) for sign, x in of_judges])
+                for number, of_judges in terms.items()
             }
     kept = (usable & ~able).astype(np.int64)
     for at, quota in zip(groups, quotas, strict=True):

@@ -147,13 +147,13 @@ class Learnability(ScoreSelector):
     def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         """The scores of a task's samples, float64 [m], among all samples of the source."""
         requires, models = self.requires, self._models
-        own = list(source.chunks(task.rows, requires))
-        usable = torch.cat([chunk.usable() for chunk in own])
+        chunks = list(source.chunks(task.rows, requires))
+        usable = torch.cat([chunk.usable() for chunk in chunks])
         values = usable.new_full((len(usable),), torch.nan, dtype=torch.float64)
         judged, alone = [], []
         for _, model in models:
             image, text = (
-                torch.cat([chunk.features[key] for chunk in own])[usable] for key in model.keys
+                torch.cat([chunk.features[key] for chunk in chunks])[usable] for key in model.keys
             )
             logits = model.logits(source, biased=self.loss == "sigmoid")
             if self.loss == "pair":
@@ -162,8 +162,8 @@ class Learnability(ScoreSelector):
                 judged.append(LOSSES[self.loss](image, text, logits))
         if judged:
             self._add_negatives(source, judged, task.rows[usable.cpu().numpy()])
-        found = alone or [terms.losses() for terms in judged]
-        signed = [sign * x for (sign, _), x in zip(models, found, strict=True)]
+        losses = alone or [terms.losses() for terms in judged]
+        signed = [sign * x for (sign, _), x in zip(models, losses, strict=True)]
         values[usable] = torch.stack(signed).sum(0)
         return values
 

@@ -47,8 +47,8 @@ def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None 
         # A row may be skipped as a whole, where the tile has a single column.
         top = terms.amax(1).clamp_min_(torch.finfo(terms.dtype).min)
         terms.sub_(top[:, None]).exp2_()
-        found = terms.sum(1).double().log2_() + top
-        sums[rows] = torch.logaddexp(sums[rows], found / LOG2_E)
+        added = terms.sum(1).double().log2_() + top
+        sums[rows] = torch.logaddexp(sums[rows], added / LOG2_E)
     return sums
 
 
@@ -146,10 +146,10 @@ class SoftmaxLosses(PairLosses):
 
     def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
         scale = self.logits.scale
-        found = row_log_sums(self.image, text, scale, skip=skip)
-        self.of_image = torch.logaddexp(self.of_image, found)
-        found = row_log_sums(self.text, image, scale, skip=skip)
-        self.of_text = torch.logaddexp(self.of_text, found)
+        added = row_log_sums(self.image, text, scale, skip=skip)
+        self.of_image = torch.logaddexp(self.of_image, added)
+        added = row_log_sums(self.text, image, scale, skip=skip)
+        self.of_text = torch.logaddexp(self.of_text, added)
 
     def alone(self) -> Tensor:
         """The negative logit of the pair: its loss is 0 without negatives, and tells nothing."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from siftclip.errors import require_choice, require_int, require_positive
 from siftclip.hashing import mix64, seed_state, uid_hashes
+from siftclip.purposes import HashPurpose
 from siftclip.selectors.core.base import (
     Choice,
     Requirements,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
-
-_PURPOSE = 0x6E65676C6F7373  # keeps the blocks apart from other uses of the same seed
 
 
 def negcliploss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
@@ -63,7 +62,7 @@ def block_order(uids: np.ndarray, seed: int, pass_number: int) -> np.ndarray:
     A pure function of the set of uids, uint64 [n, 2], of the seed and of the pass: samples are
     sorted by a hash. The released code draws `torch.randperm` without a seed.
     """
-    state = mix64(seed_state(seed ^ _PURPOSE) ^ np.uint64(pass_number))
+    state = mix64(seed_state(seed ^ HashPurpose.NEGCLIPLOSS_BLOCKS) ^ np.uint64(pass_number))
     keys = uid_hashes(uids, state)
     return np.lexsort((uids[:, 1], uids[:, 0], keys))
 
@@ -160,7 +159,7 @@ class NegCLIPLoss(ScoreSelector):
         assert isinstance(rule, (TopFraction, Threshold))
         screening = Screening(
             source,
-            source.memo(self),
+            source.cache(self),
             self.requires,
             rule=rule,
             temperature=self.temperature,

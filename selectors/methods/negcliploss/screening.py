@@ -13,7 +13,7 @@ from torch import Tensor
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.base import Requirements, Source, WorkUnit
 from siftclip.selectors.core.rules import Threshold, TopFraction
-from siftclip.selectors.core.source import Memo
+from siftclip.selectors.core.source import Cache
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums, screened_log_sums
 from siftclip.selectors.methods.clip_score import clip_score
 
@@ -43,12 +43,12 @@ def undecided(
     lower, upper = scores - errors, scores + errors
     if threshold is not None:
         return (lower <= threshold) & (upper >= threshold), threshold
-    judged = ~np.isnan(scores)
-    position = int(judged.sum()) - (count or 0)
+    scored = ~np.isnan(scores)
+    position = int(scored.sum()) - (count or 0)
     if count == 0 or position <= 0:  # nothing or everything is kept
         return np.zeros(len(scores), dtype=bool), np.nan
     lowest, cut, highest = (
-        np.partition(values[judged], position)[position] for values in (lower, scores, upper)
+        np.partition(values[scored], position)[position] for values in (lower, scores, upper)
     )
     return (upper >= lowest) & (lower <= highest), float(cut)  # False for NaN
 
@@ -94,7 +94,7 @@ class Screening:
     def __init__(
         self,
         source: Source,
-        memo: Memo,
+        cache: Cache,
         requires: Requirements,
         *,
         rule: TopFraction | Threshold,
@@ -105,7 +105,7 @@ class Screening:
     ) -> None:
         """Set what is scored; `tasks` gives those of a pass, and is asked again each time, because
         they hold all rows."""
-        self._source, self._memo, self._requires = source, memo, requires
+        self._source, self._cache, self._requires = source, cache, requires
         self._rule, self._temperature, self._batch_size = rule, temperature, batch_size
         self._passes, self._tasks = passes, tasks
         self.recomputed = 0  # samples that needed a float32 product
@@ -169,7 +169,7 @@ class Screening:
 
     def _screened(self, task: WorkUnit) -> dict[str, np.ndarray]:
         """Of each sample: CLIP score, normalisers and bounds of their errors, float32 [m] each."""
-        kept = self._memo.get(f"screened-{task.name}")
+        kept = self._cache.get(f"screened-{task.name}")
         if kept is not None:
             return kept
         names = ("row", "column", "row_error", "column_error")
@@ -180,7 +180,7 @@ class Screening:
             for name in names:
                 arrays[name][at] = self._temperature / 2 * getattr(sums, name).numpy()
             arrays["clip"][at] = clip_score(image, text).numpy()
-        self._memo.put(f"screened-{task.name}", **arrays)
+        self._cache.put(f"screened-{task.name}", **arrays)
         return arrays
 
     def _changes(self, number: int, direction: str, wanted: np.ndarray) -> np.ndarray:
@@ -204,18 +204,18 @@ class Screening:
         self, task: WorkUnit, direction: str, chosen: np.ndarray, usable: np.ndarray
     ) -> np.ndarray:
         """The float32 normalisers of the chosen samples of a task in one direction: float32 [c]."""
-        # Which samples are chosen follows from the rule, of which a memo of scores knows nothing.
+        # Which samples are chosen follows from the rule, of which a cache of scores knows nothing.
         digest = hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
         name = f"exact-{direction}-{task.name}-{digest}"
-        kept = self._memo.get(name)
+        kept = self._cache.get(name)
         if kept is not None:
             return kept["normaliser"]
         exact = np.zeros(len(task.rows), dtype=np.float32)
         blocks = usable_blocks(self._source, self._requires, task, self._batch_size, usable)
         for at, image, text in blocks:
-            own, other = (image, text) if direction == "row" else (text, image)
-            sums, _ = pair_log_sums(own[torch.from_numpy(chosen[at])], other, self._temperature)
+            left, right = (image, text) if direction == "row" else (text, image)
+            sums, _ = pair_log_sums(left[torch.from_numpy(chosen[at])], right, self._temperature)
             exact[at[chosen[at]]] = self._temperature / 2 * sums.numpy()
         of_chosen: np.ndarray = exact[chosen]
-        self._memo.put(name, normaliser=of_chosen)
+        self._cache.put(name, normaliser=of_chosen)
         return of_chosen

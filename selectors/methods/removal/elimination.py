@@ -95,7 +95,7 @@ class Samples:
         return sum_arrays(self._source.ranks, values)
 
     def of_first_rank(self, values: Tensor) -> Tensor:
-        """The values of rank 0, on every rank: all must go on with the very same bounds."""
+        """The values of rank 0, on every rank: all must continue with the very same bounds."""
         return self._source.ranks.sum(values * (self._source.ranks.rank == 0))
 
     def _dim(self) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from siftclip.errors import require_fraction, require_int
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source
-from siftclip.selectors.core.source import Memo
+from siftclip.selectors.core.source import Cache
 from siftclip.selectors.fitting.covariance import all_ranks
 from siftclip.selectors.methods.removal.elimination import Samples, remaining_samples
 
@@ -68,9 +68,9 @@ class StepwiseRemoval(Selector):
 
         Returns:
             A choice whose scores are the step, from 0, at which a sample was removed, the number
-            of steps for what is kept, and NaN for what cannot be judged.
+            of steps for what is kept, and NaN for what has no score.
         """
-        memo = source.memo(self)
+        cache = source.cache(self)
         samples = Samples(type(self).__name__, source, self.requires)
         removal = np.where(samples.squared_norms > 0, self.steps, -1).astype(np.int32)
         left = np.flatnonzero(removal == self.steps)
@@ -79,7 +79,7 @@ class StepwiseRemoval(Selector):
         )
         criterion = self.criterion(source, samples)
         every = max(1, self.steps // CHECKPOINTS)
-        start, kept = last_checkpoint(source, memo, range(every, self.steps, every))
+        start, kept = last_checkpoint(source, cache, range(every, self.steps, every))
         if kept is not None:
             removal = kept
             left = np.flatnonzero(removal == self.steps)
@@ -93,7 +93,7 @@ class StepwiseRemoval(Selector):
                 left = left[~lowest]
                 bar.update(int(lowest.sum()))
                 if (step + 1) % every == 0 and source.ranks.rank == 0:
-                    memo.put(f"step-{step + 1}", removal=removal.copy())
+                    cache.put(f"step-{step + 1}", removal=removal.copy())
         return self._choice(source, samples, removal)
 
     def _choice(self, source: Source, samples: Samples, removal: np.ndarray) -> Choice:
@@ -102,10 +102,10 @@ class StepwiseRemoval(Selector):
         return Choice(multiplicities=(scores == self.steps).astype(np.int64), scores=scores)
 
 
-def last_checkpoint(source: Source, memo: Memo, steps: range) -> tuple[int, np.ndarray | None]:
+def last_checkpoint(source: Source, cache: Cache, steps: range) -> tuple[int, np.ndarray | None]:
     """The last of `steps` that all ranks find and the removals until then; (0, None) for none."""
     for step in reversed(steps):
-        kept = memo.get(f"step-{step}")
+        kept = cache.get(f"step-{step}")
         if all_ranks(source.ranks, kept is not None) and kept is not None:
             return step, kept["removal"].copy()
     return 0, None

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from siftclip.errors import require_choice, require_fraction, require_int
 from siftclip.hashing import uniform_score
+from siftclip.purposes import HashPurpose
 from siftclip.selectors.core.base import Source
 from siftclip.selectors.core.rules import OFS, Of, keep_top
 from siftclip.selectors.fitting.covariance import mean_moment, pool_moment, rows_of
 from siftclip.selectors.methods.removal.elimination import LazyForms, Samples
 from siftclip.selectors.methods.removal.stepwise import Criterion, StepwiseRemoval
-
-_DRAW = 0x5D << 40  # sets the draws of this module apart from others with the same seed
 
 # Which of the samples with these rows, int64 [n], and uids, uint64 [n, 2], the covariance of a step
 # is taken from: bool [n].
@@ -144,5 +143,5 @@ class NormSimD(VasD):
             step: from 0.
         """
         count = max(1, int(self.sample_fraction * len(rows)))
-        draws = uniform_score(uids, self.seed + _DRAW + (step << 48))
+        draws = uniform_score(uids, self.seed + HashPurpose.NORMSIM_D + (step << 48))
         return keep_top(draws, uids, count).astype(bool)

@@ -156,7 +156,7 @@ def pool(make_samples: Make, write_pool: Make, load_pool: Make) -> Pool:
 
 
 def test_member_larger_than_any_picture_is_not_read(pool: Pool) -> None:
-    """Neither as picture nor as caption, and its neighbours are as before."""
+    """Neither as image nor as caption, and its neighbours are as before."""
     reader = SampleReader(pool=pool, max_image_pixels=10_000)
     rows = np.arange(8)
     expected = dict(reader.read(rows))
@@ -178,7 +178,7 @@ def test_member_larger_than_any_picture_is_not_read(pool: Pool) -> None:
 
 
 def test_neighbours_are_read_in_pieces_of_a_bounded_size(pool: Pool) -> None:
-    """64 pictures of a megabyte each, one behind the other: no piece is larger than the bound."""
+    """64 images of a megabyte each, one behind the other: no piece is larger than the bound."""
     count, size = 64, 1 << 20
     starts = np.arange(count, dtype=np.int64) * size
     found = [

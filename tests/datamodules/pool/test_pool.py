@@ -105,7 +105,9 @@ def test_first_of_repeated_uids_is_used(
     assert pool.shard_rows(0).tolist() == [0, 1, 2, 3]
     assert pool.shard_rows(1).tolist() == [4, 5]
     assert pool.table.find(pool.uids).tolist() == list(range(6))
-    assert "3 samples repeat a uid; the first of each is used" in caplog.text
+    assert (
+        "3 samples with duplicate uids are left out; the first of each uid is used" in caplog.text
+    )
 
 
 def test_shard_without_samples_has_no_rows(

@@ -282,7 +282,7 @@ def test_features_are_looked_for_in_several_folders(
     assert len(source(None, tmp_path / "more")._fingerprints([both])) == 2
 
 
-def test_samples_that_a_stage_has_dropped_are_not_unjudged(
+def test_samples_that_a_stage_has_dropped_are_not_unscored(
     pool: Pool, source_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     stages = [Uniform(seed=1, fraction=0.5), ClipScore(features="l14", fraction=0.2)]
@@ -292,10 +292,10 @@ def test_samples_that_a_stage_has_dropped_are_not_unjudged(
     assert [member["samples"] for member in members] == [20, 10]
     assert [member["kept_distinct"] for member in members] == [10, 4]
     left = Uniform(seed=1, fraction=0.5).select(source).multiplicities > 0
-    unjudged = int(left[:2].sum())  # those without features
-    assert members[1]["unjudged_samples"] == unjudged
+    unscored = int(left[:2].sum())  # those without features
+    assert members[1]["unjudged_samples"] == unscored
     assert selection.manifest["unjudged_samples"] == 0
-    assert f"ClipScore: {unjudged} of 10 samples have no score" in caplog.text or not unjudged
+    assert f"ClipScore: {unscored} of 10 samples have no score" in caplog.text or not unscored
     assert selection.manifest["parameters"] == {"p": "inf"}  # JSON has no such number
     write_selection(selection, Path(pool.root) / "selection")
 

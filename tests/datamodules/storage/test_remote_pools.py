@@ -201,7 +201,7 @@ def test_about_the_selected_bytes_are_transferred(
     wanted = (pool.image_sizes_bytes[chosen] + pool.text_sizes_bytes[chosen]).sum()
     assert wanted <= file_server.sent_bytes() <= wanted + 1024 * len(chosen)
     assert {request.status for request in file_server.requests} == {206}
-    assert len(file_server.requests) == 4  # the caption follows its picture; repeats come once
+    assert len(file_server.requests) == 4  # the caption follows its image; repeats come once
 
 
 def test_neighbours_come_in_one_request(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from siftclip.datamodules.streaming.copies import CutPass, count_copies
 from siftclip.datamodules.streaming.order import SampleOrder, derive_generator, shuffle
 from siftclip.datamodules.streaming.step_plan import StepPlan
+from siftclip.purposes import GeneratorPurpose
 
 SEEDS = st.integers(0, 2**40)
-_PURPOSE_ORDER = 1
 
 
 @st.composite
@@ -31,7 +31,9 @@ def tars_of(rows: np.ndarray) -> np.ndarray:
 
 def plain_passes(rows: np.ndarray, seed: int, passes: int, **options: Any) -> np.ndarray:
     """The shuffles laid end to end, with nothing kept apart."""
-    generators = [derive_generator(seed, number, 0, _PURPOSE_ORDER) for number in range(passes)]
+    generators = [
+        derive_generator(seed, number, 0, GeneratorPurpose.ORDER) for number in range(passes)
+    ]
     return np.concatenate([shuffle(rows, generator, **options) for generator in generators])
 
 

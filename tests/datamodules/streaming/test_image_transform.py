@@ -1,4 +1,4 @@
-"""The pictures in a batch are open_clip's to the bit, or with torch's resizing nearly so."""
+"""The images in a batch are open_clip's to the bit, or with torch's resizing nearly so."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ TRANSFORMS: dict[str, Callable[[], Any]] = {
 
 def crops() -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(12):
         height, width = generator.integers(30, 400, 2)
-        pictures.append(np.ascontiguousarray(PHOTO[:height, :width]))
-    return pictures
+        images.append(np.ascontiguousarray(PHOTO[:height, :width]))
+    return images
 
 
 def run(images: ImageTransform, pixels: np.ndarray, seed: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ def open_clip_run(transform: Any, pixels: np.ndarray, seed: int) -> torch.Tensor
 
 @pytest.mark.filterwarnings("ignore:Unused augmentation")
 @pytest.mark.parametrize("name", [*TRANSFORMS, "jitter"])
-def test_pictures_are_open_clips_to_the_bit(name: str) -> None:
+def test_images_are_open_clips_to_the_bit(name: str) -> None:
     make = TRANSFORMS.get(name, lambda: open_clips(augmentation=JITTER))
     transform = make()
     images = pickle.loads(pickle.dumps(ImageTransform(transform)))  # noqa: S301 - our own bytes

@@ -1,4 +1,4 @@
-"""A stream goes on where it was killed, keeps its memory, and never waits for ever."""
+"""A stream continues where it was killed, keeps its memory, and never waits for ever."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def test_a_bar_counts_the_bytes_once(
 def test_goes_on_within_a_file_after_a_cut(fake: FakeHub, tmp_path: Path) -> None:
     folder = tmp_path / "task"
     fake.cut_after["test/0.tar"] = [1000] + [0] * 30
-    with pytest.raises(InputError, match="Run this again to go on"):
+    with pytest.raises(InputError, match="Run this again to continue"):
         download(fake, folder)
     assert not (folder / CHECKSUMS_FILE).exists()
     assert not (folder / "test" / "0.tar").exists()

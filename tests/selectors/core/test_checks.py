@@ -197,7 +197,7 @@ class ForgetsSettings(Sound):
         return torch.from_numpy(uniform_score(chunk.uids, self.seed))
 
 
-class KeepsUnjudged(Sound):
+class KeepsUnscored(Sound):
     def __init__(self) -> None:
         best = TopFraction(0.9)
         super().__init__(rule=lambda scores, uids, n: best(np.nan_to_num(scores), uids, n))
@@ -235,7 +235,7 @@ BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] 
     (ColumnInPlace, checks.check_input_untouched, None),
     (CaptionsInPlace, checks.check_input_untouched, None),
     (ForgetsSettings, checks.check_picklable, None),
-    (KeepsUnjudged, checks.check_unjudged, "NaN were kept"),
+    (KeepsUnscored, checks.check_unscored, "NaN were kept"),
     (NeedsTwo, checks.check_single_sample, None),
     (AnswersForThePool, checks.check_few_left, "2 of a source of 257 samples"),
 ]

@@ -135,15 +135,15 @@ def rank_sum_slowly(
     """Count for each sample how many others it is better than; -inf says never."""
     n = len(uids)
     never = [any(column[i] == -math.inf for column in scores) for i in range(n)]
-    judged = [i for i in range(n) if not any(math.isnan(column[i]) for column in scores)]
-    judged = [i for i in judged if not never[i]]
+    scored = [i for i in range(n) if not any(math.isnan(column[i]) for column in scores)]
+    scored = [i for i in scored if not never[i]]
     total = [-math.inf if never[i] else math.nan for i in range(n)]
-    for i in judged:
+    for i in scored:
         total[i] = 0.0
         for column, weight in zip(scores, weights, strict=True):
             worse = [
                 j
-                for j in judged
+                for j in scored
                 if column[j] < column[i] or (column[j] == column[i] and uids[j] > uids[i])
             ]
             total[i] += weight * len(worse)
@@ -183,7 +183,7 @@ def test_mix_equals_slow_twin(rows: list[tuple[float, float]], seed: int) -> Non
     weights = [0.5, -2.0]
     scores = [np.array(column, dtype=np.float32) for column in zip(*rows, strict=True)]
     got = mix_scores(scores, weights)
-    judged = [row for row in rows if all(math.isfinite(value) for value in row)]
+    scored = [row for row in rows if all(math.isfinite(value) for value in row)]
     expected = []
     for row in rows:
         if -math.inf in row:
@@ -197,7 +197,7 @@ def test_mix_equals_slow_twin(rows: list[tuple[float, float]], seed: int) -> Non
             continue
         total = 0.0
         for place, weight in enumerate(weights):
-            values = [other[place] for other in judged]
+            values = [other[place] for other in scored]
             mean = math.fsum(values) / len(values)
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
             total += weight * (row[place] - mean) / spread if len(set(values)) > 1 else 0.0

@@ -95,7 +95,7 @@ def test_keep_top_of_one_sample() -> None:
     assert keep_top(np.array([np.nan], np.float32), uids, 1).tolist() == [0]
 
 
-def test_keep_top_keeps_all_judged_when_too_many_are_nan() -> None:
+def test_keep_top_keeps_all_scored_when_too_many_are_nan() -> None:
     scores = np.array([np.nan, 0.3, np.nan, -0.1], np.float32)
     assert keep_top(scores, make_uids(4, seed=0), 3).tolist() == [0, 1, 0, 1]
 
@@ -115,7 +115,7 @@ def test_top_fraction_keeps_int_of_product(samples: int, fraction: float, kept: 
     assert TopFraction(fraction, of="left")(scores, uids, 2 * samples).sum() == kept
 
 
-def test_top_fraction_counts_unjudged_samples() -> None:
+def test_top_fraction_counts_unscored_samples() -> None:
     scores = np.array([0.9, 0.8, 0.7, np.nan, np.nan, np.nan], np.float32)
     assert TopFraction(0.34)(scores, make_uids(6, seed=1), 6).tolist() == [1, 1, 0, 0, 0, 0]
 

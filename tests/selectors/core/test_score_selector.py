@@ -83,7 +83,7 @@ def test_fraction_of_what_is_left_or_of_the_pool() -> None:
         AboveMean(threshold=0.5, of="left")
 
 
-def test_samples_whose_features_say_nothing_are_not_judged() -> None:
+def test_samples_whose_features_say_nothing_have_no_score() -> None:
     """Zero vectors, NaN and infinity: no score, whatever the method answers, and never kept."""
     features = torch.eye(6).half()
     features[1], features[3, 2], features[4, 0] = 0, torch.nan, torch.inf

@@ -16,7 +16,7 @@ import siftclip.selectors.fitting.covariance as covariance
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements
-from siftclip.selectors.core.source import DictMemo, MemorySource
+from siftclip.selectors.core.source import DictCache, MemorySource
 from siftclip.selectors.fitting.covariance import (
     UNIT,
     bilinear_form,
@@ -229,13 +229,13 @@ def test_too_large_features_are_refused() -> None:
 
 
 def test_kept_moment_is_not_computed_again() -> None:
-    memo, pool = DictMemo(), source(unit(3, 2))
+    cache, pool = DictCache(), source(unit(3, 2))
     sums = second_moment(unit(3, 2))
-    assert kept_moment(pool, memo, "m", lambda: (sums, 3))[1] == 3
+    assert kept_moment(pool, cache, "m", lambda: (sums, 3))[1] == 3
 
     def never() -> Any:
         raise AssertionError
 
-    again, count = kept_moment(pool, memo, "m", never)
+    again, count = kept_moment(pool, cache, "m", never)
     assert count == 3
     assert torch.equal(again, sums)

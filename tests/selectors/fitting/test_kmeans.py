@@ -13,7 +13,7 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import FeatureFile
-from siftclip.selectors.core.source import Chunk, DictMemo, MemorySource, Requirements, take
+from siftclip.selectors.core.source import Chunk, DictCache, MemorySource, Requirements, take
 from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans, assign_all
 from siftclip.selectors.fitting.kmeans import UNIT, assign, fit_kmeans, move_centroids
 from siftclip.selectors.kernels import most_similar as module
@@ -282,14 +282,16 @@ class Killed(Exception):
 
 
 class KeptSource(MemorySource):
-    """Keeps memos, and dies after some takes."""
+    """Keeps caches, and dies after some takes."""
 
-    def __init__(self, memos: dict[str, DictMemo], takes: int, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, caches: dict[str, DictCache], takes: int, *args: Any, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self.memos, self.takes, self.taken = memos, takes, 0
+        self.caches, self.takes, self.taken = caches, takes, 0
 
-    def memo(self, selector: object) -> DictMemo:
-        return self.memos.setdefault(repr(type(selector)), DictMemo())
+    def cache(self, selector: object) -> DictCache:
+        return self.caches.setdefault(repr(type(selector)), DictCache())
 
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
         self.taken += 1
@@ -301,15 +303,15 @@ class KeptSource(MemorySource):
 def test_a_killed_run_continues() -> None:
     chunk, options = pool(), {"clusters": 7, "seed": 0, "iterations": 6}
     expected = fit_kmeans(MemorySource(chunk), KEY, **options)
-    memos: dict[str, DictMemo] = {}
+    caches: dict[str, DictCache] = {}
     with pytest.raises(Killed):
         KMeans(**options).centroids(
-            KeptSource(memos, 4, chunk), KEY
+            KeptSource(caches, 4, chunk), KEY
         )  # the first centroids, 3 iterations
-    again = KeptSource(memos, 99, chunk)
+    again = KeptSource(caches, 99, chunk)
     assert torch.equal(KMeans(**options).centroids(again, KEY), expected)
     assert again.taken == 3
-    finished = KeptSource(memos, 0, chunk)
+    finished = KeptSource(caches, 0, chunk)
     assert torch.equal(KMeans(**options).centroids(finished, KEY), expected)
 
 

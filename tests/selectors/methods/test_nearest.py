@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import FeatureFile
-from siftclip.selectors.core.source import Chunk, DictMemo, MemorySource, take
+from siftclip.selectors.core.source import Chunk, DictCache, MemorySource, take
 from siftclip.selectors.kernels.neighbour_lists import (
     NOTHING,
     best_ranks,
@@ -206,8 +206,8 @@ def test_order_of_samples_does_not_matter() -> None:
 
 def test_a_killed_run_continues_at_the_next_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ENTRIES", 12)
-    memo, chunk = DictMemo(), pool()
-    monkeypatch.setattr(MemorySource, "memo", lambda self, selector: memo)
+    cache, chunk = DictCache(), pool()
+    monkeypatch.setattr(MemorySource, "cache", lambda self, selector: cache)
     expected, _ = slow_ranks(chunk)
     real, calls = module.best_ranks, []
 
@@ -233,14 +233,14 @@ def test_a_target_without_usable_rows() -> None:
 
 def test_a_killed_run_continues_with_other_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of targets depend on the size of chunks; what was done does not."""
-    memo, chunk = DictMemo(), pool()
-    monkeypatch.setattr(MemorySource, "memo", lambda self, selector: memo)
+    cache, chunk = DictCache(), pool()
+    monkeypatch.setattr(MemorySource, "cache", lambda self, selector: cache)
     files = {TARGET: targets().repeat(3, 1)}
     sources = [MemorySource(chunk, files=files, chunk_samples=size) for size in (1, 2)]
     real = module.best_ranks
 
     def dying(*arguments: Any) -> Any:
-        if memo.get("best") is not None:
+        if cache.get("best") is not None:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -249,7 +249,7 @@ def test_a_killed_run_continues_with_other_chunks(monkeypatch: pytest.MonkeyPatc
         target_ranks(sources[0], KEY, TARGET, neighbours=3)
     monkeypatch.setattr(module, "best_ranks", real)
     ranks, _ = target_ranks(sources[1], KEY, TARGET, neighbours=3)
-    memo = DictMemo()
+    cache = DictCache()
     expected, _ = target_ranks(sources[1], KEY, TARGET, neighbours=3)
     assert np.array_equal(ranks, expected)
 

@@ -120,7 +120,7 @@ def make_source(samples: int, **options: Any) -> MemorySource:
 
 
 SCORES = [9.0, 8, 7, 6, 5, 4, 3, 2, np.nan, 1]
-CLUSTERS = [0.0, 0, 0, 0, 0, 0, 7, 7, 7, np.nan]  # judged: six of cluster 0 and two of cluster 7
+CLUSTERS = [0.0, 0, 0, 0, 0, 0, 7, 7, 7, np.nan]  # scored: six of cluster 0 and two of cluster 7
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_fractions_of_the_pool_or_of_what_is_left() -> None:
         assert selector.select(left).multiplicities.sum() == kept
 
 
-def test_nothing_judged_keeps_nothing() -> None:
+def test_nothing_scored_keeps_nothing() -> None:
     nothing = Given([np.nan] * 3)
     for quotas in ("equal", "proportional"):
         selector = QuotaPerCluster(

@@ -105,7 +105,7 @@ def test_it_differs_from_the_statistics_of_each_super_batch() -> None:
     assert (first != draw(fresh, source, QUOTA).multiplicities).any()
 
 
-def test_samples_that_cannot_be_judged_come_last_and_teach_nothing() -> None:
+def test_samples_without_a_score_come_last_and_teach_nothing() -> None:
     selector = make()
     source = super_batch(0, bad=tuple(range(14)))
     choice = draw(selector, source, QUOTA)

@@ -124,19 +124,22 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("eval.task=[a]", "eval.task is not an option. Did you mean eval.tasks? All options: "),
+        (
+            "eval.task=[a]",
+            "eval.task is not an option. Did you mean eval.tasks? List all options: ",
+        ),
         ("evl=datacomp", "evl is not an option. Did you mean eval?"),
         ("eval.probe={seed:1}", "eval.probe.seed is not an option. Did you mean eval.probe.seeds?"),
         ("eval.devices=2", "eval.devices is not an option. Did you mean trainer.devices?"),
         ("~eval.foo", "eval.foo is not an option."),
-        ("selector.alpha=2", "is added with a plus: +selector.alpha=VALUE."),
+        ("selector.alpha=2", "Unknown options of selector need a plus: +selector.alpha=VALUE."),
         ("eval=datacmp", "eval=datacmp: there is no such configuration. There are datacomp, def"),
         ("eval.tasks=a,b", "A list is written eval.tasks=[a,b]; --multirun runs one job for each."),
         (
             "logger.entity=me",
-            "logger.entity is not an option. All options: siftclip eval --cfg job",
+            "logger.entity is not an option. List all options: siftclip eval --cfg job",
         ),
-        ("pool.storage_options.anon=true", "with a plus: +pool.storage_options.anon=VALUE."),
+        ("pool.storage_options.anon=true", "need a plus: +pool.storage_options.anon=VALUE."),
         ("+seed=1", "Leave the + out: seed=1"),
         ("eval=3", "Config group override must be a string"),
         ("eval.groups=[1]", "Cannot merge DictConfig with ListConfig"),

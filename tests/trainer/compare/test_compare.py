@@ -296,7 +296,10 @@ def test_a_seed_that_an_arm_lacks(copied: Copied) -> None:
     comparison = collect(copied.config, copied.without(("oracle", 0)))
     cells = cells_of(comparison, "oracle")
     assert cells.pop("seeds") == "1 of 2"
-    assert (cells.pop("selector"), cells.pop("in the loop")) == ("oracle", "once")
+    assert (cells.pop("selector"), cells.pop("in the loop")) == (
+        "oracle",
+        "selected before training",
+    )
     assert set(cells.values()) == {"-"}  # also its overlap, which is of the first seed
     assert cells_of(comparison, "random")["digit"] != "-"
     assert [one.text() for one in comparison.missing] == ["oracle, seed 0: there is no run"]

@@ -71,9 +71,9 @@ def slow_overlap(offline: list[float], kept: np.ndarray) -> float:
     """The mean over all orders of the samples of the overlap with a stable sort's first k."""
     k, shares = int(kept.sum()), []
     for order in itertools.permutations(range(len(offline))):
-        judged = [i for i in order if not math.isnan(offline[i])]
+        scored = [i for i in order if not math.isnan(offline[i])]
         blank = [i for i in order if math.isnan(offline[i])]
-        ranked = sorted(judged, key=lambda i: -offline[i]) + blank
+        ranked = sorted(scored, key=lambda i: -offline[i]) + blank
         shares.append(sum(bool(kept[i]) for i in ranked[:k]) / k)
     return sum(shares) / len(shares)
 

@@ -302,7 +302,10 @@ def test_bad_settings_name_option_rule_and_value(name: str, value: Any, rule: st
         ({"cooldown_steps": 5}, r"cooldown_steps=5 has no effect with optim\.schedule=cosine"),
         ({"schedule": "const", "cooldown_power": 2.0}, "cooldown_power=2.0 has no effect"),
         ({"cooldown_end_lr": 1e-5}, "cooldown_end_lr=1e-05 has no effect"),
-        ({"schedule": "cooldown"}, "cooldown_steps must be an integer of at least 1 with"),
+        (
+            {"schedule": "cooldown"},
+            "cooldown_steps is not set. It must be an integer of at least 1 with",
+        ),
         ({"schedule": "cooldown", "cooldown_steps": 0}, "cooldown_steps must be an integer"),
         (
             {"schedule": "cooldown", "cooldown_steps": 5, "cooldown_end_lr": 5e-4},

@@ -218,7 +218,7 @@ def test_embed_needs_a_model(base: list[str], compose: Compose) -> None:
         embed_stage(compose("embed", [*base, "features=metadata"]))
     with pytest.raises(InputError, match=r"features\.model\.name must name a model"):
         embed_stage(compose("embed", base))
-    with pytest.raises(InputError, match=r"features\.model\.pretrained must be .*random ones"):
+    with pytest.raises(InputError, match=r"features\.model\.pretrained is not set"):
         embed_stage(compose("embed", [*base, "features.model.name=ViT-B-32"]))
 
 

@@ -1,4 +1,4 @@
-"""`siftclip embed`: features of a pool with an open_clip model."""
+"""`siftclip embed`: compute image and text embeddings of a pool."""
 
 from __future__ import annotations
 

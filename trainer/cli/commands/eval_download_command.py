@@ -13,9 +13,12 @@ def main(settings: DownloadCommand) -> None:
     from siftclip.trainer.stages.eval_download import download_stage
 
     failed = []
-    for one in download_stage(settings):
-        print(f"{'failed' if one.failed else 'ready':<8} {one.name}: {one.words}", flush=True)
-        failed += [one.name] if one.failed else []
+    for outcome in download_stage(settings):
+        print(
+            f"{'failed' if outcome.failed else 'ready':<8} {outcome.name}: {outcome.words}",
+            flush=True,
+        )
+        failed += [outcome.name] if outcome.failed else []
     print(f"evaluate with eval.root={settings.download.folder}")
     if failed:
         raise InputError(

@@ -1,4 +1,4 @@
-"""`siftclip eval watch`: the checkpoints of a run that trains, as they come."""
+"""`siftclip eval watch`: evaluate the checkpoints of a run when they appear."""
 
 from __future__ import annotations
 

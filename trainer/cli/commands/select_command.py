@@ -1,4 +1,4 @@
-"""`siftclip select`: a selection, from scores."""
+"""`siftclip select`: select samples by score."""
 
 from __future__ import annotations
 

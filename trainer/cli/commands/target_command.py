@@ -1,4 +1,4 @@
-"""`siftclip target`: features of tasks, which selectors select for."""
+"""`siftclip target`: embed target tasks."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Option:
     @property
     def is_selector(self) -> bool:
         """Whether it is a selector's node."""
-        return any(one.plain is SelectorNode for one in alternatives(self.hint))
+        return any(kind.plain is SelectorNode for kind in alternatives(self.hint))
 
     @property
     def is_choice_of_group(self) -> bool:
@@ -65,7 +65,7 @@ class Option:
     @property
     def type(self) -> str:
         """Its type, in a word."""
-        names = [_type_name(one.plain, one.origin) for one in alternatives(self.hint)]
+        names = [_type_name(kind.plain, kind.origin) for kind in alternatives(self.hint)]
         return " or ".join(dict.fromkeys(names))
 
     @property
@@ -88,25 +88,25 @@ class Option:
             return f"{_chosen_by(self.name)}learnability"
         if self.is_choice_of_group:
             return self.choices[-1]
-        own = mark_of(self.hint, Example)
+        example = mark_of(self.hint, Example)
         value = _example(self.hint, next(iter(self.defaults.values()), None), self.name)
         plus = "+" if mark_of(self.hint, Rare) is not None else ""
-        return shlex.quote(f"{plus}{self.name}={value if own is None else own.text}")
+        return shlex.quote(f"{plus}{self.name}={value if example is None else example.text}")
 
 
 # ---- all of them --------------------------------------------------------------------------------
 @functools.cache
 def all_options() -> dict[str, Option]:
     """All options by their dotted names; what stands in several configurations is one option."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for kind in (CommonSettings, SelectOptions):
-        users = tuple(name for name, own in COMMANDS.items() if kind in hints(own).values())
+        users = tuple(name for name, command in COMMANDS.items() if kind in hints(command).values())
         for option in _options_of(kind, "", "", users):
-            found[option.name] = option
+            options[option.name] = option
     for group, hint in groups().items():
-        users = tuple(name for name, own in COMMANDS.items() if group in hints(own))
+        users = tuple(name for name, command in COMMANDS.items() if group in hints(command))
         if hint is SelectorNode:
-            found[group] = Option(
+            options[group] = Option(
                 name=group,
                 hint=hint,
                 meaning="Selects before training; its own parameters are in docs/selectors.md.",
@@ -116,11 +116,11 @@ def all_options() -> dict[str, Option]:
                 commands=users,
             )
             continue
-        for kind in (one.plain for one in alternatives(hint)):
+        for kind in (alternative.plain for alternative in alternatives(hint)):
             for choice in _choices_of(kind, group):
                 for option in _options_of(kind, group, choice, users):
-                    found[option.name] = _united(found.get(option.name), option)
-    return found
+                    options[option.name] = _united(options.get(option.name), option)
+    return options
 
 
 def takes_more(name: str) -> bool:
@@ -137,7 +137,7 @@ def takes_more(name: str) -> bool:
 
 
 def _options_of(kind: type, prefix: str, choice: str, users: tuple[str, ...]) -> Iterator[Option]:
-    same = [one for one in STORED if one.kind is kind and choice in ("", _label(one))]
+    same = [stored for stored in STORED if stored.kind is kind and choice in ("", _label(stored))]
     node = {**node_of(kind), **(same[0].own_values() if same else {})}
     if same:
         node = {name: value for name, value in node.items() if name not in same[0].left_out}
@@ -149,7 +149,7 @@ def _walk(
 ) -> Iterator[Option]:
     texts = meanings(kind)
     for name, hint in hints(kind).items():
-        inner = [one.plain for one in alternatives(hint) if one.is_group]
+        inner = [alternative.plain for alternative in alternatives(hint) if alternative.is_group]
         if inner and SelectorNode not in inner:
             below = node.get(name)
             below = below if isinstance(below, dict) else {}
@@ -168,10 +168,10 @@ def _walk(
 
 def _choices_of(kind: type, group: str) -> list[str]:
     """The configurations that a group is chosen by, where there are several."""
-    in_group = [one for one in STORED if one.group == group]
+    in_group = [stored for stored in STORED if stored.group == group]
     if len(in_group) < 2:
         return [""]
-    return [_label(one) for one in in_group if one.kind is kind]
+    return [_label(stored) for stored in in_group if stored.kind is kind]
 
 
 def _label(stored: Stored) -> str:
@@ -200,23 +200,23 @@ def _united(known: Option | None, option: Option) -> Option:
 @functools.cache
 def meanings(kind: type) -> dict[str, str]:
     """The texts below the fields of a group, those of its base classes included."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if base.__module__.startswith("siftclip."):
-            found |= _texts(base)
-    return found
+            texts |= _texts(base)
+    return texts
 
 
 def _texts(kind: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     body = definition.body if isinstance(definition, ast.ClassDef) else []
-    found = {}
+    texts = {}
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             match text:
                 case ast.Expr(value=ast.Constant(value=str(words_))):
-                    found[field.target.id] = " ".join(words_.split())
-    return found
+                    texts[field.target.id] = " ".join(words_.split())
+    return texts
 
 
 def configurations(group: str) -> list[str]:
@@ -224,7 +224,7 @@ def configurations(group: str) -> list[str]:
     folder = importlib.resources.files("siftclip.configs").joinpath(group)
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     names = {name.removesuffix(".yaml") for name in files if name.endswith(".yaml")}
-    return sorted(names | {one.name for one in STORED if one.group == group})
+    return sorted(names | {stored.name for stored in STORED if stored.group == group})
 
 
 # ---- words --------------------------------------------------------------------------------------
@@ -258,25 +258,27 @@ def as_typed(value: Any) -> str:
 def _example(hint: Any, default: Any, name: str) -> str:
     """A value that the option can have, another one than its default if that is easily said."""
     kinds = alternatives(hint)
-    for one in kinds:
-        others = [choice for choice in get_args(one.plain) if choice != default]
-        if one.origin is Literal and others:
+    for kind in kinds:
+        others = [choice for choice in get_args(kind.plain) if choice != default]
+        if kind.origin is Literal and others:
             return str(others[0])
-    if any(one.plain is bool for one in kinds):
+    if any(kind.plain is bool for kind in kinds):
         return "false" if default is True else "true"
-    if any(one.plain in (int, float) for one in kinds):
+    if any(kind.plain in (int, float) for kind in kinds):
         number = isinstance(default, int | float) and not isinstance(default, bool)
-        below_one = any(type(mark).__name__ in ("Le", "Lt") for one in kinds for mark in one.marks)
+        below_one = any(
+            type(mark).__name__ in ("Le", "Lt") for kind in kinds for mark in kind.marks
+        )
         return as_typed(default) if number else "0.5" if below_one else "2"
-    for one in kinds:
-        if one.origin is tuple:
-            elements = alternatives(get_args(one.plain)[0])
+    for kind in kinds:
+        if kind.origin is tuple:
+            elements = alternatives(get_args(kind.plain)[0])
             return "[a,b]" if any(element.plain is str for element in elements) else "[1,2]"
     if mark_of(hint, Late) is None and isinstance(default, str) and default != OPEN:
         return default
     if name.rpartition(".")[2] in _PATHS:
         return "some/path"
-    return "{}" if any(one.origin is Mapping for one in kinds) else "name"
+    return "{}" if any(kind.origin is Mapping for kind in kinds) else "name"
 
 
 _PATHS = ("root", "path", "folder", "output", "run_dir", "output_dir", "cache_dir", "source", "run")

@@ -21,13 +21,13 @@ def explain(name: str) -> str | None:
 
     None if it stands for nothing.
     """
-    found = matching(name)
-    if not found:
+    options = matching(name)
+    if not options:
         return None
-    if len(found) <= IN_FULL:
-        return "\n\n".join(in_full(option) for option in found)
-    width = max(len(option.name) for option in found)
-    lines = [f"{option.name:<{width}}  {option.meaning}" for option in found]
+    if len(options) <= IN_FULL:
+        return "\n\n".join(in_full(option) for option in options)
+    width = max(len(option.name) for option in options)
+    lines = [f"{option.name:<{width}}  {option.meaning}" for option in options]
     return "\n".join([*_group_lines(name), *lines])
 
 

@@ -41,15 +41,15 @@ def _sections() -> Iterator[str]:
 def _tables(options: list[Option]) -> Iterator[str]:
     """A table for all options of a group, or one for each set of configurations that have them."""
     for choices in dict.fromkeys(option.choices for option in options):
-        own = [option for option in options if option.choices == choices]
-        kind = own[0].kind
-        if kind is not CommonSettings and own[0].name.count(".") == 1:
+        of_choices = [option for option in options if option.choices == choices]
+        kind = of_choices[0].kind
+        if kind is not CommonSettings and of_choices[0].name.count(".") == 1:
             yield " ".join((kind.__doc__ or "").partition("\n\n")[0].split()) + "\n"
         several = len({option.choices for option in options}) > 1
         if several:
             yield f"With {', '.join(f'`{choice}`' for choice in choices)}:\n"
         yield "| option | default | allowed | meaning |\n|---|---|---|---|"
-        for option in own:
+        for option in of_choices:
             cells = (f"`{option.name}`", option.default, option.allowed, option.meaning)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         yield ""

@@ -65,7 +65,7 @@ class Reader:
         if isinstance(value, Unset):
             self._missing(hint, value, option)
             return None
-        groups = [one for one in alternatives(hint) if one.is_group]
+        groups = [alternative for alternative in alternatives(hint) if alternative.is_group]
         if groups and isinstance(value, SelectorNode):
             self.faults += value.faults(option) if self.needed else []
             return value
@@ -76,9 +76,9 @@ class Reader:
         if missing is not None:
             self._missing(hint, missing, option)
             return None
-        found = list(faults(hint, value, option))
-        self.faults += found
-        return None if found else _with_tuples(hint, value)
+        refusals = list(faults(hint, value, option))
+        self.faults += refusals
+        return None if refusals else _with_tuples(hint, value)
 
     def _missing(self, hint: Any, value: Unset, option: str) -> None:
         is_late = mark_of(hint, Late) is not None and option not in self.late
@@ -93,7 +93,9 @@ class Reader:
         if len(groups) == 1:
             return groups[0].plain
         tag = next(iter(hints(groups[0].plain)))
-        by_tag = {name: one.plain for one in groups for name in get_args(hints(one.plain)[tag])}
+        by_tag = {
+            name: group.plain for group in groups for name in get_args(hints(group.plain)[tag])
+        }
         given = values.get(tag)
         kind = by_tag.get(given) if isinstance(given, str) else None
         if kind is None:
@@ -147,12 +149,12 @@ def _unset_within(value: Any) -> Iterator[Unset]:
 
 def _with_tuples(hint: Any, value: Any) -> Any:
     """Lists as the tuples that the annotation asks for."""
-    for one in alternatives(hint):
-        if one.origin is tuple and isinstance(value, list):
-            element = get_args(one.plain)[0]
+    for kind in alternatives(hint):
+        if kind.origin is tuple and isinstance(value, list):
+            element = get_args(kind.plain)[0]
             return tuple(_with_tuples(element, inner) for inner in value)
-        if get_origin(one.plain) is not Literal and isinstance(value, Mapping):
-            parts = get_args(one.plain)
+        if get_origin(kind.plain) is not Literal and isinstance(value, Mapping):
+            parts = get_args(kind.plain)
             if len(parts) == 2:
                 return {name: _with_tuples(parts[1], inner) for name, inner in value.items()}
     return value

@@ -61,15 +61,18 @@ def alternatives(hint: Any) -> tuple[Type, ...]:
     """What an annotation allows; of `Annotated[int, Ge(1)] | None` two types."""
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
-        return tuple(Type(one.plain, (*one.marks, *marks)) for one in alternatives(inner))
+        return tuple(
+            Type(inner_type.plain, (*inner_type.marks, *marks))
+            for inner_type in alternatives(inner)
+        )
     if get_origin(hint) in (Union, types.UnionType):
-        return tuple(one for part in get_args(hint) for one in alternatives(part))
+        return tuple(inner_type for part in get_args(hint) for inner_type in alternatives(part))
     return (Type(hint, ()),)
 
 
 def mark_of(hint: Any, kind: type[Mark]) -> Mark | None:
     """The mark of a kind that an annotation bears, if any."""
-    marks = [mark for one in alternatives(hint) for mark in one.marks]
+    marks = [mark for alternative in alternatives(hint) for mark in alternative.marks]
     return next((mark for mark in marks if isinstance(mark, kind)), None)
 
 
@@ -80,8 +83,8 @@ def hints(kind: type) -> Mapping[str, Any]:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    found = get_type_hints(kind, include_extras=True)
-    return {field.name: found[field.name] for field in fields(kind)}
+    all_hints = get_type_hints(kind, include_extras=True)
+    return {field.name: all_hints[field.name] for field in fields(kind)}
 
 
 def required(kind: type) -> frozenset[str]:
@@ -101,25 +104,25 @@ def joined(*parts: str) -> str:
 # ---- words --------------------------------------------------------------------------------------
 def words(hint: Any) -> str:
     """What an annotation asks for: "an integer of at least 1, or null"."""
-    own = mark_of(hint, Words)
+    marked = mark_of(hint, Words)
     kinds = alternatives(hint)
-    parts = [_words_of(one) for one in kinds if one.plain is not types.NoneType]
-    text = own.text if own is not None else ", or ".join(dict.fromkeys(parts))
+    parts = [_words_of(kind) for kind in kinds if kind.plain is not types.NoneType]
+    text = marked.text if marked is not None else ", or ".join(dict.fromkeys(parts))
     return f"{text}, or null" if len(parts) < len(kinds) else text
 
 
-def _words_of(one: Type) -> str:
-    if one.origin is Literal:
-        choices = get_args(one.plain)
+def _words_of(kind: Type) -> str:
+    if kind.origin is Literal:
+        choices = get_args(kind.plain)
         return str(choices[0]) if len(choices) == 1 else f"one of {list(choices)}"
-    if one.origin is tuple:
-        return f"a list of {_PLURALS.get(alternatives(get_args(one.plain)[0])[0].plain, 'values')}"
-    if one.plain is int:
-        return _integer(one.marks)
-    if one.plain is float:
-        span = _span(one.marks)
+    if kind.origin is tuple:
+        return f"a list of {_PLURALS.get(alternatives(get_args(kind.plain)[0])[0].plain, 'values')}"
+    if kind.plain is int:
+        return _integer(kind.marks)
+    if kind.plain is float:
+        span = _span(kind.marks)
         return f"a finite number {span}" if span else "a finite number"
-    return _NAMES.get(one.origin, "a group of options")
+    return _NAMES.get(kind.origin, "a group of options")
 
 
 _PLURALS: dict[Any, str] = {str: "texts", int: "integers", float: "numbers"}
@@ -159,29 +162,29 @@ def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_of(one: Type, value: object) -> bool:
+def _is_of(kind: Type, value: object) -> bool:
     """Whether a value is of a type, whatever its range; a list may hold anything."""
-    if one.plain is Any:
+    if kind.plain is Any:
         return True
-    if one.origin is Literal:
+    if kind.origin is Literal:
         return any(
-            value == choice and type(value) is type(choice) for choice in get_args(one.plain)
+            value == choice and type(value) is type(choice) for choice in get_args(kind.plain)
         )
-    if one.plain is bool or one.plain is str:
-        return isinstance(value, one.plain)
-    if one.plain is int:
+    if kind.plain is bool or kind.plain is str:
+        return isinstance(value, kind.plain)
+    if kind.plain is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if one.plain is float:
+    if kind.plain is float:
         return is_finite(value)
-    if one.origin is tuple:
+    if kind.origin is tuple:
         return isinstance(value, list | tuple)
-    if one.origin is Mapping:
+    if kind.origin is Mapping:
         return isinstance(value, Mapping)
-    return value is None if one.plain is types.NoneType else isinstance(value, one.plain)
+    return value is None if kind.plain is types.NoneType else isinstance(value, kind.plain)
 
 
-def _is_in_range(one: Type, value: Any) -> bool:
-    return all(_holds(mark, value) for mark in one.marks)
+def _is_in_range(kind: Type, value: Any) -> bool:
+    return all(_holds(mark, value) for mark in kind.marks)
 
 
 def _holds(mark: Any, value: Any) -> bool:
@@ -201,28 +204,28 @@ def _holds(mark: Any, value: Any) -> bool:
 
 def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:
     """What is wrong with a value, which holds groups of options as objects."""
-    fitting = [one for one in alternatives(hint) if _is_of(one, value)]
+    fitting = [kind for kind in alternatives(hint) if _is_of(kind, value)]
     if not fitting:
         yield Fault(option, _refusal(hint, value, option))
         return
-    if any(_is_in_range(one, value) for one in fitting):
-        inner = next(one for one in fitting if _is_in_range(one, value))
+    if any(_is_in_range(kind, value) for kind in fitting):
+        inner = next(kind for kind in fitting if _is_in_range(kind, value))
         yield from _inner_faults(hint, inner, value, option)
         return
-    one = fitting[0]
-    span = _integer(one.marks) if one.plain is int else _span(one.marks)
+    kind = fitting[0]
+    span = _integer(kind.marks) if kind.plain is int else _span(kind.marks)
     or_null = ", or null" if any(o.plain is types.NoneType for o in alternatives(hint)) else ""
     yield Fault(option, f"must be {span}{or_null}. Got {value!r}.")
 
 
-def _inner_faults(hint: Any, one: Type, value: Any, option: str) -> Iterator[Fault]:
-    if one.origin is Mapping:
+def _inner_faults(hint: Any, kind: Type, value: Any, option: str) -> Iterator[Fault]:
+    if kind.origin is Mapping:
         for name, inner in value.items():
             if not isinstance(name, str):
                 yield Fault(option, f"must have texts for names. Got {name!r}.")
-            yield from faults(get_args(one.plain)[1], inner, joined(option, str(name)))
-    if one.origin is tuple:
-        element = get_args(one.plain)[0]
+            yield from faults(get_args(kind.plain)[1], inner, joined(option, str(name)))
+    if kind.origin is tuple:
+        element = get_args(kind.plain)[0]
         for inner in value:
             if next(faults(element, inner, option), None) is not None:
                 shown = list(value) if isinstance(value, tuple) else value
@@ -231,12 +234,12 @@ def _inner_faults(hint: Any, one: Type, value: Any, option: str) -> Iterator[Fau
 
 
 def _refusal(hint: Any, value: Any, option: str, element: Any = None) -> str:
-    if isinstance(value, int | float) and any(one.plain is str for one in alternatives(hint)):
+    if isinstance(value, int | float) and any(kind.plain is str for kind in alternatives(hint)):
         return (
             f"must be {words(hint)}. Got {value!r}, which YAML reads as a number or a truth value: "
             f"quote it, as in '{option}=\"{value}\"'."
         )
-    if any(one.is_group for one in alternatives(hint)):
+    if any(kind.is_group for kind in alternatives(hint)):
         needs = mark_of(hint, Needs)
         return f"{needs.text if needs else 'is a group of options.'} Got {value!r}."
     text = words(hint)

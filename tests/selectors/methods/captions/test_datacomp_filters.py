@@ -17,7 +17,7 @@ from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.compose import Then
 from siftclip.selectors.core.description import describe
-from siftclip.selectors.core.source import Chunk, DictMemo, MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache, MemorySource
 from siftclip.selectors.methods.captions.datacomp_filters import (
     BasicFilter,
     CaptionFilter,
@@ -102,8 +102,8 @@ def test_has_entity_reads_its_list(tmp_path: Path) -> None:
 
 
 def test_a_changed_list_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, memo, source = tmp_path / "a.txt", DictMemo(), make_source(["red", "blue"])
-    monkeypatch.setattr(source, "memo", lambda selector: memo)
+    path, cache, source = tmp_path / "a.txt", DictCache(), make_source(["red", "blue"])
+    monkeypatch.setattr(source, "cache", lambda selector: cache)
     for synset, rows in (("n3", [0]), ("v4", [1])):
         path.write_text(synset)
         assert kept(HasEntity(lexicon=Length(), entities=str(path)), source) == rows

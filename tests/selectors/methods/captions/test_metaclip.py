@@ -18,7 +18,7 @@ from siftclip.hashing import mix64
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.noise import noise, noise_state
-from siftclip.selectors.core.source import Chunk, DictMemo, MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache, MemorySource
 from siftclip.selectors.methods.captions.metaclip import (
     Matcher,
     MetaClip,
@@ -142,9 +142,9 @@ def test_answer_follows_the_text_of_entries_not_their_order(entries: str, tmp_pa
 def test_finished_tasks_are_not_matched_again(
     entries: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memo = DictMemo()
+    cache = DictCache()
     source = make_source(["red", "blue on a", ""] * 20, part_samples=16)
-    monkeypatch.setattr(source, "memo", lambda selector: memo)
+    monkeypatch.setattr(source, "cache", lambda selector: cache)
     first = MetaClip(entries=entries, t=5, seed=3).select(source).multiplicities
     monkeypatch.setattr(source, "take", None)
     again = MetaClip(entries=entries, t=5, seed=3).select(source).multiplicities
@@ -193,8 +193,8 @@ def test_a_missing_list_is_named() -> None:
 
 
 def test_a_changed_list_is_matched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, memo, source = tmp_path / "a.txt", DictMemo(), make_source(["red", "blue"])
-    monkeypatch.setattr(source, "memo", lambda selector: memo)
+    path, cache, source = tmp_path / "a.txt", DictCache(), make_source(["red", "blue"])
+    monkeypatch.setattr(source, "cache", lambda selector: cache)
     for word, kept in (("red", [1, 0]), ("blue", [0, 1])):
         path.write_text(word)
         selector = MetaClip(entries=str(path), t=5, seed=3)

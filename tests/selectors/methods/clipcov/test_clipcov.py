@@ -17,7 +17,7 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Choice, Chunk, FeatureFile
 from siftclip.selectors.core.checks import check_selector
-from siftclip.selectors.core.source import DictMemo, MemorySource, RestrictedSource, take
+from siftclip.selectors.core.source import DictCache, MemorySource, RestrictedSource, take
 from siftclip.selectors.fitting.clusters import GivenCentroids, KMeans
 from siftclip.selectors.methods.clipcov import greedy as clipcov_greedy
 from siftclip.selectors.methods.clipcov import terms as clipcov_terms
@@ -28,12 +28,12 @@ KMEANS = KMeans(clusters=4, seed=3, iterations=3)
 
 
 class KeepingSource(MemorySource):
-    """Its memo outlives a call, and counts what is read."""
+    """Its cache outlives a call, and counts what is read."""
 
-    kept: DictMemo
+    kept: DictCache
     taken = 0
 
-    def memo(self, selector: object) -> DictMemo:
+    def cache(self, selector: object) -> DictCache:
         return self.kept
 
     def take(self, rows: np.ndarray, requires: Any) -> Chunk:
@@ -260,10 +260,10 @@ def test_killed_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, names = pool(7, 200)
     whole = clipcov(interval=2).select(source(chunk, names))
     keeping = KeepingSource(chunk, files={LABELS: names}, part_samples=50)
-    keeping.kept = DictMemo()
-    original, puts = DictMemo.put, 0
+    keeping.kept = DictCache()
+    original, puts = DictCache.put, 0
 
-    def failing(self: DictMemo, name: str, **arrays: np.ndarray) -> None:
+    def failing(self: DictCache, name: str, **arrays: np.ndarray) -> None:
         nonlocal puts
         puts += 1
         if puts % 3 == 0:
@@ -271,7 +271,7 @@ def test_killed_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, name, **arrays)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DictMemo, "put", failing)
+        patch.setattr(DictCache, "put", failing)
         for _ in range(40):
             try:
                 choice = clipcov(interval=2).select(keeping)

@@ -17,7 +17,7 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.rules import TopFraction
-from siftclip.selectors.core.source import Chunk, DictMemo, MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache, MemorySource
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.methods.negcliploss import negcliploss as module
 from siftclip.selectors.methods.negcliploss import screening
@@ -257,11 +257,11 @@ def test_ranks_agree_to_the_bit(
 
 
 class KeptSource(MemorySource):
-    """A source whose memo outlives a run."""
+    """A source whose cache outlives a run."""
 
-    kept: DictMemo
+    kept: DictCache
 
-    def memo(self, selector: object) -> DictMemo:
+    def cache(self, selector: object) -> DictCache:
         return self.kept
 
 
@@ -269,7 +269,7 @@ class KeptSource(MemorySource):
 def test_a_killed_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TASK_SAMPLES", 64)
     source = KeptSource(pool(301)._chunk)
-    source.kept = DictMemo()
+    source.kept = DictCache()
     expected = make().select(source)
     names = list(source.kept._kept)
     assert len([name for name in names if name.startswith("screened")]) == 2 * 5
@@ -333,21 +333,21 @@ def test_decided_samples_are_decided(data: st.DataObject, count: int) -> None:
     errors = np.array([data.draw(st.integers(0, 4)) for _ in true], dtype=np.float64)
     scores = true + np.array([data.draw(st.integers(-int(e), int(e))) for e in errors])
     scores[data.draw(st.integers(0, len(true) - 1))] = np.nan
-    judged = ~np.isnan(scores)
+    scored = ~np.isnan(scores)
     is_open, cut = undecided(scores, errors, count=count)
     if is_open.any():
-        assert cut == np.sort(scores[judged])[-count]
-    assert not is_open[~judged].any()
-    values = np.where(judged, true, -np.inf)
-    mixed = np.where(is_open | ~judged, values, scores)
-    count = min(count, int(judged.sum()))
-    if not is_open.any() and 0 < count < judged.sum():
-        assert np.sort(scores[judged])[-count] > np.sort(scores[judged])[-count - 1]
+        assert cut == np.sort(scores[scored])[-count]
+    assert not is_open[~scored].any()
+    values = np.where(scored, true, -np.inf)
+    mixed = np.where(is_open | ~scored, values, scores)
+    count = min(count, int(scored.sum()))
+    if not is_open.any() and 0 < count < scored.sum():
+        assert np.sort(scores[scored])[-count] > np.sort(scores[scored])[-count - 1]
     kept = np.argsort(-mixed, kind="stable")[:count]
     assert np.array_equal(np.sort(values[kept]), np.sort(values)[len(values) - count :])
     threshold = float(data.draw(grid))
     is_open, _ = undecided(scores, errors, threshold=threshold)
-    decided = judged & ~is_open
+    decided = scored & ~is_open
     assert np.array_equal((scores >= threshold)[decided], (true >= threshold)[decided])
 
 
@@ -434,7 +434,7 @@ def test_selector_agrees_with_released_code(
 def test_another_rule_computes_its_own_samples_again() -> None:
     """What was kept for one rule is about other samples than those that the next leaves open."""
     source = KeptSource(pool(301)._chunk)
-    source.kept = DictMemo()
+    source.kept = DictCache()
     for rule in ({"fraction": 0.3}, {"fraction": 0.5}, {"threshold": -0.15}, {"fraction": 0.3}):
         kept, alone = make(**rule).select(source), make(**rule).select(pool(301))
         assert np.array_equal(kept.multiplicities, alone.multiplicities)

@@ -14,7 +14,7 @@ from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk, FeatureFile
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import DictMemo, MemorySource
+from siftclip.selectors.core.source import DictCache, MemorySource
 from siftclip.selectors.methods.removal.elimination import remaining_samples
 from siftclip.selectors.methods.removal.optimal_design import AOptimal, VOptimal, removal_cost
 
@@ -127,16 +127,16 @@ def test_unusable_samples_are_left_out() -> None:
 
 
 def test_killed_run_continues() -> None:
-    chunk, memo = samples(), DictMemo()
+    chunk, cache = samples(), DictCache()
 
     class KeepingSource(MemorySource):
-        def memo(self, selector: object) -> DictMemo:
-            return memo
+        def cache(self, selector: object) -> DictCache:
+            return cache
 
     pool = KeepingSource(chunk)
     expected = AOptimal(features="a", fraction=0.3, steps=10).select(pool)
     for step in (10, 9, 8, 7, 6):
-        memo._kept.pop(f"step-{step}", None)
+        cache._kept.pop(f"step-{step}", None)
     choice = AOptimal(features="a", fraction=0.3, steps=10).select(pool)
     np.testing.assert_array_equal(choice.scores, expected.scores)
 

@@ -17,7 +17,7 @@ from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import DictMemo, MemorySource, Source
+from siftclip.selectors.core.source import DictCache, MemorySource, Source
 from siftclip.selectors.methods.removal.elimination import LazyForms, Samples, remaining_samples
 from siftclip.selectors.methods.removal.vas_d import NormSimD, VasD
 
@@ -302,11 +302,11 @@ def test_unusable_samples_are_never_kept_and_in_no_covariance() -> None:
 class KeepingSource(MemorySource):
     """Remembers what was put, also for the next run."""
 
-    def __init__(self, chunk: Chunk, kept: DictMemo) -> None:
+    def __init__(self, chunk: Chunk, kept: DictCache) -> None:
         super().__init__(chunk)
         self.kept = kept
 
-    def memo(self, selector: object) -> DictMemo:
+    def cache(self, selector: object) -> DictCache:
         return self.kept
 
 
@@ -314,7 +314,7 @@ class Killed(Exception):
     pass
 
 
-class KillingMemo(DictMemo):
+class KillingCache(DictCache):
     """Ends the run once a certain name is kept."""
 
     def __init__(self, name: str) -> None:
@@ -331,15 +331,15 @@ class KillingMemo(DictMemo):
 def test_killed_run_continues(method: str) -> None:
     chunk = clustered()
     expected = make(method, fraction=0.3, steps=20).select(MemorySource(chunk))
-    memo = KillingMemo("step-12")
+    cache = KillingCache("step-12")
     with pytest.raises(Killed):
-        make(method, fraction=0.3, steps=20).select(KeepingSource(chunk, memo))
-    memo.name = None
+        make(method, fraction=0.3, steps=20).select(KeepingSource(chunk, cache))
+    cache.name = None
     for name in [f"step-{step}" for step in range(2, 12, 2)]:
-        del memo._kept[name]  # only the last one may be needed
-    choice = make(method, fraction=0.3, steps=20).select(KeepingSource(chunk, memo))
+        del cache._kept[name]  # only the last one may be needed
+    choice = make(method, fraction=0.3, steps=20).select(KeepingSource(chunk, cache))
     np.testing.assert_array_equal(choice.scores, expected.scores)
-    assert "step-4" not in memo._kept  # what was done is not done again
+    assert "step-4" not in cache._kept  # what was done is not done again
 
 
 def test_draws_are_fresh_at_each_step() -> None:
