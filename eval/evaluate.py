@@ -218,7 +218,7 @@ def _resume(
     again: Collection[str],
     options: EvalOptions,
 ) -> dict[str, TaskResult]:
-    """The results in a file that are still valid, after the others have been removed from it.
+    """Read the results in a file that are still valid, after the others were removed from it.
 
     Args:
         path: of the file.
@@ -265,7 +265,7 @@ def _resume(
 
 
 def _read_own(path: Path) -> KeptResults:
-    """What a file holds that we have written; of two results of a task, the last."""
+    """Read what a file holds that we have written; of two results of a task, the last."""
     kept = read_kept(path, latest=True)
     foreign = [result.key for result in kept.results if result.model is None]
     if foreign:
@@ -277,7 +277,7 @@ def _read_own(path: Path) -> KeptResults:
 
 
 def _with_interval(result: TaskResult, options: EvalOptions, ranks: Ranks) -> TaskResult:
-    """The result with an interval, if one can be had and it has none. The first rank's matter."""
+    """Add an interval, if one can be had and there is none. The first rank's result matters."""
     if result.interval is not None or result.outcomes is None or result.units is None:
         return result
     return replace(result, interval=_interval(result.outcomes, result.units, options, ranks))
@@ -323,7 +323,7 @@ class _Evaluator:
         )
 
     def run(self, tasks: PreparedTasks) -> dict[str, TaskResult]:
-        """The results by name; failures are gathered."""
+        """Evaluate the tasks: results by name; failures are gathered."""
         table = tasks.table
         if table is None:
             raise RuntimeError("tasks come with their images")
@@ -384,7 +384,7 @@ class _Evaluator:
             yield _merged(ids[rows], known[rows], cache.features(ids[rows[known[rows]]]), new)
 
     def _image_ids(self, table: ImageTable, wanted: np.ndarray) -> np.ndarray:
-        """The ids of the wanted images, uint64 [U], on all ranks, which share the reading.
+        """Hash the wanted images to ids, uint64 [U], on all ranks, which share the reading.
 
         0 for the others, and for one that cannot be read, of which the loader will tell.
         """
@@ -463,7 +463,7 @@ class _Evaluator:
 def _merged(
     ids: np.ndarray, known: np.ndarray, kept: np.ndarray, new: ImageFeatures
 ) -> ImageFeatures:
-    """The features of a set of images from those that were known and those that are new."""
+    """Merge the features of a set of images from those that were known and those that are new."""
     width = max(new.features.shape[1], kept.shape[1])
     features = np.empty((len(ids), width), dtype=np.float32)
     places = np.flatnonzero(~known)

@@ -17,7 +17,7 @@ from siftclip.ranks import Ranks
 
 @contextmanager
 def evaluation_mode(clip: ClipModel, device: torch.device) -> Iterator[ClipModel]:
-    """The model on `device` in fp32 and eval mode, without gradients, autocast and TF32."""
+    """Yield the model on `device` in fp32 and eval mode, without gradients, autocast and TF32."""
     model = clip.model
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
         model = copy.deepcopy(model).float()  # there and back in place would round master weights
@@ -38,7 +38,7 @@ def evaluation_mode(clip: ClipModel, device: torch.device) -> Iterator[ClipModel
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Without TF32, which cuDNN takes by default."""
+    """Compute without TF32, which cuDNN takes by default, inside the block."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -49,7 +49,7 @@ def _exact_convolutions() -> Iterator[None]:
 
 @contextmanager
 def buffers_of_first_rank(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """All ranks have the buffers of the first, whose model is the one that is saved.
+    """Give all ranks the buffers of the first, whose model is the one that is saved.
 
     In a training on several ranks each has its own statistics of batch normalisation.
     """

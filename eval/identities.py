@@ -19,7 +19,7 @@ from siftclip.hashing import mix64
 
 
 def model_identity(clip: ClipModel, precision: str) -> str:
-    """What results are known by: the model's fingerprint, and the precision if it is not fp32."""
+    """Return what names results: the model's fingerprint, and the precision if it is not fp32."""
     weights = fingerprint(clip)
     if precision == "fp32":
         return weights
@@ -27,7 +27,7 @@ def model_identity(clip: ClipModel, precision: str) -> str:
 
 
 def task_identity(data: TaskData, probe: ProbeSettings) -> str:
-    """What results are known by besides the model: SHA-256 of the samples and how they are scored.
+    """Return what names results besides the model: SHA-256 of the samples and how they are scored.
 
     Of images it covers keys and sizes, not the bytes.
     """
@@ -53,13 +53,13 @@ def task_identity(data: TaskData, probe: ProbeSettings) -> str:
 
 
 def tars_stamp(data: TaskData) -> str:
-    """Changes with the tars of a task, whose images `task_identity` knows by their sizes alone."""
+    """Return a stamp of a task's tars; of their images `task_identity` knows only the sizes."""
     sets = [samples.task.shards for samples in (data.samples, data.train) if samples is not None]
     return identity_hash({"tars": [file_stamp(path) for shards in sets for path in shards]})
 
 
 def unit_ids(samples: TaskSamples, ids: np.ndarray) -> np.ndarray:
-    """What each sample is known by when test sets are resampled, uint64 [n].
+    """Return what names each sample when test sets are resampled, uint64 [n].
 
     A sample of one image is that image. One of several is all of them with their texts.
 

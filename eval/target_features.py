@@ -105,7 +105,7 @@ def _identity(data: TaskData, model: str) -> dict[str, Any]:
 
 
 def _is_there(path: Path, identity: dict[str, Any]) -> bool:
-    """Whether a file holds these features; says why not, if it holds others."""
+    """Return whether a file holds these features; says why not, if it holds others."""
     if not path.is_file():
         return False
     kept = read_npz_all(path).get("identity")

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def feature_paths(file: FeatureFile) -> list[Path]:
-    """The files that a feature file stands for, by name.
+    """List the files that a feature file stands for, by name.
 
     Raises:
         InputError: there is none, or it is of another kind.
@@ -43,13 +43,13 @@ def feature_paths(file: FeatureFile) -> list[Path]:
 
 
 def feature_file_stamp(file: FeatureFile) -> str:
-    """Changes with the names and the content of the files, not with their place."""
+    """Return a stamp that changes with the names and the content of the files, not their place."""
     contents = {path.name: content_digest(path) for path in feature_paths(file)}
     return identity_hash({"key": file.key, "files": contents})
 
 
 def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]:
-    """The rows of a feature file in tensors float [<= chunk_samples, d].
+    """Yield the rows of a feature file in tensors float [<= chunk_samples, d].
 
     Raises:
         InputError: a file is missing or damaged, lacks the key, holds no matrix of floats, or has

@@ -19,12 +19,12 @@ _PROBES = 8  # samples of a tar that are compared byte by byte
 
 
 def shard_source(pool: Pool, shard: int) -> np.ndarray:
-    """What stands for a tar: its stamp and a digest of its content, two texts."""
+    """Return what stands for a tar: its stamp and a digest of its content, two texts."""
     return np.asarray([pool.shards[shard].stamp, _content(pool, shard)])
 
 
 def _content(pool: Pool, shard: int) -> str:
-    """A digest of the keys, places and sizes of a tar's samples, and of the bytes of some."""
+    """Hash the keys, places and sizes of a tar's samples, and the bytes of some."""
     rows = pool.shard_rows(shard)
     digest = hashlib.sha256(b"\0".join(pool.keys[rows].tolist()))
     for offsets, sizes in (
@@ -47,7 +47,7 @@ def _content(pool: Pool, shard: int) -> str:
 
 
 def is_stale(path: Path, pool: Pool, shard: int) -> bool:
-    """Whether the features in an npz are of another tar than the shard is now.
+    """Return whether the features in an npz are of another tar than the shard is now.
 
     A copy of the tar, whose time of change is another, is the same tar. Features of earlier
     versions of siftclip do not say what they are of.

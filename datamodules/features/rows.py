@@ -70,7 +70,7 @@ class RowFeatures:
         *,
         held_parts: int | None = None,
     ) -> RowFeatures:
-        """The features `keys` of a store, for a pool of so many samples."""
+        """Index the features `keys` of a store by the rows of a pool of `samples` samples."""
         part_of_row = np.full(samples, -1, dtype=np.int32)
         position_of_row = np.zeros(samples, dtype=np.int64)
         for number, part in enumerate(store.parts):
@@ -86,7 +86,7 @@ class RowFeatures:
         )
 
     def gather(self, rows: np.ndarray, keys: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """The features of rows, int64 [b], by key: [b, d] as stored; NaN for rows without.
+        """Read the features of rows, int64 [b], by key: [b, d] as stored; NaN for rows without.
 
         `keys` are other arrays of the same files than those that it was built with.
         """
@@ -106,7 +106,7 @@ class RowFeatures:
         return features
 
     def _read(self, part: int, key: str, positions: np.ndarray) -> np.ndarray:
-        """Rows `positions` of an array of a part: a new array [m, d].
+        """Read rows `positions` of an array of a part: a new array [m, d].
 
         Raises:
             InputError: the file is another one than that whose rows these are.
@@ -157,7 +157,7 @@ class RowFeatures:
 
 
 def find_npz_array(path: Path, key: str) -> ArrayPlace | None:
-    """Where an array of an npz lies in the file; None if it is compressed.
+    """Find where an array of an npz lies in the file; None if it is compressed.
 
     Raises:
         InputError: the file is missing or damaged, or lacks the key.
@@ -187,7 +187,7 @@ def find_npz_array(path: Path, key: str) -> ArrayPlace | None:
 
 
 def map_npz_array(path: Path, key: str) -> np.ndarray:
-    """An array of an npz, mapped into memory if it is stored uncompressed, else read.
+    """Map an array of an npz into memory if it is stored uncompressed, else read it.
 
     Raises:
         InputError: the file is missing or damaged, or lacks the key.

@@ -65,7 +65,7 @@ class FeatureStore:
     fingerprint: str
 
     def holds(self, keys: tuple[str, ...]) -> bool:
-        """Whether the first part has all of these arrays."""
+        """Return whether the first part has all of these arrays."""
         return set(keys) <= set(_headers(self.parts[0].path))
 
     def require(self, keys: tuple[str, ...]) -> FeatureStore:
@@ -189,7 +189,7 @@ def check_activation(folder: Path) -> None:
 
 
 def _first_positions(rows: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Positions of a part, ascending, that give a row of the pool its features for the first time.
+    """Find the positions, ascending, that give a row of the pool its features for the first time.
 
     Args:
         rows: int64 [m], the pool's rows of a part; -1 where there is none.
@@ -232,7 +232,7 @@ def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> None:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether an npz is whole, as far as its headers and its table of contents tell."""
+    """Return whether an npz is whole, as far as its headers and its table of contents tell."""
     try:
         _headers(path)
     except InputError:
@@ -241,7 +241,7 @@ def is_readable(path: Path) -> bool:
 
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of each array of an npz, by its key."""
+    """Read shape and dtype of each array of an npz, by its key."""
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {}

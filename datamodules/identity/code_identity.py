@@ -50,7 +50,7 @@ class _Text(ast.Constant):
 
 
 def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
-    """What stands for the code of some classes and functions: digests and versions by name.
+    """Return what stands for the code of classes and functions: digests and versions by name.
 
     `{"my_package.scores": "<SHA-256>", "my_distribution": "1.2"}`. Classes of the standard library
     and of torch stand for nothing. Of a module that no file holds, as in a notebook, and of one
@@ -77,12 +77,12 @@ def code_identity(code: Iterable[type | FunctionType]) -> dict[str, str]:
 
 
 def built_in_code(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Digests of built-in modules and of what each imports, by their names of today."""
+    """Hash built-in modules and what each imports, by their current names."""
     return {name: _identity_of({name: sys.maxsize}) for name in names}
 
 
 def _identity_of(loaded_ns: Mapping[str, int]) -> dict[str, str]:
-    """Digests and versions of modules and what they import.
+    """Compute digests and versions of modules and of what they import.
 
     Args:
         loaded_ns: by module, when it was loaded, in ns since the epoch.
@@ -107,7 +107,7 @@ def _identity_of(loaded_ns: Mapping[str, int]) -> dict[str, str]:
 
 
 def _with_bases(code: Iterable[type | FunctionType]) -> Iterator[type | FunctionType]:
-    """The items and the classes that they inherit from, as far as they may be a project's."""
+    """Yield the items and the classes that they inherit from, as far as they may be a project's."""
     for item in code:
         for kind in item.__mro__ if isinstance(item, type) else (item,):
             if _is_own(kind.__module__):
@@ -119,13 +119,13 @@ def _top(name: str) -> str:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a module may be a project's: neither Python's nor of the packages for numerics."""
+    """Return whether a module may be a project's: neither Python's nor a package for numerics."""
     top = _top(name)
     return top == "__main__" or top not in (*sys.stdlib_module_names, *_NO_ANSWERS)
 
 
 def _is_followed(name: str, importer: str) -> bool:
-    """Whether the text of a module counts for one that imports it, and not only its version."""
+    """Return whether the text of a module counts for one that imports it, not only its version."""
     if _top(importer) == OURS:  # a method and the kernels that it imports
         return name.startswith(f"{OURS}.selectors") or _is_shared(name)
     if _top(name) == OURS or not _is_own(name):
@@ -139,14 +139,14 @@ def _is_followed(name: str, importer: str) -> bool:
 
 
 def _is_shared(name: str) -> bool:
-    """Whether a module is one that all packages of Siftclip share, such as `siftclip.errors`."""
+    """Return whether a module is one that all of Siftclip shares, such as `siftclip.errors`."""
     package, _, rest = name.partition(".")
     return package == OURS and rest != "" and "." not in rest and rest not in _FLOORS
 
 
 @functools.lru_cache(maxsize=1)
 def _distributions() -> dict[str, dict[str, str]]:
-    """Names and versions of what is installed, by the package that it brings."""
+    """Find the names and versions of installed distributions, by the packages that they bring."""
     versions: dict[str, dict[str, str]] = {}
     for top, names in packages_distributions().items():
         for name in names:
@@ -161,14 +161,14 @@ def _distributions() -> dict[str, dict[str, str]]:
 
 
 def _distribution_of(name: str) -> dict[str, str]:
-    """Name and version of what installed a module, if anything has, and it is not Siftclip."""
+    """Return name and version of what installed a module; empty for Siftclip and if nothing has."""
     if _top(name) == OURS or not _is_own(name):
         return {}
     return _distributions().get(_top(name), {})
 
 
 def _source_file(name: str) -> Path | None:
-    """The file of a module, found without running it; None for what has none."""
+    """Find the file of a module without running it; None if it has none."""
     module = sys.modules.get(name)
     origin = getattr(getattr(module, "__spec__", None), "origin", None)
     if origin is None:
@@ -185,14 +185,14 @@ def _source_file(name: str) -> Path | None:
 
 @functools.lru_cache(maxsize=4096)
 def _resolved(origin: str) -> Path:
-    """The place of a file without links, which takes a look at each folder above it."""
+    """Resolve the links in the place of a file, which takes a look at each folder above it."""
     return Path(origin).resolve()
 
 
 def _module_identity(
     name: str, loaded_ns: int
 ) -> tuple[str | None, tuple[str, ...], tuple[Path, ...]]:
-    """What stands for a module, the modules that it imports, and the files that it names."""
+    """Return what stands for a module, the modules that it imports, and the files that it names."""
     path, module = _source_file(name), sys.modules.get(name)
     if path is None:
         return (None if module is None else _in_memory(module)), (), ()
@@ -206,7 +206,7 @@ def _module_identity(
 
 
 def _data_files(folder: Path, texts: Iterable[str]) -> tuple[Path, ...]:
-    """The files in or below a folder of code that texts of the code name, but for code."""
+    """Find the files in or below a folder of code that texts of the code name, but for code."""
     inside = [text for text in texts if (folder / text).is_dir()]
     places = [folder, *(folder / text for text in inside)]
     paths = {place / text for place in places for text in texts if not text.endswith(_CODE)}
@@ -224,7 +224,7 @@ def _warn_of_change(path: Path) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _read(path: Path, name: str, *_stamp: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The digest of a module's file, the modules that it imports, and texts that may name files.
+    """Read a module's file: its digest, the modules it imports, and texts that may name files.
 
     Args:
         path: of the file.
@@ -245,7 +245,7 @@ def _read(path: Path, name: str, *_stamp: int) -> tuple[str, tuple[str, ...], tu
 
 
 def _may_name_a_file(node: ast.AST) -> TypeGuard[_Text]:
-    """Whether a node of a module's text is a constant that is a relative name in a folder."""
+    """Return whether a node of a module's text is a constant relative name in a folder."""
     if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
         return False
     text = node.value
@@ -254,7 +254,7 @@ def _may_name_a_file(node: ast.AST) -> TypeGuard[_Text]:
 
 
 def _imports(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:
-    """The modules that a module imports anywhere in its text."""
+    """Yield the modules that a module imports anywhere in its text."""
     package = name if is_package else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -276,7 +276,7 @@ def _imports(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:
 
 
 def _absolute(name: str, package: str) -> str:
-    """The full name of a module, of which a relative one begins with a dot for each level."""
+    """Return the full name of a module; a relative one begins with a dot for each level."""
     level = len(name) - len(name.lstrip("."))
     if not level:
         return name
@@ -302,7 +302,7 @@ def _is_module(name: str) -> bool:
 
 
 def _in_memory(module: ModuleType) -> str:
-    """A digest of the functions and classes of a loaded module and of its constants."""
+    """Hash the functions and classes of a loaded module and its constants."""
     functions: dict[str, FunctionType] = {}
     constants: dict[str, str] = {}
     for name, value in vars(module).items():
@@ -327,14 +327,14 @@ def _in_memory(module: ModuleType) -> str:
 
 
 def _behind_decorators(item: Any) -> Any:
-    """The function that a property, a method or a decorated function was made from."""
+    """Unwrap the function that a property, a method or a decorated function was made from."""
     for name in ("fget", "__func__", "func"):
         item = getattr(item, name, item)
     return inspect.unwrap(item) if callable(item) else item
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether a value is made of constants alone, also in lists, sets and dictionaries."""
+    """Return whether a value is made of constants alone, also in lists, sets and dictionaries."""
     if isinstance(value, dict):
         return all(_is_constant(item) for pair in value.items() for item in pair)
     if isinstance(value, (list, set, tuple, frozenset)):
@@ -343,7 +343,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _constant_text(value: Any) -> str:
-    """The text of a constant, in which the items of sets have an order."""
+    """Return the text of a constant, in which the items of sets have an order."""
     if isinstance(value, dict):
         return repr([(_constant_text(k), _constant_text(v)) for k, v in value.items()])
     if isinstance(value, (list, tuple)):
@@ -354,7 +354,7 @@ def _constant_text(value: Any) -> str:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names that some code uses, with the functions inside it."""
+    """Return the names that some code uses, with the functions inside it."""
     inner = [_names(value) for value in code.co_consts if isinstance(value, CodeType)]
     return set(code.co_names).union(*inner)
 

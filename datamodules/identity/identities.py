@@ -51,7 +51,7 @@ _WORDS = {
 
 
 def kept_identity(kind: str, depends_on: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result of a kind depends on.
+    """Return what a result of a kind depends on.
 
     `depends_on` holds plain values that JSON can hold: parameters by value, files by what they
     contain (`content_digest`), selectors by `selector_identity`.
@@ -60,7 +60,7 @@ def kept_identity(kind: str, depends_on: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What stands for a selector: its parameters, its code, and the files that these name.
+    """Return what stands for a selector: its parameters, its code, and the files that these name.
 
     Args:
         selector: or any object that `describe` can describe.
@@ -76,7 +76,7 @@ def selector_identity(selector: Any, *, without: tuple[str, ...] = ()) -> dict[s
 
 
 def stored_targets(node: Any) -> Any:
-    """A part of a configuration, in which each `_target_` of ours has the name that is kept.
+    """Copy a part of a configuration, each `_target_` of ours under the name that is kept.
 
     So that files of ours may move, and a public name and the place of a class are the same.
     """
@@ -92,7 +92,7 @@ def stored_targets(node: Any) -> Any:
 
 
 def named_files(texts: Iterable[str]) -> dict[str, str]:
-    """What stands for the files and folders among some texts, each by its text.
+    """Hash the files and folders among some texts, each by its text.
 
     Of a file that is its digest. Of a folder, which needs a slash in its text to be taken for one,
     it is a hash of the stamps of its files, because it may be large.
@@ -112,7 +112,7 @@ def named_files(texts: Iterable[str]) -> dict[str, str]:
 
 
 def _folder_stamp(folder: Path) -> str:
-    """Changes with the files below a folder, but for hidden ones, such as caches of a pool."""
+    """Return a stamp that changes with the files in a folder, hidden ones (caches) excluded."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
     files = list(islice(shown, _FILES_OF_A_FOLDER + 1))
@@ -129,7 +129,7 @@ def _folder_stamp(folder: Path) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In what two identities differ, in words."""
+    """Describe in what two identities differ."""
     if old.get("format", 1) != FORMAT:
         return ["an earlier version kept it without noting the code and the content of files"]
     words = []
@@ -146,7 +146,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def when(path: Path) -> str:
-    """The time of a file's last change, in words, in the machine's time zone."""
+    """Return the time of a file's last change, in words, in the machine's time zone."""
     return f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
 
 
@@ -156,7 +156,7 @@ def say_reused(what: str, path: Path) -> None:
 
 
 def say_why_not(what: str, new: Mapping[str, Any], kept: Iterable[Path], *, like: str) -> None:
-    """If something near to a result was kept, say in a line why it is not reused.
+    """Say in a line why a kept result that is near to this one is not reused, if there is one.
 
     Args:
         what: the result is called.

@@ -32,7 +32,7 @@ class KeptCode:
     today: dict[str, str]  # by today's name: the digest of the text that answers the same
 
     def stands_for(self, module: str, code: Mapping[str, str]) -> dict[str, str] | None:
-        """The digests under which the answers of a module are kept; None if its answers are new.
+        """Return the digests under which answers of a module are kept; None if its answers are new.
 
         Args:
             module: by its name of today.
@@ -44,7 +44,7 @@ class KeptCode:
         return {name: self.kept[name] for name in names}
 
     def with_same_answers(self, code: Mapping[str, Mapping[str, str]]) -> KeptCode:
-        """The table in which the text of now answers as before.
+        """Return the table in which the current code answers as before.
 
         Args:
             code: by module, what `stands_for` takes. Those that are new are kept as they are now.
@@ -64,16 +64,16 @@ class KeptCode:
         )
 
     def with_new_answers(self, module: str) -> KeptCode:
-        """The table in which a module, and all that imports it, answers differently from before."""
+        """Return the table in which a module, and all that imports it, gives new answers."""
         kept = {**self.kept, old_name(module): self.today[module]}
         return KeptCode(siftclip=self.siftclip, kept=kept, imports=self.imports, today=self.today)
 
     def write(self, path: Path = TABLE) -> None:
-        """Write the table."""
+        """Write the table as JSON."""
         write_json(path, asdict(self))
 
 
 @functools.cache
 def kept_code(path: Path = TABLE) -> KeptCode:
-    """The table that comes with Siftclip."""
+    """Read the table that comes with Siftclip."""
     return KeptCode(**json.loads(path.read_text(encoding="utf-8")))

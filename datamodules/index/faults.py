@@ -39,19 +39,19 @@ class FaultLog:
         return sum(self.counts.values())
 
     def summary(self) -> str:
-        """One line: causes with counts and examples."""
+        """Summarise in one line: causes with counts and examples."""
         return "; ".join(
             f"{count} {cause} (such as {', '.join(self.examples.get(cause, []))})"
             for cause, count in self.counts.most_common()
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"counts": dict(self.counts), "examples": self.examples}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> FaultLog:
-        """The inverse of `state`."""
+        """Invert `state`."""
         return cls(counts=Counter(state["counts"]), examples=dict(state["examples"]))
 
     def check(self, *, owner: str, total: int, max_bad_fraction: float) -> None:

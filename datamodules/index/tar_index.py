@@ -150,7 +150,7 @@ class _IndexBuilder:
         self._places.append((start, end - start, image[1], image[2], text[1], text[2]))
 
     def finish(self, truncated: bool) -> ShardIndex:
-        """The index, when the tar has ended."""
+        """Return the index, when the tar has ended."""
         for sample in self._incomplete.values():
             has_image = sample.find(*IMAGE_SUFFIXES) is not None
             pairs = _hidden_pairs(sample).total()
@@ -211,7 +211,7 @@ class _IndexBuilder:
         ) and self._same_bytes(Member("", text_at, text_bytes, None), text)
 
     def _same_bytes(self, member: Member, other: Member) -> bool:
-        """Whether two members hold the same; only names that occur twice are read for it."""
+        """Return whether two members hold the same; only names that occur twice are read for it."""
         if member is other:
             return True
         size = member.size_bytes
@@ -221,7 +221,7 @@ class _IndexBuilder:
         return first == self._source.read(other.offset_bytes, size)[:size]
 
     def _place(self, sample: TarSample) -> str:
-        """Tar and key with the names of the members, for messages."""
+        """Return tar and key with the names of the members, for messages."""
         names = sample.names()
         shown = ", ".join(names[:_NAMES_SHOWN])
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
@@ -233,7 +233,7 @@ def _hidden_pairs(sample: TarSample) -> Counter[str]:
 
 
 def _first_round(members: list[Member]) -> dict[str, Member]:
-    """The members by suffix up to the first whose suffix has been there before."""
+    """Return the members by suffix up to the first whose suffix has been there before."""
     first: dict[str, Member] = {}
     for member in members:
         if member.suffix in first:
@@ -247,7 +247,7 @@ class _UidError(Exception):
 
 
 def _find_uid(record: bytes) -> str | None:
-    """The `uid` of a sample's JSON, None without one.
+    """Find the `uid` in a sample's JSON; None without one.
 
     Raises:
         _UidError: it is no uid, or there are several, or the JSON cannot be read.
@@ -282,7 +282,7 @@ def load_shard_index(
     path: Path,
     key_split: KeySplit = "first_dot",
 ) -> ShardIndex:
-    """The index of a tar, from the file `path` if it was made from this very tar, else built anew.
+    """Read a tar's index from the file `path` if it was made from this very tar, else build it.
 
     Args:
         name: of the tar.

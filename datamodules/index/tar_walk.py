@@ -50,7 +50,7 @@ class TruncatedTarError(Exception):
     """A tar ends in the middle of a member; the samples before the cut have been given out."""
 
     def __init__(self, message: str, member: str | None = None) -> None:
-        """`member` is the name of the file that the cut runs through, where it can be read."""
+        """Store `member`, the name of the file that the cut runs through, where it can be read."""
         super().__init__(message)
         self.member = member
 
@@ -73,7 +73,7 @@ class TarSample(NamedTuple):
     end_bytes: int  # behind the last member and what fills its block
 
     def find(self, *suffixes: str) -> Member | None:
-        """The member with the first of these suffixes that there is; of two alike, the first."""
+        """Find the member with the first of these suffixes that exists; of two alike, the first."""
         for suffix in suffixes:
             for member in self.members:
                 if member[0] == suffix:
@@ -81,15 +81,15 @@ class TarSample(NamedTuple):
         return None
 
     def names(self) -> list[str]:
-        """The members' names, suffixes in lower case."""
+        """Return the members' names, suffixes in lower case."""
         return [f"{self.key}.{member.suffix}" for member in self.members]
 
     def repeats(self) -> bool:
-        """Whether two members have one suffix, as where several samples have one key."""
+        """Return whether two members have one suffix, as where several samples have one key."""
         return len({member.suffix for member in self.members}) < len(self.members)
 
     def hidden_pairs(self, first: Collection[str], second: Collection[str]) -> Counter[str]:
-        """The pairs of suffixes, one of each kind, that more dots in the names hide in this key.
+        """Count the pairs of suffixes, one of each kind, that dots in names hide in this key.
 
         `movie.1.jpg, movie.1.txt, movie.2.jpg, movie.2.txt` are the pairs `1` and `2` of the key
         `movie`; a mask `0001.seg.png` beside an image is none. A pair that is there twice counts
@@ -121,7 +121,7 @@ class TarSource(Protocol):
         """Of the whole tar."""
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """At least `size_bytes` from an offset; fewer only where the tar ends."""
+        """Read at least `size_bytes` from an offset; fewer only where the tar ends."""
 
 
 class LocalTar:
@@ -148,7 +148,7 @@ class LocalTar:
         os.close(self._file)
 
     def fileno(self) -> int:
-        """The open file."""
+        """Return the descriptor of the open file."""
         return self._file
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -212,7 +212,7 @@ def walk_tar(
 
 
 def _split_at_first(name: str) -> tuple[str, str]:
-    """Key and suffix of a member; an empty key if it belongs to no sample."""
+    """Split a member's name into key and suffix; an empty key if it belongs to no sample."""
     key, dot, suffix = name.partition(".")
     if not dot or "/" in suffix or not key or key[-1] == "/":  # rare: a dot in a folder's name
         match = _MEMBER_NAME.match(name)
@@ -225,7 +225,7 @@ def _split_at_first(name: str) -> tuple[str, str]:
 
 
 def _split_at_last(name: str) -> tuple[str, str]:
-    """As `_split_at_first`, at the last dot; what that passes over, this does, too."""
+    """Split as `_split_at_first`, at the last dot; what that passes over, this does, too."""
     if not _split_at_first(name)[0]:
         return "", ""
     key, _, suffix = name.rpartition(".")
@@ -272,7 +272,7 @@ class _HeaderWalk:
     """Goes from header to header of a tar, and gives out its regular files in blocks."""
 
     def __init__(self, source: TarSource, ending: str) -> None:
-        """`ending` is what the names of the files end with that come with their bytes."""
+        """Begin at a tar's first header; names of files whose bytes are read end with `ending`."""
         self._read, self._total = source.read, source.size_bytes
         self._window, self._window_start, self._window_end = b"", 0, 0
         self._position = self._start = 0  # of the next header, and of the first of its file
@@ -288,7 +288,7 @@ class _HeaderWalk:
         self.ended, self.problem, self.cut = True, problem, cut
 
     def read_block(self) -> tuple[list[bytes], list[_File], list[int]]:
-        """The next headers, the files among them, and how many headers there are up to each.
+        """Return the next headers, the files among them, and the number of headers up to each.
 
         A pool has millions of files: what most of them need is done here, without a call.
         """
@@ -401,7 +401,7 @@ class _HeaderWalk:
 
 
 def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
-    """The regular files of a tar, in blocks whose headers have been checked."""
+    """Yield the regular files of a tar, in blocks whose headers have been checked."""
     if source.size_bytes == 0:
         raise InputError(f"{source.name} must be an uncompressed tar file. It is empty.")
     walk = _HeaderWalk(source, ending)
@@ -424,7 +424,7 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
 
 
 def round_up(size_bytes: int) -> int:
-    """The bytes that a tar takes for a member of a size: whole blocks."""
+    """Round up to the bytes that a tar takes for a member of a size: whole blocks."""
     return (size_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
 
 
@@ -435,7 +435,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """A header's number: octal, or binary as GNU tar writes large ones; -1 for neither."""
+    """Parse a header's number: octal, or binary as GNU tar writes large ones; -1 for neither."""
     if field[0] in (0o200, 0o377):
         return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] & 1 else 0)
     try:
@@ -445,7 +445,7 @@ def _number(field: bytes) -> int:
 
 
 def _sparse_map_bytes(read: Callable[[int, int], bytes], header: bytes, data: int) -> int:
-    """The size of the maps between a sparse file's header and its data."""
+    """Compute the size of the maps between a sparse file's header and its data."""
     more, size = header[482], 0
     while more:
         block = read(data + size, BLOCK_BYTES)[:BLOCK_BYTES]
@@ -455,7 +455,7 @@ def _sparse_map_bytes(read: Callable[[int, int], bytes], header: bytes, data: in
 
 
 def _count_valid(headers: list[bytes]) -> int:
-    """How many headers up to the first whose sum is not the one that it states."""
+    """Count the headers up to the first whose sum is not the one that it states."""
     if not headers:
         return 0
     fields = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK_BYTES)

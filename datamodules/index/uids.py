@@ -18,7 +18,7 @@ for _digit in HEX_DIGITS:
 
 
 def is_uid(text: object) -> bool:
-    """Whether `text` is a string of 32 hexadecimal digits."""
+    """Return whether `text` is a string of 32 hexadecimal digits."""
     return isinstance(text, str) and len(text) == 32 and HEX_DIGITS.issuperset(text)
 
 
@@ -42,12 +42,12 @@ def parse_uid_bytes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def format_uid(uid: np.ndarray) -> str:
-    """The 32 hexadecimal digits of one uid, uint64 [2]."""
+    """Format one uid, uint64 [2], as 32 hexadecimal digits."""
     return f"{int(uid[0]):016x}{int(uid[1]):016x}"
 
 
 def derive_uid(shard_name: str, key: str) -> str:
-    """The uid of a sample without one: MD5 of `<tar file name>/<key>`, as 32 hexadecimal digits.
+    """Derive the uid of a sample without one: MD5 of `<tar file name>/<key>`, 32 hex digits.
 
     It depends on the name of the tar and the key inside it alone, not on where the pool lies.
     """
@@ -55,7 +55,7 @@ def derive_uid(shard_name: str, key: str) -> str:
 
 
 def sort_uids(uids: np.ndarray) -> np.ndarray:
-    """The int64 permutation [n] that sorts uids, uint64 [n, 2], by (high, low); stable."""
+    """Return the int64 permutation [n] that sorts uids, uint64 [n, 2], by (high, low); stable."""
     return np.lexsort((uids[:, 1], uids[:, 0]))
 
 
@@ -65,7 +65,7 @@ def to_structured(uids: np.ndarray) -> np.ndarray:
 
 
 def from_structured(array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_structured`."""
+    """Invert `to_structured`."""
     return np.stack([array["f0"], array["f1"]], axis=1).astype(np.uint64)
 
 
@@ -83,11 +83,11 @@ class UidTable:
         return cls(sorted_uids=uids[order], rows=order.astype(np.int64))
 
     def duplicates(self) -> int:
-        """How many rows repeat the uid of an earlier row."""
+        """Count the rows that repeat the uid of an earlier row."""
         return int((self.sorted_uids[1:] == self.sorted_uids[:-1]).all(axis=1).sum())
 
     def find(self, uids: np.ndarray) -> np.ndarray:
-        """The rows of uids, uint64 [m, 2], as int64 [m]; -1 where a uid is absent."""
+        """Find the rows of uids, uint64 [m, 2], as int64 [m]; -1 where a uid is absent."""
         high, low = self.sorted_uids[:, 0], self.sorted_uids[:, 1]
         start = np.searchsorted(high, uids[:, 0], side="left")
         end = np.searchsorted(high, uids[:, 0], side="right")

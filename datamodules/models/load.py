@@ -158,7 +158,7 @@ def load_clip_model(
 def _tag_or_file(
     source: str, pretrained: str | None, weights: Weights
 ) -> tuple[str | None, str | None]:
-    """What `pretrained` names: a tag of open_clip, or a file that exists; None for the other."""
+    """Return what `pretrained` names: open_clip's tag, or an existing file; None for the other."""
     if pretrained is not None and _is_tag(source, pretrained):
         tag, file = pretrained, None
     else:
@@ -179,7 +179,7 @@ def _tag_or_file(
 def _tokenizer(
     source: str, architecture: Mapping[str, Any] | None, context_length: int | None
 ) -> Tokenizer:
-    """The tokenizer of a model: of a new architecture, the one that it names.
+    """Build the tokenizer of a model: of a new architecture, the one that it names.
 
     open_clip looks for it beside a config that lies in a folder, whatever the config says.
     """
@@ -200,14 +200,14 @@ def _tokenizer(
 
 
 def holds_weights(name: str) -> bool:
-    """Whether a model's name brings weights along: a folder or a model hub, not a bare name."""
+    """Return whether a model's name brings weights along: a folder or a hub, not a bare name."""
     return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()
 
 
 def _needs(
     source: str, tag: str | None, file: str | None, model_cfg: Mapping[str, Any]
 ) -> dict[str, WeightNeeds | None]:
-    """What a whole model's weights need, by what brings them; nothing for random ones."""
+    """Find what a whole model's weights need, by what brings them; nothing for random ones."""
     if tag is not None:
         return {f"pretrained={tag!r}": needs_of_tag(source, tag)}
     if file is not None:
@@ -223,7 +223,7 @@ def _needs(
 def _tower_needs(
     tower: Tower, path: str, model_cfg: Mapping[str, Any]
 ) -> dict[str, WeightNeeds | None]:
-    """What the weights of one tower need: images for the image tower, and the activation.
+    """Find what the weights of one tower need: images for the image tower, and the activation.
 
     ResNets and towers of timm and Hugging Face have activations of their own.
     """
@@ -285,7 +285,7 @@ def _without_needless_warnings(random_weights: bool) -> Iterator[None]:
 
 
 def _resolve(name: str, pretrained: str | None) -> str:
-    """What open_clip calls the model, after checks whose messages open_clip leaves out."""
+    """Return what open_clip calls the model, after checks whose messages open_clip leaves out."""
     folder = Path(name.removeprefix("local-dir:"))
     for candidate in (folder / MODEL_FOLDER, folder):
         if (candidate / CONFIG_NAME).is_file():
@@ -357,7 +357,7 @@ def _check_label(name: str, pretrained: str | None) -> None:
 
 
 def _is_tag(source: str, pretrained: str) -> bool:
-    """Whether `pretrained` is open_clip's name for weights of a built-in model, not a file."""
+    """Return whether `pretrained` is open_clip's name for weights of a built-in model."""
     import open_clip
 
     return not source.startswith(SCHEMES) and open_clip.is_pretrained_cfg(source, pretrained)

@@ -69,7 +69,7 @@ _MODEL_ARGUMENTS = ("init_logit_scale", "init_logit_bias", "nonscalar_logit_scal
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are set, checked: null stands for what the architecture says.
+    """Check the options that are set and return them: null stands for what the architecture says.
 
     Raises:
         InputError: a name is unknown, or a value is not what open_clip can use.
@@ -113,7 +113,7 @@ def check_supported(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def configured(model_cfg: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's `model_cfg` of the model that was built from `model_cfg` with `options`.
+    """Return open_clip's `model_cfg` of the model that was built from `model_cfg` with `options`.
 
     The options are those of `weight_needs.fit_options`.
 

@@ -13,7 +13,7 @@ from siftclip.datamodules.models.weight_needs import activation_name
 
 
 def model_record(clip: ClipModel) -> dict[str, Any]:
-    """What a model is, to be written beside what it made. Cheap: the weights are left out.
+    """Describe a model, to be written beside what it made. Cheap: the weights are left out.
 
     With the `fingerprint`, which covers all of it and the weights, it is the identity of a model:
     where one of these differs, it is another model.
@@ -28,7 +28,7 @@ def model_record(clip: ClipModel) -> dict[str, Any]:
 
 
 def tokenizer_record(tokenizer: Any) -> dict[str, Any]:
-    """What decides about the tokens of a text, beside the settings in `text_cfg`.
+    """Describe what decides about the tokens of a text, beside the settings in `text_cfg`.
 
     Returns:
         The class of open_clip's, the number of tokens, and the SHA-256 of the rules and words of a
@@ -43,7 +43,7 @@ def tokenizer_record(tokenizer: Any) -> dict[str, Any]:
 
 
 def fingerprint(clip: ClipModel) -> str:
-    """SHA-256 over what decides a model's answers: its configuration, tokenizer and weights.
+    """Hash what decides a model's answers (SHA-256): its configuration, tokenizer and weights.
 
     The configuration counts because two models with equal weights differ by activation function
     (`quick_gelu`) or by preprocessing.
@@ -60,7 +60,7 @@ def fingerprint(clip: ClipModel) -> str:
 
 
 def _contents_hash(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer of Hugging Face does to a text."""
+    """Hash what a tokenizer of Hugging Face does to a text (SHA-256)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = {"vocabulary": tokenizer.get_vocab()}

@@ -14,14 +14,14 @@ class Clip(Protocol):
     logit_scale: nn.Parameter  # float, a scalar: the logarithm of the scale of logits
 
     def encode_image(self, image: Tensor, /, *, normalize: bool) -> Tensor:
-        """Features [b, d] of images, float [b, 3, h, w]; of unit norm if asked for."""
+        """Encode images, float [b, 3, h, w], to features [b, d]; of unit norm if asked for."""
 
     def encode_text(self, text: Tensor, /, *, normalize: bool) -> Tensor:
-        """Features [b, d] of tokens, int64 [b, length]; of unit norm if asked for."""
+        """Encode tokens, int64 [b, length], to features [b, d]; of unit norm if asked for."""
 
 
 def as_clip(model: nn.Module) -> Clip:
-    """The model itself, which is one of open_clip's."""
+    """Return the model itself, which is one of open_clip's."""
     untyped: Any = model
     clip: Clip = untyped
     return clip

@@ -50,12 +50,12 @@ class WeightNeeds:
 
 
 def activation_name(quick_gelu: bool) -> str:
-    """What open_clip calls the activation."""
+    """Return what open_clip calls the activation."""
     return "QuickGELU" if quick_gelu else "GELU"
 
 
 def needs_of_tag(name: str, tag: str) -> WeightNeeds:
-    """What open_clip's weights `tag` of the built-in model `name` need.
+    """Find what open_clip's weights `tag` of the built-in model `name` need.
 
     The table names QuickGELU alone. Where it says nothing the configuration of the name counts,
     with which the weights were trained. That is the case of `roberta-ViT-B-32` alone, of which
@@ -73,7 +73,7 @@ def needs_of_tag(name: str, tag: str) -> WeightNeeds:
 
 
 def needs_of_file(path: str | Path) -> WeightNeeds | None:
-    """What a file says about the weights in it, or is known of it; None where that is nothing.
+    """Find what a file says about the weights in it, or what is known of it; None if nothing is.
 
     Raises:
         InputError: the configuration in the file or beside it is damaged.
@@ -89,7 +89,7 @@ def needs_of_file(path: str | Path) -> WeightNeeds | None:
 
 
 def needs_of_folder(folder: Path) -> WeightNeeds:
-    """What the weights of a folder with an `open_clip_config.json` need.
+    """Read what the weights of a folder with an `open_clip_config.json` need.
 
     Raises:
         InputError: that file is damaged.
@@ -101,7 +101,7 @@ def needs_of_folder(folder: Path) -> WeightNeeds:
 
 
 def needs_of_repository(source: str, config: Mapping[str, Any]) -> WeightNeeds:
-    """What the weights of `hf-hub:org/repo` need.
+    """Find what the weights of `hf-hub:org/repo` need.
 
     Args:
         source: the name, with its prefix.
@@ -116,7 +116,7 @@ def needs_of_repository(source: str, config: Mapping[str, Any]) -> WeightNeeds:
 def wrong_activation(
     name: str, pretrained: str | None, options: Mapping[str, Any] | None
 ) -> bool | None:
-    """The activation that earlier versions of siftclip built against what weights need.
+    """Return the activation that earlier versions of siftclip built against what weights need.
 
     They built what the name says. This tells results that lack a record of the activation.
 
@@ -140,7 +140,7 @@ def wrong_activation(
 def _needs_of_config(
     config: Any, *, says: str, owner: str, listed: WeightNeeds | None = None
 ) -> WeightNeeds:
-    """What an `open_clip_config.json` says; the table where that says nothing of the activation."""
+    """Read needs from an `open_clip_config.json`; the table if that names no activation."""
     model = config.get("model_cfg", config) if isinstance(config, Mapping) else None
     images = config.get("preprocess_cfg", {}) if isinstance(config, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(images, Mapping):
@@ -163,7 +163,7 @@ def _image_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed_needs(path: Path) -> WeightNeeds | None:
-    """What open_clip's table says of a downloaded file, told by its place or name."""
+    """Find a downloaded file in open_clip's table, by its place or name."""
     for part in reversed(path.absolute().parent.parts):
         match = _CACHED_REPOSITORY.fullmatch(part)
         if match:
@@ -173,7 +173,7 @@ def _listed_needs(path: Path) -> WeightNeeds | None:
 
 @functools.cache
 def _table() -> dict[str, WeightNeeds]:
-    """open_clip's table by repository (`org/name`) and by file name of a download."""
+    """Load open_clip's table by repository (`org/name`) and by file name of a download."""
     import open_clip
 
     table: dict[str, WeightNeeds] = {}
@@ -194,7 +194,7 @@ def fit_options(
     model_cfg: Mapping[str, Any],
     name: str,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Options with which a model fits its weights.
+    """Choose options with which a model fits its weights.
 
     The activation of the weights counts: an option that contradicts it is refused, since the model
     would be another one. Of the images an option counts, else what the weights say.
@@ -280,7 +280,7 @@ def _fit_activation(
 def _differences(
     trained: Mapping[str, Any], built: Mapping[str, Any], options: Mapping[str, Any]
 ) -> list[str]:
-    """What of the towers differs from how weights were trained, though the weights may fit.
+    """Describe how towers differ from those that weights were trained for, though weights may fit.
 
     Other sizes of images and texts are interpolated, heads and pooling are in no shape at all.
     What an option asks for is no news.
@@ -307,7 +307,7 @@ def _pair(value: Any) -> list[Any]:
 
 
 def _twin(name: str) -> str | None:
-    """The name of the same architecture with the other activation, if open_clip has one."""
+    """Return the name of the same architecture with the other activation, if open_clip has one."""
     import open_clip
 
     plain = name.removesuffix(QUICKGELU_SUFFIX)

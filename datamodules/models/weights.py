@@ -82,7 +82,7 @@ def read_weights(path: str | Path, *, weights: Weights = "auto") -> dict[str, Te
 
 
 def read_config(path: Path) -> Any:
-    """The content of `open_clip_config.json` that a checkpoint of ours brings along; None without.
+    """Read the `open_clip_config.json` that a checkpoint of ours brings along; None without.
 
     Only the table of contents is read. A file that cannot be read says nothing here: loading its
     weights says what is wrong with it.
@@ -156,7 +156,7 @@ def load_tower_weights(
 
 
 def portable_weights(weights: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
-    """A state dict on the CPU, contiguous, checked to be finite; for writing it.
+    """Copy a state dict to the CPU, contiguous, checked to be finite; for writing it.
 
     Args:
         weights: of the whole model.
@@ -189,7 +189,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _tower_part(state: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]:
-    """The weights of a tower, under its own names, from those of a model or of the tower."""
+    """Extract a tower's weights, under its own names, from those of a model or of the tower."""
     prefixed = _below(state, "visual." if tower == "image" else "text.")
     if prefixed:
         return prefixed
@@ -199,7 +199,7 @@ def _tower_part(state: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]:
 
 
 def _converted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What open_clip's `load_checkpoint` makes of a state dict before it resizes embeddings."""
+    """Convert a state dict as open_clip's `load_checkpoint` does before it resizes embeddings."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -248,7 +248,7 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, in a few lines."""
+    """Describe in a few lines what is wrong with a file."""
     if isinstance(error, pickle.UnpicklingError):
         # PyTorch's own message says how to run what is in the file.
         other = re.search(r"GLOBAL (\S+)", str(error))

@@ -19,7 +19,7 @@ _JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then an image's 
 
 
 def read_image_sizes(pool: Pool, *, progress: bool) -> np.ndarray:
-    """Width and height of each image before anybody resized it, int64 [n, 2]; -1 where unknown.
+    """Read width and height of each image before any resize, int64 [n, 2]; -1 where unknown.
 
     The columns `original_width` and `original_height` of the pool's metadata count; a pool without
     metadata is read once for the fields of these names, or `width` and `height`, in the JSON of its
@@ -71,7 +71,7 @@ def _from_json(pool: Pool, progress: bool) -> np.ndarray:
 
 
 def _size_in(record: bytes) -> tuple[int, int]:
-    """Width and height in a sample's JSON; (-1, -1) where it has none."""
+    """Find width and height in a sample's JSON; (-1, -1) where it has none."""
     try:
         fields = json.loads(record)
         for names in _JSON_FIELDS:

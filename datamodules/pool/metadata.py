@@ -30,7 +30,7 @@ class Metadata(NamedTuple):
 
 
 def read_metadata(path: Path, columns: Sequence[str] = ()) -> Metadata:
-    """The uids of a metadata parquet, and columns. Opened once: their rows belong together.
+    """Read uids and columns of a metadata parquet. Opened once: their rows belong together.
 
     Raises:
         InputError: the file is not parquet, has no column `uid`, or changes while it is read.
@@ -53,7 +53,7 @@ def read_metadata(path: Path, columns: Sequence[str] = ()) -> Metadata:
 
 
 def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
-    """The uids of a metadata parquet: uint64 [n, 2], a bool [n] of which are valid, and faults.
+    """Read the uids of a metadata parquet: uint64 [n, 2], a bool [n] of valid ones, and faults.
 
     Raises:
         InputError: see `read_metadata`.

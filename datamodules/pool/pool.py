@@ -98,11 +98,11 @@ class Pool:
         return identity_hash({shard.name: shard.stamp for shard in self.shards})
 
     def place(self, row: int) -> str:
-        """`<tar>:<key>` of a row, for messages."""
+        """Return `<tar>:<key>` of a row, for messages."""
         return f"{self.shards[self.shard_of_row[row]].name}:{self.keys[row].decode()}"
 
     def shard_rows(self, shard: int) -> np.ndarray:
-        """The rows of one shard, int64, in the order of the tar."""
+        """Return the rows of one shard, int64, in the order of the tar."""
         start, end = np.searchsorted(self.shard_of_row, [shard, shard + 1])
         return np.arange(start, end, dtype=np.int64)
 
@@ -110,7 +110,7 @@ class Pool:
 def make_storage(
     root: str, *, cache_dir: Path, options: Mapping[str, Any], shard_cache_gb: float
 ) -> Storage:
-    """The storage of a pool.
+    """Build the storage of a pool.
 
     Args:
         root: a local folder, or any URL that fsspec reads.
@@ -225,7 +225,7 @@ def _index_shards(
     workers: int,
     progress: bool,
 ) -> list[ShardIndex]:
-    """The indices of all tars. Each is written when it is ready: a killed run continues there."""
+    """Index all tars. Each index is written when it is ready: a killed run continues there."""
     total = sum(shard.size_bytes for shard in shards)
     todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
     bar = tqdm(
@@ -342,7 +342,7 @@ def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> F
 
 
 def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) -> Pool:
-    """A pool whose arrays are maps of the files in `folder`.
+    """Map the arrays of a pool from the files in `folder`.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -395,7 +395,7 @@ class Coverage:
 
 
 def metadata_tables(pool: Pool) -> list[Path]:
-    """The parquet files of the pool's metadata (DataComp's layout), by name; empty without.
+    """List the parquet files of the pool's metadata (DataComp's layout), by name; empty without.
 
     Those that img2dataset writes beside the tars are not metadata: they have no uids.
     """
@@ -404,7 +404,7 @@ def metadata_tables(pool: Pool) -> list[Path]:
 
 
 def metadata_coverage(pool: Pool) -> Coverage | None:
-    """How many samples of the pool's metadata its shards hold; None if it has no metadata."""
+    """Count the samples of the pool's metadata that its shards hold; None if it has no metadata."""
     named = present = 0
     for path in metadata_tables(pool):
         uids, valid, _ = read_metadata_uids(path)

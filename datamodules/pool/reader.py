@@ -42,12 +42,12 @@ class ChangedTarError(BadSampleError):
     """
 
     def __init__(self, cause: str, path: str) -> None:
-        """`path` is that of the tar."""
+        """Store the `path` of the tar."""
         super().__init__(cause)
         self.path = path
 
     def stop(self) -> InputError:
-        """The error to end with."""
+        """Return the error to end with."""
         return changed_file_error(self.path)
 
 
@@ -132,7 +132,7 @@ def read_ranges(
 
 
 def bad_sample(error: StorageError, shard: ShardFile) -> BadSampleError:
-    """What a range of a tar that could not be read means for its sample."""
+    """Return the fault of a sample, one of whose ranges could not be read from its tar."""
     if isinstance(error, ChangedError):
         return ChangedTarError(str(error), shard.path)
     return BadSampleError(str(error))
@@ -179,7 +179,7 @@ class SampleReader:
                 yield index, RawSample(other, part) if is_caption else RawSample(part, other)
 
     def read_captions(self, rows: np.ndarray) -> list[bytes | BadSampleError]:
-        """The captions of rows, int64 [n], alone, in the order of `rows`."""
+        """Read the captions of rows, int64 [n], alone, in the order of `rows`."""
         pool = self.pool
         ranges = self._read_ranges(
             pool.shard_of_row[rows], pool.text_offsets_bytes[rows], pool.text_sizes_bytes[rows]
@@ -189,7 +189,7 @@ class SampleReader:
     def _read_ranges(
         self, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray
     ) -> Iterator[tuple[int, bytes | BadSampleError]]:
-        """Ranges of tars, in the order of their places, each with its number."""
+        """Yield ranges of tars, in the order of their places, each with its number."""
         too_large = sizes > self.max_member_bytes
         for number in np.flatnonzero(too_large).tolist():
             yield number, BadSampleError("with more bytes than max_image_pixels allows")
@@ -205,7 +205,7 @@ class SampleReader:
                 yield number, part
 
     def read_one(self, row: int) -> RawSample:
-        """The bytes of one row.
+        """Read the bytes of one row.
 
         Raises:
             BadSampleError: they cannot be read.
@@ -216,19 +216,19 @@ class SampleReader:
         return sample
 
     def read_caption(self, row: int) -> str:
-        """The caption of a row; see `decode_caption`."""
+        """Read the caption of a row; see `decode_caption`."""
         (caption,) = self.read_captions(np.asarray([row], dtype=np.int64))
         if isinstance(caption, BadSampleError):
             raise caption
         return decode_caption(caption)
 
     def read_image(self, row: int) -> Image.Image:
-        """The image of a row; see `decode_image`."""
+        """Read the image of a row; see `decode_image`."""
         return decode_image(self.read_one(row).image, self.max_image_pixels)
 
 
 def decode_caption(data: bytes) -> str:
-    """A caption without surrounding white space.
+    """Decode a caption, without surrounding white space.
 
     Raises:
         BadSampleError: it is empty or not UTF-8.
@@ -243,7 +243,7 @@ def decode_caption(data: bytes) -> str:
 
 
 def decode_image(data: bytes, max_image_pixels: int) -> Image.Image:
-    """An image decoded to RGB.
+    """Decode an image to RGB.
 
     Raises:
         BadSampleError: it cannot be decoded, or its header states more than `max_image_pixels`.
@@ -253,13 +253,13 @@ def decode_image(data: bytes, max_image_pixels: int) -> Image.Image:
 
 
 def decode_pixels(data: bytes, max_image_pixels: int) -> np.ndarray:
-    """As `decode_image`, but uint8 [h, w, 3]."""
+    """Decode as `decode_image`, but to uint8 [h, w, 3]."""
     pixels = _decode_jpeg(data, max_image_pixels)
     return np.array(_decode_pillow(data, max_image_pixels)) if pixels is None else pixels
 
 
 def _decode_jpeg(data: bytes, max_image_pixels: int) -> np.ndarray | None:
-    """A sound JPEG by simplejpeg, if it is installed: Pillow's pixels, in less time. Else None."""
+    """Decode a sound JPEG by simplejpeg, if installed: Pillow's pixels, in less time. Else None."""
     if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
     try:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def read_pool_column(pool: Pool, column: ExternalColumn) -> np.ndarray:
-    """The numbers of a column for each row of the pool, float64 [n], NaN where there is none.
+    """Read the numbers of a column for each row of the pool, float64 [n], NaN where there is none.
 
     Raises:
         InputError: a file is missing or damaged, or none of its uids is in the pool.
@@ -37,7 +37,7 @@ def read_pool_column(pool: Pool, column: ExternalColumn) -> np.ndarray:
 
 
 def read_pool_lists(pool: Pool, column: ExternalColumn) -> ListColumn:
-    """The lists of a column for each row of the pool; empty where there is none.
+    """Read the lists of a column for each row of the pool; empty where there is none.
 
     The column holds lists of whole numbers of at least 0, or such a number, which is a list of one.
     Nulls are left out, also in lists. Of a uid that occurs several times, the first list that is
@@ -72,7 +72,7 @@ def read_pool_lists(pool: Pool, column: ExternalColumn) -> ListColumn:
 
 
 def column_stamp(pool: Pool, column: ExternalColumn) -> list[Any]:
-    """Changes with the files of a column: with their content, or the stamps of the pool's own."""
+    """Return a stamp that changes with a column's files: their content, or the pool's stamps."""
     stamp = file_stamp if column.path is None else content_digest
     return [column.column, *(stamp(path) for path in _paths(pool, column) if path.is_file())]
 
@@ -95,7 +95,7 @@ def _paths(pool: Pool, column: ExternalColumn) -> list[Path]:
 def read_column(
     pool: Pool, path: Path, name: str | None, *, owner: object = None, must_match: bool = True
 ) -> np.ndarray:
-    """The external numbers of each row of the pool, float64 [n], NaN where there is none.
+    """Read external numbers for each row of the pool, float64 [n], NaN where there is none.
 
     Of a uid that the file has twice, the first number counts.
 
@@ -153,7 +153,7 @@ def _column_error(rule: str, owner: object, name: str | None) -> ParameterError:
 
 
 def _read_lists(path: Path, name: str | None, owner: object) -> tuple[np.ndarray, ListColumn]:
-    """The uids of a parquet file that are valid, uint64 [m, 2], and a list for each."""
+    """Read the valid uids of a parquet file, uint64 [m, 2], and a list for each."""
     if path.suffix != ".parquet" or not path.is_file():
         rule = "must be an existing .parquet file, for lists"
         raise ParameterError(rule, owner=owner, parameter="path", value=str(path))
@@ -166,7 +166,7 @@ def _read_lists(path: Path, name: str | None, owner: object) -> tuple[np.ndarray
 
 
 def _lists_of(column: pa.Array, owner: str) -> ListColumn:
-    """The lists of an arrow array of lists or of whole numbers, without nulls."""
+    """Convert an arrow array of lists or of whole numbers, without nulls."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -192,7 +192,7 @@ def _lists_of(column: pa.Array, owner: str) -> ListColumn:
 
 
 def _with_column(path: Path, name: str | None, owner: object) -> Metadata:
-    """A parquet file with a column, which must be there."""
+    """Read a parquet file with a column, which must be there."""
     read = read_metadata(path, [] if name is None else [name])
     if name not in read.names:
         raise ParameterError(

@@ -64,7 +64,7 @@ class NewShard:
     faults: FaultLog = field(default_factory=FaultLog)  # of the samples that it lacks
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             "name": self.name,
             "samples": self.samples,
@@ -74,7 +74,7 @@ class NewShard:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> NewShard:
-        """The inverse of `state`."""
+        """Invert `state`."""
         return cls(
             name=state["name"],
             samples=state["samples"],
@@ -220,7 +220,7 @@ def write_shard(
 
 
 def read_samples(pool: Pool, rows: np.ndarray) -> Iterator[bytes | StorageError]:
-    """All bytes of samples, headers and members, of rows, int64 [n], ascending, in their order."""
+    """Yield all bytes, headers and members, of samples by rows, int64 [n], ascending."""
     sizes = pool.sample_sizes_bytes[rows]
     groups = np.cumsum(sizes) // READ_AHEAD_BYTES
     for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(groups)) + 1):
@@ -234,7 +234,7 @@ def read_samples(pool: Pool, rows: np.ndarray) -> Iterator[bytes | StorageError]
 def _for_new_tar(
     pool: Pool, row: int, data: bytes | StorageError, taken: set[str]
 ) -> tuple[str, bytes]:
-    """The key and the bytes of a sample in a tar where some keys are taken.
+    """Return the key and the bytes of a sample for a tar where some keys are taken.
 
     Raises:
         BadSampleError: it could not be read, or is not what the index says.
@@ -256,7 +256,7 @@ def _for_new_tar(
 
 
 def _check_sample(pool: Pool, row: int, data: bytes) -> TarSample:
-    """The members of a sample, from its bytes alone: the tar may have changed or be damaged.
+    """Parse the members of a sample from its bytes alone: the tar may have changed or be damaged.
 
     Raises:
         BadSampleError: these are not the bytes that the index describes.
@@ -297,7 +297,7 @@ class _Bytes:
 
 
 def _has_common_header(data: bytes, sample: TarSample) -> bool:
-    """Whether a pax header among the members is about all files behind it, strangers included.
+    """Return whether a pax header among the members is about all files behind it, also others'.
 
     True also where a header between them cannot be read: what is written anew is always sound.
     """
@@ -324,7 +324,7 @@ def _octal(field: bytes) -> int | None:
 
 
 def _rewrite(data: bytes, sample: TarSample, key: str, uid: str) -> bytes:
-    """A sample under another key, with its uid in the JSON."""
+    """Rewrite a sample under another key, with its uid in the JSON."""
     contents = [
         (member.suffix, data[member.offset_bytes : member.offset_bytes + member.size_bytes])
         for member in sample.members
@@ -338,7 +338,7 @@ def _rewrite(data: bytes, sample: TarSample, key: str, uid: str) -> bytes:
 
 
 def _with_uid(record: bytes, uid: str) -> bytes:
-    """A JSON with the uid; as it is if it has one. What is not an object becomes a field of one.
+    """Add the uid to a JSON unless it has one. What is not an object becomes a field of one.
 
     Raises:
         BadSampleError: it is not JSON, which the index would have found.
@@ -355,7 +355,7 @@ def _with_uid(record: bytes, uid: str) -> bytes:
 
 
 def _member(name: str, content: bytes) -> bytes:
-    """A file in a tar: header, content, and zeros to the end of the block. No times, no owners."""
+    """Format a file for a tar: header, content, zeros to the block's end. No times, no owners."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % BLOCK_BYTES)
@@ -364,7 +364,7 @@ def _member(name: str, content: bytes) -> bytes:
 def _finished_shards(
     folder: Path, identity: dict[str, Any], names: Sequence[str]
 ) -> dict[str, NewShard]:
-    """The tars that an earlier call has finished. What a killed one left half done is deleted.
+    """Find the tars that an earlier call has finished. What a killed one left half done is deleted.
 
     Raises:
         InputError: the folder holds another compaction, or other files.

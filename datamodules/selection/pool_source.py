@@ -57,7 +57,7 @@ QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 def summarise(scores: np.ndarray) -> dict[str, float]:
-    """Quantiles of the scores that are finite, by name (`q50` is the median)."""
+    """Compute quantiles of the scores that are finite, by name (`q50` is the median)."""
     finite = scores[np.isfinite(scores)]
     if len(finite) == 0:
         return {}
@@ -142,14 +142,14 @@ class PoolSource(Source):
         self.warnings: list[str] = []
 
     def has_features(self, keys: tuple[str, ...]) -> bool:
-        """Whether one of the feature sets has all of these arrays."""
+        """Return whether one of the feature sets has all of these arrays."""
         try:
             return self._find_store(keys) is not None
         except InputError:  # there are no features at all
             return False
 
     def store(self, keys: tuple[str, ...]) -> FeatureStore:
-        """The feature set that a selector with these keys reads.
+        """Open the feature set that a selector with these keys reads.
 
         Raises:
             InputError: there are no features, or none with all of the keys.
@@ -199,7 +199,7 @@ class PoolSource(Source):
         )
 
     def chunks(self, rows: np.ndarray, requires: Requirements) -> Iterator[Chunk]:
-        """As the base class; the next chunk is read while the caller works on one."""
+        """Yield chunks as the base class; the next one is read while the caller works on one."""
         starts = range(0, len(rows), self.chunk_samples)
         with ThreadPoolExecutor(1) as executor:
             ahead = None
@@ -258,7 +258,7 @@ class PoolSource(Source):
             cache.reused.clear()
 
     def report(self, selector: object, choice: Choice, samples: int, seconds: float) -> None:
-        """See `Source`: a line in `reports`, which selections carry in their manifest."""
+        """Add a line to `reports`, which selections carry in their manifest; see `Source`."""
         kept = choice.multiplicities > 0
         record: dict[str, Any] = {
             "selector": type(selector).__name__,
@@ -284,7 +284,7 @@ class PoolSource(Source):
         self.reports.append(record)
 
     def warn(self, text: str) -> None:
-        """See `Source`: once for each text, which selections carry in their manifest."""
+        """Warn once of each text, which selections carry in their manifest; see `Source`."""
         if text not in self.warnings:
             self.warnings.append(text)
             super().warn(text)
@@ -301,7 +301,7 @@ class PoolSource(Source):
         )
 
     def identity(self, selector: object, *, with_rule: bool = False) -> dict[str, Any]:
-        """What an answer depends on: the selector and its code, the pool, and all files.
+        """Return what an answer depends on: the selector and its code, the pool, and all files.
 
         Args:
             selector: or a selector and the rows that it chooses from, int64.
@@ -334,7 +334,7 @@ class PoolSource(Source):
         )
 
     def _stamp(self, external: ExternalColumn | FeatureFile) -> Any:
-        """What stands for a column or a target in what is kept, from now on."""
+        """Return what stands for a column or a target in what is kept, from now on."""
         if external not in self._stamps_of:
             self._stamps_of[external] = self._stamp_now(external)
         return self._stamps_of[external]
@@ -356,13 +356,13 @@ class PoolSource(Source):
             raise has_changed(external.path or self.pool.root, START_AGAIN)
 
     def _stamps(self, needs: Sequence[Requirements]) -> str | None:
-        """Of the tars, if a selector reads captions or images' headers; None if none does."""
+        """Return the stamp of the tars if a selector reads captions or image headers; else None."""
         if not any(need.captions or need.sizes for need in needs):
             return None
         return self.pool.tars_stamp
 
     def _fingerprints(self, keys_of_members: list[tuple[str, ...]]) -> list[str]:
-        """Of the feature sets that the members of a selector read."""
+        """Return the fingerprints of the feature sets that the members of a selector read."""
         fingerprints: set[str] = set()
         for keys in filter(None, keys_of_members):
             store = self._find_store(keys)
@@ -384,7 +384,7 @@ class PoolSource(Source):
         return {key: values.to(self.device) for key, values in features.items()}
 
     def take_features(self, rows: np.ndarray, keys: tuple[str, ...]) -> dict[str, Tensor]:
-        """Features of rows, int64 [m], by key, each from the first feature set that has it."""
+        """Read features of rows, int64 [m], by key, each from the first feature set that has it."""
         return {key: self._gather(rows, (key,))[key] for key in keys}
 
     def provide(self, column: ExternalColumn, values: np.ndarray) -> None:

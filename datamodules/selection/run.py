@@ -25,7 +25,7 @@ def score_pool(selector: ScoreSelector, source: PoolSource) -> np.ndarray:
 
 
 def _finite(value: Any) -> Any:
-    """Plain values with numbers that JSON does not have, such as p=inf, as text."""
+    """Convert to plain values with numbers that JSON does not have, such as p=inf, as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -37,7 +37,7 @@ class Selection:
     weights: np.ndarray | None = None  # float32 [n], what each counts in the loss; None: 1
 
     def __len__(self) -> int:
-        """All samples, repetitions counted."""
+        """Count all samples, with repetitions."""
         return int(self.multiplicities.sum())
 
     @property
@@ -52,7 +52,7 @@ class Selection:
         return digest.hexdigest()
 
     def to_subset(self) -> np.ndarray:
-        """DataComp's subset, structured `u8,u8` [len(self)], sorted, repetitions repeated."""
+        """Convert to DataComp's subset, structured `u8,u8` [len(self)], sorted, with copies."""
         return to_structured(np.repeat(self.uids, self.multiplicities, axis=0))
 
 
@@ -167,7 +167,7 @@ def read_selection(folder: Path) -> Selection:
 
 
 def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
-    """The weights of distinct uids, uint64 [n, 2]: float32 [n], or None if there is no such file.
+    """Read the weights of distinct uids, uint64 [n, 2]: float32 [n]; None if there is no such file.
 
     Raises:
         InputError: the file is damaged, or is about other uids.
@@ -186,7 +186,7 @@ def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
 
 
 def row_weights(selection: Selection, pool: Pool) -> np.ndarray | None:
-    """What the samples of a pool count in the loss by a selection: float32 [len(pool)].
+    """Return what the samples of a pool count in the loss by a selection: float32 [len(pool)].
 
     1 for what is not selected; None if the selection does not weigh.
     """
@@ -199,7 +199,7 @@ def row_weights(selection: Selection, pool: Pool) -> np.ndarray | None:
 
 
 def expand_rows(selection: Selection, pool: Pool) -> tuple[np.ndarray, Coverage]:
-    """The pool's rows of a selection, int64, repetitions repeated, and how many it covers.
+    """Find the pool's rows of a selection, int64, repetitions repeated, and how many it covers.
 
     The rows are sorted, so that the result depends on the selection and the pool alone.
 

@@ -54,7 +54,7 @@ class ConditionError(ChangedError):
 
 
 def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
-    """The file system of a URL, for this process alone.
+    """Open the file system of a URL, for this process alone.
 
     Raises:
         InputError: a package is missing, or an option is wrong.
@@ -92,7 +92,7 @@ def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
 
 
 def version_of(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """What tells one version of a file from another: a field of a description, and its value.
+    """Find what tells versions of a file apart: a field of a description, and its value.
 
     Both are empty where there is nothing but the size.
     """
@@ -122,7 +122,7 @@ def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> bool:
 async def read_ranges(
     filesystem: AsyncFileSystem, spans: Sequence[Span], *, on_condition: bool
 ) -> list[Answer | BaseException]:
-    """The bytes of ranges, read at the same time; the error in the place of one that failed.
+    """Read ranges at the same time; the error in the place of one that failed.
 
     Args:
         filesystem: to read from. Over HTTP and S3, an answer is checked to be the range that was
@@ -153,7 +153,7 @@ def _is_s3(filesystem: Any) -> bool:
 
 
 def _condition(shard: ShardFile, on_condition: bool) -> str | None:
-    """The ETag to ask for; a weak one cannot be asked for."""
+    """Return the ETag to ask for; a weak one cannot be asked for."""
     field, value = shard.version
     return value if on_condition and field == "ETag" and not value.startswith("W/") else None
 
@@ -165,7 +165,7 @@ async def _read_range(filesystem: AsyncFileSystem, span: Span) -> Answer:
 
 
 async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition: bool) -> Answer:
-    """As the file system does it, but without a body that is not the range."""
+    """Read as the file system does, but without a body that is not the range."""
     shard, start, end = span
     session = await filesystem.set_session()
     options = dict(filesystem.kwargs)
@@ -238,14 +238,14 @@ def require_range(span: Span, stated: str) -> None:
 
 
 def real_error(error: Exception) -> Exception:
-    """The reason of an error: fsspec's `info` over HTTP calls them all FileNotFoundError."""
+    """Return the reason of an error: fsspec's `info` over HTTP calls them all FileNotFoundError."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError):
         return error.__cause__
     return error
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether asking again is of no use."""
+    """Return whether asking again is of no use."""
     if isinstance(error, aiohttp.ClientResponseError):
         return 400 <= error.status < 500 and error.status not in (408, 429)
     return (
@@ -254,7 +254,7 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Why a sample is bad, worded to follow a count."""
+    """Say why a sample is bad, worded to follow a count."""
     if isinstance(error, StorageError):
         return str(error)
     status = error.status if isinstance(error, aiohttp.ClientResponseError) else None

@@ -63,7 +63,7 @@ class ChangedError(StorageError):
 
 
 def changed_file_error(path: str) -> InputError:
-    """What to tell the user of a file that has changed."""
+    """Return the error that tells the user of a file that has changed."""
     return InputError(
         f"{path} has changed since the pool was opened, so the places of its samples are not "
         "known. Start again when nothing writes to it: what has changed is indexed again, by this "
@@ -91,26 +91,26 @@ class Storage(Protocol):
         """Up to how much is kept as whole tars, which are all that is read; None for ranges."""
 
     def shards(self) -> tuple[ShardFile, ...]:
-        """The tars, in the order of their names."""
+        """List the tars, in the order of their names."""
 
     def open_tar(self, shard: ShardFile) -> AbstractContextManager[TarSource]:
-        """One tar, to be read from its beginning to its end."""
+        """Open one tar, to be read from its beginning to its end."""
 
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
-        """The bytes of ranges, in order: fewer where a tar ends, a StorageError where they fail.
+        """Yield the bytes of ranges, in order: fewer where a tar ends, StorageErrors for failures.
 
         A ChangedError stands for those of a file that is not the one of its `ShardFile`.
         """
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
-        """A local folder with the pool's parquet and npz files, at least those with a suffix."""
+        """Return a local folder with the pool's parquet and npz files, at least of the suffixes."""
 
     def close(self) -> None:
         """Close what this process has open. Reading again opens it anew."""
 
 
 def default_cache(root: str) -> Path:
-    """Where what is derived from a pool is kept: inside it if it can be written, else at home."""
+    """Return where to keep what is derived from a pool: inside it if writable, else at home."""
     if not is_url(root) and os.access(root, os.W_OK):
         return Path(root) / ".siftclip"
     place = root if is_url(root) else str(Path(root).resolve())
@@ -119,7 +119,7 @@ def default_cache(root: str) -> Path:
 
 
 def is_url(root: str) -> bool:
-    """Whether `root` names a place that fsspec reads, such as `s3://bucket/pool`."""
+    """Return whether `root` names a place that fsspec reads, such as `s3://bucket/pool`."""
     scheme, separator, _ = root.partition("://")
     return bool(separator) and scheme.replace("+", "").isalnum() and len(scheme) > 1
 
@@ -144,7 +144,7 @@ class LocalStorage:
         self.__init__(root)  # type: ignore[misc]  # as unpickling a class of one argument does
 
     def shards(self) -> tuple[ShardFile, ...]:
-        """See `Storage`.
+        """List the tars, see `Storage`.
 
         Raises:
             InputError: there is no such folder, or no tar in it.
@@ -165,7 +165,7 @@ class LocalStorage:
 
     @contextmanager
     def open_tar(self, shard: ShardFile) -> Iterator[LocalTar]:
-        """See `Storage`.
+        """Open one tar, see `Storage`.
 
         Raises:
             InputError: it cannot be opened, or has changed before it was closed.
@@ -179,7 +179,7 @@ class LocalStorage:
         yield from self._files.read([(s.shard.path, *s[1:], s.shard.identity) for s in spans])
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
-        """See `Storage`: `root/metadata` (DataComp), else the folder of the tars."""
+        """Return `root/metadata` (DataComp), else the folder of the tars; see `Storage`."""
         folder = Path(self.root) / "metadata"
         return folder if folder.is_dir() else Path(self.shards()[0].path).parent
 
@@ -207,7 +207,7 @@ def _local_shard(path: Path) -> ShardFile:
 
 
 def identify_shards(shards: Sequence[ShardFile], folder: Path) -> tuple[ShardFile, ...]:
-    """Tars with the hashes of their probes, which tell apart files of equal sizes and times.
+    """Add the hashes of their probes to tars, which tell apart files of equal sizes and times.
 
     Args:
         shards: of a storage. Those that are not local are returned as they are.
@@ -264,7 +264,7 @@ class OpenFiles:
     def read(
         self, spans: Sequence[tuple[str, int, int, FileIdentity | None]]
     ) -> Iterator[bytes | StorageError]:
-        """The bytes of (path, start, end, identity), read one by one as they are asked for.
+        """Yield the bytes of (path, start, end, identity), read one by one as they are asked for.
 
         An identity that is not the file's gives a ChangedError; None is not checked.
 

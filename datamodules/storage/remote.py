@@ -115,7 +115,7 @@ class RemoteStorage:
         return None if self._cache is None else self._cache.limit_bytes
 
     def shards(self) -> tuple[ShardFile, ...]:
-        """See `Storage`. A server without range requests is found out here.
+        """List the tars, see `Storage`. A server without range requests is found out here.
 
         Raises:
             InputError: the server does not answer, or has no tars, or two of the same name.
@@ -161,7 +161,7 @@ class RemoteStorage:
         return tuple(shards)
 
     def _list(self, folder: str, suffixes: tuple[str, ...]) -> list[ShardFile]:
-        """The files with these suffixes in a folder below the root; "" is the root itself."""
+        """List the files with these suffixes in a folder below the root; "" is the root itself."""
         filesystem = self._filesystem
         filesystem.invalidate_cache()
         place = f"{filesystem._strip_protocol(self.root).rstrip('/')}/{folder}"
@@ -172,7 +172,7 @@ class RemoteStorage:
         return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
 
     def _describe(self, infos: Sequence[dict[str, Any]]) -> list[ShardFile]:
-        """Files with size and version. Where a listing lacks them, each file is asked for."""
+        """Find size and version of files. Where a listing lacks them, each file is asked for."""
         filesystem = self._filesystem
 
         def describe(info: dict[str, Any]) -> ShardFile:
@@ -209,7 +209,7 @@ class RemoteStorage:
                 self._pause(attempt, reads=1)
 
     def _attempts(self, path: str) -> int:
-        """How often to ask for a file: once after it has failed, or a batch of it takes minutes."""
+        """Return how often to ask for a file: once if it failed or a batch of it takes minutes."""
         return 1 if path in self._failing else ATTEMPTS
 
     def _note(self, path: str, *, failed: bool) -> None:
@@ -220,7 +220,7 @@ class RemoteStorage:
         time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
 
     def _answers_ranges(self, shards: Sequence[ShardFile]) -> bool:
-        """Whether two bytes can be had without the rest; HTTP servers may send all of the file."""
+        """Check whether two bytes can be had alone; HTTP servers may send the whole file."""
         shard = next((shard for shard in shards if shard.size_bytes >= 2), None)
         if shard is None:
             return True
@@ -257,7 +257,7 @@ class RemoteStorage:
 
     @contextmanager
     def open_tar(self, shard: ShardFile) -> Iterator[TarSource]:
-        """See `Storage`."""
+        """Open one tar, see `Storage`."""
         if self._cache is None:
             yield _SequentialTar(self, shard)
             return
@@ -278,7 +278,7 @@ class RemoteStorage:
                 # else another process has just made room
 
     def _local(self, shard: ShardFile) -> str:
-        """The copy of a tar in the cache.
+        """Return the path of the copy of a tar in the cache.
 
         Raises:
             StorageError: it cannot be fetched.
@@ -313,7 +313,7 @@ class RemoteStorage:
             raise ChangedError
 
     def _is_there(self, file: ShardFile) -> bool:
-        """Whether a file has the version that it had when the pool was opened. A request.
+        """Check whether a file has the version that it had when the pool was opened. A request.
 
         Raises:
             StorageError: nobody can tell.
@@ -334,7 +334,7 @@ class RemoteStorage:
         return info.get("size") in (None, file.size_bytes)
 
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
-        """See `Storage`."""
+        """Yield the bytes of ranges, see `Storage`."""
         if self._cache is not None:
             for span in spans:
                 yield self._read_copy(span)
@@ -393,7 +393,7 @@ class RemoteStorage:
         return answers
 
     def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
-        """The answers to one attempt, each of the version that its tar has, or an error."""
+        """Try to read ranges once: answers, each of the version that its tar has, or errors."""
         answers = self._ask(self._filesystem, spans)
         refused = next(
             (s for s, a in zip(spans, answers, strict=True) if isinstance(a, ConditionError)), None
@@ -420,7 +420,7 @@ class RemoteStorage:
         ]
 
     def _is_known(self, shard: ShardFile) -> bool:
-        """As `_is_there`, but what was asked for a short while ago is not asked for again."""
+        """Check as `_is_there`, but do not ask again for what was asked for a short while ago."""
         now = time.monotonic()
         if now - self._checked.get(shard, -CHECK_SECONDS) < CHECK_SECONDS:
             return True
@@ -451,7 +451,7 @@ class RemoteStorage:
             return [error] * len(spans)
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
-        """See `Storage`. Files are copied when they are new or have changed.
+        """Return a local folder with the metadata, see `Storage`. New and changed files are copied.
 
         Raises:
             InputError: they cannot be listed or copied.
@@ -486,7 +486,7 @@ class RemoteStorage:
         return folder
 
     def _list_metadata(self) -> tuple[str, list[ShardFile]]:
-        """The metadata files, and the folder for their copies: what is beside the tars is apart."""
+        """List metadata files, and name the folder for copies: what is beside tars has its own."""
         if "{" not in self.root:
             for place in ("metadata/", "shards/", ""):
                 files = self._list(place, METADATA_SUFFIXES)
@@ -495,7 +495,7 @@ class RemoteStorage:
         return "metadata", []
 
     def close(self) -> None:
-        """See `Storage`."""
+        """Close the open files, see `Storage`."""
         self._files.close()
 
 

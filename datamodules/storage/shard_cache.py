@@ -37,7 +37,7 @@ class ShardCache:
         self.limit_bytes = limit_bytes
 
     def fetch(self, shard: ShardFile, download: Callable[[Path], None]) -> Path:
-        """The copy of a tar, made by `download(path)` if there is none.
+        """Return the copy of a tar, made by `download(path)` if there is none.
 
         Raises:
             InputError: the tar alone is larger than the limit.
@@ -67,7 +67,7 @@ class ShardCache:
         return path
 
     def holds(self, shard: ShardFile) -> bool:
-        """Whether there is a copy of a tar."""
+        """Return whether there is a copy of a tar."""
         return self._path(shard).exists()
 
     def _path(self, shard: ShardFile) -> Path:
@@ -75,7 +75,7 @@ class ShardCache:
         return self.folder / f"{shard.stem}-{digest}.tar"
 
     def _is_whole(self, path: Path, shard: ShardFile) -> bool:
-        """Whether there is a copy that nobody has cut; it then counts as used now."""
+        """Check whether there is a copy that nobody has cut; it then counts as used now."""
         return self._touch(path) and path.stat().st_size == shard.size_bytes
 
     @staticmethod

@@ -55,11 +55,11 @@ class Batch:
     failure: str = ""  # why the run cannot continue; the rest means nothing then
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on another device."""
+        """Move the batch to another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory. The DataLoader calls this."""
+        """Copy the batch to page-locked memory. The DataLoader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -88,7 +88,7 @@ class StepBatch:
         self.micro_batches, self.digest = micro_batches, digest
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
-        """The batch on another device."""
+        """Move the batch to another device."""
         moved = [b.to(device, non_blocking=non_blocking) for b in self.micro_batches]
         return StepBatch(moved, self.digest)
 
@@ -215,7 +215,7 @@ class SampleDataset(Dataset[Batch]):
 
 
 def _empty_batch(count: int, shape: torch.Size) -> Tensor:
-    """float32 [count, *shape]; in a loader process, where the trainer reads it without a copy."""
+    """Allocate float32 [count, *shape]; in a loader process, in memory shared with the trainer."""
     if get_worker_info() is None:
         return torch.empty(count, *shape)
     elements = count * shape.numel()
@@ -225,7 +225,7 @@ def _empty_batch(count: int, shape: torch.Size) -> Tensor:
 
 
 def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
-    """Some samples of several batches as one: int64 [m] into the samples of all, ascending."""
+    """Pick samples of several batches as one: int64 [m] into the samples of all, ascending."""
     bounds = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0)
     cuts = torch.searchsorted(index, bounds).tolist()
     chosen = [

@@ -16,7 +16,7 @@ _HELD_SAMPLES = 2_000_000  # of which is counted which draw holds them, at a tim
 
 
 def count_copies(rows: np.ndarray) -> int:
-    """How many of the samples, int64 [n], are there already."""
+    """Count those of the samples, int64 [n], that are there already."""
     return len(rows) - len(np.unique(rows))
 
 
@@ -70,7 +70,7 @@ class CutPass:
                     again.append(place)  # what came may be a copy here, which it was there, too
 
     def _conflicts(self, repeats: bool) -> Iterator[tuple[int, list[int]]]:
-        """Draws with the places of what they hold already."""
+        """Yield draws with the places of what they hold already."""
         start = self.rows[: self.edges[1]]
         places = np.flatnonzero(np.isin(start, self.before)) if len(self.before) else _NONE
         if repeats:
@@ -146,12 +146,12 @@ class CutPass:
         return False
 
     def _may_come(self, draw: int, other: int, candidate: int) -> bool:
-        """Whether a draw lacks what another gives, or that one is rid of a copy by it."""
+        """Return whether a draw lacks what another gives, or that one gets rid of a copy by it."""
         row = int(self.rows[candidate])
         return not self._holds(draw)[row] or self._holds(other)[row] > 1
 
     def _move(self, chain: list[tuple[int, int]]) -> None:
-        """Each place, with its draw, gives its sample to the next, the last one to the first."""
+        """Pass the sample of each place, with its draw, to the next one, the last to the first."""
         moved = [int(self.rows[place]) for place, _ in chain]
         for (place, draw), old, new in zip(chain, moved, [moved[-1], *moved[:-1]], strict=True):
             self._holds(draw).subtract([old])

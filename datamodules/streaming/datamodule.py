@@ -71,7 +71,7 @@ class OrderSampler(Sampler[list[Request]]):
         count_micro_batches(mine.stop - mine.start, self.micro_batch)
 
     def parts(self, step: int) -> list[int]:
-        """How many samples of this rank each part of a step has."""
+        """Return how many samples of this rank each part of a step has."""
         read = self.global_batch if self.plan is None else int(self.plan.read[step])
         return part_sizes(
             read // self.world_size, self.micro_batch or self.global_batch // self.world_size
@@ -97,7 +97,7 @@ class OrderSampler(Sampler[list[Request]]):
                 start += size
 
     def _may_hold_copies(self, drawn: np.ndarray, rows: np.ndarray) -> bool:
-        """Whether what is read may hold a sample twice, by itself or where a bad one is replaced.
+        """Return whether a step may hold a sample twice, by itself or where a bad one is replaced.
 
         Every rank gets the same answer.
         """
@@ -106,7 +106,7 @@ class OrderSampler(Sampler[list[Request]]):
         return not self.order.is_distinct and count_copies(rows) > 0
 
     def _drawn_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and rows of the samples that all ranks together draw at a step."""
+        """Return positions and rows of the samples that all ranks together draw at a step."""
         if self.plan is None:
             return self.order.batch(step)
         return self.order.span(int(self.plan.starts[step]), int(self.plan.drawn[step]))
@@ -114,7 +114,7 @@ class OrderSampler(Sampler[list[Request]]):
     def _read_of(
         self, step: int, positions: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and rows of those that are read."""
+        """Return positions and rows of those that are read."""
         wanted = len(rows) if self.plan is None else int(self.plan.read[step])
         if self.first_stage is None or wanted == len(rows):
             return positions, rows
@@ -128,7 +128,7 @@ class OrderSampler(Sampler[list[Request]]):
 
 
 def count_micro_batches(rank_batch: int, micro_batch: int | None) -> int:
-    """Into how many micro-batches the batch of a rank is split.
+    """Count the micro-batches into which the batch of a rank is split.
 
     Raises:
         InputError: it cannot be split into equal ones.
@@ -380,7 +380,7 @@ class StreamDataModule(LightningDataModule):
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def state_dict(self) -> dict[str, Any]:
-        """What cannot be derived from the step: the counts of this run so far, of rank 0."""
+        """Return what cannot be derived from the step: the counts of this run so far, of rank 0."""
         return {
             "order": self._order_identity,
             "loaded_samples": self.loaded_samples,
@@ -389,7 +389,7 @@ class StreamDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting.
+        """Restore the counts of `state_dict`.
 
         Raises:
             InputError: the checkpoint belongs to another order of samples.

@@ -75,13 +75,13 @@ class ImageTransform:
             self.std = torch.tensor(self.normalize.std, dtype=torch.float32).view(shape)
 
     def decode(self, data: bytes, max_image_pixels: int) -> np.ndarray | Image.Image:
-        """An image as `prepare` takes it; see `siftclip.datamodules.pool.reader.decode_image`."""
+        """Decode an image for `prepare`; see `siftclip.datamodules.pool.reader.decode_image`."""
         if self.on_tensors:
             return decode_pixels(data, max_image_pixels)
         return decode_image(data, max_image_pixels)
 
     def blank(self) -> np.ndarray | Image.Image:
-        """A black image as `prepare` takes it."""
+        """Return a black image as `prepare` takes it."""
         image = Image.new("RGB", (8, 8))
         return np.array(image) if self.on_tensors else image
 
@@ -124,7 +124,7 @@ def _changes_nothing(step: Any) -> bool:
 
 
 def _on_tensors(step: Any) -> Callable[[Tensor], Tensor]:
-    """A step of a torchvision pipeline for uint8 [3, h, w].
+    """Convert a step of a torchvision pipeline to one for uint8 [3, h, w].
 
     Raises:
         InputError: there is none.

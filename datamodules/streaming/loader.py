@@ -78,7 +78,7 @@ def make_loader(
     *,
     pin_memory: bool,
 ) -> StreamLoader:
-    """A loader whose workers read, decode and tokenise whole batches."""
+    """Build a loader whose workers read, decode and tokenise whole batches."""
     parallel = options.num_workers > 0
     return StreamLoader(
         dataset,

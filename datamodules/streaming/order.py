@@ -28,13 +28,13 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 def derive_generator(*words: int) -> np.random.Generator:
-    """A generator that is a pure function of its words, such as (seed, epoch, purpose)."""
+    """Derive a generator from words alone, such as (seed, epoch, purpose)."""
     entropy = np.asarray(words, dtype=np.uint64).view(np.uint32)  # fixed width: no two lists alike
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def derive_seeds(positions: np.ndarray, *words: int) -> np.ndarray:
-    """A seed for each position, uint64 [n], that is a pure function of it and the words.
+    """Derive a seed for each position, uint64 [n], from it and the words alone.
 
     The positions, int64 [n], are the counter of SplitMix64 (Steele, Lea, Flood 2014), whose start
     comes from the words: a generator of its own for every sample would cost more than its read.
@@ -50,7 +50,7 @@ def shuffle(
     shard_of_row: np.ndarray | None = None,
     window_shards: int | None = None,
 ) -> np.ndarray:
-    """One pass over a selection: its rows in random order.
+    """Shuffle the rows of a selection for one pass.
 
     Repetitions of a row are spread over the pass: of m, each lands in another m-th part of it.
     Without `window_shards` this is a uniform permutation but for that. With it, the tars are
@@ -123,12 +123,12 @@ class SampleOrder:
         return self.has_room and self.largest_draw == self._smallest_draw
 
     def moves_samples(self, stop: int) -> bool:
-        """Whether samples up to a position may stand elsewhere than in the plain shuffles."""
+        """Return whether samples up to a position may stand elsewhere than in plain shuffles."""
         passes = range(1, -(-(stop - self.first_position) // len(self.rows)))
         return self.most_copies > 1 or any(self._begun(number) for number in passes)
 
     def copies_fraction(self, first_step: int, steps: int, *, most_samples: int) -> float:
-        """The share of the draws of some steps that hold a sample twice.
+        """Compute the share of the draws of some steps that hold a sample twice.
 
         Known exactly where none or each does; otherwise counted, on the first draws.
 
@@ -149,7 +149,7 @@ class SampleOrder:
         return with_copies / looked_at
 
     def _draw(self, step: int) -> tuple[int, int]:
-        """Where the draw of a step begins, and how many samples it has."""
+        """Return where the draw of a step begins, and how many samples it has."""
         if self.starts is None:
             return step * self.global_batch, self.global_batch
         return int(self.starts[step]), int(self.starts[step + 1] - self.starts[step])
@@ -160,11 +160,11 @@ class SampleOrder:
         return np.diff(self.starts[np.searchsorted(self.starts, self.first_position) :])
 
     def _first(self, number: int) -> int:
-        """Where a pass begins."""
+        """Return where a pass begins."""
         return self.first_position + number * len(self.rows)
 
     def _cuts(self, number: int) -> np.ndarray:
-        """Where draws begin inside a pass, counted from its own beginning, int64."""
+        """Return where draws begin inside a pass, counted from its own beginning, int64."""
         first, stop = self._first(number), self._first(number + 1)
         if self.starts is None:
             size = self.global_batch
@@ -175,7 +175,7 @@ class SampleOrder:
         return np.concatenate([self.starts[at:end], behind[behind > first]]) - first
 
     def _begun(self, number: int) -> int:
-        """How many samples of the pass before are in the draw in which a pass begins.
+        """Count the samples of the pass before in the draw in which a pass begins.
 
         0 if that draw is too large to hold all samples once.
         """
@@ -190,11 +190,11 @@ class SampleOrder:
         return 0 if size > len(self.distinct) else first - start
 
     def _whole_draws(self, number: int) -> int:
-        """How many draws lie in a pass as a whole, its first draw not counted."""
+        """Count the draws that lie in a pass as a whole, its first draw not counted."""
         return len(self._cuts(number)) - (self._begun(number + 1) > 0)
 
     def _end_moves(self, number: int) -> bool:
-        """Whether the last draw of a pass takes part in exchanges for the sake of the first one.
+        """Return whether the last draw of a pass takes part in exchanges for the first one.
 
         Else what the next pass begins with does not depend on the passes before this one.
         """
@@ -216,7 +216,7 @@ class SampleOrder:
         return self._order
 
     def _make(self, number: int, before: np.ndarray) -> np.ndarray:
-        """The rows of a pass in order, when a draw has begun with those before it."""
+        """Order the rows of a pass, when a draw has begun with those before it."""
         generator = derive_generator(
             self.seed, number, self.selection_version, GeneratorPurpose.ORDER
         )
@@ -242,11 +242,11 @@ class SampleOrder:
         return rows
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the sequence and rows of global batch `step`, both int64 [global_batch]."""
+        """Return positions in the sequence and rows of a batch, both int64 [global_batch]."""
         return self.span(step * self.global_batch, self.global_batch)
 
     def span(self, start: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and rows of so many samples of the sequence, both int64 [samples]."""
+        """Return positions and rows of `samples` samples of the sequence, both int64 [samples]."""
         positions = np.arange(start, start + samples, dtype=np.int64)
         numbers, offsets = np.divmod(positions - self.first_position, len(self.rows))
         rows = np.empty(samples, dtype=np.int64)
@@ -264,11 +264,11 @@ class FirstStage(Protocol):
     """
 
     def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
-        """Indices into `rows`, int64 [wanted], of the chosen samples, in their order."""
+        """Choose samples: their indices into `rows`, int64 [wanted], in their order."""
 
 
 def check_chosen(chosen: np.ndarray, *, drawn: int, wanted: int, owner: str) -> np.ndarray:
-    """The answer of a first stage, if it is one: `wanted` different indices below `drawn`.
+    """Check the answer of a first stage: `wanted` different indices below `drawn`.
 
     Raises:
         InputError: it is not.
@@ -289,7 +289,7 @@ def check_chosen(chosen: np.ndarray, *, drawn: int, wanted: int, owner: str) -> 
 
 
 def rows_digest(*arrays: np.ndarray | None) -> int:
-    """A number that stands for arrays, such as rows and their weights: int64, for ranks to compare.
+    """Hash arrays, such as rows and their weights, to an int64 for ranks to compare.
 
     Some 0.8 ms for each MB; 0.2 ms for a batch of 32,768 rows.
     """
@@ -300,7 +300,7 @@ def rows_digest(*arrays: np.ndarray | None) -> int:
 
 
 def rank_slice(global_batch: int, *, rank: int, world_size: int) -> slice:
-    """The part of a global batch that belongs to a rank: consecutive, all equally long.
+    """Return a rank's part of a global batch: consecutive, all equally long.
 
     Raises:
         InputError: the global batch cannot be split evenly.
@@ -366,7 +366,7 @@ class Substitutes:
         self._shift = int(generator.integers(max(1, self._others)))
 
     def row(self, place: int, attempt: int) -> int:
-        """The row that replaces the sample at a place of the draw, on an attempt (0, 1, ...)."""
+        """Return the row that replaces the sample at a place of the draw, on attempt 0, 1, ..."""
         if self._others < (attempt + 1) * self._size:
             words = (self._seed, self.start + place, attempt, GeneratorPurpose.SUBSTITUTE)
             number = int(derive_generator(*words).integers(len(self._distinct)))

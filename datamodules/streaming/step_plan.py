@@ -30,7 +30,7 @@ class StepPlan:
 
     @classmethod
     def plain(cls, global_batch: int, steps: int) -> StepPlan:
-        """Every step trains on all that it draws."""
+        """Return the plan by which every step trains on all that it draws."""
         counts = np.full(steps, global_batch, dtype=np.int64)
         return cls(trained=global_batch, drawn=counts, read=counts)
 
@@ -39,12 +39,12 @@ class StepPlan:
         return len(self.drawn)
 
     def steps_for(self, samples: int, *, first: int) -> int:
-        """The step by which `samples` samples are drawn, counted from step `first` on."""
+        """Return the step by which `samples` samples are drawn, counted from step `first` on."""
         wanted = self.starts[first] + samples
         return min(self.steps, int(np.searchsorted(self.starts, wanted)))
 
 
 def part_sizes(samples: int, part: int) -> list[int]:
-    """So many samples in parts of `part`, the last of which may be smaller."""
+    """Split `samples` samples into parts of `part`, the last of which may be smaller."""
     whole, rest = divmod(samples, part)
     return [part] * whole + ([rest] if rest else [])

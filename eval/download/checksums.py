@@ -38,7 +38,7 @@ class TaskChecksums:
 
 
 def hash_file(path: Path) -> tuple[str, str]:
-    """SHA-256 of a file, and the id that git would give it as a blob; both hexadecimal."""
+    """Hash a file: SHA-256, and the id that git would give it as a blob; both hexadecimal."""
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
@@ -49,7 +49,7 @@ def hash_file(path: Path) -> tuple[str, str]:
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileChecksum]:
-    """The checksums of files in a folder, by name."""
+    """Compute the checksums of files in a folder, by name."""
     return {
         name: FileChecksum(
             size_bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name)
@@ -77,7 +77,7 @@ def write_checksums(folder: Path, checksums: TaskChecksums) -> None:
 
 
 def read_checksums(folder: Path) -> TaskChecksums | None:
-    """What `checksums.json` of a folder says; None where there is none.
+    """Read `checksums.json` of a folder; None where there is none.
 
     Raises:
         InputError: it is not as `write_checksums` writes it.
@@ -105,7 +105,7 @@ def read_checksums(folder: Path) -> TaskChecksums | None:
 
 
 def wrong_sizes(folder: Path, checksums: TaskChecksums) -> list[str]:
-    """The names of the files that are missing or not of the recorded size, sorted."""
+    """Return the names of the files that are missing or not of the recorded size, sorted."""
     return [name for name, file in sorted(checksums.files.items()) if not _fits(folder, name, file)]
 
 

@@ -64,7 +64,7 @@ def convert_task(source: Path, folder: Path, kind: ConvertedKind, *, split: str 
     Args:
         source: the folder that `download_source` wrote, or one with the same files.
         folder: the task folder to write. A sample of retrieval is an image with its captions in
-            `txt`, one a line; one of association is the images `0.jpg`, `1.jpg`, ... and a `json`
+            `txt`, one per line; one of association is the images `0.jpg`, `1.jpg`, ... and a `json`
             with `cue` and `associations`, the numbers of the images that go with the cue.
         kind: retrieval or association.
         split: the name of the split.
@@ -161,7 +161,7 @@ def _text(row: _Row, column: str) -> str:
 
 
 def _strings(row: _Row, column: str) -> list[str]:
-    """A list of texts; in a csv it is written in JSON, or as Python writes it."""
+    """Parse a list of texts; in a csv it is written in JSON, or as Python writes it."""
     value = _value(row, column)
     if isinstance(value, str):
         for parse in (json.loads, ast.literal_eval):
@@ -284,7 +284,7 @@ def _read_zip(zip_path: Path, table: Path) -> Iterator[_Row]:
 
 
 def _members_by_name(archive: zipfile.ZipFile) -> dict[str, list[zipfile.ZipInfo]]:
-    """The files of a zip by their names without folders, and without the suffix too.
+    """Return the files of a zip by their names without folders, and without the suffix too.
 
     A name is only ever looked up, never a path to write to.
     """

@@ -52,7 +52,7 @@ class RemoteFile:
     blob_id: str  # git's hash of the content if `sha256` is None
 
     def checksum(self, path: Path) -> FileChecksum | None:
-        """The checksum of `path` if it has this file's content, else None."""
+        """Return the checksum of `path` if it has this file's content, else None."""
         if not path.is_file() or path.stat().st_size != self.size_bytes:
             return None
         sha256, blob_id = hash_file(path)
@@ -69,14 +69,14 @@ class HubDataset:
 
     @classmethod
     def at(cls, repository: str, endpoint: str | None) -> HubDataset:
-        """`endpoint` None means that of `HF_ENDPOINT`, else huggingface.co."""
+        """Name a repository; `endpoint` None means that of `HF_ENDPOINT`, else huggingface.co."""
         address = (endpoint or constants.ENDPOINT).rstrip("/")
         if not address.startswith(("https://", "http://")):
             raise InputError(f"The hub's address must begin with https://. Got {address!r}.")
         return cls(repository=repository, endpoint=address)
 
     def list_files(self, revision: str | None) -> tuple[str, list[RemoteFile]]:
-        """The commit that `revision` (None: the main branch) stands for, and its files.
+        """List the commit that `revision` (None: the main branch) stands for, and its files.
 
         Raises:
             InputError: no network, no such repository or revision, no access, an answer that is
@@ -186,7 +186,7 @@ class _Fetch:
         self._headers = build_hf_headers(library_name=_LIBRARY)
 
     def fetch_file(self, file: RemoteFile) -> FileChecksum:
-        """Fetch one file if it is not there, and twice if its content is wrong."""
+        """Download one file if it is not there, and twice if its content is wrong."""
         path = self.folder / file.name
         checksum = file.checksum(path)
         if checksum is not None:
@@ -270,7 +270,7 @@ class _PartFile(io.BufferedWriter):
 
 @contextmanager
 def _own_bar_only() -> Iterator[None]:
-    """Without huggingface_hub's bar for each file."""
+    """Hide huggingface_hub's bar for each file, inside the block."""
     if are_progress_bars_disabled(_BARS_OF_HTTP_GET):
         yield
         return
@@ -282,7 +282,7 @@ def _own_bar_only() -> Iterator[None]:
 
 
 def require_room(folder: Path, size_bytes: int) -> None:
-    """The disk of a folder must have room for so many bytes more."""
+    """Check that the disk of a folder has room for so many more bytes."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes:
         raise InputError(

@@ -39,7 +39,7 @@ def readable_errors(repository: str, endpoint: str, folder: Path | None) -> Iter
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Return whether the same request may succeed a little later."""
     if isinstance(error, HfHubHTTPError):
         status = _status(error)
         return status is None or status >= 500

@@ -213,7 +213,7 @@ def _some_names(files: list[RemoteFile]) -> str:
 
 
 def _missing_bytes(folder: Path, files: list[RemoteFile]) -> int:
-    """The sizes of the files that are not there, less what is there of unfinished ones."""
+    """Sum the sizes of the files that are not there, less what is there of unfinished ones."""
     missing = sum(file.size_bytes for file in files if not (folder / file.name).is_file())
     unfinished = sum(path.stat().st_size for path in (folder / WORK_FOLDER).glob("*.part"))
     return max(missing - unfinished, 0)

@@ -86,7 +86,7 @@ class Encoder:
             self._finisher.std = self._transform.std.to(options.device)
 
     def image_sets(self, table: ImageTable, sets: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
-        """The features of sets of images, one set after the other, with one loader for all.
+        """Yield the features of sets of images, one set after the other, with one loader for all.
 
         Args:
             table: of the images.
@@ -120,7 +120,7 @@ class Encoder:
                 yield self._gather(table, rows, parts)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit features of texts, float32 [n, d], on the model's device and on every rank.
+        """Compute unit features of texts, float32 [n, d], on the model's device and on every rank.
 
         Raises:
             InputError: the tokenizer is not that of the model.
@@ -159,7 +159,7 @@ class Encoder:
         )
 
     def _quiet(self) -> bool | None:
-        """For tqdm: None shows a bar only at a terminal; a file would get a line a change."""
+        """Return `disable` for tqdm: None shows a bar only at a terminal, True shows none."""
         return None if self.options.progress and self.ranks.rank == 0 else True
 
     def _autocast(self) -> torch.autocast:
@@ -174,7 +174,7 @@ class Encoder:
         return array
 
     def _finish(self, prepared: Tensor) -> Tensor:
-        """Loaders send what a transform has prepared, a quarter of the bytes of its end result."""
+        """Finish prepared images: loaders send them so, at a quarter of the bytes of the result."""
         device = self.options.device
         prepared = prepared.to(device, non_blocking=True)
         images = torch.empty(prepared.shape, dtype=torch.float32, device=device)
@@ -188,7 +188,7 @@ class Encoder:
     def _gather(
         self, table: ImageTable, rows: np.ndarray, parts: list[tuple[ImageBatch, np.ndarray]]
     ) -> ImageFeatures:
-        """The features of one set on all ranks, by position in `rows`."""
+        """Gather the features of one set on all ranks, by position in `rows`."""
         place = np.empty(len(table), dtype=np.int64)
         place[rows] = np.arange(len(rows))
         features = self._place(len(rows), [(place[batch.rows], values) for batch, values in parts])
@@ -208,7 +208,7 @@ class Encoder:
         )
 
     def _place(self, count: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Rows that the ranks have computed, float32 [count, d], put together on all of them."""
+        """Put rows that the ranks have computed together on all of them: float32 [count, d]."""
         width = np.asarray([parts[0][1].shape[1] if parts else 0])
         if self.ranks.size > 1:  # a rank without a batch does not know it
             known = sum_arrays(self.ranks, np.asarray([int(len(parts) > 0)]))

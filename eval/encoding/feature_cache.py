@@ -34,7 +34,7 @@ class FeatureCache:
         self._ranked = self._ids[self._order]
 
     def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Which images are known, bool [n], and the features of those, float32 [known, d].
+        """Find which images are known, bool [n], and the features of those, float32 [known, d].
 
         Args:
             ids: uint64 [n], see `images.content_id`.
@@ -71,14 +71,14 @@ class SharedCache:
         self._cache = FeatureCache(folder / model[:32] / kind) if ranks.rank == 0 else None
 
     def known(self, ids: np.ndarray) -> np.ndarray:
-        """Which ids, uint64 [n], have features: bool [n]."""
+        """Find which ids, uint64 [n], have features: bool [n]."""
         is_known = np.zeros(len(ids), dtype=np.int64)
         if self._cache is not None:
             is_known = self._cache.find(ids)[0].astype(np.int64)
         return sum_arrays(self.ranks, is_known).astype(np.bool_)
 
     def features(self, ids: np.ndarray) -> np.ndarray:
-        """The features of known ids, float32 [n, d]; [0, 0] for none."""
+        """Return the features of known ids, float32 [n, d]; [0, 0] for none."""
         values = np.zeros((0, 0), dtype=np.float32)
         if self._cache is not None and len(ids):
             cached = self._cache.find(ids)[1]

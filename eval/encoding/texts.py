@@ -30,7 +30,7 @@ class _TextTower(nn.Module):
 
 
 def token_lengths(model: nn.Module, tokens: Tensor) -> Tensor | None:
-    """How many tokens of each text decide about its feature, int64 [n]; None if all of them may.
+    """Count the tokens of each text that decide about its feature, int64 [n]; None if all may.
 
     All but those behind the end token, where the tower is open_clip's, attends causally, has no
     class token and takes the feature from the end token.
@@ -55,7 +55,7 @@ def token_lengths(model: nn.Module, tokens: Tensor) -> Tensor | None:
 
 
 def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit features of texts, [b, d].
+    """Encode texts to unit features, [b, d].
 
     Args:
         model: an open_clip model.
@@ -76,7 +76,7 @@ def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Rows in batches of about equal length, longest first, so that memory runs out at once.
+    """Batch rows of about equal length, longest first, so that memory runs out at once.
 
     Args:
         lengths: int64 [n].
@@ -87,7 +87,7 @@ def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """See that a tokenizer is that of the model.
+    """Check that a tokenizer is that of the model.
 
     Raises:
         InputError: it gives tokens that the model does not have, or another length.

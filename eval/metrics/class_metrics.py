@@ -32,7 +32,7 @@ class ClassPredictions:
 
 
 def class_logits(features: Tensor, classifier: Tensor, *, chunk_samples: int = 2048) -> Tensor:
-    """Logits of all samples, float32 [n, C] on the CPU; the arguments of `predict_classes`."""
+    """Compute logits of all samples, float32 [n, C] on the CPU; arguments: `predict_classes`."""
     return torch.cat(list(_logit_blocks(features, classifier, chunk_samples)))
 
 
@@ -43,7 +43,7 @@ def predict_classes(
     *,
     chunk_samples: int = 2048,
 ) -> ClassPredictions:
-    """The best classes by the logits 100 * features @ classifier, as clip_benchmark has them.
+    """Find the best classes by the logits 100 * features @ classifier, as clip_benchmark has them.
 
     The products are taken in float64 and rounded to float32, so that TF32, autocast and the size
     of a block leave them alone. They are ranked on the CPU: of equal logits the same one comes
@@ -51,7 +51,7 @@ def predict_classes(
 
     Args:
         features: float32 [n, d] of the images, of length 1, on any device.
-        classifier: float32 [d, C] on the same device, one column a class.
+        classifier: float32 [d, C] on the same device, one column per class.
         labels: int64 [n], from 0 to C - 1, to also find the scores and ranks of the labels.
         chunk_samples: samples whose logits exist at one time.
 
@@ -81,7 +81,7 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def rank_classes(logits: Tensor, labels: np.ndarray | None = None) -> ClassPredictions:
-    """The best classes by logits, and where those of the labels stand.
+    """Find the best classes by logits, and where those of the labels stand.
 
     Args:
         logits: float32 [n, C] on the CPU.
@@ -106,7 +106,7 @@ def rank_classes(logits: Tensor, labels: np.ndarray | None = None) -> ClassPredi
 
 
 def _logit_blocks(features: Tensor, classifier: Tensor, chunk_samples: int) -> Iterator[Tensor]:
-    """Logits float32 [., C] on the CPU; after the last, InputError if any was not finite."""
+    """Yield logits float32 [., C] on the CPU; after the last, InputError if any was not finite."""
     if not len(features):
         raise InputError("A task must have at least one sample. It has none.")
     weights = classifier.double()
@@ -126,7 +126,7 @@ def _logit_blocks(features: Tensor, classifier: Tensor, chunk_samples: int) -> I
 def group_means(
     values: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean of the values in each group that has any.
+    """Compute the mean of the values in each group that has any.
 
     Args:
         values: float or bool [n].
@@ -142,7 +142,7 @@ def group_means(
 def classification_metrics(
     predictions: ClassPredictions, labels: np.ndarray, classes: int
 ) -> tuple[Metrics, dict[str, Outcomes]]:
-    """acc1, acc5 (NaN with fewer than 5 classes) and mean_per_class_recall, as clip_benchmark's.
+    """Compute clip_benchmark's acc1, acc5 (NaN with fewer than 5 classes), mean_per_class_recall.
 
     The recall is the mean over the classes that have samples.
 
@@ -193,7 +193,7 @@ def require_labels(labels: np.ndarray, samples: int, classes: int) -> None:
 
 
 def multilabel_metrics(scores: Tensor, labels: np.ndarray) -> tuple[Metrics, dict[str, Outcomes]]:
-    """mean_average_precision: the mean over all classes of the average precision.
+    """Compute mean_average_precision: the mean over all classes of the average precision.
 
     By clip_benchmark's function; a class without positives counts as 0.
 
@@ -219,7 +219,7 @@ def multilabel_metrics(scores: Tensor, labels: np.ndarray) -> tuple[Metrics, dic
 
 
 def average_precisions(scores: Tensor, labels: np.ndarray) -> Tensor:
-    """The average precision of each class, float32 [C]; 0 without positives. clip_benchmark's.
+    """Compute clip_benchmark's average precision of each class, float32 [C]; 0 without positives.
 
     Args:
         scores: float32 [n, C] on the CPU.
@@ -233,7 +233,7 @@ def average_precisions(scores: Tensor, labels: np.ndarray) -> Tensor:
 
 
 def confusion_counts(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """How often each class was taken for each other.
+    """Count how often each class was taken for each other.
 
     Args:
         predicted: int64 [n], from 0 to classes - 1.
@@ -254,7 +254,7 @@ def confusion_counts(predicted: np.ndarray, labels: np.ndarray, classes: int) ->
 def per_class_table(
     confusion: np.ndarray, classnames: Sequence[str]
 ) -> list[dict[str, str | int | float]]:
-    """One record a class: what it was mostly taken for, and how often it was right.
+    """Build one record per class: what it was mostly taken for, and how often it was right.
 
     Args:
         confusion: int64 [C, C], see `confusion_counts`.

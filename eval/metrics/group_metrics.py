@@ -35,7 +35,7 @@ _TOXIC_NONHUMAN, _TOXIC_CRIME = 14, 18  # the first toxic classes of these two s
 
 
 def require_metadata(metadata: np.ndarray, samples: int, fields: Sequence[str]) -> np.ndarray:
-    """Metadata as int64 [samples, fields].
+    """Return metadata as int64 [samples, fields].
 
     Args:
         metadata: numbers [samples, fields], whole and not negative.
@@ -61,7 +61,7 @@ def require_metadata(metadata: np.ndarray, samples: int, fields: Sequence[str]) 
 
 
 def grouped(name: str, values: np.ndarray, fields: dict[str, np.ndarray]) -> Metrics:
-    """The mean over all samples, in each group, and in the worst group.
+    """Average over all samples, in each group, and in the worst group.
 
     Args:
         name: of the metric.
@@ -102,7 +102,7 @@ def _plain(predictions: ClassPredictions, labels: np.ndarray) -> Results:
 def iwildcam_metrics(
     predictions: ClassPredictions, labels: np.ndarray, metadata: np.ndarray
 ) -> Results:
-    """acc_avg, recall-macro_all and F1-macro_all over the classes that have samples.
+    """Compute acc_avg, recall-macro_all and F1-macro_all over the classes that have samples.
 
     Args:
         predictions: of n samples.
@@ -127,7 +127,7 @@ def iwildcam_metrics(
 def camelyon17_metrics(
     predictions: ClassPredictions, labels: np.ndarray, metadata: np.ndarray
 ) -> Results:
-    """acc_avg, accuracy and count of each slide, and acc_wg of the worst slide.
+    """Compute acc_avg, accuracy and count of each slide, and acc_wg of the worst slide.
 
     Args:
         predictions: of n samples.
@@ -145,7 +145,7 @@ def camelyon17_metrics(
 def fmow_metrics(
     predictions: ClassPredictions, labels: np.ndarray, metadata: np.ndarray
 ) -> Results:
-    """acc_avg, accuracies and counts of years and regions, and of the worst ones.
+    """Compute acc_avg, accuracies and counts of years and regions, and of the worst ones.
 
     acc_worst_region is over all regions. DataComp's code leaves out the region "Other" by its
     name, but without WILDS's names the regions are numbers, and its published results include
@@ -176,7 +176,7 @@ def fmow_metrics(
 def dollar_street_metrics(
     predictions: ClassPredictions, labels: np.ndarray, metadata: np.ndarray
 ) -> Results:
-    """acc_top5_avg, top-5 accuracy and count of each income group, and acc_top5_wg of the worst.
+    """Compute acc_top5_avg, top-5 accuracy and count of each income group, and acc_top5_wg.
 
     With fewer than 5 classes all of them are among the best 5.
 
@@ -198,7 +198,7 @@ def dollar_street_metrics(
 def geode_metrics(
     predictions: ClassPredictions, labels: np.ndarray, metadata: np.ndarray
 ) -> Results:
-    """acc_avg, accuracy and count of each region, and acc_wg of the worst.
+    """Compute acc_avg, accuracy and count of each region, and acc_wg of the worst.
 
     Args:
         predictions: of n samples.
@@ -224,7 +224,7 @@ SPECIAL_METRICS: dict[str, Callable[[ClassPredictions, np.ndarray, np.ndarray], 
 
 
 def split_objectives(lines: Sequence[str]) -> dict[str, list[str]]:
-    """Class names or templates of the face tasks by objective: race, gender, age, toxic.
+    """Split class names or templates of the face tasks by objective: race, gender, age, toxic.
 
     Args:
         lines: each "objective:text"; the text may hold colons.
@@ -248,7 +248,7 @@ def split_objectives(lines: Sequence[str]) -> dict[str, list[str]]:
 
 
 def face_metrics(predictions: np.ndarray, metadata: np.ndarray) -> Results:
-    """The metrics of FairFace and UTKFace, none of which is a main metric.
+    """Compute the metrics of FairFace and UTKFace, none of which is a main metric.
 
     acc_race (white or not), acc_gender and acc_age by race_binary, acc_gender_x by gender and
     race, and by race toxicity_crime and toxicity_nonhuman: the share of faces taken for a criminal

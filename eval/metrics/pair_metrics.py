@@ -26,7 +26,7 @@ _CANDIDATES: dict[str, tuple[float, float]] = {
 def caption_selection_metrics(
     image_features: Tensor, text_features: Tensor
 ) -> tuple[Metrics, dict[str, Outcomes]]:
-    """image_acc, text_acc and acc, as clip_benchmark's `image_caption_selection`.
+    """Compute image_acc, text_acc and acc, as clip_benchmark's `image_caption_selection`.
 
     In each instance the i-th caption belongs to the i-th image. text_acc is the share of instances
     in which every image finds its caption among the captions, image_acc that in which every
@@ -56,7 +56,7 @@ def caption_selection_metrics(
 def association_metrics(
     scores: Sequence[np.ndarray], associated: Sequence[np.ndarray]
 ) -> tuple[Metrics, dict[str, Outcomes]]:
-    """Jaccard indices of WinoGAViL, as DataComp's: which candidate images go with a cue.
+    """Compute DataComp's Jaccard indices of WinoGAViL: which candidate images go with a cue.
 
     As many images as there are associations are predicted, the most similar ones; of equal ones
     the lower index, where DataComp leaves it to an unstable sort. An instance's value is the
@@ -116,7 +116,7 @@ def _jaccard(instance: int, scores: np.ndarray, associated: np.ndarray) -> float
 
 
 def _means(values: dict[str, np.ndarray]) -> tuple[Metrics, dict[str, Outcomes]]:
-    """The mean of each array, float [n] with NaN left out; NaN, and no Outcomes, where all is."""
+    """Average each array, float [n] with NaN left out; NaN, and no Outcomes, where all is NaN."""
     metrics = {name: float("nan") for name in values}
     outcomes = {}
     for name, array in values.items():
@@ -127,7 +127,7 @@ def _means(values: dict[str, np.ndarray]) -> tuple[Metrics, dict[str, Outcomes]]
 
 
 def association_prompt(cue: str) -> str:
-    """The prompt of a WinoGAViL cue, as DataComp's: "A dog", "An owl", the cue in lower case.
+    """Return DataComp's prompt of a WinoGAViL cue: "A dog", "An owl", the cue in lower case.
 
     Raises:
         InputError: the cue is empty.

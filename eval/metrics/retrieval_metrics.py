@@ -27,7 +27,7 @@ _LENGTH_TOLERANCE = 0.01  # of 1; the sums stay exact up to a length of 1.41
 
 
 def fixed_point(features: Tensor) -> Tensor:
-    """Features in units of 2^-26: float32 [..., d] -> float64 [..., d], whole numbers.
+    """Round features to units of 2^-26: float32 [..., d] -> float64 [..., d], whole numbers.
 
     Any sum of products of two such vectors is exact, in whatever order it is taken.
     """
@@ -54,7 +54,7 @@ def retrieval_metrics(
     ks: Sequence[int] = RECALL_KS,
     chunk: int = 1024,
 ) -> tuple[Metrics, dict[str, Outcomes]]:
-    """Recall@k of images by their captions and of captions by their images.
+    """Compute Recall@k of images by their captions and of captions by their images.
 
     A hit is at least one positive among the k best; with fewer candidates than k all are among
     them. Each caption is a query and a candidate of its own, also where others read the same.
@@ -138,7 +138,7 @@ def _expected_hits(
     ks: Sequence[int],
     chunk: int,
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """By k, the probability of a hit of each caption, float64 [T], and of each image, [I]."""
+    """Compute the probability of a hit by k: of captions, float64 [T], and of images, [I]."""
     device = image_features.device
     text_of = torch.tensor(text_of_caption, device=device)
     image_of = torch.tensor(image_of_caption, device=device)
@@ -174,7 +174,7 @@ def _expected_hits(
 def hit_probability(
     k: int, above: np.ndarray, tied: np.ndarray, positives: np.ndarray
 ) -> np.ndarray:
-    """The probability that k candidates hold a positive, if equal ones come in random order.
+    """Compute the probability that k candidates hold a positive, if ties come in random order.
 
     Of the r = k - above places that are left for the tied candidates, none goes to a positive
     with the hypergeometric probability C(tied - positives, r) / C(tied, r).

@@ -75,7 +75,7 @@ class TaskTexts:
         self._classifiers: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
     def classifier(self, classnames: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-        """The zero-shot classifier of these names, float32 [d, C].
+        """Build the zero-shot classifier of these names, float32 [d, C].
 
         Of each class the mean of its prompts' unit features, scaled to length 1, as open_clip and
         clip_benchmark have it.
@@ -101,7 +101,7 @@ class TaskTexts:
         return classes
 
     def distinct(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features of the distinct texts, [U, d], and which one each text is, int64 [n]."""
+        """Encode the distinct texts, [U, d], and find which one each text is, int64 [n]."""
         numbers: dict[str, int] = {}
         rows = [numbers.setdefault(text, len(numbers)) for text in texts]
         features = self.encode(list(numbers))
@@ -109,7 +109,7 @@ class TaskTexts:
 
 
 def score_task(samples: TaskSamples, images: Tensor, texts: TaskTexts) -> TaskScores:
-    """The metrics of a task from the features of its images.
+    """Compute the metrics of a task from the features of its images.
 
     Args:
         samples: of the task, n of them.

@@ -18,7 +18,7 @@ WeightedMetric = Callable[[Arrays, np.ndarray], np.ndarray]
 
 
 def weighted_mean(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """The mean of `value`; a unit whose value is NaN is left out.
+    """Compute the mean of `value`; a unit whose value is NaN is left out.
 
     Args:
         arrays: value float [n].
@@ -34,7 +34,7 @@ def weighted_mean(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_class_mean(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """The mean over the cells of the mean `value` in each; cells without weight are left out.
+    """Average the mean `value` of each cell over the cells; cells without weight are left out.
 
     With hits as values and labels as cells, this is scikit-learn's balanced_accuracy_score.
 
@@ -46,7 +46,7 @@ def weighted_class_mean(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_worst_cell(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """The lowest of the cells' means of `value`, as for worst groups in WILDS and DataComp.
+    """Find the lowest of the cells' means of `value`, as for worst groups in WILDS and DataComp.
 
     On a resample it is a minimum over noisier means, so that it lies below the value of the task
     on average, as that lies below the lowest of the true means; where one cell is clearly the
@@ -61,7 +61,7 @@ def weighted_worst_cell(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_f1_macro(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """The mean of F1 over the labels that units with weight have.
+    """Compute the mean of F1 over the labels that units with weight have.
 
     scikit-learn's f1_score(average="macro") with `labels` as those that occur in y_true.
 
@@ -84,7 +84,7 @@ def weighted_f1_macro(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_two_means(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """(mean of `value` + sum of `hits` / sum of `queries`) / 2, for retrieval in two directions.
+    """Compute (mean of `value` + sum of `hits` / sum of `queries`) / 2, for two-way retrieval.
 
     Args:
         arrays: value float [n], NaN is left out of the first mean; hits and queries float [n].
@@ -101,7 +101,7 @@ def weighted_two_means(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 
 
 def weighted_average_precision(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """The mean over the classes of the average precision.
+    """Compute the mean over the classes of the average precision.
 
     Units of equal score share one precision, as in scikit-learn; clip_benchmark ranks them as the
     sort leaves them, which is the same where scores differ. As in clip_benchmark, a class without
@@ -145,7 +145,7 @@ STATISTICS: dict[Statistic, WeightedMetric] = {
 
 
 def _cell_means(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
-    """The mean value of each cell, float64 [cells, R]; NaN where it has no weight."""
+    """Compute the mean value of each cell, float64 [cells, R]; NaN where it has no weight."""
     value, cell = arrays["value"], arrays["cell"]
     (value, cell), drawn = _distinct(weights, ~np.isnan(value) & (cell != -1), value, cell)
     cells, numbers = np.unique(cell, return_inverse=True)
@@ -157,7 +157,7 @@ def _cell_means(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
 def _distinct(
     weights: np.ndarray, kept: np.ndarray, *keys: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The distinct rows of the keys over the kept units, and the weight of each.
+    """Find the distinct rows of the keys over the kept units, and the weight of each.
 
     Few rows are distinct as a rule, and all that follows works on them in float64.
 
@@ -190,7 +190,7 @@ def _sums(
     matrix: np.ndarray,
     factors: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The sums by group over rows of a matrix [m, R] times their factors: float64 [count, R]."""
+    """Sum rows of a matrix [m, R] times their factors by group: float64 [count, R]."""
     from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
     if factors is None:
@@ -206,6 +206,6 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 
 def _mean_of_defined(rows: np.ndarray) -> np.ndarray:
-    """The mean over the first axis without NaN; NaN where nothing else is there."""
+    """Average over the first axis without NaN; NaN where nothing else is there."""
     defined = ~np.isnan(rows)
     return _ratio(np.where(defined, rows, 0.0).sum(axis=0), defined.sum(axis=0))

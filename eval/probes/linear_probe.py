@@ -136,7 +136,7 @@ def few_shot(
     seeds: Sequence[int] = (0, 1, 2),
     options: ProbeOptions | None = None,
 ) -> Iterator[FewShotResult]:
-    """Linear probes on `shots` samples of each class, for all shots and seeds, in this order.
+    """Fit linear probes on `shots` samples of each class, for all shots and seeds, in this order.
 
     The samples of more shots contain those of fewer. Results are made one at a time.
 
@@ -177,7 +177,7 @@ def few_shot(
 
 
 def few_shot_l2(samples: int) -> float:
-    """The penalty of a few-shot probe on so many samples in all: `FEW_SHOT_PRIOR / samples`.
+    """Return the penalty of a few-shot probe on `samples` samples: `FEW_SHOT_PRIOR / samples`.
 
     So few samples cannot spare a validation set, and a Gaussian prior of fixed width on the weights
     is a penalty of the mean loss that falls as 1 / samples. With 0.1, ten small tasks with 1, 4 and
@@ -189,7 +189,7 @@ def few_shot_l2(samples: int) -> float:
 
 
 def few_shot_rows(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
-    """Rows of `shots` samples of each class, without replacement: int64 [m], ascending.
+    """Draw rows of `shots` samples of each class, without replacement: int64 [m], ascending.
 
     A pure function of (seed, class, position among the class's samples): other classes do not
     matter. All samples of a class that has fewer are taken. More shots contain fewer.
@@ -208,7 +208,7 @@ def few_shot_rows(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
 
 
 def validation_rows(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """Rows to hold out of train, that share of each class, int64 [m], ascending.
+    """Draw rows to hold out of train, that share of each class, int64 [m], ascending.
 
     Rounded to the nearest, but one sample of each class stays in train. A pure function of
     (seed, class, position among the class's samples).
@@ -247,9 +247,9 @@ def choose_l2(
     validation_fraction: float = 0.2,
     max_iterations: int = 1000,
 ) -> L2Choice:
-    """The penalty with the best accuracy on samples held out of train; of equals, the largest.
+    """Choose the penalty with the best accuracy on samples held out of train; of ties the largest.
 
-    One value a decade first, from strong to weak, each fit beginning at the last; then the
+    One value per decade first, from strong to weak, each fit beginning at the last; then the
     neighbours 4, 2 and 1 steps of the grid from the best so far: 17 fits at most.
 
     Args:
@@ -311,7 +311,7 @@ def _grid_value(step: int) -> float:
 def _drawn_rows(
     labels: np.ndarray, quota: Callable[[int], int], seed: int, purpose: int
 ) -> np.ndarray:
-    """Of each class, whose size the quota is told, the samples of the smallest random numbers."""
+    """Draw the samples of each class with the smallest numbers; `quota` takes the class size."""
     by_class = np.argsort(labels, kind="stable")
     classes, starts = np.unique(labels[by_class], return_index=True)
     drawn = [np.empty(0, np.int64)]

@@ -38,14 +38,14 @@ class Probe:
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """Logits, float32 [n, C], of features, float32 [n, d], on the probe's device."""
+        """Compute logits, float32 [n, C], of features, float32 [n, d], on the probe's device."""
         with full_precision(features.device):
             return torch.addmm(self.bias, features, self.weight.T)
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside this block float32 products are float32: no autocast, no TF32, no gradients."""
+    """Compute float32 products in float32 inside this block: no autocast, no TF32, no gradients."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     by_backend = [backend.fp32_precision for backend in backends]
     try:
@@ -63,7 +63,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def check_samples(owner: str, features: Tensor, labels: Tensor, classes: int) -> None:
-    """See that features and labels can be fitted.
+    """Check that features and labels can be fitted.
 
     Raises:
         InputError: see `fit_logistic`.
@@ -89,7 +89,7 @@ def check_samples(owner: str, features: Tensor, labels: Tensor, classes: int) ->
 
 
 def check_features(owner: str, features: Tensor) -> None:
-    """See that features are float32 [n, d] with n and d of at least 1, and finite.
+    """Check that features are float32 [n, d] with n and d of at least 1, and finite.
 
     Raises:
         InputError: they are not.
@@ -173,7 +173,7 @@ class LogisticProblem:
         tolerance: float = 1e-8,
         max_iterations: int = 1000,
     ) -> Probe:
-        """`fit_logistic` with this penalty.
+        """Fit with this penalty, see `fit_logistic`.
 
         Raises:
             InputError: an option is out of range.
@@ -185,7 +185,7 @@ class LogisticProblem:
             return self._minimise(l2, self._initial(start), tolerance, max_iterations)
 
     def _initial(self, start: Probe | None) -> Tensor:
-        """Parameters float64 [present, d + 1], the last column biases of centred features."""
+        """Return first parameters float64 [present, d + 1], biases of centred features last."""
         width = self.features.shape[1]
         theta = torch.zeros(
             len(self.present), width + 1, dtype=torch.float64, device=self.features.device
@@ -198,7 +198,7 @@ class LogisticProblem:
         return theta
 
     def _evaluate(self, theta: Tensor, l2: float) -> tuple[float, Tensor, Tensor]:
-        """Objective, gradient float64 [present, d + 1], and c_k float64 [present], see above.
+        """Compute objective, gradient float64 [present, d + 1], c_k float64 [present], see above.
 
         The logit of the right class is taken off before anything else, so that the loss of a
         sample that is all but certain keeps its digits: log1p(sum of the others' exponentials).
@@ -281,7 +281,7 @@ class LogisticProblem:
         l2: float,
         history: list[tuple[Tensor, Tensor, Tensor]],
     ) -> Tensor:
-        """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4) around `_precondition`."""
+        """Run the two loops of L-BFGS (Nocedal and Wright, alg. 7.4) around `_precondition`."""
         vector = gradient.clone()
         factors = []
         for moved, changed, product in reversed(history):
@@ -325,7 +325,7 @@ def _mean_one(weights: Tensor, n: int) -> Tensor:
 
 
 def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [d], variances [d] and orthonormal axes [d, d] of evenly spaced rows, float64."""
+    """Compute mean [d], variances [d] and axes [d, d], orthonormal, of spaced rows, float64."""
     wanted = COVARIANCE_ROWS * features.shape[1]
     sample = features[:: math.ceil(len(features) / wanted)]
     mean = sample.mean(dim=0)

@@ -35,7 +35,7 @@ def score_probe(
     train_images: Tensor,
     settings: ProbeSettings,
 ) -> TaskScores:
-    """The metrics of a task whose protocol is linear_probe or few_shot.
+    """Compute the metrics of a task whose protocol is linear_probe or few_shot.
 
     Few-shot metrics are means over the seeds; `acc1_sd` is the deviation of acc1 between them, and
     the outcome of an image the share of the seeds in which it is right.
@@ -72,7 +72,7 @@ def score_probe(
 
 
 def count_in_train(test_ids: np.ndarray, train_ids: np.ndarray, task: Task) -> int:
-    """How many images of a test split are in its train split, too.
+    """Count the images of a test split that are in its train split, too.
 
     Equal bytes are one image; a copy that was encoded again is not seen.
 

@@ -92,7 +92,7 @@ class Difference:
         return self.p_holm is not None and self.p_holm <= SIGNIFICANCE
 
     def record(self) -> dict[str, Any]:
-        """A row for tables and CSV; None = there is none."""
+        """Return a row for tables and CSV; None where there is no value."""
         test = self.test
         low, high = (None, None) if test is None or test.interval is None else test.interval
         return {
@@ -130,7 +130,7 @@ class PairedComparison:
     same_model: bool = False  # whether the weights are equal, so that no method is compared
 
     def headline(self) -> str:
-        """What is compared, and by how much seeds alone move these tasks where that is known."""
+        """Say what is compared, and by how much seeds alone move these tasks, if known."""
         if self.same_model:
             return _SAME_MODEL
         moved = seed_sentence(self.seeds)
@@ -144,7 +144,7 @@ class PairedComparison:
         return f"{_HEADLINE}. {moved}"
 
     def table(self) -> str:
-        """For people: differences by family and of averages, what was not tested, and a verdict.
+        """Format differences by family and of averages, what was not tested, and a verdict.
 
         Above all what is compared, and below the methods by their seeds, where there are several.
 
@@ -191,7 +191,7 @@ class PairedComparison:
         return "\n".join([*lines, *self.verdict()])
 
     def verdict(self) -> list[str]:
-        """Sentences: what b wins and loses, what the p values are, and what they do not say."""
+        """Say in sentences what b wins and loses, what the p values are, and what they omit."""
         lines = _conclusion("tasks", self.tasks) + within_seeds(
             _significant(self.tasks), self.seeds
         )
@@ -220,7 +220,7 @@ class PairedComparison:
         return [line for text in lines for line in wrapped(text)]
 
     def records(self) -> list[dict[str, Any]]:
-        """One row per task, then one per average, see `Difference.record`, with those of seeds.
+        """Return one row per task, then one per average, see `Difference.record`, and seed data.
 
         seeds_a and seeds_b count the runs; mean_a and mean_b are over them, seed_sd is the standard
         deviation between seeds of one method, p_seeds and p_seeds_holm compare the methods.
@@ -348,7 +348,7 @@ def _asked_otherwise(a: TaskResult, b: TaskResult) -> bool:
 
 
 def _obstacle(a: TaskResult, b: TaskResult) -> str:
-    """Why two results of a task cannot be compared, as far as can be seen without outcomes."""
+    """Say why two results of a task cannot be compared, as far as can be seen without outcomes."""
     names = {a.main_metric_name, b.main_metric_name}
     if len(names) > 1 and MAIN_METRIC not in names:  # the name in files of other tools
         return f"the main metrics differ: {a.main_metric_name} and {b.main_metric_name}"
@@ -366,7 +366,7 @@ def _compare_averages(
     groups: Mapping[str, Sequence[str]],
     tests: Mapping[str, PairedTest],
 ) -> tuple[list[Difference], dict[str, tuple[str, ...]]]:
-    """Averages over the tasks that can be compared, and their members by key."""
+    """Compare averages over the tasks that can be compared, and return their members by key."""
     metrics_a, metrics_b = _shared_metrics(a, b), _shared_metrics(b, a)
     of_a = averages({k: item.main_metric for k, item in a.items()}, groups, metrics=metrics_a)
     of_b = averages({k: item.main_metric for k, item in b.items()}, groups, metrics=metrics_b)
@@ -394,7 +394,7 @@ def _compare_averages(
 def _shared_metrics(
     of: Mapping[str, TaskResult], other: Mapping[str, TaskResult]
 ) -> dict[str, dict[str, float | None]]:
-    """All metrics by task, None where the other model lacks the value."""
+    """Return all metrics by task, None where the other model lacks the value."""
     return {
         key: {
             name: result.metrics.get(name) if other[key].metrics.get(name) is not None else None
@@ -405,7 +405,7 @@ def _shared_metrics(
 
 
 def _corrected(differences: Sequence[Difference]) -> tuple[Difference, ...]:
-    """With Holm's correction for all of them."""
+    """Add Holm's correction for all of them."""
     p_values = [
         None if difference.test is None else difference.test.p_value for difference in differences
     ]

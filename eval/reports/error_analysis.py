@@ -126,13 +126,13 @@ def write_details(folder: Path, scored: ScoredTask) -> list[Path]:
 
 
 def details_path(folder: Path, task: Task, ending: str) -> Path:
-    """Where a file of a task is, by its ending: predictions.parquet, classes.csv, confusion.csv."""
+    """Return a task's file by its ending: predictions.parquet, classes.csv, confusion.csv."""
     # DataComp's names have slashes; replaced, no name leads out of the folder either
     return folder / f"{task.name.replace('/', '-')}_{ending}"
 
 
 def may_have(task: Task, ending: str) -> bool:
-    """Whether a task has a file of this ending: nothing is kept of faces."""
+    """Return whether a task has a file of this ending: nothing is kept of faces."""
     if task.special == "faces":
         return False
     return ending == "predictions.parquet" or (task.has_classes and task.protocol != "few_shot")

@@ -64,7 +64,7 @@ class Summary:
     failures: tuple[TaskFailure, ...]
 
     def table(self) -> str:
-        """For people: tasks by family, averages, what is missing or wrong, and why tasks failed.
+        """Format for people: tasks by family, averages, what is missing or wrong, why tasks failed.
 
         As wide as the terminal, from 72 to 100 columns, but for words that are longer; below 92
         the chance levels are left out. All characters are printable.
@@ -89,7 +89,7 @@ class Summary:
         return "\n".join(lines)
 
     def metrics(self) -> dict[str, float]:
-        """All numbers that are defined, by the name they are logged under.
+        """Return all numbers that are defined, by the name they are logged under.
 
         `eval/<task>/<metric>` and `eval/average/<group>`; the name of a partial average says so,
         so that its curve is not continued by that of other tasks.
@@ -104,7 +104,7 @@ class Summary:
         return {name: value for name, value in values.items() if value is not None}
 
     def records(self) -> list[dict[str, Any]]:
-        """One row per task, then one per average, all with the same keys; None = there is none.
+        """Return one row per task, then one per average, all with the same keys; None for no value.
 
         task, title, family, metric, value, low, high (95 %), chance, samples, seconds; of averages
         tasks_present and tasks_total; note, why a task has no value, or what is wrong with it.
@@ -138,7 +138,7 @@ def summarise(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Summary:
-    """Results with averages and their intervals.
+    """Summarise results with averages and their intervals.
 
     An interval of an average stands for the test sets that could have been drawn, as those of the
     tasks do; a partial average has that of the tasks which it is of. There is none where the
@@ -183,7 +183,7 @@ def write_csv(path: Path, summary: Summary) -> None:
 
 
 def results_by_key(results: Iterable[TaskResult]) -> dict[str, TaskResult]:
-    """Results by task.
+    """Index results by task.
 
     Raises:
         InputError: a task has two.
@@ -200,13 +200,13 @@ def results_by_key(results: Iterable[TaskResult]) -> dict[str, TaskResult]:
 
 
 def main_member(member: str, by_key: Mapping[str, TaskResult]) -> str:
-    """A member of a group; `task` for `task:metric` where this is the main metric."""
+    """Return a member of a group; `task` for `task:metric` where this is the main metric."""
     key, _, metric = member.partition(":")
     return key if key in by_key and metric == by_key[key].main_metric_name else member
 
 
 def result_note(result: TaskResult) -> str:
-    """What is wrong with a result, if anything: why it has no value, or why it is too high."""
+    """Say what is wrong with a result, if anything: why it has no value, or why it is too high."""
     if result.note:
         return f"no value: {result.note}"
     in_train = result.metrics.get(IN_TRAIN)
@@ -216,7 +216,7 @@ def result_note(result: TaskResult) -> str:
 
 
 def chance_level(result: TaskResult) -> float | None:
-    """What guessing scores on the main metric, where DataComp's task list says so.
+    """Return what guessing scores on the main metric, where DataComp's task list says so.
 
     It depends on the frequency of the classes: a set of another size has another level.
     """
@@ -229,14 +229,14 @@ def chance_level(result: TaskResult) -> float | None:
 
 
 def by_family(families: Iterable[str]) -> list[str]:
-    """Each family once, in the order of a table."""
+    """Return each family once, in the order of a table."""
     order = list(FAMILY_TITLES)
     given = list(dict.fromkeys(families))
     return sorted(given, key=lambda family: order.index(family) if family in order else len(order))
 
 
 def shown_titles(results: Sequence[TaskResult]) -> dict[str, str]:
-    """What a table calls each task, by key: its title, or its key where two titles are equal."""
+    """Return what a table calls each task, by key: its title, or its key where titles are equal."""
     titles = [result.dataset for result in results]
     return {
         result.key: result.dataset if titles.count(result.dataset) == 1 else result.key
@@ -245,19 +245,19 @@ def shown_titles(results: Sequence[TaskResult]) -> dict[str, str]:
 
 
 def number_text(value: float | None, form: str = ".4f") -> str:
-    """Four decimals, or `-`."""
+    """Format a number with four decimals, or `-`."""
     return NOTHING if value is None else f"{value:{form}}"
 
 
 def p_text(p_value: float | None) -> str:
-    """Four decimals, `<1e-4`, or `-`."""
+    """Format a p value with four decimals, `<1e-4`, or `-`."""
     if p_value is None:
         return NOTHING
     return "<1e-4" if p_value < 1e-4 else f"{p_value:.4f}"
 
 
 def interval_text(interval: Interval | None, form: str = ".4f") -> str:
-    """`[0.1234, 0.2345]`, or `-`."""
+    """Format as `[0.1234, 0.2345]`, or `-`."""
     return NOTHING if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
@@ -297,7 +297,7 @@ def _average_intervals(
     resamples: int,
     seed: int,
 ) -> dict[str, Interval | None]:
-    """The intervals of averages over tasks of which all outcomes are kept, by group."""
+    """Compute intervals of averages over tasks of which all outcomes are kept, by group."""
     kept = {key for key, result in by_key.items() if result.outcomes is not None}
     possible = {name: group for name, group in members.items() if group and kept >= set(group)}
     drawn = {}

@@ -67,7 +67,7 @@ class SeedDifference:
         return fmean(pairs) if pairs else None
 
     def made_by_seeds(self, difference: float) -> bool | None:
-        """Whether 95 % of all pairs of seeds of one method differ by so much or less, or more.
+        """Return whether a difference is within what 95 % of all pairs of seeds of one method have.
 
         As far as a normal distribution with `seed_deviation` describes them; None: not known.
         """
@@ -152,12 +152,12 @@ def compare_seeds(
 
 
 def least_p_value(first: int, second: int) -> float:
-    """The least p value of `split_p_value` for so many values on either side."""
+    """Return the least p value of `split_p_value` for so many values on either side."""
     return (2 if first == second else 1) / comb(first + second, first)
 
 
 def split_p_value(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> float:
-    """The two-sided p value of no difference of two means: a permutation test of the seeds.
+    """Test for no difference of two means by permuting the seeds: the two-sided p value.
 
     The share of all ways to split the values into groups of these sizes whose means are as far
     apart (Fisher, "The Design of Experiments", 1935). Beyond 200,000 ways, 20,000 are drawn.
@@ -183,7 +183,7 @@ def split_p_value(first: Sequence[float], second: Sequence[float], *, seed: int 
 
 
 def _alike(runs: Sequence[Sequence[TaskResult]]) -> list[dict[str, TaskResult]]:
-    """Results by task of each run, those that are asked as in the first run."""
+    """Select the results by task of each run that are asked as in the first run."""
     by_key = [{result.key: result for result in run} for run in runs]
     first = by_key[0]
     return [
@@ -212,7 +212,7 @@ def _values(runs: Sequence[Mapping[str, TaskResult]], key: str) -> tuple[float, 
 def _averages(
     runs: Sequence[Mapping[str, TaskResult]], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[float, ...]]:
-    """The averages of the runs that have all members, by the key of the group."""
+    """Compute the averages of the runs that have all members, by the key of the group."""
     names = {key.removesuffix(PARTIAL_SUFFIX): key for key in groups}  # no name may end with it
     values_of: dict[str, list[float]] = {key: [] for key in groups}
     for run in runs:

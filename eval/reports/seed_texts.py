@@ -16,7 +16,7 @@ _NARROW_COLUMNS = 4
 
 
 def seed_sentence(seeds: SeedComparison | None) -> str:
-    """By how much seeds alone move the tasks; empty where that is not known."""
+    """Say by how much seeds alone move the tasks; empty where that is not known."""
     tasks = () if seeds is None else seeds.tasks
     moved = [(task.between_seeds, task.title) for task in tasks if task.between_seeds is not None]
     if seeds is None or not moved:
@@ -32,7 +32,7 @@ def seed_sentence(seeds: SeedComparison | None) -> str:
 
 
 def seed_table(seeds: SeedComparison | None) -> list[str]:
-    """The methods by their seeds, after an empty line, if one of them has several."""
+    """Format the methods by their seeds, after an empty line, if one of them has several."""
     if seeds is None or not seeds.compares_methods:
         return []
     rows = [
@@ -54,7 +54,7 @@ def seed_table(seeds: SeedComparison | None) -> list[str]:
 def within_seeds(
     significant: Iterable[tuple[str, str, float]], seeds: SeedComparison | None
 ) -> list[str]:
-    """Which significant differences of two models are no larger than those that seeds make.
+    """Say which significant differences of two models are no larger than those that seeds make.
 
     Args:
         significant: key, title and difference of each.
@@ -72,7 +72,7 @@ def within_seeds(
 
 
 def about_methods(seeds: SeedComparison | None) -> list[str]:
-    """What can be said about the methods, with seeds as the units."""
+    """Say what can be said about the methods, with seeds as the units."""
     if seeds is None or not seeds.compares_methods:
         return []
     least = seeds.least_p_value
@@ -104,7 +104,7 @@ def about_methods(seeds: SeedComparison | None) -> list[str]:
 
 
 def seed_record(difference: SeedDifference | None) -> dict[str, Any]:
-    """The columns of a table about seeds; None = there is none."""
+    """Return the columns of a table about seeds; None where there is no value."""
     return {
         "seeds_a": None if difference is None else len(difference.values_a),
         "seeds_b": None if difference is None else len(difference.values_b),
@@ -117,6 +117,6 @@ def seed_record(difference: SeedDifference | None) -> dict[str, Any]:
 
 
 def _mean_text(values: Sequence[float]) -> str:
-    """`0.6210 ± 0.0200 (3)`, or `0.6210 (1)`."""
+    """Format as `0.6210 ± 0.0200 (3)`, or `0.6210 (1)`."""
     spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
     return f"{fmean(values):.4f}{spread} ({len(values)})"

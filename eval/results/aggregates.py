@@ -37,7 +37,7 @@ class Average:
         return not self.missing
 
     def text(self) -> str:
-        """For people: `0.4321`, `0.4321 (partial: 30 of 38 tasks)`, or `-` for no value."""
+        """Format for people: `0.4321`, `0.4321 (partial: 30 of 38 tasks)`, or `-` for no value."""
         number = "-" if self.value is None else f"{self.value:.4f}"
         if self.complete:
             return number
@@ -46,7 +46,7 @@ class Average:
 
 
 def group_members(groups: object) -> dict[str, list[str]]:
-    """The members of all groups; one member may stand without a list.
+    """Return the members of all groups; one member may stand without a list.
 
     Raises:
         InputError: this is no mapping from names to names, a group is empty, or its name ends as
@@ -109,7 +109,7 @@ def averages(
     *,
     metrics: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> dict[str, Average]:
-    """The unweighted mean of every group, as DataComp takes it, by name of the group.
+    """Compute the unweighted mean of every group, as DataComp takes it, by name of the group.
 
     Args:
         values: main metrics by task. None and NaN count as missing.
@@ -129,7 +129,7 @@ def averages(
 def result_averages(
     results: Iterable[TaskResult], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, Average]:
-    """`averages` of the results of one model, each task at most once."""
+    """Compute `averages` of the results of one model, each task at most once."""
     all_results = list(results)
     return averages(
         {result.key: result.main_metric for result in all_results},
@@ -178,7 +178,7 @@ def _member_value(
 
 
 def named_values(results: Mapping[str, Average]) -> dict[str, float | None]:
-    """Averages for files and loggers: `NAME` holds a complete one only, else `NAME (partial)`."""
+    """Name averages for files and loggers: `NAME` if complete, else `NAME (partial)`."""
     return {
         result.name if result.complete else f"{result.name}{PARTIAL_SUFFIX}": result.value
         for result in results.values()

@@ -104,7 +104,7 @@ def write_lines(path: Path, kept: KeptResults) -> None:
 
 
 def read_results(path: Path) -> list[TaskResult]:
-    """The results of a results file, see `read_kept`."""
+    """Read the results of a results file, see `read_kept`."""
     return [*read_kept(path).results]
 
 
@@ -160,7 +160,7 @@ def read_kept(path: Path, *, latest: bool = False) -> KeptResults:
 
 
 def outcomes_path(path: Path, key: str) -> Path:
-    """Where the outcomes of a task are kept."""
+    """Return where the outcomes of a task are kept."""
     # DataComp's keys have slashes; replaced, no key leads out of the folder either
     return path.with_name(f"{path.stem}_outcomes") / f"{key.replace('/', '-')}.npz"
 
@@ -206,7 +206,7 @@ def _optional_text(name: str, record: dict[str, Any], missing: str | None = None
 
 
 def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[str, ...]]:
-    """A result, and the names of its metrics that are NaN."""
+    """Parse a result, and the names of its metrics that are NaN."""
     key, dataset = (require_text(name, record[name]) for name in ("key", "dataset"))
     metrics, undefined = check_metrics(record["metrics"])
     metrics.setdefault(MAIN_METRIC, None)  # DataComp's tasks outside its average have none

@@ -84,12 +84,12 @@ def require_text(name: str, value: object) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written: JSON may hold half of a surrogate pair."""
+    """Return whether a text can be written: JSON may hold half of a surrogate pair."""
     return text == text.encode(errors="replace").decode()
 
 
 def check_metrics(metrics: object) -> tuple[dict[str, float | None], tuple[str, ...]]:
-    """The metrics of a task, NaN as None, and the names of those that are NaN.
+    """Check the metrics of a task: NaN becomes None, and the names of those are returned too.
 
     Args:
         metrics: numbers by name, or None where a metric is not defined. What is named as a share
@@ -115,7 +115,7 @@ def check_metrics(metrics: object) -> tuple[dict[str, float | None], tuple[str, 
 
 
 def check_interval(interval: object, value: float | None) -> tuple[float, float] | None:
-    """An interval of a main metric: two ends in [0, 1], in order, and the metric between them."""
+    """Check an interval of a main metric: two ends in [0, 1], in order, the metric between them."""
     if interval is None:
         return None
     if not isinstance(interval, list | tuple) or len(interval) != 2:
@@ -129,7 +129,7 @@ def check_interval(interval: object, value: float | None) -> tuple[float, float]
 
 
 def check_outcomes(statistic: object, arrays: Mapping[str, np.ndarray], units: Any) -> Outcomes:
-    """What a main metric is made of: the arrays that its statistic needs, with a row a unit.
+    """Check what a main metric is made of: the arrays of its statistic, with one row per unit.
 
     Args:
         statistic: one of `outcomes.Statistic`.

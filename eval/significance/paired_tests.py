@@ -124,7 +124,7 @@ def compare_average(
 
 
 def bootstrap_p_value(differences: np.ndarray) -> float | None:
-    """The two-sided p value of no difference, from replicates of the difference.
+    """Compute the two-sided p value of no difference, from replicates of the difference.
 
     The level at which the percentile interval begins to hold 0. With 1 added to the counts it is
     never 0 (Davison and Hinkley, "Bootstrap Methods and their Application", 1997).
@@ -145,7 +145,7 @@ def bootstrap_p_value(differences: np.ndarray) -> float | None:
 def swapped_differences(
     a: Outcomes, b: Outcomes, units: np.ndarray, *, resamples: int, seed: int
 ) -> np.ndarray | None:
-    """The difference after the outcomes of each unit change models or not, with equal chance.
+    """Compute differences after each unit's outcomes change models or not, with equal chance.
 
     This is how it is distributed if it does not matter which model an outcome is of (Fisher, "The
     Design of Experiments", 1935, section 21). Whether a unit is swapped is a hash of (seed, unit,
@@ -183,7 +183,7 @@ def swapped_differences(
 
 
 def mcnemar_p_value(a: Outcomes, b: Outcomes, units: np.ndarray) -> float | None:
-    """The exact two-sided p value of no difference between two shares of right rows.
+    """Compute the exact two-sided p value of no difference between two shares of right rows.
 
     McNemar's exact test, 1947, where each row is a unit of its own: whether the rows that one model
     only has right are even. Rows of one unit change models together (a sign-flip test of the units'
@@ -210,7 +210,7 @@ def mcnemar_p_value(a: Outcomes, b: Outcomes, units: np.ndarray) -> float | None
 
 
 def sign_flip_p_value(differences: np.ndarray) -> float:
-    """The exact two-sided p value of a sum of differences whose signs come by chance.
+    """Compute the exact two-sided p value of a sum of differences whose signs come by chance.
 
     The sum of m differences of one size k is k (2 B - m) with B binomial(m, 1/2): for one size this
     is McNemar's test. The distributions of several sizes are convolved, to an absolute error of
@@ -239,7 +239,7 @@ def sign_flip_p_value(differences: np.ndarray) -> float:
 
 
 def permutation_p_value(difference: float, swapped: np.ndarray) -> float | None:
-    """The two-sided p value of no difference, from differences with units swapped at random.
+    """Compute the two-sided p value of no difference, from differences with swapped units.
 
     The share of rows that are as far from 0, with 1 added to the counts (Phipson and Smyth,
     "Permutation P-values Should Never Be Zero", 2010).
@@ -259,7 +259,7 @@ def permutation_p_value(difference: float, swapped: np.ndarray) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down correction for many tests: p values to hold against the level as they are.
+    """Correct p values of many tests by Holm's step-down method, to compare with the level as is.
 
     Holm, "A simple sequentially rejective multiple test procedure", 1979. The chance of one false
     finding or more stays below the level, whatever the tests have to do with each other.
@@ -302,7 +302,7 @@ def _paired_test(
 
 
 def _differing(a: Outcomes, b: Outcomes) -> np.ndarray:
-    """Which units' outcomes are not the same, bool [n]. NaN is the same as NaN."""
+    """Find the units whose outcomes are not the same, bool [n]. NaN is the same as NaN."""
     differs = np.zeros(a.units, dtype=bool)
     for name, x in a.arrays.items():
         y = b.arrays[name]
@@ -316,7 +316,7 @@ def _reordered(outcomes: Outcomes, order: np.ndarray) -> Outcomes:
 
 
 def _unshared(units_a: np.ndarray, units_b: np.ndarray) -> int:
-    """How many rows of either have no partner in the other."""
+    """Count the rows of either that have no partner in the other."""
     _, inverse = np.unique(np.concatenate([units_a, units_b]), return_inverse=True)
     surplus = np.bincount(inverse, weights=np.repeat([1, -1], [len(units_a), len(units_b)]))
     return int(np.abs(surplus).sum())

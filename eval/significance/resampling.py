@@ -37,7 +37,7 @@ _BLOCK = 1 << 24  # multiplicities held at a time: 16 MB, and 64 MB as float32
 
 
 def poisson_weights(units: np.ndarray, resamples: int, *, seed: int) -> np.ndarray:
-    """Poisson(1) multiplicities, a pure function of (seed, unit, number of the resample).
+    """Draw Poisson(1) multiplicities, a pure function of (seed, unit, number of the resample).
 
     Args:
         units: uint64 [n]. Equal ones get equal multiplicities.
@@ -51,7 +51,7 @@ def poisson_weights(units: np.ndarray, resamples: int, *, seed: int) -> np.ndarr
 
 
 def _weights(units: np.ndarray, start: int, stop: int, seed: int) -> np.ndarray:
-    """The rows from `start`, a multiple of 4, to `stop` of `poisson_weights`."""
+    """Draw the rows from `start`, a multiple of 4, to `stop` of `poisson_weights`."""
     state = seed_state(seed ^ HashPurpose.BOOTSTRAP)
     of_unit = mix64(units ^ state)
     numbers = np.arange(start // _DRAWS_PER_HASH, -(-stop // _DRAWS_PER_HASH), dtype=np.uint64)
@@ -67,13 +67,13 @@ def _weights(units: np.ndarray, start: int, stop: int, seed: int) -> np.ndarray:
 
 
 def point_value(outcomes: Outcomes) -> float:
-    """The metric itself: each unit once. NaN if it is not defined."""
+    """Compute the metric itself: each unit once. NaN if it is not defined."""
     once = np.ones((1, outcomes.units), dtype=np.uint8)
     return float(STATISTICS[outcomes.statistic](outcomes.arrays, once)[0])
 
 
 def replicates(outcomes: Outcomes, units: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """The metric on each resample, centred: float64 [R], NaN where it is not defined.
+    """Compute the metric on each resample, centred: float64 [R], NaN where it is not defined.
 
     Their mean is `point_value`; that of the statistic "mean", which has no bias and is left as it
     is, but for the chance of the draws. Values a little outside of [0, 1] occur.
@@ -91,7 +91,7 @@ def replicates(outcomes: Outcomes, units: np.ndarray, *, resamples: int, seed: i
 def joint_replicates(
     several: Sequence[Outcomes], units: np.ndarray, *, resamples: int, seed: int
 ) -> np.ndarray:
-    """`replicates` of several outcomes on the same units in the same order: float64 [k, R]."""
+    """Compute `replicates` of several outcomes on the same units in one order: float64 [k, R]."""
     step = max(_BLOCK // max(len(units), 1), 1)
     step += -step % _DRAWS_PER_HASH
     blocks = []
@@ -111,7 +111,7 @@ def interval(
     point: float | None = None,
     lowest: float = 0.0,
 ) -> tuple[float, float] | None:
-    """The percentile interval (Efron and Tibshirani, 1993, chapter 13) of centred replicates.
+    """Compute the percentile interval of centred replicates (Efron and Tibshirani, 1993, ch. 13).
 
     Args:
         replicates: float64 [R]; NaN is left out.
@@ -131,7 +131,7 @@ def interval(
 
 
 def wilson_interval(share: float, samples: int, level: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion.
+    """Compute the Wilson score interval of a proportion.
 
     Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927. Unlike
     the normal approximation it stays inside [0, 1] and is not empty at 0 and 1.
@@ -151,7 +151,7 @@ def wilson_interval(share: float, samples: int, level: float = 0.95) -> tuple[fl
 def task_interval(
     outcomes: Outcomes, units: np.ndarray, replicates: np.ndarray, *, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """The interval of a task's metric: percentiles of its replicates, but for two cases.
+    """Compute the interval of a task's metric: percentiles of its replicates, but for two cases.
 
     A share of right and wrong units that is exactly 0 or 1 is so in every resample. Its interval
     is Wilson's, over the distinct units. So is that of a worst cell in which all or nothing is
@@ -185,7 +185,7 @@ def task_interval(
 def average_interval(
     replicates_by_task: Mapping[str, np.ndarray], members: Sequence[str], *, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """The interval of the mean over tasks: their replicates are averaged row by row.
+    """Compute the interval of the mean over tasks: their replicates are averaged row by row.
 
     Tasks of shared images vary together here, as they do when a test set is drawn again.
 
@@ -212,7 +212,7 @@ def _centred(replicates: np.ndarray, outcomes: Outcomes) -> np.ndarray:
 
 
 def _units_of_worst_cell(outcomes: Outcomes, units: np.ndarray, point: float) -> int:
-    """The distinct units of the largest cell of only zeros, or of the smallest of only ones."""
+    """Count the distinct units of the largest cell of only zeros, or the smallest of only ones."""
     value, cell = outcomes.arrays["value"], outcomes.arrays["cell"]
     kept = ~np.isnan(value) & (cell != -1)
     others = np.unique(cell[kept & (value != point)])

@@ -48,17 +48,17 @@ class ImageTable:
         return len(self.places)
 
     def take(self, rows: np.ndarray) -> ImageTable:
-        """Some of them."""
+        """Take some of the images, by their rows."""
         return replace(self, places=self.places[rows], names=self.names[rows])
 
 
 def content_id(data: bytes) -> int:
-    """What an image is known by, whatever its file: 64 bits of BLAKE2b of its bytes."""
+    """Hash an image, whatever its file, to 64 bits: BLAKE2b of its bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np.ndarray]]:
-    """The images of some tasks, shared ones once, and for each task which of them its images are.
+    """Find the images of some tasks, shared ones once, and which of them each task's images are.
 
     Images at the same place of the same tar are one. Others are compared between tasks, and inside
     a task whose samples have several images, where a candidate recurs. For each two tasks, images
@@ -97,7 +97,7 @@ def distinct_images(samples: Sequence[TaskSamples]) -> tuple[ImageTable, list[np
 def _likely_shared(
     samples: Sequence[TaskSamples], table: ImageTable, rows: np.ndarray
 ) -> np.ndarray:
-    """Those of the rows, each of a place of its own, that are worth comparing by their content."""
+    """Find those of the rows, each of its own place, that are worth comparing by their content."""
     rows, sizes = _repeated(rows, table.places[rows, 2])
     owners, several = _owners(samples, table)
     owner = owners[table.places[rows, 0]]
@@ -140,7 +140,7 @@ def _likely_shared(
 
 
 def _owners(samples: Sequence[TaskSamples], table: ImageTable) -> tuple[np.ndarray, np.ndarray]:
-    """Which task each tar belongs to, the first that reads it, and which have several images."""
+    """Find the task each tar belongs to, the first that reads it, and which have several images."""
     numbers = {shard: number for number, shard in enumerate(table.shards)}
     owners = np.empty(len(numbers), dtype=np.int64)
     for number, of_task in reversed([*enumerate(samples)]):
@@ -169,7 +169,7 @@ def _all_images(samples: Sequence[TaskSamples]) -> ImageTable:
 
 
 def _repeated(rows: np.ndarray, signature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Those whose signature another one has, too."""
+    """Keep those whose signature another one has, too."""
     _, inverse, counts = np.unique(signature, return_inverse=True, return_counts=True)
     keep = counts[inverse.reshape(-1)] > 1
     return rows[keep], signature[keep]
@@ -200,7 +200,7 @@ def _read_open(
 
 
 def read_images(table: ImageTable) -> Iterator[bytes]:
-    """The bytes of each image, as they are in the tar. Tars are opened once for all in a row.
+    """Yield the bytes of each image, as they are in the tar. A tar is opened once for all in a row.
 
     Raises:
         InputError: a tar cannot be read, or has changed since it was indexed.
@@ -224,7 +224,7 @@ class ImageBatch(NamedTuple):
     faults: list[tuple[int, str]]  # (row, what is wrong with the image)
 
     def pin_memory(self) -> ImageBatch:
-        """For the loader."""
+        """Copy to page-locked memory, for the loader."""
         return self._replace(images=self.images.pin_memory())
 
 
@@ -250,7 +250,7 @@ class ImageDataset(Dataset[ImageBatch]):
         return self.__getitems__([row])
 
     def __getitems__(self, rows: list[int]) -> ImageBatch:
-        """A batch. A fault is told, not raised: other tasks continue."""
+        """Read a batch. A fault is returned, not raised: other tasks continue."""
         prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
         for place, row in enumerate(rows):
             number, offset, size = self.table.places[row].tolist()
@@ -302,7 +302,7 @@ def only_item(batch: ImageBatch) -> ImageBatch:
 
 
 def image_ids(table: ImageTable) -> np.ndarray:
-    """The `content_id` of each image, uint64 [U]. Reads all of their bytes, and decodes nothing.
+    """Compute the `content_id` of each image, uint64 [U]. Reads all bytes, and decodes nothing.
 
     Raises:
         InputError: a tar cannot be read.

@@ -159,7 +159,7 @@ _BY_NAME = {task.key.replace("/", "-"): task for task in _TASKS} | {
 
 
 def known_task(folder_name: str) -> KnownTask | None:
-    """The task of DataComp whose folder this is, or None.
+    """Return the task of DataComp whose folder this is, or None.
 
     Args:
         folder_name: DataComp's `wds_vtab-dtd_test`, clip_benchmark's `wds_vtab-dtd`, the bare

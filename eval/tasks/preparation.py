@@ -35,7 +35,7 @@ class TaskData:
     train_images: np.ndarray | None
 
     def rows(self) -> np.ndarray:
-        """All rows of the table that it needs, each once."""
+        """Return all rows of the table that the task needs, each once."""
         needed = [self.images, *([] if self.train_images is None else [self.train_images])]
         return np.unique(np.concatenate(needed))
 
@@ -49,11 +49,11 @@ class PreparedTasks:
     failures: tuple[TaskFailure, ...]
 
     def without(self, names: set[str]) -> PreparedTasks:
-        """The tasks that are left without some."""
+        """Return the tasks that are left without some."""
         return replace(self, data=tuple(data for data in self.data if data.task.name not in names))
 
     def groups(self) -> list[list[TaskData]]:
-        """The tasks in groups that share images, in the order of their first tasks."""
+        """Group the tasks that share images, in the order of their first tasks."""
         parents = list(range(len(self.data)))
 
         def root(number: int) -> int:
@@ -165,6 +165,6 @@ def _train_task(task: Task, split: str) -> Task:
 
 
 def _file_id(path: Path) -> tuple[int, int]:
-    """Equal for all links to a file."""
+    """Return an id that is equal for all links to a file."""
     status = path.stat()
     return status.st_dev, status.st_ino

@@ -65,7 +65,7 @@ class TaskSamples:
         return len(self.keys)
 
     def take(self, rows: np.ndarray) -> TaskSamples:
-        """Some of the samples, by ascending int64 rows."""
+        """Take some of the samples, by ascending int64 rows."""
         counts = np.diff(self.first_image)[rows]
         starts = self.first_image[rows]
         first = np.concatenate([[0], np.cumsum(counts)])
@@ -162,7 +162,7 @@ def _require_one_sample(sample: TarSample, task: Task, place: str) -> None:
 
 
 def _find_images(sample: TarSample, kind: TaskKind, place: str) -> list[Member]:
-    """The one image of a sample, or its numbered images in their order."""
+    """Find the one image of a sample, or its numbered images in their order."""
     single = sample.find(*IMAGE_SUFFIXES)
     if single is not None and kind != "association":
         return [single]
@@ -304,7 +304,7 @@ def _association(data: bytes, images: int, place: str) -> _Label:
 
 
 def _check_counts(samples: TaskSamples) -> None:
-    """Every sample of a selection between captions must offer as many images and captions."""
+    """Check that samples of a selection between captions have equally many images and captions."""
     if samples.task.kind != "image_caption_selection":
         return
     images, captions = np.diff(samples.first_image), np.asarray([*map(len, samples.captions)])
@@ -342,5 +342,5 @@ def _warn_of_classes(samples: TaskSamples) -> None:
 
 
 def tar_of(samples: TaskSamples, image: int) -> Path:
-    """The tar that holds an image of the task."""
+    """Return the tar that holds an image of the task."""
     return samples.task.shards[int(samples.places[image, 0])]

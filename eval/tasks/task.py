@@ -90,7 +90,7 @@ class FoundTasks:
     available: tuple[str, ...]  # all that there are, also what was not asked for
 
     def complete(self) -> list[Task]:
-        """The tasks, where each one that was asked for must be there.
+        """Return the tasks, where each one that was asked for must be there.
 
         Raises:
             InputError: one is missing or damaged.
@@ -127,7 +127,7 @@ def find_tasks(
     key_split: KeySplit = "first_dot",
     may_miss: bool = False,
 ) -> FoundTasks:
-    """The tasks below a folder, or the one task whose folder this is.
+    """Find the tasks below a folder, or the one task whose folder this is.
 
     Folders inside folders are looked through, so tasks may be grouped. A folder that DataComp's
     table knows (`wds_vtab-dtd_test`) gets its key (`vtab/dtd`), title and main metric.
@@ -179,7 +179,7 @@ def find_tasks(
 
 
 def _distinct_names(names: Sequence[str]) -> list[str]:
-    """The names of tasks that were asked for: at least one, each once."""
+    """Check the names of tasks that were asked for: at least one, each once."""
     chosen = require_names("names", names)
     if not chosen:
         rule = "must name at least one task, or be null for all"
@@ -196,7 +196,7 @@ def _distinct_names(names: Sequence[str]) -> list[str]:
 
 
 def _by_name(folders: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """The first folder of each name, and what is wrong with names that several folders have."""
+    """Return the first folder of each name, and the faults of names that several folders have."""
     by_name: dict[str, Path] = {}
     alike: dict[str, str] = {}
     for folder in folders:
@@ -211,7 +211,7 @@ def _by_name(folders: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _walk(folder: Path, split: str) -> list[Path]:
-    """The task folders below a folder; nothing inside of one is looked at."""
+    """Find the task folders below a folder; nothing inside of one is looked at."""
     files = []
     try:
         folders = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -266,7 +266,7 @@ def read_task(root: Path, *, split: str = TEST_SPLIT, key_split: KeySplit = "fir
 def with_texts(
     task: Task, *, classnames: Path | None = None, templates: Path | None = None
 ) -> Task:
-    """The task with other class names or templates, read from files like its own.
+    """Replace the class names or templates of a task by those of files like its own.
 
     Raises:
         InputError: the task has no classes, or there are more or fewer names than it has.
@@ -362,7 +362,7 @@ def _read_lines(path: Path) -> tuple[str, ...]:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """The templates of a file, each with {c} and without other braces.
+    """Read the templates of a file, each with {c} and without other braces.
 
     They are someone else's text, and tools give them to `str.format`, where a field such as
     `{c.__class__}` would read attributes.

@@ -63,7 +63,7 @@ class Choice:
 
 
 def product_of_weights(*weights: np.ndarray | None) -> np.ndarray | None:
-    """What samples count after several decisions, float32 [n]; None stands for 1 of each."""
+    """Return what samples count after several decisions, float32 [n]; None stands for 1 of each."""
     given = [values for values in weights if values is not None]
     return np.multiply.reduce(given) if given else None
 
@@ -136,7 +136,7 @@ def run(selector: Selector, source: Source) -> Choice:
 
 
 def score_faults(scores: np.ndarray) -> list[str]:
-    """How many of the scores, float [n], exclude their samples from every selection, in words."""
+    """Say how many of the scores, float [n], exclude their samples from every selection."""
     unscored, never = int(np.isnan(scores).sum()), int(np.isneginf(scores).sum())
     faults = []
     if unscored:
@@ -147,7 +147,7 @@ def score_faults(scores: np.ndarray) -> list[str]:
 
 
 def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]:
-    """What a user should know of a choice: bad scores, a rule without effect, a missed number.
+    """Describe what is odd about a choice: bad scores, a rule without effect, a missed number.
 
     Args:
         selector: that has made the choice.
@@ -178,7 +178,7 @@ def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]
 
 
 def _ties_at_cut(scores: np.ndarray, kept: np.ndarray) -> list[str]:
-    """Whether the order of uids, and not the scores, float [n], has decided about most samples."""
+    """Say whether the order of uids, not the scores, float [n], has decided about most samples."""
     lowest = scores[kept].min()
     equal = scores == lowest
     if np.nanmax(scores[~kept], initial=-np.inf) > lowest:  # random draws: no cut
@@ -261,7 +261,7 @@ class Selector(ABC):
         return bool(getattr(getattr(self, "rule", None), "keeps_all", False))
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int | None:
-        """How many it was asked to keep, repetitions counted; None: it decides by itself.
+        """Return how many samples to keep, repetitions counted; None if it decides by itself.
 
         By default its `rule` says so, if it has one.
 
@@ -273,7 +273,7 @@ class Selector(ABC):
         return None if asked is None else int(asked(left_samples, pool_samples))
 
     def faults(self, left_samples: int, pool_samples: int) -> list[str]:
-        """What makes its parameters meaningless for so many samples; by default its rule's."""
+        """List what makes the parameters meaningless for these sizes; by default the rule's."""
         of_rule = getattr(getattr(self, "rule", None), "faults", None)
         return [] if of_rule is None else list(of_rule(left_samples, pool_samples))
 
@@ -299,11 +299,11 @@ class Selector(ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned in training so far: tensors and plain values. Default: nothing."""
+        """Return what was learned in training: tensors and plain values. Default: nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         return None
 
 
@@ -347,7 +347,7 @@ class ScoreSelector(Selector):
         """Gather what scoring needs from one or more passes over the input. Default: nothing."""
 
     def score(self, chunk: Chunk) -> Tensor:
-        """The scores of a chunk, float32 [n], higher is better; NaN means "no score".
+        """Score a chunk: float32 [n], higher is better; NaN means "no score".
 
         -inf means "never": no rule keeps it, even where it would need it to reach its fraction.
         +inf is the best. A statistic of scores leaves all three out.
@@ -358,11 +358,11 @@ class ScoreSelector(Selector):
         raise NotImplementedError(f"{type(self).__name__} must implement score or score_task")
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
-        """The work of a pass: each sample that can be scored is in one task."""
+        """Split a pass into tasks: each sample that can be scored is in one task."""
         return source.tasks(self.requires)
 
     def score_task(self, source: Source, task: WorkUnit) -> Tensor:
-        """The values of the samples of a task, float32 [m]: `score` of its chunks."""
+        """Compute the values of the samples of a task, float32 [m]: `score` of its chunks."""
         values = [self.checked_score(chunk) for chunk in source.chunks(task.rows, self.requires)]
         return torch.cat(values) if values else torch.empty(0)
 
@@ -384,7 +384,7 @@ class ScoreSelector(Selector):
 
     @torch.no_grad()
     def scores(self, source: Source) -> np.ndarray:
-        """Fit, and score all samples of `source`: float32 [n], NaN for what has no score.
+        """Fit, and score all samples of `source`: float32 [n], NaN for those without a score.
 
         The tasks are shared among the ranks; what was kept of an earlier call is not done again.
         """
@@ -432,7 +432,7 @@ class ScoreSelector(Selector):
 
 
 def _of_all_ranks(source: Source, tasks: Sequence[WorkUnit], values: np.ndarray) -> np.ndarray:
-    """The values of a pass on every rank, float32 [n], from those of this one; NaN without any.
+    """Share the values of a pass with all ranks: float32 [n], NaN where no rank has a value.
 
     Ranks add arrays of which a single one is not zero in any place, so that the sum is exact.
     """

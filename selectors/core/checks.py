@@ -35,7 +35,7 @@ TOLERANCE = 1e-5  # of scores when the same samples come in other chunks
 def synthetic_chunk(
     requires: Requirements, *, samples: int = SAMPLES, dim: int = 16, seed: int = 0
 ) -> Chunk:
-    """One chunk of random unit features, captions and column values, whatever is asked for."""
+    """Draw a chunk of random unit features, captions and column values, whatever is asked for."""
     generator = np.random.default_rng([seed, samples, dim])
     features = {}
     for key in requires.features:
@@ -66,7 +66,7 @@ def synthetic_chunk(
 def synthetic_files(
     requires: Requirements, *, samples: int = 61, dim: int = 16
 ) -> dict[FeatureFile, torch.Tensor]:
-    """Random unit features for each feature file that is asked for."""
+    """Draw random unit features for each feature file that is asked for."""
     files = {}
     for number, file in enumerate(requires.files):
         values = np.random.default_rng([7, number]).standard_normal((samples, dim))
@@ -82,7 +82,7 @@ def _select(make: SelectorFactory, chunk: Chunk, size: int = SAMPLES) -> Choice:
 
 
 def check_answer(make: SelectorFactory) -> None:
-    """Every sample gets one multiplicity of at least 0, int64, and something is kept."""
+    """Check that every sample gets one multiplicity, int64, at least 0, and something is kept."""
     chunk = synthetic_chunk(make().requires)
     choice = _select(make, chunk)
     assert choice.multiplicities.shape == (len(chunk),), "each sample must be answered once"
@@ -95,7 +95,7 @@ def check_answer(make: SelectorFactory) -> None:
 
 
 def check_weights(make: SelectorFactory) -> None:
-    """Weights are declared (`weighs = True`), float32, finite, at least 0, and one a sample.
+    """Check that weights are declared (`weighs = True`), float32, finite, at least 0, and complete.
 
     What cannot use weights is refused for a selector that declares them, before any work.
     """
@@ -110,7 +110,7 @@ def check_weights(make: SelectorFactory) -> None:
 
 
 def _assert_same(first: Choice, second: Choice, message: str = "") -> None:
-    """Two answers keep the same samples as often, and with the same weights."""
+    """Assert that two answers keep the same samples as often, and with the same weights."""
     assert np.array_equal(first.multiplicities, second.multiplicities), message
     kept = first.multiplicities > 0
     weights, others = (
@@ -126,7 +126,7 @@ def _numpy_state() -> bytes:
 
 
 def check_deterministic(make: SelectorFactory) -> None:
-    """Two fresh selectors agree, and neither draws from a global random state."""
+    """Check that two fresh selectors agree, and that neither draws from a global random state."""
     chunk = synthetic_chunk(make().requires)
     torch.manual_seed(1)
     np.random.seed(1)
@@ -139,7 +139,7 @@ def check_deterministic(make: SelectorFactory) -> None:
 
 
 def check_chunk_size(make: SelectorFactory) -> None:
-    """How the samples are cut into chunks does not change the answer."""
+    """Check that the answer does not change with how the samples are cut into chunks."""
     chunk = synthetic_chunk(make().requires)
     whole = _select(make, chunk)
     for size in (1, 64):
@@ -150,14 +150,14 @@ def check_chunk_size(make: SelectorFactory) -> None:
 
 
 def check_sample_order(make: SelectorFactory) -> None:
-    """The order in which the samples arrive does not change the answer."""
+    """Check that the answer does not change with the order in which the samples arrive."""
     chunk = synthetic_chunk(make().requires)
     shuffled = take(chunk, np.random.default_rng(3).permutation(len(chunk)))
     _assert_same(_select(make, chunk), _select(make, shuffled))
 
 
 def check_input_untouched(make: SelectorFactory) -> None:
-    """The chunk is not modified."""
+    """Check that the chunk is not modified."""
     chunk = synthetic_chunk(make().requires)
     original = copy.deepcopy(chunk)
     _select(make, chunk)
@@ -171,7 +171,7 @@ def check_input_untouched(make: SelectorFactory) -> None:
 
 
 def check_picklable(make: SelectorFactory) -> None:
-    """The selector survives pickling, which processes that are spawned need."""
+    """Check that the selector survives pickling, which spawned processes need."""
     chunk = synthetic_chunk(make().requires)
     try:
         data = pickle.dumps(make())
@@ -182,7 +182,7 @@ def check_picklable(make: SelectorFactory) -> None:
 
 
 def check_unscored(make: SelectorFactory) -> None:
-    """A score selector never keeps a sample whose score is NaN."""
+    """Check that a score selector never keeps a sample whose score is NaN."""
     selector = make()
     if not isinstance(selector, ScoreSelector):
         return
@@ -194,13 +194,13 @@ def check_unscored(make: SelectorFactory) -> None:
 
 
 def check_single_sample(make: SelectorFactory) -> None:
-    """A chunk of one sample is a legal input."""
+    """Check that a chunk of one sample is a legal input."""
     choice = _select(make, synthetic_chunk(make().requires, samples=1))
     assert choice.multiplicities.shape == (1,)
 
 
 def check_few_left(make: SelectorFactory) -> None:
-    """Earlier stages may have left two samples, one, or none."""
+    """Check that earlier stages may leave two samples, one, or none."""
     selector = make()
     chunk = synthetic_chunk(selector.requires)
     source = MemorySource(chunk, files=synthetic_files(selector.requires))

@@ -32,12 +32,12 @@ Selectors = Iterable[Any] | Mapping[str, Any]
 
 
 def union(selectors: Iterable[Selector]) -> Requirements:
-    """What several selectors read together."""
+    """Return what several selectors read together."""
     return merge([selector.requires for selector in selectors])
 
 
 def merge(needs: Sequence[Requirements]) -> Requirements:
-    """What several selectors, which need this, read together.
+    """Merge what several selectors need into what they read together.
 
     Each of them asks its source for what it reads itself, so this only tells which inputs must be
     there. `Requirements` has room for one column of each kind: of several different ones none is
@@ -126,7 +126,7 @@ def require_independent(owner: object, parameter: str, selectors: Sequence[Selec
 
 
 def ordinal_ranks(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
-    """The place of each sample from the worst, 0, to the best, n - 1: int64 [n].
+    """Rank each sample from the worst, 0, to the best, n - 1: int64 [n].
 
     Of equal scores the smaller uid is the better one, as in `rules.keep_top`.
 
@@ -142,7 +142,7 @@ def ordinal_ranks(scores: np.ndarray, uids: np.ndarray) -> np.ndarray:
 def rank_sum(
     scores: Sequence[np.ndarray], uids: np.ndarray, weights: Sequence[float]
 ) -> np.ndarray:
-    """The weighted sum of the ranks that samples have by several scores: float64 [n].
+    """Compute the weighted sum of the ranks that samples have by several scores: float64 [n].
 
     The released code of negCLIPLoss and NormSim (arXiv 2405.19547) writes such a set with equal
     weights as `sum_rank`; there, equal scores get their ranks by the order of the files.
@@ -161,7 +161,7 @@ def rank_sum(
 
 
 def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """The weighted sum of standardised scores: float64 [n].
+    """Compute the weighted sum of standardised scores: float64 [n].
 
     Every score is brought to mean 0 and standard deviation 1 (a constant one to 0) over the
     samples for which all scores are finite. This is the form of M-FLYT (arXiv 2503.08805), whose
@@ -193,7 +193,7 @@ def mix_scores(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
 
 
 def _verdicts(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """-inf where one of the scores is -inf, else NaN where one is NaN, else 0: float64 [n]."""
+    """Return -inf where a score is -inf, else NaN where one is NaN, else 0: float64 [n]."""
     values = np.stack(scores)
     unscored = np.where(np.isnan(values).any(0), np.nan, 0.0)
     return np.where(np.isneginf(values).any(0), -np.inf, unscored)
@@ -220,7 +220,7 @@ class Then(Selector):
         return any(stage.weighs for stage in self.stages)
 
     def select(self, source: Source) -> Choice:
-        """The scores are those of the last stage, NaN for what it has not seen."""
+        """Select stage by stage; the scores are the last stage's, NaN for what it has not seen."""
         kept = np.ones(len(source), dtype=np.int64)
         scores = weights = None
         for stage in self.stages:
@@ -256,7 +256,7 @@ class _Together(Selector):
 
     @abstractmethod
     def join(self, choices: Sequence[Choice]) -> Choice:
-        """The choices of all selectors, about the same samples -> one without scores."""
+        """Join the choices of all selectors, about the same samples, into one without scores."""
 
     def select(self, source: Source) -> Choice:
         return self.join([run(selector, source) for selector in self.selectors])
@@ -384,10 +384,10 @@ class Combined(ScoreSelector):
 
     @abstractmethod
     def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
-        """Scores float32 [n] of each selector -> float64 [n], -inf or NaN where one is."""
+        """Combine scores float32 [n] of each selector: float64 [n], -inf or NaN where one is."""
 
     def combined(self, source: Source) -> np.ndarray:
-        """The score of every sample before it is rounded to float32: float64 [n]."""
+        """Compute the score of every sample before it is rounded to float32: float64 [n]."""
         return self.combine([child.scores(source) for child in self.selectors], source.uids)
 
     def scores(self, source: Source) -> np.ndarray:

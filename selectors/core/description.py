@@ -39,7 +39,7 @@ class Behind:
 
 
 def describe(value: Any, behind: Behind | None = None, *, without: tuple[str, ...] = ()) -> Any:
-    """A value as plain JSON types that stand for it: a selector by its class and parameters.
+    """Describe a value in plain JSON types: a selector by its class and parameters.
 
     The public attributes of an object are its parameters. What begins with an underscore is state
     that follows from them; arguments of a selector's constructor that it keeps in such attributes
@@ -184,7 +184,7 @@ def _described_parts(value: Any, behind: Behind, without: tuple[str, ...]) -> di
 
 
 def _differs(argument: Any, attribute: Any) -> bool:
-    """Whether an attribute may hold less than the argument of its name that it was made from."""
+    """Return whether an attribute may hold less than the argument of its name it was made from."""
     if argument is attribute:
         return False
     try:
@@ -194,7 +194,7 @@ def _differs(argument: Any, attribute: Any) -> bool:
 
 
 def _pickled(value: Any) -> list[Any] | None:
-    """What pickle would keep of an object whose class says itself what that is; else None.
+    """Return what pickle keeps of an object whose class says itself what that is; else None.
 
     Such as a regular expression, a date, a generator of random numbers, a table. Nothing is called
     but the object's own code, and nothing is read from anywhere.
@@ -220,7 +220,7 @@ def _pickled(value: Any) -> list[Any] | None:
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object by name, without cached properties; None if it can have none."""
+    """Return the attributes of an object, without cached properties; None if it can have none."""
     slots = [
         name
         for kind in type(value).__mro__
@@ -244,12 +244,12 @@ def _slots_of(kind: type) -> tuple[str, ...]:
 
 
 def stored_name(value: type | FunctionType) -> str:
-    """What a class or function is called in what is kept: by the name that its module had first."""
+    """Return the name of a class or function in stored results: by its module's first name."""
     return f"{old_name(value.__module__)}.{value.__qualname__}"
 
 
 def nested(value: Any, kind: type[T]) -> Iterator[T]:
-    """The objects of a kind in a value, its public attributes and its constructor's arguments.
+    """Yield the objects of a kind in a value, its public attributes and constructor arguments.
 
     Each once: a composition's members, wherever it keeps them.
     """

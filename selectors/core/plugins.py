@@ -12,7 +12,7 @@ GROUP = "siftclip.selectors"
 
 
 def find_plugins() -> dict[str, EntryPoint]:
-    """The installed selectors by name.
+    """Find the installed selectors by name.
 
     Raises:
         InputError: two distributions give the same name.

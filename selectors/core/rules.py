@@ -35,7 +35,7 @@ class Rule(Protocol):
 
 
 def can_be_kept(scores: np.ndarray) -> np.ndarray:
-    """Which samples may be kept at all: bool [n], not those with NaN or -inf."""
+    """Return which samples may be kept at all: bool [n], not those with NaN or -inf."""
     return scores > -np.inf
 
 
@@ -66,7 +66,7 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
 
 
 def counted(of: Of, left_samples: int, pool_samples: int) -> int:
-    """How many samples a fraction is `of`: the whole "pool", or those "left"."""
+    """Count the samples that a fraction is `of`: the whole "pool", or those "left"."""
     return pool_samples if of == "pool" else left_samples
 
 
@@ -87,7 +87,7 @@ class TopFraction:
         return self.fraction == 1
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int:
-        """How many samples that is, of so many that are left of a pool."""
+        """Return how many samples the fraction keeps of those that are left of a pool."""
         return int(counted(self.of, left_samples, pool_samples) * self.fraction)
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
@@ -108,6 +108,7 @@ class TopCount:
         self.count = require_int("count", count, minimum=0, owner=self)
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int:
+        """Return the count."""
         return self.count
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
@@ -133,7 +134,7 @@ class DataCompFraction:
         return self.fraction == 1
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int:
-        """How many samples that is at least, without what is tied with the last of them."""
+        """Return how many samples are kept at least, without those tied with the last of them."""
         counted_samples = counted(self.of, left_samples, pool_samples)
         return min(counted_samples, int(counted_samples * self.fraction) + 1)
 

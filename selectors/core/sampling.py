@@ -60,7 +60,7 @@ def soft_cap(
     batch_samples: int,
     seed: int,
 ) -> np.ndarray:
-    """Soft Cap Sampling (arXiv 2503.08805): multiplicities int64 [n] that sum to `total`.
+    """Draw by Soft Cap Sampling (arXiv 2503.08805): multiplicities int64 [n] that sum to `total`.
 
     Until there are `total`: draw a batch from softmax(logits) without replacement, and lower the
     logits of what was drawn by `penalty`. The paper has no temperature: what enters the softmax is
@@ -112,14 +112,14 @@ def soft_cap(
 
 
 def _bounds(logits: np.ndarray, cut: float) -> np.ndarray:
-    """Hashes below these give a key below `cut`: uint64 [n], with room for rounding."""
+    """Bound the hashes whose key is below `cut`: uint64 [n], with room for rounding."""
     with np.errstate(over="ignore"):
         below = np.exp(-np.exp(logits - cut)) - 1e-12
     return (np.maximum(below, 0.0) * 2.0**64).astype(np.uint64)
 
 
 def _passing(state: np.ndarray, draw: int, bounds: np.ndarray) -> np.ndarray:
-    """Where the hashes of a draw reach the bounds: int64 [m]."""
+    """Find where the hashes of a draw reach the bounds: int64 [m]."""
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(state), _BLOCK)]
     return np.concatenate(
         [
@@ -166,7 +166,7 @@ def hard_cap(
 
 
 def _expected_end(logits: np.ndarray, total: int, cap: int) -> float:
-    """The logarithm of a time until which about, and rather less than, `total` arrivals come."""
+    """Find the log of a time until which about, and rather less than, `total` arrivals come."""
     samples, edges = np.histogram(logits, bins=256)
     middles = (edges[1:] + edges[:-1]) / 2
     low: float
@@ -181,7 +181,7 @@ def _expected_end(logits: np.ndarray, total: int, cap: int) -> float:
 def _arrivals(
     logits: np.ndarray, state: np.ndarray, cap: int, until: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first `cap` arrivals of each sample, up to a time: owners int64 and times float64 [m].
+    """Draw the first `cap` arrivals of each sample, up to a time: owners int64, times float64 [m].
 
     Times are logarithms, because rates may differ by more than floats can hold.
     """
@@ -243,11 +243,11 @@ class _Draws:
         self.of = require_choice("of", of, OFS, owner=self)
 
     def checked_fraction(self, fraction: object) -> float:
-        """Multiplicities may sum to more than the pool."""
+        """Check the fraction; above 1, multiplicities sum to more than the pool."""
         return require_positive("fraction", fraction, owner=self)
 
     def asked_samples(self, left_samples: int, pool_samples: int) -> int:
-        """How many are drawn, of so many that are left of a pool."""
+        """Return how many samples are drawn from those that are left of a pool."""
         if self.count is not None:
             return self.count
         return int(counted(self.of, left_samples, pool_samples) * (self.fraction or 0.0))
@@ -307,7 +307,7 @@ class SoftCapSampling(_Draws):
         return max(1, total // _DRAWS_PER_BATCH)
 
     def faults(self, left_samples: int, pool_samples: int) -> list[str]:
-        """What makes the rule meaningless for so many samples that are left of a pool."""
+        """List what makes the rule meaningless for the samples that are left of a pool."""
         total = self.asked_samples(left_samples, pool_samples)
         batch, auto = self._batch_samples(total), max(1, total // _DRAWS_PER_BATCH)
         batches = -(-total // batch)

@@ -36,7 +36,7 @@ class ListColumn(NamedTuple):
     offsets: np.ndarray  # int64 [n + 1]; list i is values[offsets[i] : offsets[i + 1]]
 
     def take(self, index: np.ndarray) -> ListColumn:
-        """The lists at `index`, int64 [k], in that order."""
+        """Take the lists at `index`, int64 [k], in that order."""
         lengths = np.diff(self.offsets)[index]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         starts = np.repeat(self.offsets[index] - offsets[:-1], lengths)
@@ -68,7 +68,7 @@ class Chunk:
         return len(self.rows)
 
     def usable(self) -> Tensor:
-        """Which samples can be scored by their features: bool [n], on the features' device.
+        """Find the samples that can be scored by their features: bool [n], on the features' device.
 
         A vector that is zero, or has a component that is not finite, says nothing about its sample.
         """
@@ -149,7 +149,7 @@ class Cache(Protocol):
     """What a selector has worked out and need not work out again. Shared by the ranks."""
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays that were put under `name`, or None."""
+        """Return the arrays that were put under `name`, or None."""
 
     def put(self, name: str, **arrays: np.ndarray) -> None:
         """Keep arrays. Only one rank may put a name, except for equal arrays."""
@@ -171,7 +171,8 @@ class DictCache:
 class Bar(Protocol):
     """A progress bar."""
 
-    def update(self, n: int) -> object: ...
+    def update(self, n: int) -> object:
+        """Advance by `n` samples."""
 
 
 class NoBar:
@@ -204,18 +205,18 @@ class Source(ABC):
 
     @abstractmethod
     def parts(self, requires: Requirements) -> list[Part]:
-        """The samples for which there is what is required. Their rows are disjoint."""
+        """Return the samples for which there is what is required. Their rows are disjoint."""
 
     @abstractmethod
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
-        """The samples `rows`, int64 [m], in this order; any rows of `parts(requires)`."""
+        """Read the samples `rows`, int64 [m], in this order; any rows of `parts(requires)`."""
 
     @abstractmethod
     def file(self, file: FeatureFile) -> Iterator[Tensor]:
-        """The rows of a feature file, in tensors float [<= chunk_samples, d] on the device."""
+        """Read the rows of a feature file, in tensors float [<= chunk_samples, d] on the device."""
 
     def logits(self, features: str) -> Logits:
-        """Scale and bias of the model whose features are called so, such as "learner".
+        """Return scale and bias of the model behind the features of a name, such as "learner".
 
         Raises:
             InputError: they are not known.
@@ -227,20 +228,20 @@ class Source(ABC):
 
     @abstractmethod
     def cache(self, selector: object) -> Cache:
-        """What this selector has worked out for this source."""
+        """Return what this selector has worked out for this source."""
 
     @abstractmethod
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
-        """A progress bar over `total` samples of this rank."""
+        """Open a progress bar over `total` samples of this rank."""
 
     def index_of(self, rows: np.ndarray) -> np.ndarray:
-        """Where `rows` stand in `self.rows`: int64 [m]."""
+        """Find where `rows` stand in `self.rows`: int64 [m]."""
         if len(self.rows) and self.rows[-1] == len(self.rows) - 1:
             return rows  # all rows from 0: a whole pool
         return np.searchsorted(self.rows, rows)
 
     def tasks(self, requires: Requirements, label: str = "") -> list[WorkUnit]:
-        """The samples of all parts in tasks of at most TASK_SAMPLES, in their order."""
+        """Split the samples of all parts into tasks of at most TASK_SAMPLES, in their order."""
         return [
             WorkUnit(
                 name=f"{label}{part.name}-{start}", rows=part.rows[start : start + TASK_SAMPLES]
@@ -250,16 +251,16 @@ class Source(ABC):
         ]
 
     def mine(self, tasks: Sequence[WorkUnit]) -> Sequence[WorkUnit]:
-        """The tasks that belong to this rank."""
+        """Return the tasks that belong to this rank."""
         return tasks[self.ranks.rank :: self.ranks.size]
 
     def chunks(self, rows: np.ndarray, requires: Requirements) -> Iterator[Chunk]:
-        """The samples `rows`, int64, in chunks of at most `chunk_samples`."""
+        """Yield the samples `rows`, int64, in chunks of at most `chunk_samples`."""
         for start in range(0, len(rows), self.chunk_samples):
             yield self.take(rows[start : start + self.chunk_samples], requires)
 
     def restrict(self, rows: np.ndarray) -> Source:
-        """The same source with some of its samples only: int64, ascending, distinct."""
+        """Return the same source with some of its samples only: int64, ascending, distinct."""
         return self if len(rows) == len(self) else RestrictedSource(self, rows)
 
     def report(self, selector: object, choice: Any, samples: int, seconds: float) -> None:
@@ -380,7 +381,7 @@ class MemorySource(Source):
 
 
 def take(chunk: Chunk, index: np.ndarray) -> Chunk:
-    """The samples of a chunk at `index`, int64 [m], in that order."""
+    """Take the samples of a chunk at `index`, int64 [m], in that order."""
     at = torch.from_numpy(index)
     return Chunk(
         rows=chunk.rows[index],

@@ -42,7 +42,7 @@ class SubBatch:
     def of_quotas(
         cls, quotas: np.ndarray, *, temperature: float | None = None, seed: int = 0
     ) -> SubBatch:
-        """The sub-batch with these quotas, int64 [groups], that differ by at most one."""
+        """Return the sub-batch with these quotas, int64 [groups], that differ by at most one."""
         less = np.flatnonzero(quotas < quotas.max())
         return cls(
             samples=int(quotas.max()),
@@ -53,7 +53,7 @@ class SubBatch:
         )
 
     def group_slices(self, candidates: int) -> list[slice]:
-        """Where the samples of each group stand, of so many candidates.
+        """Return where the samples of each group stand among so many candidates.
 
         Raises:
             ValueError: they cannot be cut into equal groups, or a group is too small.
@@ -68,7 +68,7 @@ class SubBatch:
 
 
 def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
-    """Of each group the best scores, or random ones: int64 [n] of 0 and 1.
+    """Keep the best scores of each group, or random ones: int64 [n] of 0 and 1.
 
     Without a temperature, or with 0, the largest scores. With one, samples are drawn without
     replacement from softmax(scores / temperature), as the largest scores / temperature plus Gumbel
@@ -99,7 +99,7 @@ def draw_by_score(scores: np.ndarray, uids: np.ndarray, sub_batch: SubBatch) -> 
 
 
 def share_over_groups(total: int, groups: int, turn: int = 0) -> np.ndarray:
-    """So many samples as shares of equal groups: int64 [groups], of sum `total`.
+    """Split `total` samples into shares of equal groups: int64 [groups].
 
     The shares differ by at most one, and the larger ones lie evenly among the groups. Over `groups`
     consecutive turns every group has the same sum.
@@ -117,7 +117,7 @@ def add_uniform(
     seed: int,
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A sub-batch with uniformly random samples of each group added, of those not kept yet.
+    """Add uniformly random samples of each group to a sub-batch, of those not kept yet.
 
     Args:
         kept: int64 [n] of 0 and 1.

@@ -37,10 +37,10 @@ class Clustering(Protocol):
     """Where centroids come from."""
 
     def files(self) -> tuple[FeatureFile, ...]:
-        """The feature files that it reads."""
+        """Return the feature files that are read."""
 
     def centroids(self, source: Source, key: str) -> Tensor:
-        """The centroids of the features `key`, float32 [k, d]."""
+        """Find the centroids of the features `key`, float32 [k, d]."""
 
 
 class KMeans:
@@ -57,7 +57,7 @@ class KMeans:
         samples_per_cluster: int | None = None,
         most_clusters: int | None = None,
     ) -> None:
-        """See `fit_kmeans`.
+        """Set the parameters of `fit_kmeans`.
 
         Args:
             clusters: how many, or "auto": as many as leave each `samples_per_cluster` on average.
@@ -94,7 +94,7 @@ class KMeans:
             self.sample = require_int("sample", sample, minimum=fewest, owner=self)
 
     def count(self, samples: int) -> int:
-        """How many clusters there are of so many samples."""
+        """Return the number of clusters for a number of samples."""
         if isinstance(self.clusters, int):
             return self.clusters
         scaled = max(1, round(samples / (self.samples_per_cluster or 1)))
@@ -154,7 +154,7 @@ class GivenCentroids:
 def assign_all(
     source: Source, key: str, clustering: Clustering
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """The centroids, and the cluster of every sample of a source, on every rank.
+    """Find the centroids, and the cluster of every sample of a source, on every rank.
 
     Returns:
         centroids float32 [k, d]; clusters int32 [n], -1 for samples that are not usable; inner
@@ -184,7 +184,7 @@ def assign_all(
 
 
 def _assign_chunk(chunk: Chunk, centroids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters int32 [n] and inner products float32 [n] of a chunk; -1 and 0 if not usable."""
+    """Find clusters int32 [n] and inner products float32 [n] of a chunk; -1 and 0 if not usable."""
     (features,) = chunk.features.values()
     usable = chunk.usable()
     clusters = torch.full((len(chunk),), -1, dtype=torch.int32, device=features.device)
@@ -221,5 +221,5 @@ class ClusterId(ScoreSelector):
 
 
 def _cache(source: Source, key: str, clustering: Clustering) -> Cache:
-    """What is known of these clusters, whichever selector needs them."""
+    """Return what is known of these clusters, whichever selector needs them."""
     return source.cache(ClusterId(key=key, clustering=clustering, fraction=1))

@@ -28,7 +28,7 @@ _LARGEST_DIGITS = 3.9  # a component whose digits are int8, sums of two digits i
 
 
 def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
-    """The sum of x y^T over samples, in units of UNIT^2: int64 [d, e]; x x^T without `right`.
+    """Sum x y^T over samples, in units of UNIT^2: int64 [d, e]; x x^T without `right`.
 
     Samples with a vector that is zero or not finite are left out.
 
@@ -55,7 +55,7 @@ def second_moment(left: Tensor, right: Tensor | None = None) -> Tensor:
 
 
 def _largest_component(features: Tensor) -> float:
-    """The largest |x| of all vectors, float [n, d] with n at least 1."""
+    """Return the largest |x| of all vectors, float [n, d] with n at least 1."""
     wide = torch.promote_types(features.dtype, torch.float32)  # half is slow on a CPU
     return max(float(x.to(wide).abs().amax()) for x in torch.split(features, _CACHED_SAMPLES))
 
@@ -65,7 +65,7 @@ def _whole_numbers(features: Tensor) -> Tensor:
 
 
 def _digits(features: Tensor) -> tuple[Tensor, ...]:
-    """Whole numbers 2^14 a + 2^7 b + c of components of at most _LARGEST_DIGITS, in digits.
+    """Split components of at most _LARGEST_DIGITS into digits: whole numbers 2^14 a + 2^7 b + c.
 
     Returns:
         a, b, c, all in [-64, 64], and a + b, a + c, b + c: int8 [n, d] each. No sum is 128: a is
@@ -85,7 +85,7 @@ def _digits(features: Tensor) -> tuple[Tensor, ...]:
 
 
 def _product_of_digits(*pairs: Tensor) -> Tensor:
-    """x^T y: int8 [n, d] six times as in `_digits`, then [n, e] six times -> float64 [d, e].
+    """Multiply x^T y in digits: int8 [n, d] six times, then [n, e] six times -> float64 [d, e].
 
     The mixed products a^T b + b^T a are (a + b)^T (a + b) - a^T a - b^T b, for which six int8
     products do. On a CPU they are faster than a single one in float64.
@@ -114,12 +114,12 @@ def _add_square(
 
 
 def mean_moment(sums: Tensor, samples: int) -> Tensor:
-    """The mean from exact sums: int64 [d, e] -> float64 [d, e]. Of no samples it is zero."""
+    """Compute the mean from exact sums: int64 [d, e] -> float64 [d, e]. That of none is zero."""
     return sums.double() * (UNIT * UNIT / max(1, samples))
 
 
 def quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
-    """x^T S x of each sample: float32 [n].
+    """Compute x^T S x of each sample: float32 [n].
 
     Args:
         features: float [n, d].
@@ -151,7 +151,7 @@ def quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
 
 
 def low_rank_form(features: Tensor, basis: Tensor, values: Tensor) -> Tensor:
-    """The sum over k of v_k <x, b_k>^2: float32 [n].
+    """Compute the sum over k of v_k <x, b_k>^2: float32 [n].
 
     Args:
         features: float [n, d].
@@ -164,7 +164,7 @@ def low_rank_form(features: Tensor, basis: Tensor, values: Tensor) -> Tensor:
 
 
 def bilinear_form(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
-    """x^T S y of each sample: float32 [n], for float [n, d], float [n, e] and S float [d, e]."""
+    """Compute x^T S y of each sample: float32 [n]; x is float [n, d], y float [n, e], S [d, e]."""
     matrix = matrix.float()
     samples = 512 if left.device.type == "cpu" else 1 << 16
     pieces = zip(torch.split(left, samples), torch.split(right, samples), strict=True)
@@ -172,7 +172,7 @@ def bilinear_form(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
 
 
 def large_part(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, float]:
-    """A sum of v_k b_k b_k^T that is near a symmetric matrix: the larger part of its eigenvectors.
+    """Approximate a symmetric matrix by a sum of v_k b_k b_k^T, its largest eigenvectors.
 
     Args:
         matrix: float64 [d, d].
@@ -214,20 +214,20 @@ def check_sums(owner: str, sums: Tensor) -> Tensor:
 
 
 def rows_of(source: Source, requires: Requirements) -> np.ndarray:
-    """The rows that have what is required, int64 [n], in the order in which they are stored."""
+    """Return the rows that have what is required, int64 [n], in the order of their storage."""
     parts = [part.rows for part in source.parts(requires)]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def share(rows: np.ndarray, ranks: Ranks) -> np.ndarray:
-    """The part of an array that is this rank's, of about equal size."""
+    """Return this rank's part of an array, of about equal size."""
     return np.array_split(rows, ranks.size)[ranks.rank]
 
 
 def pool_moment(
     owner: str, source: Source, rows: np.ndarray, requires: Requirements
 ) -> tuple[Tensor, int]:
-    """The exact sum over some samples of a source, on all ranks, and the number of usable ones.
+    """Sum exactly over some samples of a source, on all ranks, and count the usable ones.
 
     Args:
         owner: the class that asks, for errors.
@@ -247,7 +247,7 @@ def pool_moment(
 
 
 def file_moment(owner: str, source: Source, files: tuple[FeatureFile, ...]) -> tuple[Tensor, int]:
-    """The exact sum over the rows of feature files, and their usable number; see `pool_moment`.
+    """Sum exactly over the rows of feature files, and count the usable ones; see `pool_moment`.
 
     Raises:
         InputError: two files have different numbers of rows.
@@ -270,7 +270,7 @@ def file_moment(owner: str, source: Source, files: tuple[FeatureFile, ...]) -> t
 def kept_moment(
     source: Source, cache: Cache, name: str, compute: Callable[[], tuple[Tensor, int]]
 ) -> tuple[Tensor, int]:
-    """The sum that was kept under `name`, or else that of `compute`, which is then kept."""
+    """Return the sum that was kept under `name`, or that of `compute`, which is then kept."""
     kept = cache.get(name)
     if all_ranks(source.ranks, kept is not None) and kept is not None:
         return torch.from_numpy(kept["sums"]).to(source.device), int(kept["samples"])
@@ -281,7 +281,7 @@ def kept_moment(
 
 
 def all_ranks(ranks: Ranks, flag: bool) -> bool:
-    """Whether `flag` is true on every rank, so that all of them take the same way."""
+    """Return whether `flag` is true on every rank, so that all of them take the same way."""
     return int(ranks.sum(torch.tensor(int(flag)))) == ranks.size
 
 

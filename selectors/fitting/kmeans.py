@@ -27,7 +27,7 @@ LARGEST = 1024.0  # component of a vector; 2**29 samples cannot overflow the sum
 
 
 def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The centroid with the largest inner product, and that product, for each vector.
+    """Find the centroid with the largest inner product, and that product, for each vector.
 
     DataComp's `image_based` filter (arXiv 2304.14108) assigns so, with centroids that are not
     normalised. Never holds n x k products.
@@ -58,7 +58,7 @@ def fit_kmeans(
     spherical: bool = True,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Cluster the samples by Lloyd's algorithm; the centroids, float32 [k, d].
+    """Find the centroids, float32 [k, d], of the samples by Lloyd's algorithm.
 
     The first centroids are samples chosen by a hash of (seed, uid), as faiss draws them at random.
     A cluster that gets no sample takes over half of the largest one: both are its centroid,
@@ -71,8 +71,8 @@ def fit_kmeans(
         clusters: how many, k. With fewer samples that are usable, each of these is a centroid.
         seed: of the first centroids, and of the sample.
         iterations: at most so many.
-        sample: cluster so many samples only, chosen by the same hash; None: all. faiss takes 256 a
-            cluster, DataComp all at its scale small.
+        sample: cluster so many samples only, chosen by the same hash; None: all. faiss takes
+            256 per cluster, DataComp all at its scale small.
         spherical: centroids are the means scaled to unit norm, and a vector belongs to the one with
             the largest inner product; else they are plain means and the nearest one is meant.
         cache: keeps the last iteration for these very arguments, at which a killed run continues.
@@ -134,7 +134,7 @@ def add_to_clusters(
 
 
 def whole_numbers(features: Tensor) -> Tensor:
-    """Features in units of `UNIT`, to be added exactly: float [n, d] -> int64 [n, d].
+    """Round features to units of `UNIT`, to be added exactly: float [n, d] -> int64 [n, d].
 
     Raises:
         InputError: a component is too large for a sum over any pool.
@@ -149,7 +149,7 @@ def whole_numbers(features: Tensor) -> Tensor:
 
 
 def move_centroids(old: Tensor, sums: Tensor, counts: Tensor, *, spherical: bool) -> Tensor:
-    """The means of the clusters, scaled to unit norm if `spherical`: float32 [k, d].
+    """Compute the means of the clusters, scaled to unit norm if `spherical`: float32 [k, d].
 
     A cluster without samples and the largest one (of equal ones the first) become two copies of the
     latter's mean, of which alternate components are scaled by 1 +- 1/1024, and share its samples
@@ -186,7 +186,7 @@ def move_centroids(old: Tensor, sums: Tensor, counts: Tensor, *, spherical: bool
 
 
 def _hashed_rows(source: Source, requires: Requirements, seed: int, count: int) -> np.ndarray:
-    """The `count` samples with features whose hash is smallest: int64, ascending."""
+    """Choose the `count` samples with features whose hash is smallest: int64, ascending."""
     parts = source.parts(requires)
     rows = np.sort(np.concatenate([part.rows for part in parts] or [np.empty(0, np.int64)]))
     uids = source.uids[source.index_of(rows)]
@@ -196,7 +196,7 @@ def _hashed_rows(source: Source, requires: Requirements, seed: int, count: int) 
 def _first_centroids(
     source: Source, requires: Requirements, clusters: int, seed: int, *, spherical: bool
 ) -> Tensor:
-    """The usable samples with the smallest hashes, in the order of their uids: float32 [k, d]."""
+    """Read the usable samples with the smallest hashes, ordered by uid: float32 [k, d]."""
     (key,), count = requires.features, clusters
     while True:
         rows = _hashed_rows(source, requires, seed, count)

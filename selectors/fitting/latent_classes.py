@@ -28,7 +28,7 @@ class LatentClasses:
     text_means: Tensor  # float32 [c, d]
 
     def other_means(self) -> tuple[Tensor, Tensor]:
-        """The mean over the *other* classes of their mean image and text: twice float32 [c, d].
+        """Compute the mean image and text over the *other* classes: twice float32 [c, d].
 
         Every class that is not empty counts once, whatever its size. Zero if there is no other.
         """
@@ -136,7 +136,7 @@ class _ClassSums:
 
 
 def _gather_classes(source: Source, cache: Cache, tasks: list[WorkUnit]) -> np.ndarray:
-    """The classes of all samples, int32 [n], on every rank; -1 where there is none."""
+    """Gather the classes of all samples, int32 [n], on every rank; -1 where there is none."""
     above = np.zeros(len(source), dtype=np.int32)  # class + 1: the sum over ranks is exact
     for task in source.mine(tasks):
         kept = cache.get(task.name)
@@ -147,7 +147,7 @@ def _gather_classes(source: Source, cache: Cache, tasks: list[WorkUnit]) -> np.n
 
 
 def _mean_over_ranks(source: Source, sums: Tensor | None, sizes: np.ndarray) -> np.ndarray:
-    """Sums of this rank's samples int64 [2, c, d] -> means of all samples float32 [2, c, d]."""
+    """Average over all samples, float32 [2, c, d], from sums of this rank's, int64 [2, c, d]."""
     dims = torch.zeros(source.ranks.size, dtype=torch.int64)
     dims[source.ranks.rank] = 0 if sums is None else sums.shape[2]
     dim = int(source.ranks.sum(dims).max())  # a rank without a task has not seen the features

@@ -15,7 +15,7 @@ CPU_BLOCK_ROWS = 1024
 
 
 def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of matrices [n, ...], block by block; all at once on a GPU."""
+    """Yield the same rows of matrices [n, ...], block by block; all at once on a GPU."""
     count = len(matrices[0])
     rows = CPU_BLOCK_ROWS if matrices[0].device.type == "cpu" else max(1, count)
     for start in range(0, count, rows):
@@ -23,13 +23,13 @@ def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def joined(pieces: Iterable[Tensor]) -> Tensor:
-    """Pieces [., d] of a matrix, one below the other; [0, 0] where there is none."""
+    """Join pieces [., d] of a matrix, one below the other; [0, 0] without pieces."""
     tensors = list(pieces)
     return torch.cat(tensors) if tensors else torch.empty(0, 0)
 
 
 def usable_rows(features: Tensor) -> Tensor:
-    """Which vectors say something: float [n, d] -> bool [n], on the same device.
+    """Find the vectors that say something: float [n, d] -> bool [n], on the same device.
 
     Those that are zero, or have a component that is not finite, say nothing.
     """

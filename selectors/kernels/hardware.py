@@ -8,20 +8,20 @@ import torch
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
+    """Return whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and (_cpu_has("avx512_bf16") or _cpu_has("amx_tile"))
 
 
 def int8_is_fast() -> bool:
-    """Whether this CPU has int8 products that are exact: some are computed to see it, once."""
+    """Check, once, by computing some, that this CPU has int8 products that are exact."""
     return _cpu_has("vnni") and _int8_is_exact()
 
 
 @lru_cache(maxsize=1)
 def _int8_is_exact() -> bool:
-    """Whether large int8 products are added without saturation.
+    """Check whether large int8 products are added without saturation.
 
     They are not where oneDNN does without VNNI, for want of it or as `ONEDNN_MAX_CPU_ISA` says.
     """

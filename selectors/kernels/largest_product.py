@@ -25,7 +25,7 @@ _ROUNDING = 1e-5  # of float32 in all that is compared, of the product of the no
 
 
 def largest_product(features: Tensor, targets: Tensor) -> Tensor:
-    """The largest |<x, g>| over all targets, by plain products: float32 [n].
+    """Compute the largest |<x, g>| over all targets, by plain products: float32 [n].
 
     Args:
         features: float [n, d].
@@ -41,7 +41,7 @@ def largest_product(features: Tensor, targets: Tensor) -> Tensor:
 
 
 def multiply(features: Tensor, targets: Tensor) -> Tensor:
-    """All inner products in float32: float32 [n, m]; on a GPU from half precision as stored."""
+    """Multiply all pairs, float32 [n, m]; on a GPU from half precision as stored."""
     if features.is_cuda and features.dtype == targets.dtype == torch.float16:
         # products of halves are exact in float32, in which they are added
         return torch.mm(features, targets.T, out_dtype=torch.float32)
@@ -84,7 +84,7 @@ class Int8Targets:
         self._residual, self._norm = residual, norm
 
     def search(self, features: Tensor) -> Tensor:
-        """The largest |<x, g>|: float [n, d] -> float32 [n]; NaN or anything if x is not finite."""
+        """Find the largest |<x, g>|: float [n, d] -> float32 [n]; anything if x is not finite."""
         usable = features.isfinite().all(1)
         scores = torch.full((len(features),), torch.nan)
         if usable.any():
@@ -113,7 +113,7 @@ class Int8Targets:
         return best
 
     def _bounds(self, columns: Tensor, start: int, unit: Tensor, shift: Tensor) -> Tensor:
-        """The largest |product| of each group by int8 products: float32 [groups, n]."""
+        """Bound the largest |product| of each group by int8 products: float32 [groups, n]."""
         tiles = torch.split(self._rounded[start : start + _BLOCK], _TILE)
         bounds = torch.empty(sum(map(len, tiles)) // GROUP, columns.shape[1])
         for first in range(0, columns.shape[1], _TILE):
@@ -138,7 +138,7 @@ class Int8Targets:
 
 
 def _order(targets: Tensor) -> Tensor:
-    """Targets that are alike one after another: int64 [m]. So few groups have the largest ones."""
+    """Order targets so that similar ones follow each other, and few groups matter: int64 [m]."""
     pivots = targets[:: max(_PER_PIVOT, -(-len(targets) // _PIVOTS))]
     nearest = [multiply(block, pivots).argmax(1) for block in torch.split(targets, _TILE)]
     return torch.cat(nearest).argsort(stable=True)

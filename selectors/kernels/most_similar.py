@@ -20,7 +20,7 @@ _FACTOR_ERROR = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 def most_similar(
     features: Tensor, others: Tensor, *, bias: Tensor | None = None, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The one of `others` with the largest inner product, and the product, for each vector.
+    """Find the one of `others` with the largest inner product, and the product, for each vector.
 
     Equal products go to the smaller index.
 
@@ -58,12 +58,12 @@ def most_similar(
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of each pair of rows, float64 [n]; left and right are float [n, d]."""
+    """Multiply each pair of rows, float [n, d] both: inner products float64 [n]."""
     return (left.double() * right.double()).sum(1)
 
 
 def rounding_bound(dim: int) -> float:
-    """Bound of the error of a float32 inner product, in parts of the product of the two norms."""
+    """Bound the error of a float32 inner product, in parts of the product of the two norms."""
     return (dim + 4) * 2.0**-24 + _FACTOR_ERROR[torch.get_float32_matmul_precision()]
 
 
@@ -76,7 +76,7 @@ def _most_similar_rows(
     largest: float,
     offset: float,
 ) -> tuple[Tensor, Tensor]:
-    """`most_similar` of one tile of vectors, whose products are float64."""
+    """Apply `most_similar` to one tile of vectors, whose products are float64."""
     values = features.float()
     scale = values.norm(dim=1).double() * largest + offset
     undecided = 2 * rounding_bound(values.shape[1]) * scale  # two products, each with its error

@@ -11,7 +11,7 @@ NOTHING = -(2**63)  # an entry of a list that holds no sample
 
 
 def pack(products: Tensor, places: Tensor) -> Tensor:
-    """Numbers int64 [n] that sort like (product, -place).
+    """Pack into numbers int64 [n] that sort like (product, -place).
 
     Args:
         products: float32 [n], finite.
@@ -23,12 +23,12 @@ def pack(products: Tensor, places: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The products, as int64 that sort like them, and the places of `pack`."""
+    """Unpack the products, as int64 that sort like them, and the places of `pack`."""
     return packed >> 32, 2**32 - 1 - (packed & (2**32 - 1))
 
 
 def update_lists(lists: Tensor, targets: Tensor, features: Tensor, places: Tensor) -> Tensor:
-    """The lists of the m nearest samples of each target, after more samples: int64 [t, m].
+    """Update the lists of the m nearest samples of each target with more samples: int64 [t, m].
 
     Float32 products find the candidates, float64 products decide, so that the lists depend neither
     on how samples are cut into chunks nor on their order.

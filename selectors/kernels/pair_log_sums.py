@@ -33,7 +33,7 @@ class LogSums:
 
 
 def pair_log_sums(image: Tensor, text: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log sum_j exp(<v_i, t_j> / temperature) of every image i, and the same of every text j.
+    """Compute log sum_j exp(<v_i, t_j> / temperature) of every image i, and the same of every text.
 
     Products and sums are float32; of float16 or bfloat16 features a GPU multiplies the stored
     values and accumulates in float32, which are the same inputs. All exponents get one shift, from
@@ -73,7 +73,7 @@ def pair_log_sums(image: Tensor, text: Tensor, temperature: float) -> tuple[Tens
 
 
 def screened_log_sums(image: Tensor, text: Tensor, temperature: float) -> LogSums:
-    """`pair_log_sums` of quantised features, with a bound of the error of each row and column.
+    """Compute `pair_log_sums` of quantised features, and bound the error of each row and column.
 
     Features lose their mean, whose products are added exactly, and the rest r is rounded to
     8-bit integers times a step of each row: r = q + e. By Cauchy-Schwarz a product is wrong by at
@@ -153,7 +153,7 @@ def _quantise(values: Tensor, mean: Tensor) -> _Quantised:
 
 
 def _error_terms(left: _Quantised, right: _Quantised) -> tuple[Tensor, Tensor]:
-    """Bounds x_i and y_j such that a product of own i and other j is wrong by x_i + y_j at most.
+    """Bound the error of a product of own i and other j by x_i + y_j: return x and y.
 
     A bound a_i b_j is split at the median of b: a_i b_median + a_largest (b_j - b_median)+.
     """
@@ -165,7 +165,7 @@ def _error_terms(left: _Quantised, right: _Quantised) -> tuple[Tensor, Tensor]:
 
 
 def _weights(exponent: Tensor, spread: Tensor) -> Tensor:
-    """float32 [2, n]: weights of the sums, and of the sums from above."""
+    """Return weights of the sums, and of the sums from above: float32 [2, n]."""
     return torch.stack([exponent.exp2(), (exponent + spread).exp2()])
 
 
@@ -178,7 +178,7 @@ def _bounded(
     rounding: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Natural logarithms of sums, float64 [2, n], plus an offset, and their errors: float32 [n].
+    """Take logarithms of sums, float64 [2, n], plus an offset, and their errors: float32 [n].
 
     The second row of the sums is the one from above. What is too small to be trusted is done again
     by `pair_log_sums`.
@@ -193,14 +193,14 @@ def _bounded(
 
 
 def _operands(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """As stored for the matrix units of a GPU, where both have 16 bits; else float32."""
+    """Return both as stored if they have 16 bits, for the matrix units of a GPU; else float32."""
     if image.is_cuda and image.dtype == text.dtype and image.dtype in (torch.half, torch.bfloat16):
         return image, text
     return image.float(), text.float()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in float32."""
+    """Compute a @ b.T in float32."""
     if a.dtype == torch.float32:
         return a @ b.T
     return torch.mm(a, b.T, out_dtype=torch.float32)
@@ -211,7 +211,7 @@ def _largest_norm(values: Tensor) -> float:
 
 
 def _tiles(a: Tensor, b: Tensor, tile: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of the rows of both; wider where one of them has few."""
+    """Yield pieces of the rows of both; wider where one of them has few."""
     rows = max(tile, tile * tile // len(b))
     columns = max(tile, tile * tile // len(a))
     for i in range(0, len(a), rows):
@@ -220,7 +220,7 @@ def _tiles(a: Tensor, b: Tensor, tile: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _safe_log_sums(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """float64 [q]: the log-sum-exps of <query, key> / temperature, whatever their range."""
+    """Compute the log-sum-exps of <query, key> / temperature, whatever their range: float64 [q]."""
     query, keys = query.double() / temperature, keys.double()
     tile = GPU_TILE if keys.is_cuda else CPU_TILE
     return torch.cat(

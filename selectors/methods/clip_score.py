@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """The inner product of each image with its caption, float32 [n].
+    """Compute the inner product of each image with its caption, float32 [n].
 
     Args:
         image_features: float [n, d] of unit norm. As in DataComp and the authors' releases they

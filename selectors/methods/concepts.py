@@ -34,7 +34,7 @@ _STORED = 128  # gains at least, or the square root of their number: few to stor
 
 
 def distinct_concepts(concepts: ListColumn) -> ListColumn:
-    """The lists as sets: each ascending, without repetition."""
+    """Return the lists as sets: each ascending, without repetition."""
     lengths = np.diff(concepts.offsets)
     owners = np.repeat(np.arange(len(lengths)), lengths)
     order = np.lexsort((concepts.values, owners))
@@ -46,7 +46,7 @@ def distinct_concepts(concepts: ListColumn) -> ListColumn:
 
 
 def concept_targets(frequencies: np.ndarray, samples: int, chosen: int) -> np.ndarray:
-    """How often each concept should be chosen, the t_c of CABS: int64 [c], at least 1.
+    """Compute how often each concept should be chosen, the t_c of CABS: int64 [c], at least 1.
 
     As many concepts as `chosen` average samples have are shared equally among the concepts, where
     rare ones hand on what they cannot use. The release shares out `chosen` itself, and no concept
@@ -65,7 +65,7 @@ def concept_targets(frequencies: np.ndarray, samples: int, chosen: int) -> np.nd
 def choose_diverse(
     concepts: ListColumn, uids: np.ndarray, sub_batch: SubBatch
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Diversity maximisation (CABS-DM): greedily the sample whose concepts are missing most.
+    """Maximise diversity (CABS-DM): greedily choose the sample whose concepts are missing most.
 
     The gain of a sample is the mean over its concepts c of (t_c - n_c) / t_c + 1 / F_c where n_c <
     t_c, and of 0 elsewhere. F_c samples of all groups have the concept, n_c of them are chosen so
@@ -140,7 +140,7 @@ class _Queue(NamedTuple):
 def _queues(
     order: np.ndarray, values: np.ndarray, offsets: np.ndarray, groups: list[slice]
 ) -> list[_Queue]:
-    """All samples in queues.
+    """Sort all samples into queues.
 
     Args:
         order: int64 [n], the samples in the order in which equal ones are chosen.
@@ -178,7 +178,7 @@ class _Gains:
         self.waiting = np.ones(len(queues), dtype=bool)  # has samples
 
     def gain(self, concepts: tuple[int, ...]) -> float:
-        """Of a sample with these concepts, see `choose_diverse`; -1 for one without."""
+        """Compute the gain of a sample with these concepts, see `choose_diverse`; -1 for none."""
         if not concepts:
             return -1.0
         # fsum rounds once, so that a smaller sum is never larger when rounded
@@ -192,7 +192,7 @@ class _Gains:
             self._worth[c] = missing / self._targets[c] + self._rarity[c] if missing > 0 else 0.0
 
     def near_top(self, left: np.ndarray) -> tuple[np.ndarray, float]:
-        """The queues with the largest gains, int64 [k], and a number that no other's reaches.
+        """Find the queues with the largest gains, int64 [k], and a number that no other's reaches.
 
         `left`, int64 [g], says how many samples each group still takes. At least one of the queues
         found reaches the number.

@@ -29,7 +29,7 @@ Keep = Literal["hard", "easy", "random"]  # which samples of a cluster are kept
 
 
 def centroid_distances(centroids: Tensor, *, neighbours: int = 20) -> np.ndarray:
-    """d_inter: the mean cosine distance of a centroid to its nearest others, float64 [k].
+    """Compute d_inter, the mean cosine distance of a centroid to its nearest others: float64 [k].
 
     With fewer than `neighbours` others, to all of them; 0 for a single cluster.
 
@@ -51,7 +51,7 @@ def centroid_distances(centroids: Tensor, *, neighbours: int = 20) -> np.ndarray
 
 
 def mean_distances(clusters: np.ndarray, cosines: np.ndarray, count: int) -> np.ndarray:
-    """d_intra: the mean cosine distance of a cluster's samples to their centroid, float64 [count].
+    """Compute d_intra, the mean cosine distance of samples to their centroid: float64 [count].
 
     0 for a cluster without samples. Sums are whole numbers, so that no order changes them.
 
@@ -68,7 +68,7 @@ def mean_distances(clusters: np.ndarray, cosines: np.ndarray, count: int) -> np.
 
 
 def cluster_shares(complexity: np.ndarray, temperature: float) -> np.ndarray:
-    """The softmax of complexity / temperature, float64 [k]."""
+    """Compute the softmax of complexity / temperature, float64 [k]."""
     logits = complexity / temperature
     weights = np.exp(logits - logits.max(initial=-np.inf))
     shares: np.ndarray = weights / max(weights.sum(), np.finfo(np.float64).tiny)
@@ -78,7 +78,7 @@ def cluster_shares(complexity: np.ndarray, temperature: float) -> np.ndarray:
 def allocate(
     shares: np.ndarray, sizes: np.ndarray, total: int, *, minimum: int = 1, owner: object = None
 ) -> np.ndarray:
-    """How many samples each cluster contributes, int64 [k], with the sum `total`.
+    """Allocate to each cluster the samples that it contributes: int64 [k], with the sum `total`.
 
     Minimises sum_j (x_j - total * shares_j)^2 subject to sum_j x_j = total and
     min(minimum, sizes_j - 1) <= x_j <= sizes_j (table 4 of the paper). Its optimality conditions

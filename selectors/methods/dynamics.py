@@ -15,7 +15,7 @@ from siftclip.selectors.methods.quota import keep_top_of_each
 
 
 def power_quotas(sizes: np.ndarray, total: int, *, alpha: float, max_repeats: int) -> np.ndarray:
-    """Parts of `total` in proportion to size^alpha, by largest remainders: int64 [c].
+    """Split `total` in proportion to size^alpha, by largest remainders: int64 [c].
 
     No cluster gets more than `max_repeats` times its size; what it cannot use is shared among the
     others in the same way. Of equal remainders, the larger and then the earlier cluster comes
@@ -50,7 +50,7 @@ def power_quotas(sizes: np.ndarray, total: int, *, alpha: float, max_repeats: in
 def sample_clusters(
     clusters: np.ndarray, uids: np.ndarray, quotas: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """How often each sample is used when each cluster gives its quota: int64 [n].
+    """Choose how often each sample is used so that each cluster gives its quota: int64 [n].
 
     All samples of a cluster are used equally often, but for a random part that is used once more.
 

@@ -19,7 +19,7 @@ from siftclip.selectors.kernels.blocks import usable_rows
 
 
 def occupied_clusters(clusters: Tensor, *, count: int) -> Tensor:
-    """Which clusters have a member: bool [count].
+    """Find the clusters that have a member: bool [count].
 
     Args:
         clusters: int64 [m], of a target's images; negative for those that are not usable.

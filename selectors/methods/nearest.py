@@ -40,7 +40,7 @@ _ENTRIES = 1 << 24  # of the lists that exist at one time, 8 bytes each
 def target_ranks(
     source: Source, key: str, target: FeatureFile, *, neighbours: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best rank of every sample in the lists of the nearest neighbours of a target.
+    """Find the best rank of every sample in the lists of the nearest neighbours of a target.
 
     Equal products are ranked by uid. Targets are taken in blocks, whose lists are merged over the
     ranks; the pool is read once a block. Memory: 128 MiB of lists, 8 chunks of targets, a chunk of
@@ -91,7 +91,7 @@ def target_ranks(
 
 
 def _kept(source: Source, kept: dict[str, np.ndarray] | None) -> tuple[int, Tensor]:
-    """Finished targets and best entries by place, of what one rank has found in its cache."""
+    """Return finished targets and best entries by place, of what one rank has found so far."""
     done = int(source.ranks.sum(torch.tensor(0 if kept is None else int(kept["targets"]))))
     if not done:
         return 0, torch.full((len(source),), NOTHING, device=source.device)
@@ -102,7 +102,7 @@ def _kept(source: Source, kept: dict[str, np.ndarray] | None) -> tuple[int, Tens
 
 
 def _target_blocks(source: Source, target: FeatureFile, size: int, done: int) -> Iterator[Tensor]:
-    """The usable rows of a target after the first `done`, `size` at a time."""
+    """Yield the usable rows of a target after the first `done`, `size` at a time."""
     waiting: list[Tensor] = []
     for piece in source.file(target):
         piece = piece[usable_rows(piece)]
@@ -131,7 +131,7 @@ def _add_chunk(lists: Tensor, targets: Tensor, chunk: Chunk, places: Tensor) -> 
 
 
 def _merge(source: Source, lists: Tensor) -> Tensor:
-    """The lists of all ranks together, few targets at a time so that memory stays bounded."""
+    """Merge the lists of all ranks, few targets at a time so that memory stays bounded."""
     ranks = source.ranks
     if ranks.size == 1:
         return lists

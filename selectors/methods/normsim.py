@@ -43,7 +43,7 @@ _WORTH_INT8 = 1024  # targets; for fewer, rounding and looking at the answers co
 
 
 def normsim(features: Tensor, targets: Tensor, p: float) -> Tensor:
-    """The p-norm of the inner products with all targets: float32 [n] (arXiv 2405.19547).
+    """Compute the p-norm of the inner products with all targets: float32 [n] (arXiv 2405.19547).
 
     (sum_j |<x, g_j>|^p)^(1/p), or the largest |<x, g_j>|. Not divided by the number of targets.
 
@@ -69,7 +69,7 @@ def normsim(features: Tensor, targets: Tensor, p: float) -> Tensor:
 
 
 def normsim_2(features: Tensor, moment: Tensor) -> Tensor:
-    """The 2-norm from the targets' second moment, sqrt(x^T G x): float32 [n].
+    """Compute the 2-norm from the targets' second moment, sqrt(x^T G x): float32 [n].
 
     Args:
         features: float [n, d] of unit norm.

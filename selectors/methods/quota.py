@@ -13,7 +13,7 @@ from siftclip.selectors.core.rules import OFS, Of, can_be_kept, counted
 
 
 def proportional_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Parts of `total` in proportion to the sizes, by largest remainders: int64 [c].
+    """Split `total` in proportion to the sizes, by largest remainders: int64 [c].
 
     Each cluster gets the whole part of total * size / sum(sizes); what is then left of the total
     goes, one by one, to the clusters with the largest remainders, of equal ones to the larger
@@ -34,7 +34,7 @@ def proportional_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def equal_quotas(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Equal parts of `total`, where small clusters hand on what they cannot use: int64 [c].
+    """Split `total` equally, where small clusters hand on what they cannot use: int64 [c].
 
     Every cluster gets min(size, level), with the largest level whose sum does not exceed the total.
     What is then left, less than one for each cluster above the level, goes one by one to the

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def updated_moment(moment: Tensor | None, features: Tensor, decay: float) -> Tensor | None:
-    """decay * S + (1 - decay) * the mean of f f^T: float64 [d, d]; the mean alone without S.
+    """Compute decay * S + (1 - decay) * the mean of f f^T: float64 [d, d]; without S the mean.
 
     The sum is exact, see `covariance`, so that the order of the samples does not change it. Samples
     that are zero or not finite are left out; of no others, the answer is S.

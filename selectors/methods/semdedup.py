@@ -23,7 +23,7 @@ Keep = Literal["hard", "easy", "random", "best"]  # which one of several duplica
 
 
 def largest_earlier_similarity(features: Tensor, *, block: int = 8192) -> Tensor:
-    """The largest inner product of each vector with an earlier one, float32 [n], at least 0.
+    """Find the largest inner product of each vector with an earlier one, float32 [n], at least 0.
 
     0 for the first vector, and where all products are negative: the release takes the maximum over
     a triangular matrix that is zero elsewhere. Earlier vectors count whether or not they are
@@ -41,7 +41,7 @@ def largest_earlier_similarity(features: Tensor, *, block: int = 8192) -> Tensor
 
 
 def _compare(rows: Tensor, others: Tensor, start: int) -> Tensor:
-    """The largest product of row i with the first `start + i` of `others`, at least 0."""
+    """Find the largest product of row i with the first `start + i` of `others`, at least 0."""
     before = torch.arange(start, start + len(rows), device=rows.device)
     return most_similar(rows, others, before=before)[1].clamp(min=0)
 
@@ -113,7 +113,7 @@ class SemDeDup(ScoreSelector):
         return clusters if self.prefer is None else merge([clusters, self.prefer.requires])
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
-        """Whole clusters in the order of `keep`, several a task where they are small."""
+        """Group whole clusters in the order of `keep`, several per task where they are small."""
         _, clusters, products = assign_all(source, self.key, self.clustering)
         order = np.lexsort(
             (source.uids[:, 1], source.uids[:, 0], self._lateness(source, products), clusters)
@@ -128,7 +128,7 @@ class SemDeDup(ScoreSelector):
         ]
 
     def _lateness(self, source: Source, products: np.ndarray) -> np.ndarray:
-        """What orders the samples of a cluster, float32 [n]: smaller comes earlier."""
+        """Return what orders the samples of a cluster, float32 [n]: smaller comes earlier."""
         if self.keep == "random":
             return uniform_score(source.uids, self.seed)
         if self.prefer is not None:
@@ -155,7 +155,7 @@ class SemDeDup(ScoreSelector):
         return -torch.cat(largest) if largest else torch.empty(0)
 
     def _large_cluster(self, source: Source, rows: np.ndarray) -> Tensor:
-        """`largest_earlier_similarity` of samples that do not fit into one chunk."""
+        """Compute `largest_earlier_similarity` of samples that do not fit into one chunk."""
         block = source.chunk_samples
         answer = []
         for start in range(0, len(rows), block):

@@ -42,7 +42,7 @@ _SUFFIXES: dict[Modality, tuple[str, ...]] = {
 
 
 def vas(features: Tensor, covariance: Tensor) -> Tensor:
-    """v^T S v of each sample: float32 [n], at least 0 for a covariance (arXiv 2402.02055).
+    """Compute v^T S v of each sample: float32 [n], at least 0 for a covariance (arXiv 2402.02055).
 
     Args:
         features: float [n, d] of unit norm; not normalised again, as in the released code.
@@ -52,7 +52,7 @@ def vas(features: Tensor, covariance: Tensor) -> Tensor:
 
 
 def cross_vas(image_features: Tensor, text_features: Tensor, covariance: Tensor) -> Tensor:
-    """v^T S t of each pair: float32 [n]; the cross-covariance form of the paper.
+    """Compute v^T S t of each pair: float32 [n]; the cross-covariance form of the paper.
 
     Args:
         image_features: float [n, d] of unit norm, the v.

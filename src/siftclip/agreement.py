@@ -15,7 +15,7 @@ _TEXT_BYTES = 400  # what is longer is cut off
 
 
 def share_texts(ranks: Ranks, texts: Sequence[str]) -> list[str]:
-    """Texts that one rank each has, on all of them, cut off at 400 bytes.
+    """Share texts that one rank each has with all of them, cut off at 400 bytes.
 
     Args:
         ranks: all of them make this call.
@@ -32,7 +32,7 @@ def share_texts(ranks: Ranks, texts: Sequence[str]) -> list[str]:
 
 
 def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` gives on this rank. If it fails on any of them it fails on all.
+    """Call `work` on this rank. If it fails on any of them it fails on all.
 
     Otherwise the others would wait for the one that failed until the process group gives up.
 

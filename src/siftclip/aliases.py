@@ -214,7 +214,7 @@ MOVED: dict[str, str] = {
 
 
 def old_name(module: str) -> str:
-    """The name under which a module was known before it moved; its own where it has not."""
+    """Return the name of a module before it moved; its own where it has not."""
     return next((old for old, new in MOVED.items() if new == module), module)
 
 
@@ -259,7 +259,7 @@ class _PackageForModule(ModuleType):
             delattr(self._module(), name)
 
     def _replaced(self) -> dict[str, Any]:
-        """What the module held before something else was set."""
+        """Return what the module held before something else was set."""
         replaced: dict[str, Any] = vars(self).setdefault("__replaced__", {})
         return replaced
 
@@ -310,5 +310,5 @@ def _is_machinery(frame: FrameType) -> bool:
 
 
 def _is_skipped(frame: FrameType) -> bool:
-    """Whether `warnings` itself leaves a frame out of its count."""
+    """Return whether `warnings` itself leaves a frame out of its count."""
     return str(frame.f_globals.get("__name__")).startswith("importlib._bootstrap")

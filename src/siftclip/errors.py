@@ -138,7 +138,7 @@ def _check_names(
 
 
 def takes_any(target: Callable[..., Any]) -> bool:
-    """Whether a class or a function takes keyword arguments of any name, with a `**`."""
+    """Return whether a class or a function takes keyword arguments of any name, with a `**`."""
     try:
         parameters = _signature(target).values()
     except (TypeError, ValueError):

@@ -29,7 +29,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path | str) -> FileIdentity:
-        """The identity of a file as it is now.
+        """Identify a file as it is now.
 
         Raises:
             InputError: it cannot be read.
@@ -52,14 +52,14 @@ class FileIdentity:
             os.close(file)
 
     def is_of(self, file: int) -> bool:
-        """Whether an open file is this one, and has not changed. Costs one fstat."""
+        """Return whether an open file is this one, and has not changed. Costs one fstat."""
         status = os.fstat(file)
         if status.st_mtime_ns != self.modified_ns or status.st_size != self.size_bytes:
             return False
         return status.st_ino == self.inode or probe(file, status.st_size) == self.probe
 
     def stamp(self, name: str) -> list[str | int]:
-        """What stands for a file, with its name, in JSON: see `files.file_stamp`."""
+        """Return what stands for a file, with its name, in JSON: see `files.file_stamp`."""
         return [name, self.size_bytes, self.modified_ns, self.probe]
 
     def require(self, path: Path | str, way_out: str) -> None:
@@ -84,12 +84,12 @@ class FileIdentity:
 
 
 def has_changed(path: Path | str, way_out: str) -> InputError:
-    """The error for a file that is not the one that was read at first; `way_out` is a sentence."""
+    """Return the error for a file that has changed since it was read; `way_out` is a sentence."""
     return InputError(f"{path} has changed since it was first read. {way_out}")
 
 
 def probe(file: int, size_bytes: int) -> str:
-    """A hash of up to eight blocks of 4 KiB of an open file, the first and the last among them."""
+    """Hash up to eight blocks of 4 KiB of an open file, the first and the last among them."""
     last = max(0, size_bytes - _PROBE_BYTES)
     digest = hashlib.blake2b(digest_size=8)
     for number in range(_PROBES):

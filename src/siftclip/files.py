@@ -109,7 +109,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON in UTF-8, with or without a mark at its start, or ValueError."""
+    """Parse JSON in UTF-8, with or without a mark at its start; ValueError for anything else."""
     text = data.decode("utf-8-sig")
     try:
         return json.loads(text, object_pairs_hook=_distinct)
@@ -122,7 +122,7 @@ def _parsed(data: bytes) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError where a name is there twice, of which only one would count."""
+    """Build an object of JSON; ValueError where a name is there twice: only one would count."""
     record = dict(pairs)
     if len(record) < len(pairs):
         twice = next(
@@ -182,7 +182,7 @@ def read_npz(path: Path, keys: list[str]) -> list[np.ndarray]:
 
 
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype of an npy; the file is then at the values.
+    """Read shape, Fortran order and dtype of an npy; the file is then at the values.
 
     Raises:
         ValueError: this is not an npy file.
@@ -193,7 +193,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def read_npz_all(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz by key, see `read_npz`."""
+    """Read all arrays of an npz by key, see `read_npz`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file.files)
@@ -203,7 +203,7 @@ def read_npz_all(path: Path) -> dict[str, np.ndarray]:
 
 
 def file_stamp(path: Path) -> list[Any]:
-    """Changes when the file does, without reading all of it; for the large files of a pool.
+    """Return a stamp that changes when the file does, without reading all of a large file.
 
     Name, size in bytes, time of the last change in ns, and a hash of blocks, the last among them:
     there an npz has the checksums of its arrays, and a parquet file its statistics.
@@ -212,7 +212,7 @@ def file_stamp(path: Path) -> list[Any]:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file's content. One that has not changed is read once a process.
+    """Hash a file's content (SHA-256). One that has not changed is read once per process.
 
     Raises:
         OSError: the file cannot be read.
@@ -229,7 +229,7 @@ def _content_digest(path: Path, stamp: tuple[int, ...]) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content as it is on the disk now, hexadecimal."""
+    """Hash a file's content as it is on the disk now: SHA-256, hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -238,7 +238,7 @@ def sha256_of(path: Path) -> str:
 
 
 def content_digests(place: Path) -> dict[str, str]:
-    """The digest of a file, or of all files below a folder, by their paths in it; else nothing."""
+    """Hash a file, or all files below a folder, by their paths in it; empty for neither."""
     if place.is_file():
         return {place.name: content_digest(place)}
     paths = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
@@ -246,6 +246,6 @@ def content_digests(place: Path) -> dict[str, str]:
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for an identity."""
+    """Hash an identity to twelve hexadecimal digits."""
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

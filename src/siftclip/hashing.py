@@ -9,7 +9,7 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) of each value: uint64 [n] -> uint64 [n]."""
+    """Mix each value by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): uint64 [n] -> uint64 [n]."""
     mixed: np.ndarray = values + np.uint64(_INCREMENT)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
@@ -18,7 +18,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def split_seeds(start: np.uint64, positions: np.ndarray) -> np.ndarray:
-    """The numbers at some positions of the sequence that SplitMix64 begins at `start`: uint64 [n].
+    """Compute numbers at positions of SplitMix64's sequence from `start`: uint64 [n].
 
     Args:
         start: of the sequence.
@@ -28,17 +28,17 @@ def split_seeds(start: np.uint64, positions: np.ndarray) -> np.ndarray:
 
 
 def seed_state(seed: int) -> np.ndarray:
-    """What a hash begins with: uint64 [1], from any integer."""
+    """Return what a hash begins with: uint64 [1], from any integer."""
     return mix64(np.asarray([seed % 2**64], dtype=np.uint64))
 
 
 def uid_hashes(uids: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """A hash of each uid, uint64 [n, 2] -> uint64 [n], that `state`, uint64 [1], decides about."""
+    """Hash each uid, uint64 [n, 2] -> uint64 [n], as `state`, uint64 [1], decides."""
     return mix64(mix64(uids[:, 0] ^ state) ^ uids[:, 1])
 
 
 def uniform_score(uids: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each sample, float32 [n], a pure function of (seed, uid).
+    """Draw a number in [0, 1) for each sample, float32 [n], a pure function of (seed, uid).
 
     Args:
         uids: uint64 [n, 2].

@@ -55,6 +55,7 @@ class Holder:
     @classmethod
     def of_this_process(cls) -> Holder:
         # Options may hold secrets, such as a storage's key: only the words before them.
+        """Describe this process."""
         words = takewhile(lambda word: "=" not in word and "://" not in word, sys.argv[1:])
         return cls(
             pid=os.getpid(),
@@ -115,12 +116,12 @@ def locked(
 
 
 def lock_beside(path: Path) -> Path:
-    """The lock's file of a file."""
+    """Return the path of the lock of a file."""
     return path.with_name(f".{path.name}.lock")
 
 
 def describe_holder(path: Path) -> str:
-    """Who else holds a lock, as its file says: "by process PID on HOST since TIME (COMMAND)"."""
+    """Say who holds a lock, as its file tells: "by process PID on HOST since TIME (COMMAND)"."""
     try:
         return str(Holder(**json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError):  # it is just writing it, or just gone
@@ -128,7 +129,7 @@ def describe_holder(path: Path) -> str:
 
 
 def _take(path: Path) -> tuple[int | None, int, str]:
-    """An open file with the lock, the state, and words about what is in the way."""
+    """Take a lock: the open file with it, the state, and words about what is in the way."""
     name = str(path)
     if name in _own and _own[name].pid == os.getpid():
         return None, _HELD, str(_own[name])

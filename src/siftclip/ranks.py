@@ -19,7 +19,7 @@ class Ranks(Protocol):
     size: int
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, same shape and dtype. Exact for whole numbers."""
+        """Sum over all ranks, same shape and dtype. Exact for whole numbers."""
 
     def barrier(self) -> None:
         """Wait for the other ranks."""
@@ -56,10 +56,10 @@ class ProcessGroup:
 
 
 def of_first_rank(ranks: Ranks, value: bool) -> bool:
-    """What the first rank says, on all of them: files may change between the looks of two."""
+    """Return the first rank's value on all of them: files may change between two looks."""
     return bool(int(ranks.sum(torch.tensor(int(value and ranks.rank == 0)))))
 
 
 def sum_arrays(ranks: Ranks, values: np.ndarray) -> np.ndarray:
-    """The sum of an array over all ranks."""
+    """Sum an array over all ranks."""
     return values if ranks.size == 1 else ranks.sum(torch.from_numpy(values)).numpy()

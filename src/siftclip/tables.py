@@ -32,7 +32,7 @@ _FORMULA = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with escapes such as `\\x1b` for all that a terminal would obey instead of show.
+    """Return the text with escapes such as `\x1b` for all that a terminal would obey, not show.
 
     Control characters, line breaks, marks that turn the direction, and parts of characters.
     """
@@ -43,14 +43,14 @@ def printable(text: str) -> str:
 
 
 def table_width() -> int:
-    """Columns that a table may take: those of the terminal, from `LEAST_WIDTH` to `WIDTH`."""
+    """Return the columns a table may take: the terminal's, from `LEAST_WIDTH` to `WIDTH`."""
     if not sys.stdout.isatty():
         return WIDTH
     return max(LEAST_WIDTH, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def spreadsheet_safe(text: str) -> str:
-    """The text with an apostrophe before what a spreadsheet would run as a formula.
+    """Put an apostrophe before what a spreadsheet would run as a formula.
 
     A cell that begins with = + - or @ is one (OWASP, "CSV Injection").
     """
@@ -58,7 +58,7 @@ def spreadsheet_safe(text: str) -> str:
 
 
 def write_csv_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """`write_csv_rows` of records of equal keys, at least one."""
+    """Write records of equal keys, at least one, by `write_csv_rows`."""
     write_csv_rows(path, list(records[0]), [list(record.values()) for record in records])
 
 
@@ -95,7 +95,7 @@ def text_table(
     right: Collection[int] = (),
     least: Sequence[int] = (),
 ) -> list[str]:
-    """Lines of aligned columns, at most `table_width` wide: the first is cut if they do not fit.
+    """Align columns to lines of at most `table_width`: the first is cut if they do not fit.
 
     Args:
         header: of the columns, at least one.
@@ -122,7 +122,7 @@ def text_table(
 
 
 def ruled_table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns as wide as their cells, with a rule below the first row.
+    """Align columns as wide as their cells, with a rule below the first row.
 
     The first column is aligned to the left, the others to the right.
 
@@ -149,12 +149,12 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -
 
 
 def display_width(text: str) -> int:
-    """Columns of a terminal that a printable text takes: Chinese characters two, accents none."""
+    """Count the terminal columns of a printable text: Chinese characters two, accents none."""
     return wcswidth(text)
 
 
 def cut(text: str, width: int) -> str:
-    """The text in at most `width` columns, at least 3: dots stand for the middle.
+    """Cut a text to at most `width` columns, at least 3: dots stand for the middle.
 
     Names are told apart by both of their ends.
     """
@@ -170,14 +170,14 @@ def cut(text: str, width: int) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence, long ones cut; of more than twelve, the number of the others."""
+    """List names in a sentence, long ones cut; of more than twelve, the number of the others."""
     shown = ", ".join(cut(printable(name), _NAME_WIDTH) for name in names[:_NAMES_SHOWN])
     more = len(names) - _NAMES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def wrapped(text: str) -> list[str]:
-    """Lines of at most `table_width` characters, all but the first indented; no word is split.
+    """Wrap to lines of at most `table_width`, all but the first indented; no word is split.
 
     So a long path can still be copied.
     """

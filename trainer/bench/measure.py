@@ -214,7 +214,7 @@ def time_loader(
 
 
 def time_reading(reader: SampleReader, batches: Iterable[np.ndarray]) -> float:
-    """Seconds for reading batches of rows, int64 [n], bytes alone."""
+    """Time reading batches of rows, int64 [n], bytes alone: seconds."""
     start = time.perf_counter()
     for rows in batches:
         for _ in reader.read(rows):
@@ -318,7 +318,7 @@ def passes_until_copy_pays(
     model_seconds: float,
     parallel: float,
 ) -> float:
-    """After how many passes over a copy its making has paid; infinity for never.
+    """Compute after how many passes over a copy its making has paid; infinity for never.
 
     A sample takes what the slower of loader and model takes. Reading matters only as far as it
     makes the loader the slower one, and a difference that the rounds do not agree on is none.
@@ -344,7 +344,7 @@ def passes_until_copy_pays(
 
 
 def conclude(passes: dict[float, float], *, run_passes: float) -> str:
-    """One sentence from the passes after which a copy pays, by keep fraction."""
+    """Conclude in one sentence from the passes after which a copy pays, by keep fraction."""
     paying = [f"{100 * keep:g} %" for keep, after in passes.items() if after < run_passes]
     run = f"for the {run_passes:.1f} passes of this run (its samples seen)"
     if not paying:
@@ -353,7 +353,7 @@ def conclude(passes: dict[float, float], *, run_passes: float) -> str:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that is free or can be freed, which the page cache may use; None if unknown."""
+    """Return the memory that is free or can be freed for the page cache; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

@@ -137,7 +137,7 @@ def _bar(what: str, total: int | None, *, progress: bool) -> tqdm[NoReturn]:
 def _time_loading(
     data: StreamDataModule, options: LoaderOptions, samples: int, *, progress: bool
 ) -> tuple[StageTimes, LoaderRate]:
-    """In one process stage by stage, then through the loader, which continues behind it."""
+    """Load in one process stage by stage, then through the loader, which continues behind it."""
     batch = min(data.global_batch_size, LOADER_BATCH_SAMPLES, samples)
     order = SampleOrder(
         rows=data.order.rows,
@@ -176,7 +176,7 @@ def _time_loading(
 def _time_training(
     parts: RunParts, module: ClipTraining, data: StreamDataModule, folder: Path
 ) -> tuple[StepTimes, str]:
-    """The steps of a training run on one device, and the device."""
+    """Time the steps of a training run on one device, and name the device."""
     clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=data.total_steps - WARM_UP_STEPS)
     progress = parts.common.progress
     trainer = make_trainer(
@@ -194,7 +194,7 @@ def _time_training(
 
 
 def describe_bench(outcome: BenchOutcome) -> str:
-    """Everything that was measured, for the terminal."""
+    """Describe everything that was measured, for the terminal."""
     pool, selection = outcome.selected.pool, outcome.selected.selection
     stages, training = outcome.stages, outcome.training
     pool_bytes = sum(shard.size_bytes for shard in pool.shards)

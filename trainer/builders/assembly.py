@@ -20,7 +20,7 @@ from siftclip.trainer.settings.model import ModelSettings
 
 
 def new_model(model: ModelSettings, *, seed: int, grad_checkpointing: bool) -> ClipModel:
-    """The model of a run as it is trained, with its initial weights: a function of the seed."""
+    """Build the model of a run as it is trained; its initial weights are a function of the seed."""
     lightning.seed_everything(seed, verbose=False)
     clip = clip_model_from(model)
     if grad_checkpointing:  # here, so that what it costs is counted
@@ -30,7 +30,7 @@ def new_model(model: ModelSettings, *, seed: int, grad_checkpointing: bool) -> C
 
 
 def training_module(parts: RunParts, budget: Budget, online: Online | None = None) -> ClipTraining:
-    """What a run of this budget trains: a model of `new_model`."""
+    """Build what a run of this budget trains: a model of `new_model`."""
     clip, trainer = parts.clip, parts.trainer
     if trainer.compile:
         compile_towers(clip.model, micro_batches=trainer.micro_batch_size is not None)
@@ -51,7 +51,7 @@ def training_module(parts: RunParts, budget: Budget, online: Online | None = Non
 def data_module_from(
     parts: RunParts, budget: Budget, online: Online | None = None
 ) -> StreamDataModule:
-    """The stream of a selection into a run of this budget."""
+    """Build the stream of a selection into a run of this budget."""
     selected, loss_data, settings = parts.selected, parts.loss_data, parts.data
     references = [] if loss_data.references is None else [loss_data.references]
     with options_of(under("data", "max_image_pixels", "resize")):

@@ -44,7 +44,7 @@ class LiveModels:
         return set(keys) - theirs
 
     def cached_keys(self, keys: Iterable[str]) -> set[str]:
-        """The features that batches bring: a cached reference's, and those no model gives."""
+        """Return the features that batches bring: a cached reference's and those no model gives."""
         cached = [model for model in self.features if isinstance(model, CachedModel)]
         return {key for model in cached for key in model.keys} | self.not_theirs(keys)
 
@@ -56,7 +56,7 @@ def live_models(
     learner: Learner,
     scoring: ScoringConfig,
 ) -> LiveModels:
-    """The models whose features a selector needs of every super-batch."""
+    """Return the models whose features a selector needs of every super-batch."""
     live = LiveModels()
     if needs.of_model(LEARNER):
         live.features.append(ScoredModel(name=LEARNER, model=learner, config=scoring))
@@ -84,7 +84,7 @@ def scoring_config(scoring: ScoringSettings) -> ScoringConfig:
 def _reference(
     parts: RunParts, online: EveryStepSettings, scoring: ScoringConfig
 ) -> tuple[LiveFeatures, Judge | None]:
-    """The reference, and its model where it is not cached."""
+    """Build the reference, and its model where it is not cached."""
     live = online.reference.model
     if live.name is None:
         aliases = reference_aliases(online)
@@ -108,7 +108,7 @@ def _reference(
 
 
 def _scorer(parts: RunParts, settings: ScorerModel) -> tuple[OnlineScorer, ClipModel, ScoredModel]:
-    """The small scorer, its model, and its features."""
+    """Build the small scorer, its model, and its features."""
     with torch.random.fork_rng():
         torch.manual_seed(parts.common.seed)
         clip = clip_model_from(settings)
@@ -130,7 +130,7 @@ def _image_size(clip: ClipModel) -> int:
 
 
 def _check_inputs(learner: ClipModel, other: ClipModel, option: str) -> None:
-    """Another model sees the learner's images, resized, and its tokens.
+    """Check that another model sees the learner's images, resized, and its tokens.
 
     Raises:
         InputError: its images are normalised otherwise, or it has another tokenizer.

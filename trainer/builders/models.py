@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def model_files(model: AnyModel) -> dict[str, dict[str, str]]:
-    """The digests of the files that a model's settings name, by option.
+    """Hash the files that a model's settings name, by option.
 
     A tag or a name of a hub stands for itself.
     """
@@ -99,7 +99,7 @@ def lock_options(option: str) -> dict[str, str]:
 
 
 def checkpoint_options(model: ModelSettings) -> dict[str, Any]:
-    """The options with which a checkpoint of a run is loaded, from the run's model.
+    """Return the options with which a checkpoint of a run is loaded, from the run's model.
 
     Checkpoints say what model they are of. Those of earlier versions do not: their run took the
     preprocessing from its tag, and the activation from the model's name.
@@ -117,7 +117,7 @@ def checkpoint_options(model: ModelSettings) -> dict[str, Any]:
 
 
 def models_of(settings: TrainCommand) -> list[AnyModel]:
-    """The models of a training that have a name."""
+    """Return the models of a training that have a name."""
     models: list[AnyModel] = [settings.model]
     if isinstance(settings.loss, DistillLoss):
         models.append(settings.loss.teacher.model)
@@ -127,7 +127,7 @@ def models_of(settings: TrainCommand) -> list[AnyModel]:
 
 
 def activations_of_weights(models: Sequence[AnyModel]) -> dict[str, str]:
-    """The activations that the models of a run get from their tags, against what their names say.
+    """Find activations that a run's models get from their tags, against what their names say.
 
     Earlier versions of siftclip took those of the names, so this belongs to what a run is known by.
 

@@ -89,7 +89,7 @@ def check_weighing(loss: LossSettings, selector: Selector, option: str) -> None:
 
 
 def teacher_features(loss: LossSettings) -> ReferenceFeatures | None:
-    """The cached features of a loss that reads some."""
+    """Return the cached features of a loss that reads some."""
     if not isinstance(loss, (DistillSettings, DrrhoLoss)):
         return None
     features = loss.teacher.features
@@ -97,7 +97,7 @@ def teacher_features(loss: LossSettings) -> ReferenceFeatures | None:
 
 
 def teacher_model(loss: LossSettings) -> TeacherModel | None:
-    """The live teacher of a loss that has one."""
+    """Return the live teacher of a loss that has one."""
     if not isinstance(loss, DistillSettings) or loss.teacher.model.name is None:
         return None
     return loss.teacher.model
@@ -144,7 +144,7 @@ def open_loss_data(
 
 
 def _sample_weights(settings: SampleWeights, path: str, pool: Pool, rows: np.ndarray) -> np.ndarray:
-    """What each sample counts: float32 by the pool's rows."""
+    """Read what each sample counts: float32 by the pool's rows."""
     with options_of(under("loss.weights", "path", "column")):
         weights = read_column(pool, Path(path), settings.column).astype(np.float32)
     chosen = weights[rows]
@@ -162,7 +162,7 @@ def _sample_weights(settings: SampleWeights, path: str, pool: Pool, rows: np.nda
 def objective_from(
     loss: LossSettings, clip: ClipModel, data: LossData, rows: np.ndarray
 ) -> Objective:
-    """The objective that trains `clip`.
+    """Build the objective that trains `clip`.
 
     Args:
         loss: its settings.
@@ -245,7 +245,7 @@ def _fix_logit_scale(model: nn.Module, scale: float) -> None:
 
 
 def _check_same_inputs(student: ClipModel, teacher: ClipModel) -> None:
-    """The teacher sees the student's images and tokens, as in open_clip."""
+    """Check that the teacher sees the student's images and tokens, as in open_clip."""
     # through JSON, because open_clip has lists where files are read and tuples elsewhere
     ours, theirs = (
         json.loads(json.dumps(clip.config["preprocess_cfg"])) for clip in (student, teacher)
@@ -266,7 +266,7 @@ def _check_same_inputs(student: ClipModel, teacher: ClipModel) -> None:
 
 
 def same_tokens(first: ClipModel, second: ClipModel) -> bool:
-    """Whether two models make the same tokens of a text, equally many."""
+    """Return whether two models make the same tokens of a text, equally many."""
     tokens = [clip.tokenizer(_PROBE) for clip in (first, second)]
     return tokens[0].shape == tokens[1].shape and torch.equal(*tokens)
 

@@ -33,7 +33,7 @@ from siftclip.trainer.settings.online import (
 def online_identity(
     online: OnlineSettings, source: PoolSource, *, world_size: int
 ) -> dict[str, Any]:
-    """All of `online` that trained weights depend on, with the files that it reads."""
+    """Return all of `online` that trained weights depend on, with the files that it reads."""
     identity: dict[str, Any] = stored_targets(to_plain(online))
     if isinstance(online, OnceSettings):
         return identity
@@ -69,7 +69,7 @@ def online_identity(
 
 
 def reference_aliases(online: LoopSettings) -> dict[str, str]:
-    """What selectors call the reference's arrays -> what the pool calls its cached ones."""
+    """Map selectors' names of the reference's arrays to the pool's names of its cached ones."""
     if has_live_reference(online):
         return {}
     name = online.reference.features.name

@@ -38,7 +38,7 @@ class Needs:
 
     @classmethod
     def of(cls, selector: Selector) -> Needs:
-        """Of a selector."""
+        """Return the needs of a selector."""
         members = list(nested(selector, Selector))  # type: ignore[type-abstract]  # mypy 4717
         requires = [member.requires for member in members]
         columns = [column for need in requires for column in (need.column, need.lists)]
@@ -50,7 +50,7 @@ class Needs:
         )
 
     def of_model(self, name: str) -> tuple[str, ...]:
-        """The arrays of a model that are needed."""
+        """Return the arrays of a model that are needed."""
         return tuple(sorted(self.features & {f"{name}_img", f"{name}_txt"}))
 
     @property
@@ -63,7 +63,7 @@ def _learns(selector: Selector) -> bool:
 
 
 def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> BuiltSelector:
-    """A selector of the loop: `online.selector`, or the one of the first stage.
+    """Build a selector of the loop: `online.selector`, or the one of the first stage.
 
     Raises:
         InputError: it cannot be built.
@@ -85,7 +85,7 @@ def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> Bui
 
 
 def kept_fraction(node: SelectorNode) -> float:
-    """The `fraction` of a selector of the loop.
+    """Return the `fraction` of a selector of the loop.
 
     Raises:
         InputError: it has none, and no schedule says what takes its place.
@@ -99,7 +99,7 @@ def kept_fraction(node: SelectorNode) -> float:
 
 
 def schedule_from(online: EveryStepSettings) -> Schedule:
-    """The schedule of `online.schedule`."""
+    """Build the schedule of `online.schedule`."""
     options = to_plain(online.schedule)
     if options["filter_ratio"] is None:
         options["filter_ratio"] = 1 - kept_fraction(online.selector)
@@ -107,7 +107,7 @@ def schedule_from(online: EveryStepSettings) -> Schedule:
 
 
 def reference_logits(features: CachedReference) -> Logits:
-    """Scale and bias of the model that made the cached reference features."""
+    """Return scale and bias of the model that made the cached reference features."""
     bias = features.logit_bias
     return Logits(
         scale=float(features.logit_scale),
@@ -157,7 +157,7 @@ def check_online(
 
 
 def has_live_reference(online: LoopSettings) -> bool:
-    """Whether the reference is a model, in place of cached features."""
+    """Return whether the reference is a model, in place of cached features."""
     return isinstance(online, EveryStepSettings) and online.reference.model.name is not None
 
 
@@ -227,7 +227,7 @@ def require_draw(selector: Selector, option: str) -> None:
 
 
 def chooses_before_reading(online: EveryStepSettings, selector: Selector) -> bool:
-    """Whether the selector of every step needs nothing that only the step itself knows."""
+    """Return whether the selector of every step needs nothing that only the step itself knows."""
     needs = Needs.of(selector)
     live = [LEARNER, SCORER]
     if has_live_reference(online):

@@ -65,7 +65,7 @@ ROUNDED_FRACTION = 0.05  # of the samples that a run draws may come from roundin
 
 
 def build_online(parts: RunParts, total_steps: int) -> Online:
-    """What selects while a run of so many steps trains.
+    """Build what selects while a run of `total_steps` steps trains.
 
     Raises:
         InputError: an option is wrong for this model, pool or number of devices.
@@ -109,14 +109,14 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
 
 
 def _learner_flops(parts: RunParts) -> SampleFlops:
-    """Of the learner and a live teacher."""
+    """Count the FLOPs of the learner and a live teacher."""
     live = teacher_model(parts.loss)
     teacher = None if live is None else clip_model_from(live, trained=True)
     return learner_flops(parts.clip, micro_batches=_cuts_batches(parts), teacher=teacher)
 
 
 def _cuts_batches(parts: RunParts) -> bool:
-    """Whether a rank's batch is several micro-batches."""
+    """Return whether a rank's batch is several micro-batches."""
     micro_batch = parts.trainer.micro_batch_size
     return micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
 
@@ -125,12 +125,12 @@ def _cuts_batches(parts: RunParts) -> bool:
 
 
 def step_plan(parts: RunParts, total_steps: int) -> StepPlan:
-    """How many samples the steps of a run draw, read and train on. Reads no file."""
+    """Plan how many samples the steps of a run draw, read and train on. Reads no file."""
     return step_planner(parts)(total_steps, range(total_steps))
 
 
 def step_planner(parts: RunParts) -> Callable[[int, range], StepPlan]:
-    """The plan of some consecutive steps of a run of so many: as long as these, whatever the run.
+    """Return a function that plans some consecutive steps of a run, in memory for these alone.
 
     So that runs of any length can be reckoned with in little memory.
     """
@@ -222,7 +222,7 @@ class _Stages:
         return PoolData(source=source, files=read_files(source, needs.files))
 
     def first(self, built: BuiltSelector, needs: Needs, schedule: Schedule) -> CachedFirstStage:
-        """A stage that chooses by cached features, before samples are read."""
+        """Make a stage that chooses by cached features, before samples are read."""
         aliases = reference_aliases(self.online)
         keys = {key: aliases.get(key, key) for key in sorted(needs.features)}
         check_cached(self.parts.source, keys)
@@ -235,7 +235,7 @@ class _Stages:
         )
 
     def early(self) -> CachedFirstStage | None:
-        """The stage before the one that scores live, where there is one."""
+        """Make the stage before the one that scores live, where there is one."""
         if self.online.first_stage.selector is None:
             return None
         built = loop_selector(self.online, self.online.first_stage.selector)
@@ -322,7 +322,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
 
 
 def _losses_seen(source: PoolSource, needs: Needs) -> LossesSeen | None:
-    """The losses of training, where a selector reads them: a column of the pool that changes."""
+    """Build the losses of training if a selector reads them: a column of the pool that changes."""
     if not needs.training_loss:
         return None
     losses = LossesSeen(len(source))
@@ -331,7 +331,7 @@ def _losses_seen(source: PoolSource, needs: Needs) -> LossesSeen | None:
 
 
 def _carried_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
-    """Cached features that batches bring for the selector, beside those of the loss."""
+    """Find cached features that batches bring for the selector, beside those of the loss."""
     of_loss = parts.loss_data.references
     wanted = set(keys)
     for key in sorted(keys):
@@ -347,7 +347,7 @@ def _carried_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
 
 
 def _row_features(parts: RunParts, keys: set[str]) -> list[RowFeatures]:
-    """Arrays of the pool by row, whichever feature set they are in."""
+    """Find arrays of the pool by row, whichever feature set they are in."""
     by_store: dict[str, tuple[Any, list[str]]] = {}
     for key in sorted(keys):
         store = parts.source.store((key,))

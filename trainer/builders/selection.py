@@ -48,7 +48,7 @@ from siftclip.trainer.settings.selector import SelectorNode
 
 
 def pool_cache(pool: PoolSettings) -> Path:
-    """Where indices and features of the pool are kept."""
+    """Return where indices and features of the pool are kept."""
     return default_cache(pool.root) if pool.cache_dir is None else Path(pool.cache_dir)
 
 
@@ -74,7 +74,7 @@ def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
 
 
 def features_folder(features: FeaturesSettings, pool: PoolSettings) -> Path | None:
-    """The folder of the feature set; None means the pool's own metadata."""
+    """Return the folder of the feature set; None means the pool's own metadata."""
     if features.root is not None:
         return Path(features.root)
     if features.model is None:
@@ -110,7 +110,7 @@ def selector_from(node: SelectorNode) -> BuiltSelector:
 
 
 def source_from(settings: SelectSections, *, may_launch: bool) -> PoolSource:
-    """The pool as selectors see it, shared among the ranks, see `selection_ranks`."""
+    """Open the pool as selectors see it, shared among the ranks, see `selection_ranks`."""
     common, features = settings.common, settings.features
     pool = pool_from(settings.pool, progress=common.progress)
     ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
@@ -129,7 +129,7 @@ def source_from(settings: SelectSections, *, may_launch: bool) -> PoolSource:
 
 
 def _once(folder: Path, what: str, ranks: Ranks) -> AbstractContextManager[None]:
-    """Inside, no other command makes what is kept in a folder; the work is not done twice."""
+    """Lock a folder, so that no other command makes what is kept in it; no work is done twice."""
     return locked(folder / LOCK_NAME, owner=f"{what} {folder}", ranks=ranks, wait=True)
 
 

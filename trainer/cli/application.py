@@ -93,7 +93,7 @@ def _job(
     arguments: list[str],
     full_error: str | None,
 ) -> Callable[[DictConfig], None]:
-    """What Hydra calls with the composed configuration; of a job of submitit, in another process.
+    """Run the command on the composed configuration; a job of submitit does it in another process.
 
     Args:
         command: as it is typed.
@@ -127,7 +127,7 @@ def _job(
 def _hydra_main(
     command: str, words: list[str], job: Callable[[DictConfig], None]
 ) -> Callable[[], None]:
-    """Hydra's own main function for a command, or what prints its help where that is asked for."""
+    """Return Hydra's main function for a command, or what prints its help, where asked for."""
     config_name = command.replace(" ", "_")
     options = [word for word in words if word != "--help"]
     if len(options) < len(words) and not any(word[:1] == "-" for word in options):
@@ -209,14 +209,14 @@ def _end(message: str, status: int) -> NoReturn:
 
 
 def _overrides(arguments: list[str], command: str) -> list[str]:
-    """What follows the command. `--help` alone is Hydra's; a bare `-h` means the same."""
+    """Return what follows the command. `--help` alone is Hydra's; a bare `-h` means the same."""
     words = command.split()
     at = arguments.index(words[0]) + len(words)
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
 
 
 def is_first_rank(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all that torchrun, srun or Lightning started with it.
+    """Return whether this process speaks for all that torchrun, srun or Lightning started with it.
 
     Lightning knows as well, but its import takes seconds.
     """
@@ -235,7 +235,7 @@ def _set_full_error(value: str | None) -> None:
 
 # ---- words: what is typed, as Hydra reads it ----------------------------------------------------
 def _named(command: str, arguments: list[str], positional: Sequence[str]) -> list[str]:
-    """The arguments as Hydra reads them, one for one.
+    """Translate the arguments to what Hydra reads, one for one.
 
     Bare words get the names of the options that they stand for. What Hydra's own options take,
     such as the folder behind `--config-dir`, stays as it is.
@@ -263,7 +263,7 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
 
 
 def _is_override(word: str, command: str) -> bool:
-    """Whether a word is `OPTION=VALUE` and not a path, which may hold a `=`, too."""
+    """Return whether a word is `OPTION=VALUE` and not a path, which may hold a `=`, too."""
     key, equals, _ = word.partition("=")
     if not equals:
         return word[:1] in ("~", "+")
@@ -278,7 +278,7 @@ def _quoted(text: str) -> str:
 
 
 def _with_quoted_path(override: str) -> str:
-    """The override; a path that is there gets the quotes without which Hydra misreads it."""
+    """Quote the path of an override if it exists; without quotes Hydra misreads it."""
     key, _, value = override.partition("=")
     try:
         if not value or not Path(value).exists():
@@ -292,7 +292,7 @@ def _with_quoted_path(override: str) -> str:
 
 
 def _opened(override: str) -> str:
-    """The override, with `++` if it adds to one of `OPEN_MAPPINGS`.
+    """Add `++` to an override that adds to one of `OPEN_MAPPINGS`.
 
     Hydra's keys take no slash and nest at dots, so that such names are written as a mapping, which
     it merges: `++eval.groups={vtab/dtd:FILE}`.
@@ -312,7 +312,7 @@ def _opened(override: str) -> str:
 
 # ---- faults of the options ----------------------------------------------------------------------
 def _explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
-    """What is wrong with the options, and the way out.
+    """Explain what is wrong with the options, and the way out.
 
     Args:
         error: Hydra's.
@@ -331,7 +331,7 @@ def _explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
 
 
 def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> str | None:
-    """The message for one of Hydra's that says by its words alone what it is about.
+    """Explain one of Hydra's messages that says by its words alone what it is about.
 
     `ConfigCompositionException` has no fields, and of these faults no cause that has any.
     """
@@ -353,13 +353,13 @@ def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> s
 
 
 def _typed_key(full_key: str, typed: Iterable[str]) -> str:
-    """The whole key that was typed, of which OmegaConf names the part up to the first fault."""
+    """Find the whole key that was typed; OmegaConf names only the part up to the first fault."""
     keys = (word.partition("=")[0].lstrip("+~") for word in typed)
     return next((key for key in keys if key.startswith(f"{full_key}.")), full_key)
 
 
 def _in_one_line(error: BaseException) -> str:
-    """Hydra's or OmegaConf's message without what is for programmers, and that of its cause."""
+    """Shorten Hydra's or OmegaConf's message and its cause's, without what is for programmers."""
     # both append what they know to their messages, below: the search path, the fields of the error
     text = re.split(r"Config search path:|\s*full_key: ", str(error).strip())[0]
     if isinstance(error, OmegaConfBaseException) and error.full_key:
@@ -372,7 +372,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
-    """The message for a key that is none of the options: the one that was meant, if it is close."""
+    """Say that a key is none of the options, and name the one that was meant, if it is close."""
     choices = [word for word in typed if re.fullmatch(r"[\w/@.]+=[\w-]+", word)]
     options = _options(command, choices)
     parent, _, last = key.rpartition(".")
@@ -415,7 +415,7 @@ def _unreadable(override: str) -> str:
 
 
 def _options(command: str, choices: list[str]) -> dict[str, bool]:
-    """All options of a command by their dotted names, with whether they hold others.
+    """List all options of a command by their dotted names, with whether they hold others.
 
     Args:
         choices: overrides that choose configurations; left out if they do not compose.

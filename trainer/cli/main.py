@@ -50,7 +50,7 @@ HELP = ("-h", "--help", "help")
 
 
 def usage(group: str = "") -> str:
-    """What `siftclip --help` prints, or `siftclip GROUP --help`."""
+    """Return what `siftclip --help` prints, or `siftclip GROUP --help`."""
     commands = "\n".join(
         f"  {name:<14}{what}"
         for name, what in (COMMANDS | PLAIN_COMMANDS).items()
@@ -60,7 +60,7 @@ def usage(group: str = "") -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in HELP:
         print(usage())

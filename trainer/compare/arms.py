@@ -94,7 +94,7 @@ def compare_stage(
 
 
 def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool) -> list[RunDir]:
-    """All runs, in the order of the plan.
+    """Train all runs, in the order of the plan.
 
     What another command is training at the moment comes last: it may be finished by then, and if
     not, there is nothing left to do but to wait for it.
@@ -126,7 +126,7 @@ def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool)
 def _plan(
     settings: CompareCommand, overrides: Sequence[str], compose: ComposeArm
 ) -> list[tuple[str, int, TrainCommand]]:
-    """The settings of all runs, seed by seed, so that what is done first is comparable."""
+    """List the settings of all runs, seed by seed, so that what is done first is comparable."""
     arms, seeds = settings.compare.arms, settings.compare.seeds
     if not arms or not seeds:
         raise InputError(
@@ -159,7 +159,7 @@ def _plan(
 
 
 def _budget(settings: TrainCommand) -> tuple[Limit | Budget, int]:
-    """How long a run is, and its batch."""
+    """Return how long a run is, and its batch."""
     limit = limit_from(settings.budget) or budget_from(settings.scale)
     return limit, settings.scale.global_batch_size
 

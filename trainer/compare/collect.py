@@ -47,7 +47,7 @@ class Missing:
     failed: bool  # whether it should be there; else it was not evaluated, or is not defined
 
     def text(self) -> str:
-        """In a line."""
+        """Format in one line."""
         place = f"{self.arm}, seed {self.seed}"
         return (
             f"{place}: {self.reason}"
@@ -133,7 +133,7 @@ def _results(
     runs: Sequence[ArmRun],
     groups: Mapping[str, Sequence[str]],
 ) -> tuple[pd.DataFrame, tuple[Missing, ...]]:
-    """The rows of all arms with all seeds, see `ArmComparison`, and what they lack."""
+    """Collect the rows of all arms with all seeds, see `ArmComparison`, and what they lack."""
     by_place = {(run.arm, run.seed): run.run for run in runs}
     finished = {place: run for place, run in by_place.items() if run.summary is not None}
     kept = {place: read_kept(run.results) for place, run in finished.items()}
@@ -164,7 +164,7 @@ def _results(
 def _rows_of_run(
     kept: KeptResults, names: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str, bool]]]:
-    """Rows for all tasks and averages, and the tasks without a value: name, reason, failed."""
+    """Build rows for all tasks and averages, and list tasks with no value: name, reason, failed."""
     by_key = results_by_key(kept.results)
     failed = {failure.key: f"failed: {failure.message}" for failure in kept.failures}
     rows: list[dict[str, Any]] = []
@@ -223,7 +223,7 @@ def _run_record(run: ArmRun) -> dict[str, Any]:
 
 
 def _overlap(selections: dict[str, Selection]) -> pd.DataFrame:
-    """The Jaccard index of each pair of selections, over distinct uids."""
+    """Compute the Jaccard index of each pair of selections, over distinct uids."""
     table = pd.DataFrame(index=list(selections), columns=list(selections), dtype=np.float64)
     for name, selection in selections.items():
         index = UidTable.build(selection.uids)
@@ -237,7 +237,7 @@ def _overlap(selections: dict[str, Selection]) -> pd.DataFrame:
 def _truth(
     path: Path, selections: dict[tuple[str, int], Selection], runs: Sequence[ArmRun]
 ) -> pd.DataFrame:
-    """The share of each kind of sample among the selected ones, by arm, mean over its runs.
+    """Compute the share of each kind among the selected samples, by arm, mean over its runs.
 
     Of a run that selects at every step, among those that it was trained on at the steps that its
     log describes.

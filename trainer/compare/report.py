@@ -36,7 +36,7 @@ TEMPLATE_NAME = "report.html.j2"
 
 
 def resolution_note(comparison: ArmComparison) -> str:
-    """What the numbers of the tables are, and which differences they can show."""
+    """Say what the numbers of the tables are, and which differences they can show."""
     count = len(comparison.seeds)
     if count == 1:
         return (
@@ -56,7 +56,7 @@ def resolution_note(comparison: ArmComparison) -> str:
 
 
 def run_rows(comparison: ArmComparison) -> list[list[str]]:
-    """Header and one row per finished run."""
+    """Return the header and one row per finished run."""
     rows = [["run", "arm", "seed", "selected", "coverage", "passes", "train s"]]
     for run in comparison.runs.to_dict("records"):
         rows.append(
@@ -86,7 +86,7 @@ def _tasks(comparison: ArmComparison) -> list[str]:
 
 
 def budget_sentence(comparison: ArmComparison) -> str:
-    """What all arms had in common."""
+    """Say what all arms had in common."""
     runs = comparison.runs
     trained = int(runs["trained_samples"].iloc[0])
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
@@ -103,7 +103,7 @@ def budget_sentence(comparison: ArmComparison) -> str:
 
 
 def markdown(comparison: ArmComparison) -> str:
-    """The report as Markdown."""
+    """Format the report as Markdown."""
     header, *runs = run_rows(comparison)
     parts = [
         f"# {comparison.name}",
@@ -135,7 +135,7 @@ def _missing_part(comparison: ArmComparison) -> list[str]:
 
 
 def html(comparison: ArmComparison) -> str:
-    """The report as one HTML page without scripts or anything from the network."""
+    """Format the report as one HTML page without scripts or anything from the network."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -163,7 +163,7 @@ def html(comparison: ArmComparison) -> str:
 
 
 def made_with(comparison: ArmComparison) -> str:
-    """The code and versions that all runs have in common; `mixed_notes` has the others."""
+    """Name the code and versions that all runs have in common; `mixed_notes` has the others."""
     sessions = [of_run for run in comparison.environments.values() for of_run in run]
     common = {
         name: value
@@ -174,7 +174,7 @@ def made_with(comparison: ArmComparison) -> str:
 
 
 def mixed_notes(comparison: ArmComparison) -> list[str]:
-    """A sentence for each thing that the runs were not all computed with, and what that means."""
+    """Say in a sentence each what the runs were not all computed with, and what that means."""
     differing = mixed(comparison.environments)
     notes = [
         f"The runs differ in {name}: "
@@ -195,7 +195,7 @@ def mixed_notes(comparison: ArmComparison) -> list[str]:
 
 
 def plot(comparison: ArmComparison, task: str) -> dict[str, Any]:
-    """A dot plot of one task: for each arm its seeds, mean and deviation on an axis in percent.
+    """Plot one task by dots: for each arm its seeds, mean and deviation on an axis in percent.
 
     Positions are shares of the axis in [0, 1]; the axis ends at round percentages around the data.
     """
@@ -225,7 +225,7 @@ def plot(comparison: ArmComparison, task: str) -> dict[str, Any]:
 
 
 def _axis(values: pd.Series[float]) -> tuple[float, float]:
-    """Multiples of 5 around the values, at least 5 apart."""
+    """Choose multiples of 5 around the values, at least 5 apart."""
     if len(values) == 0:
         return 0.0, 100.0
     low = 5 * (values.min() // 5)

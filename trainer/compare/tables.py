@@ -14,7 +14,7 @@ MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
 
 
 def spread(comparison: ArmComparison, tasks: Sequence[str]) -> pd.DataFrame:
-    """Mean and standard deviation of main metrics over seeds.
+    """Compute mean and standard deviation of main metrics over seeds.
 
     Returns:
         A frame with one row per arm, in the order of the comparison, and the columns (task,
@@ -35,7 +35,7 @@ def spread(comparison: ArmComparison, tasks: Sequence[str]) -> pd.DataFrame:
 
 
 def run_means(comparison: ArmComparison, arm: str, name: str) -> float:
-    """The mean of a number of the runs' summaries over the seeds; NaN where a run lacks it."""
+    """Average a number of the runs' summaries over the seeds; NaN where a run lacks it."""
     runs = comparison.runs
     if name not in runs:
         return float("nan")
@@ -44,18 +44,18 @@ def run_means(comparison: ArmComparison, arm: str, name: str) -> float:
 
 
 def number(value: float, form: str) -> str:
-    """A number in a format, or `-` where there is none."""
+    """Format a number, or return `-` where there is none."""
     return "-" if pd.isna(value) else format(value, form)
 
 
 def seed_count(comparison: ArmComparison, arm: str) -> str:
-    """How many seeds of an arm are there: `3`, or `2 of 3`."""
+    """Count the seeds of an arm: `3`, or `2 of 3`."""
     count, wanted = int((comparison.runs["arm"] == arm).sum()), len(comparison.seeds)
     return str(count) if count == wanted else f"{count} of {wanted}"
 
 
 def percent(mean: float, deviation: float) -> str:
-    """`51.7 ± 1.0` for shares; without a deviation from one seed; `-` where there is no value."""
+    """Format as `51.7 ± 1.0` for shares; one seed has no deviation; `-` where there is no value."""
     if pd.isna(mean):
         return "-"
     text = f"{100 * mean:.1f}"
@@ -63,12 +63,12 @@ def percent(mean: float, deviation: float) -> str:
 
 
 def title(task: str) -> str:
-    """What a table calls a task or an average."""
+    """Return what a table calls a task or an average."""
     return task.removeprefix("average/")
 
 
 def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]]:
-    """Header and one row per arm: seeds, kept, passes, the tasks in percent, training seconds."""
+    """Return header and one row per arm: seeds, kept, passes, tasks in percent, training time."""
     table = spread(comparison, tasks)
     cells = [(table[task, "mean"], table[task, "sd"]) for task in tasks]
     rows = [["selector", "seeds", "kept", "passes", *(title(task) for task in tasks), "train s"]]
@@ -90,7 +90,7 @@ def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]
 
 
 def cost_rows(comparison: ArmComparison) -> list[list[str]]:
-    """Header and one row per arm, means over seeds: samples, FLOPs and the time breakdown.
+    """Return header and one row per arm, means over seeds: samples, FLOPs, the time breakdown.
 
     Published comparisons count by one of them, and which one decides who wins. FLOPs that a run of
     the arm does not know are unknown.
@@ -138,7 +138,7 @@ def _online(name: str) -> str:
 
 
 def selection_rows(comparison: ArmComparison) -> list[list[str]]:
-    """Header and one row per arm: Jaccard overlap with the others, kinds where truth is known."""
+    """Return header and one row per arm: Jaccard overlap with the others, kinds if known."""
     rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]
     for arm in comparison.arms:
         rows.append(
@@ -153,19 +153,19 @@ def selection_rows(comparison: ArmComparison) -> list[list[str]]:
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; pipes in cells are escaped."""
+    """Format a Markdown table; pipes in cells are escaped."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
     return "\n".join(lines)
 
 
 def missing_lines(comparison: ArmComparison) -> list[str]:
-    """What has no value and why, one line each; all characters are printable."""
+    """Say what has no value and why, one line each; all characters are printable."""
     return [printable(missing.text()) for missing in comparison.missing]
 
 
 def format_main_table(comparison: ArmComparison) -> str:
-    """What the command prints: results, costs where arms differ in online selection, what lacks."""
+    """Format what the command prints: results, costs of online selection, missing values."""
     parts = [ruled_table(main_rows(comparison, comparison.columns))]
     if (comparison.runs["online"] != "once").any():
         parts.append(ruled_table(cost_rows(comparison)))

@@ -151,7 +151,7 @@ class ShapeScene:
 
 
 def derive_generator(seed: int, purpose: str) -> np.random.Generator:
-    """The generator of one purpose: streams of different purposes are independent."""
+    """Derive the generator of one purpose: streams of different purposes are independent."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
@@ -184,7 +184,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _place(rng: np.random.Generator, size: int, room: int) -> int:
-    """Where `size` pixels start that lie near the middle of `room` pixels."""
+    """Draw where `size` pixels start that lie near the middle of `room` pixels."""
     jitter = int(rng.integers(-PLACE_JITTER_PX, PLACE_JITTER_PX, endpoint=True))
     return min(max((room - size) // 2 + jitter, 0), room - size)
 
@@ -248,29 +248,29 @@ def _word_scene(scene: Scene, wording: str) -> str:
 
 
 def caption_scene(rng: np.random.Generator, scene: Scene) -> str:
-    """A true caption: of some or all of the digits, their number, colours and background."""
+    """Draw a true caption: of some or all of the digits, their number, colours and background."""
     return _word_scene(scene, _pick(rng, SCENE_CAPTIONS[len(scene.digits) - 1]))
 
 
 def caption_scene_in_full(scene: Scene) -> str:
-    """The caption that names every digit, its colour and the background."""
+    """Write the caption that names every digit, its colour and the background."""
     return _word_scene(scene, SCENE_CAPTIONS[len(scene.digits) - 1][-1])
 
 
 def caption_shape(rng: np.random.Generator, scene: ShapeScene) -> str:
-    """A caption that names the pattern and its colour."""
+    """Draw a caption that names the pattern and its colour."""
     return _pick(rng, SHAPE_CAPTIONS).format(
         shape=scene.shape, ink=scene.ink, background=scene.background
     )
 
 
 def generic_caption(rng: np.random.Generator) -> str:
-    """A caption that would fit any image."""
+    """Draw a caption that would fit any image."""
     return _pick(rng, GENERIC_CAPTIONS).format(number=int(rng.integers(10_000)))
 
 
 def junk_caption(rng: np.random.Generator) -> str:
-    """A file name, a URL, a piece of HTML or letters without sense."""
+    """Draw a file name, a URL, a piece of HTML or letters without sense."""
     letters = "".join(np.asarray(list(string.ascii_lowercase))[rng.integers(26, size=8)])
     return _pick(rng, JUNK_CAPTIONS).format(letters=letters, number=int(rng.integers(10_000)))
 
@@ -286,7 +286,7 @@ def _add_noise(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def render_scene(rng: np.random.Generator, scene: Scene, digits: DigitImages) -> np.ndarray:
-    """The image of a scene, uint8 [32, 32, 3]; colours and noise differ with every call."""
+    """Render a scene, uint8 [32, 32, 3]; colours and noise differ with every call."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     canvas[:] = _jitter(rng, BACKGROUNDS[scene.background], BACKGROUND_JITTER)
     for digit in scene.digits:
@@ -302,7 +302,7 @@ def render_scene(rng: np.random.Generator, scene: Scene, digits: DigitImages) ->
 
 
 def render_shape(rng: np.random.Generator, scene: ShapeScene) -> np.ndarray:
-    """The image of a pattern, uint8 [32, 32, 3]; colours and noise differ with every call."""
+    """Render a pattern, uint8 [32, 32, 3]; colours and noise differ with every call."""
     mask = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     draw = ImageDraw.Draw(mask)
     left, top, right, bottom = scene.box

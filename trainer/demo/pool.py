@@ -280,7 +280,7 @@ def write_demo_data(
 
 
 def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
-    """Whether `root` holds the data of just these parameters; an error if it is not ours."""
+    """Return whether `root` holds the data of just these parameters; an error if it is not ours."""
     marker = root / MARKER_NAME
     if marker.exists():
         state = read_json(marker)

@@ -37,7 +37,7 @@ class DefectMix:
     duplicate: float = 0.05  # a clean sample again, with its caption, in other noise
 
     def counts(self, samples: int) -> dict[Kind, int]:
-        """How many of `samples` are of each kind: the largest remainders are rounded up.
+        """Split `samples` into counts of each kind: the largest remainders are rounded up.
 
         Raises:
             InputError: a fraction is negative or they do not add up to 1, or there are duplicates
@@ -187,7 +187,7 @@ def _draw(
     *,
     unique: bool = False,
 ) -> tuple[tuple[np.ndarray, ...], list[scenes.Scene]]:
-    """Images and scenes of a task; the numbers of digits take turns."""
+    """Draw images and scenes of a task; the numbers of digits take turns."""
     rng = scenes.derive_generator(seed, f"task {name}")
     drawn: list[scenes.Scene] = []
     seen: set[str] = set()

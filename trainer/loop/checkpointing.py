@@ -32,7 +32,7 @@ _UNFINISHED = ".step-*.ckpt.*.tmp"
 
 
 def kept_steps(steps: Iterable[int], *, keep_last: int, keep_every_n_steps: int | None) -> set[int]:
-    """The steps whose checkpoints stay: the last few, and the multiples of `keep_every_n_steps`."""
+    """Return the steps whose checkpoints stay: the last, and multiples of `keep_every_n_steps`."""
     ordered = sorted(steps)
     kept = set(ordered[-keep_last:])
     if keep_every_n_steps is not None:
@@ -158,7 +158,7 @@ class StopOnSignal(Callback):
         self._speaks = True
 
     def raise_if_stopped(self, step: int, total_steps: int) -> None:
-        """To be called after `Trainer.fit`, with the step that it has reached.
+        """Raise if a signal has ended `Trainer.fit`, which has reached a step. Call it afterwards.
 
         Raises:
             TrainingStopped: a signal has ended it.
@@ -230,14 +230,14 @@ class StopOnSignal(Callback):
 
 
 def largest_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers. All ranks must call it."""
+    """Return the largest of the ranks' numbers. All ranks must call it."""
     tensor = torch.tensor(number, dtype=torch.int32, device=device)
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return int(tensor.item())
 
 
 def _skip_lightnings_broadcast(trainer: Trainer) -> None:
-    """Lightning 2.6 broadcasts at every step, and waits for, whether rank 0 has got a SIGTERM.
+    """Skip what Lightning 2.6 does at every step: broadcast whether rank 0 has got a SIGTERM.
 
     That is agreed here, and waiting at every step keeps the processor from working ahead.
     """

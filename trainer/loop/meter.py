@@ -34,7 +34,7 @@ class WindowMeter:
         self.selection_seconds = 0.0
 
     def waited(self, *, scoring_seconds: float = 0.0, selection_seconds: float = 0.0) -> None:
-        """The batch has come: what passed since the last step was waiting for data.
+        """Note that the batch has come: the time since the last step was spent waiting for data.
 
         Apart from the seconds in which the pool was embedded and selected from anew.
         """
@@ -43,12 +43,12 @@ class WindowMeter:
         self.chose(scoring_seconds, selection_seconds)
 
     def chose(self, scoring_seconds: float, selection_seconds: float) -> None:
-        """A sub-batch was chosen from a super-batch, in so many seconds."""
+        """Note that a sub-batch was chosen from a super-batch, in so many seconds."""
         self.scoring_seconds += scoring_seconds
         self.selection_seconds += selection_seconds
 
     def pause(self, seconds: float) -> None:
-        """So much of the time until now was no training: leave it out."""
+        """Leave out so many seconds up to now, which were no training."""
         self.window_start += seconds
         self.step_end += seconds
 
@@ -65,11 +65,11 @@ class WindowMeter:
         self._steps += 1
 
     def stepped(self) -> None:
-        """The step has been handed to the device."""
+        """Note that the step has been handed to the device."""
         self.step_end = time.perf_counter()
 
     def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means of the window over its steps and all ranks; a new window begins.
+        """Average the window over its steps and all ranks; a new window begins.
 
         Args:
             reduce: the mean over ranks of a tensor. Every rank takes part.
@@ -100,7 +100,7 @@ class WindowMeter:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory so far, in 1e9 bytes: allocated on a GPU, else resident of this process."""
+    """Return the peak memory so far, in 1e9 bytes: allocated on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -228,7 +228,7 @@ class ClipTraining(LightningModule):
     # ---- the step ------------------------------------------------------------------------------
 
     def _choose(self, batch: StepBatch) -> Chosen:
-        """What this rank trains on, of what it has read."""
+        """Choose what this rank trains on, of what it has read."""
         if self.online is None:
             return Chosen(batches=batch.micro_batches)
         chosen = self.online.choose(
@@ -265,7 +265,7 @@ class ClipTraining(LightningModule):
         return finite
 
     def _unsynced(self) -> AbstractContextManager[Any]:
-        """Backward passes inside leave their gradients on this rank."""
+        """Keep the gradients of backward passes on this rank, inside the block."""
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             return wrapped.no_sync()

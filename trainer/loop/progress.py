@@ -61,6 +61,6 @@ class TrainingBar(ProgressBar):
 
 
 def _headline(evaluated: dict[str, float]) -> dict[str, str]:
-    """The first average of the last evaluation, or its first task."""
+    """Return the first average of the last evaluation, or its first task."""
     names = sorted(evaluated, key=lambda name: "/average/" not in name)  # stable
     return {names[0].rpartition("/")[2]: f"{evaluated[names[0]]:.3f}"} if names else {}

@@ -28,7 +28,7 @@ class ContrastiveLoss(nn.Module, ABC):
     takes_weights: ClassVar[bool] = True  # False: `LossInputs.weights` must be None
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """The terms, scalars under open_clip's names, whose sum is to be minimised.
+        """Compute the terms, scalars under open_clip's names, whose sum is to be minimised.
 
         Computed in float32 (float64 for float64 features), whatever autocast says.
 
@@ -42,11 +42,11 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @abstractmethod
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """The terms of inputs that are checked and of one precision."""
+        """Compute the terms of inputs that are checked and of one precision."""
 
 
 def mean_over_ranks(values: Tensor, weights: Tensor | None, *, world_size: int) -> Tensor:
-    """A scalar of this rank whose mean over ranks is the weighted mean over all samples.
+    """Return a scalar of this rank whose mean over ranks is the weighted mean over all samples.
 
     Args:
         values: float [b], of this rank's samples.
@@ -70,7 +70,7 @@ def mean_over_ranks(values: Tensor, weights: Tensor | None, *, world_size: int) 
 
 
 def keep_bias(loss: Tensor, logit_bias: Tensor | None) -> Tensor:
-    """The loss, with the gradient zero for a bias that cancels in it.
+    """Return the loss, with the gradient zero for a bias that cancels in it.
 
     A softmax does not change when all logits grow by the same number. DDP still waits for a
     gradient of each parameter.

@@ -13,7 +13,7 @@ PAD_TOKEN = 0  # of open_clip's own tokenizer
 def caption_loss_sum(
     logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, pad_token: int = PAD_TOKEN
 ) -> Tensor:
-    """The sum of the cross entropies of all tokens that are not padding, a float32 scalar.
+    """Sum the cross entropies of all tokens that are not padding, to a float32 scalar.
 
     Divided by `caption_tokens` and multiplied by the number of ranks (DDP averages), sums of
     micro-batches and ranks add up to what one process with the whole batch computes: the mean over
@@ -48,7 +48,7 @@ def caption_tokens(
     weights: Tensor | None = None,
     pad_token: int = PAD_TOKEN,
 ) -> Tensor:
-    """The number of tokens that are not padding on all ranks, a scalar above 0.
+    """Count the tokens that are not padding on all ranks, a scalar above 0.
 
     Args:
         labels: int64 [m, L], of all micro-batches of this rank.

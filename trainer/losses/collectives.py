@@ -38,7 +38,7 @@ class _SumToOwner(torch.autograd.Function):
 
 
 def gather_features(local: Tensor, *, rank: int, world_size: int) -> Tensor:
-    """The rows of all ranks in the order of ranks; the backward sums gradients over ranks.
+    """Gather the rows of all ranks in the order of ranks; the backward sums gradients over ranks.
 
     Args:
         local: [b, ...]; b must be the same on every rank.
@@ -52,12 +52,12 @@ def gather_features(local: Tensor, *, rank: int, world_size: int) -> Tensor:
 
 
 def sum_to_owner(partial: Tensor, *, rank: int, world_size: int) -> Tensor:
-    """The sum over ranks of the part that is this rank's: [world_size * b] -> [b]."""
+    """Sum over ranks the part that is this rank's: [world_size * b] -> [b]."""
     return partial if world_size == 1 else _SumToOwner.apply(partial, rank, world_size)
 
 
 def log_sum_exp_to_owner(partial: Tensor, *, rank: int, world_size: int) -> Tensor:
-    """The log-sum-exp over ranks of the part that is this rank's: [world_size * b] -> [b].
+    """Compute the log-sum-exp over ranks of this rank's part: [world_size * b] -> [b].
 
     Shifted by the maximum over ranks, so it neither overflows nor loses small terms. Its gradient
     for the partial result of a rank is the gradient of the owner times exp(partial - total).
@@ -71,7 +71,7 @@ def log_sum_exp_to_owner(partial: Tensor, *, rank: int, world_size: int) -> Tens
 
 @torch.no_grad()
 def log_sum_exp_over_ranks(partial: Tensor, *, world_size: int) -> Tensor:
-    """The log-sum-exp over ranks, [n] -> [n] and the same on every rank; without gradient."""
+    """Compute the log-sum-exp over ranks, [n] -> [n], the same on every rank; without gradient."""
     if world_size == 1:
         return partial
     top = _max_over_ranks(partial)

@@ -30,7 +30,7 @@ class Copies:
 
     @classmethod
     def of(cls, inputs: LossInputs) -> Copies | None:
-        """Of a batch that may hold a sample twice; None for others, which cost nothing."""
+        """Return the copies of a batch that may hold a sample twice; None for other batches."""
         if not inputs.copies or inputs.rows is None:
             return None
         return cls(
@@ -40,13 +40,13 @@ class Copies:
         )
 
     def mask(self, rows: slice, columns: slice) -> Tensor:
-        """Which logits of a tile are of copies, bool."""
+        """Return which logits of a tile are of copies, bool."""
         is_copy = self.rows[rows, None] == self.all_rows[columns]
         fill_pairs(is_copy, rows, columns, self.offset, value=False)
         return is_copy
 
     def others(self) -> Tensor:
-        """How many other samples each of this rank is compared with, int64 [b]."""
+        """Count the other samples that each of this rank is compared with, int64 [b]."""
         ranked = self.all_rows.sort().values
         first = torch.searchsorted(ranked, self.rows)
         last = torch.searchsorted(ranked, self.rows, right=True)
@@ -63,7 +63,7 @@ def fill_pairs(
 
 
 def copies_softplus(image: Tensor, all_text: Tensor, bias: Tensor, copies: Copies) -> Tensor:
-    """The sum of softplus(logit) over the pairs of copies, a scalar; made tile by tile.
+    """Sum softplus(logit) over the pairs of copies, tile by tile, to a scalar.
 
     Args:
         image: float [b, d], times the logit scale.

@@ -46,7 +46,7 @@ class DistillLoss(ContrastiveLoss):
         self.distill_weight = _at_least_0("distill_weight", distill_weight)
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """`contrastive_loss` and `distill_loss`, each times its weight."""
+        """Compute `contrastive_loss` and `distill_loss`, each times its weight."""
         teacher_image, teacher_text = require_teacher(inputs, "DistillLoss")
         rank, world_size = inputs.rank, inputs.world_size
         copies = Copies.of(inputs)
@@ -85,7 +85,7 @@ def distillation(
     rank: int,
     world_size: int,
 ) -> Tensor:
-    """-sum softmax(teacher) * log_softmax(student) for each sample, the mean of both directions.
+    """Compute -sum softmax(teacher) * log_softmax(student) of each sample, mean of both directions.
 
     Args:
         student: of this rank's samples.

@@ -78,7 +78,7 @@ def check_weights(weights: Tensor, owner: str) -> None:
 
 
 def require_teacher(inputs: LossInputs, owner: str) -> tuple[Tensor, Tensor]:
-    """The image and text features of the teacher, [b, e] each, detached."""
+    """Return the image and text features of the teacher, [b, e] each, detached."""
     image, text = inputs.teacher_image, inputs.teacher_text
     if image is None or text is None:
         raise InputError(
@@ -96,7 +96,7 @@ def require_teacher(inputs: LossInputs, owner: str) -> tuple[Tensor, Tensor]:
 
 
 def in_loss_precision(inputs: LossInputs) -> LossInputs:
-    """The inputs in float32, or in float64 where the features are; scalars get the shape []."""
+    """Cast to float32, or float64 where the features are; scalars get the shape []."""
     dtype = torch.promote_types(inputs.image_features.dtype, torch.float32)
 
     def cast(tensor: Tensor | None) -> Tensor | None:

@@ -31,7 +31,7 @@ def paired_log_sum_exp(
     copies: Copies | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The log-sum-exps of rows and columns of image @ text.T.
+    """Compute the log-sum-exps of rows and columns of image @ text.T.
 
     Args:
         image: float [b, d].
@@ -65,7 +65,7 @@ def paired_expectation(
     copies: Copies | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The means of the logits image @ text.T under the softmaxes of a teacher's.
+    """Compute the means of the logits image @ text.T under the softmaxes of a teacher's.
 
     Args:
         image: float [b, d].
@@ -167,7 +167,7 @@ def _pull_back(
     softmaxes: Any,
     gradients: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of image and text, where that of logit (i, j) is a sum of two softmaxes.
+    """Compute gradients of image and text, where that of logit (i, j) is a sum of two softmaxes.
 
     The softmaxes are those of the rows and of the columns of first @ second.T; each row of the one
     and column of the other is multiplied by its gradient.
@@ -218,5 +218,5 @@ def _scratch(like: Tensor, tile: Tile) -> Tensor:
 
 
 def _part(scratch: Tensor, shape: torch.Size) -> Tensor:
-    """The beginning of a scratch as a matrix; one buffer so serves tiles of all shapes."""
+    """View the beginning of a scratch as a matrix; so one buffer serves tiles of all shapes."""
     return scratch[: shape.numel()].view(shape)

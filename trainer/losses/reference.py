@@ -90,7 +90,7 @@ class ReferenceGuidedLoss(ContrastiveLoss):
         self.register_load_state_dict_pre_hook(_require_same_rows)  # type: ignore[no-untyped-call]
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """`contrastive_loss`."""
+        """Compute `contrastive_loss`."""
         reference_image, reference_text = require_teacher(inputs, "ReferenceGuidedLoss")
         others = inputs.world_size * len(reference_image) - 1
         if others == 0:
@@ -130,7 +130,7 @@ class ReferenceGuidedLoss(ContrastiveLoss):
 
     @torch.no_grad()
     def _update(self, log_means: Tensor, inputs: LossInputs) -> Tensor:
-        """The averages of this rank's samples, [2, b]; those of all ranks go into the buffers."""
+        """Update this rank's averages, [2, b], and with those of all ranks the buffers."""
         if inputs.rows is None:
             raise InputError(
                 "ReferenceGuidedLoss: gamma below 1 needs the rows of the samples of each batch. "

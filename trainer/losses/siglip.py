@@ -47,7 +47,7 @@ class SigLipLoss(ContrastiveLoss):
         self.loss = OpenClipSigLipLoss(dist_impl=dist_impl)
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """`contrastive_loss`."""
+        """Compute `contrastive_loss`."""
         if inputs.weights is not None:
             raise InputError(
                 "SigLipLoss: its pairs belong to two samples each, so that sample weights have no "

@@ -33,7 +33,7 @@ class PairedTerms:
     """[2, b]: of each image with all other texts, and of each text with all other images."""
 
     def cross_entropies(self) -> Tensor:
-        """[2, b], of both directions."""
+        """Compute [2, b], of both directions."""
         return torch.logaddexp(self.margins, self.margins.new_zeros(()))
 
 
@@ -46,7 +46,7 @@ def paired_terms(
     rank: int,
     world_size: int,
 ) -> PairedTerms:
-    """Own logits and margins of this rank's samples against those of all ranks.
+    """Compute own logits and margins of this rank's samples against those of all ranks.
 
     Only the texts are gathered: a rank sees all texts for its own images, and what it sees of a
     column it shares with the owner of the text. Each rank so makes its [b, B] logits once, where
@@ -85,7 +85,7 @@ class SoftmaxLoss(ContrastiveLoss):
     """
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """`contrastive_loss`."""
+        """Compute `contrastive_loss`."""
         rank, world_size = inputs.rank, inputs.world_size
         pairs = paired_terms(
             inputs.image_features,

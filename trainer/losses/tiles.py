@@ -16,17 +16,17 @@ GPU_TILE = (4096, 4096)
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile on this kind of device."""
+    """Return rows and columns of a tile on this kind of device."""
     return CPU_TILE if device.type == "cpu" else GPU_TILE
 
 
 def fits_one_tile(rows: int, columns: int, tile: tuple[int, int]) -> bool:
-    """Whether a matrix is no larger than a tile, whatever its shape."""
+    """Return whether a matrix is no larger than a tile, whatever its shape."""
     return rows * columns <= tile[0] * tile[1]
 
 
 def tiles(rows: int, columns: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Row and column slices that cover a matrix; the last ones of each side may be smaller."""
+    """Yield row and column slices that cover a matrix; the last of each side may be smaller."""
     for top in range(0, rows, tile[0]):
         for left in range(0, columns, tile[1]):
             yield (

@@ -14,7 +14,7 @@ from siftclip.datamodules.streaming.batches import Batch, SampleDataset
 
 @torch.no_grad()
 def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Unit image and text features of a batch, float16 [b, d] on the CPU; NaN for bad samples.
+    """Embed a batch: unit image and text features, float16 [b, d] on the CPU; NaN for bad samples.
 
     float16 is how DataComp stores features.
     """
@@ -28,7 +28,7 @@ def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def embedding_dataset(clip: ClipModel, pool: Pool, *, max_image_pixels: int) -> SampleDataset:
-    """A pool's samples as they are evaluated; bad ones stay in their places, marked invalid."""
+    """Return a pool's samples as they are evaluated; bad ones keep their places, marked invalid."""
     return SampleDataset(
         reader=SampleReader(pool=pool, max_image_pixels=max_image_pixels),
         transform=clip.eval_transform,

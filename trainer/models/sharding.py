@@ -18,7 +18,7 @@ from siftclip.errors import InputError
 
 
 def is_sharded(module: LightningModule) -> bool:
-    """Whether the trainer's strategy is FSDP2."""
+    """Return whether the trainer's strategy is FSDP2."""
     trainer = module._trainer
     return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
 
@@ -56,7 +56,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def sharded_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """What lists of modules hold; lists inside of that, as T5's blocks have them, stay whole."""
+    """Yield what lists of modules hold; lists inside of that, as T5's blocks have, stay whole."""
     if isinstance(module, nn.ModuleList):
         yield from module
         return
@@ -72,7 +72,7 @@ def _average_gradient(parameter: Tensor) -> None:
 
 @contextmanager
 def unsynced_shards(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside keep their gradients on the rank; the next one adds them up."""
+    """Keep the gradients of backward passes inside on the rank; the next one adds them up."""
     if not isinstance(model, FSDPModule):
         raise TypeError("the model must have been sharded by shard_model")
     model.set_requires_gradient_sync(False)
@@ -83,7 +83,7 @@ def unsynced_shards(model: nn.Module) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model on the CPU, gathered if it is sharded. Every rank takes part."""
+    """Copy the state of a model to the CPU, gathered if it is sharded. Every rank takes part."""
     with torch.no_grad():
         return {
             name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()

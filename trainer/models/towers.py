@@ -90,7 +90,7 @@ def lock_towers(model: nn.Module, config: LockConfig) -> None:
 
 
 def text_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the text tower, also where it has no module of its own."""
+    """Yield the parameters of the text tower, also where it has no module of its own."""
     if hasattr(model, "text"):
         yield from model.text.parameters()  # type: ignore[union-attr]
         return

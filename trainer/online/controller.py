@@ -60,7 +60,7 @@ class Online:
     _trained_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), init=False)
 
     def begin(self, device: torch.device, *, model: nn.Module, averaged: nn.Module | None) -> None:
-        """Training begins on this device."""
+        """Begin training on this device."""
         self.source.device = device
         self.learner.model = averaged if self.learner.weights == "ema" else model
         if self.reselection is not None:
@@ -68,7 +68,7 @@ class Online:
             self.reselection.ranks = OneRank() if alone else ProcessGroup(device)
 
     def choose(self, parts: Sequence[Batch], *, step: int, rank: int, world_size: int) -> Chosen:
-        """What this rank trains on at a step, of what it has read."""
+        """Choose what this rank trains on at a step, of what it has read."""
         if self.in_loop is None:
             return Chosen(batches=parts)
         if not self.plan.selects[step]:
@@ -113,7 +113,7 @@ class Online:
             )
 
     def take_reselection_seconds(self) -> tuple[float, float]:
-        """Seconds of embedding the pool and of choosing from it since this was asked last."""
+        """Take the seconds of embedding the pool and of choosing from it since the last call."""
         if self.reselection is None:
             return 0.0, 0.0
         reselection = self.reselection
@@ -122,7 +122,7 @@ class Online:
         return now[0] - before[0], now[1] - before[1]
 
     def metrics(self, step: int) -> dict[str, float]:
-        """For the loggers, after `step` steps."""
+        """Return metrics for the loggers, after `step` steps."""
         values = {f"cost/{name}": value for name, value in self.cost.at(step).items()}
         if self.diagnostics is not None:
             values.update(self._described(self.diagnostics))
@@ -134,7 +134,7 @@ class Online:
         return values
 
     def _described(self, diagnostics: Diagnostics) -> dict[str, float]:
-        """What the last step was like: of a super-batch, or of what was trained on alone."""
+        """Describe the last step: of a super-batch, or of what was trained on alone."""
         latest = None if self.in_loop is None else self.in_loop.latest
         if latest is not None:
             return diagnostics.describe(*latest)
@@ -153,10 +153,10 @@ class Online:
         return {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run needs beside the step; the same on every rank."""
+        """Return what a continued run needs beside the step; the same on every rank."""
         return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])

@@ -47,7 +47,7 @@ class CostModel:
             object.__setattr__(self, name, np.concatenate([[0], np.cumsum(counts)]))
 
     def at(self, step: int) -> dict[str, float]:
-        """Costs of the first `step` steps, by their names in logs and reports.
+        """Compute costs of the first `step` steps, by their names in logs and reports.
 
         FLOPs that are not known have no entry.
         """
@@ -74,7 +74,7 @@ class CostModel:
 
 
 def largest_within(limit: float, cost: Callable[[int], float], *, most: int) -> int:
-    """The largest number of steps whose cost is at most `limit`, from 0 to `most`.
+    """Find the largest number of steps whose cost is at most `limit`, from 0 to `most`.
 
     Args:
         limit: of the cost.

@@ -24,7 +24,7 @@ class StepSeconds:
 
     @classmethod
     def of(cls, times: StepTimes) -> StepSeconds:
-        """The means over steps that were timed."""
+        """Average over the steps that were timed."""
         return cls(
             total=times.total_seconds / times.steps,
             data_wait=times.waiting_seconds / times.steps,
@@ -47,7 +47,7 @@ class Profile:
     version_seconds: float = 0.0  # of making a version of the selection
 
     def run_seconds(self, plan: StepPlan, versions: int = 0) -> float:
-        """Of all steps of a plan: what a step costs beyond a plain one grows with its super-batch.
+        """Estimate all steps of a plan: the extra cost of a step grows with its super-batch.
 
         Args:
             plan: of the run.
@@ -60,7 +60,7 @@ class Profile:
         return total
 
     def saving_to_break_even(self, plan: StepPlan, versions: int = 0) -> float:
-        """The share of the steps that selection must make superfluous to pay, in (-inf, 1)."""
+        """Return the share of steps that selection must save to break even, in (-inf, 1)."""
         return 1 - self.plain.total * plan.steps / self.run_seconds(plan, versions)
 
 
@@ -74,7 +74,7 @@ class Forecast:
     versions: int
 
     def record(self) -> dict[str, Any]:
-        """As plain values, for `plan.json`."""
+        """Return plain values, for `plan.json`."""
         seconds = self.profile.run_seconds(self.plan, self.versions)
         steps = {"plain": self.profile.plain, "selecting": self.profile.selecting}
         return {
@@ -99,7 +99,7 @@ class Forecast:
         }
 
     def table(self) -> str:
-        """For the terminal."""
+        """Format for the terminal."""
         record = self.record()
         header = ["step", "seconds", "data wait", "scoring", "selection", "training"]
         steps = [
@@ -142,7 +142,7 @@ def _duration(seconds: float) -> str:
 
 
 def mean_profile(measure: Callable[[], StepSeconds], rounds: int) -> StepSeconds:
-    """The mean of several measurements."""
+    """Average several measurements."""
     measured = [measure() for _ in range(rounds)]
     return StepSeconds(
         total=float(np.mean([s.total for s in measured])),

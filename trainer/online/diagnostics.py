@@ -20,7 +20,7 @@ _BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).s
 
 
 def score_quantiles(scores: np.ndarray, kept: np.ndarray) -> dict[str, float]:
-    """Quantiles of the scores of what was chosen and of what was rejected.
+    """Compute quantiles of the scores of what was chosen and of what was rejected.
 
     Args:
         scores: float [B]; what is not finite is left out.
@@ -41,7 +41,7 @@ def score_quantiles(scores: np.ndarray, kept: np.ndarray) -> dict[str, float]:
 
 
 def offline_overlap(offline: np.ndarray, kept: np.ndarray) -> float | None:
-    """Of the k chosen samples, the share that is among the k best by the offline score.
+    """Compute the share of the k chosen samples that is among the k best by the offline score.
 
     Equal scores at the edge count with the probability that a random order puts them among the k,
     so that the answer does not depend on the order of the samples.
@@ -66,7 +66,7 @@ def offline_overlap(offline: np.ndarray, kept: np.ndarray) -> float | None:
 
 
 def cluster_entropy(clusters: np.ndarray, total_clusters: int) -> float | None:
-    """How evenly samples cover the clusters: entropy over its maximum, in [0, 1].
+    """Measure how evenly samples cover the clusters: entropy over its maximum, in [0, 1].
 
     Args:
         clusters: int [k], ids below `total_clusters` of what was chosen; -1, unknown, is left out.
@@ -84,7 +84,7 @@ def cluster_entropy(clusters: np.ndarray, total_clusters: int) -> float | None:
 
 
 def kind_shares(kinds: np.ndarray, total_kinds: int) -> np.ndarray:
-    """The share of each kind among samples: float64 [total_kinds].
+    """Compute the share of each kind among samples: float64 [total_kinds].
 
     Args:
         kinds: int [k], at least one; -1, unknown, counts as a sample without a kind.
@@ -110,11 +110,11 @@ class SeenRows:
         self.count += int(new.sum())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The bits, uint8 [ceil(n / 8)], for a checkpoint."""
+        """Return the bits, uint8 [ceil(n / 8)], for a checkpoint."""
         return {"seen": torch.from_numpy(self._bits.copy())}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
             InputError: it belongs to a pool of another size.
@@ -168,7 +168,7 @@ class Diagnostics:
     def describe(
         self, scores: np.ndarray | None, kept: np.ndarray, rows: np.ndarray
     ) -> dict[str, float]:
-        """One step in numbers, under names that begin with `online/`; none without a meaning.
+        """Describe a step in numbers named `online/...`; those without a meaning are left out.
 
         Args:
             scores: float [B] of the super-batch; None for a choice without scores.
@@ -193,16 +193,16 @@ class Diagnostics:
         return {f"online/{name}": value for name, value in values.items() if value is not None}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a continued run needs, for a checkpoint."""
+        """Return what a continued run needs, for a checkpoint."""
         return self._seen.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._seen.load_state_dict(state)
 
 
 def _consecutive(clusters: np.ndarray) -> tuple[np.ndarray, int]:
-    """Ids 0, 1, ... in place of any, -1 as it is: int32 [n], and how many there are."""
+    """Map any ids to 0, 1, ..., with -1 unchanged: int32 [n], and count them."""
     known = clusters >= 0
     ids = np.full(len(clusters), UNKNOWN, dtype=np.int32)
     names, places = np.unique(clusters[known], return_inverse=True)
@@ -211,7 +211,7 @@ def _consecutive(clusters: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def read_kinds(pool: Pool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """What a truth file says of the samples of a pool.
+    """Read what a truth file says of the samples of a pool.
 
     Args:
         pool: of n samples.

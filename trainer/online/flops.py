@@ -38,7 +38,7 @@ class InputSizes(TypedDict):
 
 
 def input_sizes(clip: ClipModel) -> InputSizes:
-    """What the transform and the tokenizer of a model make of a sample."""
+    """Return the sizes that the transform and the tokenizer of a model make of a sample."""
     size = clip.config["preprocess_cfg"]["size"]
     return {
         "image_size": size if isinstance(size, int) else (int(size[0]), int(size[1])),
@@ -53,7 +53,7 @@ def forward_flops(
     image_size: ImageSize | None = None,
     context_length: int | None = None,
 ) -> int:
-    """FLOPs of the forward of one sample through both towers, without gradients.
+    """Count the FLOPs of the forward of one sample through both towers, without gradients.
 
     The forward is run on two blank samples on the model's device. Of ViT-B-32 it gives
     14.78e9 and of RN50 18.18e9, as open_clip's `docs/model_profile.csv`.
@@ -75,7 +75,7 @@ def forward_flops(
 def training_flops(
     model: nn.Module, *, image_size: ImageSize | None = None, context_length: int | None = None
 ) -> int:
-    """FLOPs of forward and backward of one sample, in training mode.
+    """Count the FLOPs of forward and backward of one sample, in training mode.
 
     They are measured: about 3 times the forward, less what needs no gradient, such as the images,
     or the weights of a locked tower. What gradient checkpointing computes again is counted, and
@@ -105,7 +105,7 @@ def training_flops(
 
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    """Counts what can be counted: fused kernels for attention are not, or differ by device.
+    """Count what can be counted: fused kernels for attention are not, or differ by device.
 
     torch's fast path of MultiheadAttention in evaluation is one operator without a formula, which
     would hide a third of a vision transformer. The backward of a fused attention computes its
@@ -141,7 +141,7 @@ def _convolution_backward(
     *others: Any,
     **named: Any,
 ) -> int:
-    """Each gradient takes as much as the forward: a product of a weight for a place of a map."""
+    """Count as much as the forward for each gradient: each weight times each place of a map."""
     of_inputs: bool
     of_weight: bool
     _, _, _, _, transposed, _, _, (of_inputs, of_weight, _) = others
@@ -179,7 +179,7 @@ def _has_graph(value: object) -> bool:
 def _blank_samples(
     model: nn.Module, image_size: ImageSize | None, context_length: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Images [SAMPLES, 3, h, w] in the type of the weights, and tokens; on the model's device."""
+    """Return images [SAMPLES, 3, h, w] in the weights' type, and tokens; on the model's device."""
     clip: Any = model
     tower = getattr(clip, "text", clip)
     limit = DEFAULT_CONTEXT_LENGTH if isinstance(tower, HFTextEncoder) else tower.context_length

@@ -91,7 +91,7 @@ class InLoopSelection:
 
     @torch.no_grad()
     def choose(self, parts: Sequence[Batch], *, step: int, rank: int, world_size: int) -> Chosen:
-        """The micro-batches that this rank trains on at a step, out of what it has read.
+        """Choose the micro-batches that this rank trains on at a step, out of what it has read.
 
         Features of all ranks are gathered, so that each judges with all negatives; every rank then
         makes the same choice, in which each group of the super-batch has the same share.
@@ -151,7 +151,7 @@ class InLoopSelection:
         )
 
     def _seeds(self, parts: Sequence[Batch], step: int, rank: int) -> list[int]:
-        """Of dropout, by the place of a part in the super-batch, which the ranks do not change."""
+        """Derive seeds of dropout from a part's place in the super-batch, whatever the ranks."""
         sizes = [len(part.rows) for part in parts]
         places = rank * sum(sizes) + np.cumsum([0, *sizes[:-1]])
         seeds = derive_seeds(places, self.draw.seed, step, GeneratorPurpose.SCORING)
@@ -187,6 +187,6 @@ class CachedFirstStage:
 
 
 def weighted(batch: Batch, weights: Tensor) -> Batch:
-    """The batch with weights of its samples, float [b], times those that it has."""
+    """Multiply weights of its samples, float [b], into those that the batch has."""
     weights = weights.to(batch.rows.device)
     return replace(batch, weights=weights if batch.weights is None else batch.weights * weights)

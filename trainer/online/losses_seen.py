@@ -19,9 +19,9 @@ class LossesSeen:
         self.values[rows] = losses
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"values": torch.from_numpy(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, in place: sources hold the array."""
+        """Restore a checkpoint, in place: sources hold the array."""
         self.values[:] = state["values"].numpy()

@@ -114,7 +114,7 @@ class PoolEmbedder:
 
 
 def require_whole_weights(strategy: str) -> None:
-    """Embedding shard by shard is not done in lockstep, as sharded weights would need.
+    """Refuse sharded weights, which would need embedding shard by shard in lockstep.
 
     Raises:
         InputError: the weights are sharded.

@@ -23,7 +23,7 @@ class ChosenRows:
         self._rows: np.ndarray | None = None
 
     def write(self, step: int, rows: np.ndarray) -> None:
-        """Note the rows of a step, int64 [samples]. One process alone may call it."""
+        """Write the rows of a step, int64 [samples]. One process alone may call it."""
         if self._rows is None:
             self._rows = self._open()
         self._rows[step] = rows

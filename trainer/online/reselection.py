@@ -159,7 +159,7 @@ class TrainingSource(PoolSource):
         return DictCache()  # the learner's features change
 
     def _split(self, keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The learner's arrays among `keys`, and what the pool calls the others."""
+        """Split `keys` into the learner's arrays, and what the pool calls the others."""
         live = tuple(key for key in keys if key in self._live_keys)
         return live, tuple(self._aliases.get(key, key) for key in keys if key not in live)
 
@@ -211,7 +211,7 @@ class Reselection:
         self._counts = np.diff(first, append=len(self.rows))
 
     def find(self, step: int) -> SelectionVersion:
-        """The version that a step belongs to, made now if there is none; see `FindVersion`."""
+        """Find the version that a step belongs to, made now if there is none; see `FindVersion`."""
         if self.current is None:
             self.current = self._plain(number=0, start=0)
         while self.current.stop_step <= step:
@@ -225,7 +225,7 @@ class Reselection:
         return self.current
 
     def find_first(self) -> int:
-        """The step at which the first version begins; the end of the run if there is none."""
+        """Find the step at which the first version begins; the end of the run if there is none."""
         return self._plain(number=0, start=0).stop_step
 
     @property
@@ -234,13 +234,13 @@ class Reselection:
         return max(1, int(len(self._distinct) * self.pool_fraction))
 
     def embedded_samples(self, step: int) -> int:
-        """How many samples were embedded for the versions up to a step."""
+        """Count the samples that were embedded for the versions up to a step."""
         if not self.live_keys:
             return 0
         return sum(start <= step for start in self._starts) * self.candidates
 
     def _plain(self, *, number: int, start: int) -> SelectionVersion:
-        """Version 0's samples: up to the first version of the window, or to the end of the run."""
+        """Return a version with version 0's samples, to the window's first one or the run's end."""
         stop = self.plan.steps
         if start == 0:
             stop = self._next(self.rows, 0)
@@ -253,17 +253,17 @@ class Reselection:
         )
 
     def _next(self, rows: np.ndarray, start: int) -> int:
-        """Where a version that begins at a step would end, if there were no window."""
+        """Return where a version that begins at a step would end, if there were no window."""
         if self.every_n_steps is not None:
             return min(start + self.every_n_steps, self.plan.steps)
         return max(start + 1, self.plan.steps_for(len(rows), first=start))
 
     def _stop(self, rows: np.ndarray, start: int) -> int:
-        """Where a version of the window ends: with the window at the latest."""
+        """Return where a version of the window ends: with the window at the latest."""
         return min(self._next(rows, start), max(start + 1, self.window[1]))
 
     def _candidate_rows(self, version: int) -> np.ndarray:
-        """The distinct samples of version 0, or a random part of them: int64, ascending."""
+        """Draw the distinct samples of version 0, or a random part of them: int64, ascending."""
         rows = self._distinct
         if self.pool_fraction == 1:
             return rows

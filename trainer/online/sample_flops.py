@@ -27,7 +27,7 @@ class Judge(NamedTuple):
 def learner_flops(
     clip: ClipModel, *, micro_batches: bool, teacher: ClipModel | None = None
 ) -> SampleFlops:
-    """What a sample takes that is trained on.
+    """Count the FLOPs of a sample that is trained on.
 
     Args:
         clip: the model, ready to be trained: locked and with gradient checkpointing as it will be;
@@ -53,7 +53,7 @@ def selecting_flops(
     scorer: ClipModel | None,
     micro_batches: bool,
 ) -> SampleFlops:
-    """`learner` with the scoring of super-batches, and a small scorer that trains beside it."""
+    """Add to `learner` the scoring of super-batches, and a small scorer that trains beside it."""
     beside = 0
     if scorer is not None:  # the first pass of its micro-batches is never known before
         flops = learner_flops(scorer, micro_batches=micro_batches)
@@ -69,7 +69,7 @@ def selecting_flops(
 
 
 def counted(count: Callable[[], SampleFlops]) -> SampleFlops | None:
-    """What `count` gives; None, after a warning, where it fails: no run stops for its accounts."""
+    """Call `count`; return None, after a warning, where it fails: no run stops for its accounts."""
     try:
         return count()
     except Exception as error:  # models of other packages raise anything

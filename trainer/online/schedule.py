@@ -58,7 +58,7 @@ class Schedule:
         require_int("online.schedule.warmup_steps", self.warmup_steps, minimum=0)
 
     def at(self, step: int, total_steps: int) -> StepSettings:
-        """What holds at optimiser step `step` (0, 1, ...) of a run of `total_steps`."""
+        """Return what holds at optimiser step `step` (0, 1, ...) of a run of `total_steps`."""
         steps = np.asarray([step])
         shares = steps / total_steps
         temperature = self.temperature
@@ -73,7 +73,7 @@ class Schedule:
     def super_batch_samples(
         self, total_steps: int, sub_batch: int, multiple_of: int, steps: range | None = None
     ) -> np.ndarray:
-        """The size of the super-batch of every step: int64 [total_steps], or [len(steps)].
+        """Compute the size of the super-batch of every step: int64 [total_steps], or [len(steps)].
 
         It is sub_batch / (1 - filter ratio), rounded to the nearest multiple (up from the middle),
         which is never below the sub-batch.
@@ -97,19 +97,19 @@ class Schedule:
     def exact_super_batches(
         self, total_steps: int, sub_batch: int, steps: range | None = None
     ) -> np.ndarray:
-        """`super_batch_samples` before they are rounded: float64."""
+        """Compute `super_batch_samples` before they are rounded: float64."""
         steps = range(total_steps) if steps is None else steps
         wanted = np.arange(steps.start, steps.stop)
         return sub_batch / (1.0 - self._filter_ratios(wanted, total_steps))
 
     def largest_uniform_fraction(self) -> float:
-        """The largest uniform share of a sub-batch at any time."""
+        """Return the largest uniform share of a sub-batch at any time."""
         if isinstance(self.uniform_fraction, (int, float)):
             return float(self.uniform_fraction)
         return max(value for _, value in self.uniform_fraction)
 
     def check_length(self, total_steps: int) -> None:
-        """Check that a run of so many steps selects at one of them.
+        """Check that a run of `total_steps` steps selects at one of them.
 
         Raises:
             InputError: selection is off at every step.
@@ -131,7 +131,7 @@ class Schedule:
 
 
 def course_values(course: Course, shares: np.ndarray) -> np.ndarray:
-    """The values of a course at `shares` of training, float [n]: float64 [n].
+    """Compute the values of a course at `shares` of training, float [n]: float64 [n].
 
     Between two knots the value is on the straight line between theirs; before the first and after
     the last it is theirs.

@@ -71,7 +71,7 @@ class OnlineScorer:
         self._restored: dict[str, Any] | None = None
 
     def on_device(self, device: torch.device) -> nn.Module:
-        """The model, on the device of the images."""
+        """Move the model to the device of the images."""
         if self._optimizer is None:
             self.model.to(device)
             self._optimizer = make_optimizer(self.model, self._optim, fused=True)
@@ -91,7 +91,7 @@ class OnlineScorer:
         rank: int,
         world_size: int,
     ) -> Tensor:
-        """Train on what the learner trains on; the loss, a scalar.
+        """Train on what the learner trains on, and return the loss, a scalar.
 
         Args:
             batches: micro-batches of this rank.
@@ -135,10 +135,10 @@ class OnlineScorer:
         return terms["loss"]
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         optimizer = {} if self._optimizer is None else self._optimizer.state_dict()
         return {"model": self.model.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; the weights move to the device at the next step."""
+        """Restore a checkpoint; the weights move to the device at the next step."""
         self._restored = state

@@ -33,7 +33,7 @@ def scoring_features(
     *,
     positions: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Image and text features of a chunk, without gradients: float32 [b, d] twice, unit norm.
+    """Compute features of a chunk, without gradients: images, texts, float32 [b, d], unit norm.
 
     With the default configuration they are those of `encode_image` and `encode_text` of the model
     in evaluation mode, bit for bit in fp32. They are normalised in fp32 whatever computes them.
@@ -71,14 +71,14 @@ def scoring_features(
 
 
 def resized_images(images: Tensor, size: int | None) -> Tensor:
-    """Images float [b, 3, s, s] at another size, bilinear with antialias; None leaves them."""
+    """Resize images float [b, 3, s, s], bilinear with antialias; None leaves them."""
     if size is None or images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 def resized_positions(model: nn.Module, config: ScoringConfig) -> dict[str, Tensor]:
-    """What stands in for the image tower's position embedding, by its name; empty at full size.
+    """Resize the image tower's position embedding, returned by its name; empty at full size.
 
     The vector of the class token, or of the pooled one, comes first and is kept. The others are
     resized as a grid: bicubic with antialias, as open_clip resizes a checkpoint
@@ -117,7 +117,7 @@ def check_scoring(model: nn.Module, config: ScoringConfig) -> None:
 
 
 def scoring_is_forward(model: nn.Module, config: ScoringConfig) -> bool:
-    """Whether these are, up to rounding, the features of a training forward of the same weights.
+    """Return whether these are, up to rounding, a training forward's features of equal weights.
 
     Then the first pass of GradCache may be left out. The answer is no where it is not sure: with
     batch norms, dropout or patch dropout above 0, and with towers of other packages (timm, Hugging
@@ -140,7 +140,7 @@ def _same_in_training(module: nn.Module) -> bool:
 
 
 def _grid(model: nn.Module, image_size: int) -> tuple[str, Tensor, int]:
-    """The name of the position embedding, itself [1 + g * g, w], and the pixels of a grid cell."""
+    """Return the position embedding's name, itself [1 + g * g, w], and a grid cell's pixels."""
     option = f"online.scoring.image_size={image_size}"
     visual: Any = model.visual
     if isinstance(visual, VisionTransformer):
@@ -215,7 +215,7 @@ def _patch_dropout(visual: Any, probability: float, seed: int) -> Iterator[None]
 
 @contextmanager
 def model_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """All modules in one mode inside; afterwards each in its own, statistics as they were."""
+    """Put all modules in one mode inside; afterwards each in its own, statistics unchanged."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -228,7 +228,7 @@ def model_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from global generators: they are seeded, and put back."""
+    """Seed the global generators that dropout draws from, and put them back afterwards."""
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng(
         devices=[] if on_cpu else [device], device_type="cuda" if on_cpu else device.type

@@ -23,7 +23,7 @@ Pair = tuple[Tensor, Tensor]  # image and text features
 
 
 def carried(parts: Sequence[Batch], key: str) -> Tensor:
-    """Cached features of all parts, as stored: autocast to bfloat16 would refuse half precision."""
+    """Join cached features of all parts, as stored: autocast to bfloat16 would refuse float16."""
     with torch.autocast(parts[0].images.device.type, enabled=False):
         return torch.cat([part.references[key] for part in parts])
 
@@ -35,17 +35,17 @@ class LiveFeatures(Protocol):
     def name(self) -> str: ...
 
     def features(self, parts: Sequence[Batch], seeds: Sequence[int]) -> Pair:
-        """Of the samples of all parts, float [n, d] of unit norm each, without gradients.
+        """Compute features of the samples of all parts, float [n, d], unit norm, without gradients.
 
         `seeds` are those of dropout, one a part.
         """
 
     def logits(self) -> Logits:
-        """How this model turns cosines into logits now."""
+        """Return how this model turns cosines into logits now."""
 
 
 def model_logits(model: nn.Module) -> Logits:
-    """Scale and bias of an open_clip model. Waits for its device."""
+    """Return scale and bias of an open_clip model. Waits for its device."""
     bias = getattr(model, "logit_bias", None)
     return Logits(
         scale=float(as_clip(model).logit_scale.detach().exp()),

@@ -23,7 +23,7 @@ from siftclip.selectors.core.source import (
 
 
 def step_uids(uids: np.ndarray, step: int) -> np.ndarray:
-    """Names of the samples of a super-batch that differ from step to step, uint64 [n, 2].
+    """Name the samples of a super-batch differently at each step, uint64 [n, 2].
 
     Selectors draw random numbers from (seed, uid). With the uids of the pool they would draw the
     same ones at every step; and a sample may be in a super-batch twice, where two passes over a
@@ -100,5 +100,5 @@ class SuperBatchSource(MemorySource):
 
 
 def read_files(source: PoolSource, files: tuple[FeatureFile, ...]) -> dict[FeatureFile, Tensor]:
-    """Features of targets, once for all steps: float [n, d] on the source's device."""
+    """Read features of targets, once for all steps: float [n, d] on the source's device."""
     return {file: torch.cat(list(source.file(file))) for file in dict.fromkeys(files)}

@@ -13,7 +13,7 @@ from siftclip.trainer.optim.optimizer import clamp_logit_scale
 
 
 def ema_decay_at(decay: float, step: int) -> float:
-    """The share of the old average that stays at optimiser step `step` (1, 2, ...).
+    """Return the share of the old average that stays at optimiser step `step` (1, 2, ...).
 
     min(decay, (1 + step) / (10 + step)): the average covers about the last ninth of the run so far
     until it covers 1 / (1 - decay) steps. Without this a run of 3,000 steps with decay 0.9999

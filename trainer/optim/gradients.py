@@ -28,7 +28,7 @@ TeacherFeatures = Callable[[Batch], tuple[Tensor, Tensor] | None]
 
 
 def no_teacher(batch: Batch) -> None:
-    """The teacher of objectives that have none."""
+    """Return no teacher, for objectives that have none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +173,7 @@ def _along(output: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _exact(values: Tensor) -> Tensor:
-    """In float32 at least, as the losses compute."""
+    """Cast to float32 at least, as the losses compute."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -204,7 +204,7 @@ def _loss_inputs(
 
 
 def _weights(micro_batches: Sequence[Batch]) -> Tensor | None:
-    """Of all samples, float [b]; None where they count alike."""
+    """Join the weights of all samples, float [b]; None where they count alike."""
     weights = [batch.weights for batch in micro_batches if batch.weights is not None]
     return torch.cat(weights) if weights else None
 
@@ -226,7 +226,7 @@ def _weighted(
 def _caption_share(
     objective: Objective, micro_batches: Sequence[Batch], context: StepContext, model: nn.Module
 ) -> Tensor | None:
-    """What a token's cross entropy counts on this rank; None for models without captions.
+    """Compute what a token's cross entropy counts on this rank; None for models without captions.
 
     With weights, the caption loss is the mean over all tokens in which each counts as much as its
     sample does in the contrastive loss.
@@ -262,7 +262,7 @@ def _pad_token(model: nn.Module) -> int:
 
 
 def _cast(model: nn.Module, images: Tensor) -> Tensor:
-    """Images in the type of the model's weights: training in pure bf16 has no autocast."""
+    """Cast images to the type of the model's weights: training in pure bf16 has no autocast."""
     return images if torch.is_autocast_enabled(images.device.type) else images.to(_dtype(model))
 
 
@@ -280,7 +280,7 @@ def _seed(context: StepContext, index: int, device: torch.device) -> None:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers of the batch norms of a model, which a forward pass changes."""
+    """Return the buffers of the batch norms of a model, which a forward pass changes."""
     return [
         buffer
         for module in model.modules()
@@ -291,7 +291,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms see the batch once more; their running statistics must not move twice."""
+    """Keep running statistics from moving twice where batch norms see the batch once more."""
     buffers = running_statistics(model)
     before = [buffer.clone() for buffer in buffers]
     try:

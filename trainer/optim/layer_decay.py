@@ -19,7 +19,7 @@ Layer = Sequence[nn.Module | nn.Parameter | None]  # None: the tower is built wi
 def layer_scales(
     model: nn.Module, *, image_layer_decay: float | None, text_layer_decay: float | None
 ) -> dict[str, float]:
-    """The factor on the learning rate of every parameter, by name.
+    """Compute the factor on the learning rate of every parameter, by name.
 
     A parameter whose layer has d layers above it, the projection included, gets decay ** d.
     Everything outside the decayed towers, such as `logit_scale`, gets 1. A decay of null is 1.
@@ -51,7 +51,7 @@ def layer_scales(
 
 
 def _image_layers(model: nn.Module) -> list[Layer]:
-    """The layers of the image tower, input first."""
+    """Return the layers of the image tower, input first."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
@@ -82,7 +82,7 @@ def _image_layers(model: nn.Module) -> list[Layer]:
 
 
 def _text_layers(model: nn.Module) -> list[Layer]:
-    """The layers of the text tower, input first; plain CLIP holds them itself."""
+    """Return the layers of the text tower, input first; plain CLIP holds them itself."""
     tower: Any = getattr(model, "text", model)
     blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
     if not hasattr(tower, "token_embedding") or blocks is None:

@@ -19,7 +19,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 def is_decayed(model: nn.Module, config: OptimSettings) -> dict[str, bool]:
-    """Which parameters weight decay applies to, by name.
+    """Return which parameters weight decay applies to, by name.
 
     Not decayed are parameters with fewer than two dimensions and
         open_clip_3: names that contain `bn`, `ln`, `bias` or `logit_scale`. Position embeddings
@@ -70,7 +70,7 @@ def _declared_patterns(model: nn.Module) -> Iterator[str]:
 
 
 def parameter_groups(model: nn.Module, config: OptimSettings) -> list[dict[str, Any]]:
-    """Groups of trainable parameters with equal learning rate and weight decay.
+    """Group trainable parameters with equal learning rate and weight decay.
 
     Without layer decay these are open_clip's two, first the one without weight decay. With it,
     groups are ordered by learning rate, highest first, and within a rate as before. A schedule
@@ -102,7 +102,7 @@ def parameter_groups(model: nn.Module, config: OptimSettings) -> list[dict[str, 
 
 
 def make_optimizer(model: nn.Module, config: OptimSettings, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`.
+    """Build AdamW over `parameter_groups`.
 
     Args:
         model: the bare open_clip model.

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def lr_factor(config: OptimSettings, step: int, total_steps: int) -> float:
-    """The factor on every group's own learning rate at optimiser step `step` (0, 1, ...).
+    """Compute the factor on every group's own learning rate at optimiser step `step` (0, 1, ...).
 
     All schedules begin with (step + 1) / warmup_steps. Then follow
         cosine: half a cosine from 1 towards 0, which it would reach at `total_steps`;

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar on their device; of sharded ones, of all.
+    """Compute the 2-norm of all gradients, a scalar on their device; of sharded ones, of all.
 
     The parameters of one model, whether sharded (DTensor) or not; those without gradient are left
     out. Infinite or NaN as soon as one value is.

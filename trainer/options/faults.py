@@ -10,7 +10,7 @@ from siftclip.errors import InputError, ParameterError
 
 @contextmanager
 def options_of(options: Mapping[str, str]) -> Iterator[None]:
-    """Tell faults of some parameters by their options, inside of this.
+    """Report faults of some parameters by their options, inside the block.
 
     Args:
         options: by the parameters that are read from them. A parameter stands for its items, too,

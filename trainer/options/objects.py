@@ -75,7 +75,7 @@ class BuiltObjects:
 
     @contextmanager
     def told_as_options(self) -> Iterator[None]:
-        """Tell faults of the parameters of these objects by their options, inside of this."""
+        """Report faults of the parameters of these objects by their options, inside the block."""
         try:
             yield
         except ParameterError as error:
@@ -206,7 +206,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _has(node: Any, keys: Sequence[str]) -> bool:
-    """Whether there is an entry of a node by these keys, one inside the other."""
+    """Return whether there is an entry of a node by these keys, one inside the other."""
     for key in keys:
         if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
@@ -218,7 +218,7 @@ def _has(node: Any, keys: Sequence[str]) -> bool:
 
 
 def _takes(target: Callable[..., Any], name: str) -> bool:
-    """Whether a class, or a function, has a parameter of a name."""
+    """Return whether a class, or a function, has a parameter of a name."""
     try:
         if name in parameters_of(target):
             return True

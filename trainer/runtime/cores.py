@@ -10,7 +10,7 @@ from siftclip.errors import InputError, require_int
 
 
 def cores_of_rank() -> int:
-    """The cores that this process may use, shared between the ranks of this machine."""
+    """Count the cores that this process may use, shared between the ranks of this machine."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -19,7 +19,7 @@ def cores_of_rank() -> int:
 
 
 def worker_count(value: int | str) -> int:
-    """Loader processes a rank: the number given, or for `auto` what the machine's cores suggest.
+    """Return loader processes per rank: the number given, or for `auto` what the cores suggest.
 
     Raises:
         InputError: the value is neither.

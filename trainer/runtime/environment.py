@@ -55,7 +55,7 @@ Environment = dict[str, Any]
 
 
 def environment(*, ranks: int, loader_workers: int, precision: str) -> Environment:
-    """Code, versions, processors and threads of this process, by name; plain values.
+    """Describe code, versions, processors and threads of this process, by name; plain values.
 
     Args:
         ranks: that train.
@@ -84,7 +84,7 @@ def environment(*, ranks: int, loader_workers: int, precision: str) -> Environme
 
 
 def cpu_model() -> str:
-    """The name of the processor, as the system calls it."""
+    """Return the name of the processor, as the system calls it."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -94,7 +94,7 @@ def cpu_model() -> str:
 
 
 def gpu_models() -> str | None:
-    """The names of the GPUs that torch sees, each once; None without any."""
+    """Return the names of the GPUs that torch sees, each once; None without any."""
     if not torch.cuda.is_available():
         return None
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -102,7 +102,7 @@ def gpu_models() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, with `-dirty`; None when installed.
+    """Return the commit of the checkout that runs, with `-dirty`; None when installed.
 
     Also where it is installed below somebody's checkout, which is of other code.
     """
@@ -120,7 +120,7 @@ def git_commit() -> str | None:
 
 @cache
 def source_digest() -> str:
-    """Twelve digits that stand for the text of Siftclip itself; two edits of a commit differ."""
+    """Hash the text of Siftclip itself to twelve digits; two edits of a commit differ."""
     root = Path(__file__).resolve().parents[2]
     paths = sorted(path for name in FOLDERS for path in (root / name).rglob("*.py"))
     digests = {str(path.relative_to(root)): content_digest(path) for path in paths}
@@ -157,7 +157,7 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
 
 
 def environments(folder: Path) -> list[Environment]:
-    """What the sessions of a run were computed with, in their order; none if it does not say.
+    """Read what the sessions of a run were computed with, in order; none if it does not say.
 
     Raises:
         InputError: a file is damaged.
@@ -178,7 +178,7 @@ def environments(folder: Path) -> list[Environment]:
 
 
 def mixed(runs: Mapping[str, Sequence[Environment]]) -> dict[str, dict[str, list[str]]]:
-    """In what the environments of several runs differ.
+    """Find in what the environments of several runs differ.
 
     Args:
         runs: the environments of each run, by its name.

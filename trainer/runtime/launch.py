@@ -55,7 +55,7 @@ class TrainingStopped(Exception):
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """What torchrun or srun has started; None where the command was started by itself.
+    """Find what torchrun or srun has started; None where the command was started by itself.
 
     Raises:
         InputError: the launcher started processes that would not find each other.
@@ -119,7 +119,7 @@ def _srun_launch(environment: Mapping[str, str]) -> Launch | None:
 def resolve_devices(
     devices: int | str | Sequence[int], num_nodes: int | str, environment: Mapping[str, str]
 ) -> tuple[Devices, int]:
-    """Devices a node and nodes, as Lightning's Trainer takes them.
+    """Return devices per node and nodes, as Lightning's Trainer takes them.
 
     `auto` is what the launcher started; without one, the devices that Lightning finds on one node.
 
@@ -197,7 +197,7 @@ def require_launcher(
 
 
 def cluster_plugins(environment: Mapping[str, str]) -> list[ClusterEnvironment]:
-    """Lightning's plugins for this launch.
+    """Return Lightning's plugins for this launch.
 
     Under Slurm, one without its answer to SIGUSR1: that saves in the middle of a step, and every
     later restart goes back to that file, even where newer checkpoints are. StopOnSignal and
@@ -212,7 +212,7 @@ def cluster_plugins(environment: Mapping[str, str]) -> list[ClusterEnvironment]:
 
 
 def stop_signals(environment: Mapping[str, str]) -> tuple[signal.Signals, ...]:
-    """The signals that ask training to stop: SIGINT, SIGTERM, and submitit's where it started us.
+    """Return signals that ask training to stop: SIGINT, SIGTERM, and submitit's if it started us.
 
     submitit has Slurm send that one before the time is over, and its handler requeues the job.
     """
@@ -233,7 +233,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def device_count(devices: Devices) -> int | None:
-    """How many devices are named; None for `auto` and -1, which leave it to others."""
+    """Count the devices that are named; None for `auto` and -1, which leave it to others."""
     if isinstance(devices, list):
         return len(devices)
     text = str(devices).strip()
@@ -260,7 +260,7 @@ def _node_count(num_nodes: Any) -> int | None:
 
 
 def _check_own_launcher(num_nodes: int, environment: Mapping[str, str]) -> None:
-    """Lightning's own launcher starts the ranks of one node and must be told of the others."""
+    """Check that Lightning's own launcher, which starts one node's ranks, is told of the others."""
     missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if name not in environment]
     if num_nodes > 1 and missing:
         raise InputError(

@@ -40,7 +40,7 @@ _QUIET = (
 
 
 def resolve_precision(precision: Precision) -> Precision:
-    """Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it, else fp32."""
+    """Return Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it."""
     if precision != "auto":
         return precision
     # emulated, as on a V100, it would be slower than fp32
@@ -57,7 +57,7 @@ def make_trainer(
     loggers: list[Logger],
     **options: Any,
 ) -> Trainer:
-    """A Trainer on the configured devices; DDP when there are several.
+    """Build a Trainer on the configured devices; DDP when there are several.
 
     Raises:
         InputError: Lightning refuses the settings, or this machine has no GPU for them.
@@ -96,7 +96,7 @@ def make_trainer(
 
 
 def make_fabric(settings: TrainerSettings) -> Fabric:
-    """Lightning Fabric on the configured devices, for work without training.
+    """Build Lightning Fabric on the configured devices, for work without training.
 
     Raises:
         InputError: Lightning refuses the settings.
@@ -141,7 +141,7 @@ def _ranks(devices: Devices, num_nodes: int) -> int:
 
 
 def expected_world_size(settings: TrainerSettings) -> int:
-    """The number of ranks that `make_trainer` will count."""
+    """Return the number of ranks that `make_trainer` will count."""
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     count = device_count(devices)
     if count is None:
@@ -169,7 +169,7 @@ def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | Lightni
 
 
 def loader_options(data: DataSettings) -> LoaderOptions:
-    """How the settings want batches to be loaded."""
+    """Return how the settings want batches to be loaded."""
     names = ("num_workers", "start_method", "prefetch_batches", "timeout_seconds")
     with options_of(under("data", *names)):
         return LoaderOptions(

@@ -51,11 +51,11 @@ class FileLogger(Logger):
         append_jsonl(self.folder / METRICS_NAME, record)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` in the run directory holds them."""
+        """Write nothing: `config.yaml` in the run directory holds them."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the table: a row a step, the last value where a step was logged again."""
+        """Write the table: one row per step, the last value where a step was logged again."""
         import pandas as pd
 
         rows: dict[int, dict[str, Any]] = {}
@@ -66,7 +66,7 @@ class FileLogger(Logger):
 
 
 def wandb_is_offline(mode: WandbMode) -> bool:
-    """Whether wandb must not use the network: in mode `auto`, unless the user is logged in.
+    """Return whether wandb must not use the network: in mode `auto`, unless the user is logged in.
 
     Raises:
         InputError: the mode is not one of `WANDB_MODES`.
@@ -81,7 +81,7 @@ def wandb_is_offline(mode: WandbMode) -> bool:
 
 
 def _logged_in() -> bool:
-    """Whether wandb has a key: in the environment, or where `wandb login` leaves it."""
+    """Return whether wandb has a key: in the environment, or where `wandb login` leaves it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -92,7 +92,7 @@ def _logged_in() -> bool:
 
 
 def wandb_run_id(folder: Path) -> str:
-    """The id of the wandb run of this folder, drawn once and kept in its file `wandb_id`.
+    """Return the id of the folder's wandb run, drawn once and kept in its file `wandb_id`.
 
     A name alone would not do: in wandb a run that was deleted here and trained again, or one of the
     same name elsewhere, would be taken for a restart, and its curves would be mixed.
@@ -113,7 +113,7 @@ def make_loggers(
     project: str = "siftclip",
     config: Mapping[str, Any] | None = None,
 ) -> list[Logger]:
-    """The loggers of the run in `folder`. After a restart wandb continues that folder's run.
+    """Build the loggers of the run in `folder`. After a restart wandb continues that folder's run.
 
     Online it appends to it. Offline each start leaves a folder of its own with the id of the run,
     and `wandb sync` sends them one after the other.

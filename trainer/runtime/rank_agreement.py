@@ -39,7 +39,7 @@ class RankAgreement:
         self._digests += [read, trained]
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether to compare after so many steps: the first, every 50, and the last."""
+        """Return whether to compare after a step: the first, every 50th, and the last."""
         return step == 1 or step % EVERY_N_STEPS == 0 or step == total_steps
 
     def check(self, ranks: Ranks) -> None:

@@ -46,7 +46,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes what all ranks share."""
+    """Return whether this process writes what all ranks share."""
     # Lightning's own function, which gets a rank when Lightning is imported. That takes seconds, so
     # until then the same variables are asked here.
     from lightning_utilities.core.rank_zero import rank_zero_only
@@ -59,7 +59,7 @@ def is_rank_zero() -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a `step-N.ckpt` was written."""
+    """Return the step after which a `step-N.ckpt` was written."""
     return int(checkpoint.stem.split("-")[1])
 
 
@@ -109,12 +109,12 @@ class RunDir:
         return summary
 
     def latest_checkpoint(self) -> Path | None:
-        """The checkpoint to continue from: the one of the highest step."""
+        """Find the checkpoint to continue from: the one of the highest step."""
         paths = list(self.checkpoints.glob("step-*.ckpt"))
         return max(paths, key=step_of, default=None)
 
     def budget(self) -> Budget | None:
-        """How long the run is, once that is known."""
+        """Read how long the run is, once that is known."""
         path = self.path / "budget.json"
         return Budget(**read_budget(path)) if path.is_file() else None
 
@@ -130,23 +130,23 @@ class RunDir:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        """Of the log so far, see `read_metrics`."""
+        """Read the log so far, see `read_metrics`."""
         return read_metrics(self.path / METRICS_NAME)
 
     def costs(self) -> dict[str, float]:
-        """Samples and FLOPs of the whole run, by name, as the last record of the log has them."""
+        """Read samples and FLOPs of the whole run, by name, from the last record of the log."""
         costs: dict[str, float] = {}
         for record in self.records():
             costs.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
         return costs
 
     def copies_fraction(self) -> float:
-        """The share of batches that held a sample twice, of the selection that had the most."""
+        """Return the share of batches that held a sample twice, of the worst selection."""
         shares = (record.get("data/copies_fraction", 0.0) for record in self.records())
         return max(shares, default=0.0)
 
     def cost_line(self) -> str:
-        """What a finished run has cost, in a line."""
+        """Say in a line what a finished run has cost."""
         summary = self.shown_summary
         flops = f"{summary['flops']:.3g}" if "flops" in summary else "unknown"
         return (
@@ -157,7 +157,7 @@ class RunDir:
         )
 
     def shares_chosen(self) -> dict[str, float]:
-        """The share of each kind among what was chosen in the loop, mean over the log's steps."""
+        """Average the share of each kind among what was chosen in the loop, over the log."""
         shares: dict[str, dict[int, float]] = {}
         for record in self.records():
             for name, value in record.items():
@@ -166,7 +166,7 @@ class RunDir:
         return {kind: sum(values.values()) / len(values) for kind, values in shares.items()}
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of training by what they went into, over all processes that worked on the run.
+        """Return a time breakdown of training: seconds over all processes that worked on the run.
 
         `train_seconds` is all of it; `data_wait_seconds`, `scoring_seconds` and
         `selection_seconds` are parts of it, and what is left of them the training steps
@@ -199,7 +199,7 @@ class RunDir:
         return any((self.path / name).is_file() for name in (IDENTITY_NAME, "identity"))
 
     def identity(self) -> dict[str, Any] | None:
-        """What the run depends on; None if nothing was run here, or by an earlier version."""
+        """Read what the run depends on; None if nothing was run here, or by an earlier version."""
         path = self.path / IDENTITY_NAME
         return read_json_object(path) if path.is_file() else None
 

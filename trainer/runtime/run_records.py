@@ -31,7 +31,7 @@ _MAX_DEPTH = 100  # of YAML
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What a finished run says about itself.
+    """Read what a finished run says about itself.
 
     Raises:
         InputError: the file is missing or damaged, or a number in it cannot be.
@@ -50,7 +50,7 @@ def require_shown(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a run.
+    """Read the configuration of a run.
 
     Raises:
         InputError: the file is missing or damaged, or has aliases, with which a small file can grow
@@ -83,7 +83,7 @@ def _require_plain(text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's log, each with its `step`; none if there is no file.
+    """Read the records of a run's log, each with its `step`; none if there is no file.
 
     Raises:
         InputError: the file is damaged, or a number in it cannot be.
@@ -103,7 +103,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_budget(path: Path) -> dict[str, int]:
-    """The lengths of a run, `samples_seen` and `global_batch_size`.
+    """Read the lengths of a run, `samples_seen` and `global_batch_size`.
 
     Raises:
         InputError: the file is missing or damaged, or a number in it cannot be.

@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def run_of(results: Path) -> RunDir | None:
-    """The finished run whose own model a results file is of, if it is of one."""
+    """Find the finished run whose own model a results file is of, if it is of one."""
     run = RunDir(path=results.parent)
     is_run = results == run.results and (run.path / "config.yaml").is_file()
     return run if is_run and run.summary is not None else None
 
 
 def same_method(first: RunDir, second: RunDir) -> bool:
-    """Whether two runs differ by the seed at most.
+    """Return whether two runs differ by the seed at most.
 
     Raises:
         InputError: a run's configuration or summary is damaged.
@@ -43,7 +43,7 @@ def same_method(first: RunDir, second: RunDir) -> bool:
 
 
 def other_seeds(run: RunDir) -> list[RunDir]:
-    """The finished runs beside a run that differ from it by the seed alone, by seed.
+    """Find the finished runs beside a run that differ from it by the seed alone, by seed.
 
     One of each seed, the first by name. What cannot be read is left out with a warning.
     """
@@ -71,7 +71,7 @@ def _part(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _equal(first: Any, second: Any, seed: Any, other_seed: Any) -> bool:
-    """Whether two values are equal, where a `seed` may be the one of either run."""
+    """Return whether two values are equal, where a `seed` may be the one of either run."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(
             (name == _SEED and (first[name], second[name]) == (seed, other_seed))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def selection_ranks(settings: TrainerSettings, *, may_launch: bool) -> tuple[Ranks, torch.device]:
-    """The ranks that select together, and the device of this one.
+    """Return the ranks that select together, and the device of this one.
 
     They are what torchrun or srun has started. Without a launcher there is one, unless
     `may_launch`: then Fabric starts one for each of several `trainer.devices`. A command that
@@ -38,5 +38,5 @@ def selection_ranks(settings: TrainerSettings, *, may_launch: bool) -> tuple[Ran
 
 
 def ranks_of(fabric: Fabric) -> Ranks:
-    """The processes that Fabric has started or joined."""
+    """Return the processes that Fabric has started or joined."""
     return OneRank() if fabric.world_size == 1 else ProcessGroup(fabric.device)

@@ -83,7 +83,7 @@ class StepClock(Callback):
             self._samples += sum(len(part.rows) for part in batch.micro_batches)
 
     def times(self) -> StepTimes:
-        """Of the steps so far."""
+        """Return the times of the steps so far."""
         scoring, selection = (
             after - before for after, before in zip(self._chosen, self._chosen_before, strict=True)
         )

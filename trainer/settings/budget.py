@@ -40,7 +40,7 @@ class Budget:
 
 
 def budget_from(scale: ScaleSettings) -> Budget:
-    """The budget of the settings. A limit, see `limit_from`, takes its place.
+    """Return the budget of the settings. A limit, see `limit_from`, takes its place.
 
     Raises:
         InputError: the run has more than `MAX_STEPS` steps.
@@ -70,5 +70,5 @@ def require_steps(steps: float, given: str, global_batch_size: int) -> None:
 
 
 def limit_from(budget: BudgetSettings) -> Limit | None:
-    """What `budget` of the settings says; None where it leaves it to scale.samples_seen."""
+    """Return what `budget` of the settings says; None where it leaves it to scale.samples_seen."""
     return next((Limit(unit, amount) for unit, amount in budget.given.items()), None)

@@ -26,13 +26,13 @@ class Composed:
     values: Mapping[str, Any]
 
     def to_yaml(self) -> str:
-        """The text of a run's `config.yaml`."""
+        """Return the text of a run's `config.yaml`."""
         text: str = OmegaConf.to_yaml(OmegaConf.create({**self.values}))
         return text
 
 
 def composed(tree: Mapping[str, Any]) -> Composed:
-    """What a run keeps, from the values of `plain_tree`."""
+    """Build what a run keeps, from the values of `plain_tree`."""
     return Composed(values={str(name): _recorded(value) for name, value in tree.items()})
 
 
@@ -47,7 +47,7 @@ def _recorded(value: Any) -> Any:
 
 
 def plain_tree(config: DictConfig) -> dict[str, Any]:
-    """The values of a configuration, references resolved, selectors as `SelectorNode`.
+    """Return the values of a configuration, references resolved, selectors as `SelectorNode`.
 
     What is left open, or refers to what is, is `Unset`.
     """
@@ -60,7 +60,7 @@ def plain_tree(config: DictConfig) -> dict[str, Any]:
 
 
 def references(config: DictConfig) -> set[str]:
-    """The names at the top level that the configuration refers to."""
+    """Find the names at the top level that the configuration refers to."""
     text = OmegaConf.to_yaml(config, resolve=False)
     return {name.partition(".")[0] for name in re.findall(r"\$\{([\w.]+)", text)}
 
@@ -88,7 +88,7 @@ def _at(tree: Any, place: str) -> Any:
 
 
 def _plain(raw: Any, node: Any) -> Any:
-    """The values of a container, from them as they are written."""
+    """Convert the values of a container from how they are written."""
     if isinstance(raw, dict):
         return {name: _value(inner, node, name) for name, inner in raw.items()}
     return [_value(inner, node, index) for index, inner in enumerate(raw)]

@@ -25,7 +25,7 @@ _TOP = (CommonSettings, SelectOptions)
 
 
 def groups() -> dict[str, Any]:
-    """All groups of options by their names, and the annotations of what they are."""
+    """Return all groups of options by their names, and the annotations of what they are."""
     hints_of: dict[str, Any] = {}
     for kind in COMMANDS.values():
         hints_of |= {
@@ -35,12 +35,12 @@ def groups() -> dict[str, Any]:
 
 
 def top_level() -> dict[str, Any]:
-    """The options at the top level that are no groups."""
+    """Return the options at the top level that are no groups."""
     return {name: hint for kind in _TOP for name, hint in hints(kind).items()}
 
 
 def read_command(kind: type[T], config: DictConfig) -> T:
-    """What a command takes, from its configuration.
+    """Read what a command takes, from its configuration.
 
     What the command does not need may lack values, and must be right otherwise.
 
@@ -70,7 +70,7 @@ def read_command(kind: type[T], config: DictConfig) -> T:
 
 
 def compose(kind: type[T], command: str, overrides: Sequence[str]) -> T:
-    """What a command takes, from overrides of the command line. Hydra must have been initialised.
+    """Compose what a command takes from overrides of the command line. Initialise Hydra before.
 
     Args:
         kind: what is wanted; it may be less than what the command itself takes.
@@ -89,7 +89,7 @@ def compose(kind: type[T], command: str, overrides: Sequence[str]) -> T:
 
 
 def _strangers(tree: Mapping[str, Any], config: DictConfig) -> list[Any]:
-    """Names at the top level that mean nothing.
+    """List the faults of names at the top level that mean nothing.
 
     A configuration may have values of its own there, which others refer to.
     """

@@ -23,7 +23,7 @@ class SelectorNode(Recorded):
     def of(
         cls, place: str, written: Mapping[str, Any], parameters: Mapping[str, Any] | None = None
     ) -> SelectorNode:
-        """A node from plain values.
+        """Build a node from plain values.
 
         Args:
             place: where it stands.
@@ -43,11 +43,11 @@ class SelectorNode(Recorded):
         return self.parameters.get("fraction")
 
     def with_parameters(self, **changes: Any) -> SelectorNode:
-        """The node with other parameters; what is recorded stays."""
+        """Return the node with other parameters; what is recorded stays."""
         return replace(self, parameters={**self.parameters, **changes})
 
     def faults(self, option: str) -> Iterator[Fault | str]:
-        """What the node lacks."""
+        """Yield what the node lacks."""
         unset = [*_unset(self.written, option)]
         missing = sorted(name for name, value in unset if value.reason is None)
         if missing:

@@ -39,12 +39,12 @@ class Stored:
     beside: Mapping[str, Any] = field(default_factory=dict)  # what it also sets, from the top on
 
     def own_values(self) -> dict[str, Any]:
-        """The defaults of the group in this configuration."""
+        """Return the defaults of the group in this configuration."""
         values = {**node_of(self.kind), **self.changes}
         return {name: value for name, value in values.items() if name not in self.left_out}
 
     def node(self) -> dict[str, Any]:
-        """What the file would hold."""
+        """Return what the file would hold."""
         values = self.own_values()
         if self.beside:
             values = {str(self.group): values, **self.beside}
@@ -118,7 +118,7 @@ STORED = (
 
 
 def node_of(kind: type) -> dict[str, Any]:
-    """The defaults of a group of options, as a file of the configuration would have them."""
+    """Return the defaults of a group of options, as a file of the configuration would have them."""
     node: dict[str, Any] = {}
     for entry in fields(kind):
         hint = hints(kind)[entry.name]
@@ -146,7 +146,7 @@ def _default_of(entry: Any, hint: Any) -> Any:
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Inside, `hydra.compose` composes siftclip's commands, as the console script does."""
+    """Let `hydra.compose` compose siftclip's commands as the console script, inside the block."""
     register()
     with hydra.initialize_config_module("siftclip.configs", version_base="1.3"):
         yield

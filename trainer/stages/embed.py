@@ -78,7 +78,7 @@ class ShardSampler(Sampler[list[Request]]):
 
 
 def feature_path(folder: Path, pool: Pool, shard: int) -> Path:
-    """Where the features of a shard are."""
+    """Return where the features of a shard are."""
     return folder / f"{pool.shards[shard].stem}.npz"
 
 
@@ -161,7 +161,7 @@ def _write_shard(
 
 
 def _shards_to_embed(folder: Path, pool: Pool, share: list[int]) -> list[int]:
-    """Those of some shards without features of their tar as it is now; says what is reused."""
+    """Find those of some shards without features of their current tar; says what is reused."""
     by_state: dict[_State, list[int]] = {"missing": [], "damaged": [], "stale": [], "kept": []}
     for shard in share:
         by_state[_state(folder, pool, shard)].append(shard)
@@ -187,7 +187,7 @@ def _shards_to_embed(folder: Path, pool: Pool, share: list[int]) -> list[int]:
 
 
 def _state(folder: Path, pool: Pool, shard: int) -> _State:
-    """What there is of a shard's features."""
+    """Return what there is of a shard's features."""
     path = feature_path(folder, pool, shard)
     if not path.exists():
         return "missing"
@@ -265,7 +265,7 @@ def _claim(folder: Path, manifest: dict[str, Any], ranks: Ranks, *, reuse: bool)
 
 
 def differences_of_features(kept: Any, manifest: dict[str, Any]) -> list[str]:
-    """In what kept features differ from those that a manifest describes, in words."""
+    """Say in what kept features differ from those that a manifest describes."""
     if not isinstance(kept, dict):
         return ["all that they are of, which it does not say"]
     identity = kept.get("identity")

@@ -78,7 +78,7 @@ def diff_stage(settings: DiffCommand) -> PairedComparison:
 
 
 def _results_file(option: str, value: str) -> Path:
-    """The results file that an option names."""
+    """Find the results file that an option names."""
     path = Path(value)
     wanted = f"{option} must name a run directory or its {RESULTS_NAME}"
     if not path.exists():
@@ -99,7 +99,7 @@ def _read(given: str, file: Path) -> KeptResults:
 
 
 def _models(results: Sequence[TaskResult]) -> set[str]:
-    """What models results are of, as far as they say."""
+    """Return the models that results are of, as far as they say."""
     return {result.model for result in results if result.model is not None}
 
 
@@ -109,7 +109,7 @@ def _seeds(
     runs: Mapping[str, RunDir | None],
     compared: set[str],
 ) -> dict[str, list[list[TaskResult]]]:
-    """Results of other seeds of each side: of runs that are named, or that lie beside it.
+    """Read results of other seeds of each side: of runs that are named, or that lie beside it.
 
     Each model counts once: a copy of a run is no other seed.
 
@@ -164,7 +164,7 @@ def _warn_of_another_method(option: str, run: RunDir, file: Path) -> None:
 def _chosen(
     settings: EvalSettings, a: list[TaskResult], b: list[TaskResult]
 ) -> tuple[list[TaskResult], list[TaskResult]]:
-    """The results of the tasks that `eval.tasks` names."""
+    """Choose the results of the tasks that `eval.tasks` names."""
     if settings.tasks is None:
         return a, b
     names = require_names("eval.tasks", settings.tasks)

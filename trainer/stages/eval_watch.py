@@ -102,7 +102,7 @@ def _watch(
 
 
 def watch_folder(watch: WatchSettings) -> Path:
-    """Where the results are."""
+    """Return where the results are."""
     name = FOLDER if watch.weights == "auto" else f"{FOLDER}-{watch.weights}"
     return Path(watch.run) / name
 
@@ -117,7 +117,7 @@ def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
 
 
 def _load(run: RunDir, checkpoint: Path, weights: Weights) -> ClipModel | None:
-    """The model of a checkpoint; None if the training has removed the file in between."""
+    """Load the model of a checkpoint; None if the training has removed the file in between."""
     path = run.path / "config.yaml"
     kept = read_config(path).get("model")
     if not isinstance(kept, dict) or "name" not in kept or "${" in str(kept):

@@ -105,7 +105,7 @@ class EvaluateDuring(Callback):
 
 
 def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDuring | None:
-    """The callback that the settings ask for, if any. Before the model is wrapped.
+    """Build the callback that the settings ask for, if any. Before the model is wrapped.
 
     Raises:
         InputError: a task is missing or damaged.

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def tasks_from(settings: EvalSettings, *, during: bool = False) -> FoundTasks:
-    """The tasks that the settings name, under all of their protocols.
+    """Find the tasks that the settings name, under all of their protocols.
 
     Args:
         settings: of the evaluation.
@@ -110,7 +110,7 @@ def _check_texts(
 
 
 def _under_protocols(settings: EvalSettings, tasks: list[Task]) -> list[Task]:
-    """The tasks as they are, and those that a probe can be fitted on once more for each probe."""
+    """Add to the tasks those that a probe can be fitted on, once more for each probe."""
     chosen = require_names("eval.protocols", settings.protocols)
     unknown = [name for name in chosen if name not in get_args(Protocol)]
     if unknown or not chosen:
@@ -144,7 +144,7 @@ def _under_protocols(settings: EvalSettings, tasks: list[Task]) -> list[Task]:
 
 
 def _probe(task: Task, shots: int | None) -> Task:
-    """The task with a classifier fitted on all of its train split, or on a few shots a class."""
+    """Return the task with a classifier fitted on its train split, or on some shots per class."""
     protocol: Protocol = "linear_probe" if shots is None else "few_shot"
     prefix = protocol if shots is None else f"{protocol}_{shots}"
     words = "linear probe" if shots is None else f"{shots}-shot"
@@ -162,7 +162,7 @@ def _probe(task: Task, shots: int | None) -> Task:
 
 
 def eval_options(settings: EvalSections) -> EvalOptions:
-    """How the settings want tasks to be evaluated."""
+    """Return how the settings want tasks to be evaluated."""
     evaluation, data, common = settings.eval, settings.data, settings.common
     return EvalOptions(
         batch_size=evaluation.batch_size,
@@ -189,7 +189,7 @@ class EvalShare:
 
 
 def eval_share(trainer: TrainerSettings, *, may_launch: bool) -> EvalShare:
-    """Who evaluates: the ranks that train, or those that the settings ask for.
+    """Return who evaluates: the ranks that train, or those that the settings ask for.
 
     Args:
         trainer: the devices.
@@ -258,19 +258,19 @@ def eval_stage(
 
 
 def _to_do_again(settings: EvalSections, tasks: Sequence[Task], details: Path | None) -> list[str]:
-    """The tasks whose results shall not be reused."""
+    """List the tasks whose results shall not be reused."""
     if not settings.common.reuse:
         return [task.name for task in tasks]
     return [] if details is None else _without_details(settings.eval, tasks, details)
 
 
 def details_folder(results_path: Path) -> Path:
-    """Where predictions and tables by class are, beside the results."""
+    """Return where predictions and tables by class are, beside the results."""
     return results_path.with_name(f"{results_path.stem}_details")
 
 
 def _write_details(settings: EvalSettings, folder: Path) -> Callable[[ScoredTask], None]:
-    """What writes the details of a task that are wanted, in place of those of an earlier model."""
+    """Return what writes the wanted details of a task, in place of those of an earlier model."""
 
     def write(scored: ScoredTask) -> None:
         for ending in ENDINGS:
@@ -284,7 +284,7 @@ def _write_details(settings: EvalSettings, folder: Path) -> Callable[[ScoredTask
 
 
 def _whole(settings: EvalSettings, path: Path, summary: Summary) -> Summary:
-    """The same over all lines of a results file, where this was a part of its tasks."""
+    """Summarise all lines of a results file, where this was a part of its tasks."""
     kept = read_kept(path)
     if _keys(kept.results, kept.failures) == _keys(summary.results, summary.failures):
         return summary
@@ -296,7 +296,7 @@ def _keys(results: Sequence[TaskResult], failures: Sequence[TaskFailure]) -> tup
 
 
 def run_summary(settings: EvalSettings, run: RunDir) -> Summary:
-    """What the results file of a run holds."""
+    """Summarise what the results file of a run holds."""
     kept = read_kept(run.results)
     return _summary(settings, kept.results, failures=kept.failures)
 
@@ -321,7 +321,7 @@ def _summary(
 
 
 def failed_tasks(settings: EvalSettings, run: RunDir) -> list[str]:
-    """The tasks of the settings that are there, and of which a finished run has no result."""
+    """List the settings' tasks that are there, and of which a finished run has no result."""
     found_tasks = tasks_from(settings)
     done = {result.key for result in read_results(run.results)}
     return [
@@ -331,7 +331,7 @@ def failed_tasks(settings: EvalSettings, run: RunDir) -> list[str]:
 
 
 def results_path_for(settings: EvalCommand) -> Path:
-    """Where `siftclip eval` keeps its results: a file for each model, and each way to ask it.
+    """Return where `siftclip eval` keeps results: a file for each model, and each way to ask it.
 
     A run's own model has `eval_results.jsonl` in the run's directory, its checkpoints and other
     ways to ask it a folder each in `eval/` there. Other models have one in `eval/` in `output_dir`.
@@ -355,7 +355,7 @@ def results_path_for(settings: EvalCommand) -> Path:
 
 
 def _way(settings: EvalSettings) -> list[str]:
-    """What differs from the standard way to ask a model, in words for a folder's name."""
+    """Describe how this differs from the standard way to ask a model, for a folder's name."""
     way = [] if settings.precision == "fp32" else [str(settings.precision)]
     texts = {"classnames": settings.classnames, "templates": settings.templates}
     if any(texts.values()):
@@ -369,7 +369,7 @@ def _way(settings: EvalSettings) -> list[str]:
 
 
 def _without_details(settings: EvalSettings, tasks: Sequence[Task], folder: Path) -> list[str]:
-    """The tasks of which details are wanted that an earlier run has not written."""
+    """Find the tasks of which details are wanted that an earlier run has not written."""
     wanted = {"predictions.parquet": settings.predictions, "classes.csv": settings.details}
     return [
         task.name
@@ -382,11 +382,11 @@ def _without_details(settings: EvalSettings, tasks: Sequence[Task], folder: Path
 
 
 def evaluation_device(trainer: TrainerSettings) -> str:
-    """The GPU where there is one, unless the settings ask for the CPU."""
+    """Return the GPU where there is one, unless the settings ask for the CPU."""
     wants_cpu = trainer.accelerator == "cpu"
     return "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
 
 
 def log_records(summary: Summary) -> dict[str, list[dict[str, Any]]]:
-    """The tables of an evaluation, for loggers."""
+    """Return the tables of an evaluation, for loggers."""
     return {"eval/tasks": summary.records()}

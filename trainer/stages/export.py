@@ -118,14 +118,14 @@ def export_stage(options: ExportSettings) -> Exported:
 
 
 def describe_export(exported: Exported) -> str:
-    """What the command prints."""
+    """Describe what was exported, as the command prints it."""
     written = "\n           ".join(str(path) for path in exported.files)
     return f"source     {exported.origin}\nwritten    {written}\nload       {exported.loading}"
 
 
 # ---- the source ---------------------------------------------------------------------------------
 def open_source(source: Path, weights: Weights) -> ExportSource:
-    """The model of a run directory, a model folder or a Lightning checkpoint of a run.
+    """Open the model of a run directory, a model folder or a Lightning checkpoint of a run.
 
     A run's model folder holds what the run was asked for; its other weights, averaged or not, come
     from its last checkpoint, which must be of the last step.
@@ -296,7 +296,7 @@ def _write_datacomp(source: ExportSource, path: Path) -> Exported:
 
 
 def _training_info(source: ExportSource, model: str, checkpoint: Path) -> dict[str, Any]:
-    """What DataComp's train.py writes into info.pkl, in types that any Python unpickles.
+    """Return what DataComp's train.py writes into info.pkl, in types that any Python unpickles.
 
     `scale` is one of DataComp's where the run was trained exactly so, else `custom`.
     """
@@ -324,7 +324,7 @@ def _training_info(source: ExportSource, model: str, checkpoint: Path) -> dict[s
 
 
 def _built_in_name(source: ExportSource) -> str | None:
-    """The name under which open_clip builds just this model, preprocessing included."""
+    """Find the name under which open_clip builds just this model, preprocessing included."""
     import open_clip
 
     config = source.clip.config
@@ -345,7 +345,7 @@ def _built_in_name(source: ExportSource) -> str | None:
 
 
 def _comparable(model_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
-    """An architecture without what only random weights depend on."""
+    """Return an architecture without what only random weights depend on."""
     skipped = ("init_logit_scale",)
     return {key: value for key, value in (model_cfg or {}).items() if key not in skipped}
 

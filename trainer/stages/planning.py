@@ -41,7 +41,7 @@ EMBEDDED_SAMPLES = 2048  # of the pool, from which the time of a whole version i
 
 
 def forecast(parts: RunParts, budget: Budget) -> Forecast:
-    """What a run will cost, from measured steps."""
+    """Forecast what a run will cost, from measured steps."""
     profile = profile_run(parts)
     online = build_online(parts, budget.total_steps)
     steps = online.plan.steps
@@ -56,7 +56,7 @@ def forecast(parts: RunParts, budget: Budget) -> Forecast:
 
 
 def steps_within(limit: Limit, parts: RunParts) -> int:
-    """For how many steps a limit lasts, from 1 to `MAX_STEPS`.
+    """Find for how many steps a limit lasts, from 1 to `MAX_STEPS`.
 
     Seconds are those of training, as measured on a few steps before the run; the run itself may
     take more or less, and reports what it took.
@@ -169,7 +169,7 @@ def _new_model(parts: RunParts) -> ClipModel:
 
 
 def agreed(profile: Profile) -> Profile:
-    """What rank 0 has measured, on every rank: clocks differ, and the lengths of runs must not."""
+    """Give every rank what rank 0 has measured: clocks differ, and the lengths of runs must not."""
     if not (dist.is_available() and dist.is_initialized()):
         return profile
     shared = [profile]
@@ -178,7 +178,7 @@ def agreed(profile: Profile) -> Profile:
 
 
 def _always_selecting(online: EveryStepSettings) -> EveryStepSettings:
-    """The settings with the largest super-batch of their schedule at every step."""
+    """Return the settings with the largest super-batch of their schedule at every step."""
     ratio = online.schedule.filter_ratio
     if isinstance(ratio, tuple):
         ratio = max(knot[1] for knot in ratio)
@@ -189,7 +189,7 @@ def _always_selecting(online: EveryStepSettings) -> EveryStepSettings:
 
 
 def _versions(parts: RunParts, steps: int) -> int:
-    """How many selections a run of so many steps makes on the way.
+    """Count the selections that a run of `steps` steps makes on the way.
 
     An epoch of a version is taken to be as long as the selector's fraction says; what keeps another
     number of samples, as InfoBatch does, as long as the first epoch.
@@ -210,13 +210,13 @@ def _versions(parts: RunParts, steps: int) -> int:
 
 
 def _embedded_samples(online: Online) -> int:
-    """How many samples a version embeds."""
+    """Return how many samples a version embeds."""
     again = online.reselection
     return again.candidates if again is not None and again.live_keys else 0
 
 
 def _version_seconds(parts: RunParts, folder: Path) -> float:
-    """Of embedding the candidates of a version, from a part of them; choosing is not counted."""
+    """Time embedding a version's candidates, from a part of them; choosing is not counted."""
     online = build_online(parts, STEPS)
     if online.reselection is None or online.reselection.embed is None:
         return 0.0

@@ -38,7 +38,7 @@ def index_stage(settings: PoolSections) -> IndexOutcome:
 
 
 def describe_index(outcome: IndexOutcome) -> str:
-    """A few lines about a pool, for the terminal."""
+    """Describe a pool in a few lines, for the terminal."""
     pool, seconds = outcome.pool, outcome.seconds
     size_bytes = sum(shard.size_bytes for shard in pool.shards)
     rate = f", {len(pool) / seconds:.0f} samples/s" if outcome.is_new else ""
@@ -84,7 +84,7 @@ def compact_stage(settings: CompactCommand) -> Compaction:
 
 
 def describe_compaction(outcome: Compaction) -> str:
-    """A few lines about a copy, for the terminal."""
+    """Describe a copy in a few lines, for the terminal."""
     if outcome.copied_bytes:
         rate = f", {outcome.copied_bytes / outcome.seconds / 1e6:.0f} MB/s"
     else:

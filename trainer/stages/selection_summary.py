@@ -14,7 +14,7 @@ from siftclip.trainer.builders.selection import SelectOutcome
 
 
 def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
-    """The share of the selected samples that CLIP score would keep, too, with as many samples.
+    """Compute the share of the selected samples also kept by CLIP score, with as many samples.
 
     Args:
         features: the name of those that tell.
@@ -33,12 +33,12 @@ def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
 
 
 def counted(samples: int, distinct: int) -> str:
-    """How many samples there are, and how many of them are distinct if that is another number."""
+    """Say how many samples there are, and how many are distinct if that is another number."""
     return f"{samples} samples" + (f", {distinct} distinct" if distinct != samples else "")
 
 
 def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> str:
-    """A few lines about a selection, for the terminal."""
+    """Describe a selection in a few lines, for the terminal."""
     manifest = outcome.selection.manifest
     cost = manifest["cost"]
     lines = [

@@ -80,7 +80,7 @@ _DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that 
 def run_identity(
     settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
-    """Everything that the trained weights depend on; devices and workers do not belong to it."""
+    """Return all that the trained weights depend on; devices and workers do not belong to it."""
     from siftclip.trainer.builders.online_identity import online_identity
 
     return kept_identity(
@@ -109,7 +109,7 @@ def run_identity(
 
 
 def run_environment(trainer: TrainerSettings, data: DataSettings, pool: Pool) -> Environment:
-    """What this session computes with, and which tars it reads."""
+    """Describe what this session computes with, and which tars it reads."""
     options = loader_options(data)
     share_cores(options.num_workers)
     computed_with = environment(
@@ -148,7 +148,7 @@ def warn_of_other_code(run: RunDir, now: Environment) -> None:
 def run_dir_for(
     settings: TrainCommand, selected: SelectOutcome, identity: dict[str, Any]
 ) -> RunDir:
-    """The run's directory: `run_dir`, or one whose name stands for what the run depends on.
+    """Find the run's directory: `run_dir`, or one whose name stands for what the run depends on.
 
     Args:
         settings: of the command.
@@ -235,7 +235,7 @@ def _train(
     loss_data: LossData,
     identity: dict[str, Any],
 ) -> None:
-    """All that a run is, from where it is."""
+    """Do all that a run is, from where it is."""
     from siftclip.trainer.runtime.loggers import finish, make_loggers
 
     now = run_environment(settings.trainer, settings.data, selected.pool)
@@ -276,7 +276,7 @@ def _train(
 
 
 def plan_stage(settings: TrainCommand) -> Forecast:
-    """What a run of these settings will cost, from a few measured steps. Nothing is kept.
+    """Forecast what a run of these settings will cost, from a few measured steps. Nothing is kept.
 
     Raises:
         InputError: an option or a file is wrong.
@@ -292,7 +292,7 @@ def plan_stage(settings: TrainCommand) -> Forecast:
 
 
 def check_training(settings: TrainCommand) -> None:
-    """All that can be known to be wrong before any file is read.
+    """Check all that can be known to be wrong before any file is read.
 
     Raises:
         InputError: a selector does not go with the other settings, or a task is missing.
@@ -325,7 +325,7 @@ def _say_what_begins(settings: TrainCommand) -> None:
 def run_parts(
     settings: TrainCommand, selected: SelectOutcome, loss_data: LossData, folder: Path
 ) -> RunParts:
-    """What a run in a folder is made of, with a new model."""
+    """Build what a run in a folder is made of, with a new model."""
     from siftclip.trainer.builders.assembly import new_model
     from siftclip.trainer.builders.run_parts import RunParts
 
@@ -352,7 +352,7 @@ def run_parts(
 
 
 def _resolved_budget(parts: RunParts, limits: BudgetSettings, budget: Budget) -> Budget:
-    """The budget in trained samples, also where something else limits the run."""
+    """Return the budget in trained samples, also where something else limits the run."""
     limit = limit_from(limits)
     if limit is None:
         return budget
@@ -426,7 +426,7 @@ def _fit(
 
 
 def _kept_budget(parts: RunParts, settings: TrainCommand, run: RunDir) -> Budget:
-    """The budget in trained samples, as the run keeps it."""
+    """Return the budget in trained samples, as the run keeps it."""
     budget = run.budget()
     if budget is None:  # measuring trains models of its own
         budget = _resolved_budget(parts, settings.budget, budget_from(settings.scale))
@@ -532,7 +532,7 @@ def _conclude(
 
 
 def online_name(online: OnlineSettings) -> str:
-    """What selects in the loop, in a few words."""
+    """Say in a few words what selects in the loop."""
     if isinstance(online, OnceSettings):
         return "once"
     return f"{online.cadence} {online.selector.name}"

@@ -13,7 +13,7 @@ _FASTTEXT_SPACES = str.maketrans(dict.fromkeys("\n\r\t\v\f\0", " "))
 
 
 def long_captions(captions: Sequence[str], *, min_words: int, min_characters: int) -> np.ndarray:
-    """Which captions have enough words, split at white space, and characters: bool [n].
+    """Find the captions with enough words, split at white space, and characters: bool [n].
 
     DataComp's basic filter asks for more than 2 words and more than 5 characters.
     """
@@ -25,7 +25,7 @@ def long_captions(captions: Sequence[str], *, min_words: int, min_characters: in
 
 
 def fasttext_tokens(text: str) -> int:
-    """How many tokens fastText makes of a text.
+    """Count the tokens that fastText makes of a text.
 
     Its tokenizer splits at ASCII white space and NUL, not at other spaces, and each line feed is a
     token of its own.
@@ -37,7 +37,7 @@ def fasttext_tokens(text: str) -> int:
 def tokenized_captions(
     captions: Sequence[str], *, min_tokens: int, min_characters: int
 ) -> np.ndarray:
-    """Which captions have enough fastText tokens and characters: bool [n].
+    """Find the captions with enough fastText tokens and characters: bool [n].
 
     DataComp's image-based filter asks for more than 1 token and more than 5 characters.
     """
@@ -49,7 +49,7 @@ def tokenized_captions(
 
 
 def large_images(sizes: np.ndarray, *, min_side: int, max_aspect: float) -> np.ndarray:
-    """Which images are large, and not too far from square: bool [n].
+    """Find the images that are large, and not too far from square: bool [n].
 
     DataComp's basic filter asks for a shorter side of at least 200 pixels, and for a longer one of
     at most 3.0 times as much.
@@ -69,7 +69,7 @@ def captions_with_entities(
     first_synset: Callable[[str], int | None],
     entities: Collection[int],
 ) -> np.ndarray:
-    """Which captions have a word whose most common meaning is one of the entities: bool [n].
+    """Find the captions with a word whose most common meaning is one of the entities: bool [n].
 
     Words are split at white space. As in the released code, the meaning is the first synset of any
     part of speech, and its number alone is compared: a verb with the number of a wanted noun

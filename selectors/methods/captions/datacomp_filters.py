@@ -38,7 +38,7 @@ class Predicate(ScoreSelector):
 
     @abstractmethod
     def holds(self, chunk: Chunk) -> np.ndarray:
-        """Which samples of a chunk to keep: bool [n]."""
+        """Return which samples of a chunk to keep: bool [n]."""
 
     def score(self, chunk: Chunk) -> Tensor:
         return torch.from_numpy(self.holds(chunk).astype(np.float32))
@@ -141,7 +141,7 @@ class HasEntity(Predicate):
 
 
 def captions_of(chunk: Chunk) -> list[str]:
-    """The captions of a chunk, which were asked for."""
+    """Return the captions of a chunk, which were asked for."""
     if chunk.captions is None:
         raise ValueError("the chunk lacks the captions that the selector requires")
     return chunk.captions

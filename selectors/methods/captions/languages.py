@@ -20,14 +20,14 @@ class LanguageIdentifier(Protocol):
     """Tells the languages of captions. Its public attributes are its parameters."""
 
     def __call__(self, captions: Sequence[str]) -> list[str | None]:
-        """One language code for each caption, such as "en"; None where nothing was recognised."""
+        """Return a language code for each caption, such as "en"; None where it is unknown."""
 
 
 class Lexicon(Protocol):
     """Tells the meanings of words. Its public attributes are its parameters."""
 
     def __call__(self, word: str) -> int | None:
-        """The WordNet offset of the first synset of a word, None if it has none."""
+        """Return the WordNet offset of the first synset of a word, None if it has none."""
 
 
 class _Loaded:
@@ -40,11 +40,13 @@ class _Loaded:
         return {**vars(self), "_model": None}
 
     def model(self) -> Any:
+        """Return the model, which is loaded at the first call."""
         if self._model is None:
             self._model = self.load()
         return self._model
 
     def load(self) -> Any:
+        """Load the model."""
         raise NotImplementedError
 
 
@@ -121,14 +123,14 @@ class WordNet(_Loaded):
 
 
 def one_line(text: str) -> str:
-    """A text as language models take it: without line feeds, and without broken characters."""
+    """Prepare a text for language models: without line feeds, and without broken characters."""
     return text.replace("\n", " ").encode("utf-8", "replace").decode("utf-8")
 
 
 def is_language(
     captions: Sequence[str], identifier: LanguageIdentifier, language: str
 ) -> np.ndarray:
-    """Which captions are written in a language: bool [n]."""
+    """Find the captions that are written in a language: bool [n]."""
     return np.array([code == language for code in identifier(captions)], dtype=bool)
 
 
@@ -151,7 +153,7 @@ def read_list(path: str, *, owner: object, parameter: str) -> tuple[str, str]:
 
 
 def parse_offsets(path: str, text: str) -> frozenset[int]:
-    """Return the WordNet offsets of a list of synsets such as n02084071, one a line.
+    """Return the WordNet offsets of a list of synsets such as n02084071, one per line.
 
     The released code of DataComp drops the letter, the part of speech; so does this.
     """

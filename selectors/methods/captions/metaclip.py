@@ -43,7 +43,7 @@ class Matcher:
         self._lengths = {word: tuple(sorted(of_word)) for word, of_word in lengths.items()}
 
     def __call__(self, caption: str) -> list[int]:
-        """The numbers of the entries that match, ascending, each once."""
+        """Return the numbers of the entries that match, ascending, each once."""
         # What stands between two spaces; split gives an empty text at either end beside these.
         words = caption.translate(_SPACED).split(" ")
         numbers = set()
@@ -58,7 +58,7 @@ class Matcher:
 
 
 def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The entries that match each caption.
+    """Find the entries that match each caption.
 
     Returns:
         their numbers int32 [m], one caption after the other, and how many each has, int32 [n].
@@ -69,13 +69,13 @@ def match_all(matcher: Matcher, captions: Iterable[str]) -> tuple[np.ndarray, np
 
 
 def keep_probabilities(counts: np.ndarray, t: int) -> np.ndarray:
-    """With which probability a match of an entry is drawn, min(1, t / count): float64 [c]."""
+    """Return the probability that a match of an entry is drawn, min(1, t / count): float64 [c]."""
     probabilities: np.ndarray = t / np.maximum(counts, t)
     return probabilities
 
 
 def entry_state(entries: Sequence[str]) -> np.ndarray:
-    """A number for each entry that follows from its text: uint64 [c]."""
+    """Hash the text of each entry to a number: uint64 [c]."""
     digests = (
         hashlib.blake2b(entry.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for entry in entries
@@ -112,7 +112,7 @@ def draw_balanced(
 
 
 def parse_entries(path: str, text: str) -> list[str]:
-    """The distinct entries of a metadata list: a JSON list of texts, or one entry a line.
+    """Parse the distinct entries of a metadata list: a JSON list of texts, or one entry per line.
 
     Raises:
         InputError: the file at `path`, whose text this is, holds something else.
@@ -144,7 +144,7 @@ class MetaClip(Selector):
         """Set the list and the balance.
 
         Args:
-            entries: a file with the metadata list, `.json` or one entry a line.
+            entries: a file with the metadata list, `.json` or one entry per line.
             seed: any integer of at least 0.
             t: matches of an entry that are kept on average, at most; at least 1. The paper takes
                 20,000 for 400 M pairs (from 1.6 G), and 170,000 for 2.5 G. "auto": an 80,000th of

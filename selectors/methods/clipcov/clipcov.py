@@ -160,7 +160,7 @@ class ClipCov(Selector):
         return Choice(multiplicities=kept, scores=scores)
 
     def _find_classes(self, source: Source, cache: Cache) -> tuple[LatentClasses, Tensor | None]:
-        """The class of each sample, and the features of class names float32 [c, d]."""
+        """Find the class of each sample, and read the features of class names, float32 [c, d]."""
         names = None if self.labels is None else read_labels(self, source, self.labels)
         if names is not None:
             centres = names
@@ -181,7 +181,7 @@ class ClipCov(Selector):
         classes: LatentClasses,
         names: Tensor | None,
     ) -> InitialScores:
-        """The terms of all members, on every rank; the pieces are shared among the ranks."""
+        """Compute the terms of all members, on every rank; the ranks share the pieces."""
         images, texts = classes.image_means, classes.text_means
         other_images, other_texts = classes.other_means()
         centres = [
@@ -228,7 +228,7 @@ class ClipCov(Selector):
         )
 
     def _weigh(self, terms: InitialScores) -> np.ndarray:
-        """The initial scores, float64 [m]."""
+        """Weigh the terms into the initial scores, float64 [m]."""
         return (
             self.cross_weight * terms.cross
             + self.self_weight * terms.own
@@ -245,7 +245,7 @@ class ClipCov(Selector):
         initial: np.ndarray,
         budget: int,
     ) -> np.ndarray:
-        """The members that are kept, in the order of picking: int64 [budget]."""
+        """Pick the members that are kept, in the order of picking: int64 [budget]."""
         scaled = max(1, round(_INTERVAL_OF_PICKS * budget / len(members.labels)))
         interval = self.interval if isinstance(self.interval, int) else scaled
         schedule = GreedySchedule(

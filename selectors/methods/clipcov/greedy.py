@@ -20,10 +20,10 @@ class Similarities(Protocol):
     """The similarities within one class of n samples: p(i, j) = M_ij + M_ji, thresholded."""
 
     def redundancy(self, picks: np.ndarray) -> np.ndarray:
-        """The sum of p(i, j) over the picks j, int64 [m]: float64 [n]."""
+        """Sum p(i, j) over the picks j, int64 [m]: float64 [n]."""
 
     def among(self, members: np.ndarray) -> np.ndarray:
-        """p(i, j) of some members, int64 [m]: float64 [m, m]."""
+        """Return p(i, j) of some members, int64 [m]: float64 [m, m]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class GreedySchedule:
     nonnegative: bool  # whether p(i, j) >= 0, so that an old score bounds a fresh one
 
     def charge(self, state: ClassState, new: np.ndarray) -> float:
-        """What an update takes from every member of the class, given the new picks int64 [m]."""
+        """Compute what an update takes from every member of the class for new picks, int64 [m]."""
         crossed = np.flatnonzero(state.numbers) if self.cumulative else new
         cross = self.cross_weight * state.cross[crossed].sum()
         return float(cross + self.label_weight * state.label[new].sum()) / len(state.scores)
@@ -71,7 +71,7 @@ def advance(
 def _advance_batched(
     state: ClassState, similarities: Similarities, schedule: GreedySchedule, until: float
 ) -> None:
-    """Between updates the scores stand still, so that a batch of picks is the top of a sort."""
+    """Pick in batches: between updates the scores stand still, so a batch is the top of a sort."""
     scores, numbers = state.scores, state.numbers
     while True:
         count = int(numbers.max(initial=0))
@@ -100,7 +100,7 @@ def _update(
 def _advance_fresh(
     state: ClassState, similarities: Similarities, schedule: GreedySchedule, until: float
 ) -> None:
-    """Every pick has the best score given all picks before it, without scoring all each time.
+    """Pick the best score given all picks before it, without scoring all each time.
 
     The best candidates are kept fresh with the similarities among them. What is outside can only
     have become worse than it was, the charge on the whole class apart. So a candidate that is
@@ -145,7 +145,7 @@ def _advance_fresh(
 def merge_classes(
     values: np.ndarray, uid_ranks: np.ndarray, classes: np.ndarray, numbers: np.ndarray
 ) -> np.ndarray:
-    """The order in which a greedy choice over the heads of all classes takes their picks.
+    """Order the picks of all classes as a greedy choice over the heads of the classes takes them.
 
     A pick can be taken once all earlier ones of its class are, so that its turn comes with the
     lowest of them. Among equal values the head with the smaller uid comes first.

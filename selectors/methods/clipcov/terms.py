@@ -47,7 +47,7 @@ class Members:
         )
 
     def pieces(self) -> list[tuple[int, int]]:
-        """Ranges of at most HELD_SAMPLES members: of whole classes, or a strip of a large one."""
+        """Split into ranges of at most HELD_SAMPLES members: whole classes, or strips of one."""
         pieces, first = [], 0
         for start, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
             if end - first > HELD_SAMPLES and start > first:
@@ -74,7 +74,7 @@ class Centres:
 
 
 def linear_terms(image_features: Tensor, text_features: Tensor, centres: Centres) -> Tensor:
-    """The terms of samples of one class that are linear in each of their features.
+    """Compute the terms of samples of one class that are linear in each of their features.
 
     Args:
         image_features: float [n, d].
@@ -105,7 +105,7 @@ def piece_terms(
     piece: tuple[int, int],
     threshold: float | None,
 ) -> dict[str, np.ndarray]:
-    """The terms of some members, and the low similarities between their images and their classes.
+    """Compute the terms of some members, and find low similarities between images and classes.
 
     Returns:
         `linear` float64 [4, n] of the piece; `low_sums` int64 (in 1 / SCALE), `image_low` and
@@ -173,7 +173,7 @@ class ClassSimilarities:
         self._held: tuple[Tensor, Tensor] | None = None
 
     def redundancy(self, picks: np.ndarray) -> np.ndarray:
-        """The sum of p(i, j) over the picks j, int64 [m]: float64 [n]."""
+        """Sum p(i, j) over the picks j, int64 [m]: float64 [n]."""
         image_picks, text_picks = self._features(picks)
         chosen = torch.from_numpy(picks).to(self._source.device)
         image_low, text_low = self._low[:, chosen]
@@ -198,7 +198,7 @@ class ClassSimilarities:
         total[at] -= products.sum(1).double()
 
     def among(self, members: np.ndarray) -> np.ndarray:
-        """p(i, j) of some members, int64 [m]: float64 [m, m]."""
+        """Return p(i, j) of some members, int64 [m]: float64 [m, m]."""
         image, text = self._features(members)
         products = image @ text.T
         if self._threshold is not None:
@@ -206,7 +206,7 @@ class ClassSimilarities:
         return (products + products.T).double().cpu().numpy()
 
     def _features(self, members: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Image and text features of some members, float32 [m, d] each."""
+        """Read the image and text features of some members, float32 [m, d] each."""
         if len(self._rows) <= HELD_SAMPLES:
             at = torch.from_numpy(members).to(self._source.device)
             ((image, text),) = self._pieces()
@@ -214,7 +214,7 @@ class ClassSimilarities:
         return self._take(self._rows[members])
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Image and text features of the class in pieces, float32 [k, d] each."""
+        """Yield image and text features of the class in pieces, float32 [k, d] each."""
         if len(self._rows) <= HELD_SAMPLES:
             if self._held is None:
                 self._held = self._take(self._rows)

@@ -33,7 +33,7 @@ class Judge:
 
 
 def chunk_sizes(samples: int, chunks: int) -> list[int]:
-    """How many samples of a group each chunk has: as equal as can be, the larger ones first.
+    """Split a group into chunk sizes: as equal as possible, the larger ones first.
 
     Fewer chunks where there are fewer samples than chunks.
     """
@@ -134,7 +134,7 @@ def joint_sample(
 
 
 def _signed(parts: Sequence[tuple[float, Tensor]]) -> np.ndarray:
-    """The sum of (sign, float64 [m]) as an array."""
+    """Sum (sign, float64 [m]) into an array."""
     return torch.stack([sign * values for sign, values in parts]).sum(0).cpu().numpy()
 
 

@@ -53,7 +53,7 @@ class ModelFeatures:
         return f"{self.name}_img", f"{self.name}_txt"
 
     def logits(self, source: Source, *, biased: bool) -> Logits:
-        """Scale and bias; a bias of 0 where it has no effect and is not set.
+        """Return scale and bias; a bias of 0 where it has no effect and is not set.
 
         Raises:
             InputError: the source does not know them, and they are not set; or a bias is needed
@@ -81,7 +81,7 @@ class ModelFeatures:
 def signed_models(
     owner: object, learner: ModelFeatures | None, reference: ModelFeatures | None
 ) -> list[tuple[float, ModelFeatures]]:
-    """The models of a learnability, each with the sign of its loss: +1 learner, -1 reference.
+    """Return the models of a learnability with the sign of their loss: +1 learner, -1 reference.
 
     Raises:
         InputError: there is neither.
@@ -99,7 +99,7 @@ def signed_models(
 
 
 def required_features(models: list[tuple[float, ModelFeatures]]) -> Requirements:
-    """The features of models, each key once."""
+    """Return the features of models, each key once."""
     return Requirements(features=tuple(dict.fromkeys(k for _, model in models for k in model.keys)))
 
 
@@ -145,7 +145,7 @@ class Learnability(ScoreSelector):
         return required_features(self._models)
 
     def score_task(self, source: Source, task: WorkUnit) -> Tensor:
-        """The scores of a task's samples, float64 [m], among all samples of the source."""
+        """Score a task's samples among all samples of the source: float64 [m]."""
         requires, models = self.requires, self._models
         chunks = list(source.chunks(task.rows, requires))
         usable = torch.cat([chunk.usable() for chunk in chunks])

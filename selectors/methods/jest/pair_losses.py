@@ -23,14 +23,14 @@ _LINEAR = 40.0
 
 
 def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
-    """scale * <v_i, t_i> + bias of each pair, float64 [m]; image and text are float [m, d]."""
+    """Compute scale * <v_i, t_i> + bias of each pair, float64 [m]; both are float [m, d]."""
     image, text = _operand(image), _operand(text)
     products: Tensor = torch.linalg.vecdot(image.to(_wide(image)), text.to(_wide(text)))
     return products.double() * logits.scale + logits.bias
 
 
 def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None = None) -> Tensor:
-    """log sum_j exp(scale * <l_i, r_j>) of each row i: float64 [m], -inf where there is no j.
+    """Compute log sum_j exp(scale * <l_i, r_j>) of each row i: float64 [m], -inf without any j.
 
     Products are float32, of float64 vectors float64; of equal 16-bit types a GPU multiplies what is
     stored and adds in float32. Every row of a tile has its own largest exponent taken off, so that
@@ -55,7 +55,7 @@ def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None 
 def row_softplus_sums(
     left: Tensor, right: Tensor, logits: Logits, *, skip: int | None = None
 ) -> Tensor:
-    """sum_j log(1 + exp(scale * <l_i, r_j> + bias)) of each row i: float64 [m].
+    """Compute sum_j log(1 + exp(scale * <l_i, r_j> + bias)) of each row i: float64 [m].
 
     These are the losses -log sigmoid(-logit) of negatives (arXiv 2303.15343). Arguments and
     precision are those of `row_log_sums`.
@@ -89,15 +89,15 @@ class PairLosses(ABC):
 
     @abstractmethod
     def alone(self) -> Tensor:
-        """What a pair is worth before anything is known of negatives."""
+        """Return what a pair is worth before anything is known of negatives."""
 
     @abstractmethod
     def losses(self) -> Tensor:
-        """What the loss charges to each pair."""
+        """Return what the loss charges to each pair."""
 
     @abstractmethod
     def increases(self) -> Tensor:
-        """What each pair adds to the loss of a batch of all that was added, when it joins them."""
+        """Return what each pair adds to the loss of a batch of all that was added, if it joins."""
 
 
 class SigmoidLosses(PairLosses):
@@ -115,11 +115,11 @@ class SigmoidLosses(PairLosses):
         self.negatives += row_softplus_sums(self.text, image, self.logits, skip=skip)
 
     def alone(self) -> Tensor:
-        """l_ii."""
+        """Return l_ii."""
         return functional.softplus(-self.own, threshold=_LINEAR)
 
     def losses(self) -> Tensor:
-        """l_ii + (sum_j l_ij + sum_j l_ji) / 2 over the negatives j.
+        """Return l_ii + (sum_j l_ij + sum_j l_ji) / 2 over the negatives j.
 
         A negative pair is charged to its image and its text by halves, so that the sum over all
         samples of a batch is the batch's loss.
@@ -127,7 +127,7 @@ class SigmoidLosses(PairLosses):
         return self.alone() + self.negatives / 2
 
     def increases(self) -> Tensor:
-        """l_ii + sum_j l_ij + sum_j l_ji: exactly what the summed loss of a batch grows by."""
+        """Return l_ii + sum_j l_ij + sum_j l_ji: exactly what the loss of a batch grows by."""
         return self.alone() + self.negatives
 
 
@@ -152,11 +152,11 @@ class SoftmaxLosses(PairLosses):
         self.of_text = torch.logaddexp(self.of_text, added)
 
     def alone(self) -> Tensor:
-        """The negative logit of the pair: its loss is 0 without negatives, and tells nothing."""
+        """Return the negative logit of the pair: without negatives its loss is always 0."""
         return -self.own
 
     def losses(self) -> Tensor:
-        """The mean of both directions' cross entropies."""
+        """Return the mean of both directions' cross entropies."""
         of_image, of_text = (
             functional.softplus(sums - self.own, threshold=_LINEAR)
             for sums in (self.of_image, self.of_text)
@@ -164,7 +164,7 @@ class SoftmaxLosses(PairLosses):
         return (of_image + of_text) / 2
 
     def increases(self) -> Tensor:
-        """The loss of the pair itself.
+        """Return the loss of the pair itself.
 
         Not what the summed loss grows by: the pair is a negative of all others, too, and softmax
         losses do not decompose into pairs.
@@ -177,21 +177,21 @@ LOSSES: dict[LossName, type[PairLosses]] = {"sigmoid": SigmoidLosses, "softmax":
 
 
 def _operand(values: Tensor) -> Tensor:
-    """As it is multiplied: 16 bits as stored on a GPU, float64 as it is, else float32."""
+    """Cast for products: 16 bits as stored on a GPU, float64 unchanged, else float32."""
     if values.dtype == torch.float64 or (values.is_cuda and values.element_size() == 2):
         return values
     return values.float()
 
 
 def _wide(values: Tensor) -> torch.dtype:
-    """The type of sums of products."""
+    """Return the type of sums of products."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
 def _tiles(
     left: Tensor, right: Tensor, scale: float, bias: float, skip: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of scale * left @ right.T + bias, with their rows; -inf where the column is skipped.
+    """Yield tiles of scale * left @ right.T + bias, with their rows; skipped columns are -inf.
 
     They depend on the shapes alone. Wider where there are few columns, so that a product is large.
     """

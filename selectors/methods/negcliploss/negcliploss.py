@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def negcliploss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
-    """The score of each pair of a block, float32 [b]: its CLIP score less two normalisers.
+    """Score each pair of a block, float32 [b]: its CLIP score less two normalisers.
 
     c_i - tau/2 log sum_j exp(<v_i, t_j> / tau) - tau/2 log sum_j exp(<v_j, t_i> / tau), j over the
     block with i itself: -tau times the pair's symmetric InfoNCE loss (arXiv 2405.19547, section 3;
@@ -57,7 +57,7 @@ def negcliploss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
 
 
 def block_order(uids: np.ndarray, seed: int, pass_number: int) -> np.ndarray:
-    """The order in which a pass cuts samples into blocks: int64 [n], uniformly random.
+    """Draw the order in which a pass cuts samples into blocks: int64 [n], uniformly random.
 
     A pure function of the set of uids, uint64 [n, 2], of the seed and of the pass: samples are
     sorted by a hash. The released code draws `torch.randperm` without a seed.
@@ -122,7 +122,7 @@ class NegCLIPLoss(ScoreSelector):
         return self._recomputed
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
-        """Runs of whole blocks of one partition."""
+        """Split a pass into runs of whole blocks of one partition."""
         parts = {part.name: part.rows for part in source.parts(self.requires)}
         if self.partition == "global":
             parts = {"pool": np.concatenate([*parts.values(), np.empty(0, dtype=np.int64)])}
@@ -143,7 +143,7 @@ class NegCLIPLoss(ScoreSelector):
         return tasks
 
     def score_task(self, source: Source, task: WorkUnit) -> Tensor:
-        """The scores of a run of blocks in float32."""
+        """Score a run of blocks in float32."""
         values = torch.full((len(task.rows),), torch.nan)
         for at, image, text in usable_blocks(source, self.requires, task, self.batch_size):
             values[at] = negcliploss(image, text, self.temperature).cpu()

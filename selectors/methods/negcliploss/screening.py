@@ -29,7 +29,7 @@ def undecided(
     count: int | None = None,
     threshold: float | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Whether the errors of scores leave open what a rule keeps, bool [n], and about where it cuts.
+    """Find the scores whose errors leave open what a rule keeps, bool [n], and about where it cuts.
 
     The rule keeps the `count` best, or those of at least `threshold`. Samples of which it is False
     are kept or dropped whatever the true scores are, and stand on that side of all others.
@@ -60,7 +60,7 @@ def usable_blocks(
     batch_size: int,
     usable: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """The usable samples of each block of a task, which are compared with each other.
+    """Yield the usable samples of each block of a task, which are compared with each other.
 
     Args:
         source: the samples.
@@ -111,7 +111,7 @@ class Screening:
         self.recomputed = 0  # samples that needed a float32 product
 
     def scores(self) -> np.ndarray | None:
-        """Scores float64 [n] that the rule takes as those of float32; None if there is no bound."""
+        """Return scores float64 [n] that serve the rule like float32 ones; None without a bound."""
         scores, errors = self._screened_scores()
         if not np.isfinite(errors).all():
             return None
@@ -143,7 +143,7 @@ class Screening:
         return undecided(scores, errors, count=count)
 
     def _screened_scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores by 8-bit integers, and bounds of their errors: float64 [n] each."""
+        """Compute scores by 8-bit integers, and bounds of their errors: float64 [n] each."""
         source = self._source
         totals = np.zeros((2, len(source)))
         unseen = np.ones(len(source), dtype=bool)
@@ -168,7 +168,7 @@ class Screening:
         return totals[0], totals[1]
 
     def _screened(self, task: WorkUnit) -> dict[str, np.ndarray]:
-        """Of each sample: CLIP score, normalisers and bounds of their errors, float32 [m] each."""
+        """Compute CLIP score, normalisers and error bounds of each sample, float32 [m] each."""
         kept = self._cache.get(f"screened-{task.name}")
         if kept is not None:
             return kept
@@ -184,7 +184,7 @@ class Screening:
         return arrays
 
     def _changes(self, number: int, direction: str, wanted: np.ndarray) -> np.ndarray:
-        """What float32 normalisers of a pass change of scores and of errors: float64 [2, n]."""
+        """Compute how float32 normalisers of a pass change scores and errors: float64 [2, n]."""
         source = self._source
         changes = np.zeros((2, len(source)))
         mine = source.mine(self._tasks(number))
@@ -203,7 +203,7 @@ class Screening:
     def _exact(
         self, task: WorkUnit, direction: str, chosen: np.ndarray, usable: np.ndarray
     ) -> np.ndarray:
-        """The float32 normalisers of the chosen samples of a task in one direction: float32 [c]."""
+        """Compute float32 normalisers of a task's chosen samples in one direction: float32 [c]."""
         # Which samples are chosen follows from the rule, of which a cache of scores knows nothing.
         digest = hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()[:16]
         name = f"exact-{direction}-{task.name}-{digest}"

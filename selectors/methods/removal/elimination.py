@@ -32,7 +32,7 @@ _MANY_UNDECIDED = 2  # times the dimension: more samples are worth a split of th
 
 
 def remaining_samples(samples: int, target: int, steps: int) -> list[int]:
-    """How many samples are left after each step, the last number being `target`.
+    """Return how many samples are left after each step, the last number being `target`.
 
     Each step removes ceil((samples - target) / steps), and the last the rest. The released code
     asks for more samples than there are if (steps - 1) such removals are too many; here the last
@@ -73,11 +73,11 @@ class Samples:
         self.squared_norms = sum_arrays(source.ranks, norms)  # float32 [n]; 0: not usable
 
     def usable(self) -> np.ndarray:
-        """The positions of the usable samples: int64, ascending."""
+        """Return the positions of the usable samples: int64, ascending."""
         return np.flatnonzero(self.squared_norms > 0)
 
     def moment(self, positions: np.ndarray) -> Tensor:
-        """The exact sum of x x^T over usable samples: int64 [d, d], see `covariance`."""
+        """Sum x x^T over usable samples exactly: int64 [d, d], see `covariance`."""
         total: Tensor | None = None
         for _, features in self._pieces(positions):
             moment = second_moment(features)
@@ -88,14 +88,14 @@ class Samples:
         return check_sums(self._owner, self._source.ranks.sum(total))
 
     def map(self, positions: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-        """A number for each sample, float64 [m]: `function` takes float [k, d] and gives [k]."""
+        """Compute a number for each sample, float64 [m], by `function` from float [k, d] to [k]."""
         values = np.zeros(len(positions), dtype=np.float64)
         for at, features in self._pieces(positions):
             values[at] = function(features).double().cpu().numpy()
         return sum_arrays(self._source.ranks, values)
 
     def of_first_rank(self, values: Tensor) -> Tensor:
-        """The values of rank 0, on every rank: all must continue with the very same bounds."""
+        """Return rank 0's values on every rank: all must continue with the very same bounds."""
         return self._source.ranks.sum(values * (self._source.ranks.rank == 0))
 
     def _dim(self) -> int:
@@ -105,7 +105,7 @@ class Samples:
         return chunk.features[self._requires.features[0]].shape[1]
 
     def _pieces(self, positions: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-        """This rank's among `positions`, ascending: where they stand there, and their features."""
+        """Yield where this rank's samples stand in `positions`, ascending, and their features."""
         start, stop = np.searchsorted(positions, [self._first, self._last])
         size = self._source.chunk_samples
         for first in range(start, stop, size):
@@ -119,7 +119,7 @@ class Samples:
 
 
 def exact_quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
-    """x^T S x in float64, rounded to float32: equal for equal samples, wherever they are computed.
+    """Compute x^T S x in float64, rounded to float32: equal for equal samples, wherever computed.
 
     Args:
         features: float [n, d].
@@ -131,7 +131,7 @@ def exact_quadratic_form(features: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _upwards(bound: float) -> float:
-    """A float32 that is not below, and so equal to itself when it is kept in float32."""
+    """Round up to the next float32, which stays equal to itself when it is kept in float32."""
     return float(np.nextafter(np.float32(bound), np.float32(np.inf)))
 
 
@@ -183,7 +183,7 @@ class LazyForms:
         self.reaches = np.append(self.reaches, reach)
 
     def lowest(self, positions: np.ndarray, count: int) -> np.ndarray:
-        """The `count` lowest scores among samples: bool [m]. Of equal ones the larger uids.
+        """Find the `count` lowest scores among samples: bool [m]. Of equal ones the larger uids.
 
         Scores are x^T S x in float64, rounded to float32.
         """
@@ -217,7 +217,7 @@ class LazyForms:
         return self.matrix
 
     def _large_part(self, change: Tensor) -> tuple[Tensor, Tensor, float]:
-        """`large_part`, the same on all ranks."""
+        """Compute `large_part`, the same on all ranks."""
         if self._basis is None:
             dim = len(change)
             generator = torch.Generator().manual_seed(0)
@@ -269,7 +269,7 @@ class LazyForms:
         self.steps[positions] = len(self.centres) - 1
 
     def _undecided(self, positions: np.ndarray, count: int) -> np.ndarray:
-        """Those of the samples that may be among the `count` lowest.
+        """Find those of the samples that may be among the `count` lowest.
 
         First those that probably are get scored, which brings the cut down to about its place.
         """
@@ -281,7 +281,7 @@ class LazyForms:
         return low
 
     def _bounds(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the scores of this step lie: float64 [m], and how far they may be off there."""
+        """Return the centres of this step's scores, float64 [m], and how far they may be off."""
         squared_norms = self._samples.squared_norms[positions].astype(np.float64)
         steps = self.steps[positions]
         middle = self.scores[positions] + (self.centres[-1] - self.centres[steps]) * squared_norms

@@ -23,7 +23,7 @@ from siftclip.selectors.methods.removal.stepwise import Criterion, StepwiseRemov
 
 
 def removal_cost(features: Tensor, moment: Tensor, target: Tensor | None = None) -> Tensor:
-    """How much trace(T S^-1) grows when one sample is removed from S: float64 [n], above 0.
+    """Compute how much trace(T S^-1) grows when one sample is removed from S: float64 [n], above 0.
 
     By Sherman and Morrison x^T S^-1 T S^-1 x / (1 - x^T S^-1 x), with T = I for A-optimality.
 

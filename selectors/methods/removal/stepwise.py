@@ -21,7 +21,7 @@ class Criterion(Protocol):
     """Says which samples go. It lives as long as a run, which may begin at any step."""
 
     def lowest(self, step: int, left: np.ndarray, removed: np.ndarray, count: int) -> np.ndarray:
-        """Which `count` samples a step removes: bool [m].
+        """Choose the `count` samples that a step removes: bool [m].
 
         Args:
             step: from 0.
@@ -60,7 +60,7 @@ class StepwiseRemoval(Selector):
 
     @abstractmethod
     def criterion(self, source: Source, samples: Samples) -> Criterion:
-        """What decides in a run."""
+        """Build what decides in a run."""
 
     @torch.no_grad()
     def select(self, source: Source) -> Choice:
@@ -103,7 +103,7 @@ class StepwiseRemoval(Selector):
 
 
 def last_checkpoint(source: Source, cache: Cache, steps: range) -> tuple[int, np.ndarray | None]:
-    """The last of `steps` that all ranks find and the removals until then; (0, None) for none."""
+    """Find the last of `steps` that all ranks have, and its removals; (0, None) for none."""
     for step in reversed(steps):
         kept = cache.get(f"step-{step}")
         if all_ranks(source.ranks, kept is not None) and kept is not None:

@@ -135,7 +135,7 @@ class NormSimD(VasD):
         return self._criterion(source, samples, draw=self.drawn)
 
     def drawn(self, rows: np.ndarray, uids: np.ndarray, step: int) -> np.ndarray:
-        """Which samples the covariance of a step is taken from: bool [n], at least one.
+        """Choose the samples that the covariance of a step is taken from: bool [n], at least one.
 
         Args:
             rows: int64 [n].

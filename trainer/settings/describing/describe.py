@@ -97,7 +97,7 @@ class Option:
 # ---- all of them --------------------------------------------------------------------------------
 @functools.cache
 def all_options() -> dict[str, Option]:
-    """All options by their dotted names; what stands in several configurations is one option."""
+    """Return all options by dotted names; what stands in several configurations is one option."""
     options: dict[str, Option] = {}
     for kind in (CommonSettings, SelectOptions):
         users = tuple(name for name, command in COMMANDS.items() if kind in hints(command).values())
@@ -124,7 +124,7 @@ def all_options() -> dict[str, Option]:
 
 
 def takes_more(name: str) -> bool:
-    """Whether a mapping takes names that the configuration does not list: `+NAME.MORE=VALUE`."""
+    """Return whether a mapping takes names that the configuration lacks: `+NAME.MORE=VALUE`."""
     options = all_options()
     if "selector" in name.split("."):
         return True
@@ -167,7 +167,7 @@ def _walk(
 
 
 def _choices_of(kind: type, group: str) -> list[str]:
-    """The configurations that a group is chosen by, where there are several."""
+    """List the configurations that a group is chosen by, where there are several."""
     in_group = [stored for stored in STORED if stored.group == group]
     if len(in_group) < 2:
         return [""]
@@ -179,7 +179,7 @@ def _label(stored: Stored) -> str:
 
 
 def _chosen_by(name: str) -> str:
-    """What chooses a selector's node."""
+    """Return what chooses a selector's node."""
     return "selector=" if name == "selector" else f"selector@{name}="
 
 
@@ -199,7 +199,7 @@ def _united(known: Option | None, option: Option) -> Option:
 
 @functools.cache
 def meanings(kind: type) -> dict[str, str]:
-    """The texts below the fields of a group, those of its base classes included."""
+    """Return the texts below the fields of a group, those of its base classes included."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if base.__module__.startswith("siftclip."):
@@ -220,7 +220,7 @@ def _texts(kind: type) -> dict[str, str]:
 
 
 def configurations(group: str) -> list[str]:
-    """The names that a group can be chosen by: GROUP=NAME."""
+    """List the names that a group can be chosen by: GROUP=NAME."""
     folder = importlib.resources.files("siftclip.configs").joinpath(group)
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     names = {name.removesuffix(".yaml") for name in files if name.endswith(".yaml")}
@@ -245,7 +245,7 @@ def _default_text(value: Any, name: str) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Format a value as it is typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -256,7 +256,7 @@ def as_typed(value: Any) -> str:
 
 
 def _example(hint: Any, default: Any, name: str) -> str:
-    """A value that the option can have, another one than its default if that is easily said."""
+    """Return a possible value of the option, other than its default if that is easily said."""
     kinds = alternatives(hint)
     for kind in kinds:
         others = [choice for choice in get_args(kind.plain) if choice != default]

@@ -17,7 +17,7 @@ All options are also in docs/options.md. The groups are
 
 
 def explain(name: str) -> str | None:
-    """What there is to say of the options that a name, or a part of one, stands for.
+    """Explain the options that a name, or a part of one, stands for.
 
     None if it stands for nothing.
     """
@@ -32,7 +32,7 @@ def explain(name: str) -> str | None:
 
 
 def matching(name: str) -> list[Option]:
-    """The options that a name stands for: the one, those below it, or those that contain it."""
+    """Find the options that a name stands for: itself, those below it, or those that contain it."""
     options = all_options()
     if name in options:
         return [options[name]]
@@ -42,14 +42,14 @@ def matching(name: str) -> list[Option]:
 
 
 def nearest(name: str) -> list[str]:
-    """Names of options that may have been meant."""
+    """Find names of options that may have been meant."""
     options = all_options()
     parts = [part for key in options for part in key.split(".")]
     return get_close_matches(name, dict.fromkeys([*options, *parts]), n=3)
 
 
 def in_full(option: Option) -> str:
-    """All that there is to say of an option."""
+    """Explain an option in full."""
     commands = option.commands
     used = "all commands" if len(commands) == len(COMMANDS) else ", ".join(commands)
     lines = [
@@ -71,6 +71,6 @@ def _group_lines(name: str) -> list[str]:
 
 
 def overview() -> str:
-    """What `siftclip explain` prints without an option."""
+    """Return what `siftclip explain` prints without an option."""
     names = [name for name in groups() if name != "selector"]
     return USAGE + "\n".join(f"  {name}" for name in names)

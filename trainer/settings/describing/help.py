@@ -18,7 +18,7 @@ WIDTH = 100
 
 
 def option_line(name: str, value: Any = None) -> str:
-    """An option with what it means, as a line of a help text; the next ones continue it.
+    """Format an option and its meaning as a line of a help text; the next ones continue it.
 
     Args:
         name: of the option.
@@ -30,7 +30,7 @@ def option_line(name: str, value: Any = None) -> str:
 
 
 def choices_line(group: str) -> str:
-    """The configurations that a group can be chosen by, as a line of a help text."""
+    """Format the configurations that a group can be chosen by, as a line of a help text."""
     return _line(f"{group}=NAME", ", ".join(configurations(group)))
 
 

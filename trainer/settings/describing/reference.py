@@ -22,7 +22,7 @@ group. Options that a configuration does not list are set with a plus in front: 
 
 
 def reference() -> str:
-    """The text of docs/options.md."""
+    """Return the text of docs/options.md."""
     return "\n".join([HEADER, *_sections()])
 
 
@@ -39,7 +39,7 @@ def _sections() -> Iterator[str]:
 
 
 def _tables(options: list[Option]) -> Iterator[str]:
-    """A table for all options of a group, or one for each set of configurations that have them."""
+    """Yield a table for all options of a group, or one per set of configurations that have them."""
     for choices in dict.fromkeys(option.choices for option in options):
         of_choices = [option for option in options if option.choices == choices]
         kind = of_choices[0].kind

@@ -27,7 +27,7 @@ S = TypeVar("S", bound=Section)
 
 
 def read(kind: type[S], values: Mapping[str, Any], place: str = "") -> S:
-    """A group of options from plain values; what these do not name has its default.
+    """Read a group of options from plain values; what these do not name has its default.
 
     Raises:
         InputError: values are wrong, missing or unknown; all of them are told.
@@ -39,7 +39,7 @@ def read(kind: type[S], values: Mapping[str, Any], place: str = "") -> S:
 
 
 def read_kept(kind: type[S], values: Mapping[str, Any], place: str = "") -> S:
-    """The same of what an earlier version has written: names that are gone are passed over."""
+    """Read what an earlier version has written: names that are gone are passed over."""
     known = {name: value for name, value in values.items() if name in hints(kind)}
     return read(kind, known, place)
 
@@ -61,7 +61,7 @@ class Reader:
             raise InputError("\n  ".join([f"{len(texts)} options are wrong:", *texts]))
 
     def read(self, hint: Any, value: Any, option: str) -> Any:
-        """The value of an option as its annotation has it; None after a fault."""
+        """Read the value of an option as its annotation has it; None after a fault."""
         if isinstance(value, Unset):
             self._missing(hint, value, option)
             return None
@@ -89,7 +89,7 @@ class Reader:
         self.faults.append(Fault(option, reason))
 
     def _chosen(self, groups: list[Type], values: Mapping[str, Any], option: str) -> Any:
-        """The group that values are of: several tell themselves apart by their first option."""
+        """Find the group that values are of: several differ by their first option."""
         if len(groups) == 1:
             return groups[0].plain
         tag = next(iter(hints(groups[0].plain)))
@@ -134,12 +134,12 @@ class Reader:
 
 
 def listed(kind: type) -> set[str]:
-    """The options of a group that a configuration always has."""
+    """List the options of a group that a configuration always has."""
     return {name for name, hint in hints(kind).items() if mark_of(hint, Rare) is None}
 
 
 def _unset_within(value: Any) -> Iterator[Unset]:
-    """What has no value inside lists and mappings."""
+    """Yield what has no value inside lists and mappings."""
     if isinstance(value, Unset):
         yield value
     elif isinstance(value, list | Mapping):
@@ -148,7 +148,7 @@ def _unset_within(value: Any) -> Iterator[Unset]:
 
 
 def _with_tuples(hint: Any, value: Any) -> Any:
-    """Lists as the tuples that the annotation asks for."""
+    """Convert lists to the tuples that the annotation asks for."""
     for kind in alternatives(hint):
         if kind.origin is tuple and isinstance(value, list):
             element = get_args(kind.plain)[0]

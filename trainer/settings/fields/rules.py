@@ -58,7 +58,7 @@ class Type:
 
 @functools.cache
 def alternatives(hint: Any) -> tuple[Type, ...]:
-    """What an annotation allows; of `Annotated[int, Ge(1)] | None` two types."""
+    """Return what an annotation allows; of `Annotated[int, Ge(1)] | None` two types."""
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         return tuple(
@@ -71,13 +71,13 @@ def alternatives(hint: Any) -> tuple[Type, ...]:
 
 
 def mark_of(hint: Any, kind: type[Mark]) -> Mark | None:
-    """The mark of a kind that an annotation bears, if any."""
+    """Return the mark of a kind that an annotation bears, if any."""
     marks = [mark for alternative in alternatives(hint) for mark in alternative.marks]
     return next((mark for mark in marks if isinstance(mark, kind)), None)
 
 
 def hints(kind: type) -> Mapping[str, Any]:
-    """The annotations of a dataclass's fields, in their order."""
+    """Return the annotations of a dataclass's fields, in their order."""
     return _hints(kind)
 
 
@@ -88,7 +88,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def required(kind: type) -> frozenset[str]:
-    """The fields of a dataclass that have no default."""
+    """Return the fields of a dataclass that have no default."""
     return frozenset(
         field.name
         for field in fields(kind)
@@ -97,13 +97,13 @@ def required(kind: type) -> frozenset[str]:
 
 
 def joined(*parts: str) -> str:
-    """A dotted name, from the parts of it that are not empty."""
+    """Join the parts of a dotted name that are not empty."""
     return ".".join(part for part in parts if part)
 
 
 # ---- words --------------------------------------------------------------------------------------
 def words(hint: Any) -> str:
-    """What an annotation asks for: "an integer of at least 1, or null"."""
+    """Say what an annotation asks for: "an integer of at least 1, or null"."""
     marked = mark_of(hint, Words)
     kinds = alternatives(hint)
     parts = [_words_of(kind) for kind in kinds if kind.plain is not types.NoneType]
@@ -144,7 +144,7 @@ def _integer(marks: Sequence[Any]) -> str:
 
 
 def _span(marks: Sequence[Any]) -> str:
-    """The range that marks allow a number: "above 0", "in the range [0, 1)"."""
+    """Say the range that marks allow a number: "above 0", "in the range [0, 1)"."""
     low = high = ""
     for mark in marks:
         if isinstance(mark, Ge | Gt):
@@ -158,12 +158,12 @@ def _span(marks: Sequence[Any]) -> str:
 
 # ---- values -------------------------------------------------------------------------------------
 def is_finite(value: object) -> bool:
-    """Whether a value is a finite number, and no truth value."""
+    """Return whether a value is a finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_of(kind: Type, value: object) -> bool:
-    """Whether a value is of a type, whatever its range; a list may hold anything."""
+    """Return whether a value is of a type, whatever its range; a list may hold anything."""
     if kind.plain is Any:
         return True
     if kind.origin is Literal:
@@ -203,7 +203,7 @@ def _holds(mark: Any, value: Any) -> bool:
 
 
 def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:
-    """What is wrong with a value, which holds groups of options as objects."""
+    """Yield what is wrong with a value, which holds groups of options as objects."""
     fitting = [kind for kind in alternatives(hint) if _is_of(kind, value)]
     if not fitting:
         yield Fault(option, _refusal(hint, value, option))
@@ -249,12 +249,12 @@ def _refusal(hint: Any, value: Any, option: str, element: Any = None) -> str:
 
 
 def near(name: str, known: Sequence[str]) -> str | None:
-    """The name that was meant, if one is near."""
+    """Return the name that was meant, if one is near."""
     return next(iter(get_close_matches(name, known, n=1)), None)
 
 
 def unknown(name: str, parent: str, known: Sequence[str]) -> Fault:
-    """The fault of a name that is none of those that a group has."""
+    """Return the fault of a name that is none of those that a group has."""
     close = near(name, known)
     hint = "" if close is None else f" Did you mean {joined(parent, close)}?"
     listed = f" {parent or 'The configuration'} has {', '.join(known)}." if close is None else ""

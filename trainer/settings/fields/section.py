@@ -60,12 +60,12 @@ class Recorded:
     __slots__ = ()
 
     def record(self) -> dict[str, Any]:
-        """What the configuration had."""
+        """Return what the configuration had."""
         raise NotImplementedError
 
 
 def to_plain(value: Any) -> Any:
-    """The value as dicts, lists and scalars, as the configuration had it; for stored records."""
+    """Convert to dicts, lists and scalars, as the configuration had it; for stored records."""
     if isinstance(value, Recorded):
         return value.record()
     if is_dataclass(value) and not isinstance(value, type):
