@@ -48,8 +48,6 @@ REFUSED: Mapping[str, tuple[list[str], str]] = {
     "data bench": (["bench.samples=0"], "bench.samples must be"),
     "demo": (["demo.pool_samples=0"], "pool_samples must be"),
 }
-# What a command imports though it refuses the options: data bench has Lightning's callbacks.
-ALLOWED: Mapping[str, tuple[str, ...]] = {"data bench": LARGE}
 
 
 class Case(NamedTuple):
@@ -110,12 +108,7 @@ def test_checks_and_pools_need_torch_alone(
 ) -> None:
     assert set(REFUSED) == set(COMMANDS)
     cases = [
-        Case(
-            [*command.split(), "progress=false", *words],
-            [name for name in LARGE if name not in ALLOWED.get(command, ())],
-            2,
-            says,
-        )
+        Case([*command.split(), "progress=false", *words], LARGE, 2, says)
         for command, (words, says) in REFUSED.items()
     ]
     modules = [

@@ -49,6 +49,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]
 
     def run(*overrides: str) -> None:
         namespace: dict[str, Any] = {"__name__": "__main__"}
+        monkeypatch.setitem(sys.modules, "siftclip.trainer.runtime.run_dir", sys)  # until the end
         exec(STAGE, namespace)  # noqa: S102 - the text above
         launcher = ["hydra/launcher=submitit_local", f"output_dir={tmp_path}"]
         arguments = ["siftclip", "select", "--multirun", *launcher, *overrides]

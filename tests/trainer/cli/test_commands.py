@@ -105,8 +105,8 @@ def test_eval_of_a_run_a_checkpoint_and_a_folder_agree(
 
 
 @pytest.mark.slow
-def test_eval_refuses_random_weights(base: list[str], new_cli: Cli, demo_data: DemoData) -> None:
-    result = new_cli("eval", *base[1:], f"eval.root={demo_data.tasks}", "model.name=ViT-B-32")
+def test_eval_refuses_random_weights(base: list[str], cli: Cli, demo_data: DemoData) -> None:
+    result = cli("eval", *base[1:], f"eval.root={demo_data.tasks}", "model.name=ViT-B-32")
     assert result.returncode == 2
     assert "No weights given: " in result.stderr
 

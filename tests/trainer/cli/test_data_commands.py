@@ -108,8 +108,8 @@ def test_index_tells_what_is_left_out(
     assert "left out   1 samples\n           1 cut off with the end of their tar" in text
 
 
-def test_index_from_the_command_line(new_cli: Cli, demo_data: DemoData, tmp_path: Path) -> None:
-    result = new_cli("index", f"pool.root={demo_data.pool}", f"pool.cache_dir={tmp_path / 'cache'}")
+def test_index_from_the_command_line(cli: Cli, demo_data: DemoData, tmp_path: Path) -> None:
+    result = cli("index", f"pool.root={demo_data.pool}", f"pool.cache_dir={tmp_path / 'cache'}")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "samples    240" in result.stdout
     assert "index:" in result.stderr  # the bar
@@ -118,10 +118,10 @@ def test_index_from_the_command_line(new_cli: Cli, demo_data: DemoData, tmp_path
 
 # ---- data compact -------------------------------------------------------------------------------
 def test_compact_from_the_command_line_and_again(
-    base: list[str], new_cli: Cli, compose: Compose, tmp_path: Path
+    base: list[str], cli: Cli, compose: Compose, tmp_path: Path
 ) -> None:
     options = [*base, "compact.output=copy", "compact.shard_samples=50"]
-    result = new_cli("data", "compact", *options)
+    result = cli("data", "compact", *options)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "copied     72 samples, 0.00 GB in 2 tars" in result.stdout
     assert re.search(r"took       \d+\.\d s, \d+ MB/s", result.stdout)
