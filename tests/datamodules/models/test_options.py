@@ -11,13 +11,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from model_outputs import CAPTIONS, VOCABULARY, outputs
 
 from siftclip.datamodules.models.load import ClipModel, load_clip_model, save_model_folder
 from siftclip.datamodules.models.options import OPTIONS
 from siftclip.errors import InputError
 
-VOCABULARY = 99  # of the models; the tokenizer knows more, see `outputs`
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 8, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 1}
 CLIP = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -36,7 +35,6 @@ COCA = {
     "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
 }
 RESNET = {**CLIP, "vision_cfg": {**VISION, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}}
-CAPTIONS = ["a red seven", "two blue ones on a ground of stripes and dots"]
 
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (CLIP, {}),
@@ -76,17 +74,6 @@ def built(architecture: str, options: str) -> ClipModel:
 def build(architecture: dict[str, Any], options: dict[str, Any]) -> ClipModel:
     """A model whose weights differ from the initial ones everywhere; not to be changed."""
     return built(json.dumps(architecture), json.dumps(options))
-
-
-@torch.no_grad()
-def outputs(model: Any, transform: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """Features of an image that is not square and of two captions, and scale and bias."""
-    model.eval()
-    noise = torch.randint(0, 256, (60, 90, 3), generator=torch.Generator().manual_seed(0))
-    image = transform(Image.fromarray(noise.to(torch.uint8).numpy()))[None]
-    tokens = tokenizer(CAPTIONS) % VOCABULARY
-    found = [model.encode_image(image), model.encode_text(tokens), model.logit_scale]
-    return found if model.logit_bias is None else [*found, model.logit_bias]
 
 
 def assert_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:

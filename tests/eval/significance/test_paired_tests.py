@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from outcomes_of_models import make_units, share
 from scipy.stats import binom, binomtest, norm
 from sklearn.metrics import f1_score
 
@@ -23,14 +24,6 @@ from siftclip.eval.significance.paired_tests import (
     swapped_differences,
 )
 from siftclip.eval.significance.resampling import interval
-
-
-def make_units(n: int, start: int = 0) -> np.ndarray:
-    return np.arange(start, start + n, dtype=np.uint64)
-
-
-def share(hits: np.ndarray) -> Outcomes:
-    return Outcomes(statistic="mean", arrays={"value": hits.astype(np.float32)})
 
 
 def models(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from outcomes_of_models import make_units, share
 from scipy.stats import binom, binomtest, chisquare, poisson
 
 from siftclip.eval.metrics.outcomes import Outcomes
@@ -19,14 +20,6 @@ from siftclip.eval.significance.resampling import (
     task_interval,
     wilson_interval,
 )
-
-
-def make_units(n: int, start: int = 0) -> np.ndarray:
-    return np.arange(start, start + n, dtype=np.uint64)
-
-
-def share(hits: np.ndarray) -> Outcomes:
-    return Outcomes(statistic="mean", arrays={"value": hits.astype(np.float32)})
 
 
 def test_table_has_mean_and_variance_one() -> None:

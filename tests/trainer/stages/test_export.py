@@ -23,8 +23,8 @@ import open_clip
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from model_outputs import VOCABULARY, outputs
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 
 from siftclip.datamodules.models.load import ClipModel, load_clip_model, save_model_folder
 from siftclip.errors import InputError
@@ -38,7 +38,6 @@ Compose = Callable[..., DictConfig]
 Export = Callable[..., Any]
 MakeRun = Callable[..., Path]
 
-VOCABULARY = 99  # of the models; the tokenizer knows more, see `outputs`
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 8, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 1}
 CLIP: dict[str, Any] = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -61,18 +60,6 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mean": (CLIP, {"image_mean": [0.5, 0.5, 0.5]}),
 }
 STEPS = 6
-CAPTIONS = ["a red seven", "two blue ones on a ground of stripes and dots"]
-
-
-@torch.no_grad()
-def outputs(model: Any, transform: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """Features of an image and of two captions, and scale and bias."""
-    model.eval()
-    noise = torch.randint(0, 256, (60, 90, 3), generator=torch.Generator().manual_seed(0))
-    image = transform(Image.fromarray(noise.to(torch.uint8).numpy()))[None]
-    tokens = tokenizer(CAPTIONS) % VOCABULARY
-    found = [model.encode_image(image), model.encode_text(tokens), model.logit_scale]
-    return found if model.logit_bias is None else [*found, model.logit_bias]
 
 
 def of(clip: ClipModel) -> list[torch.Tensor]:
