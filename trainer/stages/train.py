@@ -25,6 +25,7 @@ from siftclip.locks import locked
 from siftclip.ranks import Ranks, of_first_rank
 from siftclip.trainer.builders.models import activations_of_weights, model_files, models_of
 from siftclip.trainer.builders.objective import LossData, open_loss_data
+from siftclip.trainer.builders.online_identity import online_identity
 from siftclip.trainer.builders.online_options import check_online, schedule_from
 from siftclip.trainer.builders.selection import SelectOutcome, select_stage
 from siftclip.trainer.optim.schedules import check_schedule
@@ -81,8 +82,6 @@ def run_identity(
     settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
 ) -> dict[str, Any]:
     """Return all that the trained weights depend on; devices and workers do not belong to it."""
-    from siftclip.trainer.builders.online_identity import online_identity
-
     return kept_identity(
         "run",
         {
