@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import select
+import signal
 import sys
 
 import siftclip
@@ -61,7 +64,25 @@ def usage(group: str = "") -> str:
 
 def main() -> None:
     """Run the console script."""
-    arguments = sys.argv[1:]
+    try:
+        _run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise
+        # The reader has enough, such as `| head`. What is left goes nowhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Tell whether this is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in HELP:
         print(usage())
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from siftclip.datamodules.selection.selection import read_selection, read_subset
 from siftclip.errors import InputError
 from siftclip.files import read_jsonl
 from siftclip.trainer.builders.selection import score_stage, select_stage
-from siftclip.trainer.cli.main import COMMANDS
+from siftclip.trainer.cli.main import COMMANDS, main
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.stages.selection_summary import clip_score_overlap, describe_selection
 from siftclip.trainer.stages.train import train_stage
@@ -30,6 +32,26 @@ def test_no_command_prints_the_commands(cli: Cli) -> None:
     assert result.returncode == 0
     for command in ("embed", "score", "select", "train", "eval", "compare", "demo"):
         assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--cfg", "job"]])
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(words: list[str]) -> None:
+    """`siftclip ... | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "siftclip.trainer.cli", *words]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise BrokenPipeError("a loader's")
+
+    monkeypatch.setattr("siftclip.trainer.cli.main._run", fail)
+    with pytest.raises(BrokenPipeError, match="a loader's"):
+        main()
 
 
 def test_misspelt_command_is_guessed(cli: Cli) -> None:
