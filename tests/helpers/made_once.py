@@ -30,10 +30,12 @@ def compositions_once(patch: pytest.MonkeyPatch) -> None:
 
     That is four fifths of a composition, which takes a tenth of a second. The values that a test
     sets are put in each time, by Hydra itself. Folders of configurations that a test writes are
-    read each time, too.
+    read each time, too. A command composes once, not twice: Hydra looks for `hydra.mode` first,
+    which no configuration of ours sets.
     """
     from hydra._internal import config_loader_impl
     from hydra._internal.defaults_list import DefaultsList, Overrides
+    from hydra._internal.hydra import Hydra
 
     listed: dict[Any, DefaultsList] = {}
     merged: dict[int, Any] = {}  # by the identity of a list of defaults, which `listed` keeps
@@ -67,6 +69,13 @@ def compositions_once(patch: pytest.MonkeyPatch) -> None:
             merged[id(defaults)] = merge_files(self, defaults=defaults, repo=repo)
         return copy.deepcopy(merged[id(defaults)])
 
+    get_mode = Hydra.get_mode
+
+    def mode_if_set(self: Any, config_name: str | None, overrides: list[str]) -> Any:
+        is_set = any("hydra.mode" in override for override in overrides)
+        return get_mode(self, config_name, overrides) if is_set else None
+
+    patch.setattr(Hydra, "get_mode", mode_if_set)
     patch.setattr(config_loader_impl, "create_defaults_list", list_once)
     patch.setattr(
         config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once

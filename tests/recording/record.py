@@ -26,7 +26,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -326,8 +326,7 @@ def record(before: Path, to: Path) -> None:
         found["continued"] = continued(commands)
         shutil.rmtree(folder / "outputs")
         found["selectors"] = selected(commands)
-        found["runs"] = {name: trained(commands, words) for name, words in RUNS.items()}
-        found["runs"]["fsdp"] = trained(commands, FSDP, ranks=2)
+        found["runs"] = trained(commands, RUNS) | trained(commands, {"fsdp": FSDP}, ranks=2)
         commands.run("eval", *EVAL)
         (results,) = folder.glob("outputs/eval/*/*.jsonl")
         found["eval"] = [_without_time(entry) for entry in _read_jsonl(results)]
@@ -367,8 +366,7 @@ def reuse(commands: Commands) -> dict[str, list[str]]:
     asked |= {"embed": ["embed", *EMBED], "target": ["target", *TARGET]}
     asked["train"] = ["train", *FINISHED]
     found = {}
-    for name, words in asked.items():
-        output, errors = commands.run(*words)
+    for name, (output, errors) in zip(asked, commands.run_all([*asked.values()]), strict=True):
         lines = [line for line in (output + errors).splitlines() if _REUSE.match(line)]
         found[name] = [_TIME.sub("TIME", line) for line in lines]
     return found
@@ -413,15 +411,19 @@ def _digest(*arrays: np.ndarray) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
-def trained(commands: Commands, words: list[str], ranks: int | None = None) -> dict[str, Any]:
-    """The log of a run, and its folder."""
-    shutil.rmtree(commands.folder / "outputs" / "train", ignore_errors=True)
-    commands.run("train", *TRAIN, *words, ranks=ranks)
-    (run,) = (commands.folder / "outputs" / "train").iterdir()
+def trained(
+    commands: Commands, runs: Mapping[str, Sequence[str]], ranks: int | None = None
+) -> dict[str, Any]:
+    """The logs of runs, and their folders."""
+    words = [["train", *TRAIN, *own, f"output_dir=trained/{name}"] for name, own in runs.items()]
+    commands.run_all(words, ranks)
+    return {name: _run(commands.folder / "trained" / name / "train") for name in runs}
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    (run,) = folder.iterdir()
     results = run / "eval_results.jsonl"
-    evaluated = (
-        [_without_time(entry) for entry in _read_jsonl(results)] if results.is_file() else []
-    )
+    evaluated = _read_jsonl(results) if results.is_file() else []
     files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
     return {
         "folder": run.name,
