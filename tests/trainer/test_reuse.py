@@ -102,7 +102,8 @@ def test_a_file_of_scores_counts_by_its_content(
 def test_a_finished_run_is_reused_in_a_line_and_can_begin_anew(
     base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = train_stage(compose("train", base))
+    run = train_stage(compose("train", [*base, "reuse=false"]))
+    assert not [*run.path.parent.glob("*.replaced-*")]  # there was no run before it
     before = (run.path / "summary.json").stat().st_mtime_ns
     again = train_stage(compose("train", base))
     assert again.path == run.path
