@@ -19,11 +19,13 @@ import numpy as np
 
 from siftclip.datamodules.streaming.copies import CutPass, count_copies
 from siftclip.errors import InputError, ParameterError, require_int
+from siftclip.hashing import mix64
 
 # How often a pass goes through the tars, at most, to keep repetitions of a sample apart.
 MAX_ROUNDS = 8
 _PURPOSE_ORDER = 1
 _PURPOSE_SUBSTITUTE = 2
+_INCREMENT = 0x9E3779B97F4A7C15  # of the state of SplitMix64
 _NONE = np.empty(0, dtype=np.int64)
 
 
@@ -40,11 +42,7 @@ def derive_seeds(positions: np.ndarray, *words: int) -> np.ndarray:
     comes from the words: a generator of its own for every sample would cost more than its read.
     """
     start = derive_generator(*words).integers(2**63, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64
-        state = start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    return mix64(start + positions.astype(np.uint64) * np.uint64(_INCREMENT))
 
 
 def shuffle(
