@@ -225,7 +225,7 @@ def test_errors_name_the_class_and_the_parameter(
     errors: list[tuple[type, str, ParameterError]] = []
     for cls, given in built:
         for name in parameters_of(cls):
-            for wrong in (-1, 2.5, "wrong", True):
+            for wrong in (-1, 0, 1, 2.5, "wrong", True):
                 try:
                     cls(**{**given, name: wrong})
                 except ParameterError as error:

@@ -169,6 +169,17 @@ def test_super_batches_hold_no_copy_in_a_realistic_plan() -> None:
     assert [count_copies(draw) for draw in draws] == [0] * 100
 
 
+@pytest.mark.parametrize(
+    ("starts", "has_room", "is_distinct"),
+    [([0, 6, 12], True, True), ([0, 4, 10], True, False), ([0, 4, 12], False, False)],
+)
+def test_the_largest_draw_needs_room(starts: list[int], has_room: bool, is_distinct: bool) -> None:
+    rows = np.repeat(np.arange(6), 2)
+    order = SampleOrder(rows=rows, seed=0, global_batch=4, starts=np.array(starts))
+    assert order.largest_draw == max(np.diff(starts))
+    assert (order.has_room, order.is_distinct) == (has_room, is_distinct)
+
+
 def test_copies_that_cannot_be_kept_apart_are_counted() -> None:
     few = SampleOrder(rows=np.arange(10), seed=0, global_batch=16)
     assert not few.has_room
