@@ -16,7 +16,7 @@ from siftclip.errors import ParameterError, name_of, parameters_of
 from siftclip.selectors.core.base import ScoreSelector, Selector
 from siftclip.selectors.core.checks import CHECKS, SelectorFactory, check_selector
 from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
-from siftclip.selectors.core.rules import DataCompFraction
+from siftclip.selectors.core.rules import DataCompFraction, TopCount
 from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
 from siftclip.selectors.core.source import FeatureFile
 from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans
@@ -159,6 +159,11 @@ BUILT_IN: dict[str, SelectorFactory] = {
 # Biases at which the sums over negatives are about 1, so that float32 rounding stays below 1e-5.
 L14 = ModelFeatures(name="l14", logit_scale=10.0, logit_bias=-6.0)
 B32 = ModelFeatures(name="b32", logit_scale=7.0, logit_bias=-5.0)
+# What selectors are given, that none of the above is given when it is built.
+PARTS: list[Callable[[], object]] = [
+    lambda: ModelFeatures(name="l14", logit_scale=10.0, logit_bias=-6.0),
+    lambda: TopCount(3),
+]
 IN_TRAINING = ("infobatch",)  # what it reads, no pool has before
 OF_FILES = ("entity", "metaclip")  # which are opened when they are built
 
@@ -221,14 +226,14 @@ def test_errors_name_the_class_and_the_parameter(
         for cls in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(cls) and cls.__module__ == module.name and "__init__" in vars(cls):
                 monkeypatch.setattr(cls, "__init__", spied(vars(cls)["__init__"]))
-    for make in factories.values():
+    for make in [*factories.values(), *PARTS]:
         make()
     monkeypatch.undo()
 
     errors: list[tuple[type, str, ParameterError]] = []
     for cls, given in built:
         for name in parameters_of(cls):
-            for wrong in (-1, 0, 1, 2.5, "wrong", True):
+            for wrong in (-1, 0, 1, 2.5, "wrong", "auto", True, ["wrong"]):
                 try:
                     cls(**{**given, name: wrong})
                 except ParameterError as error:

@@ -98,7 +98,9 @@ def test_wrong_numbers_of_clusters(options: dict[str, object], message: str) -> 
 
 
 def test_a_sample_has_as_many_as_clusters() -> None:
-    with pytest.raises(InputError, match="sample must be at least the number of clusters, 30 of"):
+    with pytest.raises(
+        InputError, match=r"^KMeans: sample must be at least the number of clusters, 30 of"
+    ):
         semdedup(clusters="auto", samples_per_cluster=10, sample=20).select(pool())
 
 

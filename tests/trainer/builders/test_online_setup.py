@@ -18,6 +18,7 @@ EVERY_STEP = [
     "online.selector.fraction=0.5",
 ]
 MICRO = [*EVERY_STEP, "trainer.micro_batch_size=4"]
+AGAIN = ["selector=random", "online=every_n_steps", "online.selector.fraction=0.5"]
 AVERAGE = ["online.weights=ema", "optim.ema_decay=0.9"]
 SCORER = [
     *("online.selector.learner.name=scorer", "online.scorer.name=tiny"),
@@ -67,3 +68,9 @@ def test_scoring_is_the_first_pass_of_micro_batches_where_it_is_the_same(
     assert online.in_loop is not None
     assert online.in_loop.reuses_forward is expected
     assert online.cost.reuses_forward is expected
+
+
+def test_the_window_of_reselection_is_a_share_of_the_steps(build: Build) -> None:
+    online = build([*AGAIN, "scale.samples_seen=320", "online.start=0.25", "online.stop=0.7"])
+    assert online.reselection is not None
+    assert online.reselection.window == (5, 14)  # of 20
