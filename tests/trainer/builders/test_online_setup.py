@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from siftclip.errors import InputError
 from siftclip.trainer.builders import assembly
 from siftclip.trainer.online.controller import Online
 from siftclip.trainer.stages.train import train_stage
@@ -74,3 +75,10 @@ def test_the_window_of_reselection_is_a_share_of_the_steps(build: Build) -> None
     online = build([*AGAIN, "scale.samples_seen=320", "online.start=0.25", "online.stop=0.7"])
     assert online.reselection is not None
     assert online.reselection.window == (5, 14)  # of 20
+
+
+def test_a_filter_ratio_filters_or_is_0(build: Build) -> None:
+    plain = build([*EVERY_STEP, "online.schedule.filter_ratio=0"])
+    assert not plain.plan.selects.any()
+    with pytest.raises(InputError, match=r"filter_ratio=0\.01 is so small that a super-batch"):
+        build([*EVERY_STEP, "online.schedule.filter_ratio=0.01"])
