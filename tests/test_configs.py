@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
 import re
 import shlex
@@ -66,6 +68,13 @@ POSITIONAL = {
 WITHOUT_POOL = (
     *("eval", "eval watch", "eval diff", "eval download", "demo", "export", "target"),
 )  # these do without pool.root
+
+# Numbers that files of selectors set otherwise than the classes do by themselves.
+OTHER_DEFAULTS = {
+    ("KMeans", "spherical"),  # DataComp's image-based filter
+    ("NormSim", "p"),  # several papers
+    ("SoftmaxSampling", "temperature"),  # of cosines
+}
 
 # How many there were when this was written: a test that finds none would pass.
 AT_LEAST = {"experiment": 4, "model": 4, "scale": 3, "selector": 4}
@@ -256,6 +265,40 @@ def test_selectors_build(option: str) -> None:
     assert isinstance(built.selector, Selector)
     assert built.name == (VALUES["selector.plugin"] if option == "plugin" else option)
     assert "_target_" in built.parameters  # what identifies the scores
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Of all parameters of a class that have one, also of those that its base classes take."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+    signatures = [inspect.signature(constructor) for constructor in reversed(constructors)]
+    found = {name: one.default for each in signatures for name, one in each.parameters.items()}
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
+
+
+def nodes_of(value: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of plain values that name a class, at any depth."""
+    if isinstance(value, dict) and "_target_" in value:
+        yield value
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, (dict, list)):
+            yield from nodes_of(child)
+
+
+def test_options_of_selectors_are_the_defaults_of_their_classes() -> None:
+    compared = 0
+    for option in GROUPS["selector"]:
+        config = OmegaConf.load(CONFIGS / "selector" / f"{option}.yaml")
+        for node in nodes_of(OmegaConf.to_container(config, resolve=False)):
+            module, _, name = node["_target_"].rpartition(".")
+            target = getattr(importlib.import_module(module), name)
+            defaults = defaults_of(target) if isinstance(target, type) else {}  # of no function
+            for key, value in node.items():
+                default = defaults.get(key)
+                is_set = isinstance(value, (bool, int, float)) or default == value
+                if is_set and default is not None and (name, key) not in OTHER_DEFAULTS:
+                    assert value == default, f"selector/{option}.yaml: {name}.{key}"
+                    compared += 1
+    assert compared > 90
 
 
 @pytest.mark.parametrize("option", ["rn_tiny", "vit_tiny"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 import siftclip.selectors
+from siftclip.errors import ParameterError, name_of, parameters_of
 from siftclip.selectors.core.base import ScoreSelector, Selector
 from siftclip.selectors.core.checks import CHECKS, SelectorFactory, check_selector
 from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
-from siftclip.selectors.core.rules import DataCompFraction
+from siftclip.selectors.core.rules import DataCompFraction, TopCount
 from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
 from siftclip.selectors.core.source import FeatureFile
 from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans
@@ -157,6 +159,11 @@ BUILT_IN: dict[str, SelectorFactory] = {
 # Biases at which the sums over negatives are about 1, so that float32 rounding stays below 1e-5.
 L14 = ModelFeatures(name="l14", logit_scale=10.0, logit_bias=-6.0)
 B32 = ModelFeatures(name="b32", logit_scale=7.0, logit_bias=-5.0)
+# What selectors are given, that none of the above is given when it is built.
+PARTS: list[Callable[[], object]] = [
+    lambda: ModelFeatures(name="l14", logit_scale=10.0, logit_bias=-6.0),
+    lambda: TopCount(3),
+]
 IN_TRAINING = ("infobatch",)  # what it reads, no pool has before
 OF_FILES = ("entity", "metaclip")  # which are opened when they are built
 
@@ -194,6 +201,52 @@ def test_every_selector_class_is_checked(factories: dict[str, SelectorFactory]) 
     bases = concrete(Selector) - {ScoreSelector}
     ours = {cls for cls in bases if cls.__module__.startswith("siftclip.selectors.")}
     assert ours == {type(make()) for make in factories.values()}
+
+
+def test_errors_name_the_class_and_the_parameter(
+    factories: dict[str, SelectorFactory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of selectors, and of the rules and clusterings that are given to them."""
+    built: list[tuple[type, dict[str, Any]]] = []
+
+    def spied(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def record(self: Any, *positional: Any, **named: Any) -> None:
+            if type(self).__init__ is record:  # not called by that of a subclass
+                names = parameters_of(type(self))
+                given = dict(zip(names, positional, strict=False)) | named
+                built.append((type(self), given))
+                if "fraction" in given:  # something else may say how many
+                    built.append((type(self), given | {"fraction": None}))
+            init(self, *positional, **named)
+
+        return record
+
+    for module in pkgutil.walk_packages(siftclip.selectors.__path__, "siftclip.selectors."):
+        for cls in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(cls) and cls.__module__ == module.name and "__init__" in vars(cls):
+                monkeypatch.setattr(cls, "__init__", spied(vars(cls)["__init__"]))
+    for make in [*factories.values(), *PARTS]:
+        make()
+    monkeypatch.undo()
+
+    errors: list[tuple[type, str, ParameterError]] = []
+    for cls, given in built:
+        for name in parameters_of(cls):
+            for wrong in (-1, 0, 1, 2.5, "wrong", "auto", True, ["wrong"]):
+                try:
+                    cls(**{**given, name: wrong})
+                except ParameterError as error:
+                    errors.append((cls, name, error))
+                except TypeError:
+                    assert name in ("selectors", "stages", "weights")  # which are no lists
+    assert len({(cls, name) for cls, name, _ in errors}) > 150
+    for cls, name, error in errors:
+        owner = name_of(error.owner)
+        is_of_part = (owner, name) == ("ExternalColumn", "column")  # which selectors build
+        assert owner == cls.__name__ or is_of_part, f"{cls.__name__}, {name}: {error}"
+        told = (error.parameter or name).split(".")[0]  # None: several do not go together
+        assert told in parameters_of(cls), f"{cls.__name__}, {name}: {error}"
 
 
 def test_check_selector_runs_all_checks() -> None:

@@ -25,7 +25,7 @@ TARGET = FeatureFile(path="target.npz")
 CONFIGS = Path(__file__).parents[2] / "configs" / "selector"
 
 
-def pool(samples: int = 300, *, duplicates: int = 100) -> MemorySource:
+def pool(samples: int = 300, *, duplicates: int = 100, **options: int) -> MemorySource:
     """Unit features, of which the last ones repeat the first."""
     generator = np.random.default_rng(samples)
     arrays = {}
@@ -40,7 +40,7 @@ def pool(samples: int = 300, *, duplicates: int = 100) -> MemorySource:
         features=arrays,
         captions=[f"a photo of thing{i % 40}" for i in range(samples)],
     )
-    return MemorySource(chunk, files={TARGET: arrays["l14_txt"][:7]})
+    return MemorySource(chunk, files={TARGET: arrays["l14_txt"][:7]}, **options)
 
 
 def semdedup(**clusters: object) -> SemDeDup:
@@ -98,7 +98,9 @@ def test_wrong_numbers_of_clusters(options: dict[str, object], message: str) -> 
 
 
 def test_a_sample_has_as_many_as_clusters() -> None:
-    with pytest.raises(InputError, match="sample must be at least the number of clusters, 30 of"):
+    with pytest.raises(
+        InputError, match=r"^KMeans: sample must be at least the number of clusters, 30 of"
+    ):
         semdedup(clusters="auto", samples_per_cluster=10, sample=20).select(pool())
 
 
@@ -157,6 +159,7 @@ def test_sizes_within_the_pool_are_not(caplog: pytest.LogCaptureFixture) -> None
     run(NearestRank(key="l14_img", target=TARGET, neighbours=9, threshold=-8), pool())
     run(NegCLIPLoss(features="l14", fraction=0.3, batch_size=100), pool())
     run(NegCLIPLoss(features="l14", fraction=0.3, passes=1), pool())
+    run(NegCLIPLoss(features="l14", fraction=0.3, batch_size=150), pool(part_samples=200))
     assert not caplog.text
 
 

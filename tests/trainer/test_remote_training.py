@@ -81,6 +81,7 @@ def test_waiting_and_bad_samples_are_logged(base: list[str], compose: Compose) -
         ("data.prefetch_batches=0", r"data.prefetch_batches must be an integer"),
         ("pool.shard_cache_gb=-1", r"pool.shard_cache_gb must be at least 0"),
         ("pool.shard_cache_gb=1", r"pool.shard_cache_gb is for pools behind a URL"),
+        ("+pool.storage_options.anon=true", r"pool.storage_options is for pools behind a URL"),
         ("pool.index_workers=many", r"pool.index_workers must be an integer of at least 1"),
     ],
 )

@@ -75,6 +75,21 @@ def test_scores_of_an_earlier_version_are_told_and_not_taken(
     assert "reused the scores" not in caplog.text
 
 
+def test_a_selection_of_an_earlier_version_is_told_and_not_taken(
+    base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = compose("select", [*base, "selector=random", "selector.fraction=0.5"])
+    select_stage(config)
+    (path,) = (tmp_path / "outputs" / "selections").glob("random-*/selection.json")
+    manifest = read_json(path)
+    old = {key: value for key, value in manifest["identity"].items() if key != "code"}
+    write_json(path, {**manifest, "identity": old})
+    path.parent.rename(path.parent.with_name("random-0123456789ab"))
+    select_stage(config)
+    assert re.search(rf"not reused: the selection of {TIME} \(", caplog.text)
+    assert "reused the selection" not in caplog.text
+
+
 def test_a_file_of_scores_counts_by_its_content(
     base: list[str], compose: Compose, tmp_path: Path
 ) -> None:
@@ -102,7 +117,8 @@ def test_a_file_of_scores_counts_by_its_content(
 def test_a_finished_run_is_reused_in_a_line_and_can_begin_anew(
     base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = train_stage(compose("train", base))
+    run = train_stage(compose("train", [*base, "reuse=false"]))
+    assert not [*run.path.parent.glob("*.replaced-*")]  # there was no run before it
     before = (run.path / "summary.json").stat().st_mtime_ns
     again = train_stage(compose("train", base))
     assert again.path == run.path

@@ -192,7 +192,7 @@ class Reselection:
     pool_fraction: float  # of version 0's samples, that are embedded and selected from
     live_keys: tuple[str, ...]  # arrays of the learner that the selector reads
     aliases: Mapping[str, str]
-    embed: Embed | None
+    embed: Embed | None  # the samples with the learner; None: the selector reads none of it
     logits: Callable[[], Mapping[str, Logits]]
     weights: np.ndarray | None  # float32 by the pool's rows, of version 0
     seed: int
@@ -275,8 +275,9 @@ class Reselection:
         begin = time.perf_counter()
         folder = self.folder / f"v{number:04d}"
         candidates = self._candidate_rows(number)
-        features = folder / "features" if self.live_keys and self.embed is not None else None
-        if features is not None and self.embed is not None:
+        features = None
+        if self.embed is not None:
+            features = folder / "features"
             self.embed(candidates, features, self.ranks, self.source.device)
             self.embedding_seconds += time.perf_counter() - begin
         source = TrainingSource(

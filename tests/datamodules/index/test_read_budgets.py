@@ -190,3 +190,11 @@ def test_neighbours_are_read_in_pieces_of_a_bounded_size(pool: Pool) -> None:
     asked: AskedStorage = pool.storage  # type: ignore[assignment]
     assert sorted(found) == list(range(count))
     assert asked.bytes_asked() == [MAX_SPAN_BYTES] * (count * size // MAX_SPAN_BYTES)
+
+
+def test_a_storage_that_answers_too_little_is_no_end_of_the_pool(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool.storage, "read", lambda spans: iter([b"a"]))
+    with pytest.raises(ValueError, match="argument 2 is longer than argument 1"):
+        list(read_ranges(pool, np.array([0, 1]), np.array([0, 0]), np.array([9, 9])))

@@ -65,6 +65,27 @@ def test_no_draw_holds_a_sample_twice_where_a_pass_has_room(
     assert np.array_equal(alone.batch(step)[1], shown[step])
 
 
+@pytest.mark.parametrize(
+    ("multiplicities", "batch", "seed"),
+    [
+        ([2, 2, 1, 1, 1], 3, 49),
+        ([3, 3, 1, 1, 2], 3, 973),
+        ([3, 1, 1, 2, 3], 3, 388),
+        ([1, 2, 2, 2], 3, 31),
+        ([2, 2, 2, 2, 2, 1], 5, 989),
+    ],
+)
+def test_a_pass_that_ends_inside_a_draw_keeps_that_end_for_the_next(
+    multiplicities: list[int], batch: int, seed: int
+) -> None:
+    """Found by a search: if it did not, a continued run would draw other samples here."""
+    rows = np.repeat(np.arange(len(multiplicities)), multiplicities)
+    whole = SampleOrder(rows=rows, seed=seed, global_batch=batch)
+    for step in range(6 * len(rows) // batch):
+        alone = SampleOrder(rows=rows, seed=seed, global_batch=batch)
+        assert np.array_equal(alone.batch(step)[1], whole.batch(step)[1]), step
+
+
 @given(st.integers(2, 40), SEEDS, st.integers(1, 40), st.sampled_from([None, 2]))
 def test_without_copies_nothing_moves_but_what_meets_itself_at_a_border(
     samples: int, seed: int, batch: int, window: int | None
@@ -169,6 +190,17 @@ def test_super_batches_hold_no_copy_in_a_realistic_plan() -> None:
     order = SampleOrder(rows=rows, seed=1, global_batch=64, starts=plan.starts)
     draws = [order.span(int(plan.starts[step]), int(drawn[step]))[1] for step in range(100)]
     assert [count_copies(draw) for draw in draws] == [0] * 100
+
+
+@pytest.mark.parametrize(
+    ("starts", "has_room", "is_distinct"),
+    [([0, 6, 12], True, True), ([0, 4, 10], True, False), ([0, 4, 12], False, False)],
+)
+def test_the_largest_draw_needs_room(starts: list[int], has_room: bool, is_distinct: bool) -> None:
+    rows = np.repeat(np.arange(6), 2)
+    order = SampleOrder(rows=rows, seed=0, global_batch=4, starts=np.array(starts))
+    assert order.largest_draw == max(np.diff(starts))
+    assert (order.has_room, order.is_distinct) == (has_room, is_distinct)
 
 
 def test_copies_that_cannot_be_kept_apart_are_counted() -> None:

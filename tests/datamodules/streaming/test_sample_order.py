@@ -23,6 +23,7 @@ from siftclip.datamodules.streaming.order import (
 )
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.errors import InputError
+from siftclip.hashing import mix64
 
 MULTIPLICITIES = st.lists(st.integers(1, 4), min_size=1, max_size=25)
 SEEDS = st.integers(0, 2**40)
@@ -136,6 +137,21 @@ def test_batch_that_cannot_be_shared_is_refused(batch: int, world_size: int) -> 
         match=rf"global_batch must be a multiple of the {world_size} .*Got {batch}\.",
     ):
         rank_slice(batch, rank=0, world_size=world_size)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_refuses_micro_batches_that_are_not_equal(rank: int) -> None:
+    order = make_order(make_rows([1] * 8), 0, 8)
+    with pytest.raises(InputError, match=r"micro_batch_size must divide the 4 .*Got 3\."):
+        OrderSampler(
+            order=order,
+            global_batch=8,
+            start_step=0,
+            total_steps=1,
+            rank=rank,
+            world_size=2,
+            micro_batch=3,
+        )
 
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.data(), SEEDS, st.integers(0, 10**6))
@@ -363,6 +379,16 @@ def test_seeds_are_pure_and_differ(positions: list[int], seed: int) -> None:
     assert len(set(together)) == len(positions)
     assert [int(derive_seeds(np.array([p]), seed, 3)[0]) for p in positions] == together
     assert not set(together) & set(derive_seeds(np.array(positions), seed, 4).tolist())
+
+
+def test_seeds_are_the_numbers_of_splitmix64() -> None:
+    """One after the other, where `mix64` adds the increment to the state before it mixes it."""
+    state = int(derive_generator(7, 3).integers(2**63, dtype=np.uint64))
+    expected = []
+    for _ in range(5):
+        expected.append(int(mix64(np.array([state], dtype=np.uint64))[0]))
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+    assert derive_seeds(np.arange(5), 7, 3).tolist() == expected
 
 
 def test_bits_of_seeds_are_fair() -> None:

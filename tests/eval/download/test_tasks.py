@@ -446,7 +446,9 @@ def test_names_that_lead_out_are_refused(fake: FakeHub, tmp_path: Path, name: st
         (401, "RepoNotFound", "has no data set someone/wds_things_test.*HF_TOKEN"),
         (403, "GatedRepo", "is gated.*HF_TOKEN"),
         (404, "RevisionNotFound", "no such revision"),
+        (401, "", "answered 401.*HF_TOKEN"),
         (403, "", "answered 403.*HF_TOKEN"),
+        (402, "", "answered 402.*Try again later"),
     ],
 )
 def test_refusals_of_the_hub(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_equal_methods_are_rejected_at_the_level(skewed: bool) -> None:
 
 def difference(a: tuple[float, ...], b: tuple[float, ...]) -> SeedDifference:
     return SeedDifference(key="k", title="k", values_a=a, values_b=b, p_value=None)
+
+
+@pytest.mark.parametrize(
+    ("p_holm", "expected"), [(None, False), (0.0, True), (0.05, True), (0.0501, False), (1, False)]
+)
+def test_significant_is_at_5_percent_after_the_correction(
+    p_holm: float | None, expected: bool
+) -> None:
+    one = replace(difference((0.5,), (0.8,)), p_value=0.001, p_holm=p_holm)
+    assert one.significant is expected
 
 
 def test_how_far_seeds_move() -> None:

@@ -53,6 +53,14 @@ def test_noise_is_uniform_and_independent() -> None:
     assert 0 < first.min() < first.max() < 1
 
 
+def test_noise_is_never_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its logarithms are finite, whatever the bits are."""
+    bits = np.array([0, 2**64 - 1], dtype=np.uint64)
+    monkeypatch.setattr("siftclip.selectors.core.noise.hashes", lambda state, draw: bits)
+    assert noise(bits, 0).tolist() == [2.0**-53, 1 - 2.0**-53]
+    assert np.isfinite(gumbel(bits, 0)).all()
+
+
 def test_noise_depends_on_both_halves_of_a_uid() -> None:
     uids = np.array([[0, 0], [0, 1], [1, 0]], dtype=np.uint64)
     assert len(set(noise(noise_state(uids, 0), 0))) == 3

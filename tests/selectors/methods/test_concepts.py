@@ -104,7 +104,9 @@ def test_diverse_equals_the_loop(lists: list[list[int]], groups: int, data: st.D
 
 
 @pytest.mark.parametrize("stored", [1, 128])
-@pytest.mark.parametrize(("concepts", "mean"), [(40, 3.0), (5, 1.0), (300, 5.0), (3, 4.0)])
+@pytest.mark.parametrize(
+    ("concepts", "mean"), [(40, 3.0), (5, 1.0), (300, 5.0), (3, 4.0), (1, 0.7)]
+)
 def test_diverse_equals_the_loop_however_few_gains_are_stored(
     concepts: int, mean: float, stored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

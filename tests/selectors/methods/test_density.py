@@ -170,6 +170,9 @@ def test_few_samples_and_all_samples() -> None:
     assert half.select(part).multiplicities.sum() == 10
     of_pool = DensityPruning(key=KEY, clustering=clustering, fraction=0.5)
     assert of_pool.select(part).multiplicities.sum() == 15
+    each = DensityPruning(key=KEY, clustering=clustering, fraction=0.1, minimum=20)
+    with pytest.raises(InputError, match=r"^DensityPruning: minimum is too large"):
+        each.select(MemorySource(chunk))
 
 
 def test_faulty_options() -> None:

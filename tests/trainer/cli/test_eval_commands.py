@@ -91,12 +91,32 @@ def test_a_damaged_task_leaves_the_others_alone(
     assert {r.key for r in read_results(results_of())} == {"colour", "retrieval"}
 
 
-def test_probes_are_not_fitted_on_the_test_split(
-    model_folder: Path, tasks: Path, compose: Callable[..., DictConfig]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["eval.protocols=[few_shot]", "eval.probe.train_split=test"],
+         r"eval\.probe\.train_split must not be the split"),
+        (["eval.protocols=[few_shot]"], r"in .* has the split 'train' \(eval\.probe\.train_split"),
+        (["eval.protocols=[zero_shot,few_shots]"],
+         r"eval\.protocols must be some of .* Got \['zero_shot', 'few_shots'\]"),
+        (["eval.protocols=[]"], r"eval\.protocols must be some of .* Got \[\]"),
+        (["+eval.classnames.digits=a.txt"],
+         r"eval\.classnames must name tasks that are evaluated: .*'digit'.* Got 'digits'"),
+        (["+eval.templates.digit=a.txt"],
+         r"eval\.templates\.digit must be a text file\. Got 'a\.txt'"),
+        (["eval.root=null"], r"eval\.root must name a folder of tasks"),
+    ],
+)  # fmt: skip
+def test_tasks_that_cannot_be_evaluated(
+    options: list[str],
+    message: str,
+    model_folder: Path,
+    tasks: Path,
+    compose: Callable[..., DictConfig],
 ) -> None:
-    options = [f"eval.root={tasks}", "eval.protocols=[few_shot]", "eval.probe.train_split=test"]
-    with pytest.raises(InputError, match=r"eval\.probe\.train_split must not be the split"):
-        tasks_from(compose("eval", [f"model.name={model_folder}", *options]).eval)
+    options = [f"model.name={model_folder}", f"eval.root={tasks}", *options]
+    with pytest.raises(InputError, match=message):
+        tasks_from(compose("eval", options).eval)
 
 
 def test_a_suite_that_is_there_in_part(cli: Cli, model_folder: Path, tasks: Path) -> None:

@@ -17,6 +17,7 @@ from siftclip.trainer.demo.digit_scenes import (
     INKS,
     SHAPES,
     DigitImages,
+    ShapeScene,
     caption_scene,
     caption_scene_in_full,
     derive_generator,
@@ -141,6 +142,26 @@ def test_every_shape_differs_from_its_background() -> None:
         assert image.std(axis=(0, 1)).max() > 8
         seen.add(scene.shape)
     assert seen == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inked"),
+    [
+        ("triangle", "middle corner"),
+        ("circle", "middle side inside"),
+        ("square", "middle side inside corner"),
+        ("cross", "middle side"),
+        ("ring", "side"),
+        ("stripes", "middle inside outside"),
+        ("gradient", "middle side corner"),  # brighter from row to row
+    ],
+)
+def test_a_shape_is_what_its_name_says(shape: str, inked: str) -> None:
+    scene = ShapeScene(shape=shape, ink="white", background="black", box=(4, 4, 28, 28))
+    image = render_shape(derive_generator(0, "test"), scene).mean(axis=2)
+    places = {"middle": (16, 16), "side": (16, 6), "inside": (10, 10), "corner": (26, 6)}
+    places["outside"] = (1, 4)  # of the box
+    assert [name for name, place in places.items() if image[place] > 110] == inked.split()
 
 
 @pytest.mark.parametrize("samples", [20, 33, 100, 12_000])

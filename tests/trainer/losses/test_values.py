@@ -29,6 +29,14 @@ from siftclip.trainer.losses import (
 TINY_TILE = (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "fits"),
+    [(3, 5, True), (5, 3, True), (1, 15, True), (4, 4, False), (16, 1, False), (0, 99, True)],
+)
+def test_a_matrix_fits_a_tile_by_its_size(rows: int, columns: int, fits: bool) -> None:
+    assert tiles.fits_one_tile(rows, columns, TINY_TILE) is fits
+
+
 def unit(samples: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(samples, dim, generator=generator, dtype=torch.float64)

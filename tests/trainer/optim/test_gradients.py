@@ -147,16 +147,17 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(case: str, parts: i
         )
 
 
-def test_the_second_pass_repeats_the_dropout_of_the_first() -> None:
-    """The gradients are those of one pass that keeps its graph."""
+@pytest.mark.parametrize("seeds", [[11], [11, 12, 13]])
+def test_the_dropout_of_a_micro_batch_follows_its_seed(seeds: list[int]) -> None:
+    """And a second pass repeats it: the gradients are those of one pass that keeps its graph."""
     model = make_model(vision_cfg={**VISION, "patch_dropout": 0.5})
     batch = make_batch(model)
     objective = Objective(loss=SoftmaxLoss())
-    seeds = [11, 12, 13]
-    terms, found = gradients(model, objective, split(batch, 3), seeds=seeds)
+    parts = split(batch, len(seeds))
+    terms, found = gradients(model, objective, parts, seeds=seeds)
 
     images, texts = [], []
-    for seed, part in zip(seeds, split(batch, 3), strict=True):
+    for seed, part in zip(seeds, parts, strict=True):
         torch.manual_seed(seed)
         images.append(model.encode_image(part.images, normalize=True))  # type: ignore[operator]
         texts.append(model.encode_text(part.tokens, normalize=True))  # type: ignore[operator]

@@ -45,7 +45,7 @@ def nearest(name: str) -> list[str]:
     """Find names of options that may have been meant."""
     options = all_options()
     parts = [part for key in options for part in key.split(".")]
-    return get_close_matches(name, dict.fromkeys([*options, *parts]), n=3)
+    return get_close_matches(name, dict.fromkeys([*options, *parts]))
 
 
 def in_full(option: Option) -> str:

@@ -156,6 +156,14 @@ def test_contract_of_has_entity(tmp_path: Path) -> None:
     check_selector(lambda: HasEntity(lexicon=Length(), entities=str(path)))
 
 
+def test_a_list_that_is_missing_by_now_is_named() -> None:
+    selector = HasEntity(lexicon=Length(), entities="missing.txt")
+    source = make_source(["a"])
+    for read in (lambda: selector.fit(source), lambda: selector.tasks(source, 0)):
+        with pytest.raises(InputError, match=r"^HasEntity: entities cannot be read: .*missing"):
+            read()
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = tmp_path / "lid.176.bin"
     model.write_bytes(b"")
@@ -171,7 +179,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_a_missing_model_is_named() -> None:
     with pytest.raises(
-        InputError, match=r"path must be an existing file. Got 'lid.176.bin'. Download"
+        InputError, match=r"^FastText: path must be an existing file. Got 'lid.176.bin'. Download"
     ):
         FastText(path="lid.176.bin")(["a"])
 
@@ -203,7 +211,7 @@ def test_fasttext_tells_languages(tmp_path: Path) -> None:
     assert model(["the\nhouse", "das haus", "red \udce9"]) == ["en", "de", "en"]
     assert kept(IsLanguage(identifier=model), make_source(["rote", "the red", "haus"])) == [1]
     path.write_bytes(b"not a model")
-    with pytest.raises(InputError, match=r"FastText: path cannot be read: .*model.bin"):
+    with pytest.raises(InputError, match=r"^FastText: path cannot be read: .*model.bin"):
         FastText(path=str(path))(["a"])
 
 

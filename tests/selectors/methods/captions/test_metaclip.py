@@ -188,7 +188,7 @@ def test_entries_are_lines_or_a_json_list() -> None:
 
 def test_a_missing_list_is_named() -> None:
     selector = MetaClip(entries="missing.txt", t=1, seed=0)
-    with pytest.raises(InputError, match=r"entries cannot be read: .*missing.txt"):
+    with pytest.raises(InputError, match=r"^MetaClip: entries cannot be read: .*missing.txt"):
         selector.select(make_source(["a"]))
 
 

@@ -169,6 +169,7 @@ def test_only_undecided_samples_are_computed_again(
 
     pair_log_sums = screening.pair_log_sums
     monkeypatch.setattr(screening, "pair_log_sums", count)
+    assert selector.recomputed_samples == 0
     kept = selector.select(source).multiplicities
     # 6 steps of 3 blocks, with fewer samples each
     assert 0 < selector.recomputed_samples < 200
