@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -203,10 +204,19 @@ def test_every_selector_class_is_checked(factories: dict[str, SelectorFactory]) 
     assert ours == {type(make()) for make in factories.values()}
 
 
-def test_errors_name_the_class_and_the_parameter(
-    factories: dict[str, SelectorFactory], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of selectors, and of the rules and clusterings that are given to them."""
+def classes_with_parameters() -> Iterator[type]:
+    """Those of selectors, and of the rules, models and clusterings that are given to them."""
+    for module in pkgutil.walk_packages(siftclip.selectors.__path__, "siftclip.selectors."):
+        for cls in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(cls) and cls.__module__ == module.name and "__init__" in vars(cls):
+                yield cls
+
+
+def built_by(makers: Sequence[Callable[[], object]]) -> list[tuple[type, dict[str, Any]]]:
+    """The classes of all objects that are built, and their arguments; once more without fraction.
+
+    Then something else may say how many samples are kept.
+    """
     built: list[tuple[type, dict[str, Any]]] = []
 
     def spied(init: Callable[..., None]) -> Callable[..., None]:
@@ -216,30 +226,36 @@ def test_errors_name_the_class_and_the_parameter(
                 names = parameters_of(type(self))
                 given = dict(zip(names, positional, strict=False)) | named
                 built.append((type(self), given))
-                if "fraction" in given:  # something else may say how many
+                if "fraction" in given:
                     built.append((type(self), given | {"fraction": None}))
             init(self, *positional, **named)
 
         return record
 
-    for module in pkgutil.walk_packages(siftclip.selectors.__path__, "siftclip.selectors."):
-        for cls in vars(importlib.import_module(module.name)).values():
-            if inspect.isclass(cls) and cls.__module__ == module.name and "__init__" in vars(cls):
-                monkeypatch.setattr(cls, "__init__", spied(vars(cls)["__init__"]))
-    for make in [*factories.values(), *PARTS]:
-        make()
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in classes_with_parameters():
+            patch.setattr(cls, "__init__", spied(vars(cls)["__init__"]))
+        for make in makers:
+            make()
+    return built
 
-    errors: list[tuple[type, str, ParameterError]] = []
-    for cls, given in built:
-        for name in parameters_of(cls):
-            for wrong in (-1, 0, 1, 2.5, "wrong", "auto", True, ["wrong"]):
-                try:
-                    cls(**{**given, name: wrong})
-                except ParameterError as error:
-                    errors.append((cls, name, error))
-                except TypeError:
-                    assert name in ("selectors", "stages", "weights")  # which are no lists
+
+def refusals(cls: type, given: dict[str, Any]) -> Iterator[tuple[str, ParameterError]]:
+    """The errors of a class, one argument after the other replaced by what may be wrong."""
+    for name, wrong in itertools.product(
+        parameters_of(cls), (-1, 0, 1, 2.5, "wrong", "auto", True, ["wrong"])
+    ):
+        try:
+            cls(**{**given, name: wrong})
+        except ParameterError as error:
+            yield name, error
+        except TypeError:
+            assert name in ("selectors", "stages", "weights")  # which are no lists
+
+
+def test_errors_name_the_class_and_the_parameter(factories: dict[str, SelectorFactory]) -> None:
+    built = built_by([*factories.values(), *PARTS])
+    errors = [(cls, *error) for cls, given in built for error in refusals(cls, given)]
     assert len({(cls, name) for cls, name, _ in errors}) > 150
     for cls, name, error in errors:
         owner = name_of(error.owner)
