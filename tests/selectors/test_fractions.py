@@ -64,8 +64,8 @@ def test_twins_ask_for_the_whole_part(name: str, samples: int, fraction: float, 
 def test_the_whole_is_asked_for_by_1_alone(name: str) -> None:
     make = {**TWINS, "datacomp": DataCompFraction}[name]
     repeats = name in ("soft cap", "hard cap", "dynamics")  # and then leaves others out
-    assert make(1).keeps_all is not repeats
-    assert not make(0.999).keeps_all
+    assert getattr(make(1), "keeps_all", False) is not repeats  # a rule need not say it
+    assert not getattr(make(0.999), "keeps_all", False)
 
 
 @pytest.mark.parametrize(("samples", "fraction", "asked"), ASKED)
