@@ -272,6 +272,7 @@ def test_copying_is_bounded_and_leaves_nothing(pool: Pool, tmp_path: Path) -> No
     cost = time_copying(pool, path, max_bytes=three)
     assert (cost.samples, cost.size_bytes) == (3, three + 1024)
     assert cost.sample_seconds == cost.seconds / 3 > 0
+    assert cost.seconds < 60
     assert time_copying(pool, path, max_bytes=1).samples == 1
     assert time_copying(pool, path).samples == 40
     assert not path.exists()

@@ -60,6 +60,14 @@ def test_twins_ask_for_the_whole_part(name: str, samples: int, fraction: float, 
     assert TWINS[name](fraction).asked_samples(samples, samples) == asked
 
 
+@pytest.mark.parametrize("name", [*TWINS, "datacomp"])
+def test_the_whole_is_asked_for_by_1_alone(name: str) -> None:
+    make = {**TWINS, "datacomp": DataCompFraction}[name]
+    repeats = name in ("soft cap", "hard cap", "dynamics")  # and then leaves others out
+    assert getattr(make(1), "keeps_all", False) is not repeats  # a rule need not say it
+    assert not getattr(make(0.999), "keeps_all", False)
+
+
 @pytest.mark.parametrize(("samples", "fraction", "asked"), ASKED)
 def test_datacomps_filter_asks_for_one_more(samples: int, fraction: float, asked: int) -> None:
     assert DataCompFraction(fraction).asked_samples(samples, samples) == asked + 1

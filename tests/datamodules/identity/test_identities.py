@@ -313,6 +313,15 @@ def deco(f):
     assert digest(before) != digest(after)
 
 
+def test_a_class_of_a_module_without_a_file_counts_by_what_is_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("notebook")
+    exec("class Mine:\n    def score(self): return 1\n", module.__dict__)  # noqa: S102
+    monkeypatch.setitem(sys.modules, "notebook", module)
+    assert code_identity([module.Mine])["notebook"] == _in_memory(module)
+
+
 def test_targets_of_ours_have_the_names_that_are_kept() -> None:
     file = {"_target_": "siftclip.selectors.FeatureFile", "path": "a.npz"}
     node = {

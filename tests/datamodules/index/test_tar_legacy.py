@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from siftclip.datamodules.index.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError
+from siftclip.datamodules.index.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError, _number
 
 Walk = Callable[[Path], list[TarSample]]
 NAMES = ("é1.jpg", "é1.txt", "b.jpg")  # bytes above 127, which signed sums count below zero
@@ -130,3 +130,20 @@ def test_fields_of_the_next_file_win_over_those_of_all(
     found = as_we_see(list_tar(path))
     assert [(name, size) for name, _, size in found] == expected
     assert found == as_tarfile_sees(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [
+        (b"00000000012\0", 10),
+        (b"        12 \0", 10),
+        (b"12\0garbage..", 10),
+        (b"\0" * 12, 0),
+        (b" " * 12, 0),
+        (b"00000000019\0", -1),
+        (b"\x80" + b"\0" * 10 + b"\x0a", 10),
+        (b"\xff" * 11 + b"\xf6", -10),
+    ],
+)
+def test_numbers_of_all_writers(field: bytes, number: int) -> None:
+    assert _number(field) == number

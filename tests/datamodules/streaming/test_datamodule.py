@@ -9,6 +9,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from siftclip.datamodules.models.load import Tokenizer, Transform
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.storage import local as storage
-from siftclip.datamodules.storage.local import LocalStorage
+from siftclip.datamodules.storage.local import LocalStorage, Storage
 from siftclip.datamodules.streaming.batches import Batch, SampleDataset
 from siftclip.datamodules.streaming.datamodule import (
     LoaderOptions,
@@ -227,6 +228,28 @@ def test_few_files_are_open_at_a_time(
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert reader.read_caption(1) == "caption of sample 1"
+
+
+class RetryingStorage:
+    """A storage that has repeated five reads before, and then two more."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.counts = storage, iter([5, 7])
+
+    @property
+    def retries(self) -> int:
+        return next(self.counts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.storage, name)
+
+
+def test_batch_tells_the_retries_of_its_own_reads(
+    pool: Pool, rows: np.ndarray, make_dataset: MakeDataset
+) -> None:
+    retrying: Any = RetryingStorage(pool.storage)
+    dataset = make_dataset(replace(pool, storage=retrying))
+    assert dataset.__getitems__([(0, int(rows[0]))]).retries == 2
 
 
 def test_reader_is_picklable_and_opens_its_own_files(pool: Pool) -> None:

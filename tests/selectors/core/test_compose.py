@@ -366,3 +366,8 @@ def test_clip_score_then_vas_equals_the_authors_driver(
         kept=np.flatnonzero(answer.multiplicities),
         expected_kept=reference("twostage_l14")["vas_f0.45_fvas0.3"],
     )
+
+
+def test_each_score_has_a_weight() -> None:
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        mix_scores([np.zeros(2), np.ones(2)], [1.0])

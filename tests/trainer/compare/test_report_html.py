@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,11 @@ def test_positions_on_the_axis(comparison: ArmComparison) -> None:
     random = picture["arms"][0]
     assert random["dots"] == pytest.approx([1 / 15, 3 / 15])
     assert random["mean"] == pytest.approx(2 / 15)
+    results = comparison.results.copy()
+    results["value"] = np.where(results["arm"] == comparison.arms[0], 0.65, 0.75)
+    level = plot(replace(comparison, results=results), "digit")
+    assert (level["low"], level["high"]) == ("65", "75")
+    assert [arm["mean"] for arm in level["arms"]] == pytest.approx([0, 1])
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium (Debian: apt-get install chromium)")

@@ -20,10 +20,12 @@ from siftclip.datamodules.streaming.batches import SampleDataset
 from siftclip.datamodules.streaming.order import SampleOrder
 from siftclip.errors import InputError
 from siftclip.files import read_json, read_jsonl
+from siftclip.locks import HeldError, locked
 from siftclip.trainer.builders.selection import select_stage
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.optim.optimizer import parameter_groups
 from siftclip.trainer.optim.schedules import lr_factor
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.budget import Budget
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.stages.train import train_stage
@@ -112,6 +114,15 @@ def test_loss_falls(base: list[str], compose: Compose) -> None:
     run = train_stage(compose("train", [*base, "scale.samples_seen=640", "optim.lr=0.002"]))
     records = [r for r in read_jsonl(run.path / "metrics.jsonl") if "train/loss" in r]
     assert records[-1]["train/loss"] < records[0]["train/loss"] - 0.1
+
+
+@pytest.mark.timeout(60)  # it does not wait for the other
+def test_a_run_that_another_process_trains_is_refused(
+    base: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    run = RunDir(path=tmp_path / "run")
+    with locked(run.lock, owner="another"), pytest.raises(HeldError, match=r"^The run .*/run is"):
+        train_stage(compose("train", [*base, f"run_dir={run.path}"]))
 
 
 def test_finished_run_is_reused(base: list[str], compose: Compose) -> None:
