@@ -15,7 +15,7 @@ from torch import Tensor
 
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.pool.pool import Pool
-from siftclip.datamodules.selection.pool_source import FolderMemo, PoolSource, summarise
+from siftclip.datamodules.selection.pool_source import FolderCache, PoolSource, summarise
 from siftclip.datamodules.selection.run import (
     run_selection,
     score_pool,
@@ -441,10 +441,10 @@ def test_a_warning_is_given_once(pool: Pool, source_of: Make, caplog: Any) -> No
 
 
 def test_only_what_another_process_kept_counts_as_reused(tmp_path: Path) -> None:
-    ours, path = FolderMemo(tmp_path), tmp_path / "part.npz"
+    ours, path = FolderCache(tmp_path), tmp_path / "part.npz"
     assert ours.get("part") is None
     ours.put("part", values=np.arange(3))
-    later = FolderMemo(tmp_path)
+    later = FolderCache(tmp_path)
     for memo, reused in ((ours, {}), (later, {"part": path})):
         found = memo.get("part")
         assert found is not None
