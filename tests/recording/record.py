@@ -12,6 +12,7 @@ code changes for users.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -477,6 +478,7 @@ def main() -> None:
         before = arguments.folder / NAME_OF_BEFORE
         keep(before)
     record(before, arguments.folder)
+    gc.unfreeze()  # else nanobind takes what Python leaves at its end for leaks
 
 
 if __name__ == "__main__":

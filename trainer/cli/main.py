@@ -7,6 +7,7 @@ can be a command itself: `siftclip eval`.
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import os
 import select
@@ -64,6 +65,9 @@ def usage(group: str = "") -> str:
 
 def main() -> None:
     """Run the console script."""
+    # Torch, Lightning and open_clip are millions of objects that stay: at Python's own thresholds a
+    # tenth of the time of their import goes into looking for garbage among them.
+    gc.set_threshold(50_000, 20, 100)
     try:
         _run(sys.argv[1:])
         sys.stdout.flush()
