@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,16 @@ def options(run: RunDir, demo_data: DemoData) -> list[str]:
         "watch.interval_seconds=0.02",
         *("logger=csv", "progress=false", "trainer.accelerator=cpu", "data.num_workers=0"),
     ]
+
+
+def test_the_command_says_where_the_results_are(
+    cli: Callable[..., subprocess.CompletedProcess[str]], options: list[str], run: RunDir
+) -> None:
+    result = cli("eval", "watch", *options)
+    assert result.returncode == 0, result.stderr
+    for step in (2, 4, 6):
+        assert f"step {step}\n" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"written    {run.path / 'eval_watch'}"
 
 
 def test_each_checkpoint_is_evaluated_once(
