@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from siftclip.errors import ParameterError, require_fraction
 from siftclip.trainer.settings.fields.rules import Fault, Unset, joined
 from siftclip.trainer.settings.fields.section import Recorded
 
@@ -47,7 +48,10 @@ class SelectorNode(Recorded):
         return replace(self, parameters={**self.parameters, **changes})
 
     def faults(self, option: str) -> Iterator[Fault | str]:
-        """Yield what the node lacks."""
+        """Yield what the node lacks, and the shares that no selector of ours could keep.
+
+        Other parameters are checked by their classes, when all that is needed is there.
+        """
         unset = [*_unset(self.written, option)]
         missing = sorted(name for name, value in unset if value.reason is None)
         if missing:
@@ -56,6 +60,11 @@ class SelectorNode(Recorded):
         for name, value in unset:
             if value.reason is not None:
                 yield Fault(name, value.reason)
+        for name, fraction in _fractions(self.written, option):
+            try:
+                require_fraction("fraction", fraction)
+            except ParameterError as error:
+                yield error.told_as(name)
 
 
 def _unset(value: Any, option: str) -> Iterator[tuple[str, Unset]]:
@@ -64,3 +73,16 @@ def _unset(value: Any, option: str) -> Iterator[tuple[str, Unset]]:
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _unset(inner, joined(option, str(name)))
+
+
+def _fractions(value: Any, option: str) -> Iterator[tuple[str, Any]]:
+    """Yield the fractions of our selectors; a rule may draw more often than there are samples."""
+    if not isinstance(value, Mapping):
+        return
+    fraction = value.get("fraction")
+    is_ours = str(value.get("_target_", "")).startswith("siftclip.selectors.")
+    if is_ours and fraction is not None and not isinstance(fraction, Unset):
+        yield joined(option, "fraction"), fraction
+    for name, inner in value.items():
+        if name != "rule":
+            yield from _fractions(inner, joined(option, str(name)))

@@ -121,8 +121,8 @@ def told(build: Callable[[], Any]) -> str:
     ],
 )
 def test_faults_are_told_by_options(words: list[str], message: str, compose: Compose) -> None:
-    node = compose("select", words, kind=Selected).selector
-    assert message in told(lambda: selector_from(node))
+    """When the options are read, or when the selector is built."""
+    assert message in told(lambda: selector_from(compose("select", words, kind=Selected).selector))
 
 
 def test_an_option_that_is_not_listed_is_told_with_its_plus(compose: Compose) -> None:

@@ -178,6 +178,10 @@ def test_selectors_of_the_loop_read_the_learner() -> None:
         (["loss.name=coca"], "options of its own: write loss=coca"),
         (["selector=external"], r"The selector needs selector\.path="),
         (
+            ["selector=vas_clip", "selector.stages.vas.fraction=2"],
+            r"selector\.stages\.vas\.fraction must be a number in the range \(0, 1\].*Got 2\.",
+        ),
+        (
             ["selector.features=${nope}"],
             r"selector\.features refers to what is not there: \${nope}",
         ),
