@@ -240,7 +240,7 @@ def fit_options(
 def _fit_activation(
     asked: Any, needs: Mapping[str, WeightNeeds | None], default: bool, name: str
 ) -> tuple[bool, list[str]]:
-    """Whether a model has QuickGELU: as its weights say, else as asked, else by default."""
+    """Decide if a model has QuickGELU: as its weights say, else as asked, else by default."""
     lines: list[str] = []
     quick_gelu = default if asked is None else bool(asked)
     stated = {

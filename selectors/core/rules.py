@@ -6,7 +6,7 @@ would need them to reach its number, it keeps fewer. +inf is the best there is.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from siftclip.errors import (
 
 # What a fraction is of: the samples of the whole pool, or those that earlier stages have left
 Of = Literal["pool", "left"]
-OFS: tuple[Of, ...] = ("pool", "left")
+OFS: tuple[Of, ...] = get_args(Of)
 
 
 class Rule(Protocol):

@@ -32,7 +32,7 @@ _FORMULA = re.compile(
 
 
 def printable(text: str) -> str:
-    """Return the text with escapes such as `\x1b` for all that a terminal would obey, not show.
+    """Return the text with escapes such as `\\x1b` for all that a terminal would obey, not show.
 
     Control characters, line breaks, marks that turn the direction, and parts of characters.
     """

@@ -39,7 +39,7 @@ class LiveModels:
     scorer: OnlineScorer | None = None
 
     def not_theirs(self, keys: Iterable[str]) -> set[str]:
-        """Those of the features' keys that none of the models gives: the pool's."""
+        """Return those of the features' keys that none of the models gives: the pool's."""
         theirs = {f"{model.name}_{kind}" for model in self.features for kind in ("img", "txt")}
         return set(keys) - theirs
 
@@ -73,6 +73,7 @@ def live_models(
 
 
 def scoring_config(scoring: ScoringSettings) -> ScoringConfig:
+    """Build what the scoring pass takes from its settings."""
     return ScoringConfig(
         image_size=scoring.image_size,
         patch_dropout=scoring.patch_dropout,

@@ -35,7 +35,7 @@ FOLDERS = ("trainer", "datamodules", "selectors", "eval")
 # the last gives selectors the same nodes as Hydra's instantiate does
 READ_HERE = ("trainer/settings/", "trainer/cli/", "trainer/options/objects.py")
 OF_OMEGACONF = {"DictConfig", "ListConfig", "OmegaConf"}
-WALK = 40  # places where the settings of a whole training are read or handed on
+WALK = 40  # functions that take the settings of a whole training
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -65,7 +65,7 @@ def test_configurations_end_in_the_settings() -> None:
 
 
 def test_settings_of_a_training_are_followed_in_few_stops() -> None:
-    """Functions that take them, and each place in these where they are read or handed on."""
+    """A stop is a function that takes them as a whole; what it calls takes sections."""
     stops = []
     for name, tree in modules():
         if name.startswith(READ_HERE):
