@@ -25,7 +25,7 @@ from common import describe_machine
 from siftclip.datamodules.features.rows import find_npz_array
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.index.uids import UidTable
-from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.pool import Pool, PoolOptions
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.storage.local import LocalStorage
 from siftclip.selectors.core.base import Selector
@@ -62,7 +62,8 @@ def open_uids(folder: Path) -> Pool:
     nothing = np.broadcast_to(np.int64(0), (len(uids),))
     fields = ("sample", "image", "text")
     places = {f"{name}_{kind}_bytes": nothing for name in fields for kind in ("offsets", "sizes")}
-    return Pool(
+    return Pool.of_fields(
+        options=PoolOptions(root=str(folder)),
         storage=LocalStorage(str(folder)),
         shards=(),
         table_folder=folder,

@@ -5,6 +5,7 @@ from .models.load import ClipModel as ClipModel
 from .models.load import load_clip_model as load_clip_model
 from .models.load import save_model_folder as save_model_folder
 from .pool.pool import Pool as Pool
+from .pool.pool import PoolOptions as PoolOptions
 from .pool.pool import make_storage as make_storage
 from .pool.pool import open_pool as open_pool
 from .pool.reader import SampleReader as SampleReader
@@ -12,6 +13,7 @@ from .selection.compaction import compact_pool as compact_pool
 from .selection.pool_source import PoolSource as PoolSource
 from .selection.run import run_selection as run_selection
 from .selection.run import score_pool as score_pool
+from .selection.selection import SelectedSamples as SelectedSamples
 from .selection.selection import Selection as Selection
 from .selection.selection import expand_rows as expand_rows
 from .selection.selection import make_selection as make_selection

@@ -182,7 +182,7 @@ def test_src_holds_links_and_what_all_folders_share() -> None:
     shared = {path.name for path in package.glob("*.py")}
     assert "__init__.py" in shared
     found = {path.name for path in package.iterdir()} - {"__pycache__"}
-    assert found == {"py.typed", *shared, *FOLDERS}
+    assert found == {"py.typed", "__init__.pyi", *shared, *FOLDERS}
     for folder in FOLDERS:
         assert (package / folder).is_symlink()
         assert os.readlink(package / folder) == f"../../{folder}"

@@ -1,4 +1,15 @@
 # The public names, imported when they are first asked for.
+from .api.comparing import compare as compare
+from .api.evaluation import evaluate as evaluate
+from .api.features import Features as Features
+from .api.features import embed as embed
+from .api.features import embed_target as embed_target
+from .api.selecting import score as score
+from .api.selecting import select as select
+from .api.training import plan as plan
+from .api.training import train as train
+from .builders.selection import SelectOutcome as SelectOutcome
+from .compare.arms import CompareOutcome as CompareOutcome
 from .loop.checkpointing import StepCheckpoint as StepCheckpoint
 from .loop.module import ClipTraining as ClipTraining
 from .losses.base import ContrastiveLoss as ContrastiveLoss
@@ -9,3 +20,10 @@ from .losses.softmax import SoftmaxLoss as SoftmaxLoss
 from .online.schedule import Schedule as Schedule
 from .runtime.run_dir import RunDir as RunDir
 from .settings.budget import Budget as Budget
+from .settings.data import DataSettings as DataSettings
+from .settings.evaluation import EvalSettings as EvalSettings
+from .settings.lightning import LoggerSettings as LoggerSettings
+from .settings.lightning import TrainerSettings as TrainerSettings
+from .settings.model import EmbeddingModel as EmbeddingModel
+from .settings.model import ModelSettings as ModelSettings
+from .settings.optim import OptimSettings as OptimSettings

@@ -46,6 +46,12 @@ def format_uid(uid: np.ndarray) -> str:
     return f"{int(uid[0]):016x}{int(uid[1]):016x}"
 
 
+def format_uids(uids: np.ndarray) -> np.ndarray:
+    """Format uids, uint64 [n, 2], as 32 hexadecimal digits each: str [n]."""
+    digits = np.ascontiguousarray(uids, dtype=">u8").tobytes().hex()
+    return np.frombuffer(digits.encode(), dtype="S32").astype("U32")
+
+
 def derive_uid(shard_name: str, key: str) -> str:
     """Derive the uid of a sample without one: MD5 of `<tar file name>/<key>`, 32 hex digits.
 

@@ -18,13 +18,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from siftclip.cores import cores_of_rank
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.index.tar_index import (
     ARRAY_FIELDS,
@@ -39,10 +40,11 @@ from siftclip.datamodules.storage.local import (
     LocalStorage,
     ShardFile,
     Storage,
+    default_cache,
     identify_shards,
     is_url,
 )
-from siftclip.errors import InputError, ParameterError
+from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.files import identity_hash, read_json, write_json
 from siftclip.locks import locked
 
@@ -53,13 +55,59 @@ _COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """How a pool is opened.
+
+    Args:
+        root: a local folder with the tars in it or in its `shards/`, or any URL that fsspec reads,
+            such as s3://bucket/pool.
+        cache_dir: for indices and features; None: `.siftclip` in a writable folder, else one in the
+            home directory.
+        max_bad_fraction: how many samples may be damaged before that is an error, in [0, 1].
+        key_split: the dot that ends a sample's key in the names of its members; "first_dot" is
+            webdataset's rule, the other one "last_dot".
+        index_workers: tars that are indexed at the same time; None: one per core.
+        storage_options: of fsspec's file system, such as {"anon": True} for S3.
+        shard_cache_gb: up to how much of a remote pool is kept as whole tars on the local disk;
+            0 reads ranges.
+    """
+
+    root: str
+    cache_dir: str | None = None
+    max_bad_fraction: float = 0.01
+    key_split: KeySplit = "first_dot"
+    index_workers: int | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # has secrets
+    shard_cache_gb: float = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ParameterError(
+                "must be in the range [0, 1]",
+                owner="Pool",
+                parameter="max_bad_fraction",
+                value=self.max_bad_fraction,
+            )
+        if self.index_workers is not None:
+            require_int("index_workers", self.index_workers, minimum=1, owner="Pool")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where indices and features of the pool are kept."""
+        return default_cache(self.root) if self.cache_dir is None else Path(self.cache_dir)
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False, eq=False)
 class Pool:
     """The samples of a pool and where their bytes are. Arrays have one entry a row, n in all.
+
+        pool = Pool("/data/pool")
 
     The arrays are read-only maps of the files in `table_folder`; pickling a pool stores the
     folder's name.
     """
 
+    options: PoolOptions
     storage: Storage
     shards: tuple[ShardFile, ...]
     table_folder: Path
@@ -81,11 +129,67 @@ class Pool:
     fingerprint: str  # changes with names and sizes of tars and the uids, not with their place
     members_digest: str  # changes with the place or the size of any image or caption
 
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_bad_fraction: float = 0.01,
+        key_split: KeySplit = "first_dot",
+        index_workers: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        shard_cache_gb: float = 0,
+        progress: bool = True,
+    ) -> None:
+        """Open a pool; tars that are not known yet are indexed, which is kept.
+
+        Args:
+            root: as the following, see `PoolOptions`.
+            cache_dir: see there.
+            max_bad_fraction: see there.
+            key_split: see there.
+            index_workers: see there.
+            storage_options: see there.
+            shard_cache_gb: see there.
+            progress: show a bar while tars are indexed.
+
+        Raises:
+            InputError: there is no pool, a tar cannot be read, or too many samples are bad.
+        """
+        given = PoolOptions(
+            root=os.fspath(root),
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            max_bad_fraction=max_bad_fraction,
+            key_split=key_split,
+            index_workers=index_workers,
+            storage_options=storage_options or {},
+            shard_cache_gb=shard_cache_gb,
+        )
+        storage = make_storage(
+            given.root,
+            cache_dir=given.cache_folder,
+            storage_options=given.storage_options,
+            shard_cache_gb=given.shard_cache_gb,
+        )
+        for name, value in _open_table(storage, given, progress=progress).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of_fields(cls, **fields_: Any) -> Pool:
+        """Build a pool from its fields, which are not checked."""
+        pool = object.__new__(cls)
+        for each in fields(cls):
+            object.__setattr__(pool, each.name, fields_[each.name])
+        return pool
+
     def __len__(self) -> int:
         return len(self.uids)
 
-    def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Storage, tuple[ShardFile, ...], Path]]:
-        return _map_table, (self.storage, self.shards, self.table_folder)
+    def __repr__(self) -> str:
+        return f"Pool({self.root!r}: {len(self):,} samples in {len(self.shards):,} tars)"
+
+    def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Any, ...]]:
+        return _map_pool, (self.options, self.storage, self.shards, self.table_folder)
 
     @property
     def root(self) -> str:
@@ -108,14 +212,14 @@ class Pool:
 
 
 def make_storage(
-    root: str, *, cache_dir: Path, options: Mapping[str, Any], shard_cache_gb: float
+    root: str, *, cache_dir: Path, storage_options: Mapping[str, Any], shard_cache_gb: float
 ) -> Storage:
     """Build the storage of a pool.
 
     Args:
         root: a local folder, or any URL that fsspec reads.
         cache_dir: for what is copied from a URL.
-        options: of fsspec's file system.
+        storage_options: of fsspec's file system.
         shard_cache_gb: up to how much of a remote pool is kept as whole tars; 0 reads ranges.
 
     Raises:
@@ -127,10 +231,10 @@ def make_storage(
         rule = "must be 0 or more"
         raise ParameterError(rule, parameter="shard_cache_gb", value=shard_cache_gb)
     if not is_url(root):
-        if options or shard_cache_gb:
+        if storage_options or shard_cache_gb:
             raise ParameterError(
                 f"is for pools behind a URL, and the root {root!r} is a local folder",
-                parameter="options" if options else "shard_cache_gb",
+                parameter="storage_options" if storage_options else "shard_cache_gb",
             )
         return LocalStorage(root)
     from siftclip.datamodules.storage.remote import RemoteStorage  # half a second: local pools wait
@@ -139,7 +243,7 @@ def make_storage(
     cache = None
     if shard_cache_gb:
         cache = ShardCache(cache_dir / "shards", limit_bytes=int(shard_cache_gb * 1e9))
-    return RemoteStorage(root, options=options, cache=cache, folder=cache_dir)
+    return RemoteStorage(root, options=storage_options, cache=cache, folder=cache_dir)
 
 
 def open_pool(
@@ -151,22 +255,27 @@ def open_pool(
     workers: int = 1,
     progress: bool = True,
 ) -> Pool:
-    """Open a pool, indexing the tars which `cache_dir` does not know yet.
+    """Open the pool of a storage that is there already, see `Pool`; indices are in `cache_dir`."""
+    options = PoolOptions(
+        root=storage.root,
+        cache_dir=str(cache_dir),
+        max_bad_fraction=max_bad_fraction,
+        key_split=key_split,
+        index_workers=workers,
+    )
+    return Pool.of_fields(**_open_table(storage, options, progress=progress))
 
-    Args:
-        storage: of the tars.
-        cache_dir: folder for the indices; what is there is reused if the tar is unchanged.
-        max_bad_fraction: how many samples may be bad before this is an error.
-        key_split: the dot that ends the key in the names of the tars' members.
-        workers: tars that are indexed at the same time.
-        progress: show a bar.
+
+def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> dict[str, Any]:
+    """Map the table of a pool, which is made if it is not there; returns the pool's fields.
 
     Raises:
         InputError: there is no pool, a tar cannot be read, or too many samples are bad.
     """
-    require_key_split("key_split", key_split)
+    key_split = require_key_split("key_split", options.key_split)
     # each rule in a folder of its own, so that runs with different ones leave each other's alone
-    places = cache_dir / ("index" if key_split == "first_dot" else f"index_{key_split}")
+    index = "index" if key_split == "first_dot" else f"index_{key_split}"
+    places = options.cache_folder / index
     shards = identify_shards(storage.shards(), places)
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
@@ -175,13 +284,20 @@ def open_pool(
     if not complete.is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
+        workers = cores_of_rank() if options.index_workers is None else options.index_workers
         with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
             if not complete.is_file():
                 indices = _index_shards(
                     storage, shards, folder.parent, key_split, workers, progress
                 )
                 _write_table(folder, storage.root, key_split, shards, indices)
-    pool = _map_table(storage, shards, folder)
+    mapped = _map_table(options, storage, shards, folder)
+    _check_samples(Pool.of_fields(**mapped), options.max_bad_fraction)
+    return mapped
+
+
+def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
+    """Say what is odd about the samples of a pool; raise InputError if too many are bad."""
     pool.faults.check(
         owner=f"pool {pool.root}",
         total=len(pool) + pool.faults.samples,
@@ -190,7 +306,7 @@ def open_pool(
     if len(pool) == 0:
         reason = f" Left out: {pool.faults.summary()}." if pool.faults.samples else ""
         raise InputError(
-            f"The pool {pool.root} holds {len(shards)} tars without one sample.{reason}"
+            f"The pool {pool.root} holds {len(pool.shards)} tars without one sample.{reason}"
         )
     if pool.hidden.samples:
         log.warning(
@@ -214,7 +330,6 @@ def open_pool(
             pool.root,
             pool.repeated_uids,
         )
-    return pool
 
 
 def _index_shards(
@@ -341,8 +456,16 @@ def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> F
     return faults
 
 
-def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) -> Pool:
-    """Map the arrays of a pool from the files in `folder`.
+def _map_pool(
+    options: PoolOptions, storage: Storage, shards: tuple[ShardFile, ...], folder: Path
+) -> Pool:
+    return Pool.of_fields(**_map_table(options, storage, shards, folder))
+
+
+def _map_table(
+    options: PoolOptions, storage: Storage, shards: tuple[ShardFile, ...], folder: Path
+) -> dict[str, Any]:
+    """Map the arrays of a pool from the files in `folder`; returns the pool's fields.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -350,20 +473,21 @@ def _map_table(storage: Storage, shards: tuple[ShardFile, ...], folder: Path) ->
     notes: dict[str, Any] = read_json(folder / "notes.json")
     columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
     table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
-    return Pool(
-        storage=storage,
-        shards=shards,
-        table_folder=folder,
-        table=table,
-        faults=FaultLog.from_state(notes["faults"]),
-        derived_uids=notes["derived_uids"],
-        repeated_uids=notes["repeated_uids"],
-        hidden=FaultLog.from_state(notes["hidden"]),
-        key_split=notes["key_split"],
-        fingerprint=notes["fingerprint"],
-        members_digest=notes["members"],
+    return {
+        "options": options,
+        "storage": storage,
+        "shards": shards,
+        "table_folder": folder,
+        "table": table,
+        "faults": FaultLog.from_state(notes["faults"]),
+        "derived_uids": notes["derived_uids"],
+        "repeated_uids": notes["repeated_uids"],
+        "hidden": FaultLog.from_state(notes["hidden"]),
+        "key_split": notes["key_split"],
+        "fingerprint": notes["fingerprint"],
+        "members_digest": notes["members"],
         **columns,
-    )
+    }
 
 
 def _map_array(path: Path) -> np.ndarray:

@@ -7,21 +7,35 @@ so that weights lie in a file of their own beside the subset.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from siftclip.datamodules.index.uids import UID_DTYPE, from_structured, sort_uids, to_structured
+from siftclip.datamodules.index.uids import (
+    UID_DTYPE,
+    format_uids,
+    from_structured,
+    sort_uids,
+    to_structured,
+)
 from siftclip.datamodules.pool.pool import Coverage, Pool
 from siftclip.errors import InputError
 from siftclip.files import atomic_path, read_json_object, write_json
 from siftclip.selectors.core.rules import can_be_kept
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
 SUBSET_NAME = "selection.npy"
 WEIGHTS_NAME = "weights.npy"
 WEIGHTS_COLUMN = "weight"
+SCORES_NAME = "scores.npy"
 MANIFEST_NAME = "selection.json"
 # In manifests, the number of samples without a score: older ones have it under this name.
 UNSCORED_KEY = "unjudged_samples"
@@ -35,6 +49,7 @@ class Selection:
     multiplicities: np.ndarray  # int64 [n], at least 1
     manifest: dict[str, Any]
     weights: np.ndarray | None = None  # float32 [n], what each counts in the loss; None: 1
+    scores: np.ndarray | None = None  # float32 [n], by which they were chosen; None: not known
 
     def __len__(self) -> int:
         """Count all samples, with repetitions."""
@@ -51,6 +66,29 @@ class Selection:
             digest.update(self.weights.astype("<f4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def ids(self) -> np.ndarray:
+        """The uids as 32 hexadecimal digits each, str [n], in their order."""
+        return format_uids(self.uids)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per distinct sample: uid, multiplicity, and score and weight where there are."""
+        import pandas as pd
+
+        columns = {"uid": self.ids, "multiplicity": self.multiplicities}
+        more = {"score": self.scores, "weight": self.weights}
+        return pd.DataFrame(columns | {k: v for k, v in more.items() if v is not None})
+
+    def to_datacomp(self, path: str | os.PathLike[str]) -> Path:
+        """Write DataComp's subset file (`.npy`, `u8,u8`), which has no place for weights."""
+        path = Path(path)
+        if self.weights is not None:
+            log.warning("%s lacks the weights of the selection: DataComp's format has none", path)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, self.to_subset())
+        return path
+
     def to_subset(self) -> np.ndarray:
         """Convert to DataComp's subset, structured `u8,u8` [len(self)], sorted, with copies."""
         return to_structured(np.repeat(self.uids, self.multiplicities, axis=0))
@@ -66,8 +104,8 @@ def make_selection(
 ) -> Selection:
     """Build a selection from distinct uids, uint64 [n, 2], and multiplicities, int64 [n].
 
-    `weights` are float32 [n] of all of them; those of what is not kept are left out. `scores`,
-    float [n], only tell why nothing is kept.
+    `weights`, float32 [n], and `scores`, float [n], are of all of them; those of what is not kept
+    are left out.
 
     Raises:
         InputError: nothing is kept.
@@ -89,6 +127,7 @@ def make_selection(
         multiplicities=multiplicities[order],
         manifest=manifest,
         weights=None if weights is None else weights[order],
+        scores=None if scores is None else scores[order].astype(np.float32),
     )
 
 
@@ -134,9 +173,16 @@ def write_subset(selection: Selection, folder: Path) -> None:
         np.save(file, selection.to_subset())
 
 
-def write_selection(selection: Selection, folder: Path) -> None:
-    """Write the files of `write_subset` and the manifest into `folder`; the manifest last."""
+def write_selection(selection: Selection, folder: Path, *, scores: bool = False) -> None:
+    """Write the files of `write_subset` and the manifest into `folder`; the manifest last.
+
+    With `scores` also these, where there are some: `scores.npy`, float32, in the order of the
+    distinct uids.
+    """
     write_subset(selection, folder)
+    if scores and selection.scores is not None:
+        with atomic_path(folder / SCORES_NAME) as temporary, temporary.open("wb") as file:
+            np.save(file, selection.scores)
     write_json(folder / MANIFEST_NAME, {**selection.manifest, "digest": selection.digest})
 
 
@@ -151,11 +197,16 @@ def read_selection(folder: Path) -> Selection:
         manifest = read_json_object(folder / MANIFEST_NAME)
         uids, multiplicities = read_subset(folder / SUBSET_NAME)
         weights = _read_weights(folder / WEIGHTS_NAME, uids)
+        scores = _read_scores(folder / SCORES_NAME, uids)
     except InputError as error:
         raise InputError(f"{error} Delete the folder {folder} and select again.") from None
     digest = manifest.pop("digest", None)
     selection = Selection(
-        uids=uids, multiplicities=multiplicities, manifest=manifest, weights=weights
+        uids=uids,
+        multiplicities=multiplicities,
+        manifest=manifest,
+        weights=weights,
+        scores=scores,
     )
     if selection.digest != digest:
         parts = "" if manifest.get("weights") is None else f", with the weights of {WEIGHTS_NAME},"
@@ -183,6 +234,23 @@ def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
     if not same:
         raise InputError(f"{path} is about other samples than {path.with_name(SUBSET_NAME)}.")
     return weights
+
+
+def _read_scores(path: Path, uids: np.ndarray) -> np.ndarray | None:
+    """Read the scores of distinct uids: float32 [n]; None if there is no such file.
+
+    Raises:
+        InputError: the file is damaged, or is of another number of samples.
+    """
+    if not path.is_file():
+        return None
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except Exception as error:  # as in `read_subset`
+        raise InputError(f"{path} is not a readable npy file: {error}.") from None
+    if getattr(scores, "dtype", None) != np.float32 or scores.shape != (len(uids),):
+        raise InputError(f"{path} must hold {len(uids)} scores of float32, one for each uid.")
+    return np.asarray(scores)
 
 
 def row_weights(selection: Selection, pool: Pool) -> np.ndarray | None:
@@ -216,3 +284,63 @@ def expand_rows(selection: Selection, pool: Pool) -> tuple[np.ndarray, Coverage]
             "Is this the pool that the selection was made for?"
         )
     return expanded, coverage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class SelectedSamples:
+    """A selection of samples in some place: a pool, or arrays."""
+
+    selection: Selection
+    rows: np.ndarray  # int64, where its samples are there, ascending, repetitions repeated
+
+    def __len__(self) -> int:
+        """Count all samples, with repetitions."""
+        return len(self.selection)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The distinct uids, str [n], see `Selection`."""
+        return self.selection.ids
+
+    @property
+    def multiplicities(self) -> np.ndarray:
+        """How often each of them is kept, int64 [n]."""
+        return self.selection.multiplicities
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Their scores, by which they were chosen, float32 [n]; None where there are none.
+
+        NegCLIPLoss with the precision "screened" knows them as precisely as it needed to.
+        """
+        return self.selection.scores
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """What each of them counts in the loss, float32 [n]; None: all alike."""
+        return self.selection.weights
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was kept, by what, from what, and at which cost."""
+        return self.selection.manifest
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per distinct sample, see `Selection`."""
+        return self.selection.frame
+
+    def to_datacomp(self, path: str | os.PathLike[str]) -> Path:
+        """Write DataComp's subset file, see `Selection`."""
+        return self.selection.to_datacomp(path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._summary()})"
+
+    def _summary(self) -> str:
+        distinct = len(self.selection.uids)
+        counted = f"{len(self):,} samples"
+        if distinct != len(self):
+            counted += f", {distinct:,} distinct"
+        name = self.manifest.get("selector")
+        return counted if name is None else f"{name}: {counted}"

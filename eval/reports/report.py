@@ -5,10 +5,11 @@ As a table for the terminal, as names for loggers, as rows for wandb, and as CSV
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siftclip.errors import InputError, require_int
 from siftclip.eval.probes.probe_scores import IN_TRAIN
@@ -28,6 +29,9 @@ from siftclip.tables import (
     wrapped,
     write_csv_rows,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Interval = tuple[float, float]
 
@@ -53,7 +57,7 @@ _NO_METRIC = "no main metric"
 _FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Summary:
     """The results of one model with the averages over groups of tasks."""
 
@@ -87,6 +91,19 @@ class Summary:
         for failure in self.failures:
             lines += wrapped(f"failed: {failure.key}: {failure.message}")
         return "\n".join(lines)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The rows of `records` as a table of pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.records(), columns=[*_COLUMNS])
+
+    def __repr__(self) -> str:
+        return f"Summary of {len(self.results)} tasks\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
 
     def metrics(self) -> dict[str, float]:
         """Return all numbers that are defined, by the name they are logged under.

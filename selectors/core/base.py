@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError
 from siftclip.ranks import sum_arrays
+from siftclip.selectors.core.arrays import GIVEN, Array, Arrays, OtherArrays, array_source
 from siftclip.selectors.core.description import ARGUMENTS
+from siftclip.selectors.core.feature_sets import bind_features
 from siftclip.selectors.core.rules import Of, Rule, can_be_kept, threshold_rule, top_fraction
 from siftclip.selectors.core.source import (
     Chunk,
@@ -32,6 +34,9 @@ from siftclip.selectors.core.source import (
     WorkUnit,
 )
 from siftclip.selectors.core.sub_batch import SubBatch, check_draw, draw_by_score
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "Choice",
@@ -383,11 +388,34 @@ class ScoreSelector(Selector):
         return scores.masked_fill(~chunk.usable().to(scores.device), torch.nan)
 
     @torch.no_grad()
-    def scores(self, source: Source) -> np.ndarray:
-        """Fit, and score all samples of `source`: float32 [n], NaN for those without a score.
+    def scores(
+        self,
+        images: Source | Arrays | None = None,
+        texts: Array | None = None,
+        **others: Unpack[OtherArrays],
+    ) -> np.ndarray:
+        """Fit, and score all samples: float32 [n], NaN for those without a score.
 
-        The tasks are shared among the ranks; what was kept of an earlier call is not done again.
+        Of a source the tasks are shared among the ranks, and what was kept of an earlier call is
+        not done again.
+
+        Args:
+            images: a source; or float [n, d] of numpy or torch, or a mapping of arrays by key, see
+                `siftclip.selectors.core.arrays.array_source`.
+            texts: float [n, e], with arrays.
+            **others: `captions`, `sizes`, `column`, `uids`, `files` in the same way.
+
+        Raises:
+            InputError: what the selector reads is missing, or shapes do not fit together.
         """
+        if isinstance(images, Source):
+            return self.score_source(images)
+        bound = bind_features(self, GIVEN)
+        source = array_source(bound.requires, owner=self, images=images, texts=texts, **others)
+        return bound.scores(source)
+
+    def score_source(self, source: Source) -> np.ndarray:
+        """Fit, and score all samples of a source: what `scores` does with one."""
         cache = source.cache(self)
         fitted = False
         total = np.zeros(len(source), dtype=np.float64 if self.passes > 1 else np.float32)

@@ -62,6 +62,9 @@ def require_selectors(
 
     See `require_selector`.
     """
+    if not isinstance(selectors, Iterable) or isinstance(selectors, str):
+        rule = "must be selectors: a list of them, or a mapping of names to them"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=selectors)
     named = selectors if isinstance(selectors, Mapping) else dict(enumerate(selectors))
     if not named:
         rule = "must name at least one selector"
@@ -390,7 +393,7 @@ class Combined(ScoreSelector):
         """Compute the score of every sample before it is rounded to float32: float64 [n]."""
         return self.combine([child.scores(source) for child in self.selectors], source.uids)
 
-    def scores(self, source: Source) -> np.ndarray:
+    def score_source(self, source: Source) -> np.ndarray:
         return self.combined(source).astype(np.float32)
 
     def select(self, source: Source) -> Choice:

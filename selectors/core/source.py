@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.errors import InputError, require_text
+from siftclip.errors import InputError, ParameterError, require_text
 from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.kernels.blocks import usable_rows
 
@@ -26,6 +26,11 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+IMAGE, TEXT = "img", "txt"  # the endings of the arrays of a feature set
+_WAY_OUT = (
+    "Name a feature set of the pool, such as {example}. siftclip.select and the method scores name "
+    "those that they are given."
+)
 TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and the share of a rank
 
 
@@ -127,6 +132,44 @@ class Requirements:
     column: ExternalColumn | None = None
     lists: ExternalColumn | None = None  # a column whose values are lists of whole numbers
     files: tuple[FeatureFile, ...] = ()  # for `Source.file`
+
+
+class ReadsFeatures:
+    """A selector that reads a feature set by its name, in `features`, or one array of it, in `key`.
+
+    None stands for the features that it is used with, and for the images among them.
+    """
+
+    features: str | None
+    key: str | None
+
+    def feature_keys(self, *endings: str) -> tuple[str, ...]:
+        """Return the keys of some arrays of the feature set, such as `l14_img` and `l14_txt`.
+
+        Raises:
+            ParameterError: no feature set is named yet.
+        """
+        name = self._named("features", self.features, 'features="l14"')
+        return tuple(f"{name}_{ending}" for ending in endings)
+
+    @property
+    def array_key(self) -> str:
+        """The key of the one array that is read, such as `l14_img`.
+
+        Raises:
+            ParameterError: no array is named yet.
+        """
+        return self._named("key", self.key, 'key="l14_img"')
+
+    def _named(self, parameter: str, value: str | None, example: str) -> str:
+        if value is None:
+            raise ParameterError(
+                "must be given here: no features are named yet",
+                owner=self,
+                parameter=parameter,
+                way_out=_WAY_OUT.format(example=example),
+            )
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from siftclip.selectors.core.base import Chunk, Requirements, RuleOptions, ScoreSelector
+from siftclip.selectors.core.source import IMAGE, TEXT, ReadsFeatures
 from siftclip.selectors.kernels.blocks import row_blocks
 
 if TYPE_CHECKING:
@@ -29,14 +30,15 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
     return scores
 
 
-class ClipScore(ScoreSelector):
+class ClipScore(ReadsFeatures, ScoreSelector):
     """Keep the pairs whose image and caption agree best according to a CLIP model."""
 
-    def __init__(self, *, features: str, **rule: Unpack[RuleOptions]) -> None:
+    def __init__(self, *, features: str | None = None, **rule: Unpack[RuleOptions]) -> None:
         """Choose the features.
 
         Args:
-            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`.
+            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`;
+                None: the one that it is used with.
             **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
         """
         super().__init__(**rule)
@@ -44,7 +46,7 @@ class ClipScore(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(f"{self.features}_img", f"{self.features}_txt"))
+        return Requirements(features=self.feature_keys(IMAGE, TEXT))
 
     def score(self, chunk: Chunk) -> Tensor:
         image, text = (chunk.features[key] for key in self.requires.features)

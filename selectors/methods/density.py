@@ -23,6 +23,7 @@ from siftclip.hashing import uniform_score
 from siftclip.ranks import SCALE
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source
 from siftclip.selectors.core.rules import Of, top_fraction
+from siftclip.selectors.core.source import ReadsFeatures
 from siftclip.selectors.fitting.clusters import Clustering, assign_all
 
 Keep = Literal["hard", "easy", "random"]  # which samples of a cluster are kept
@@ -139,7 +140,7 @@ def keep_quotas(
     return kept
 
 
-class DensityPruning(Selector):
+class DensityPruning(ReadsFeatures, Selector):
     """Keep more samples of clusters that are varied and far from others, and there the atypical.
 
     A cluster's complexity is d_inter * d_intra, its share of the result the softmax of that over a
@@ -150,7 +151,7 @@ class DensityPruning(Selector):
     def __init__(
         self,
         *,
-        key: str,
+        key: str | None = None,
         clustering: Clustering,
         fraction: float,
         temperature: float = 0.5,
@@ -163,7 +164,8 @@ class DensityPruning(Selector):
         """Choose the features, the clusters and the budget.
 
         Args:
-            key: of the features, `l14_img` for images of L/14. The paper's are of DINOv2 L/14.
+            key: of the features, `l14_img` for images of L/14; None: the images of those it is used
+                with. The paper's are of DINOv2 L/14.
             clustering: `KMeans` or `GivenCentroids`; 100 spherical clusters for DataComp medium,
                 500 for 280 M samples of LAION.
             fraction: keep int(n * fraction) samples, or all that are usable if these are fewer.
@@ -185,10 +187,10 @@ class DensityPruning(Selector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(self.key,), files=self.clustering.files())
+        return Requirements(features=(self.array_key,), files=self.clustering.files())
 
     def select(self, source: Source) -> Choice:
-        centroids, clusters, products = assign_all(source, self.key, self.clustering)
+        centroids, clusters, products = assign_all(source, self.array_key, self.clustering)
         norms = centroids.norm(dim=1).clamp(min=torch.finfo().tiny).cpu().numpy()
         member = clusters >= 0
         cosines = np.zeros_like(products)

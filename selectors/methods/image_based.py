@@ -13,6 +13,7 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements, ScoreSelector, Source
+from siftclip.selectors.core.source import IMAGE, ReadsFeatures
 from siftclip.selectors.fitting.clusters import Clustering
 from siftclip.selectors.fitting.kmeans import assign
 from siftclip.selectors.kernels.blocks import usable_rows
@@ -30,7 +31,7 @@ def occupied_clusters(clusters: Tensor, *, count: int) -> Tensor:
     return occupied
 
 
-class ImageBased(ScoreSelector):
+class ImageBased(ReadsFeatures, ScoreSelector):
     """Keep the samples whose image is in a cluster with an image of the target.
 
     The score is 1 for them and 0 for the others. As in the release, a vector belongs to the
@@ -38,11 +39,14 @@ class ImageBased(ScoreSelector):
     of L/14 features and 100 % / 30 % / 3 % of the samples at scale small / medium / large.
     """
 
-    def __init__(self, *, features: str, target: FeatureFile, clustering: Clustering) -> None:
+    def __init__(
+        self, *, features: str | None = None, target: FeatureFile, clustering: Clustering
+    ) -> None:
         """Choose features, target and clusters.
 
         Args:
-            features: name of a feature set, such as `l14` for the key `l14_img`.
+            features: name of a feature set, such as `l14` for the key `l14_img`; None: the one
+                that it is used with.
             target: features of the target's images, by the same model.
             clustering: `KMeans`, with `spherical=False` as in the release, or `GivenCentroids`.
         """
@@ -52,10 +56,10 @@ class ImageBased(ScoreSelector):
     @property
     def requires(self) -> Requirements:
         files = (self.target, *self.clustering.files())
-        return Requirements(features=(f"{self.features}_img",), files=files)
+        return Requirements(features=self.feature_keys(IMAGE), files=files)
 
     def fit(self, source: Source) -> None:
-        centroids = self.clustering.centroids(source, f"{self.features}_img")
+        centroids = self.clustering.centroids(source, *self.feature_keys(IMAGE))
         usable_targets = 0
         occupied = torch.zeros(len(centroids), dtype=torch.bool, device=source.device)
         for number, piece in enumerate(source.file(self.target)):

@@ -27,6 +27,7 @@ from siftclip.selectors.core.base import (
     WorkUnit,
 )
 from siftclip.selectors.core.rules import Of, top_fraction
+from siftclip.selectors.core.source import ReadsFeatures
 from siftclip.selectors.kernels.blocks import require_same_width, usable_rows
 from siftclip.selectors.kernels.neighbour_lists import NOTHING, best_ranks, update_lists
 
@@ -144,7 +145,7 @@ def _merge(source: Source, lists: Tensor) -> Tensor:
     return torch.cat(merged)
 
 
-class NearestRank(ScoreSelector):
+class NearestRank(ReadsFeatures, ScoreSelector):
     """Score a sample by minus its best rank among the neighbours of any target vector.
 
     0 is the nearest neighbour of a target. Samples in no list get minus `neighbours`: a fraction
@@ -153,12 +154,17 @@ class NearestRank(ScoreSelector):
     """
 
     def __init__(
-        self, *, key: str, target: FeatureFile, neighbours: int = 200, **rule: Unpack[RuleOptions]
+        self,
+        *,
+        key: str | None = None,
+        target: FeatureFile,
+        neighbours: int = 200,
+        **rule: Unpack[RuleOptions],
     ) -> None:
         """Choose the features and the target.
 
         Args:
-            key: of the features, such as `l14_img`.
+            key: of the features, such as `l14_img`; None: the images of those it is used with.
             target: features of the target, by the same model.
             neighbours: length of each target vector's list.
             **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
@@ -169,7 +175,7 @@ class NearestRank(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(self.key,), files=(self.target,))
+        return Requirements(features=(self.array_key,), files=(self.target,))
 
     def fit(self, source: Source) -> None:
         if self.neighbours >= len(source) > 0:
@@ -177,14 +183,16 @@ class NearestRank(ScoreSelector):
                 f"NearestRank: neighbours={self.neighbours} puts all {len(source)} "
                 "samples into every list, so that none is left out; use fewer"
             )
-        self._ranks, _ = target_ranks(source, self.key, self.target, neighbours=self.neighbours)
+        self._ranks, _ = target_ranks(
+            source, self.array_key, self.target, neighbours=self.neighbours
+        )
 
     def score_task(self, source: Source, task: WorkUnit) -> Tensor:
         ranks = torch.from_numpy(self._ranks[source.index_of(task.rows)])
         return torch.where(ranks < 0, torch.nan, 0.0 - ranks.float())
 
 
-class NearestUnion(Selector):
+class NearestUnion(ReadsFeatures, Selector):
     """Keep the union of the m nearest samples of each target vector, with m as the budget allows.
 
     The union of the first m neighbours is kept whole while it fits; the rest of the budget goes to
@@ -192,11 +200,13 @@ class NearestUnion(Selector):
     fraction is kept, or all usable samples if these are fewer.
     """
 
-    def __init__(self, *, key: str, target: FeatureFile, fraction: float, of: Of = "pool") -> None:
+    def __init__(
+        self, *, key: str | None = None, target: FeatureFile, fraction: float, of: Of = "pool"
+    ) -> None:
         """Choose the features, the target and the budget.
 
         Args:
-            key: of the features, such as `l14_img`.
+            key: of the features, such as `l14_img`; None: the images of those it is used with.
             target: features of the target, by the same model.
             fraction: keep int(n * fraction) samples, in (0, 1].
             of: what n counts: the "pool", or what earlier stages have "left".
@@ -206,7 +216,7 @@ class NearestUnion(Selector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(self.key,), files=(self.target,))
+        return Requirements(features=(self.array_key,), files=(self.target,))
 
     def select(self, source: Source) -> Choice:
         budget = self.rule.asked_samples(len(source), len(source.whole))
@@ -214,7 +224,9 @@ class NearestUnion(Selector):
         # Lists overlap: four times the entries mostly suffice. Where not, longer ones are made.
         neighbours = max(1, min(len(source), -(-4 * budget // max(1, targets))))
         while True:
-            ranks, products = target_ranks(source, self.key, self.target, neighbours=neighbours)
+            ranks, products = target_ranks(
+                source, self.array_key, self.target, neighbours=neighbours
+            )
             listed = np.flatnonzero((ranks >= 0) & (ranks < neighbours))
             if len(listed) >= budget or neighbours >= len(source):
                 break

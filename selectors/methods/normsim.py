@@ -21,6 +21,7 @@ from siftclip.selectors.core.base import (
     ScoreSelector,
     Source,
 )
+from siftclip.selectors.core.source import IMAGE, ReadsFeatures
 from siftclip.selectors.fitting.covariance import (
     UNIT,
     file_moment,
@@ -78,13 +79,13 @@ def normsim_2(features: Tensor, moment: Tensor) -> Tensor:
     return quadratic_form(features, moment).clamp_min_(0).sqrt_()
 
 
-class NormSim(ScoreSelector):
+class NormSim(ReadsFeatures, ScoreSelector):
     """Keep the images that are similar to the images of a target."""
 
     def __init__(
         self,
         *,
-        features: str,
+        features: str | None = None,
         target: FeatureFile,
         p: float | Literal["inf"] = 2,
         **rule: Unpack[RuleOptions],
@@ -92,7 +93,8 @@ class NormSim(ScoreSelector):
         """Choose features, target and norm.
 
         Args:
-            features: name of a feature set, of which the image features are used: `l14_img`.
+            features: name of a feature set, of which the image features are used: `l14_img`;
+                None: the one that it is used with.
             target: features of the target's images. With p other than 2, all of
                 it is held in memory, as stored and in eight bits.
             p: at least 1; `inf` (also as a string) for the largest similarity.
@@ -109,7 +111,7 @@ class NormSim(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(f"{self.features}_img",), files=(self.target,))
+        return Requirements(features=self.feature_keys(IMAGE), files=(self.target,))
 
     def fit(self, source: Source) -> None:
         if self.p == 2:

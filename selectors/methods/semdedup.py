@@ -15,7 +15,7 @@ from siftclip.hashing import uniform_score
 from siftclip.selectors.core.base import Requirements, ScoreSelector, Source, WorkUnit
 from siftclip.selectors.core.compose import merge
 from siftclip.selectors.core.rules import Of, Threshold
-from siftclip.selectors.core.source import TASK_SAMPLES
+from siftclip.selectors.core.source import TASK_SAMPLES, ReadsFeatures
 from siftclip.selectors.fitting.clusters import Clustering, assign_all
 from siftclip.selectors.kernels.most_similar import most_similar
 
@@ -46,7 +46,7 @@ def _compare(rows: Tensor, others: Tensor, start: int) -> Tensor:
     return most_similar(rows, others, before=before)[1].clamp(min=0)
 
 
-class SemDeDup(ScoreSelector):
+class SemDeDup(ReadsFeatures, ScoreSelector):
     """Remove samples whose cosine to an earlier one in their cluster exceeds 1 - eps.
 
     The score is minus the largest such cosine, so that `eps` is a threshold and `fraction` keeps
@@ -58,7 +58,7 @@ class SemDeDup(ScoreSelector):
     def __init__(
         self,
         *,
-        key: str,
+        key: str | None = None,
         clustering: Clustering,
         eps: float | None = None,
         fraction: float | None = None,
@@ -70,7 +70,7 @@ class SemDeDup(ScoreSelector):
         """Choose the features, the clusters and the rule.
 
         Args:
-            key: of the features, `l14_img` for images.
+            key: of the features, `l14_img` for images; None: the images of those it is used with.
             clustering: `KMeans` or `GivenCentroids`; the paper takes 50,000 spherical clusters of
                 LAION-440M.
             eps: keep the samples whose largest cosine is at most 1 - eps, in (0, 1], or ...
@@ -95,7 +95,6 @@ class SemDeDup(ScoreSelector):
             raise ParameterError(rule, owner=self, parameter="eps", value=eps)
         super().__init__(fraction=fraction, rule=None if eps is None else Threshold(eps - 1), of=of)
         self.key, self.clustering, self.eps = key, clustering, eps
-        self._own = Requirements(features=(key,))
         self.keep: Keep = require_choice("keep", keep, get_args(Keep), owner=self)
         self.seed, self.prefer = require_int("seed", seed, minimum=0, owner=self), prefer
         if (prefer is None) == (keep == "best"):
@@ -108,13 +107,17 @@ class SemDeDup(ScoreSelector):
             )
 
     @property
+    def _own(self) -> Requirements:
+        return Requirements(features=(self.array_key,))
+
+    @property
     def requires(self) -> Requirements:
-        clusters = Requirements(features=(self.key,), files=self.clustering.files())
+        clusters = Requirements(features=(self.array_key,), files=self.clustering.files())
         return clusters if self.prefer is None else merge([clusters, self.prefer.requires])
 
     def tasks(self, source: Source, pass_number: int) -> Sequence[WorkUnit]:
         """Group whole clusters in the order of `keep`, several per task where they are small."""
-        _, clusters, products = assign_all(source, self.key, self.clustering)
+        _, clusters, products = assign_all(source, self.array_key, self.clustering)
         order = np.lexsort(
             (source.uids[:, 1], source.uids[:, 0], self._lateness(source, products), clusters)
         )
@@ -146,7 +149,7 @@ class SemDeDup(ScoreSelector):
             if len(rows) > source.chunk_samples:
                 largest.append(self._large_cluster(source, rows))
                 continue
-            features = source.take(rows, self._own).features[self.key]
+            features = source.take(rows, self._own).features[self.array_key]
             starts = np.flatnonzero(np.diff(of_rows, prepend=-1))
             largest += [
                 largest_earlier_similarity(features[first:last])
@@ -159,10 +162,10 @@ class SemDeDup(ScoreSelector):
         block = source.chunk_samples
         answer = []
         for start in range(0, len(rows), block):
-            features = source.take(rows[start : start + block], self._own).features[self.key]
+            features = source.take(rows[start : start + block], self._own).features[self.array_key]
             largest = _compare(features, features, 0)
             for chunk in source.chunks(rows[:start], self._own):
-                earlier = most_similar(features, chunk.features[self.key])[1]
+                earlier = most_similar(features, chunk.features[self.array_key])[1]
                 largest = torch.maximum(largest, earlier)
             answer.append(largest)
         return torch.cat(answer)

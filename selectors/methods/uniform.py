@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Uniform(ScoreSelector):
     """Keep a uniformly random part of the pool, the same for every order and chunk size."""
 
-    def __init__(self, *, seed: int, **rule: Unpack[RuleOptions]) -> None:
+    def __init__(self, *, seed: int = 0, **rule: Unpack[RuleOptions]) -> None:
         """Set the seed; `rule` is `fraction`, `threshold` or `rule`, see `ScoreSelector`."""
         super().__init__(**rule)
         self.seed = require_int("seed", seed, minimum=0, owner=self)

@@ -19,6 +19,7 @@ from siftclip.selectors.core.base import (
     ScoreSelector,
     Source,
 )
+from siftclip.selectors.core.source import IMAGE, TEXT, ReadsFeatures
 from siftclip.selectors.fitting.covariance import (
     bilinear_form,
     file_moment,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 Modality = Literal["image", "text", "cross"]
 _SUFFIXES: dict[Modality, tuple[str, ...]] = {
-    "image": ("img",),
-    "text": ("txt",),
-    "cross": ("img", "txt"),
+    "image": (IMAGE,),
+    "text": (TEXT,),
+    "cross": (IMAGE, TEXT),
 }
 
 
@@ -63,13 +64,13 @@ def cross_vas(image_features: Tensor, text_features: Tensor, covariance: Tensor)
     return bilinear_form(image_features, text_features, covariance)
 
 
-class Vas(ScoreSelector):
+class Vas(ReadsFeatures, ScoreSelector):
     """Keep the samples that lie in the directions in which a target varies."""
 
     def __init__(
         self,
         *,
-        features: str,
+        features: str | None = None,
         modality: Modality = "image",
         target: FeatureFile | str | None = None,
         text_target: FeatureFile | None = None,
@@ -79,7 +80,8 @@ class Vas(ScoreSelector):
         """Choose features and target.
 
         Args:
-            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`.
+            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`;
+                None: the one that it is used with.
             modality: `image`, `text`, or `cross`, the cross-covariance of both.
             target: features of the target, of the images unless the modality is `text`; or
                 "pool": the whole pool.
@@ -119,7 +121,7 @@ class Vas(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        keys = tuple(f"{self.features}_{suffix}" for suffix in _SUFFIXES[self.modality])
+        keys = self.feature_keys(*_SUFFIXES[self.modality])
         return Requirements(features=keys, files=self._files)
 
     def fit(self, source: Source) -> None:

@@ -357,10 +357,10 @@ def test_a_stop_ends_the_comparison(
     monkeypatch.setattr(arms, "train_stage", stopped)
     overrides = [*base, "eval.root=tasks", "experiment=random_clip_score"]
     monkeypatch.setattr(arms, "tasks_from", lambda config: [])
+    settings = compose("compare", overrides)
+    composed = arms.arms_of_overrides(settings, overrides, lambda own: compose("compare", own))
     with pytest.raises(TrainingStopped):
-        arms.compare_stage(
-            compose("compare", overrides), overrides, lambda own: compose("compare", own)
-        )
+        arms.compare_stage(settings, composed)
     assert started == [0]
 
 

@@ -6,6 +6,7 @@ calls the part of siftclip that does the work.
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,17 @@ from siftclip.datamodules.identity.identities import say_reused, say_why_not
 from siftclip.datamodules.pool.pool import (
     Coverage,
     Pool,
-    make_storage,
     metadata_coverage,
-    open_pool,
 )
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.selection.run import run_selection, score_pool
 from siftclip.datamodules.selection.selection import (
     MANIFEST_NAME,
-    Selection,
+    SelectedSamples,
     expand_rows,
     read_selection,
     write_selection,
 )
-from siftclip.datamodules.storage.local import default_cache
 from siftclip.datamodules.streaming.order import rows_digest
 from siftclip.errors import InputError
 from siftclip.files import identity_hash
@@ -39,7 +37,6 @@ from siftclip.ranks import Ranks, of_first_rank
 from siftclip.selectors.core.base import ScoreSelector, Selector
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.options.objects import BuiltObjects
-from siftclip.trainer.runtime.cores import cores_of_rank
 from siftclip.trainer.runtime.rank_agreement import require_same
 from siftclip.trainer.runtime.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import SelectSections
@@ -47,39 +44,30 @@ from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
 from siftclip.trainer.settings.selector import SelectorNode
 
 
-def pool_cache(pool: PoolSettings) -> Path:
-    """Return where indices and features of the pool are kept."""
-    return default_cache(pool.root) if pool.cache_dir is None else Path(pool.cache_dir)
-
-
 def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
     """Open the pool that the settings name."""
-    cache = pool_cache(pool)
-    names = ("root", "shard_cache_gb", "max_bad_fraction", "key_split")
-    with options_of(under("pool", *names, options="storage_options")):
-        storage = make_storage(
+    names = ("root", "shard_cache_gb", "max_bad_fraction", "key_split", "storage_options")
+    workers = None if pool.index_workers == "auto" else pool.index_workers
+    with options_of(under("pool", *names)):
+        return Pool(
             pool.root,
-            cache_dir=cache,
-            options=pool.storage_options,
-            shard_cache_gb=pool.shard_cache_gb,
-        )
-        return open_pool(
-            storage,
-            cache_dir=cache,
+            cache_dir=pool.cache_dir,
             max_bad_fraction=pool.max_bad_fraction,
             key_split=pool.key_split,
-            workers=cores_of_rank() if pool.index_workers == "auto" else pool.index_workers,
+            index_workers=workers,
+            storage_options=pool.storage_options,
+            shard_cache_gb=pool.shard_cache_gb,
             progress=progress,
         )
 
 
-def features_folder(features: FeaturesSettings, pool: PoolSettings) -> Path | None:
+def features_folder(features: FeaturesSettings, pool: Pool) -> Path | None:
     """Return the folder of the feature set; None means the pool's own metadata."""
     if features.root is not None:
         return Path(features.root)
     if features.model is None:
         return None
-    return pool_cache(pool) / "features" / features.name
+    return pool.options.cache_folder / "features" / features.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +88,10 @@ def selector_from(node: SelectorNode) -> BuiltSelector:
     """
     name, parameters = node.name, {**node.parameters}
     objects = BuiltObjects()
+    if node.built is not None:  # a copy, because selectors may learn while they are used
+        return BuiltSelector(
+            selector=copy.deepcopy(node.built), name=name, parameters=parameters, objects=objects
+        )
     selector = objects.build(parameters, node.place)
     if not isinstance(selector, Selector):
         raise InputError(
@@ -109,12 +101,20 @@ def selector_from(node: SelectorNode) -> BuiltSelector:
     return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
 
 
-def source_from(settings: SelectSections, *, may_launch: bool) -> PoolSource:
-    """Open the pool as selectors see it, shared among the ranks, see `selection_ranks`."""
+def source_from(
+    settings: SelectSections, *, may_launch: bool, pool: Pool | None = None
+) -> PoolSource:
+    """Open the pool as selectors see it, shared among the ranks, see `selection_ranks`.
+
+    Args:
+        settings: of the command.
+        may_launch: whether ranks may be started here.
+        pool: that `settings` name, where it is open already.
+    """
     common, features = settings.common, settings.features
-    pool = pool_from(settings.pool, progress=common.progress)
+    pool = pool_from(settings.pool, progress=common.progress) if pool is None else pool
     ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
-    folder = features_folder(features, settings.pool)
+    folder = features_folder(features, pool)
     return PoolSource(
         pool,
         features=[folder, *(None if more is None else Path(more) for more in features.more)],
@@ -142,8 +142,12 @@ class ScoreOutcome:
     folder: Path  # where they are kept
 
 
-def score_stage(settings: SelectSections) -> ScoreOutcome:
+def score_stage(settings: SelectSections, *, pool: Pool | None = None) -> ScoreOutcome:
     """Open the pool, find what the selector requires, and score.
+
+    Args:
+        settings: of the command.
+        pool: that `settings` name, where it is open already.
 
     Raises:
         InputError: the selector chooses sets and has no scores, or an option or file is wrong.
@@ -155,7 +159,7 @@ def score_stage(settings: SelectSections) -> ScoreOutcome:
             f"selector={built.name} chooses sets and has no scores of single samples. "
             "Use siftclip select."
         )
-    source = source_from(settings, may_launch=True)
+    source = source_from(settings, may_launch=True, pool=pool)
     with built.objects.told_as_options():
         folder = source.scores_root / identity_hash(source.identity(selector))
         there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
@@ -164,31 +168,41 @@ def score_stage(settings: SelectSections) -> ScoreOutcome:
     return ScoreOutcome(source=source, scores=scores, folder=folder)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectOutcome:
-    """What the select stage made."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class SelectOutcome(SelectedSamples):
+    """A selection of an open pool, `rows` being the pool's."""
 
     pool: Pool
     source: PoolSource
-    selection: Selection
-    folder: Path
-    rows: np.ndarray  # int64, the pool's rows, repetitions repeated
+    folder: Path  # where it is kept
     coverage: Coverage  # of the selection in the pool
+    settings: SelectSections  # by which it was made
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._summary()} of {self.pool.root!r})"
 
 
-def select_stage(settings: SelectSections, *, may_launch: bool = False) -> SelectOutcome:
+def select_stage(
+    settings: SelectSections, *, may_launch: bool = False, pool: Pool | None = None
+) -> SelectOutcome:
     """Select, and write the selection with its manifest; reuse one that is there.
 
     With `reuse=false` the selection and the scores behind it are computed again.
+
+    Args:
+        settings: of the command.
+        may_launch: whether ranks may be started here.
+        pool: that `settings` name, where it is open already.
     """
     built = selector_from(settings.selector)  # first: it fails without touching a file
-    source = source_from(settings, may_launch=may_launch)
+    source = source_from(settings, may_launch=may_launch, pool=pool)
     with built.objects.told_as_options():
-        return _select(built, source, settings.common.output_root / "selections")
+        return _select(built, source, settings)
 
 
-def _select(built: BuiltSelector, source: PoolSource, root: Path) -> SelectOutcome:
+def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) -> SelectOutcome:
     selector, name, pool = built.selector, built.name, source.pool
+    root = settings.common.output_root / "selections"
     identity = source.identity(selector, with_rule=True)
     folder = root / f"{name}-{identity_hash(identity)}"
     ranks, path = source.ranks, folder / MANIFEST_NAME
@@ -215,7 +229,7 @@ def _select(built: BuiltSelector, source: PoolSource, root: Path) -> SelectOutco
                 ["samples for the selection"],
             )
             if ranks.rank == 0:
-                write_selection(selection, folder)
+                write_selection(selection, folder, scores=True)
             ranks.barrier()
     rows, coverage = expand_rows(selection, pool)
     return SelectOutcome(
@@ -225,4 +239,5 @@ def _select(built: BuiltSelector, source: PoolSource, root: Path) -> SelectOutco
         folder=folder,
         rows=rows,
         coverage=coverage,
+        settings=settings,
     )

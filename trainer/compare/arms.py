@@ -1,18 +1,19 @@
 """The compare stage: every arm with every seed, trained and evaluated at one budget, then a report.
 
-An arm is a name with overrides. Runs are content-addressed, so that what is finished is reused,
-whoever made it, and an interrupted comparison continues where it was.
+An arm is a name with settings of its own. Runs are content-addressed, so that what is finished is
+reused, whoever made it, and an interrupted comparison continues where it was.
 """
 
 from __future__ import annotations
 
+import html
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tqdm import tqdm
 
@@ -26,21 +27,50 @@ from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 from siftclip.trainer.stages.evaluation import tasks_from
 from siftclip.trainer.stages.train import train_stage
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from siftclip.trainer.compare.collect import ArmComparison
+
 log = logging.getLogger(__name__)
 
 ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FAILED_SHOWN = 3
 
-ComposeArm: TypeAlias = Callable[[Sequence[str]], TrainCommand]  # the settings of these overrides
+ComposeArm: TypeAlias = Callable[[str, int], TrainCommand]  # the settings of an arm and a seed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CompareOutcome:
     """What a comparison leaves behind."""
 
     folder: Path
     table: str  # empty on other ranks than 0
+    comparison: ArmComparison | None = None  # on rank 0
     failed: tuple[str, ...] = ()  # runs and tasks that should be there, each in a line
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per run and metric, see `ArmComparison.results`.
+
+        Raises:
+            RuntimeError: this is another rank than 0, which has none.
+        """
+        if self.comparison is None:
+            raise RuntimeError("rank 0 alone has the results of a comparison")
+        return self.comparison.results
+
+    @property
+    def report(self) -> Path:
+        """The report as a page that a browser shows."""
+        return self.folder / "report.html"
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return f"CompareOutcome({str(self.folder)!r}{failed})\n{self.table}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table)}</pre>"
 
     def require_complete(self) -> None:
         """Raise InputError if runs or tasks failed, once all else is done and printed."""
@@ -52,15 +82,31 @@ class CompareOutcome:
             )
 
 
-def compare_stage(
-    settings: CompareCommand, overrides: Sequence[str], compose: ComposeArm
-) -> CompareOutcome:
+def arms_of_overrides(
+    settings: CompareCommand,
+    overrides: Sequence[str],
+    compose: Callable[[Sequence[str]], TrainCommand],
+) -> ComposeArm:
+    """Return what makes the settings of an arm: the command line's overrides, then the arm's own.
+
+    Args:
+        settings: of the comparison, with its arms.
+        overrides: those of the command line.
+        compose: makes settings of overrides.
+    """
+
+    def composed(arm: str, seed: int) -> TrainCommand:
+        return compose([*overrides, *settings.compare.arms[arm], f"seed={seed}"])
+
+    return composed
+
+
+def compare_stage(settings: CompareCommand, compose: ComposeArm) -> CompareOutcome:
     """Run all arms with all seeds and write the report.
 
     Args:
         settings: of the command.
-        overrides: those of the command line, on top of which each arm's come.
-        compose: makes the settings of an arm.
+        compose: makes the settings of an arm with a seed.
 
     Raises:
         InputError: an arm is not a valid configuration, the arms differ in budget, or there is
@@ -68,7 +114,7 @@ def compare_stage(
     """
     require_launcher("compare", settings.trainer, os.environ)
     tasks_from(settings.eval)
-    plan = _plan(settings, overrides, compose)
+    plan = _plan(settings, compose)
     runs = _train_all(plan, progress=settings.common.progress)
     folder = settings.common.output_root / "compare" / settings.compare.name
     if not is_rank_zero():
@@ -89,6 +135,7 @@ def compare_stage(
     return CompareOutcome(
         folder=folder,
         table=format_main_table(comparison),
+        comparison=comparison,
         failed=tuple(missing.text() for missing in comparison.missing if missing.failed),
     )
 
@@ -123,9 +170,7 @@ def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool)
     return [runs[number] for number in range(len(plan))]
 
 
-def _plan(
-    settings: CompareCommand, overrides: Sequence[str], compose: ComposeArm
-) -> list[tuple[str, int, TrainCommand]]:
+def _plan(settings: CompareCommand, compose: ComposeArm) -> list[tuple[str, int, TrainCommand]]:
     """List the settings of all runs, seed by seed, so that what is done first is comparable."""
     arms, seeds = settings.compare.arms, settings.compare.seeds
     if not arms or not seeds:
@@ -138,10 +183,10 @@ def _plan(
     plan = []
     budget = _budget(settings)
     for seed in seeds:
-        for arm, of_arm in arms.items():
+        for arm in arms:
             if not ARM_NAME.fullmatch(arm):
                 raise InputError(f"compare.arms: {arm!r} must consist of letters, digits, _ . -")
-            arm_settings = _composed(compose, arm, [*overrides, *of_arm, f"seed={seed}"])
+            arm_settings = _composed(compose, arm, seed)
             if _budget(arm_settings) != budget:
                 raise InputError(
                     f"compare.arms.{arm} has the budget {_budget(arm_settings)[0]}, the others "
@@ -164,8 +209,8 @@ def _budget(settings: TrainCommand) -> tuple[Limit | Budget, int]:
     return limit, settings.scale.global_batch_size
 
 
-def _composed(compose: ComposeArm, arm: str, overrides: Sequence[str]) -> TrainCommand:
+def _composed(compose: ComposeArm, arm: str, seed: int) -> TrainCommand:
     try:
-        return compose(overrides)
+        return compose(arm, seed)
     except InputError as error:
         raise InputError(f"compare.arms.{arm}: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from siftclip.locks import LOCK_NAME, locked
-from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
+from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
 from siftclip.trainer.demo.pool import write_demo_data
 from siftclip.trainer.settings.commands import (
     CompareCommand,
@@ -70,9 +70,7 @@ def demo_stage(settings: DemoCommand, overrides: Sequence[str], compose: Compose
     words = ["experiment=digits", *overrides]
     embed_stage(compose(EmbedCommand, "compare", words))
     log.info("4/4 the comparison: select, train on each selection, evaluate")
-    comparison = compare_stage(
-        compose(CompareCommand, "compare", words),
-        words,
-        lambda arm: compose(TrainCommand, "compare", arm),
-    )
+    compared = compose(CompareCommand, "compare", words)
+    arms = arms_of_overrides(compared, words, lambda arm: compose(TrainCommand, "compare", arm))
+    comparison = compare_stage(compared, arms)
     return DemoOutcome(data=root, comparison=comparison, seconds=time.perf_counter() - start)

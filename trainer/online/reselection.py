@@ -295,10 +295,8 @@ class Reselection:
         counts = self._counts[np.searchsorted(self._distinct, candidates)]
         multiplicities = np.zeros(len(source), dtype=np.int64)
         multiplicities[candidates] = choice.multiplicities * counts
-        weights = None
-        if choice.weights is not None:
-            weights = np.ones(len(source), dtype=np.float32)
-            weights[candidates] = choice.weights
+        weights = _of_all(choice.weights, candidates, len(source), other=1)
+        scores = _of_all(choice.scores, candidates, len(source), other=np.nan)
         report = source.reports[-1]
         selection = make_selection(
             self.source.pool.uids,
@@ -311,7 +309,7 @@ class Reselection:
                 **report,
             },
             weights=weights,
-            scores=choice.scores,
+            scores=scores,
         )
         rows, _ = expand_rows(selection, self.source.pool)
         digest = rows_digest(rows, selection.weights)
@@ -360,3 +358,14 @@ class Reselection:
             stop_step=self._stop(rows, start),
             weights=product_of_weights(self.weights, row_weights(selection, self.source.pool)),
         )
+
+
+def _of_all(
+    values: np.ndarray | None, rows: np.ndarray, samples: int, *, other: float
+) -> np.ndarray | None:
+    """Return float32 [samples] with the values of some rows, and another of all others."""
+    if values is None:
+        return None
+    of_all = np.full(samples, other, dtype=np.float32)
+    of_all[rows] = values
+    return of_all

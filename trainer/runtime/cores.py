@@ -6,16 +6,8 @@ import os
 
 import torch
 
+from siftclip.cores import cores_of_rank
 from siftclip.errors import InputError, require_int
-
-
-def cores_of_rank() -> int:
-    """Count the cores that this process may use, shared between the ranks of this machine."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def worker_count(value: int | str) -> int:

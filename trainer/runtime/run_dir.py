@@ -21,7 +21,7 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siftclip.datamodules.models.load import MODEL_FOLDER
 from siftclip.datamodules.models.weight_needs import CONFIG_NAME
@@ -35,6 +35,9 @@ from siftclip.trainer.runtime.run_records import (
     require_shown,
 )
 from siftclip.trainer.settings.budget import Budget
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METRICS_NAME = "metrics.jsonl"
 RESULTS_NAME = "eval_results.jsonl"
@@ -63,7 +66,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("-")[1])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunDir:
     """Paths and small files of one run."""
 
@@ -132,6 +135,22 @@ class RunDir:
     def records(self) -> list[dict[str, Any]]:
         """Read the log so far, see `read_metrics`."""
         return read_metrics(self.path / METRICS_NAME)
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """The log so far as a table of pandas: a row for each record, `step` its first column."""
+        import pandas as pd
+
+        return pd.DataFrame(self.records())
+
+    def __repr__(self) -> str:
+        if self.summary is not None:
+            state = "finished"
+        else:
+            latest = self.latest_checkpoint()
+            state = "not begun" if not self.has_started else "no checkpoint yet"
+            state = state if latest is None else f"at step {step_of(latest)}"
+        return f"RunDir({str(self.path)!r}, {state})"
 
     def costs(self) -> dict[str, float]:
         """Read samples and FLOPs of the whole run, by name, from the last record of the log."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siftclip.errors import ParameterError, require_fraction
 from siftclip.trainer.settings.fields.rules import Fault, Unset, joined
 from siftclip.trainer.settings.fields.section import Recorded
+
+if TYPE_CHECKING:
+    from siftclip.selectors.core.base import Selector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,7 @@ class SelectorNode(Recorded):
     name: str
     parameters: Mapping[str, Any]
     written: Mapping[str, Any]  # the node in the configuration, where `features.name` is the pool's
+    built: Selector | None = None  # the selector itself, where it was made in Python
 
     @classmethod
     def of(

@@ -82,22 +82,28 @@ def feature_path(folder: Path, pool: Pool, shard: int) -> Path:
     return folder / f"{pool.shards[shard].stem}.npz"
 
 
-def embed_stage(settings: EmbedCommand) -> Path:
+def embed_stage(settings: EmbedCommand, *, pool: Pool | None = None) -> Path:
     """Embed every sample of the pool; returns the folder of the features.
 
     Bad samples get NaN features, so that no selector can keep them; they are counted and bounded by
     `pool.max_bad_fraction`.
+
+    Args:
+        settings: of the command.
+        pool: that `settings` name, where it is open already.
 
     Raises:
         InputError: an option is wrong, the folder holds features of another model or pool, or too
             many samples are bad.
     """
     features, common = settings.features, settings.common
-    folder = features_folder(features, settings.pool)
-    if features.model is None or folder is None:
+    if features.model is None:
         raise RuntimeError("settings without a model are refused where they are read")
     clip = clip_model_from(features.model, trained=True)
-    pool = pool_from(settings.pool, progress=common.progress)
+    pool = pool_from(settings.pool, progress=common.progress) if pool is None else pool
+    folder = features_folder(features, pool)
+    if folder is None:
+        raise RuntimeError("features with a model have a folder")
     share_cores(loader_options(settings.data).num_workers)
     fabric = make_fabric(settings.trainer)
     fabric.launch()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from siftclip.datamodules.identity.identities import when
-from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.pool import Pool, PoolOptions
 from siftclip.datamodules.selection.compaction import Compaction, compact_pool
 from siftclip.datamodules.selection.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.locks import LOCK_NAME, locked
-from siftclip.trainer.builders.selection import pool_cache, pool_from, select_stage
+from siftclip.trainer.builders.selection import pool_from, select_stage
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.settings.commands import CompactCommand, PoolSections
 
@@ -28,7 +28,8 @@ class IndexOutcome:
 def index_stage(settings: PoolSections) -> IndexOutcome:
     """Open the pool, which builds what is missing of its index."""
     start = time.perf_counter()
-    before = {path.name for path in pool_cache(settings.pool).glob("index*/table-*")}
+    cache = PoolOptions(root=settings.pool.root, cache_dir=settings.pool.cache_dir).cache_folder
+    before = {path.name for path in cache.glob("index*/table-*")}
     pool = pool_from(settings.pool, progress=settings.common.progress)
     return IndexOutcome(
         pool=pool,

@@ -179,7 +179,9 @@ def run_dir_for(
     return run
 
 
-def train_stage(settings: TrainCommand, *, wait: bool = False) -> RunDir:
+def train_stage(
+    settings: TrainCommand, *, wait: bool = False, selected: SelectOutcome | None = None
+) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
     A finished run is returned as it is; an interrupted one continues from its last checkpoint.
@@ -188,6 +190,7 @@ def train_stage(settings: TrainCommand, *, wait: bool = False) -> RunDir:
     Args:
         settings: of the command.
         wait: for another process that trains this very run, instead of raising.
+        selected: what `settings` select, where that is known already.
 
     Raises:
         HeldError: another process trains this run.
@@ -196,7 +199,7 @@ def train_stage(settings: TrainCommand, *, wait: bool = False) -> RunDir:
     check_training(settings)
     if is_rank_zero():
         _say_what_begins(settings)
-    selected = select_stage(settings)
+    selected = select_stage(settings) if selected is None else selected
     loss_data = _loss_data(settings, selected)
     identity = run_identity(settings, selected, loss_data)
     run, ranks = run_dir_for(settings, selected, identity), selected.source.ranks
@@ -274,14 +277,18 @@ def _train(
     finish(loggers)
 
 
-def plan_stage(settings: TrainCommand) -> Forecast:
+def plan_stage(settings: TrainCommand, *, selected: SelectOutcome | None = None) -> Forecast:
     """Forecast what a run of these settings will cost, from a few measured steps. Nothing is kept.
+
+    Args:
+        settings: of the command.
+        selected: what `settings` select, where that is known already.
 
     Raises:
         InputError: an option or a file is wrong.
     """
     check_training(settings)
-    selected = select_stage(settings)
+    selected = select_stage(settings) if selected is None else selected
     share_cores(loader_options(settings.data).num_workers)
     loss_data = _loss_data(settings, selected)
     parts = run_parts(settings, selected, loss_data, settings.common.output_root)

@@ -18,7 +18,7 @@ from siftclip.errors import (
 from siftclip.ranks import SCALE, sum_arrays
 from siftclip.selectors.core.base import Choice, FeatureFile, Requirements, Selector, Source
 from siftclip.selectors.core.rules import Of, top_fraction
-from siftclip.selectors.core.source import Cache
+from siftclip.selectors.core.source import IMAGE, TEXT, Cache, ReadsFeatures
 from siftclip.selectors.fitting.clusters import Clustering
 from siftclip.selectors.fitting.latent_classes import LatentClasses, find_classes, read_labels
 from siftclip.selectors.kernels.most_similar import most_similar
@@ -51,7 +51,7 @@ class InitialScores:
     text_low: np.ndarray  # bool [m]
 
 
-class ClipCov(Selector):
+class ClipCov(ReadsFeatures, Selector):
     """Keep the pairs that a greedy choice takes, which scores each class again as it is used up.
 
     A sample i of class V scores at first
@@ -72,7 +72,7 @@ class ClipCov(Selector):
     def __init__(
         self,
         *,
-        features: str,
+        features: str | None = None,
         fraction: float,
         of: Of = "pool",
         labels: FeatureFile | None = None,
@@ -88,7 +88,8 @@ class ClipCov(Selector):
         """Set the objective, the classes and the schedule.
 
         Args:
-            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`.
+            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`;
+                None: the one that it is used with.
             fraction: keep int(n * fraction) samples, in (0, 1].
             of: what n counts: the whole "pool", or what earlier stages have "left".
             labels: text features of class names; the class of a sample is the name nearest to its
@@ -139,7 +140,7 @@ class ClipCov(Selector):
     def requires(self) -> Requirements:
         files = () if self.labels is None else (self.labels,)
         return Requirements(
-            features=(f"{self.features}_img", f"{self.features}_txt"),
+            features=self.feature_keys(IMAGE, TEXT),
             files=files if self.clustering is None else self.clustering.files(),
         )
 

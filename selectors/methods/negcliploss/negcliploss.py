@@ -26,7 +26,7 @@ from siftclip.selectors.core.base import (
     WorkUnit,
 )
 from siftclip.selectors.core.rules import Threshold, TopFraction
-from siftclip.selectors.core.source import TASK_SAMPLES
+from siftclip.selectors.core.source import IMAGE, TASK_SAMPLES, TEXT, ReadsFeatures
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums
 from siftclip.selectors.methods.clip_score import clip_score
@@ -67,7 +67,7 @@ def block_order(uids: np.ndarray, seed: int, pass_number: int) -> np.ndarray:
     return np.lexsort((uids[:, 1], uids[:, 0], keys))
 
 
-class NegCLIPLoss(ScoreSelector):
+class NegCLIPLoss(ReadsFeatures, ScoreSelector):
     """Keep the pairs with the smallest contrastive loss among random others.
 
     With precision "screened", `select` multiplies 8-bit integers first, and then computes in
@@ -79,7 +79,7 @@ class NegCLIPLoss(ScoreSelector):
     def __init__(
         self,
         *,
-        features: str,
+        features: str | None = None,
         temperature: float = 0.01,
         batch_size: int = 32768,
         passes: int = 10,
@@ -91,7 +91,8 @@ class NegCLIPLoss(ScoreSelector):
         """Set the parameters.
 
         Args:
-            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`.
+            features: name of a feature set, such as `l14` for the keys `l14_img` and `l14_txt`;
+                None: the one that it is used with.
             temperature: of the CLIP model whose features these are.
             batch_size: samples of a block; their features are in memory at once. The last block
                 of a partition is short, as released.
@@ -114,7 +115,7 @@ class NegCLIPLoss(ScoreSelector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(f"{self.features}_img", f"{self.features}_txt"))
+        return Requirements(features=self.feature_keys(IMAGE, TEXT))
 
     @property
     def recomputed_samples(self) -> int:

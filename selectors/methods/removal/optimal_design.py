@@ -71,7 +71,9 @@ class DesignCriterion:
 class AOptimal(StepwiseRemoval):
     """Remove the samples that a linear model's weights need least."""
 
-    def __init__(self, *, features: str, fraction: float, steps: int, ridge: float = 1.0) -> None:
+    def __init__(
+        self, *, features: str | None = None, fraction: float, steps: int, ridge: float = 1.0
+    ) -> None:
         """Choose features and schedule.
 
         Args:
@@ -94,7 +96,7 @@ class VOptimal(AOptimal):
     def __init__(
         self,
         *,
-        features: str,
+        features: str | None = None,
         target: FeatureFile,
         fraction: float,
         steps: int,

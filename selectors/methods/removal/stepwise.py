@@ -10,7 +10,7 @@ import torch
 
 from siftclip.errors import require_fraction, require_int
 from siftclip.selectors.core.base import Choice, Requirements, Selector, Source
-from siftclip.selectors.core.source import Cache
+from siftclip.selectors.core.source import IMAGE, Cache, ReadsFeatures
 from siftclip.selectors.fitting.covariance import all_ranks
 from siftclip.selectors.methods.removal.elimination import Samples, remaining_samples
 
@@ -31,14 +31,15 @@ class Criterion(Protocol):
         """
 
 
-class StepwiseRemoval(Selector):
+class StepwiseRemoval(ReadsFeatures, Selector):
     """Remove samples in steps of equal size, each time those that matter least for the rest."""
 
-    def __init__(self, *, features: str, fraction: float, steps: int) -> None:
+    def __init__(self, *, features: str | None = None, fraction: float, steps: int) -> None:
         """Choose features and schedule.
 
         Args:
-            features: name of a feature set, of which the image features are used: `l14_img`.
+            features: name of a feature set, of which the image features are used: `l14_img`;
+                None: the one that it is used with.
             fraction: keep int(n * fraction) of the n samples of the whole pool, in (0, 1].
             steps: the number of removals; each is of ceil((left - kept) / steps), the last ones
                 of what is missing.
@@ -49,7 +50,7 @@ class StepwiseRemoval(Selector):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(features=(f"{self.features}_img",))
+        return Requirements(features=self.feature_keys(IMAGE))
 
     @property
     def keeps_all(self) -> bool:

@@ -73,7 +73,9 @@ class OwnCovariance:
 class VasD(StepwiseRemoval):
     """Remove the samples that lie least in the directions in which the rest varies."""
 
-    def __init__(self, *, features: str, fraction: float, steps: int, initial: Of = "pool") -> None:
+    def __init__(
+        self, *, features: str | None = None, fraction: float, steps: int, initial: Of = "pool"
+    ) -> None:
         """Choose features and schedule.
 
         Args:
@@ -110,7 +112,7 @@ class NormSimD(VasD):
     def __init__(
         self,
         *,
-        features: str,
+        features: str | None = None,
         fraction: float,
         steps: int,
         seed: int,

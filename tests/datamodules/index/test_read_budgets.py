@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pools import changed_pool
 
 from siftclip.datamodules.index.tar_index import SHARED_NAME, build_shard_index
 from siftclip.datamodules.index.tar_walk import (
@@ -152,7 +152,7 @@ class AskedStorage:
 @pytest.fixture
 def pool(make_samples: Make, write_pool: Make, load_pool: Make) -> Pool:
     opened: Pool = load_pool(write_pool(make_samples(8), shards=2))
-    return replace(opened, storage=AskedStorage(opened.storage))
+    return changed_pool(opened, storage=AskedStorage(opened.storage))
 
 
 def test_member_larger_than_any_picture_is_not_read(pool: Pool) -> None:
@@ -164,7 +164,7 @@ def test_member_larger_than_any_picture_is_not_read(pool: Pool) -> None:
     assert limit == 4 * 10_000 + (1 << 20)
     images, texts = pool.image_sizes_bytes.copy(), pool.text_sizes_bytes.copy()
     images[2], texts[5], images[6] = limit + 1, 1 << 40, limit
-    lying = replace(pool, image_sizes_bytes=images, text_sizes_bytes=texts)
+    lying = changed_pool(pool, image_sizes_bytes=images, text_sizes_bytes=texts)
     asked: AskedStorage = lying.storage  # type: ignore[assignment]
     asked.spans.clear()
     found = dict(SampleReader(pool=lying, max_image_pixels=10_000).read(rows))

@@ -9,7 +9,6 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pools import changed_pool
 
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.models.load import Tokenizer, Transform
@@ -248,7 +248,7 @@ def test_batch_tells_the_retries_of_its_own_reads(
     pool: Pool, rows: np.ndarray, make_dataset: MakeDataset
 ) -> None:
     retrying: Any = RetryingStorage(pool.storage)
-    dataset = make_dataset(replace(pool, storage=retrying))
+    dataset = make_dataset(changed_pool(pool, storage=retrying))
     assert dataset.__getitems__([(0, int(rows[0]))]).retries == 2
 
 

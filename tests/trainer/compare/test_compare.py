@@ -20,7 +20,7 @@ from siftclip.errors import InputError
 from siftclip.eval.results.files import append_failure
 from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import read_jsonl
-from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
+from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
 from siftclip.trainer.compare.collect import ArmComparison, ArmRun, _truth, collect
 from siftclip.trainer.compare.report import html, markdown, resolution_note
 from siftclip.trainer.compare.tables import (
@@ -55,7 +55,9 @@ def options_of(base: list[str], demo_data: DemoData) -> list[str]:
 
 
 def run_compare(compose: Compose, options: list[str]) -> CompareOutcome:
-    return compare_stage(compose("compare", options), options, lambda own: compose("compare", own))
+    settings = compose("compare", options)
+    arms = arms_of_overrides(settings, options, lambda own: compose("compare", own))
+    return compare_stage(settings, arms)
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ from siftclip.trainer.settings.read_command import compose
 def main(settings: CompareCommand) -> None:
     """Run all arms, print the table and say where the report is."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
-    from siftclip.trainer.compare.arms import compare_stage
+    from siftclip.trainer.compare.arms import arms_of_overrides, compare_stage
     from siftclip.trainer.runtime.run_dir import is_rank_zero
 
-    outcome = compare_stage(
+    arms = arms_of_overrides(
         settings,
         list(HydraConfig.get().overrides.task),
         lambda overrides: compose(TrainCommand, "compare", overrides),
     )
+    outcome = compare_stage(settings, arms)
     if not is_rank_zero():
         return
     print(outcome.table)

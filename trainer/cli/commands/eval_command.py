@@ -11,22 +11,13 @@ def main(settings: EvalCommand) -> None:
     """Evaluate and print the table."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.errors import InputError
-    from siftclip.trainer.builders.models import clip_model_from
-    from siftclip.trainer.stages.evaluation import (
-        details_folder,
-        eval_share,
-        eval_stage,
-        results_path_for,
-        tasks_from,
-    )
+    from siftclip.trainer.api.evaluation import evaluate_settings
+    from siftclip.trainer.stages.evaluation import details_folder
 
-    tasks_from(settings.eval)  # before a model is loaded
-    results = results_path_for(settings)
-    share = eval_share(settings.trainer, may_launch=True)
-    clip = clip_model_from(settings.model, trained=True)
-    summary = eval_stage(settings, clip, results_path=results, share=share)
-    if share.ranks.rank > 0:
+    evaluated = evaluate_settings(settings)
+    if evaluated.ranks.rank > 0:
         return
+    summary, results = evaluated.summary, evaluated.results
     print(summary.table())
     print(f"\nwritten    {results}")
     print(f"table      {results.with_suffix('.csv')}")

@@ -1,0 +1,1 @@
+"""Siftclip from Python: what the commands do, as functions with results that can be looked at."""

@@ -1,0 +1,142 @@
+"""From the arguments of the functions to the groups of options that the stages take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict, TypeVar, get_type_hints
+
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.errors import ParameterError
+from siftclip.selectors.core.base import Selector
+from siftclip.trainer.settings.common import CommonSettings
+from siftclip.trainer.settings.composed import Composed, composed
+from siftclip.trainer.settings.data import DataSettings
+from siftclip.trainer.settings.fields.rules import near
+from siftclip.trainer.settings.fields.section import Section, to_plain
+from siftclip.trainer.settings.given import given_group
+from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.pool import PoolSettings
+
+T = TypeVar("T")
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Options: TypeAlias = Section | Mapping[str, Any] | str | None  # a group, see `given_group`
+
+
+class CommonArguments(TypedDict, total=False):
+    """What all functions take.
+
+    output_dir: everything is written below this folder. progress: show bars. reuse: what an earlier
+    call or command has kept. trainer: devices and precision, a `TrainerSettings` or a mapping of
+    its options.
+    """
+
+    output_dir: PathLike
+    progress: bool
+    reuse: bool
+    trainer: Options
+
+
+class LoadingArguments(CommonArguments, total=False):
+    """What functions take beside them that load images: `data`, as `trainer`."""
+
+    data: Options
+
+
+def require_known(owner: str, given: Mapping[str, Any], kind: type) -> None:
+    """Refuse arguments that a function does not have.
+
+    Args:
+        owner: the function.
+        given: its arguments beside those that it names.
+        kind: a TypedDict of those that it takes.
+
+    Raises:
+        ParameterError: one is not among them; with the one that was meant, where one is near.
+    """
+    known = list(get_type_hints(kind))
+    for name in given:
+        if name not in known:
+            close = near(name, known)
+            raise ParameterError(
+                f"is not a parameter of {owner}",
+                owner=owner,
+                parameter=name,
+                way_out=f"Did you mean {close}?" if close else f"There are {', '.join(known)}.",
+            )
+
+
+def common_settings(
+    arguments: Mapping[str, Any], *, seed: int = 0, run_dir: PathLike | None = None
+) -> CommonSettings:
+    """Return what all commands share, from `CommonArguments`."""
+    given = {name: arguments[name] for name in ("progress", "reuse") if name in arguments}
+    if "output_dir" in arguments:
+        given["output_dir"] = os.fspath(arguments["output_dir"])
+    if run_dir is not None:
+        given["run_dir"] = os.fspath(run_dir)
+    return CommonSettings(seed=seed, **given)
+
+
+def trainer_settings(arguments: Mapping[str, Any]) -> TrainerSettings:
+    """Return devices and precision, from `CommonArguments`."""
+    settings: TrainerSettings = given_group(TrainerSettings, "trainer", arguments.get("trainer"))
+    return settings
+
+
+def data_settings(arguments: Mapping[str, Any]) -> DataSettings:
+    """Return how images are loaded, from `LoadingArguments`."""
+    settings: DataSettings = given_group(DataSettings, "data", arguments.get("data"))
+    return settings
+
+
+def pool_settings(pool: Pool) -> PoolSettings:
+    """Return the options with which a pool was opened."""
+    options = pool.options
+    return PoolSettings(
+        root=options.root,
+        cache_dir=options.cache_dir,
+        max_bad_fraction=options.max_bad_fraction,
+        key_split=options.key_split,
+        index_workers="auto" if options.index_workers is None else options.index_workers,
+        storage_options=options.storage_options,
+        shard_cache_gb=options.shard_cache_gb,
+    )
+
+
+def recorded(**sections: Any) -> Composed:
+    """Return what a run keeps as its configuration: the options of all its groups, by name."""
+    common = to_plain(sections.pop("common"))
+    return composed({**common, **{name: to_plain(value) for name, value in sections.items()}})
+
+
+def require_type(owner: str, parameter: str, value: Any, kind: type[T], way_out: str) -> T:
+    """Return an argument if it is of a type.
+
+    Raises:
+        ParameterError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise ParameterError(
+            f"must be a {kind.__name__}",
+            owner=owner,
+            parameter=parameter,
+            got=type(value).__name__,
+            way_out=way_out,
+        )
+    return value
+
+
+def require_pool(owner: str, pool: Any) -> Pool:
+    """Return an argument if it is a pool; a folder or URL is opened."""
+    if isinstance(pool, str | Path):
+        return Pool(pool)
+    return require_type(owner, "pool", pool, Pool, 'Open one: siftclip.Pool("/data/pool").')
+
+
+def require_selector(owner: str, selector: Any) -> Selector:
+    """Return an argument if it is a selector."""
+    way_out = "Such as siftclip.selectors.ClipScore(fraction=0.3)."
+    return require_type(owner, "selector", selector, Selector, way_out)  # type: ignore[type-abstract]  # mypy 4717

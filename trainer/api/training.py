@@ -1,0 +1,270 @@
+"""Training on a selection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from siftclip.errors import InputError, ParameterError
+from siftclip.selectors.core.base import Selector
+from siftclip.trainer.api.nodes import node_of_selector
+from siftclip.trainer.api.sections import (
+    LoadingArguments,
+    Options,
+    PathLike,
+    common_settings,
+    data_settings,
+    recorded,
+    require_known,
+    require_type,
+    trainer_settings,
+)
+from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.settings.commands import SelectSections, TrainCommand
+from siftclip.trainer.settings.data import BudgetSettings, ScaleSettings
+from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.given import given_group, named_group
+from siftclip.trainer.settings.lightning import LoggerSettings
+from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.online import OnlineSettings
+from siftclip.trainer.settings.optim import OptimSettings
+from siftclip.trainer.settings.read_command import compose
+from siftclip.trainer.settings.store import composing
+from siftclip.trainer.stages.train import plan_stage, train_stage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from siftclip.trainer.online.cost_profile import Forecast
+
+GLOBAL_BATCH_SIZE = 4096  # DataComp's for its scales small and medium
+_LOOP = ("selector", "first_stage")
+
+
+class TrainArguments(LoadingArguments, total=False):
+    """What training takes beside the model and its length.
+
+    Each group is an object of its settings, a mapping of the options that differ from their
+    defaults, or a name that the command line has for it, such as loss="siglip".
+
+    loss, optim, online, logger, evaluation (options of eval): these groups; in `online` selectors
+    are objects. tasks: a folder of tasks that the trained model is evaluated on. budget: the length
+    in another unit, such as {"seconds": 3600}. scale: a recipe, such as "datacomp_small", that sets
+    length, batch, model and optimiser where they are not given. seed: of weights, order and
+    augmentation. run_dir: the folder of the run.
+    """
+
+    loss: Options
+    optim: Options
+    online: Options
+    logger: Options
+    evaluation: Options
+    tasks: PathLike | None
+    budget: Options
+    scale: str | None
+    seed: int
+    run_dir: PathLike | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """What a scale of the command line sets."""
+
+    scale: ScaleSettings
+    optim: OptimSettings
+    model: ModelSettings
+
+
+def train(
+    selection: SelectOutcome,
+    model: str | ModelSettings | Mapping[str, Any] | None = None,
+    pretrained: str | None = None,
+    *,
+    samples_seen: int | None = None,
+    global_batch_size: int | None = None,
+    **others: Unpack[TrainArguments],
+) -> RunDir:
+    """Train an open_clip model on a selection, as `siftclip train` does.
+
+    A run that was interrupted continues from its last checkpoint; a finished one is returned.
+
+    Args:
+        selection: from `select` with a pool.
+        model: its name in open_clip; or all of its settings, or those that differ.
+        pretrained: an open_clip tag or a checkpoint file to begin with; None: random weights.
+        samples_seen: to train on, repetitions counted; rounded up to full batches.
+        global_batch_size: samples of a step over all devices; None: 4096, DataComp's.
+        **others: see `TrainArguments`.
+
+    Raises:
+        InputError: an option or a file is wrong; found before the first step where possible.
+        HeldError: another process trains this run.
+    """
+    settings = train_settings(
+        selection.settings if isinstance(selection, SelectOutcome) else selection,
+        model,
+        pretrained,
+        samples_seen=samples_seen,
+        global_batch_size=global_batch_size,
+        others=others,
+    )
+    return train_stage(settings, selected=selection)
+
+
+def plan(
+    selection: SelectOutcome,
+    model: str | ModelSettings | Mapping[str, Any] | None = None,
+    pretrained: str | None = None,
+    *,
+    samples_seen: int | None = None,
+    global_batch_size: int | None = None,
+    **others: Unpack[TrainArguments],
+) -> Forecast:
+    """Forecast what `train` with these arguments will cost, from a few measured steps.
+
+    Nothing is kept. Raises as `train`.
+    """
+    settings = train_settings(
+        selection.settings if isinstance(selection, SelectOutcome) else selection,
+        model,
+        pretrained,
+        samples_seen=samples_seen,
+        global_batch_size=global_batch_size,
+        others=others,
+    )
+    return plan_stage(settings, selected=selection)
+
+
+def train_settings(
+    selected: SelectSections,
+    model: str | ModelSettings | Mapping[str, Any] | None,
+    pretrained: str | None,
+    *,
+    samples_seen: int | None,
+    global_batch_size: int | None,
+    others: Mapping[str, Any],
+) -> TrainCommand:
+    """Return the options of a training; see `train` for the arguments."""
+    require_known("train", others, TrainArguments)
+    way_out = "siftclip.select(pool, features, selector) makes one."
+    selected = require_type("train", "selection", selected, SelectSections, way_out)
+    recipe = None if others.get("scale") is None else _recipe(others["scale"])
+    loss: LossSettings = given_group(LossSettings, "loss", others.get("loss"))
+    trained = _model(model, pretrained, loss_name=loss.name, recipe=recipe)
+    if samples_seen is None and others.get("budget") is None and recipe is None:
+        raise ParameterError(
+            "must be given, or budget, or scale: how long the run is",
+            owner="train",
+            parameter="samples_seen",
+            value=None,
+        )
+    follows = {"features.name": selected.features.name}
+    common = common_settings(
+        {"output_dir": selected.common.output_dir, **others},
+        seed=others.get("seed", 0),
+        run_dir=others.get("run_dir"),
+    )
+    sections: dict[str, Any] = {
+        "common": common,
+        "pool": selected.pool,
+        "features": selected.features,
+        "selector": selected.selector,
+        "trainer": trainer_settings(others) if "trainer" in others else selected.trainer,
+        "data": data_settings(others),
+        "model": trained,
+        "loss": loss,
+        "optim": _optim(others.get("optim"), recipe),
+        "online": given_group(
+            OnlineSettings, "online", _with_nodes(others.get("online")), follows=follows
+        ),
+        "eval": _evaluation(others),
+        "logger": given_group(LoggerSettings, "logger", others.get("logger")),
+        "scale": _scale(samples_seen, global_batch_size, recipe),
+        "budget": given_group(BudgetSettings, "budget", others.get("budget")),
+    }
+    return TrainCommand(**sections, composed=recorded(**sections))
+
+
+def _recipe(name: str) -> _Recipe:
+    with composing():
+        return compose(_Recipe, "train", [f"scale={name}"])
+
+
+def _scale(
+    samples_seen: int | None, global_batch_size: int | None, recipe: _Recipe | None
+) -> ScaleSettings:
+    batch = GLOBAL_BATCH_SIZE if recipe is None else recipe.scale.global_batch_size
+    batch = batch if global_batch_size is None else global_batch_size
+    length = batch if recipe is None else recipe.scale.samples_seen  # another unit decides
+    return ScaleSettings(
+        samples_seen=length if samples_seen is None else samples_seen, global_batch_size=batch
+    )
+
+
+def _model(
+    model: str | ModelSettings | Mapping[str, Any] | None,
+    pretrained: str | None,
+    *,
+    loss_name: str,
+    recipe: _Recipe | None,
+) -> ModelSettings:
+    if isinstance(model, ModelSettings):
+        return model
+    if model is None:
+        if recipe is None:
+            raise ParameterError(
+                'must be given, such as "ViT-B-32"', owner="train", parameter="model", value=None
+            )
+        return recipe.model
+    given = {"name": model} if isinstance(model, str) else {**model}
+    if pretrained is not None:
+        given["pretrained"] = pretrained
+    # such as the initial scale and bias of SigLIP
+    beside = named_group("loss", loss_name).beside.get("model", {})
+    settings: ModelSettings = given_group(ModelSettings, "model", {**beside, **given})
+    return settings
+
+
+def _optim(given: Any, recipe: _Recipe | None) -> OptimSettings:
+    if recipe is not None and given is None:
+        return recipe.optim
+    settings: OptimSettings = given_group(OptimSettings, "optim", given)
+    return settings
+
+
+def _evaluation(others: Mapping[str, Any]) -> EvalSettings:
+    tasks, given = others.get("tasks"), others.get("evaluation")
+    if tasks is None:
+        settings: EvalSettings = given_group(EvalSettings, "eval", given)
+        return settings
+    if isinstance(given, EvalSettings):
+        rule = "must be given in evaluation, as its root, where that is a whole EvalSettings"
+        raise ParameterError(rule, owner="train", parameter="tasks", value=tasks)
+    settings = given_group(EvalSettings, "eval", {"root": os.fspath(tasks), **(given or {})})
+    return settings
+
+
+def _with_nodes(online: Any) -> Any:
+    """Put nodes in the place of the selectors that select while a run trains."""
+    if not isinstance(online, Mapping):
+        return online
+    features = online.get("features", "learner")
+    placed = {**online}
+    first = online.get("first_stage")
+    if isinstance(first, Mapping) and isinstance(first.get("selector"), Selector):
+        place = "online.first_stage.selector"
+        node = node_of_selector(first["selector"], place=place, features=features)
+        placed["first_stage"] = {**first, "selector": node}
+    selector = online.get("selector")
+    if isinstance(selector, Selector):
+        placed["selector"] = node_of_selector(selector, place="online.selector", features=features)
+    elif selector is not None:
+        raise InputError(
+            "online.selector must be a selector, such as siftclip.selectors.JEST(...). Got "
+            f"{type(selector).__name__}."
+        )
+    return placed
