@@ -27,3 +27,4 @@ from .settings.lightning import TrainerSettings as TrainerSettings
 from .settings.model import EmbeddingModel as EmbeddingModel
 from .settings.model import ModelSettings as ModelSettings
 from .settings.optim import OptimSettings as OptimSettings
+from .settings.pool import FeaturesSettings as FeaturesSettings

@@ -144,7 +144,7 @@ def _features(
 
 
 def unit_rows(values: Any, name: str, owner: object = None) -> Tensor:
-    """Return vectors as a tensor, those that are not of unit norm scaled to it, in float32.
+    """Return vectors as a tensor, those that are not of unit norm scaled to it, in float32 or finer.
 
     Rows of zeros or with components that are not finite stay: they have no direction, and their
     samples get no score.
@@ -166,12 +166,13 @@ def unit_rows(values: Any, name: str, owner: object = None) -> Tensor:
             got=_kind(values),
         )
     tensor = tensor.detach()
-    norms = torch.linalg.vector_norm(tensor, dim=1, dtype=torch.float32)
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(tensor, dim=1, dtype=exact)
     has_direction = norms.isfinite() & (norms > 0)
     if not ((norms - 1).abs() > UNIT_TOLERANCE)[has_direction].any():
         return tensor
     scales = torch.where(has_direction, norms, torch.ones_like(norms))
-    return tensor.float() / scales[:, None]
+    return tensor.to(exact) / scales[:, None]
 
 
 def _tensor(values: np.ndarray) -> Tensor | None:

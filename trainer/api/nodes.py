@@ -70,7 +70,9 @@ def _parameters(value: object) -> dict[str, Any]:
     signature = [each for each in every if each.kind not in _OPEN]
     named = [each.name for each in signature if each.name in attributes]
     defaults = {each.name: each.default for each in signature if each.default is not each.empty}
-    # an attribute says more than the argument of its name, such as the features that were named
+    # An attribute says more than the argument of its name, such as the features that were named;
+    # but a mapping has names, which an attribute may have left out.
+    named = [name for name in named if not isinstance(given.get(name), Mapping)]
     return defaults | given | {name: attributes[name] for name in named}
 
 
@@ -90,7 +92,8 @@ def _recorded(value: Any) -> Any:
 def selector_name(kind: type) -> str:
     """Return what the command line calls a class of selectors; its own name in small letters else.
 
-    Of several configurations with one class, that is the shortest name.
+    Of several configurations with one class, that is the one with the class's name, or else the
+    shortest.
     """
     target = f"siftclip.selectors.{kind.__name__}"
     return _names_by_target().get(target, kind.__name__.lower())
@@ -98,11 +101,16 @@ def selector_name(kind: type) -> str:
 
 @functools.cache
 def _names_by_target() -> dict[str, str]:
-    names: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
     for file in files("siftclip.configs").joinpath("selector").iterdir():
         target = _TARGET.search(file.read_text(encoding="utf-8"))
         if target is not None:
-            name = file.name.removesuffix(".yaml")
-            known = names.setdefault(target.group(1), name)
-            names[target.group(1)] = min(known, name, key=lambda text: (len(text), text))
-    return names
+            names.setdefault(target.group(1), []).append(file.name.removesuffix(".yaml"))
+    return {target: _plainest(target.rpartition(".")[2], some) for target, some in names.items()}
+
+
+def _plainest(kind: str, names: list[str]) -> str:
+    def order(name: str) -> tuple[bool, int, str]:
+        return name.replace("_", "") != kind.lower(), len(name), name
+
+    return min(names, key=order)
