@@ -1,4 +1,6 @@
 # The public names, imported when they are first asked for.
+from .conformance.checks import check_task_kind as check_task_kind
+from .conformance.example import example_image as example_image
 from .download.tasks import download_task as download_task
 from .encoding.encoder import EncodeOptions as EncodeOptions
 from .evaluate import EvalOptions as EvalOptions

@@ -44,7 +44,7 @@ class TaskKind(ABC):
     Class attributes:
         name: what `dataset_type.txt` says, in lower case.
         suffix: of the member that holds a sample's label, without the dot.
-        main_metric: the metric that a task of this kind is reported and compared by.
+        main_metric: the metric that a task of this kind is reported and compared by, in [0, 1].
         images: what images a sample has: "one" (`key.png`, or another suffix of images),
             "numbered" (`key.0.png`, `key.1.png`, ...) or "one_or_numbered".
         has_classes: whether the task folder has class names and templates for prompts.
@@ -96,8 +96,9 @@ class TaskKind(ABC):
             texts: gives unit vectors of texts, on the device of the images.
 
         Returns:
-            Metrics by name, NaN where one is not defined. Outcomes of the main metric have a row
-            per sample and make the metric; intervals and comparisons need them.
+            Metrics by name, NaN where one is not defined; `count_*` are whole numbers, and what is
+            named as a share, as by `acc` or `recall`, lies in [0, 1]. Outcomes of the main metric
+            have a row per sample and make the metric; intervals and comparisons need them.
 
         Raises:
             InputError: labels or features are wrong.
@@ -117,7 +118,7 @@ class TaskKind(ABC):
         the metrics that are means.
 
         Returns:
-            Columns of n values by name, or None where nothing is kept by sample.
+            Columns of n values by name; None of samples without labels.
         """
         captions = {"captions": caption_lists(samples)} if samples.captions else {}
         values = {
