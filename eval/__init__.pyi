@@ -14,6 +14,7 @@ from .results.files import TaskResult as TaskResult
 from .results.files import read_results as read_results
 from .tasks.kinds.base import TaskKind as TaskKind
 from .tasks.kinds.base import TextFeatures as TextFeatures
+from .tasks.kinds.classification import Classification as Classification
 from .tasks.kinds.values import Label as Label
 from .tasks.kinds.values import Task as Task
 from .tasks.kinds.values import TaskSamples as TaskSamples

@@ -1,12 +1,13 @@
-"""A task of a kind, written from a few example samples, with made-up features to score it by."""
+"""A task of a kind, written from a few example samples, and what all checks of one share."""
 
 from __future__ import annotations
 
+import functools
 import io
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from siftclip.eval.encoding.task_scores import TaskTexts, score_task
 from siftclip.eval.tasks.kinds.base import TaskKind
+from siftclip.eval.tasks.kinds.registry import build_kind, offered
 from siftclip.eval.tasks.kinds.values import Task, TaskSamples, TaskScores
 from siftclip.eval.tasks.samples import IMAGE_SUFFIXES, read_samples
 from siftclip.eval.tasks.task import (
@@ -103,6 +105,26 @@ class KindExample:
         with tempfile.TemporaryDirectory() as folder:
             root = self.write(Path(folder) / "wds_example", order=order, tars=tars, labels=labels)
             return read_samples(read_task(root))
+
+
+Check = Callable[[KindExample], None]
+
+
+def named_check(check: Check) -> Check:
+    """Let tasks name the example's kind during a check, and say in all its errors which it is."""
+
+    @functools.wraps(check)
+    def run(example: KindExample) -> None:
+        try:
+            with offered(build_kind(example.kind, str(example.kind))):
+                check(example)
+        except AssertionError as error:
+            raise AssertionError(f"{check.__name__}: {error}") from error
+        except Exception as error:  # of the kind, or of what refuses its answers
+            problem = f"{check.__name__}: {type(error).__name__}: {error}"
+            raise AssertionError(problem) from error
+
+    return run
 
 
 def key_of(number: int) -> str:

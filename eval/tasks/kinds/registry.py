@@ -53,8 +53,8 @@ def find_kind(name: str) -> TaskKind:
             f"must say one of {[*known, *sorted(points.keys() - known.keys())]}",
             parameter="kind",
             value=name,
-            way_out="Another kind is added by installing a package that gives its name an entry "
-            f"point in the group {GROUP!r}, see docs/evaluation.md.",
+            way_out="Another kind is added by installing a package that has a subclass of "
+            f"siftclip.eval.TaskKind, and an entry point of its name in the group {GROUP!r}.",
         )
     return _load(points[name])
 

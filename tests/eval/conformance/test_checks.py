@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
@@ -27,7 +28,9 @@ from siftclip.eval import (
 from siftclip.eval.conformance import checks
 from siftclip.eval.conformance.example import KindExample
 from siftclip.eval.tasks.kinds.base import ImagesOfSample
+from siftclip.eval.tasks.kinds.classification import Classification
 from siftclip.eval.tasks.kinds.registry import BUILT_IN
+from siftclip.eval.tasks.kinds.values import Columns
 
 Samples = Sequence[dict[str, bytes]]
 CLASSNAMES = tuple(f"thing {i}" for i in range(6))
@@ -35,6 +38,12 @@ CLASSNAMES = tuple(f"thing {i}" for i in range(6))
 
 def numbered(count: int, first: int) -> dict[str, bytes]:
     return {f"{i}.png": example_image(first + i) for i in range(count)}
+
+
+def encode_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def pairs() -> Samples:
@@ -57,7 +66,7 @@ def cues() -> Samples:
 BUILT_IN_SAMPLES: dict[str, Callable[[], Samples]] = {
     "classification": lambda: [{"cls": b"%d" % (i % 6)} for i in range(12)],
     "multilabel": lambda: [
-        {"npy": checks._npy((np.arange(6) % 3 == i % 3).astype(np.int64))} for i in range(9)
+        {"npy": encode_npy((np.arange(6) % 3 == i % 3).astype(np.int64))} for i in range(9)
     ],
     "retrieval": lambda: [{"txt": f"thing {i}\nas {i} seen".encode()} for i in range(7)],
     "image_caption_selection": pairs,
@@ -102,8 +111,15 @@ EXAMPLES: Samples = [
 ]
 
 
-def example(kind: type[TaskKind], samples: Samples = EXAMPLES) -> KindExample:
-    return KindExample(kind=kind, samples=tuple(samples))
+def example(kind: type[TaskKind]) -> KindExample:
+    """Samples of `Sound`, or those that a kind needs to come as far as its fault."""
+    if issubclass(kind, Classification):
+        classified = tuple(BUILT_IN_SAMPLES["classification"]())
+        return KindExample(
+            kind=kind, samples=classified, classnames=CLASSNAMES, templates=("a {c}",)
+        )
+    images = numbered(2, 0) if kind.is_target else {}
+    return KindExample(kind=kind, samples=tuple({**images, **sample} for sample in EXAMPLES))
 
 
 def test_a_sound_kind_passes() -> None:
@@ -307,6 +323,23 @@ class FailsOnRealModels(Sound):
         return super().score(samples, images, texts)
 
 
+class ProbedByAnotherMetric(Classification):
+    name = "probed"
+    main_metric = "accuracy"
+
+
+class ProbesWithoutColumns(Classification):
+    name = "probed"
+
+    def columns(self, samples: TaskSamples, scores: TaskScores) -> Columns | None:
+        return super().columns(samples, scores) if scores.predictions is not None else None
+
+
+class TargetOfTwoImages(Sound):
+    images: ClassVar[ImagesOfSample] = "numbered"
+    is_target = True
+
+
 class NumberedImages(Sound):
     images: ClassVar[ImagesOfSample] = "numbered"
 
@@ -346,6 +379,9 @@ BAD: list[tuple[Callable[[KindExample], None], type[TaskKind], str]] = [
     (checks.check_columns, NoColumns, "must not be None"),
     (checks.check_columns, RaggedClassTable, "rows of the class table must have equal keys"),
     (checks.check_evaluation, FailsOnRealModels, "features must have 16 numbers"),
+    (checks.check_probes, ProbedByAnotherMetric, "'accuracy' must be one of .'acc1'"),
+    (checks.check_probes, ProbesWithoutColumns, "few_shot must have columns"),
+    (checks.check_targets, TargetOfTwoImages, "one image in each sample"),
 ]
 
 
