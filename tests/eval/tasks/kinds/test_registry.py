@@ -9,18 +9,23 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
+from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError
 from siftclip.eval.identities import task_identity
 from siftclip.eval.probes.probe_scores import ProbeSettings
 from siftclip.eval.tasks.kinds import registry
 from siftclip.eval.tasks.kinds.association import Association
-from siftclip.eval.tasks.kinds.base import TaskKind
+from siftclip.eval.tasks.kinds.base import TaskKind, TextFeatures
 from siftclip.eval.tasks.kinds.classification import Classification
 from siftclip.eval.tasks.kinds.registry import BUILT_IN, find_kind, offered
+from siftclip.eval.tasks.kinds.values import Label, Task, TaskSamples, TaskScores
 from siftclip.eval.tasks.preparation import prepare_tasks
+from siftclip.eval.tasks.samples import read_samples
 from siftclip.eval.tasks.task import find_tasks, read_task
 
 MODULE = """
@@ -234,3 +239,53 @@ def test_the_code_of_a_plug_in_is_part_of_its_tasks_identity(
 def test_a_kind_must_have_labels_and_scores() -> None:
     with pytest.raises(TypeError, match="abstract"):
         TaskKind()  # type: ignore[abstract]
+
+
+class Given(TaskKind):
+    """Labels are whatever `labels` says of the sample's digit; the reader must refuse some."""
+
+    name: ClassVar[str] = "given"
+    suffix: ClassVar[str] = "txt"
+    main_metric: ClassVar[str] = "acc"
+    labels: ClassVar[list[Label]] = []
+
+    def read_label(self, data: bytes, task: Task, images: int) -> Label:
+        return self.labels[int(data)]
+
+    def score(self, samples: TaskSamples, images: Tensor, texts: TextFeatures) -> TaskScores:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([Label(value=np.ones(2)), Label(value=np.ones(3))], r"numbers of one shape.*\(2,\), \(3,"),
+        ([Label(value=np.ones(2)), Label(value=1)], r"numbers of one shape.*\[\(\), \(2,\)\]"),
+        ([Label(value="a"), Label(value="b")], "the first is 'a'"),  # type: ignore[arg-type]
+        ([Label(value={}), Label(value={})], "the first is {}"),  # type: ignore[arg-type]
+        ([Label(value=1), Label()], "must have a value, or none. 1 of 2 have"),
+        ([Label(captions=("a",)), Label()], "must have captions, or none. 1 of 2 have"),
+        ([Label(associated=np.ones(1, bool)), Label()], "must have associated images, or none"),
+    ],
+)
+def test_labels_that_do_not_go_together(
+    labels: list[Label],
+    message: str,
+    tmp_path: Path,
+    make_task: MakeTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Given, "labels", labels)
+    members = [[("png", b""), ("txt", b"%d" % number)] for number in range(2)]
+    root = make_task(tmp_path / "wds_own", "given", members=members)
+    with offered(Given()), pytest.raises(InputError, match=message):
+        read_samples(read_task(root))
+
+
+def test_what_a_kind_says_of_a_label_is_told_with_the_place(
+    tmp_path: Path, make_task: MakeTask
+) -> None:
+    members = [[("png", b""), ("txt", b"x")]]
+    root = make_task(tmp_path / "wds_own", "given", members=members, shards=1)
+    with offered(Given()), pytest.raises(InputError, match=r"0\.tar: s0000: invalid literal"):
+        read_samples(read_task(root))
