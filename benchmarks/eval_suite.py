@@ -30,7 +30,8 @@ from common import describe_machine
 
 from siftclip.datamodules.models.load import load_clip_model, save_model_folder
 from siftclip.eval.results.files import read_results
-from siftclip.eval.tasks.task import Task, find_tasks
+from siftclip.eval.tasks.kinds.values import Task
+from siftclip.eval.tasks.task import find_tasks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -26,10 +26,10 @@ from siftclip.datamodules.models.load import ClipModel
 from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.eval.encoding.encoder import EncodeOptions, Encoder, ImageFeatures
 from siftclip.eval.encoding.feature_cache import SharedCache
+from siftclip.eval.encoding.task_scores import TaskTexts, score_task
 from siftclip.eval.evaluation_mode import buffers_of_first_rank, evaluation_mode
 from siftclip.eval.identities import model_identity, tars_stamp, task_identity, unit_ids
 from siftclip.eval.metrics.outcomes import Outcomes
-from siftclip.eval.metrics.task_scores import TaskScores, TaskTexts, score_task
 from siftclip.eval.probes.probe_scores import IN_TRAIN, ProbeSettings, count_in_train, score_probe
 from siftclip.eval.results.files import (
     MAIN_METRIC,
@@ -43,9 +43,8 @@ from siftclip.eval.results.files import (
 )
 from siftclip.eval.significance.resampling import replicates, task_interval
 from siftclip.eval.tasks.images import ImageTable, content_id, image_ids
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples, TaskScores
 from siftclip.eval.tasks.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
-from siftclip.eval.tasks.samples import TaskSamples
-from siftclip.eval.tasks.task import Task
 from siftclip.locks import lock_beside, locked
 from siftclip.ranks import OneRank, Ranks, sum_arrays
 

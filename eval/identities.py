@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from siftclip.datamodules.identity.code_identity import code_identity
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.record import fingerprint
 from siftclip.eval.probes.probe_scores import IN_TRAIN, ProbeSettings
 from siftclip.eval.tasks.images import content_id
+from siftclip.eval.tasks.kinds.registry import BUILT_IN, find_kind
+from siftclip.eval.tasks.kinds.values import TaskSamples
 from siftclip.eval.tasks.preparation import TaskData
-from siftclip.eval.tasks.samples import TaskSamples
 from siftclip.files import file_stamp, identity_hash
 from siftclip.hashing import mix64
 
@@ -29,11 +31,14 @@ def model_identity(clip: ClipModel, precision: str) -> str:
 def task_identity(data: TaskData, probe: ProbeSettings) -> str:
     """Return what names results besides the model: SHA-256 of the samples and how they are scored.
 
-    Of images it covers keys and sizes, not the bytes.
+    Of images it covers keys and sizes, not the bytes; of a plug-in's kind of task also its code.
     """
     task = data.task
     digest = hashlib.sha256()
     asked: list[Any] = [task.kind, task.special, task.main_metric, task.classnames, task.templates]
+    kind = find_kind(task.kind)
+    if BUILT_IN.get(task.kind) is not kind:
+        asked.append(code_identity([type(kind)]))
     if task.protocol != "zero_shot":
         asked += [task.protocol, task.shots, repr(probe), IN_TRAIN]
     digest.update(json.dumps(asked).encode())

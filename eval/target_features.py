@@ -16,12 +16,13 @@ from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.record import fingerprint, model_record
 from siftclip.errors import InputError
 from siftclip.eval.encoding.encoder import EncodeOptions, Encoder, ImageFeatures
+from siftclip.eval.encoding.task_scores import TaskTexts
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.eval.identities import tars_stamp, task_identity
-from siftclip.eval.metrics.task_scores import TaskTexts
 from siftclip.eval.probes.probe_scores import ProbeSettings
+from siftclip.eval.tasks.kinds.registry import find_kind
+from siftclip.eval.tasks.kinds.values import Task
 from siftclip.eval.tasks.preparation import TaskData, prepare_tasks
-from siftclip.eval.tasks.task import Task
 from siftclip.files import read_npz_all, write_npz
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def embed_tasks(
             model, which a selector would read together with these.
     """
     for task in tasks:
-        if not task.has_classes and task.kind != "retrieval":
+        if not find_kind(task.kind).is_target:
             raise InputError(
                 f"{task.name} is a task of the kind {task.kind}. Targets are images with class "
                 "names or captions."

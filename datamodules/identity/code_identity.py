@@ -29,7 +29,6 @@ from typing import Any, TypeGuard
 import siftclip
 from siftclip.datamodules.identity.kept_code import kept_code
 from siftclip.files import content_digest
-from siftclip.selectors.core.plugins import GROUP
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +153,13 @@ def _distributions() -> dict[str, dict[str, str]]:
                 versions.setdefault(top, {})[name] = version(name)
             except PackageNotFoundError:  # removed at this moment
                 continue
-    for point in entry_points(group=GROUP):  # also those that do not list their files
-        if point.dist is not None:
-            versions.setdefault(_top(point.module), {})[point.dist.name] = point.dist.version
+    points = entry_points()
+    for group in points.groups:
+        if _top(group) == OURS:
+            for point in points.select(group=group):  # also those that do not list their files
+                if point.dist is not None:
+                    version_of = versions.setdefault(_top(point.module), {})
+                    version_of[point.dist.name] = point.dist.version
     return versions
 
 

@@ -58,6 +58,11 @@ class _Row(NamedTuple):
     read_image: ImageReader | None  # None: the images are among the values
 
 
+def converted_kind(kind: str) -> ConvertedKind | None:
+    """Return the kind as one whose tasks are converted; None where the hub has our layout."""
+    return next((known for known in _MEMBERS if known == kind), None)
+
+
 def convert_task(source: Path, folder: Path, kind: ConvertedKind, *, split: str = "test") -> int:
     """Convert a task to a task folder, and return its number of samples.
 
@@ -75,7 +80,7 @@ def convert_task(source: Path, folder: Path, kind: ConvertedKind, *, split: str 
     require_choice("kind", kind, get_args(ConvertedKind))
     if folder.resolve() == source.resolve():
         raise InputError(f"A task must be converted to another folder than its source, {source}.")
-    make_members = _retrieval_members if kind == "retrieval" else _association_members
+    make_members = _MEMBERS[kind]
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
     samples = (make_members(row) for row in _read_rows(source, split))
@@ -141,6 +146,12 @@ def _association_members(row: _Row) -> Members:
     ]
     record = {"cue": cue, "associations": [i for i, n in enumerate(candidates) if n in chosen]}
     return [*members, ("json", json.dumps(record).encode())]
+
+
+_MEMBERS: dict[ConvertedKind, Callable[[_Row], Members]] = {
+    "retrieval": _retrieval_members,
+    "association": _association_members,
+}
 
 
 def _value(row: _Row, column: str) -> Any:

@@ -5,6 +5,7 @@ A unit is what is drawn when a test set is drawn again: an image, or an instance
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,3 +38,18 @@ class Outcomes:
     def units(self) -> int:
         """How many there are."""
         return len(next(iter(self.arrays.values())))
+
+
+def mean_metrics(values: Mapping[str, np.ndarray]) -> tuple[Metrics, dict[str, Outcomes]]:
+    """Average each array, float or bool [n] with NaN left out.
+
+    Returns:
+        Metrics, and Outcomes but for an array of NaN alone, whose metric is NaN.
+    """
+    metrics = {name: float("nan") for name in values}
+    outcomes = {}
+    for name, array in values.items():
+        if not np.isnan(array).all():
+            metrics[name] = float(np.nanmean(array, dtype=np.float64))
+            outcomes[name] = Outcomes(statistic="mean", arrays={"value": array.astype(np.float32)})
+    return metrics, outcomes

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from siftclip.errors import InputError
-from siftclip.eval.metrics.outcomes import Metrics, Outcomes
+from siftclip.eval.metrics.outcomes import Metrics, Outcomes, mean_metrics
 from siftclip.eval.metrics.retrieval_metrics import fixed_point, require_unit_length
 
 # WinoGAViL's metrics by the number of candidate images: name -> (fewest, most)
@@ -50,7 +50,7 @@ def caption_selection_metrics(
     text = (table.argmax(axis=2)[:, : len(matching)] == matching).all(axis=1)
     image = (table.argmax(axis=1)[:, : len(matching)] == matching).all(axis=1)
     right = {"image_acc": image, "text_acc": text, "acc": image & text}
-    return _means({name: values.astype(np.float32) for name, values in right.items()})
+    return mean_metrics({name: values.astype(np.float32) for name, values in right.items()})
 
 
 def association_metrics(
@@ -86,7 +86,7 @@ def association_metrics(
         [_jaccard(i, *pair) for i, pair in enumerate(zip(scores, associated, strict=True))]
     )
     candidates = np.array([len(each) for each in scores])
-    return _means(
+    return mean_metrics(
         {
             name: np.where((candidates >= fewest) & (candidates <= most), values, np.nan)
             for name, (fewest, most) in _CANDIDATES.items()
@@ -113,17 +113,6 @@ def _jaccard(instance: int, scores: np.ndarray, associated: np.ndarray) -> float
         )
     shared = int(associated[np.argsort(-scores, kind="stable")[:count]].sum())
     return shared / (2 * count - shared)
-
-
-def _means(values: dict[str, np.ndarray]) -> tuple[Metrics, dict[str, Outcomes]]:
-    """Average each array, float [n] with NaN left out; NaN, and no Outcomes, where all is NaN."""
-    metrics = {name: float("nan") for name in values}
-    outcomes = {}
-    for name, array in values.items():
-        if not np.isnan(array).all():
-            metrics[name] = float(np.nanmean(array, dtype=np.float64))
-            outcomes[name] = Outcomes(statistic="mean", arrays={"value": array.astype(np.float32)})
-    return metrics, outcomes
 
 
 def association_prompt(cue: str) -> str:

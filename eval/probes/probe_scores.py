@@ -11,10 +11,8 @@ from torch import Tensor
 from siftclip.errors import InputError
 from siftclip.eval.metrics.class_metrics import classification_metrics, rank_classes
 from siftclip.eval.metrics.outcomes import Metrics, Outcomes
-from siftclip.eval.metrics.task_scores import TaskScores
 from siftclip.eval.probes.linear_probe import ProbeOptions, few_shot, linear_probe
-from siftclip.eval.tasks.samples import TaskSamples
-from siftclip.eval.tasks.task import Task
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples, TaskScores
 
 IN_TRAIN = "count_test_images_in_train"  # the metric that counts them
 

@@ -10,29 +10,16 @@ FOLDER/<task>_confusion.csv         a row a class, a column a predicted class
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
 
 from siftclip.eval.evaluate import ScoredTask
-from siftclip.eval.metrics.class_metrics import (
-    TOP,
-    ClassPredictions,
-    average_precisions,
-    confusion_counts,
-    per_class_table,
-)
-from siftclip.eval.metrics.outcomes import Outcomes
-from siftclip.eval.tasks.samples import TaskSamples, tar_of
-from siftclip.eval.tasks.task import Task
+from siftclip.eval.metrics.class_metrics import confusion_counts
+from siftclip.eval.tasks.kinds.base import TaskKind
+from siftclip.eval.tasks.kinds.registry import find_kind
+from siftclip.eval.tasks.kinds.values import Task
+from siftclip.eval.tasks.samples import tar_of
 from siftclip.files import atomic_path
 from siftclip.tables import write_csv_records, write_csv_rows
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MAX_CONFUSION_CLASSES = 1000
 ENDINGS = ("predictions.parquet", "classes.csv", "confusion.csv")
@@ -40,13 +27,11 @@ _CORNER = "label \\ prediction"
 
 log = logging.getLogger(__name__)
 
-Columns = dict[str, Any]  # arrays or lists with one value a sample
-
 
 def write_predictions(folder: Path, scored: ScoredTask) -> Path | None:
     """Write what a model did on each sample of a task, as parquet, atomically.
 
-    All files have `key` and `tar`, of the sample, and with them
+    All files have `key` and `tar`, of the sample, and with them the columns of the kind
       classification  label, label_name, prediction, prediction_name, correct (its mean is acc1),
                       score (the logit of the prediction: 100 times the cosine, or the linear
                       probe's), label_score (that of the label), label_rank (how many classes score
@@ -60,6 +45,7 @@ def write_predictions(folder: Path, scored: ScoredTask) -> Path | None:
                       their k best images)
       caption selection  captions, and text_acc, image_acc and acc as booleans
       association     cue, candidates (how many), associated (their numbers), jaccard
+      a plug-in's     what its `columns` returns
 
     Args:
         folder: where, made if needed.
@@ -72,7 +58,7 @@ def write_predictions(folder: Path, scored: ScoredTask) -> Path | None:
     import pyarrow.parquet as pq
 
     samples = scored.samples
-    columns = _prediction_columns(scored)
+    columns = find_kind(samples.task.kind).columns(samples, scored.scores)
     if columns is None:
         log.info("%s: no predictions are kept of its samples", samples.task.name)
         return None
@@ -91,7 +77,8 @@ def write_details(folder: Path, scored: ScoredTask) -> list[Path]:
     For tasks with one class a sample: class, samples, recall, precision, most_confused_with and
     times, see `per_class_table`, and the counts of all confusions, unless there are more than 1,000
     classes. The predictions are those of mean_per_class_recall. For multilabel tasks: class,
-    samples that have it, average_precision. Other tasks have no classes.
+    samples that have it, average_precision. Other tasks have no classes, or say by their
+    `class_table` what is written.
 
     Args:
         folder: where, made if needed.
@@ -102,16 +89,14 @@ def write_details(folder: Path, scored: ScoredTask) -> list[Path]:
     """
     samples, predictions = scored.samples, scored.scores.predictions
     names = samples.task.classnames
+    table = find_kind(samples.task.kind).class_table(samples, scored.scores)
+    if table is None:
+        return []
     path = details_path(folder, samples.task, "classes.csv")
-    if samples.labels is None:
-        return []
-    if samples.task.kind == "multilabel":
-        write_csv_records(path, _average_precisions(scored, names))
-        return [path]
+    write_csv_records(path, table)
     if predictions is None:
-        return []
-    confusion = confusion_counts(predictions.argmax, samples.labels, len(names))
-    write_csv_records(path, per_class_table(confusion, names))
+        return [path]
+    confusion = confusion_counts(predictions.argmax, samples.require_labels(), len(names))
     if len(names) > MAX_CONFUSION_CLASSES:
         log.warning(
             "%s: no confusion matrix is written, it would have %d x %d cells. Up to %d classes "
@@ -133,104 +118,9 @@ def details_path(folder: Path, task: Task, ending: str) -> Path:
 
 def may_have(task: Task, ending: str) -> bool:
     """Return whether a task has a file of this ending: nothing is kept of faces."""
-    if task.special == "faces":
+    if not task.has_labels:
         return False
-    return ending == "predictions.parquet" or (task.has_classes and task.protocol != "few_shot")
-
-
-def _prediction_columns(scored: ScoredTask) -> Columns | None:
-    samples, scores = scored.samples, scored.scores
-    kind = samples.task.kind
-    if kind == "classification":
-        if samples.labels is None:
-            return None
-        if scores.predictions is None:
-            return _few_shot(samples, scores.outcomes["acc1"])
-        return _classification(samples, scores.predictions)
-    if kind == "multilabel":
-        return _multilabel(samples, scores.outcomes["mean_average_precision"])
-    if kind == "association":
-        return _association(samples, scores.outcomes["avg_jaccard_score"])
-    if kind == "retrieval":
-        return _retrieval(samples, scores.outcomes)
-    right = {
-        name: outcome.arrays["value"].astype(np.bool_) for name, outcome in scores.outcomes.items()
-    }
-    return {"captions": _captions(samples), **right}
-
-
-def _labelled(samples: TaskSamples) -> Columns:
-    names = np.asarray(samples.task.classnames, dtype=np.object_)
-    return {"label": samples.labels, "label_name": names[samples.labels]}
-
-
-def _classification(samples: TaskSamples, predictions: ClassPredictions) -> Columns:
-    names = np.asarray(samples.task.classnames, dtype=np.object_)
-    best = predictions.top[:, 0]
-    metadata = {} if samples.metadata is None else {"metadata": samples.metadata.tolist()}
-    return {
-        **_labelled(samples),
-        "prediction": best,
-        "prediction_name": names[best],
-        "correct": best == samples.labels,
-        "score": predictions.scores[:, 0],
-        "label_score": predictions.label_score,
-        "label_rank": predictions.label_rank,
-        "top5_names": names[predictions.top].tolist(),
-        "top5_scores": _lists(predictions.scores),
-        **metadata,
-    }
-
-
-def _few_shot(samples: TaskSamples, outcomes: Outcomes) -> Columns:
-    return {**_labelled(samples), "share_correct": outcomes.arrays["value"]}
-
-
-def _multilabel(samples: TaskSamples, outcomes: Outcomes) -> Columns:
-    names = np.asarray(samples.task.classnames, dtype=np.object_)
-    scores, labels = outcomes.arrays["scores"], outcomes.arrays["labels"]
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
-    return {
-        "label_names": [names[row].tolist() for row in labels],
-        "top5_names": names[best].tolist(),
-        "scores": _lists(scores),
-    }
-
-
-def _lists(rows: np.ndarray) -> pa.FixedSizeListArray:
-    import pyarrow as pa
-
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-
-
-def _retrieval(samples: TaskSamples, outcomes: dict[str, Outcomes]) -> Columns:
-    columns: Columns = {"captions": _captions(samples)}
-    for name, outcome in outcomes.items():
-        k = name.partition("@")[2]
-        columns[f"text_hit@{k}"] = outcome.arrays["value"]
-        columns[f"image_hits@{k}"] = outcome.arrays["hits"]
-    return columns
-
-
-def _association(samples: TaskSamples, outcomes: Outcomes) -> Columns:
-    return {
-        "cue": [captions[0] for captions in samples.captions],
-        "candidates": np.diff(samples.first_image),
-        "associated": [np.flatnonzero(marks).tolist() for marks in samples.associations],
-        "jaccard": outcomes.arrays["value"],
-    }
-
-
-def _captions(samples: TaskSamples) -> list[list[str]]:
-    return [list(captions) for captions in samples.captions]
-
-
-def _average_precisions(scored: ScoredTask, names: Sequence[str]) -> list[dict[str, Any]]:
-    arrays = scored.scores.outcomes["mean_average_precision"].arrays
-    labels = arrays["labels"]
-    precisions = average_precisions(torch.from_numpy(arrays["scores"]), labels)
-    counts = labels.sum(axis=0).tolist()
-    return [
-        {"class": name, "samples": count, "average_precision": precision}
-        for name, count, precision in zip(names, counts, precisions.tolist(), strict=True)
-    ]
+    if ending == "predictions.parquet":
+        return True
+    has_table = type(find_kind(task.kind)).class_table is not TaskKind.class_table
+    return has_table and task.protocol != "few_shot"

@@ -16,9 +16,9 @@ from siftclip.eval.probes.probe_scores import IN_TRAIN
 from siftclip.eval.results.aggregates import Average, group_members, named_values, result_averages
 from siftclip.eval.results.files import MAIN_METRIC, TaskResult
 from siftclip.eval.significance.resampling import average_interval, replicates
+from siftclip.eval.tasks.kinds.values import OWN_FAMILY
 from siftclip.eval.tasks.known_tasks import KNOWN_TASKS
 from siftclip.eval.tasks.preparation import TaskFailure
-from siftclip.eval.tasks.task import OWN_FAMILY
 from siftclip.tables import (
     NARROW,
     NOTHING,

@@ -26,9 +26,9 @@ from siftclip.eval.results.result_checks import (
     require_text,
 )
 from siftclip.eval.significance.resampling import point_value
+from siftclip.eval.tasks.kinds.values import OWN_FAMILY
 from siftclip.eval.tasks.known_tasks import KNOWN_TASKS
 from siftclip.eval.tasks.preparation import TaskFailure
-from siftclip.eval.tasks.task import OWN_FAMILY
 from siftclip.files import append_jsonl, read_jsonl, read_npz_all, write_npz, write_text
 
 MAIN_METRIC = "main_metric"

@@ -22,7 +22,7 @@ _SHARE = re.compile(
 )
 _LARGEST = 1e100  # of any number: sums and squares of such stay finite
 _LARGEST_COUNT = 2**53  # whole numbers up to here are exact as floats
-_COUNT = "count_"
+COUNT_PREFIX = "count_"  # of the names of metrics that are whole numbers
 _ROUNDING = 1e-6
 _HITS_ROUNDING = 1e-3  # sums of float32 probabilities over the captions of an image
 
@@ -106,7 +106,7 @@ def check_metrics(metrics: object) -> tuple[dict[str, float | None], tuple[str, 
             values[name] = None
         elif value is None:
             values[name] = None
-        elif name.startswith(_COUNT):
+        elif name.startswith(COUNT_PREFIX):
             values[name] = float(require_count(label, value))
         else:
             check = require_share if _SHARE.search(name) else require_number

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 
 from siftclip.datamodules.pool.reader import BadSampleError
 from siftclip.errors import InputError
-from siftclip.eval.tasks.samples import CHANGED, TaskSamples
+from siftclip.eval.tasks.kinds.values import TaskSamples
+from siftclip.eval.tasks.samples import CHANGED
 from siftclip.file_identity import FileIdentity, has_changed
 from siftclip.hashing import mix64
 

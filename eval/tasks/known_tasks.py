@@ -13,6 +13,7 @@ from typing import Literal
 Family = Literal["imagenet", "imagenet_shifts", "vtab", "retrieval", "wilds", "fairness", "other"]
 KnownKind = Literal["classification", "retrieval", "association"]
 Special = Literal["iwildcam", "camelyon17", "fmow", "dollar_street", "geode", "faces"]
+METADATA_ONLY: frozenset[str | None] = frozenset({"faces"})  # whose samples have no labels
 
 FOLDER_PREFIX, FOLDER_SUFFIX = "wds_", "_test"
 FAIRNESS_PREFIX = "fairness/"  # not part of the names of folders

@@ -11,8 +11,10 @@ import numpy as np
 
 from siftclip.errors import InputError
 from siftclip.eval.tasks.images import ImageTable, distinct_images
-from siftclip.eval.tasks.samples import TaskSamples, read_samples
-from siftclip.eval.tasks.task import Task, read_task
+from siftclip.eval.tasks.kinds.registry import find_kind
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples
+from siftclip.eval.tasks.samples import read_samples
+from siftclip.eval.tasks.task import read_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,7 @@ class _Index:
 
 
 def _train_task(task: Task, split: str) -> Task:
-    if task.kind != "classification":
+    if not find_kind(task.kind).one_class:
         raise InputError(
             f"{task.root}: a {task.protocol} needs a task with one class an image. This is a "
             f"{task.kind} task."

@@ -3,8 +3,8 @@
 ```
 ROOT/<split>/nshards.txt   ROOT/classnames.txt                         one a line, index = label
 ROOT/<split>/0.tar ...     ROOT/zeroshot_classification_templates.txt  one a line, contains {c}
-ROOT/dataset_type.txt      absent or classification | multilabel | retrieval |
-                           image_caption_selection | association
+ROOT/dataset_type.txt      absent or the name of a kind, see `kinds`: classification | multilabel |
+                           retrieval | image_caption_selection | association | a plug-in's
 members of the tars: key.{webp,png,jpg,jpeg} with
   classification           key.cls (a number); WILDS and fairness tasks also key.npy (metadata)
   multilabel               key.npy (multi-hot)
@@ -25,24 +25,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from siftclip.datamodules.index.tar_walk import KeySplit
 from siftclip.errors import InputError, ParameterError
+from siftclip.eval.tasks.kinds.base import TaskKind
+from siftclip.eval.tasks.kinds.registry import find_kind
+from siftclip.eval.tasks.kinds.values import OWN_FAMILY, Task
 from siftclip.eval.tasks.known_tasks import known_task
-
-TaskKind = Literal[
-    "classification", "multilabel", "retrieval", "image_caption_selection", "association"
-]
-Protocol = Literal["zero_shot", "linear_probe", "few_shot"]
-MAIN_METRICS: dict[TaskKind, str] = {
-    "classification": "acc1",
-    "multilabel": "mean_average_precision",
-    "retrieval": "mean_recall@1",
-    "image_caption_selection": "text_acc",
-    "association": "jaccard_score_10-12",
-}
-OWN_FAMILY = "own"  # of tasks that are not DataComp's
 
 TEST_SPLIT = "test"
 FOLDER_PREFIX = "wds_"
@@ -50,34 +39,6 @@ TYPE_FILE = "dataset_type.txt"
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 NSHARDS_FILE = "nshards.txt"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One task: where its samples are, and what is needed to turn a model's answers into metrics.
-
-    A task with another title or main metric is made with `dataclasses.replace`.
-    """
-
-    name: str  # DataComp's key, or the name of the folder without `wds_`
-    title: str  # the name to show
-    root: Path
-    split: str
-    kind: TaskKind
-    main_metric: str | None  # None: the task has none and is in no average
-    shards: tuple[Path, ...]
-    classnames: tuple[str, ...]  # the index is the label; empty where there are no classes
-    templates: tuple[str, ...]  # each with {c}; empty where there are no classes
-    special: str | None = None  # which metrics of DataComp's own it has, see `known_tasks`
-    family: str = OWN_FAMILY
-    protocol: Protocol = "zero_shot"
-    shots: int | None = None  # of few_shot
-    key_split: KeySplit = "first_dot"  # the dot that ends a sample's key in its members' names
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether it names classes, which prompts are made of."""
-        return self.kind in ("classification", "multilabel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,19 +205,18 @@ def read_task(root: Path, *, split: str = TEST_SPLIT, key_split: KeySplit = "fir
     """
     name, known = _task_name(root), known_task(root.absolute().name)
     kind = _read_kind(root / TYPE_FILE, "classification" if known is None else known.kind)
-    if known is not None and known.kind != kind:
+    if known is not None and known.kind != kind.name:
         known = None  # of the same name only
-    has_classes = kind in ("classification", "multilabel")
     return Task(
         name=name,
         title=name if known is None else known.title,
         root=root,
         split=split,
-        kind=kind,
-        main_metric=MAIN_METRICS[kind] if known is None else known.main_metric,
+        kind=kind.name,
+        main_metric=kind.main_metric if known is None else known.main_metric,
         shards=_find_shards(root, split),
-        classnames=_read_lines(root / CLASSNAMES_FILE) if has_classes else (),
-        templates=read_templates(root / TEMPLATES_FILE) if has_classes else (),
+        classnames=_read_lines(root / CLASSNAMES_FILE) if kind.has_classes else (),
+        templates=read_templates(root / TEMPLATES_FILE) if kind.has_classes else (),
         special=None if known is None else known.special,
         family=OWN_FAMILY if known is None else known.family,
         key_split=key_split,
@@ -318,11 +278,13 @@ def _read_text(path: Path) -> str:
 
 
 def _read_kind(path: Path, default: str) -> TaskKind:
-    kind = _read_text(path).strip().lower() if path.exists() else default
-    for known in MAIN_METRICS:
-        if kind == known:
-            return known
-    raise InputError(f"{path} must say one of {list(get_args(TaskKind))}. It says {kind!r}.")
+    if not path.exists():
+        return find_kind(default)
+    try:
+        return find_kind(_read_text(path).strip().lower())
+    except ParameterError as error:
+        message = f"{path} {error.rule}. It says {error.got}. {error.way_out}"
+        raise InputError(message) from None
 
 
 def _find_shards(root: Path, split: str) -> tuple[Path, ...]:

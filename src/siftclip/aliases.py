@@ -89,7 +89,7 @@ MOVED: dict[str, str] = {
     "siftclip.eval.seed_comparison": "siftclip.eval.reports.seed_comparison",
     "siftclip.eval.seed_texts": "siftclip.eval.reports.seed_texts",
     "siftclip.eval.task_samples": "siftclip.eval.tasks.samples",
-    "siftclip.eval.task_scores": "siftclip.eval.metrics.task_scores",
+    "siftclip.eval.task_scores": "siftclip.eval.encoding.task_scores",
     "siftclip.eval.tasks": "siftclip.eval.tasks.task",
     "siftclip.eval.text_encoding": "siftclip.eval.encoding.texts",
     "siftclip.eval.weighted_metrics": "siftclip.eval.metrics.weighted_metrics",

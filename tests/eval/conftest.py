@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from siftclip.datamodules.models.load import ClipModel, load_clip_model
-from siftclip.eval.tasks.task import Task, find_tasks
+from siftclip.eval.tasks.kinds.values import Task
+from siftclip.eval.tasks.task import find_tasks
 
 TINY_CLIP = {
     "embed_dim": 64,

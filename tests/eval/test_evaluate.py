@@ -24,8 +24,9 @@ from siftclip.eval.probes.probe_scores import IN_TRAIN
 from siftclip.eval.reports.report import summarise
 from siftclip.eval.results.files import TaskResult, read_kept, read_results
 from siftclip.eval.significance.resampling import point_value
+from siftclip.eval.tasks.kinds.values import Task
 from siftclip.eval.tasks.preparation import TaskFailure, prepare_tasks
-from siftclip.eval.tasks.task import Task, find_tasks
+from siftclip.eval.tasks.task import find_tasks
 from siftclip.ranks import Ranks
 
 MakeImage = Callable[..., bytes]

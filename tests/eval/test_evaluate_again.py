@@ -20,9 +20,9 @@ from siftclip.datamodules.models.load import ClipModel
 from siftclip.errors import InputError
 from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
 from siftclip.eval.results.files import TaskResult, read_results
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples
 from siftclip.eval.tasks.preparation import prepare_tasks
-from siftclip.eval.tasks.samples import TaskSamples
-from siftclip.eval.tasks.task import Task, find_tasks
+from siftclip.eval.tasks.task import find_tasks
 
 ChangedWeights = Callable[[], AbstractContextManager[None]]
 OPTIONS = EvalOptions(progress=False, resamples=0)

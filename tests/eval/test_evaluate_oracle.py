@@ -20,8 +20,9 @@ from clip_benchmark.metrics import (
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.pool.reader import decode_image
 from siftclip.eval.evaluate import EvalOptions, evaluate_tasks
-from siftclip.eval.tasks.samples import TaskSamples, read_samples, tar_of
-from siftclip.eval.tasks.task import Task, find_tasks
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples
+from siftclip.eval.tasks.samples import read_samples, tar_of
+from siftclip.eval.tasks.task import find_tasks
 
 MakeTask = Callable[..., Path]
 

@@ -12,9 +12,8 @@ import pytest
 
 from siftclip.eval.identities import task_identity, unit_ids
 from siftclip.eval.probes.probe_scores import ProbeSettings
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples
 from siftclip.eval.tasks.preparation import TaskData
-from siftclip.eval.tasks.samples import TaskSamples
-from siftclip.eval.tasks.task import Task
 
 PROBE = ProbeSettings()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from siftclip.errors import InputError
 from siftclip.eval.download.checksums import read_checksums, verify_task, wrong_sizes
-from siftclip.eval.download.convert_tasks import convert_task
+from siftclip.eval.download.convert_tasks import ConvertedKind, convert_task, converted_kind
 from siftclip.eval.download.tasks import download_source, download_task
 from siftclip.eval.tasks.known_tasks import KNOWN_TASKS, KnownTask
 from siftclip.eval.tasks.task import require_names
@@ -52,7 +52,8 @@ def download_stage(settings: DownloadCommand) -> Iterator[Downloaded]:
     for repository, folder, task in jobs:
         name = repository if task is None else task.key
         try:
-            if task is None or task.kind == "classification":
+            kind = None if task is None else converted_kind(task.kind)
+            if task is None or kind is None:
                 report = download_task(
                     repository,
                     folder,
@@ -64,7 +65,7 @@ def download_stage(settings: DownloadCommand) -> Iterator[Downloaded]:
                 fetched = f"{report.fetched_files} of {report.files} files fetched"
                 words = f"{fetched}, {report.size_bytes / 1e6:,.1f} MB"
             else:
-                words = _converted(task, folder, download, progress=progress)
+                words = _converted(task, kind, folder, download, progress=progress)
             yield Downloaded(name=name, folder=folder, words=words)
         except InputError as error:
             yield Downloaded(name=name, folder=folder, words=str(error), failed=True)
@@ -84,15 +85,20 @@ def _tasks(settings: DownloadCommand) -> list[KnownTask]:
     return [KNOWN_TASKS[name] for name in names]
 
 
-def _converted(task: KnownTask, folder: Path, download: DownloadSettings, *, progress: bool) -> str:
+def _converted(
+    task: KnownTask,
+    kind: ConvertedKind,
+    folder: Path,
+    download: DownloadSettings,
+    *,
+    progress: bool,
+) -> str:
     """Download a task that is not in our layout, and bring it into it."""
     known = read_checksums(folder)
     if known is not None:
         damaged = verify_task(folder) if download.verify else wrong_sizes(folder, known)
         if not damaged:
             return "there already"
-    if task.kind == "classification":
-        raise RuntimeError("only retrieval and association are converted")
     source = folder.parent / SOURCES_FOLDER / folder.name
     with locked(folder / LOCK_NAME, owner=str(folder)):
         download_source(
@@ -102,6 +108,6 @@ def _converted(task: KnownTask, folder: Path, download: DownloadSettings, *, pro
             workers=download.workers,
             progress=progress,
         )
-        samples = convert_task(source, folder, task.kind)
+        samples = convert_task(source, folder, kind)
         shutil.rmtree(source)
     return f"{samples:,} samples, converted"

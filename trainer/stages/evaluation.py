@@ -28,11 +28,11 @@ from siftclip.eval.reports.error_analysis import (
 from siftclip.eval.reports.report import Summary, summarise, write_csv
 from siftclip.eval.results.aggregates import check_groups
 from siftclip.eval.results.files import TaskResult, read_kept, read_results
+from siftclip.eval.tasks.kinds.registry import find_kind
+from siftclip.eval.tasks.kinds.values import Protocol, Task
 from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.eval.tasks.task import (
     FoundTasks,
-    Protocol,
-    Task,
     find_tasks,
     require_names,
     with_texts,
@@ -125,9 +125,7 @@ def _under_protocols(settings: EvalSettings, tasks: list[Task]) -> list[Task]:
     probed = [
         task
         for task in tasks
-        if task.kind == "classification"
-        and task.special != "faces"
-        and (task.root / split).is_dir()
+        if find_kind(task.kind).one_class and task.has_labels and (task.root / split).is_dir()
     ]
     if not probed and set(chosen) != {"zero_shot"}:
         raise InputError(

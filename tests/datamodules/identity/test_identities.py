@@ -159,11 +159,12 @@ def test_code_that_was_edited_after_it_was_loaded_is_not_what_runs(
     assert len(set(codes)) == 3
 
 
-def test_a_distribution_counts_by_its_version(write: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", ["siftclip.selectors", "siftclip.task_kinds"])
+def test_a_distribution_counts_by_its_version(write: Write, tmp_path: Path, group: str) -> None:
     info = tmp_path / "mine_h-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-h\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[siftclip.selectors]\nmine = mine_h:Mine\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nmine = mine_h:Mine\n")
     write("mine_h.py", SELECTOR)
     from siftclip.datamodules.identity import code_identity as module
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from siftclip.eval.probes.linear_probe import ProbeOptions, few_shot, linear_probe
 from siftclip.eval.probes.probe_scores import ProbeSettings, score_probe
 from siftclip.eval.significance.resampling import point_value
-from siftclip.eval.tasks.samples import TaskSamples
+from siftclip.eval.tasks.kinds.values import TaskSamples
 from siftclip.eval.tasks.task import read_task
 
 CLASSES = 6

@@ -24,16 +24,14 @@ from siftclip.eval.metrics.class_metrics import (
 from siftclip.eval.metrics.outcomes import Metrics, Outcomes
 from siftclip.eval.metrics.pair_metrics import association_metrics, caption_selection_metrics
 from siftclip.eval.metrics.retrieval_metrics import retrieval_metrics
-from siftclip.eval.metrics.task_scores import TaskScores
 from siftclip.eval.reports.error_analysis import write_details, write_predictions
-from siftclip.eval.tasks.samples import TaskSamples
-from siftclip.eval.tasks.task import Task, TaskKind
+from siftclip.eval.tasks.kinds.values import Task, TaskSamples, TaskScores
 
 NAMES = ("=1+1", "größer", "cat", "dog", "cat", "-frog\n")
 
 
 def make_samples(
-    kind: TaskKind = "classification",
+    kind: str = "classification",
     count: int = 40,
     *,
     name: str = "vtab/own",

@@ -28,7 +28,8 @@ from siftclip.eval.tasks.images import (
     image_ids,
     read_images,
 )
-from siftclip.eval.tasks.samples import TaskSamples, read_samples
+from siftclip.eval.tasks.kinds.values import TaskSamples
+from siftclip.eval.tasks.samples import read_samples
 from siftclip.eval.tasks.task import find_tasks, read_task
 
 MakeTask = Callable[..., Path]

@@ -10,9 +10,10 @@ import pytest
 from siftclip.errors import InputError
 from siftclip.eval.tasks import preparation
 from siftclip.eval.tasks.images import read_images
+from siftclip.eval.tasks.kinds.values import Protocol, Task, TaskSamples
 from siftclip.eval.tasks.preparation import PreparedTasks, TaskData, prepare_tasks
-from siftclip.eval.tasks.samples import TaskSamples, read_samples
-from siftclip.eval.tasks.task import Protocol, Task, find_tasks
+from siftclip.eval.tasks.samples import read_samples
+from siftclip.eval.tasks.task import find_tasks
 
 MakeTask = Callable[..., Path]
 

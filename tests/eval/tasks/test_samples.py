@@ -16,7 +16,8 @@ from PIL import Image
 
 from siftclip.datamodules.pool.reader import decode_image
 from siftclip.errors import InputError
-from siftclip.eval.tasks.samples import TaskSamples, read_samples, tar_of
+from siftclip.eval.tasks.kinds.values import TaskSamples
+from siftclip.eval.tasks.samples import read_samples, tar_of
 from siftclip.eval.tasks.task import find_tasks, read_task
 
 MakeTask = Callable[..., Path]

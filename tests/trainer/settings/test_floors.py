@@ -16,7 +16,7 @@ from siftclip.datamodules.models.weights import WEIGHTS
 from siftclip.datamodules.streaming.image_transform import ResizeBackend
 from siftclip.datamodules.streaming.loader import LoaderOptions, StartMethod
 from siftclip.eval.evaluate import PRECISIONS, EvalOptions
-from siftclip.eval.tasks.task import Protocol
+from siftclip.eval.tasks.kinds.values import Protocol
 from siftclip.trainer.builders.objective import LOSSES
 from siftclip.trainer.losses.siglip import SigLipLoss
 from siftclip.trainer.models.towers import LockConfig

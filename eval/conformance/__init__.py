@@ -1,0 +1,1 @@
+"""Checks of what other distributions add to the evaluation."""
