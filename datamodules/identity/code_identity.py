@@ -16,12 +16,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import (
-    PackageNotFoundError,
-    entry_points,
-    packages_distributions,
-    version,
-)
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeGuard
@@ -29,7 +24,7 @@ from typing import Any, TypeGuard
 import siftclip
 from siftclip.datamodules.identity.kept_code import kept_code
 from siftclip.files import content_digest
-from siftclip.selectors.core.plugins import GROUP
+from siftclip.plugins import installed_points
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +149,7 @@ def _distributions() -> dict[str, dict[str, str]]:
                 versions.setdefault(top, {})[name] = version(name)
             except PackageNotFoundError:  # removed at this moment
                 continue
-    for point in entry_points(group=GROUP):  # also those that do not list their files
+    for point in installed_points():  # also those that do not list their files
         if point.dist is not None:
             versions.setdefault(_top(point.module), {})[point.dist.name] = point.dist.version
     return versions

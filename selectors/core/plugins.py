@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
-from siftclip.errors import InputError, ParameterError, call_by_name
+from siftclip.plugins import PluginGroup
 from siftclip.selectors.core.base import Selector
 
-GROUP = "siftclip.selectors"
+SELECTORS = PluginGroup(
+    name="siftclip.selectors",
+    base=Selector,  # type: ignore[type-abstract]  # mypy 4717
+    public_name="siftclip.selectors.Selector",
+)
 
 
 def find_plugins() -> dict[str, EntryPoint]:
@@ -17,15 +21,7 @@ def find_plugins() -> dict[str, EntryPoint]:
     Raises:
         InputError: two distributions give the same name.
     """
-    plugins: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        other = plugins.setdefault(point.name, point)
-        if other.value != point.value:
-            raise InputError(
-                f"Two plug-ins of the group {GROUP!r} are called {point.name!r}: {other.value} and "
-                f"{point.value}. Uninstall one of them."
-            )
-    return plugins
+    return SELECTORS.find()
 
 
 def build_plugin(plugin: str, **parameters: Any) -> Selector:
@@ -34,20 +30,4 @@ def build_plugin(plugin: str, **parameters: Any) -> Selector:
     Raises:
         InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
     """
-    plugins = find_plugins()
-    if plugin not in plugins:
-        raise ParameterError(
-            f"must be one of {sorted(plugins)}, the entry points of the group {GROUP!r} that are "
-            "installed",
-            owner=build_plugin,
-            parameter="plugin",
-            value=plugin,
-        )
-    name = f"The plug-in {plugin!r} ({plugins[plugin].value})"
-    try:
-        selector = call_by_name(plugins[plugin].load(), parameters)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(f"{name} could not be built with {parameters}: {error}.") from error
-    if not isinstance(selector, Selector):
-        raise InputError(f"{name} must be a subclass of siftclip.selectors.Selector.")
-    return selector
+    return SELECTORS.build(plugin, parameters, owner=build_plugin)
