@@ -16,6 +16,8 @@ from .losses.softmax import PairedTerms as PairedTerms
 from .losses.softmax import SoftmaxLoss as SoftmaxLoss
 from .losses.softmax import paired_terms as paired_terms
 from .online.schedule import Schedule as Schedule
+from .optim.gradients import Objective as Objective
 from .optim.loss_checks import check_loss as check_loss
 from .runtime.run_dir import RunDir as RunDir
 from .settings.budget import Budget as Budget
+from .settings.loss import ObjectLoss as ObjectLoss

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from siftclip.datamodules.identity.identities import selector_identity
+from siftclip.datamodules.identity.code_identity import code_identity
+from siftclip.datamodules.identity.identities import named_files
 from siftclip.errors import InputError, ParameterError
 from siftclip.selectors.core.base import Selector
+from siftclip.selectors.core.description import Behind, describe
 from siftclip.trainer.losses import ContrastiveLoss, LossRun
 from siftclip.trainer.losses.table import BUILT_IN, PLUGINS
 from siftclip.trainer.options.faults import options_of, under
-from siftclip.trainer.settings.loss import LossSettings, PluginLoss
+from siftclip.trainer.settings.loss import LossSettings, ObjectLoss, PluginLoss
 
 _OURS = "siftclip"
 # Stands in for a run before there is one, so that parameters are checked before files are read.
@@ -26,6 +29,12 @@ def loss_class(loss: LossSettings) -> type[ContrastiveLoss]:
     Raises:
         InputError: it is a plug-in that is not installed, or no loss.
     """
+    if isinstance(loss, ObjectLoss):
+        if not isinstance(loss.loss, ContrastiveLoss):
+            raise InputError(
+                f"{loss.title} must be a siftclip.trainer.ContrastiveLoss. Got {loss.loss!r}."
+            )
+        return type(loss.loss)
     if not isinstance(loss, PluginLoss):
         return BUILT_IN[loss.name]
     with options_of(under("loss", "plugin")):
@@ -33,7 +42,7 @@ def loss_class(loss: LossSettings) -> type[ContrastiveLoss]:
 
 
 def check_loss_options(loss: LossSettings) -> None:
-    """Check the options of a plug-in, as far as its class knows them, before any file is read.
+    """Check the options of a third party's loss before any file is read.
 
     Those of the built-in losses are checked where they are read.
 
@@ -98,6 +107,9 @@ def loss_from(loss: LossSettings, run: LossRun) -> ContrastiveLoss:
         InputError: its class does not take the parameters.
     """
     kind = loss_class(loss)
+    if isinstance(loss, ObjectLoss):
+        given: ContrastiveLoss = copy.deepcopy(loss.loss)
+        return given
     try:
         built: Any = kind.for_run(run, loss.arguments)
     except ParameterError as error:
@@ -137,9 +149,16 @@ def loss_identity(loss: LossSettings) -> dict[str, Any]:
     kind = loss_class(loss)
     if _is_ours(kind.__module__):
         return {}
-    behind = selector_identity({"class": kind, "parameters": loss.arguments})
-    code = {name: digest for name, digest in behind["code"].items() if not _is_ours(name)}
-    return {"code": code, "files": behind["files"]}
+    behind = Behind()
+    if isinstance(loss, ObjectLoss):
+        loss.loss.description(behind)
+    else:
+        describe({"class": kind, "parameters": loss.arguments}, behind)
+    code = code_identity(behind.code).items()
+    return {
+        "code": {name: digest for name, digest in code if not _is_ours(name)},
+        "files": named_files(behind.texts),
+    }
 
 
 def _is_ours(name: str) -> bool:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from siftclip.errors import InputError, ParameterError, call_by_name
+from siftclip.selectors.core.description import Behind, describe, stored_name
 from siftclip.trainer.losses.inputs import (
     LossInputs,
     check_shapes,
@@ -22,6 +23,7 @@ from siftclip.trainer.losses.inputs import (
 )
 
 L = TypeVar("L", bound="ContrastiveLoss")
+_OF_TORCH = (*vars(nn.Module()), "sample_losses")  # attributes that are no parameters
 
 TeacherKind: TypeAlias = Literal["none", "features", "model_or_features"]
 
@@ -44,7 +46,8 @@ class ContrastiveLoss(nn.Module, ABC):
     batch, those of logit scale and bias included. State is kept in buffers, equal on all ranks;
     there are no parameters, because the optimiser has those of the model alone.
 
-    `siftclip.trainer.check_loss` checks all of this. Attributes of a class:
+    `siftclip.trainer.check_loss` checks all of this. A class declares the first five attributes;
+    the others are set by its objects.
 
     Attributes:
         takes_weights: whether it is a mean over samples that `LossInputs.weights` can weigh. False:
@@ -56,10 +59,6 @@ class ContrastiveLoss(nn.Module, ABC):
             the terms are added. False: a model with one is refused.
         teacher: what teacher the run must name: none, cached features of one, or either a model or
             cached features. Its features are in `LossInputs`.
-
-    Attributes of an object:
-
-    Attributes:
         sample_losses: what the last call charged to each sample of this rank, float [b] without
             gradient; None for losses whose terms belong to pairs of samples.
         caption_weight: weight of the caption loss of models that have one.
@@ -129,6 +128,23 @@ class ContrastiveLoss(nn.Module, ABC):
                 "does not go with this model, which has no text decoder: use loss=clip, or a CoCa",
                 owner=self,
             )
+
+    def description(self, behind: Behind) -> dict[str, Any]:
+        """Describe the loss in plain JSON types, by which a run with this object is known.
+
+        Args:
+            behind: takes up the code and the texts that it consists of.
+
+        Raises:
+            TypeError: nothing tells one of its attributes from others, such as a lambda.
+        """
+        behind.code.add(type(self))
+        parts = {
+            path: {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+            for path, module in self.named_modules()
+        }
+        described: dict[str, Any] = describe({"parts": parts, "state": self.state_dict()}, behind)
+        return {"class": stored_name(type(self)), **described}
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Compute the terms, scalars under open_clip's names, whose sum is to be minimised.

@@ -7,9 +7,11 @@ import json
 import multiprocessing
 import pickle
 import tempfile
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -30,7 +32,8 @@ from siftclip.trainer.optim.loss_samples import (
 
 WORLD_SIZES = (2, 4)
 MICRO_BATCHES = 2  # of a rank, in the second step
-TIMEOUT = timedelta(seconds=60)  # of a collective, and twice that of the start
+TIMEOUT = timedelta(seconds=60)  # of a collective
+GRACE_SECONDS = 2.0  # in which the others say what is wrong, too
 _WAY_OUT = (
     "Define its class in a module that Python can import, not in a function, a notebook or a "
     "script, and put that module's folder on PYTHONPATH."
@@ -59,18 +62,28 @@ def check_on_ranks(loss: ContrastiveLoss) -> None:
         for process in ranks:
             process.start()
         try:
-            for process in ranks:
-                process.join(4 * TIMEOUT.total_seconds())
+            _wait(ranks, place)
         finally:
             for process in ranks:
                 process.kill()
-        faults = [json.loads(path.read_text()) for path in sorted(place.glob("fault*.json"))]
+                process.join()
+        in_time = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        faults = [json.loads(path.read_text()) for path in in_time]
         done = len(list(place.glob("done*")))
     # What is wrong comes first, and then what the other ranks say when one has left them.
     for kind in ("wrong", "unknown", "failed"):
         for fault in faults:
             assert fault["kind"] != kind, fault["text"]
     assert done == len(ranks), f"{len(ranks) - done} of {len(ranks)} ranks ended without an answer"
+
+
+def _wait(ranks: Sequence[BaseProcess], folder: Path) -> None:
+    """Wait for all ranks; once one has failed, those that wait for it have a moment left."""
+    ends = time.monotonic() + 4 * TIMEOUT.total_seconds()
+    while any(process.is_alive() for process in ranks) and time.monotonic() < ends:
+        time.sleep(0.05)
+        if any(folder.glob("*.json")):
+            ends = min(ends, time.monotonic() + GRACE_SECONDS)
 
 
 def _run(rank: int, folder: Path) -> None:
@@ -94,7 +107,9 @@ def _run(rank: int, folder: Path) -> None:
 
 
 def _leave(folder: Path, rank: int, kind: str, text: str) -> None:
-    (folder / f"fault{rank}.json").write_text(json.dumps({"kind": kind, "text": text}))
+    path = folder / f"fault{rank}"
+    path.write_text(json.dumps({"kind": kind, "text": text}))
+    path.rename(path.with_suffix(".json"))  # complete, where it is looked for
 
 
 def _compare_in_group(loss: ContrastiveLoss, file: Path, rank: int, world_size: int) -> None:

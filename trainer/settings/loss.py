@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Example, Needs, Open
 from siftclip.trainer.settings.fields.rules import hints
-from siftclip.trainer.settings.fields.section import Fraction, Positive, Section
+from siftclip.trainer.settings.fields.section import Fraction, Positive, Recorded, Section, to_plain
 from siftclip.trainer.settings.model import TeacherModel
 
 
@@ -293,6 +293,32 @@ class PluginLoss(TaughtSection, WeightedSection):
 
     def option_of(self, argument: str) -> str:
         return f"loss.parameters.{argument}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectLoss(PluginLoss, Recorded):
+    """A loss that is given as an object, from Python alone; its run trains a copy of it."""
+
+    plugin: str = "object"
+    """No entry point."""
+
+    loss: Any
+    """A siftclip.trainer.ContrastiveLoss."""
+
+    @property
+    def title(self) -> str:
+        return f"loss={type(self.loss).__name__}"
+
+    def record(self) -> dict[str, Any]:
+        # torch, which options do without
+        from siftclip.selectors.core.description import Behind
+
+        return {
+            "name": "object",
+            "loss": self.loss.description(Behind()),
+            "teacher": to_plain(self.teacher),
+            "weights": to_plain(self.weights),
+        }
 
 
 LossSettings: TypeAlias = ClipLoss | SigLipLoss | CocaLoss | DistillLoss | DrrhoLoss | PluginLoss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from siftclip.trainer.losses import LossInputs
 from siftclip.trainer.losses.table import PLUGINS
 from siftclip.trainer.online.losses_seen import LossesSeen
 from siftclip.trainer.runtime.run_dir import RunDir
-from siftclip.trainer.settings.loss import PluginLoss
+from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.trainer.settings.loss import ObjectLoss, PluginLoss
 from siftclip.trainer.stages.train import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -334,7 +336,7 @@ def test_weights_of_a_file_reach_it(
 
 # ---- what a run is known by ---------------------------------------------------------------------
 def test_a_run_is_known_by_code_and_parameters_of_its_loss(
-    site: Path, base: list[str], compose: Compose
+    site: Path, base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = [*base, *FOCAL, "scale.samples_seen=16", "optim.warmup_steps=0"]
     first = train_stage(compose("train", options)).path
@@ -346,7 +348,10 @@ def test_a_run_is_known_by_code_and_parameters_of_its_loss(
     for name in ("focal_loss", "more_losses"):
         sys.modules.pop(name, None)
     importlib.invalidate_caches()
+    caplog.set_level("INFO")
     assert train_stage(compose("train", options)).path not in (first, other)
+    assert "not reused: the run of" in caplog.text
+    assert caplog.text.count("what the loss reads (code)") == 1
 
 
 def test_the_identity_of_a_loss_is_its_own_code_version_and_files(
@@ -379,3 +384,45 @@ def test_settings_are_checked_from_python_too(site: Path) -> None:
                 ),
             )
         )
+
+
+# ---- an object, from Python ----------------------------------------------------------------------
+def test_an_object_trains_what_the_plugin_does(
+    site: Path, base: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    options = [*base, *FOCAL, "+loss.parameters.gamma=2"]
+    plugin = train_stage(compose("train", options))
+    made = importlib.import_module("focal_loss").FocalLoss(2)
+    settings: Any = compose("train", base)
+    run = train_stage(replace(settings, loss=ObjectLoss(loss=made)))
+    assert losses(run) == losses(plugin)
+    assert made.sample_losses is None  # a copy was trained
+    assert train_stage(replace(settings, loss=ObjectLoss(loss=made))).path == run.path
+    made.gamma = 3
+    assert train_stage(replace(settings, loss=ObjectLoss(loss=made))).path != run.path
+
+
+def test_an_object_is_checked_as_a_plugin_is(site: Path) -> None:
+    module = importlib.import_module("more_losses")
+    check_loss_options(ObjectLoss(loss=module.NoWeights()))
+    taught = module.Taught(np.arange(3), 1.0)
+    with pytest.raises(InputError, match=r"^loss=Taught needs one teacher: .* Got neither"):
+        check_loss_options(ObjectLoss(loss=taught))
+    with pytest.raises(InputError, match=r"^loss=str must be a siftclip.trainer.ContrastiveLoss"):
+        check_loss_options(ObjectLoss(loss="focal"))
+    identity = loss_identity(ObjectLoss(loss=module.NoSampleLosses("some text")))
+    assert set(identity["code"]) == {"focal", "focal_loss", "more_losses"}
+
+
+def test_the_record_of_an_object_has_all_that_tells_it_from_others(site: Path) -> None:
+    from siftclip.trainer.losses import ReferenceGuidedLoss, SigLipLoss
+
+    made = [
+        SigLipLoss("gather"),
+        SigLipLoss("shift"),
+        ReferenceGuidedLoss(gamma=0.5, selected_rows=np.arange(3)),
+        ReferenceGuidedLoss(gamma=0.5, selected_rows=np.arange(4)),
+        ReferenceGuidedLoss(gamma=0.6, selected_rows=np.arange(4)),
+    ]
+    records = [json.dumps(to_plain(ObjectLoss(loss=loss))) for loss in made]
+    assert len(set(records)) == len(made)
