@@ -79,7 +79,9 @@ class PluginGroup(Generic[T]):
         if plugin not in plugins:
             raise ParameterError(
                 f"must be one of {sorted(plugins)}, the entry points of the group {self.name!r} "
-                "that are installed",
+                "that are installed"
+                if plugins
+                else f"must be an entry point of the group {self.name!r}, and none is installed",
                 owner=owner,
                 parameter="plugin",
                 value=plugin,
