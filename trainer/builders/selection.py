@@ -31,6 +31,7 @@ from siftclip.datamodules.selection.selection import (
     write_selection,
 )
 from siftclip.datamodules.storage.local import default_cache
+from siftclip.datamodules.streaming.cores import cores_of_rank
 from siftclip.datamodules.streaming.order import rows_digest
 from siftclip.errors import InputError
 from siftclip.files import identity_hash
@@ -39,7 +40,6 @@ from siftclip.ranks import Ranks, of_first_rank
 from siftclip.selectors.core.base import ScoreSelector, Selector
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.options.objects import BuiltObjects
-from siftclip.trainer.runtime.cores import cores_of_rank
 from siftclip.trainer.runtime.rank_agreement import require_same
 from siftclip.trainer.runtime.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import SelectSections

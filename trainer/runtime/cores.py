@@ -1,4 +1,4 @@
-"""The cores of this process: how they are shared between ranks, loader processes and torch."""
+"""The cores of this process: how they are shared between loader processes and torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ import os
 
 import torch
 
+from siftclip.datamodules.streaming.cores import cores_of_rank, suggested_workers
 from siftclip.errors import InputError, require_int
-
-
-def cores_of_rank() -> int:
-    """Count the cores that this process may use, shared between the ranks of this machine."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def worker_count(value: int | str) -> int:
@@ -25,7 +17,7 @@ def worker_count(value: int | str) -> int:
         InputError: the value is neither.
     """
     if value == "auto":
-        return max(1, min(4, cores_of_rank() - 1))
+        return suggested_workers()
     if isinstance(value, str):
         raise InputError(f"data.num_workers must be an integer or 'auto'. Got {value!r}.")
     return require_int("data.num_workers", value, minimum=0)
