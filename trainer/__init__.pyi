@@ -7,5 +7,7 @@ from .losses.reference import ReferenceGuidedLoss as ReferenceGuidedLoss
 from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.softmax import SoftmaxLoss as SoftmaxLoss
 from .online.schedule import Schedule as Schedule
+from .optim.gradients import Objective as Objective
 from .runtime.run_dir import RunDir as RunDir
 from .settings.budget import Budget as Budget
+from .settings.optim import OptimSettings as OptimSettings

@@ -66,6 +66,13 @@ class TrainerSettings(Section):
     """Also keep the checkpoints of every N steps for good."""
 
     def check(self) -> None:
+        kept, written = self.keep_every_n_steps, self.checkpoint_every_n_steps
+        if kept is not None and kept % written:
+            raise InputError(
+                "trainer.keep_every_n_steps must be a multiple of "
+                f"trainer.checkpoint_every_n_steps={written}, or no checkpoint is there to be "
+                f"kept. Got {kept}."
+            )
         if self.precision == "16-mixed" and self.strategy == "fsdp":
             raise InputError(
                 "trainer.precision=16-mixed does not go with trainer.strategy=fsdp: scaling of "

@@ -407,7 +407,8 @@ def _fit(
     resume = run.latest_checkpoint() if parts.common.reuse else None
     if resume is not None:
         log.info("continuing from %s", resume)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    with options_of(under("trainer", "max_skipped_fraction")):
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     if stop.stopped_by is not None:
         finish(loggers)
         trainer.strategy.barrier()  # or the launcher ends rank 0 while it still writes
