@@ -95,8 +95,7 @@ class SelectedPairs(LightningDataModule):
                 owner=self,
                 parameter="form",
                 got="as_tuple",
-                way_out="Give form=as_dict, or a selection without weights: "
-                "dataclasses.replace(selection, weights=None).",
+                way_out="Give as_dict as the form, or a selection whose weights are None.",
             )
         pixels = require_int("max_image_pixels", max_image_pixels, minimum=1, owner=self)
         self.options = LoaderOptions(num_workers=workers) if loader is None else loader

@@ -233,7 +233,7 @@ def test_weights_reach_the_loop_or_are_refused(
     (batch, *_) = make_pairs(selection, batch_size=2).loader()
     expected = {2: 0.5, 5: 2.0}
     assert batch["weights"].tolist() == [expected[row] for row in batch["rows"].tolist()]
-    with pytest.raises(ParameterError, match=r"form must hand on the weights .*form=as_dict"):
+    with pytest.raises(ParameterError, match=r"form must hand on the weights .*Give as_dict"):
         SelectedPairs(
             pool, selection, batch_size=2, transform=lambda image: image, tokenizer=lambda x: x
         )
