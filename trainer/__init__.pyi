@@ -6,6 +6,7 @@ from .losses.distill import DistillLoss as DistillLoss
 from .losses.reference import ReferenceGuidedLoss as ReferenceGuidedLoss
 from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.softmax import SoftmaxLoss as SoftmaxLoss
+from .online.choosing import choose_sub_batch as choose_sub_batch
 from .online.schedule import Schedule as Schedule
 from .optim.gradients import Objective as Objective
 from .runtime.run_dir import RunDir as RunDir
