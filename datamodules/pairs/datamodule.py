@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning import LightningDataModule, Trainer
 
+from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.models.load import Transform
-from siftclip.datamodules.pairs.forms import Form, as_tuple, checked_tokenizer
+from siftclip.datamodules.pairs.forms import (
+    Form,
+    as_tuple,
+    checked_tokenizer,
+    checked_transform,
+)
 from siftclip.datamodules.pairs.loader import PairLoader, Progress
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
@@ -22,7 +29,7 @@ from siftclip.datamodules.streaming.datamodule import warn_of_copies, warn_of_sm
 from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.loader import LoaderOptions
 from siftclip.datamodules.streaming.order import SampleOrder, require_window
-from siftclip.errors import InputError, ParameterError, require_int
+from siftclip.errors import InputError, ParameterError, require_fraction, require_int
 
 if TYPE_CHECKING:
     from siftclip.datamodules.streaming.image_transform import ResizeBackend
@@ -53,7 +60,7 @@ class SelectedPairs(LightningDataModule):
         max_image_pixels: int = 25_000_000,
         max_bad_fraction: float = 0.01,
         resize: ResizeBackend = "pillow",
-        loader: LoaderOptions | None = None,
+        loader_options: LoaderOptions | None = None,
     ) -> None:
         """Set what is streamed.
 
@@ -73,15 +80,15 @@ class SelectedPairs(LightningDataModule):
             max_image_pixels: larger images are bad samples; checked before decoding.
             max_bad_fraction: how many of the samples may be bad. They are replaced by others.
             resize: `torch` takes half the time, and some values differ by 1 of 255.
-            loader: more about the loader processes, in place of `num_workers`.
+            loader_options: more about the loader processes, in place of `num_workers`.
 
         Raises:
             InputError: an argument is not what it must be, or no sample of the selection is here.
         """
         super().__init__()
-        if loader is not None and num_workers is not None:
+        if loader_options is not None and num_workers is not None:
             raise ParameterError(
-                "must not be given beside loader, which has it, too",
+                "must not be given beside loader_options, which have it, too",
                 owner=self,
                 parameter="num_workers",
                 value=num_workers,
@@ -98,13 +105,18 @@ class SelectedPairs(LightningDataModule):
                 way_out="Give as_dict as the form, or a selection whose weights are None.",
             )
         pixels = require_int("max_image_pixels", max_image_pixels, minimum=1, owner=self)
-        self.options = LoaderOptions(num_workers=workers) if loader is None else loader
-        self.seed, self.form = seed, form
+        self.options = loader_options or LoaderOptions(num_workers=workers)
+        self.seed, self.form = require_int("seed", seed, minimum=0, owner=self), form
         self.window_shards = require_window(window_shards)
-        self.max_bad_fraction = max_bad_fraction
+        if max_bad_fraction != 0:
+            require_fraction("max_bad_fraction", max_bad_fraction, owner=self)
+        owner = f"pool {pool.root}"
+        self.copies_fraction = 0.0  # of the batches, that hold a sample twice
+        # of this rank, in the loader that a trainer has asked for last
+        self.counts = LoadCounts(owner=owner, max_bad_fraction=max_bad_fraction)
         self.dataset = SampleDataset(
             reader=SampleReader(pool=pool, max_image_pixels=pixels),
-            transform=transform,
+            transform=checked_transform(transform),
             tokenizer=checked_tokenizer(tokenizer),
             seed=seed,
             substitutes=np.unique(self.rows),
@@ -129,19 +141,25 @@ class SelectedPairs(LightningDataModule):
             rank: of this process, as `torch.distributed.get_rank()` says.
             world_size: processes that train together, each with batches of `batch_size`.
             pin_memory: copy batches to page-locked memory, which a GPU reads faster.
+
+        Raises:
+            InputError: the rank is none of these processes.
         """
-        pool = self.pool
+        require_int("world_size", world_size, minimum=1, owner=self)
+        if require_int("rank", rank, minimum=0, owner=self) >= world_size:
+            rule = f"must be below world_size={world_size}"
+            raise ParameterError(rule, owner=self, parameter="rank", value=rank)
         order = SampleOrder(
             rows=self.rows,
             seed=self.seed,
             global_batch=self.batch_size * world_size,
-            shard_of_row=pool.shard_of_row,
+            shard_of_row=self.pool.shard_of_row,
             window_shards=self.window_shards,
         )
         loader = PairLoader(
             order=order,
             dataset=self.dataset,
-            counts=LoadCounts(owner=f"pool {pool.root}", max_bad_fraction=self.max_bad_fraction),
+            counts=replace(self.counts, loaded_samples=0, retries=0, faults=FaultLog()),
             form=self.form,
             options=self.options,
             rank=rank,
@@ -149,7 +167,7 @@ class SelectedPairs(LightningDataModule):
             pin_memory=pin_memory,
         )
         if rank == 0:
-            warn_of_copies(order, first_step=0, steps=len(loader))
+            self.copies_fraction = warn_of_copies(order, first_step=0, steps=len(loader))
         return loader
 
     def train_dataloader(self) -> PairLoader:
@@ -174,7 +192,17 @@ class SelectedPairs(LightningDataModule):
         # What Lightning counts as done, a checkpoint has exactly: also one that is written while a
         # batch is under way, which is then trained on again.
         loader.find_progress = lambda: _progress_of(trainer)
+        self.counts = loader.counts
         return loader
+
+    def teardown(self, stage: str) -> None:
+        """Say what was replaced."""
+        if stage == "fit" and self.counts.faults.samples:
+            log.warning(
+                "training replaced %d bad samples: %s",
+                self.counts.faults.samples,
+                self.counts.faults.summary(),
+            )
 
 
 def _progress_of(trainer: Trainer) -> Progress:

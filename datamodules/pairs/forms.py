@@ -1,4 +1,4 @@
-"""What a training loop gets for a batch, and tokenizers as they come."""
+"""What a training loop gets for a batch; transforms and tokenizers as they come."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from siftclip.datamodules.models.load import Tokenizer
-from siftclip.datamodules.streaming.batches import Batch
+from siftclip.datamodules.models.load import Tokenizer, Transform
+from siftclip.datamodules.streaming.batches import Batch, kept_random_states
 from siftclip.errors import ParameterError
 
 Form = Callable[[Batch], Any]
 
+TRIED_SIZE = (512, 512)  # as images of pools are, so that crops of a fixed size fit into them
 MOST_TOKENS = 4096  # tokenizers of Hugging Face that know no limit say 10^30
 
 
@@ -53,6 +55,27 @@ class HuggingFaceTokens:
         return ids
 
 
+def checked_transform(transform: Transform) -> Transform:
+    """Return a transform if it makes float [3, h, w] of an RGB image; it is tried on a black one.
+
+    Raises:
+        ParameterError: it gives something else.
+    """
+    with kept_random_states():
+        image = transform(Image.new("RGB", TRIED_SIZE))
+    is_image = isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3
+    if not is_image or not image.is_floating_point():
+        raise ParameterError(
+            "must make a float tensor [3, h, w] of an RGB image",
+            owner="SelectedPairs",
+            parameter="transform",
+            got=_kind(image),
+            way_out="A pipeline of torchvision ends with ToTensor(), or with PILToTensor() and "
+            "ToDtype(torch.float32, scale=True).",
+        )
+    return transform
+
+
 def checked_tokenizer(tokenizer: Any) -> Tokenizer:
     """Return a tokenizer as the loader calls it: a list of captions in, int64 [n, t] out.
 
@@ -61,18 +84,24 @@ def checked_tokenizer(tokenizer: Any) -> Tokenizer:
     """
     ready = _of_hugging_face(tokenizer) if _is_hugging_face(tokenizer) else tokenizer
     tokens = ready(["a photo of a cat", "a dog"])
-    shape = tuple(getattr(tokens, "shape", ()))
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or shape[:-1] != (2,):
-        got = f"{getattr(tokens, 'dtype', type(tokens).__name__)} {list(shape)}"
+    is_table = isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) == 2
+    if not is_table or tokens.dtype != torch.int64:
         raise ParameterError(
             "must make an int64 tensor [n, t] of a list of n captions",
             owner="SelectedPairs",
             parameter="tokenizer",
-            got=f"{got} for two captions",
+            got=f"{_kind(tokens)} for two captions",
             way_out="open_clip.get_tokenizer and tokenizers of Hugging Face do.",
         )
     called: Tokenizer = ready
     return called
+
+
+def _kind(value: Any) -> str:
+    """Say what a value is, without its numbers."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
 
 
 def _is_hugging_face(tokenizer: Any) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.models.weights import CONFIG_KEY
+from siftclip.datamodules.pairs.datamodule import SelectedPairs
 from siftclip.datamodules.streaming.batches import StepBatch
 from siftclip.datamodules.streaming.datamodule import StreamDataModule
 from siftclip.datamodules.streaming.order import derive_generator
@@ -346,10 +347,10 @@ class ClipTraining(LightningModule):
             "train/samples_seen": float(step * self.global_batch_size),
             "train/peak_memory_gb": peak_memory_gb(self.device),
         }
-        data = self._data
-        if data is not None:
-            self.latest["data/bad_samples"] = float(data.faults.samples)
-            self.latest["data/retries"] = float(data.retries)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
+        if isinstance(data, StreamDataModule | SelectedPairs):
+            self.latest["data/bad_samples"] = float(data.counts.faults.samples)
+            self.latest["data/retries"] = float(data.counts.retries)
             self.latest["data/copies_fraction"] = data.copies_fraction
         if self.online is not None:
             self.latest.update(self.online.metrics(step))

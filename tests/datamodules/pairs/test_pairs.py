@@ -187,7 +187,7 @@ def test_workers_change_nothing(make_pairs: Callable[..., SelectedPairs], num_wo
     expected = epochs(make_pairs().loader(), 2)
     assert_equal(epochs(make_pairs(num_workers=num_workers).loader(), 2), expected)
     options = LoaderOptions(num_workers=num_workers, prefetch_batches=1)
-    assert_equal(epochs(make_pairs(num_workers=None, loader=options).loader(), 2), expected)
+    assert_equal(epochs(make_pairs(num_workers=None, loader_options=options).loader(), 2), expected)
 
 
 def test_bad_samples_are_replaced_counted_and_bounded(
@@ -292,9 +292,18 @@ def test_wrong_arguments_are_refused(make_pairs: Callable[..., SelectedPairs]) -
         make_pairs(batch_size=0)
     with pytest.raises(ParameterError, match=r"tokenizer must make an int64 tensor .*Got list"):
         make_pairs(tokenizer=lambda captions: captions)
-    with pytest.raises(ParameterError, match="num_workers must not be given beside loader"):
-        make_pairs(loader=LoaderOptions(num_workers=1))
+    with pytest.raises(ParameterError, match="num_workers must not be given beside loader_options"):
+        make_pairs(loader_options=LoaderOptions(num_workers=1))
     with pytest.raises(ParameterError, match="num_workers must be an integer of at least 0"):
         make_pairs(num_workers=-1)
+    with pytest.raises(ParameterError, match="seed must be an integer of at least 0"):
+        make_pairs(seed=-1)
+    with pytest.raises(ParameterError, match="max_bad_fraction must be a number in the range"):
+        make_pairs(max_bad_fraction=2)
+    for wrong in (lambda image: image, v2.PILToTensor(), lambda image: torch.rand(4, 4)):
+        with pytest.raises(ParameterError, match=r"transform must make a float tensor \[3, h, w\]"):
+            make_pairs(transform=wrong)
+    with pytest.raises(ParameterError, match=r"rank must be below world_size=2\. Got 2"):
+        make_pairs().loader(rank=2, world_size=2)
     with pytest.raises(RuntimeError, match=r"without one, use loader\(\)"):
         make_pairs().train_dataloader()

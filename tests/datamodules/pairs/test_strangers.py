@@ -65,7 +65,15 @@ def run_stranger(
     ("writes", "stop_at"),
     # after one of three batches, at the end of an epoch, and twice in later epochs; where epochs
     # end; and while a batch is under way, which is then trained on again
-    [("steps", 2), ("steps", 5), ("steps", 7), ("steps", 8), ("epochs", 4), ("failures", 4)],
+    [
+        ("steps", 2),
+        ("steps", 5),
+        ("steps", 7),
+        ("steps", 8),
+        ("epochs", 4),
+        ("failures", 4),
+        ("validations", 6),
+    ],
 )
 def test_killed_lightning_run_continues_to_the_bit(
     run_stranger: Callable[..., list[Log]], writes: str, stop_at: int

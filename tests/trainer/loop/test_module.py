@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from siftclip.trainer.settings.optim import OptimSettings
 # Lightning's, of torch's tree functions
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
+SCRIPT = Path(__file__).with_name("clip_on_ranks.py")
 BATCH, STEPS = 8, 6
 ARCHITECTURE = {
     "embed_dim": 16,
@@ -167,6 +169,35 @@ def test_records_go_to_the_trainers_loggers_as_often_as_it_says(
     steps = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     assert [row["step"] for row in steps] == ["4", "6"]
     assert float(steps[-1]["train/samples_seen"]) == STEPS * BATCH
+
+
+def test_bad_samples_are_in_the_records_and_told_at_the_end(
+    fit: Callable[..., ClipTraining],
+    make_samples: Any,
+    write_pool: Any,
+    load_pool: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    samples = make_samples(20)
+    samples[3].caption = b""
+    pool = load_pool(write_pool(samples, folder="spoilt"))
+    pairs = SelectedPairs(pool, batch_size=BATCH, num_workers=0, max_bad_fraction=0.1, **STREAM)
+    latest = fit(pairs, max_epochs=1).latest
+    assert (latest["data/bad_samples"], latest["data/copies_fraction"]) == (1.0, 0.0)
+    assert "training replaced 1 bad samples: 1 with an empty caption" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(
+    make_samples: Any, write_pool: Any, run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    root = write_pool(make_samples(20), shards=2)
+    for ranks in (None, 2):
+        result = run_python(str(SCRIPT), str(root), str(tmp_path), cwd=tmp_path, ranks=ranks)
+        assert result.returncode == 0, result.stderr[-4000:]
+    one, two = (json.loads((tmp_path / f"of-{ranks}.json").read_text()) for ranks in (1, 2))
+    assert one["global_batch_size"] == 8
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_a_trainer_without_an_end_is_refused(
