@@ -29,7 +29,7 @@ class Progress:
     of_epoch: int  # of these, in the epoch that is under way
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PairLoader:
     """The batches of one rank, an epoch each time it is iterated; `SelectedPairs.loader` makes it.
 

@@ -58,14 +58,14 @@ def choose_sub_batch(
         InputError: an argument is not what it must be, or the selector needs something else.
     """
     ranks = _ranks(next((image.device for image, _ in features.values()), torch.device("cpu")))
-    own = _arrays(features)
-    _check_selector(selector, own)
-    of_rank = _samples(own)
+    arrays = _arrays(features)
+    _check_selector(selector, arrays)
+    of_rank = _samples(arrays)
     require_int("step", step, minimum=0, owner=_OWNER)
     groups = _check_shares(keep, of_rank, groups, ranks.size)
     gathered = {
         key: gather_features(values, rank=ranks.rank, world_size=ranks.size)
-        for key, values in own.items()
+        for key, values in arrays.items()
     }
     rows = np.arange(of_rank * ranks.size)
     places = np.stack([rows, np.zeros_like(rows)], axis=1).astype(np.uint64)
@@ -78,7 +78,7 @@ def choose_sub_batch(
     asked = SubBatch(
         samples=keep * ranks.size // groups, groups=groups, temperature=temperature, seed=seed
     )
-    device = next(iter(own.values())).device
+    device = next(iter(arrays.values())).device
     with torch.autocast(device.type, enabled=False):  # scores are exact, as the losses are
         kept = draw(selector, source, asked).multiplicities
     mine = kept[ranks.rank * of_rank : (ranks.rank + 1) * of_rank]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from siftclip.trainer.settings.fields.rules import Fault, joined, near
 
-_OWN = "has an option of its own: "
+_OPTION = "has an option: "
 _BUDGET = "The budget says how long a run is: use "
 _ORDER = "The order of samples is a function of seed and step, and a run resumes by it"
 _GRADIENTS = "Gradients are of whole batches, whose samples are each other's negatives: use "
@@ -27,11 +27,11 @@ _OF_EVALUATION = (
 
 # By names of arguments: why they are refused, and what to use instead.
 REFUSED: Mapping[str, str] = {
-    **{name: f"{_OWN}trainer.{name}." for name in _OF_THE_SAME_NAME},
+    **{name: f"{_OPTION}trainer.{name}." for name in _OF_THE_SAME_NAME},
     **dict.fromkeys(_OF_EVALUATION, f"{_NO_LOOP}eval.during."),
-    "logger": f"{_OWN}trainer.loggers, beside those of the group logger.",
-    "enable_progress_bar": f"{_OWN}progress.",
-    "default_root_dir": f"{_OWN}run_dir, or output_dir for all runs.",
+    "logger": f"{_OPTION}trainer.loggers, beside those of the group logger.",
+    "enable_progress_bar": f"{_OPTION}progress.",
+    "default_root_dir": f"{_OPTION}run_dir, or output_dir for all runs.",
     "max_steps": f"{_BUDGET}scale.samples_seen.",
     "max_epochs": f"{_BUDGET}scale.samples_seen.",
     "min_steps": f"{_BUDGET}scale.samples_seen.",

@@ -455,8 +455,8 @@ def _callbacks(
     from siftclip.trainer.stages.evaluate_during import evaluate_during_from
 
     options = settings.trainer
-    more = build_callbacks(options)
-    shows_bar = settings.common.progress and not any(isinstance(c, ProgressBar) for c in more)
+    added = build_callbacks(options)
+    shows_bar = settings.common.progress and not any(isinstance(c, ProgressBar) for c in added)
     during = evaluate_during_from(settings.evaluation, parts.clip)
     checkpoint = StepCheckpoint(
         run.checkpoints,
@@ -469,7 +469,7 @@ def _callbacks(
         stop,
         *([] if during is None else [during]),
         *([TrainingBar()] if shows_bar else []),
-        *more,
+        *added,
     ]
 
 

@@ -2,9 +2,9 @@
 
     python stranger.py POOL FOLDER WRITES [STOP_AT]
 
-It trains nine batches in three epochs, writes what each batch held and cost to FOLDER, and goes on
-where it was if FOLDER has a checkpoint. With STOP_AT it kills itself while it trains that batch, or
-fails if WRITES says that a failure is what checkpoints are written at.
+It trains nine batches in three epochs, writes what each batch held and cost to FOLDER, and
+continues where it was if FOLDER has a checkpoint. With STOP_AT it kills itself while it trains that
+batch, or fails if WRITES says that failures are what checkpoints are written at.
 """
 
 from __future__ import annotations
