@@ -35,6 +35,8 @@ _QUIET = (
     ".*treespec.*LeafSpec.*",
     # The average of the weights and a teacher are in evaluation mode.
     ".*module.* in eval mode at the start of training.*",
+    # Of a user's callback; a checkpoint is to have the weights after its step.
+    ".*Using ModelCheckpoint with manual optimization.*",
     # The loader starts at the trainer's step; Lightning cannot know that.
     ".*resuming from a checkpoint that ended before the epoch ended.*",
 )
