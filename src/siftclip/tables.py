@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
 from wcwidth import wcswidth
 
 from siftclip.files import atomic_path
@@ -106,19 +107,29 @@ def text_table(
     cells = [[printable(cell) for cell in row] for row in rows if not isinstance(row, str)]
     for row in cells:
         row[0] = _INDENT + row[0]
-    widths = _column_widths([header, *cells])
+    widths = [max(map(display_width, column)) for column in zip(header, *cells, strict=True)]
     for column, minimum in enumerate(least):
         widths[column] = max(widths[column], minimum)
     width = table_width()
     rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
     widths[0] = min(widths[0], max(_LEAST_NAME, width - rest))
-    lines, following = [_line(header, widths, right)], iter(cells)
-    for line in rows:
-        if isinstance(line, str):
-            lines.append(cut(printable(line), width))
-        else:
-            lines.append(_line(next(following), widths, right))
-    return lines
+    # blanks of the heading make a column as wide as it has to be at least
+    blanks = [" " * (w - display_width(name)) for name, w in zip(header, widths, strict=True)]
+    wide = [
+        blank + name if column in right else name + blank
+        for column, (name, blank) in enumerate(zip(header, blanks, strict=True))
+    ]
+    for row in (wide, *cells):
+        row[0] = cut(row[0], widths[0])
+    first, *others = _aligned([wide, *cells], right)
+    following = iter(others)
+    return [
+        first,
+        *(
+            cut(printable(line), width) if isinstance(line, str) else next(following)
+            for line in rows
+        ),
+    ]
 
 
 def ruled_table(rows: Sequence[Sequence[str]]) -> str:
@@ -130,22 +141,20 @@ def ruled_table(rows: Sequence[Sequence[str]]) -> str:
         rows: cells of any text; the header first.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = _column_widths(cells)
-    header, *below = (_line(row, widths, range(1, len(widths))) for row in cells)
-    return "\n".join([header, _GAP.join("-" * width for width in widths), *below])
+    rule = ["-" * max(map(display_width, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(_aligned([cells[0], rule, *cells[1:]], range(1, len(rule))))
 
 
-def _column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], right: Collection[int]) -> str:
-    parts = []
-    for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-        text = cut(cell, width)
-        blank = " " * (width - display_width(text))
-        parts.append(blank + text if column in right else text + blank)
-    return _GAP.join(parts).rstrip()
+def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
+    """Return the lines of a table of printable cells."""
+    table = tabulate(
+        rows,  # headings too: tabulate makes columns wider than theirs
+        tablefmt="plain",
+        disable_numparse=True,
+        preserve_whitespace=True,
+        colalign=["right" if column in right else "left" for column in range(len(rows[0]))],
+    )
+    return [line.rstrip() for line in table.splitlines()]
 
 
 def display_width(text: str) -> int:
