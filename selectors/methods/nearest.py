@@ -151,6 +151,15 @@ class NearestRank(ReadsFeatures, ScoreSelector):
     0 is the nearest neighbour of a target. Samples in no list get minus `neighbours`: a fraction
     that reaches them takes them by uid. The released negCLIPLoss code has a relative of this: lists
     of 200 within a file of the pool, and the mean of five best ranks, of five parts of the target.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors import FeatureFile, NearestRank
+        >>> target = FeatureFile(path="target.npy")
+        >>> images = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> selector = NearestRank(target=target, neighbours=2, fraction=0.5)
+        >>> selector.scores(images, files={target: torch.tensor([[1.0, 0.0]])})
+        array([ 0., -1., -2.], dtype=float32)
     """
 
     def __init__(
