@@ -16,12 +16,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import (
-    PackageNotFoundError,
-    entry_points,
-    packages_distributions,
-    version,
-)
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeGuard
@@ -29,6 +24,7 @@ from typing import Any, TypeGuard
 import siftclip
 from siftclip.datamodules.identity.kept_code import kept_code
 from siftclip.files import content_digest
+from siftclip.plugins import installed_points
 
 log = logging.getLogger(__name__)
 
@@ -153,13 +149,9 @@ def _distributions() -> dict[str, dict[str, str]]:
                 versions.setdefault(top, {})[name] = version(name)
             except PackageNotFoundError:  # removed at this moment
                 continue
-    points = entry_points()
-    for group in points.groups:
-        if _top(group) == OURS:
-            for point in points.select(group=group):  # also those that do not list their files
-                if point.dist is not None:
-                    version_of = versions.setdefault(_top(point.module), {})
-                    version_of[point.dist.name] = point.dist.version
+    for point in installed_points():  # also those that do not list their files
+        if point.dist is not None:
+            versions.setdefault(_top(point.module), {})[point.dist.name] = point.dist.version
     return versions
 
 

@@ -37,6 +37,7 @@ _WORDS = {
     "selection": "the selection",
     "online": "the selection in the loop",
     "loss": "the loss",
+    "loss_data": "what the loss reads",
     "budget": "the budget",
     "data": "how samples are loaded",
     "tars": "the tars",

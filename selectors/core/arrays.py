@@ -144,7 +144,7 @@ def _features(
 
 
 def unit_rows(values: Any, name: str, owner: object = None) -> Tensor:
-    """Return vectors as a tensor; those that are not of unit norm are scaled, in float32 or finer.
+    """Return vectors as a tensor, those that are not of unit norm scaled to it (float32 or finer).
 
     Rows of zeros or with components that are not finite stay: they have no direction, and their
     samples get no score.

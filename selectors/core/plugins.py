@@ -5,11 +5,14 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from siftclip import plugins
-from siftclip.errors import InputError, ParameterError, call_by_name
+from siftclip.plugins import PluginGroup
 from siftclip.selectors.core.base import Selector
 
-GROUP = "siftclip.selectors"
+SELECTORS = PluginGroup(
+    name="siftclip.selectors",
+    base=Selector,  # type: ignore[type-abstract]  # mypy 4717
+    public_name="siftclip.selectors.Selector",
+)
 
 
 def find_plugins() -> dict[str, EntryPoint]:
@@ -18,7 +21,7 @@ def find_plugins() -> dict[str, EntryPoint]:
     Raises:
         InputError: two distributions give the same name.
     """
-    return plugins.find_plugins(GROUP)
+    return SELECTORS.find()
 
 
 def build_plugin(plugin: str, **parameters: Any) -> Selector:
@@ -27,20 +30,4 @@ def build_plugin(plugin: str, **parameters: Any) -> Selector:
     Raises:
         InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
     """
-    points = find_plugins()
-    if plugin not in points:
-        raise ParameterError(
-            f"must be one of {sorted(points)}, the entry points of the group {GROUP!r} that are "
-            "installed",
-            owner=build_plugin,
-            parameter="plugin",
-            value=plugin,
-        )
-    name = f"The plug-in {plugin!r} ({points[plugin].value})"
-    try:
-        selector = call_by_name(points[plugin].load(), parameters)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(f"{name} could not be built with {parameters}: {error}.") from error
-    if not isinstance(selector, Selector):
-        raise InputError(f"{name} must be a subclass of siftclip.selectors.Selector.")
-    return selector
+    return SELECTORS.build(plugin, parameters, owner=build_plugin)

@@ -1,27 +1,109 @@
-"""What other distributions add to Siftclip, found through entry points: a name and the object."""
+"""Classes of other distributions, found through entry points: one group for each kind of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
 
-from siftclip.errors import InputError
+from siftclip.errors import InputError, ParameterError, call_by_name
+
+T = TypeVar("T")
+
+_PREFIX = "siftclip."  # of the names of all groups
 
 
-def find_plugins(group: str) -> dict[str, EntryPoint]:
-    """Find what is installed for an entry-point group, by name. Nothing is imported.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginGroup(Generic[T]):
+    """An entry-point group: names that distributions give to what they add to Siftclip."""
 
-    Args:
-        group: for example `siftclip.selectors`.
+    name: str
+    """Such as "siftclip.selectors"."""
+    base: type[T]
+    """What a plug-in must be a subclass of."""
+    public_name: str
+    """How messages call the base class, such as "siftclip.selectors.Selector"."""
 
-    Raises:
-        InputError: two distributions give the same name.
-    """
-    plugins: dict[str, EntryPoint] = {}
-    for point in entry_points(group=group):
-        other = plugins.setdefault(point.name, point)
-        if other.value != point.value:
+    def find(self) -> dict[str, EntryPoint]:
+        """Find the installed plug-ins by name.
+
+        Raises:
+            InputError: two distributions give the same name.
+        """
+        plugins: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.name):
+            other = plugins.setdefault(point.name, point)
+            if other.value != point.value:
+                raise InputError(
+                    f"Two plug-ins of the group {self.name!r} are called {point.name!r}: "
+                    f"{other.value} and {point.value}. Uninstall one of them."
+                )
+        return plugins
+
+    def load_class(self, plugin: str, *, owner: object = None) -> type[T]:
+        """Import the class that a distribution registered as `plugin`.
+
+        Args:
+            plugin: its name.
+            owner: whose parameter the name is, for the message.
+
+        Raises:
+            InputError: no such plug-in, it cannot be imported, or it is no subclass of the base.
+        """
+        point, kind = self._loaded(plugin, owner)
+        if not (isinstance(kind, type) and issubclass(kind, self.base)):
+            raise self._stranger(point)
+        return kind
+
+    def build(self, plugin: str, parameters: Mapping[str, Any], *, owner: object = None) -> T:
+        """Build the object which a distribution registered as `plugin`, a class or a function.
+
+        Raises:
+            InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
+        """
+        point, make = self._loaded(plugin, owner)
+        try:
+            built = call_by_name(make, parameters)
+        except (ImportError, AttributeError, TypeError) as error:
             raise InputError(
-                f"Two plug-ins of the group {group!r} are called {point.name!r}: {other.value} and "
-                f"{point.value}. Uninstall one of them."
+                f"{_label(point)} could not be built with {dict(parameters)}: {error}."
+            ) from error
+        if not isinstance(built, self.base):
+            raise self._stranger(point)
+        return built
+
+    def _loaded(self, plugin: str, owner: object) -> tuple[EntryPoint, Callable[..., Any]]:
+        """Import what a distribution registered as `plugin`, a class or a function."""
+        plugins = self.find()
+        if plugin not in plugins:
+            raise ParameterError(
+                f"must be one of {sorted(plugins)}, the entry points of the group {self.name!r} "
+                "that are installed"
+                if plugins
+                else f"must be an entry point of the group {self.name!r}, and none is installed",
+                owner=owner,
+                parameter="plugin",
+                value=plugin,
             )
-    return plugins
+        point = plugins[plugin]
+        try:
+            return point, point.load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"{_label(point)} could not be built: {type(error).__name__}: {error}."
+            ) from error
+
+    def _stranger(self, point: EntryPoint) -> InputError:
+        return InputError(f"{_label(point)} must be a subclass of {self.public_name}.")
+
+
+def installed_points() -> Iterator[EntryPoint]:
+    """Yield the entry points of all groups of Siftclip that are installed."""
+    for group in sorted(entry_points().groups):
+        if group.startswith(_PREFIX):
+            yield from entry_points(group=group)
+
+
+def _label(point: EntryPoint) -> str:
+    return f"The plug-in {point.name!r} ({point.value})"

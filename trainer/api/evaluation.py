@@ -18,6 +18,7 @@ from siftclip.trainer.api.sections import (
     PathLike,
     common_settings,
     data_settings,
+    model_place,
     require_known,
     trainer_settings,
 )
@@ -116,16 +117,7 @@ def evaluate(
 def _model(model: Any, pretrained: str | None) -> ModelSettings:
     if isinstance(model, ModelSettings):
         return model
-    if isinstance(model, RunDir):
-        model = model.path
-    if not isinstance(model, str | os.PathLike):
-        raise ParameterError(
-            "must be a run, a folder, or a name in open_clip",
-            owner="evaluate",
-            parameter="model",
-            got=type(model).__name__,
-        )
-    return ModelSettings(name=os.fspath(model), pretrained=pretrained)
+    return ModelSettings(name=model_place(model), pretrained=pretrained)
 
 
 def _eval_settings(

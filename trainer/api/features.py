@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from siftclip.trainer.api.sections import (
     PathLike,
     common_settings,
     data_settings,
+    model_place,
     pool_settings,
     require_known,
     require_pool,
     trainer_settings,
 )
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import EmbedCommand, TargetCommand
 from siftclip.trainer.settings.given import given_group
 from siftclip.trainer.settings.model import EmbeddingModel
@@ -30,6 +32,8 @@ from siftclip.trainer.settings.pool import FeaturesSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Model: TypeAlias = PathLike | RunDir | EmbeddingModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -88,11 +92,11 @@ def pool_features(pool: Pool, features: Features | str | None) -> Features:
 
 
 def features_settings(
-    model: str | EmbeddingModel, pretrained: str | None, *, name: str | None, **others: Any
+    model: Model, pretrained: str | None, *, name: str | None, **others: Any
 ) -> FeaturesSettings:
     """Return the options of a feature set that a model makes."""
-    if isinstance(model, str):
-        model = EmbeddingModel(name=model, pretrained=pretrained)
+    if not isinstance(model, EmbeddingModel):
+        model = EmbeddingModel(name=model_place(model), pretrained=pretrained)
     if name is None:
         parts = (str(model.name), model.pretrained)
         name = "-".join(re.sub(r"[^\w.]+", "_", Path(part).name) for part in parts if part)
@@ -103,7 +107,7 @@ def features_settings(
 
 def embed(
     pool: Pool | PathLike,
-    model: str | EmbeddingModel,
+    model: Model,
     pretrained: str | None = None,
     *,
     name: str | None = None,
@@ -115,8 +119,8 @@ def embed(
 
     Args:
         pool: to embed; tars that have been embedded before are not embedded again.
-        model: its name in open_clip, hf-hub:org/repo, a model folder, or a run directory; or all of
-            its settings.
+        model: its name in open_clip, hf-hub:org/repo, a model folder, or a run; or all of its
+            settings.
         pretrained: an open_clip tag such as "openai", or a checkpoint file.
         name: of the feature set; None: one made of the names of model and weights.
         folder: for the features; None: one in the pool's cache.
@@ -145,7 +149,7 @@ def embed(
 
 def embed_target(
     tasks: PathLike,
-    model: str | EmbeddingModel,
+    model: Model,
     pretrained: str | None = None,
     *,
     name: str | None = None,

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, get_type_hints
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.errors import ParameterError
 from siftclip.selectors.core.base import Selector
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.composed import Composed, composed
 from siftclip.trainer.settings.data import DataSettings
@@ -140,3 +141,20 @@ def require_selector(owner: str, selector: Any) -> Selector:
     """Return an argument if it is a selector."""
     way_out = "Such as siftclip.selectors.ClipScore(fraction=0.3)."
     return require_type(owner, "selector", selector, Selector, way_out)  # type: ignore[type-abstract]  # mypy 4717
+
+
+def model_place(model: Any) -> str:
+    """Return where a model is: the name or folder that was given, or the folder of a run.
+
+    Raises:
+        ParameterError: it is neither.
+    """
+    if isinstance(model, RunDir):
+        return os.fspath(model.path)
+    if not isinstance(model, str | os.PathLike):
+        raise ParameterError(
+            "must be a run, a folder, or a name in open_clip",
+            parameter="model",
+            got=type(model).__name__,
+        )
+    return os.fspath(model)

@@ -105,7 +105,7 @@ def train(
         HeldError: another process trains this run.
     """
     settings = train_settings(
-        selection.settings if isinstance(selection, SelectOutcome) else selection,
+        _sections(selection),
         model,
         pretrained,
         samples_seen=samples_seen,
@@ -129,7 +129,7 @@ def plan(
     Nothing is kept. Raises as `train`.
     """
     settings = train_settings(
-        selection.settings if isinstance(selection, SelectOutcome) else selection,
+        _sections(selection),
         model,
         pretrained,
         samples_seen=samples_seen,
@@ -137,6 +137,12 @@ def plan(
         others=others,
     )
     return plan_stage(settings, selected=selection)
+
+
+def _sections(selection: Any) -> SelectSections:
+    """Return the options by which a selection was made."""
+    way_out = "siftclip.select(pool, features, selector) makes one."
+    return require_type("train", "selection", selection, SelectOutcome, way_out).settings
 
 
 def train_settings(
@@ -150,8 +156,6 @@ def train_settings(
 ) -> TrainCommand:
     """Return the options of a training; see `train` for the arguments."""
     require_known("train", others, TrainArguments)
-    way_out = "siftclip.select(pool, features, selector) makes one."
-    selected = require_type("train", "selection", selected, SelectSections, way_out)
     recipe = None if others.get("scale") is None else _recipe(others["scale"])
     loss: LossSettings = given_group(LossSettings, "loss", others.get("loss"))
     trained = _model(model, pretrained, loss_name=loss.name, recipe=recipe)

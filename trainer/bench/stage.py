@@ -30,6 +30,7 @@ from siftclip.trainer.bench.measure import (
     time_stages,
 )
 from siftclip.trainer.builders.assembly import data_module_from, training_module
+from siftclip.trainer.builders.losses import check_loss_options
 from siftclip.trainer.builders.objective import open_loss_data
 from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.builders.selection import SelectOutcome, select_stage
@@ -89,6 +90,7 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
     root, progress = settings.common.output_root, settings.common.progress
     budget = budget_from(settings.scale)
     options = loader_options(settings.data)
+    check_loss_options(settings.loss)
     selected = select_stage(settings)
     share_cores(options.num_workers)
     batch = budget.global_batch_size

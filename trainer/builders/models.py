@@ -23,7 +23,6 @@ from siftclip.trainer.models.towers import LockConfig, lock_towers
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.fields.section import to_plain
-from siftclip.trainer.settings.loss import DistillLoss
 from siftclip.trainer.settings.model import ModelSettings, OtherModel
 from siftclip.trainer.settings.online import EveryStepSettings
 
@@ -119,8 +118,8 @@ def checkpoint_options(model: ModelSettings) -> dict[str, Any]:
 def models_of(settings: TrainCommand) -> list[AnyModel]:
     """Return the models of a training that have a name."""
     models: list[AnyModel] = [settings.model]
-    if isinstance(settings.loss, DistillLoss):
-        models.append(settings.loss.teacher.model)
+    if settings.loss.live_teacher is not None:
+        models.append(settings.loss.live_teacher)
     if isinstance(settings.online, EveryStepSettings):
         models += [settings.online.reference.model, settings.online.scorer]
     return [model for model in models if model.name]

@@ -22,40 +22,16 @@ from siftclip.datamodules.selection.selection import row_weights
 from siftclip.datamodules.streaming.batches import Batch
 from siftclip.errors import InputError
 from siftclip.files import content_digest
-from siftclip.selectors.core.base import Selector, product_of_weights
+from siftclip.selectors.core.base import product_of_weights
+from siftclip.trainer.builders.losses import check_model, loss_from, loss_identity
 from siftclip.trainer.builders.models import clip_model_from, model_files
 from siftclip.trainer.builders.selection import SelectOutcome
-from siftclip.trainer.losses import (
-    ContrastiveLoss,
-    DistillLoss,
-    ReferenceGuidedLoss,
-    SigLipLoss,
-    SoftmaxLoss,
-)
+from siftclip.trainer.losses import LossRun
 from siftclip.trainer.optim.gradients import Objective, TeacherFeatures, no_teacher
 from siftclip.trainer.options.faults import options_of, under
-from siftclip.trainer.settings.loss import (
-    CocaLoss,
-    DrrhoLoss,
-    LossSettings,
-    ReferenceFeatures,
-    SampleWeights,
-)
-from siftclip.trainer.settings.loss import (
-    DistillLoss as DistillSettings,
-)
-from siftclip.trainer.settings.loss import (
-    SigLipLoss as SigLipSettings,
-)
-from siftclip.trainer.settings.model import TeacherModel
+from siftclip.trainer.settings.loss import LossSettings, SampleWeights
+from siftclip.trainer.settings.loss import TeacherFeatures as CachedFeatures
 
-LOSSES: dict[str, type[ContrastiveLoss]] = {
-    "clip": SoftmaxLoss,
-    "siglip": SigLipLoss,
-    "coca": SoftmaxLoss,
-    "distill": DistillLoss,
-    "drrho": ReferenceGuidedLoss,
-}
 _PROBE = ["a photo of a cat", "Two dogs, 3 birds & a very small car!"]
 
 
@@ -66,41 +42,6 @@ class LossData:
     references: RowFeatures | None  # features of a teacher
     weights: np.ndarray | None  # float32 [n] by the pool's rows, of `loss.weights` and `selector`
     identity: dict[str, Any]  # of the files that these come from
-
-
-def check_weighing(loss: LossSettings, selector: Selector, option: str) -> None:
-    """Check that the loss can use the weights of a selector, if this one weighs samples.
-
-    Args:
-        loss: of the run.
-        selector: of the option.
-        option: such as "online.selector=infobatch", for the message.
-
-    Raises:
-        InputError: it cannot.
-    """
-    if selector.weighs and not LOSSES[loss.name].takes_weights:
-        able = [name for name, known in LOSSES.items() if known.takes_weights]
-        raise InputError(
-            f"{option} weighs the samples that it keeps, and loss={loss.name} cannot use "
-            "weights: its pairs belong to two samples each. Without them the selection would be "
-            f"biased. Use one of loss={','.join(able)}, or a selector that does not weigh."
-        )
-
-
-def teacher_features(loss: LossSettings) -> ReferenceFeatures | None:
-    """Return the cached features of a loss that reads some."""
-    if not isinstance(loss, (DistillSettings, DrrhoLoss)):
-        return None
-    features = loss.teacher.features
-    return None if features.name is None else features
-
-
-def teacher_model(loss: LossSettings) -> TeacherModel | None:
-    """Return the live teacher of a loss that has one."""
-    if not isinstance(loss, DistillSettings) or loss.teacher.model.name is None:
-        return None
-    return loss.teacher.model
 
 
 def open_loss_data(
@@ -114,7 +55,7 @@ def open_loss_data(
     pool, rows = selected.pool, np.unique(selected.rows)
     identity: dict[str, Any] = {}
     references = weights = None
-    cached = teacher_features(loss)
+    cached = loss.cached_teacher
     if cached is not None:
         name, root = cached.name, cached.root
         keys = (f"{name}_img", f"{name}_txt")
@@ -133,12 +74,13 @@ def open_loss_data(
                 "have them."
             )
         identity["features"] = store.fingerprint
-    if not isinstance(loss, SigLipSettings) and loss.weights.path is not None:
-        weights = _sample_weights(loss.weights, loss.weights.path, pool, rows)
-        identity["weights"] = content_digest(Path(loss.weights.path))
-    teacher = teacher_model(loss)
-    if teacher is not None:
-        identity["teacher"] = model_files(teacher)
+    weighed = loss.sample_weights
+    if weighed is not None and weighed.path is not None:
+        weights = _sample_weights(weighed, weighed.path, pool, rows)
+        identity["weights"] = content_digest(Path(weighed.path))
+    if loss.live_teacher is not None:
+        identity["teacher"] = model_files(loss.live_teacher)
+    identity |= loss_identity(loss)
     weights = product_of_weights(weights, row_weights(selected.selection, pool))
     return LossData(references=references, weights=weights, identity=identity)
 
@@ -173,68 +115,37 @@ def objective_from(
     Raises:
         InputError: loss, model and teacher do not go together.
     """
-    _check_model(loss.name, clip)
-    if isinstance(loss, DrrhoLoss) and loss.logit_scale is not None:
-        _fix_logit_scale(clip.model, loss.logit_scale)
     teacher: TeacherFeatures = no_teacher
-    teacher_scale = loss.teacher.features.logit_scale if isinstance(loss, DistillSettings) else 1.0
-    live = teacher_model(loss)
+    cached, live = loss.cached_teacher, loss.live_teacher
+    scale = cached.logit_scale if isinstance(cached, CachedFeatures) else None
     if data.references is not None:
         teacher = CachedTeacher(data.references.keys)
     elif live is not None:
         model = clip_model_from(live, trained=True)
         _check_same_inputs(clip, model)
         teacher = ModelTeacher(model.model)
-        teacher_scale = float(as_clip(model.model).logit_scale.exp())
-    built = _loss_from(loss, teacher_scale, np.unique(rows))
-    if isinstance(loss, CocaLoss):
-        return Objective(
-            loss=built,
-            teacher=teacher,
-            contrastive_weight=loss.contrastive_weight,
-            caption_weight=loss.caption_weight,
-        )
+        scale = float(as_clip(model.model).logit_scale.exp())
+    run = LossRun(selected_rows=np.unique(rows), teacher_logit_scale=scale)
+    built = loss_from(loss, run)
+    check_model(built, clip.model, loss.title)
+    _check_tokens(clip, loss.title)
+    if built.fixed_logit_scale is not None:
+        _fix_logit_scale(clip.model, built.fixed_logit_scale)
     return Objective(loss=built, teacher=teacher)
 
 
-def _loss_from(loss: LossSettings, teacher_scale: float, rows: np.ndarray) -> ContrastiveLoss:
-    if isinstance(loss, SigLipSettings):
-        return SigLipLoss(loss.dist_impl)
-    if isinstance(loss, DistillSettings):
-        return DistillLoss(teacher_logit_scale=teacher_scale)
-    if isinstance(loss, DrrhoLoss):
-        return ReferenceGuidedLoss(
-            selected_rows=rows, gamma=loss.gamma, epsilon=loss.epsilon, rho=loss.rho
-        )
-    return SoftmaxLoss()
-
-
-def _check_model(name: str, clip: ClipModel) -> None:
+def _check_tokens(clip: ClipModel, title: str) -> None:
+    """Check that a text decoder, if there is one, can write all tokens of its tokenizer."""
     from open_clip.tokenizer import HFTokenizer
 
-    model: Any = clip.model
-    has_captions = hasattr(model, "text_decoder")
-    if has_captions != (name == "coca"):
+    decoder: Any = getattr(clip.model, "text_decoder", None)
+    if decoder is None or not isinstance(clip.tokenizer, HFTokenizer):
+        return
+    outputs, tokens = decoder.text_projection.shape[1], len(clip.tokenizer.tokenizer)
+    if outputs < tokens:
         raise InputError(
-            f"loss={name} does not go with this model, which "
-            + (
-                "is a CoCa: use loss=coca."
-                if has_captions
-                else "has no text decoder: use loss=clip."
-            )
-        )
-    if has_captions and isinstance(clip.tokenizer, HFTokenizer):
-        outputs, tokens = model.text_decoder.text_projection.shape[1], len(clip.tokenizer.tokenizer)
-        if outputs < tokens:
-            raise InputError(
-                f"loss=coca: the text decoder of this model can write {outputs} tokens, and its "
-                f"tokenizer makes {tokens}. Set model.architecture.text_cfg.vocab_size={tokens}."
-            )
-    if name == "siglip" and getattr(model, "logit_bias", None) is None:
-        raise InputError(
-            "loss=siglip needs a model with a logit bias: model.options.init_logit_bias=-10 and "
-            "model.options.init_logit_scale=2.3026, which loss=siglip sets unless model.options is "
-            "overridden."
+            f"{title}: the text decoder of this model can write {outputs} tokens, and its "
+            f"tokenizer makes {tokens}. Set model.architecture.text_cfg.vocab_size={tokens}."
         )
 
 

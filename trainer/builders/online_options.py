@@ -8,7 +8,7 @@ from siftclip.errors import InputError, require_fraction
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.description import nested
 from siftclip.selectors.core.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
-from siftclip.trainer.builders.objective import check_weighing
+from siftclip.trainer.builders.losses import check_gives_sample_losses, check_weighing
 from siftclip.trainer.builders.selection import BuiltSelector, selector_from
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
@@ -140,11 +140,8 @@ def check_online(
                 "online.reference.features.logit_bias and .logit_scale to those of the model that "
                 "made the features, or use online.selector.loss=softmax."
             )
-    if needs.training_loss and loss.name in ("siglip", "drrho"):
-        raise InputError(
-            f"online.selector={name} needs the loss of each sample, which "
-            f"loss={loss.name} does not tell. Use loss=clip."
-        )
+    if needs.training_loss:
+        check_gives_sample_losses(loss, f"online.selector={name}")
     if needs.learns and not _learns(selector):
         raise InputError(
             f"online.selector={name}: a member of this composition learns while the model trains, "

@@ -20,7 +20,6 @@ from siftclip.selectors.core.source import TRAINING_LOSS, Logits
 from siftclip.selectors.methods.uniform import Uniform
 from siftclip.trainer.builders.live_models import live_models, scoring_config
 from siftclip.trainer.builders.models import clip_model_from
-from siftclip.trainer.builders.objective import teacher_model
 from siftclip.trainer.builders.online_identity import check_cached, reference_aliases
 from siftclip.trainer.builders.online_options import (
     LEARNER,
@@ -110,7 +109,7 @@ def build_online(parts: RunParts, total_steps: int) -> Online:
 
 def _learner_flops(parts: RunParts) -> SampleFlops:
     """Count the FLOPs of the learner and a live teacher."""
-    live = teacher_model(parts.loss)
+    live = parts.loss.live_teacher
     teacher = None if live is None else clip_model_from(live, trained=True)
     return learner_flops(parts.clip, micro_batches=_cuts_batches(parts), teacher=teacher)
 

@@ -40,7 +40,10 @@ _TAKE_A_VALUE = (
     *("--package", "-p", "--experimental-rerun"),
 )
 # Mappings whose names are the user's own: an entry needs no `+` in front
-OPEN_MAPPINGS = ("eval.classnames", "eval.templates", "eval.groups", "compare.arms")
+OPEN_MAPPINGS = (
+    *("eval.classnames", "eval.templates", "eval.groups"),
+    *("compare.arms", "loss.parameters"),
+)
 FULL_ERROR = "HYDRA_FULL_ERROR"  # if 1, Hydra raises its errors instead of printing them
 FAILURE = 2  # exit status for faults of the user's input
 INTERRUPTED = 130  # as a shell reports Ctrl-C

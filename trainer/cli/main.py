@@ -35,7 +35,8 @@ COMMANDS = {
 }
 # Commands without a configuration
 PLAIN_COMMANDS = {
-    "explain": "print meaning, default and allowed values of an option: explain optim.lr"
+    "explain": "print meaning, default and allowed values of an option: explain optim.lr",
+    "new": "write a package with a selector, a loss or a kind of task: new selector caption_length",
 }
 
 USAGE = """siftclip {version}: train CLIP on the part of a pool that is worth training on

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from siftclip.errors import InputError
 from siftclip.locks import LOCK_NAME, HeldError, locked
+from siftclip.trainer.builders.losses import check_loss_options
 from siftclip.trainer.builders.online_options import check_online
 from siftclip.trainer.runtime.launch import require_launcher
 from siftclip.trainer.runtime.run_dir import RunDir, is_rank_zero
@@ -193,6 +194,7 @@ def _plan(settings: CompareCommand, compose: ComposeArm) -> list[tuple[str, int,
                     f"have {budget[0]}. All arms must have the same, in the same unit and with one "
                     "batch size."
                 )
+            check_loss_options(arm_settings.loss)
             check_online(
                 arm_settings.online,
                 arm_settings.selector,

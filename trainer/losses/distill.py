@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-from siftclip.errors import InputError, require_finite
-from siftclip.trainer.losses.base import ContrastiveLoss, keep_bias, mean_over_ranks
+from siftclip.errors import InputError, call_by_name, require_finite
+from siftclip.trainer.losses.base import ContrastiveLoss, LossRun, mean_over_ranks
 from siftclip.trainer.losses.collectives import (
     gather_features,
     log_sum_exp_over_ranks,
@@ -16,6 +19,8 @@ from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
 from siftclip.trainer.losses.paired import paired_expectation, paired_log_sum_exp
 from siftclip.trainer.losses.softmax import PairedTerms, paired_terms
+
+D = TypeVar("D", bound="DistillLoss")
 
 
 class DistillLoss(ContrastiveLoss):
@@ -33,6 +38,9 @@ class DistillLoss(ContrastiveLoss):
         InputError: a number is not finite or negative.
     """
 
+    gives_sample_losses = True
+    teacher = "model_or_features"
+
     def __init__(
         self,
         teacher_logit_scale: float,
@@ -44,6 +52,11 @@ class DistillLoss(ContrastiveLoss):
         self.teacher_logit_scale = _at_least_0("teacher_logit_scale", teacher_logit_scale)
         self.contrastive_weight = _at_least_0("contrastive_weight", contrastive_weight)
         self.distill_weight = _at_least_0("distill_weight", distill_weight)
+
+    @classmethod
+    def for_run(cls: type[D], run: LossRun, parameters: Mapping[str, Any]) -> D:
+        """Build the loss with the scale of the run's teacher."""
+        return call_by_name(cls, {"teacher_logit_scale": run.teacher_logit_scale, **parameters})
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Compute `contrastive_loss` and `distill_loss`, each times its weight."""
@@ -71,7 +84,7 @@ class DistillLoss(ContrastiveLoss):
         contrastive = mean_over_ranks(losses, inputs.weights, world_size=world_size)
         distilled = mean_over_ranks(distill, inputs.weights, world_size=world_size)
         return {
-            "contrastive_loss": keep_bias(self.contrastive_weight * contrastive, inputs.logit_bias),
+            "contrastive_loss": self.contrastive_weight * contrastive,
             "distill_loss": self.distill_weight * distilled,
         }
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.errors import InputError, require_finite, require_fraction
-from siftclip.trainer.losses.base import ContrastiveLoss, keep_bias, mean_over_ranks
+from siftclip.errors import (
+    InputError,
+    call_by_name,
+    require_finite,
+    require_fraction,
+    require_positive,
+)
+from siftclip.trainer.losses.base import ContrastiveLoss, LossRun, mean_over_ranks
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs, require_teacher
 from siftclip.trainer.losses.softmax import paired_terms
+
+R = TypeVar("R", bound="ReferenceGuidedLoss")
 
 
 class ReferenceGuidedLoss(ContrastiveLoss):
@@ -43,6 +52,7 @@ class ReferenceGuidedLoss(ContrastiveLoss):
             SoftmaxLoss. A number multiplies loss + rho with the temperature, as the authors do
             (rho 11): the constraint of distributionally robust optimisation, which matters where
             the temperature is learned.
+        logit_scale: at which the model's is kept; None: it is learned.
 
     The averages are buffers, in the order of the sorted rows and equal on every rank, and so part
     of a checkpoint. They change in training mode only.
@@ -50,6 +60,8 @@ class ReferenceGuidedLoss(ContrastiveLoss):
     Raises:
         InputError: a number is out of its range, or gamma < 1 comes without rows.
     """
+
+    teacher = "features"
 
     selected_rows: Tensor | None
     log_mean_image: Tensor
@@ -62,8 +74,14 @@ class ReferenceGuidedLoss(ContrastiveLoss):
         gamma: float | None = None,
         epsilon: float | None = None,
         rho: float | None = None,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.fixed_logit_scale = (
+            None
+            if logit_scale is None
+            else require_positive("logit_scale", logit_scale, owner=self)
+        )
         self.gamma = 1.0 if gamma is None else require_fraction("ReferenceGuidedLoss: gamma", gamma)
         self.rho = None if rho is None else require_finite("ReferenceGuidedLoss: rho", rho)
         self.epsilon = (
@@ -88,6 +106,11 @@ class ReferenceGuidedLoss(ContrastiveLoss):
             self.register_buffer(name, torch.full((len(rows),), -torch.inf))
         # torch ships it without types
         self.register_load_state_dict_pre_hook(_require_same_rows)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def for_run(cls: type[R], run: LossRun, parameters: Mapping[str, Any]) -> R:
+        """Build the loss with averages for the rows of the run."""
+        return call_by_name(cls, {"selected_rows": run.selected_rows, **parameters})
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Compute `contrastive_loss`."""
@@ -126,7 +149,7 @@ class ReferenceGuidedLoss(ContrastiveLoss):
             loss = (loss + self.rho) / inputs.logit_scale
         elif copies is None:
             loss = loss + log_others
-        return {"contrastive_loss": keep_bias(loss, inputs.logit_bias)}
+        return {"contrastive_loss": loss}
 
     @torch.no_grad()
     def _update(self, log_means: Tensor, inputs: LossInputs) -> Tensor:

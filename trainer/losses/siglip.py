@@ -29,6 +29,7 @@ class SigLipLoss(ContrastiveLoss):
     """
 
     takes_weights = False
+    needs_logit_bias = True
 
     def __init__(self, dist_impl: DistImpl = "bidir") -> None:
         from open_clip.loss import SigLipLoss as OpenClipSigLipLoss
@@ -48,17 +49,7 @@ class SigLipLoss(ContrastiveLoss):
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Compute `contrastive_loss`."""
-        if inputs.weights is not None:
-            raise InputError(
-                "SigLipLoss: its pairs belong to two samples each, so that sample weights have no "
-                "agreed meaning in it. Train with SoftmaxLoss, or select samples instead of "
-                "weighting them."
-            )
-        if inputs.logit_bias is None:
-            raise InputError(
-                "SigLipLoss needs a model with a logit bias: set init_logit_bias (-10 in the "
-                "paper) in the architecture. Got a model without one."
-            )
+        assert inputs.logit_bias is not None  # it is declared
         self.loss.rank, self.loss.world_size = inputs.rank, inputs.world_size
         loss = self.loss(
             inputs.image_features, inputs.text_features, inputs.logit_scale, inputs.logit_bias

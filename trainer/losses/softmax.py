@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siftclip.trainer.losses.base import ContrastiveLoss, keep_bias, mean_over_ranks
+from siftclip.trainer.losses.base import ContrastiveLoss, mean_over_ranks
 from siftclip.trainer.losses.collectives import gather_features, log_sum_exp_to_owner
 from siftclip.trainer.losses.copies import Copies
 from siftclip.trainer.losses.inputs import LossInputs
@@ -31,6 +31,18 @@ class PairedTerms:
     """[b], the logit of each image with its own text."""
     margins: Tensor
     """[2, b]: of each image with all other texts, and of each text with all other images."""
+
+    @classmethod
+    def of(cls, inputs: LossInputs) -> PairedTerms:
+        """Compute those of a batch on any number of ranks, without the pairs of copies."""
+        return paired_terms(
+            inputs.image_features,
+            inputs.text_features,
+            inputs.logit_scale,
+            copies=Copies.of(inputs),
+            rank=inputs.rank,
+            world_size=inputs.world_size,
+        )
 
     def cross_entropies(self) -> Tensor:
         """Compute [2, b], of both directions."""
@@ -84,18 +96,11 @@ class SoftmaxLoss(ContrastiveLoss):
     A logit bias has no effect.
     """
 
+    gives_sample_losses = True
+
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Compute `contrastive_loss`."""
-        rank, world_size = inputs.rank, inputs.world_size
-        pairs = paired_terms(
-            inputs.image_features,
-            inputs.text_features,
-            inputs.logit_scale,
-            copies=Copies.of(inputs),
-            rank=rank,
-            world_size=world_size,
-        )
-        losses = pairs.cross_entropies().mean(0)
+        losses = PairedTerms.of(inputs).cross_entropies().mean(0)
         self.sample_losses = losses.detach()
-        loss = mean_over_ranks(losses, inputs.weights, world_size=world_size)
-        return {"contrastive_loss": keep_bias(loss, inputs.logit_bias)}
+        loss = mean_over_ranks(losses, inputs.weights, world_size=inputs.world_size)
+        return {"contrastive_loss": loss}

@@ -99,7 +99,7 @@ class Online:
                 if sample_losses is None:
                     raise InputError(
                         "online.selector reads the loss of each sample, and the loss of this run "
-                        "charges none. Use loss=clip or loss=distill."
+                        "tells none. Use one with gives_sample_losses."
                     )
                 losses = gather_features(sample_losses, rank=rank, world_size=world_size)
                 self.losses.update(rows, losses.float().cpu().numpy())

@@ -37,8 +37,6 @@ class Objective:
 
     loss: ContrastiveLoss
     teacher: TeacherFeatures = no_teacher  # image and text features [m, e] of a micro-batch
-    contrastive_weight: float = 1.0  # of the loss, where there is a caption loss too
-    caption_weight: float = 2.0  # of the caption loss of CoCa models; others have none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,20 +84,16 @@ def compute_gradients(
         (batch,) = micro_batches
         _seed(context, 0, batch.images.device)
         outputs = model(_cast(model, batch.images), batch.tokens)
-        terms = _weighted(
-            objective.loss(
-                _loss_inputs(
-                    [batch],
-                    [objective.teacher(batch)],
-                    context,
-                    image=outputs["image_features"],
-                    text=outputs["text_features"],
-                    scale=outputs["logit_scale"],
-                    bias=outputs.get("logit_bias"),
-                )
-            ),
-            objective,
-            has_captions=caption_share is not None,
+        terms: dict[str, Tensor] = objective.loss(
+            _loss_inputs(
+                [batch],
+                [objective.teacher(batch)],
+                context,
+                image=outputs["image_features"],
+                text=outputs["text_features"],
+                scale=outputs["logit_scale"],
+                bias=outputs.get("logit_bias"),
+            )
         )
         if caption_share is not None:
             terms["caption_loss"] = caption_share * _caption_sum(model, outputs, batch)
@@ -130,11 +124,7 @@ def _cached_gradients(
     if bias is not None:
         leaves["bias"] = bias
     leaves = {name: _exact(value.detach()).requires_grad_() for name, value in leaves.items()}
-    terms = _weighted(
-        objective.loss(_loss_inputs(micro_batches, teachers, context, **leaves)),
-        objective,
-        has_captions=caption_share is not None,
-    )
+    terms = objective.loss(_loss_inputs(micro_batches, teachers, context, **leaves))
     total = _total(terms)
     values = {name: value.detach() for name, value in terms.items()}
     wanted = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -215,14 +205,6 @@ def _unit(parts: Sequence[Tensor]) -> Tensor | None:
     return F.normalize(torch.cat([_exact(part) for part in parts]), dim=-1) if parts else None
 
 
-def _weighted(
-    terms: dict[str, Tensor], objective: Objective, *, has_captions: bool
-) -> dict[str, Tensor]:
-    if not has_captions:
-        return dict(terms)
-    return {name: objective.contrastive_weight * value for name, value in terms.items()}
-
-
 def _caption_share(
     objective: Objective, micro_batches: Sequence[Batch], context: StepContext, model: nn.Module
 ) -> Tensor | None:
@@ -235,7 +217,7 @@ def _caption_share(
         return None
     labels = torch.cat([batch.tokens[:, 1:] for batch in micro_batches])
     return (
-        objective.caption_weight
+        objective.loss.caption_weight
         * context.world_size
         / caption_tokens(
             labels,

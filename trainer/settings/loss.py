@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Le
 
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.section import Fraction, Positive, Section
+from siftclip.trainer.settings.fields.marks import Example, Needs, Open
+from siftclip.trainer.settings.fields.rules import hints
+from siftclip.trainer.settings.fields.section import Fraction, Positive, Recorded, Section, to_plain
 from siftclip.trainer.settings.model import TeacherModel
 
 
@@ -69,11 +72,107 @@ class ReferenceTeacher(Section):
     """Cached features of the reference model."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipLoss(Section):
-    """CLIP's softmax contrastive loss, over the batches of all devices."""
+class LossSection(Section):
+    """What the builders ask of any loss, whatever options it has."""
+
+    __slots__ = ()
 
     PLACE: ClassVar[str] = "loss"
+    OF_THE_RUN: ClassVar[tuple[str, ...]] = ("name", "teacher", "weights")
+
+    name: str
+
+    @property
+    def title(self) -> str:
+        """What messages call the loss: the option that chooses it."""
+        return f"loss={self.name}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its class is given, by the names of its arguments."""
+        names = [name for name in hints(type(self)) if name not in self.OF_THE_RUN]
+        return {name: getattr(self, name) for name in names}
+
+    def option_of(self, argument: str) -> str:
+        """Return the option that an argument of its class is read from."""
+        return f"loss.{argument}"
+
+    @property
+    def sample_weights(self) -> SampleWeights | None:
+        """The weights of samples; None if no file of them is named."""
+        return None
+
+    @property
+    def cached_teacher(self) -> ReferenceFeatures | None:
+        """The cached features of a teacher; None if none are named."""
+        return None
+
+    @property
+    def live_teacher(self) -> TeacherModel | None:
+        """The teacher that is a model; None if none is named."""
+        return None
+
+
+class WeightedSection(LossSection):
+    """A loss in which samples can have weights."""
+
+    __slots__ = ()
+
+    weights: SampleWeights
+
+    @property
+    def sample_weights(self) -> SampleWeights | None:
+        return None if self.weights.path is None else self.weights
+
+
+class TaughtSection(LossSection):
+    """A loss that can have a teacher."""
+
+    __slots__ = ()
+
+    teacher: Teacher | ReferenceTeacher
+
+    @property
+    def cached_teacher(self) -> ReferenceFeatures | None:
+        return None if self.teacher.features.name is None else self.teacher.features
+
+    @property
+    def live_teacher(self) -> TeacherModel | None:
+        if isinstance(self.teacher, ReferenceTeacher) or self.teacher.model.name is None:
+            return None
+        return self.teacher.model
+
+    def check_teacher(self, kind: Literal["none", "features", "model_or_features"]) -> None:
+        """Check that the teacher is of the kind that the class of the loss declares.
+
+        Raises:
+            InputError: it is another one, or is missing.
+        """
+        named = [
+            key
+            for key, teacher in (("features", self.cached_teacher), ("model", self.live_teacher))
+            if teacher is not None
+        ]
+        if kind == "none" and named:
+            raise InputError(
+                f"{self.title} has no use for a teacher. Got {named}: leave loss.teacher out."
+            )
+        if kind == "features" and named != ["features"]:
+            raise InputError(
+                f"{self.title} needs the cached features of a reference model: "
+                "loss.teacher.features.name such as b32, whose arrays are b32_img and b32_txt. "
+                f"Got {named or 'none'}."
+            )
+        if kind == "model_or_features" and len(named) != 1:
+            raise InputError(
+                f"{self.title} needs one teacher: loss.teacher.model.name (an open_clip model) or "
+                f"loss.teacher.features.name (cached features). Got {named or 'neither'}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipLoss(WeightedSection):
+    """CLIP's softmax contrastive loss, over the batches of all devices."""
 
     name: Literal["clip"] = "clip"
     """The loss."""
@@ -83,10 +182,8 @@ class ClipLoss(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SigLipLoss(Section):
+class SigLipLoss(LossSection):
     """SigLIP's sigmoid loss (arXiv 2303.15343); loss=siglip also sets initial scale and bias."""
-
-    PLACE: ClassVar[str] = "loss"
 
     name: Literal["siglip"] = "siglip"
     """The loss."""
@@ -96,10 +193,8 @@ class SigLipLoss(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CocaLoss(Section):
+class CocaLoss(WeightedSection):
     """CoCa's: the contrastive loss and the caption loss of the text decoder; for CoCa models."""
-
-    PLACE: ClassVar[str] = "loss"
 
     name: Literal["coca"] = "coca"
     """The loss."""
@@ -115,10 +210,8 @@ class CocaLoss(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillLoss(Section):
+class DistillLoss(TaughtSection, WeightedSection):
     """The contrastive loss and the distance from a teacher's similarities, as open_clip distils."""
-
-    PLACE: ClassVar[str] = "loss"
 
     name: Literal["distill"] = "distill"
     """The loss."""
@@ -130,29 +223,15 @@ class DistillLoss(Section):
     """What each sample counts."""
 
     def check(self) -> None:
-        named = [
-            key
-            for key, name in (
-                ("features", self.teacher.features.name),
-                ("model", self.teacher.model.name),
-            )
-            if name is not None
-        ]
-        if len(named) != 1:
-            raise InputError(
-                "loss=distill needs one teacher: loss.teacher.model.name (an open_clip model) or "
-                f"loss.teacher.features.name (cached features). Got {named or 'neither'}."
-            )
+        self.check_teacher("model_or_features")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrrhoLoss(Section):
+class DrrhoLoss(TaughtSection, WeightedSection):
     """DRRho (arXiv 2505.06699): a cached reference model says which negatives are worth the effort.
 
     Its authors' settings; they train without gamma, at the fixed temperature 0.01.
     """
-
-    PLACE: ClassVar[str] = "loss"
 
     name: Literal["drrho"] = "drrho"
     """The loss."""
@@ -176,14 +255,73 @@ class DrrhoLoss(Section):
     """What each sample counts."""
 
     def check(self) -> None:
-        if self.teacher.features.name is None:
-            raise InputError(
-                "loss=drrho needs the cached features of a reference model: "
-                "loss.teacher.features.name such as b32, whose arrays are b32_img and b32_txt."
-            )
+        self.check_teacher("features")
 
 
-LossSettings: TypeAlias = ClipLoss | SigLipLoss | CocaLoss | DistillLoss | DrrhoLoss
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginLoss(TaughtSection, WeightedSection):
+    """A loss of another distribution, registered in the entry-point group siftclip.losses."""
+
+    name: Literal["plugin"] = "plugin"
+    """The loss."""
+
+    plugin: Annotated[
+        str,
+        Needs("must be given: the name under which a distribution registered its loss."),
+        Example("my_loss"),
+    ]
+    """The name under which it is registered."""
+
+    parameters: Annotated[Mapping[str, Any], Open(), Example("{gamma:2.0}")] = field(
+        default_factory=dict
+    )
+    """Its own: what its class takes."""
+
+    teacher: Teacher = field(default_factory=Teacher)
+    """The teacher, for a loss that needs one: a model, or its cached features."""
+
+    weights: SampleWeights = field(default_factory=SampleWeights)
+    """What each sample counts, for a loss that takes weights."""
+
+    @property
+    def title(self) -> str:
+        return f"loss.plugin={self.plugin}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.parameters}
+
+    def option_of(self, argument: str) -> str:
+        return f"loss.parameters.{argument}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectLoss(PluginLoss, Recorded):
+    """A loss that is given as an object, from Python alone; its run trains a copy of it."""
+
+    plugin: str = "object"
+    """No entry point."""
+
+    loss: Any
+    """A siftclip.trainer.ContrastiveLoss."""
+
+    @property
+    def title(self) -> str:
+        return f"loss={type(self.loss).__name__}"
+
+    def record(self) -> dict[str, Any]:
+        # torch, which options do without
+        from siftclip.selectors.core.description import Behind
+
+        return {
+            "name": "object",
+            "loss": self.loss.description(Behind()),
+            "teacher": to_plain(self.teacher),
+            "weights": to_plain(self.weights),
+        }
+
+
+LossSettings: TypeAlias = ClipLoss | SigLipLoss | CocaLoss | DistillLoss | DrrhoLoss | PluginLoss
 
 # What loss=siglip also sets
 SIGLIP_MODEL_OPTIONS = {"init_logit_scale": 2.302585093, "init_logit_bias": -10.0}  # ln 10

@@ -85,6 +85,7 @@ STORED = (
     Stored(group="loss", name="coca", kind=loss.CocaLoss),
     Stored(group="loss", name="distill", kind=loss.DistillLoss),
     Stored(group="loss", name="drrho", kind=loss.DrrhoLoss),
+    Stored(group="loss", name="plugin", kind=loss.PluginLoss),
     Stored(group="optim", name="adamw", kind=OptimSettings),
     Stored(group="trainer", name="default", kind=lightning.TrainerSettings),
     Stored(group="online", name="once", kind=online.OnceSettings),

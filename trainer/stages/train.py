@@ -23,6 +23,7 @@ from siftclip.errors import InputError
 from siftclip.files import identity_hash
 from siftclip.locks import locked
 from siftclip.ranks import Ranks, of_first_rank
+from siftclip.trainer.builders.losses import check_loss_options
 from siftclip.trainer.builders.models import activations_of_weights, model_files, models_of
 from siftclip.trainer.builders.objective import LossData, open_loss_data
 from siftclip.trainer.builders.online_identity import online_identity
@@ -304,6 +305,7 @@ def check_training(settings: TrainCommand) -> None:
         InputError: a selector does not go with the other settings, or a task is missing.
     """
     strategy = settings.trainer.strategy
+    check_loss_options(settings.loss)
     check_online(settings.online, settings.selector, settings.loss, strategy)
     loader_options(settings.data)
     if limit_from(settings.budget) is None:

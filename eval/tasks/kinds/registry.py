@@ -20,9 +20,10 @@ from siftclip.eval.tasks.kinds.classification import Classification
 from siftclip.eval.tasks.kinds.image_caption_selection import ImageCaptionSelection
 from siftclip.eval.tasks.kinds.multilabel import Multilabel
 from siftclip.eval.tasks.kinds.retrieval import Retrieval
-from siftclip.plugins import find_plugins
+from siftclip.plugins import PluginGroup
 
 GROUP = "siftclip.task_kinds"
+TASK_KINDS = PluginGroup(name=GROUP, base=TaskKind, public_name="siftclip.eval.TaskKind")  # type: ignore[type-abstract]  # mypy 4717
 BUILT_IN: Mapping[str, TaskKind] = {
     kind.name: kind
     for kind in (
@@ -47,7 +48,7 @@ def find_kind(name: str) -> TaskKind:
     known = {**BUILT_IN, **_offered.get()}
     if name in known:
         return known[name]
-    points = find_plugins(GROUP)
+    points = TASK_KINDS.find()
     if name not in points:
         raise ParameterError(
             f"must say one of {[*known, *sorted(points.keys() - known.keys())]}",

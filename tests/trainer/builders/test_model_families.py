@@ -37,7 +37,7 @@ from siftclip.eval.encoding.encoder import EncodeOptions, Encoder
 from siftclip.eval.encoding.texts import check_tokens
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.trainer.demo.pool import DemoData
-from siftclip.trainer.losses import ContrastiveLoss, LossInputs, SigLipLoss, SoftmaxLoss
+from siftclip.trainer.losses import CocaLoss, ContrastiveLoss, LossInputs, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.models.compilation import compile_towers
 from siftclip.trainer.models.sharding import sharded_blocks
 from siftclip.trainer.models.towers import LockConfig, enable_grad_checkpointing, lock_towers
@@ -491,7 +491,7 @@ def test_padding_is_no_token_of_a_caption(build: Callable[[str], ClipModel]) -> 
     assert pad == 1
     written = (batch.tokens[:, 1:] != pad).flatten()
     assert 0 < int(written.sum()) < written.numel()
-    objective = Objective(loss=SoftmaxLoss(), caption_weight=1.0)
+    objective = Objective(loss=CocaLoss(caption_weight=1.0))
     terms = compute_gradients(model, objective, [batch], StepContext())
     torch.testing.assert_close(terms["caption_loss"], losses[written].mean())
 

@@ -204,6 +204,12 @@ def test_bench_without_workers_loads_between_the_steps(base: list[str], compose:
     assert "1.3 passes of this run" in text
 
 
+def test_the_loss_is_checked_before_anything_is_read(compose: Compose) -> None:
+    options = ["pool.root=nowhere", "loss=plugin", "loss.plugin=nope"]
+    with pytest.raises(InputError, match=r"loss\.plugin must be one of .* Got 'nope'"):
+        bench_stage(compose("data_bench", options))
+
+
 @pytest.mark.parametrize("option", ["bench.samples", "bench.steps"])
 def test_bench_options_are_checked_before_anything_is_read(option: str, compose: Compose) -> None:
     with pytest.raises(InputError, match=rf"{option} must be an integer of at least 1. Got 0"):

@@ -152,6 +152,7 @@ def test_finished_runs_are_reused_and_broken_ones_repeated(
         ('+compare.arms.x=["selector.fraction=2"]', r"selector\.fraction must be .* Got 2"),
         ('+compare.arms.x=["scale.samples_seen=16"]', r"compare\.arms\.x has the budget"),
         ('+compare.arms.x=["loss=nope"]', r"compare\.arms\.x: .*loss/nope"),
+        ('+compare.arms.x=["loss=plugin","loss.plugin=nope"]', r"loss\.plugin must be one of"),
         (
             '+compare.arms.x=["online=every_step","online.selector.fraction=7"]',
             r"online\.selector\.fraction must be",

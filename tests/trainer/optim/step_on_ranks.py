@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from test_gradients import coca, gradients, make_batch, split
 
-from siftclip.trainer.losses import SoftmaxLoss
+from siftclip.trainer.losses import CocaLoss
 from siftclip.trainer.optim.gradients import Objective
 
 RANKS = 2
@@ -32,7 +32,7 @@ def run_rank(rank: int, folder: Path) -> None:
         world_size=RANKS,
         timeout=timedelta(seconds=60),
     )
-    model, objective = coca(), Objective(loss=SoftmaxLoss(), caption_weight=2.0)
+    model, objective = coca(), Objective(loss=CocaLoss(caption_weight=2.0))
     cases = 0
     for weighted in (False, True):
         batch = make_batch(model, weights=weighted)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from siftclip.datamodules.models.load import load_clip_model
 from siftclip.datamodules.streaming.batches import Batch
-from siftclip.trainer.losses import ContrastiveLoss, DistillLoss, SigLipLoss, SoftmaxLoss
+from siftclip.trainer.losses import CocaLoss, ContrastiveLoss, DistillLoss, SigLipLoss, SoftmaxLoss
 from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
 
 SAMPLES = 12
@@ -233,10 +233,10 @@ def test_locked_towers_get_no_gradient(locked: tuple[str, ...]) -> None:
 def test_weights_of_the_terms_of_coca() -> None:
     model = coca()
     batch = make_batch(model)
-    once, _ = gradients(model, Objective(loss=SoftmaxLoss(), caption_weight=1.0), [batch])
+    once, _ = gradients(model, Objective(loss=CocaLoss(caption_weight=1.0)), [batch])
     twice, _ = gradients(
         model,
-        Objective(loss=SoftmaxLoss(), contrastive_weight=3.0, caption_weight=2.0),
+        Objective(loss=CocaLoss(contrastive_weight=3.0, caption_weight=2.0)),
         split(batch, 2),
     )
     torch.testing.assert_close(twice["contrastive_loss"], 3 * once["contrastive_loss"])

@@ -63,7 +63,7 @@ def test_parts_of_names() -> None:
     assert [option.name for option in matching("prefetch")] == ["data.prefetch_batches"]
     listed = explain("loss")
     assert listed is not None
-    assert listed.startswith("loss=NAME: clip, coca, distill, drrho, siglip\n")
+    assert listed.startswith("loss=NAME: clip, coca, distill, drrho, plugin, siglip\n")
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,5 +84,7 @@ def test_lines_of_help() -> None:
     assert option_line("bench.steps") == "bench.steps=20                 steps of training"
     assert option_line("plan", True).startswith("plan=true  ")
     assert all(len(line) <= 100 for line in option_line("pool.root", "F").splitlines())
-    assert re.fullmatch(r"loss=NAME +clip, coca, distill, drrho, siglip", choices_line("loss"))
+    assert re.fullmatch(
+        r"loss=NAME +clip, coca, distill, drrho, plugin, siglip", choices_line("loss")
+    )
     assert configurations("optim") == ["adamw"]

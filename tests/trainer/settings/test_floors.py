@@ -15,10 +15,11 @@ from siftclip.datamodules.models.options import OPTIONS
 from siftclip.datamodules.models.weights import WEIGHTS
 from siftclip.datamodules.streaming.image_transform import ResizeBackend
 from siftclip.datamodules.streaming.loader import LoaderOptions, StartMethod
+from siftclip.errors import InputError, parameters_of
 from siftclip.eval.evaluate import PRECISIONS, EvalOptions
 from siftclip.eval.tasks.kinds.values import Protocol
-from siftclip.trainer.builders.objective import LOSSES
 from siftclip.trainer.losses.siglip import SigLipLoss
+from siftclip.trainer.losses.table import BUILT_IN
 from siftclip.trainer.models.towers import LockConfig
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_config import ScoringConfig
@@ -121,6 +122,25 @@ def test_choices_are_those_of_the_code_below() -> None:
     assert set(get_args(evaluation.Protocol)) == set(get_args(Protocol))
     assert set(hints(ModelOptions)) == set(OPTIONS)
     names = {name for loss in get_args(LossSettings) for name in choices(loss, "name")}
-    assert names == set(LOSSES)
+    assert names == {*BUILT_IN, "plugin"}
     for way in ("bidir", "shift", "reduce", "gather"):
         SigLipLoss(way)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", get_args(LossSettings))
+def test_options_of_losses_are_what_their_classes_declare(kind: Any) -> None:
+    options = hints(kind)
+    (name,) = get_args(options["name"])
+    if name == "plugin":  # any class
+        assert {"teacher", "weights"} <= options.keys()
+        return
+    declared = BUILT_IN[name]
+    assert ("weights" in options) == declared.takes_weights
+    assert ("teacher" in options) == (declared.teacher != "none")
+    if declared.teacher != "none":
+        with pytest.raises(InputError, match=rf"loss={name} needs (one teacher|the cached feat)"):
+            kind()
+        has_model = "model" in hints(options["teacher"])
+        assert has_model == (declared.teacher == "model_or_features")
+    names = set(options) - {"name", "teacher", "weights"}
+    assert names <= set(parameters_of(declared))

@@ -35,6 +35,7 @@ from siftclip.trainer.settings.store import STORED, composing
 NEEDS = {
     "loss=distill": ["loss.teacher.features.name=l14"],
     "loss=drrho": ["loss.teacher.features.name=l14"],
+    "loss=plugin": ["loss.plugin=mine"],
     "features=open_clip": ["features.name=mine", "features.model.name=ViT-B-32"],
 }
 COMMAND_OF = {

@@ -1,0 +1,184 @@
+"""`siftclip new`: packages that pass their own tests and work in the commands, and refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from siftclip.errors import InputError
+from siftclip.eval.results.files import read_results
+from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.scaffold.packages import KINDS, write_package
+
+ROOT = Path(__file__).parents[3]
+NAMES = {"selector": "caption_words", "loss": "focal", "task": "counting"}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment, in which the three packages are installed.
+
+    It sees the packages of this environment, which take minutes to install.
+    """
+    folder = tmp_path_factory.mktemp("scratch")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    places = [ROOT / "src", sysconfig.get_path("purelib")]
+    (site / "host.pth").write_text("".join(f"{place}\n" for place in places))
+    packages = []
+    for kind, name in NAMES.items():
+        write_package(kind, name, folder / name)
+        packages += ["-e", str(folder / name)]
+    install = ["install", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), *install, *packages],
+        check=True,
+        capture_output=True,
+    )
+    return python
+
+
+@pytest.fixture
+def run(scratch: Path, child_environment: dict[str, str], tmp_path: Path) -> Callable[..., str]:
+    """Run words with the Python of the scratch environment, and return what it prints."""
+
+    def started(*words: str) -> str:
+        result = subprocess.run(
+            [str(scratch), *words],
+            cwd=tmp_path,
+            env=child_environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        return result.stdout
+
+    return started
+
+
+def write_counting_task(folder: Path) -> None:
+    """A task of the kind `counting` with four images."""
+    (folder / "test").mkdir(parents=True)
+    (folder / "dataset_type.txt").write_text("counting")
+    (folder / "test" / "nshards.txt").write_text("1")
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for number in range(1, 5):
+            image = io.BytesIO()
+            Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(image, "PNG")
+            label = json.dumps({"thing": "dogs", "count": number}).encode()
+            for suffix, data in (("png", image.getvalue()), ("json", label)):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_package_passes_its_own_tests(kind: str, scratch: Path, run: Callable[..., str]) -> None:
+    folder = scratch.parents[2] / NAMES[kind]
+    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder))
+    assert "passed" in printed
+
+
+@pytest.mark.slow
+def test_the_packages_work_in_the_commands(
+    base: list[str], run: Callable[..., str], tmp_path: Path
+) -> None:
+    words = [option for option in base if not option.startswith("scale.samples")]
+    run(
+        *("-m", "siftclip.trainer.cli", "train", *words, "scale.samples_seen=160"),
+        *("selector=plugin", "selector.plugin=caption_words", "+selector.words=4"),
+        *("loss=plugin", "loss.plugin=focal", "loss.parameters.gamma=2"),
+        *("trainer.micro_batch_size=8", "online=every_epoch"),
+    )
+    (path,) = (tmp_path / "outputs" / "train").iterdir()
+    summary = RunDir(path=path).summary
+    assert summary is not None
+    assert summary["steps"] == 10
+    assert path.name.startswith("caption_words+infobatch-s0-")
+    write_counting_task(tmp_path / "tasks" / "wds_counted")
+    printed = run(
+        *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tmp_path / 'tasks'}"),
+        *("trainer.accelerator=cpu", "data.num_workers=0", "progress=false"),
+    )
+    assert "counted" in printed
+    (result,) = read_results(path / "eval_results.jsonl")
+    assert set(result.metrics) >= {"acc", "acc_within_1"}
+
+
+def test_files_of_a_package(tmp_path: Path) -> None:
+    files = write_package("selector", "caption_words", tmp_path / "new")
+    assert [path.name for path in files] == [
+        "pyproject.toml",
+        "README.md",
+        "caption_words_selector.py",
+        "test_caption_words_selector.py",
+    ]
+    code = files[2].read_text()
+    assert "class CaptionWords(ScoreSelector):" in code
+    assert len(code.splitlines()) <= 40
+    assert 'caption_words = "caption_words_selector:CaptionWords"' in files[0].read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_are_short_and_formatted(kind: str, tmp_path: Path) -> None:
+    files = write_package(kind, "my_example", tmp_path / "new")
+    ruff = Path(sysconfig.get_path("scripts")) / "ruff"
+    for command in (
+        ["check", "--isolated", "--select", "E,F,I,B"],
+        ["format", "--isolated", "--check"],
+    ):
+        subprocess.run(
+            [str(ruff), *command, "--line-length", "100", *map(str, files[2:])], check=True
+        )
+    assert len(files[2].read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("tasks", "a", r"KIND must be one of selector, loss, task\. Got 'tasks'"),
+        ("loss", "Focal", r"NAME must consist of small letters.*Got 'Focal'"),
+        ("loss", "../focal", "NAME must consist of"),
+        ("loss", "a-b", "NAME must consist of"),
+        ("loss", "class", "NAME must not be a word or a module of Python"),
+        ("selector", "json", "NAME must not be"),
+    ],
+)
+def test_wrong_words(kind: str, name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        write_package(kind, name, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("precious")
+    with pytest.raises(InputError, match="must be a new folder, or an empty one"):
+        write_package("loss", "focal", tmp_path)
+    with pytest.raises(InputError, match="must be a new folder"):
+        write_package("loss", "focal", tmp_path / "mine.py")
+
+
+def test_the_command(cli: Any, tmp_path: Path) -> None:
+    result = cli("new", "loss", "focal")
+    assert result.returncode == 0
+    assert (tmp_path / "focal" / "focal_loss.py").is_file()
+    assert "loss=plugin loss.plugin=focal" in result.stdout
+    again = cli("new", "loss", "focal")
+    assert again.returncode == 2
+    assert again.stderr.startswith("siftclip new: error: focal must be a new folder")
+    assert "usage: siftclip new KIND NAME" in cli("new").stdout
+    assert cli("new", "loss").returncode == 2

@@ -1,0 +1,166 @@
+"""The loss of the settings: its class, what the settings and a model must be for it, its object."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from siftclip.datamodules.identity.code_identity import code_identity
+from siftclip.datamodules.identity.identities import named_files
+from siftclip.errors import InputError, ParameterError
+from siftclip.selectors.core.base import Selector
+from siftclip.selectors.core.description import Behind, describe
+from siftclip.trainer.losses import ContrastiveLoss, LossRun
+from siftclip.trainer.losses.table import BUILT_IN, PLUGINS
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.settings.loss import LossSettings, ObjectLoss, PluginLoss
+
+_OURS = "siftclip"
+# Stands in for a run before there is one, so that parameters are checked before files are read.
+_RUN_OF_ONE_ROW = LossRun(selected_rows=np.zeros(1, dtype=np.int64), teacher_logit_scale=1.0)
+
+
+def loss_class(loss: LossSettings) -> type[ContrastiveLoss]:
+    """Return the class that settings name.
+
+    Raises:
+        InputError: it is a plug-in that is not installed, or no loss.
+    """
+    if isinstance(loss, ObjectLoss):
+        if not isinstance(loss.loss, ContrastiveLoss):
+            raise InputError(
+                f"{loss.title} must be a siftclip.trainer.ContrastiveLoss. Got {loss.loss!r}."
+            )
+        return type(loss.loss)
+    if not isinstance(loss, PluginLoss):
+        return BUILT_IN[loss.name]
+    with options_of(under("loss", "plugin")):
+        return PLUGINS.load_class(loss.plugin)
+
+
+def check_loss_options(loss: LossSettings) -> None:
+    """Check the options of a third party's loss before any file is read.
+
+    Those of the built-in losses are checked where they are read.
+
+    Raises:
+        InputError: it does not take its parameters, its teacher or the weights.
+    """
+    if not isinstance(loss, PluginLoss):
+        return
+    kind = loss_class(loss)
+    loss.check_teacher(kind.teacher)
+    if loss.sample_weights is not None and not kind.takes_weights:
+        raise InputError(
+            f"{loss.title} takes no weights of samples. Leave loss.weights.path out, or train with "
+            f"{_those_that('takes_weights')}. Got {loss.weights.path!r}."
+        )
+    loss_from(loss, _RUN_OF_ONE_ROW)
+
+
+def check_weighing(loss: LossSettings, selector: Selector, option: str) -> None:
+    """Check that the loss can use the weights of a selector, if this one weighs samples.
+
+    Args:
+        loss: of the run.
+        selector: of the option.
+        option: such as "online.selector=infobatch", for the message.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if selector.weighs and not loss_class(loss).takes_weights:
+        raise InputError(
+            f"{option} weighs the samples that it keeps, and {loss.title} cannot use "
+            "weights: its pairs belong to two samples each. Without them the selection would be "
+            f"biased. Use {_those_that('takes_weights')}, or a selector that does not weigh."
+        )
+
+
+def check_gives_sample_losses(loss: LossSettings, option: str) -> None:
+    """Check that the loss says what each sample costs, for a selector that reads it.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not loss_class(loss).gives_sample_losses:
+        raise InputError(
+            f"{option} needs the loss of each sample, which {loss.title} does not tell. "
+            f"Use {_those_that('gives_sample_losses')}."
+        )
+
+
+def _those_that(declaration: str) -> str:
+    """Name the built-in losses that declare something: "one of loss=clip,coca"."""
+    return (
+        f"one of loss={','.join(n for n, kind in BUILT_IN.items() if getattr(kind, declaration))}"
+    )
+
+
+def loss_from(loss: LossSettings, run: LossRun) -> ContrastiveLoss:
+    """Build the loss of a run.
+
+    Raises:
+        InputError: its class does not take the parameters.
+    """
+    kind = loss_class(loss)
+    if isinstance(loss, ObjectLoss):
+        given: ContrastiveLoss = copy.deepcopy(loss.loss)
+        return given
+    try:
+        built: Any = kind.for_run(run, loss.arguments)
+    except ParameterError as error:
+        subject = loss.title if error.parameter is None else loss.option_of(error.parameter)
+        raise InputError(error.told_as(subject)) from error
+    except InputError:
+        raise
+    except Exception as error:  # a class of somebody else may fail in any way
+        raise InputError(
+            f"{loss.title}: {kind.__name__} cannot be built: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(built, ContrastiveLoss):
+        raise InputError(
+            f"{loss.title}: {kind.__name__}.for_run must return a loss. "
+            f"Got a {type(built).__name__}."
+        )
+    return built
+
+
+def check_model(built: ContrastiveLoss, model: nn.Module, title: str) -> None:
+    """Check that a loss can train an open_clip model.
+
+    Raises:
+        InputError: it cannot; `title` names the loss.
+    """
+    try:
+        built.check(model)
+    except ParameterError as error:
+        raise InputError(error.told_as(title)) from error
+
+
+def loss_identity(loss: LossSettings) -> dict[str, Any]:
+    """Return what stands for the code of a third party's loss, and for files that it is given.
+
+    The built-in losses have the version of siftclip: of them there is nothing.
+    """
+    kind = loss_class(loss)
+    if _is_ours(kind.__module__):
+        return {}
+    behind = Behind()
+    if isinstance(loss, ObjectLoss):
+        loss.loss.description(behind)
+    else:
+        describe({"class": kind, "parameters": loss.arguments}, behind)
+    code = code_identity(behind.code).items()
+    return {
+        "code": {name: digest for name, digest in code if not _is_ours(name)},
+        "files": named_files(behind.texts),
+    }
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a module is siftclip's."""
+    return name.partition(".")[0] == _OURS

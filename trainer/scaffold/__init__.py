@@ -1,0 +1,1 @@
+"""New packages for selectors, losses and kinds of tasks: what `siftclip new` writes."""
