@@ -60,7 +60,7 @@ _NEARLY_ALL = 0.99  # of the samples: a selector that keeps so many, or drops so
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The answer of a selector: one entry a sample of the source, in the order of its rows."""
+    """The answer of a selector: one entry per sample of the source, in the order of its rows."""
 
     multiplicities: np.ndarray  # int64 [n], how often each is kept; 0 drops it
     scores: np.ndarray | None = None  # float32 [n], where the selector has scores

@@ -12,7 +12,7 @@ from siftclip.selectors.core.rules import AsGiven, Of, Rule
 
 
 class External(ScoreSelector):
-    """Select by a column of a file keyed by uid, or take a DataComp subset as it is.
+    """Select by a column of a file keyed by uid, or take a DataComp subset unchanged.
 
     Example:
         >>> import numpy as np

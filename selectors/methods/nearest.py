@@ -44,8 +44,8 @@ def target_ranks(
     """Find the best rank of every sample in the lists of the nearest neighbours of a target.
 
     Equal products are ranked by uid. Targets are taken in blocks, whose lists are merged over the
-    ranks; the pool is read once a block. Memory: 128 MiB of lists, 8 chunks of targets, a chunk of
-    samples and 24 bytes a sample. A killed run continues at its last finished block.
+    ranks; the pool is read once per block. Memory: 128 MiB of lists, 8 chunks of targets, one chunk
+    of samples and 24 bytes per sample. A killed run continues at its last finished block.
 
     Args:
         source: the samples.

@@ -51,7 +51,7 @@ class SemDeDup(ReadsFeatures, ScoreSelector):
 
     The score is minus the largest such cosine, so that `eps` is a threshold and `fraction` keeps
     the least repeated part. It is 0 for the first of a cluster. `keep` decides who comes first, of
-    equal ones the smaller uid; the release leaves their order open. Features are taken as they are,
+    equal ones the smaller uid; the release leaves their order open. Features must be
     of unit norm. Memory: two chunks of features.
 
     Example:

@@ -81,7 +81,7 @@ class ClipTraining(LightningModule):
             objective: what is minimised. State of its loss belongs to the checkpoints.
             optim: the optimiser, the schedule and the average of the weights.
             total_steps: of the run.
-            global_batch_size: samples a step over all ranks.
+            global_batch_size: samples per step over all ranks.
             seed: of dropout.
             log_every_n_steps: steps between two records.
             max_skipped_fraction: of the steps may have gradients that are not finite.
