@@ -4,6 +4,10 @@ from .features.store import open_features as open_features
 from .models.load import ClipModel as ClipModel
 from .models.load import load_clip_model as load_clip_model
 from .models.load import save_model_folder as save_model_folder
+from .pairs.datamodule import SelectedPairs as SelectedPairs
+from .pairs.forms import as_dict as as_dict
+from .pairs.forms import as_tuple as as_tuple
+from .pairs.loader import PairLoader as PairLoader
 from .pool.pool import Pool as Pool
 from .pool.pool import PoolOptions as PoolOptions
 from .pool.pool import make_storage as make_storage

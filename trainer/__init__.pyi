@@ -26,6 +26,7 @@ from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.softmax import PairedTerms as PairedTerms
 from .losses.softmax import SoftmaxLoss as SoftmaxLoss
 from .losses.softmax import paired_terms as paired_terms
+from .online.choosing import choose_sub_batch as choose_sub_batch
 from .online.schedule import Schedule as Schedule
 from .optim.gradients import Objective as Objective
 from .optim.loss_checks import check_loss as check_loss

@@ -147,7 +147,7 @@ class SampleDataset(Dataset[Batch]):
         captions = [""] * len(rows)
         faults: list[list[Fault]] = [[] for _ in rows]
         # Loaders without workers run in the training process, whose state must not change.
-        with _kept_random_states():
+        with kept_random_states():
             for index, raw in self.reader.read(rows):
                 row = int(rows[index])
                 for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
@@ -251,7 +251,8 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
 
 
 @contextmanager
-def _kept_random_states() -> Iterator[None]:
+def kept_random_states() -> Iterator[None]:
+    """Put the random states of torch's CPU, Python and numpy back after the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

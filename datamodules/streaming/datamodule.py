@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -22,6 +22,7 @@ from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.streaming.batches import Batch, Request, SampleDataset, StepBatch
 from siftclip.datamodules.streaming.copies import count_copies
+from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.loader import LoaderOptions, StreamLoader, make_loader
 from siftclip.datamodules.streaming.order import (
     DrawnRequests,
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 
 ROOM_DRAWS = 4  # a selection has for three attempts at each bad sample, see `Substitutes`
 COUNTED_SAMPLES = 1_000_000  # of an order, for the share of batches that hold copies
-FIRST_SAMPLES = 1000  # judged together: few samples say little of a rate
 
 
 @dataclass(slots=True, kw_only=True)
@@ -244,6 +244,32 @@ def warn_of_copies(order: SampleOrder, *, first_step: int, steps: int) -> float:
     return fraction
 
 
+def order_identity(order: SampleOrder, pool: Pool) -> dict[str, Any]:
+    """Return what an order of samples depends on: equal values, equal samples at every step."""
+    rows = np.ascontiguousarray(order.rows)
+    return {
+        "rows": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
+        "pool": pool.fingerprint,
+        "seed": order.seed,
+        "selection_version": order.selection_version,
+        "window_shards": order.window_shards,
+        "global_batch": order.global_batch,
+    }
+
+
+def require_order(kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a checkpoint belongs to this order of samples.
+
+    Raises:
+        InputError: it does not.
+    """
+    if kept != now:
+        raise InputError(
+            "The checkpoint was written with another selection, seed, global batch or window "
+            f"of tars: its order is {kept}, this one {now}. Start a new run."
+        )
+
+
 class StreamDataModule(LightningDataModule):
     """Streams a selection into training, from the step which the trainer is at."""
 
@@ -319,10 +345,7 @@ class StreamDataModule(LightningDataModule):
             number=0, rows=rows, start_step=0, stop_step=total_steps, weights=weights
         )
         self.micro_batch_size = micro_batch_size
-        self.max_bad_fraction = max_bad_fraction
-        self.faults = FaultLog()
-        self.loaded_samples = 0
-        self.retries = 0
+        self.counts = LoadCounts(owner=f"pool {pool.root}", max_bad_fraction=max_bad_fraction)
         self.copies_fraction = 0.0  # of the batches of this version, that hold a sample twice
 
     def train_dataloader(self) -> StepLoader:
@@ -381,12 +404,7 @@ class StreamDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what cannot be derived from the step: the counts of this run so far, of rank 0."""
-        return {
-            "order": self._order_identity,
-            "loaded_samples": self.loaded_samples,
-            "retries": self.retries,
-            "faults": self.faults.state(),
-        }
+        return {"order": self._order_identity, **self.counts.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counts of `state_dict`.
@@ -394,27 +412,14 @@ class StreamDataModule(LightningDataModule):
         Raises:
             InputError: the checkpoint belongs to another order of samples.
         """
-        if state_dict["order"] != self._order_identity:
-            raise InputError(
-                "The checkpoint was written with another selection, seed, global batch or window "
-                f"of tars: its order is {state_dict['order']}, this one {self._order_identity}. "
-                "Start a new run."
-            )
-        self.loaded_samples = state_dict["loaded_samples"]
-        self.retries = state_dict["retries"]
-        self.faults = FaultLog.from_state(state_dict["faults"])
+        require_order(state_dict["order"], self._order_identity)
+        self.counts.load_state_dict(state_dict)
 
     @cached_property
     def _order_identity(self) -> dict[str, Any]:
-        rows = np.ascontiguousarray(self.order.rows)
         return {
-            "rows": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
-            "pool": self.dataset.reader.pool.fingerprint,
-            "seed": self.order.seed,
-            "selection_version": self.order.selection_version,
-            "window_shards": self.order.window_shards,
+            **order_identity(self.order, self.dataset.reader.pool),
             **({"copies_apart": True} if self._moves_samples else {}),
-            "global_batch": self.global_batch_size,
             "drawn": None
             if self.plan is None
             else hashlib.sha256(self.plan.starts.tobytes()).hexdigest()[:16],
@@ -428,18 +433,20 @@ class StreamDataModule(LightningDataModule):
         return self.order.moves_samples(int(stop))
 
     def account(self, batch: Batch) -> None:
-        """Count a batch's bad samples of this rank, and stop the run if there are too many.
+        """Count a batch's bad samples of this rank, and stop the run if there are too many."""
+        self.counts.add(batch)
 
-        The first FIRST_SAMPLES samples are judged together: few samples say little of a rate.
-        """
-        self.loaded_samples += len(batch.rows)
-        self.retries += batch.retries
-        for cause, place in batch.faults:
-            self.faults.add(cause, place)
-        bound = self.max_bad_fraction * max(self.loaded_samples, FIRST_SAMPLES)
-        if self.faults.samples > bound:
-            self.faults.check(
-                owner=f"pool {self.dataset.reader.pool.root}",
-                total=self.loaded_samples + self.faults.samples,
-                max_bad_fraction=self.max_bad_fraction,
-            )
+    @property
+    def faults(self) -> FaultLog:
+        """The bad samples of this rank so far."""
+        return self.counts.faults
+
+    @property
+    def loaded_samples(self) -> int:
+        """All samples of this rank so far."""
+        return self.counts.loaded_samples
+
+    @property
+    def retries(self) -> int:
+        """Reads of this rank that had to be repeated."""
+        return self.counts.retries

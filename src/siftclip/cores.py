@@ -12,3 +12,8 @@ def cores_of_rank() -> int:
     else:
         cores = os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def suggested_workers() -> int:
+    """Suggest loader processes per rank: a core is left to training, and four are enough."""
+    return max(1, min(4, cores_of_rank() - 1))

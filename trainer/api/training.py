@@ -22,13 +22,14 @@ from siftclip.trainer.api.sections import (
     trainer_settings,
 )
 from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.losses.base import ContrastiveLoss
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import SelectSections, TrainCommand
 from siftclip.trainer.settings.data import BudgetSettings, ScaleSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.given import given_group, named_group
 from siftclip.trainer.settings.lightning import LoggerSettings
-from siftclip.trainer.settings.loss import LossSettings
+from siftclip.trainer.settings.loss import LossSettings, ObjectLoss
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
@@ -49,7 +50,8 @@ class TrainArguments(LoadingArguments, total=False):
     """What training takes beside the model and its length.
 
     Each group is an object of its settings, a mapping of the options that differ from their
-    defaults, or a name that the command line has for it, such as loss="siglip".
+    defaults, or a name that the command line has for it, such as loss="siglip"; a loss may also be
+    an object, and a `siftclip.trainer.ObjectLoss` if it needs a teacher.
 
     loss, optim, online, logger, evaluation (options of eval): these groups; in `online` selectors
     are objects. tasks: a folder of tasks that the trained model is evaluated on. budget: the length
@@ -58,7 +60,7 @@ class TrainArguments(LoadingArguments, total=False):
     augmentation. run_dir: the folder of the run.
     """
 
-    loss: Options
+    loss: Options | ContrastiveLoss
     optim: Options
     online: Options
     logger: Options
@@ -157,7 +159,7 @@ def train_settings(
     """Return the options of a training; see `train` for the arguments."""
     require_known("train", others, TrainArguments)
     recipe = None if others.get("scale") is None else _recipe(others["scale"])
-    loss: LossSettings = given_group(LossSettings, "loss", others.get("loss"))
+    loss = _loss(others.get("loss"))
     trained = _model(model, pretrained, loss_name=loss.name, recipe=recipe)
     if samples_seen is None and others.get("budget") is None and recipe is None:
         raise ParameterError(
@@ -230,6 +232,13 @@ def _model(
     # such as the initial scale and bias of SigLIP
     beside = named_group("loss", loss_name).beside.get("model", {})
     settings: ModelSettings = given_group(ModelSettings, "model", {**beside, **given})
+    return settings
+
+
+def _loss(given: Any) -> LossSettings:
+    if isinstance(given, ContrastiveLoss):
+        return ObjectLoss(loss=given)
+    settings: LossSettings = given_group(LossSettings, "loss", given)
     return settings
 
 

@@ -166,7 +166,7 @@ def _time_loading(
         stages = time_stages(
             data.dataset,
             sampler(0, batches),
-            max_bad_fraction=data.max_bad_fraction,
+            max_bad_fraction=data.counts.max_bad_fraction,
             advance=bar.update,
         )
     loader = make_loader(data.dataset, sampler(batches, in_turns), options, pin_memory=False)

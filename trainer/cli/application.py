@@ -39,10 +39,11 @@ _TAKE_A_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
-# Mappings whose names are the user's own: an entry needs no `+` in front
+# Mappings whose names are the user's own, and what no configuration lists: no `+` is needed
 OPEN_MAPPINGS = (
-    *("eval.classnames", "eval.templates", "eval.groups"),
-    *("compare.arms", "loss.parameters"),
+    *("eval.classnames", "eval.templates", "eval.groups", "compare.arms", "loss.parameters"),
+    *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
+    *("trainer.profiler", "trainer.options"),
 )
 FULL_ERROR = "HYDRA_FULL_ERROR"  # if 1, Hydra raises its errors instead of printing them
 FAILURE = 2  # exit status for faults of the user's input

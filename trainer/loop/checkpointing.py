@@ -23,7 +23,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from siftclip.errors import InputError, require_int
+from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.files import atomic_path
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
 
@@ -91,18 +91,18 @@ class StepCheckpoint(Checkpoint):
             InputError: a number is out of its range.
         """
         self.folder = Path(folder)
-        self.every_n_steps = require_int(
-            "trainer.checkpoint_every_n_steps", every_n_steps, minimum=1
-        )
-        self.keep_last = require_int("trainer.keep_checkpoints", keep_last, minimum=1)
+        self.every_n_steps = require_int("every_n_steps", every_n_steps, minimum=1, owner=self)
+        self.keep_last = require_int("keep_last", keep_last, minimum=1, owner=self)
         self.keep_every_n_steps = keep_every_n_steps
         if keep_every_n_steps is not None:
-            owner = "trainer.keep_every_n_steps"
-            if require_int(owner, keep_every_n_steps, minimum=1) % every_n_steps:
-                raise InputError(
-                    f"{owner} must be a multiple of trainer.checkpoint_every_n_steps="
-                    f"{every_n_steps}, or no checkpoint is there to be kept. "
-                    f"Got {keep_every_n_steps}."
+            name = "keep_every_n_steps"
+            if require_int(name, keep_every_n_steps, minimum=1, owner=self) % every_n_steps:
+                raise ParameterError(
+                    f"must be a multiple of every_n_steps={every_n_steps}, or no checkpoint is "
+                    "there to be kept",
+                    owner=self,
+                    parameter=name,
+                    value=keep_every_n_steps,
                 )
         self._saved_step = 0
 

@@ -16,13 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.models.weights import CONFIG_KEY
+from siftclip.datamodules.pairs.datamodule import SelectedPairs
 from siftclip.datamodules.streaming.batches import StepBatch
 from siftclip.datamodules.streaming.datamodule import StreamDataModule
 from siftclip.datamodules.streaming.order import derive_generator
-from siftclip.errors import InputError, require_finite, require_int
+from siftclip.errors import InputError, ParameterError, require_finite, require_int
 from siftclip.purposes import GeneratorPurpose
 from siftclip.ranks import OneRank, ProcessGroup
 from siftclip.trainer.loop.meter import WindowMeter, peak_memory_gb
+from siftclip.trainer.loop.plain_batches import step_batch_of
+from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.models.sharding import is_sharded, shard_model, unsynced_shards
 from siftclip.trainer.online.controller import Online
 from siftclip.trainer.online.in_loop import Chosen
@@ -51,7 +54,10 @@ FIRST_STEPS = 2000
 
 
 class ClipTraining(LightningModule):
-    """Trains an open_clip model on the batches of a `StreamDataModule`.
+    """Trains an open_clip model, in Siftclip's own commands and in any other `Trainer`.
+
+    `ClipTraining(model)` alone trains with open_clip's recipe for CLIP. A batch comes from a
+    `StreamDataModule`, from `SelectedPairs`, or from any loader of (images, tokens).
 
     Optimisation is manual, because micro-batches share their negatives. Learning rates are a
     function of the step and are set before it, as open_clip does.
@@ -64,12 +70,12 @@ class ClipTraining(LightningModule):
         self,
         model: nn.Module,
         *,
-        objective: Objective,
-        optim: OptimSettings,
-        total_steps: int,
-        global_batch_size: int,
-        seed: int,
-        log_every_n_steps: int,
+        objective: Objective | None = None,
+        optim: OptimSettings | None = None,
+        total_steps: int | None = None,
+        global_batch_size: int | None = None,
+        seed: int = 0,
+        log_every_n_steps: int | None = None,
         max_skipped_fraction: float = 0.01,
         online: Online | None = None,
         model_config: Mapping[str, Any] | None = None,
@@ -78,18 +84,23 @@ class ClipTraining(LightningModule):
 
         Args:
             model: the bare open_clip model.
-            objective: what is minimised. State of its loss belongs to the checkpoints.
-            optim: the optimiser, the schedule and the average of the weights.
-            total_steps: of the run.
-            global_batch_size: samples per step over all ranks.
+            objective: what is minimised; None: CLIP's loss. State of it belongs to the checkpoints.
+            optim: the optimiser, the schedule and the average of the weights; None: open_clip's.
+            total_steps: of the run, which the schedule follows; None: what the trainer is to do.
+            global_batch_size: samples per step over all ranks; None: those of the first batch.
             seed: of dropout.
-            log_every_n_steps: steps between two records.
+            log_every_n_steps: steps between two records; None: the trainer's number.
             max_skipped_fraction: of the steps may have gradients that are not finite.
             online: selection while training.
             model_config: of the model, kept in its checkpoints: a file of weights alone does not
                 say its activation or preprocessing.
+
+        Raises:
+            InputError: a number is out of its range.
         """
         super().__init__()
+        objective = Objective(loss=SoftmaxLoss()) if objective is None else objective
+        optim = OptimSettings() if optim is None else optim
         self.automatic_optimization = False
         model.output_dict = True  # type: ignore[assignment]  # open_clip's switch of what forward returns
         self.model = model
@@ -97,16 +108,17 @@ class ClipTraining(LightningModule):
         self.loss = objective.loss
         self.objective = objective
         self.optim = optim
-        self.total_steps = total_steps
-        self.global_batch_size = global_batch_size
+        self._total_steps, self._global_batch_size = total_steps, global_batch_size
         self.seed = seed
-        self.log_every_n_steps = require_int(
-            "trainer.log_every_n_steps", log_every_n_steps, minimum=1
-        )
-        if not 0 <= require_finite("trainer.max_skipped_fraction", max_skipped_fraction) <= 1:
-            raise InputError(
-                "trainer.max_skipped_fraction must be in the range [0, 1]. "
-                f"Got {max_skipped_fraction!r}."
+        if log_every_n_steps is not None:
+            require_int("log_every_n_steps", log_every_n_steps, minimum=1, owner=self)
+        self._log_every_n_steps = log_every_n_steps
+        if not 0 <= require_finite("max_skipped_fraction", max_skipped_fraction, owner=self) <= 1:
+            raise ParameterError(
+                "must be in the range [0, 1]",
+                owner=self,
+                parameter="max_skipped_fraction",
+                value=max_skipped_fraction,
             )
         self.max_skipped_fraction = max_skipped_fraction
         self.online = online
@@ -121,6 +133,42 @@ class ClipTraining(LightningModule):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.startswith(("loss.", "ema."))
         ]
+
+    # ---- how long, and of what ------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run; of the trainer if nothing else is said, from its start on.
+
+        Raises:
+            InputError: the trainer has no end that is known.
+        """
+        if self._total_steps is None:
+            data, steps = self._data, self.trainer.estimated_stepping_batches
+            if data is not None:
+                steps = min(steps, data.total_steps)  # its stream ends there
+            if not 0 < steps < math.inf:
+                raise InputError(
+                    "ClipTraining: the learning rate follows the steps of the whole run, and the "
+                    f"trainer's are not known. Got {steps}. Give Trainer(max_steps=...), or "
+                    "ClipTraining(..., total_steps=...)."
+                )
+            self._total_steps = int(steps)
+        return self._total_steps
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a step over all ranks; if nothing else is said, known from the first batch."""
+        if self._global_batch_size is None:
+            raise RuntimeError("the first batch, which says it, has not come yet")
+        return self._global_batch_size
+
+    @property
+    def _logs_every(self) -> int:
+        """Steps between two records; 0: only the last step has one."""
+        if self._log_every_n_steps is None:
+            return self.trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # Lightning sets it elsewhere
+        return self._log_every_n_steps
 
     # ---- what Lightning asks for ---------------------------------------------------------------
 
@@ -145,22 +193,25 @@ class ClipTraining(LightningModule):
         if self.online is not None:
             averaged = None if self.ema is None else self.ema.averaged
             self.online.begin(self.device, model=self.model, averaged=averaged)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._global_batch_size is None:
+            parts = step_batch_of(batch).micro_batches
+            self._global_batch_size = self._world_size * sum(len(part.rows) for part in parts)
         if self.global_step == 0 and self.global_rank == 0:
             log.info(
                 "chance level of the contrastive loss: ln(%d) = %.3f",
                 self.global_batch_size,
                 math.log(self.global_batch_size),
             )
-
-    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         if self.online is None:
             self.meter.waited()
             return
         scoring, selection = self.online.take_reselection_seconds()
         self.meter.waited(scoring_seconds=scoring, selection_seconds=selection)
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        data = self._data
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        batch, data = step_batch_of(batch), self._data
         if data is not None:
             for micro_batch in batch.micro_batches:
                 data.account(micro_batch)
@@ -207,10 +258,11 @@ class ClipTraining(LightningModule):
         if self.agreement.is_due(step, self.total_steps):
             self.agreement.check(OneRank() if self._world_size == 1 else ProcessGroup(self.device))
         # Here, before the checkpoint of this step: a run that is killed after that would lack it.
-        if step % self.log_every_n_steps == 0 or step == self.total_steps:
+        every = self._logs_every
+        if (every and step % every == 0) or step == self.total_steps:
             self._log_window(step)
 
-    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.meter.stepped()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -295,10 +347,10 @@ class ClipTraining(LightningModule):
             "train/samples_seen": float(step * self.global_batch_size),
             "train/peak_memory_gb": peak_memory_gb(self.device),
         }
-        data = self._data
-        if data is not None:
-            self.latest["data/bad_samples"] = float(data.faults.samples)
-            self.latest["data/retries"] = float(data.retries)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
+        if isinstance(data, StreamDataModule | SelectedPairs):
+            self.latest["data/bad_samples"] = float(data.counts.faults.samples)
+            self.latest["data/retries"] = float(data.counts.retries)
             self.latest["data/copies_fraction"] = data.copies_fraction
         if self.online is not None:
             self.latest.update(self.online.metrics(step))
@@ -309,9 +361,12 @@ class ClipTraining(LightningModule):
     def _check_skipped(self, step: int, skipped: int) -> None:
         allowed = self.max_skipped_fraction * max(step, FIRST_STEPS)
         if skipped > allowed:
-            raise InputError(
-                f"{skipped} of {step} steps had gradients that are not finite and were skipped; "
-                f"trainer.max_skipped_fraction={self.max_skipped_fraction} allows {allowed:.0f}. "
-                "Lower optim.lr, lengthen optim.warmup_steps, set optim.grad_clip_norm=1, or use "
-                "trainer.precision=bf16-mixed or 32-true."
+            raise ParameterError(
+                f"is exceeded: {skipped} of {step} steps had gradients that are not finite and "
+                f"were skipped, and {self.max_skipped_fraction} allows {allowed:.0f}",
+                owner=self,
+                parameter="max_skipped_fraction",
+                way_out="Lower the learning rate (lr), lengthen its warm-up (warmup_steps), clip "
+                "the gradients (grad_clip_norm=1), or train with the precision bf16-mixed or "
+                "32-true.",
             )

@@ -153,6 +153,15 @@ class BuiltObjects:
         return built
 
 
+def check_target(node: Mapping[str, Any], path: str) -> None:
+    """Check that the class of a node can be imported, and build nothing.
+
+    Raises:
+        InputError: it cannot.
+    """
+    _factory(node.get("_target_"), f"{path}._target_")
+
+
 def _factory(target: object, option: str) -> functools.partial[Any]:
     """Import what a `_target_` names, by the rules of Hydra, which refuses some names."""
     if not isinstance(target, str):

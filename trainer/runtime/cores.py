@@ -1,4 +1,4 @@
-"""The cores of this process: how they are shared between ranks, loader processes and torch."""
+"""The cores of this process: how they are shared between loader processes and torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from siftclip.cores import cores_of_rank
+from siftclip.cores import cores_of_rank, suggested_workers
 from siftclip.errors import InputError, require_int
 
 
@@ -17,7 +17,7 @@ def worker_count(value: int | str) -> int:
         InputError: the value is neither.
     """
     if value == "auto":
-        return max(1, min(4, cores_of_rank() - 1))
+        return suggested_workers()
     if isinstance(value, str):
         raise InputError(f"data.num_workers must be an integer or 'auto'. Got {value!r}.")
     return require_int("data.num_workers", value, minimum=0)

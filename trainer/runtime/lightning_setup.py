@@ -14,6 +14,7 @@ from siftclip.datamodules.streaming.loader import LoaderOptions
 from siftclip.errors import InputError
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.cores import worker_count
+from siftclip.trainer.runtime.extensions import build_plugins
 from siftclip.trainer.runtime.launch import Devices, cluster_plugins, device_count, resolve_devices
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.lightning import Precision, Strategy, TrainerSettings
@@ -34,6 +35,8 @@ _QUIET = (
     ".*treespec.*LeafSpec.*",
     # The average of the weights and a teacher are in evaluation mode.
     ".*module.* in eval mode at the start of training.*",
+    # Of a user's callback; a checkpoint is to have the weights after its step.
+    ".*Using ModelCheckpoint with manual optimization.*",
     # The loader starts at the trainer's step; Lightning cannot know that.
     ".*resuming from a checkpoint that ended before the epoch ended.*",
 )
@@ -59,6 +62,8 @@ def make_trainer(
 ) -> Trainer:
     """Build a Trainer on the configured devices; DDP when there are several.
 
+    With the plugins of the settings, and their other arguments for Lightning's Trainer.
+
     Raises:
         InputError: Lightning refuses the settings, or this machine has no GPU for them.
     """
@@ -81,14 +86,13 @@ def make_trainer(
             num_nodes=num_nodes,
             strategy=_strategy(settings.strategy, devices, num_nodes),
             default_root_dir=folder,
-            benchmark=True,  # of cudnn's convolutions, as open_clip trains
             sync_batchnorm=settings.sync_batchnorm,
-            **_plugin_options(precision, settings.accelerator),
+            **_plugin_options(settings),
             callbacks=callbacks,
             logger=loggers,
             use_distributed_sampler=False,
-            enable_model_summary=False,
             enable_progress_bar=progress,
+            **{**_defaults(settings), **(settings.options or {})},
             **options,
         )
     except _REFUSALS as error:
@@ -125,11 +129,26 @@ def _on_cpu(accelerator: str) -> bool:
     return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
 
 
-def _plugin_options(precision: str, accelerator: str) -> dict[str, Any]:
-    plugins: list[Any] = [*cluster_plugins(os.environ)]
-    if precision == "16-mixed" and _on_cpu(accelerator):
-        from lightning.pytorch.plugins.precision import MixedPrecision
+def _defaults(settings: TrainerSettings) -> dict[str, Any]:
+    """Return arguments that the settings may change."""
+    # of cudnn's convolutions, as open_clip trains; what it picks may differ from run to run
+    benchmark = not (settings.options or {}).get("deterministic")
+    return {"benchmark": benchmark, "enable_model_summary": False}
 
+
+def _plugin_options(settings: TrainerSettings) -> dict[str, Any]:
+    from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+
+    precision = resolve_precision(settings.precision)
+    plugins: list[Any] = [*cluster_plugins(os.environ), *build_plugins(settings)]
+    if any(isinstance(plugin, Precision) for plugin in plugins):
+        if settings.precision != "auto":
+            raise InputError(
+                f"trainer.precision={settings.precision} and a precision among trainer.plugins "
+                "exclude each other. Leave one of them out."
+            )
+        return {"plugins": plugins}
+    if precision == "16-mixed" and _on_cpu(settings.accelerator):
         # Lightning would train in bf16 instead; torch has a scaler for CPUs.
         return {"plugins": [*plugins, MixedPrecision("16-mixed", device="cpu")]}
     return {"plugins": plugins, "precision": _lightning_precision(precision)}

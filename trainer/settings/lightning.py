@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Example, Words
+from siftclip.trainer.settings.fields.marks import Example, Open, Rare, Words
 from siftclip.trainer.settings.fields.section import Count, Section, Share
+from siftclip.trainer.settings.trainer_options import option_faults
 
 Precision: TypeAlias = Literal[
     "auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true"
 ]
 Strategy: TypeAlias = Literal["auto", "ddp", "fsdp"]
 WandbMode: TypeAlias = Literal["auto", "online", "offline"]
+_Node: TypeAlias = Mapping[str, Any]
+_NODES = Words("a list of nodes with a _target_ and its arguments")
 _DEVICES = Words("auto, a number of devices on each node, or a list of them")
 
 
@@ -65,12 +69,71 @@ class TrainerSettings(Section):
     keep_every_n_steps: Count | None = None
     """Also keep the checkpoints of every N steps for good."""
 
+    callbacks: Annotated[
+        tuple[_Node, ...] | None,
+        Rare(),
+        _NODES,
+        Example("[{_target_:lightning.pytorch.callbacks.DeviceStatsMonitor}]"),
+    ] = None
+    """Callbacks of Lightning, called after Siftclip's own and before checkpoints are written."""
+
+    loggers: Annotated[
+        tuple[_Node, ...] | None,
+        Rare(),
+        _NODES,
+        Example("[{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:logs}]"),
+    ] = None
+    """Loggers of Lightning, after Siftclip's own."""
+
+    plugins: Annotated[
+        tuple[_Node, ...] | None,
+        Rare(),
+        _NODES,
+        Example("[{_target_:lightning.pytorch.plugins.environments.LightningEnvironment}]"),
+    ] = None
+    """Plugins of Lightning: an environment of a cluster, or a precision in place of precision."""
+
+    profiler: Annotated[
+        _Node | None,
+        Rare(),
+        Open(),
+        Words("a node with a _target_ and its arguments"),
+        Example("{_target_:lightning.pytorch.profilers.SimpleProfiler,dirpath:.,filename:times}"),
+    ] = None
+    """A profiler of Lightning."""
+
+    options: Annotated[
+        Mapping[str, Any] | None, Rare(), Open(), Example("{deterministic:true}")
+    ] = None
+    """Other arguments of lightning.Trainer, but those that would break a promise of a run."""
+
     def check(self) -> None:
+        self._check_extensions()
+        kept, written = self.keep_every_n_steps, self.checkpoint_every_n_steps
+        if kept is not None and kept % written:
+            raise InputError(
+                "trainer.keep_every_n_steps must be a multiple of "
+                f"trainer.checkpoint_every_n_steps={written}, or no checkpoint is there to be "
+                f"kept. Got {kept}."
+            )
         if self.precision == "16-mixed" and self.strategy == "fsdp":
             raise InputError(
                 "trainer.precision=16-mixed does not go with trainer.strategy=fsdp: scaling of "
                 "sharded gradients is not supported. Use bf16-mixed, or trainer.strategy=ddp."
             )
+
+    def _check_extensions(self) -> None:
+        lists = {name: getattr(self, name) or () for name in ("callbacks", "loggers", "plugins")}
+        for name, nodes in {**lists, "profiler": [self.profiler] if self.profiler else []}.items():
+            for node in nodes:
+                if not isinstance(node.get("_target_"), str):
+                    raise InputError(
+                        f"trainer.{name} needs a _target_, the name of a class with its module, "
+                        f"and arguments. Got {dict(node)!r}."
+                    )
+        faults = [str(fault) for fault in option_faults(self.options or {}, "trainer.options")]
+        if faults:
+            raise InputError("\n  ".join(faults))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

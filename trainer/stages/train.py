@@ -40,6 +40,13 @@ from siftclip.trainer.runtime.environment import (
     environments,
     keep_environment,
 )
+from siftclip.trainer.runtime.extensions import (
+    build_callbacks,
+    build_loggers,
+    build_profiler,
+    check_extensions,
+    extensions_identity,
+)
 from siftclip.trainer.runtime.launch import check_world_size
 from siftclip.trainer.runtime.lightning_setup import (
     expected_world_size,
@@ -104,6 +111,7 @@ def run_identity(
             "data": {key: getattr(settings.data, key) for key in _DATA},
             "precision": resolve_precision(settings.trainer.precision),
             "seed": settings.common.seed,
+            **extensions_identity(settings.trainer),
         },
     )
 
@@ -265,7 +273,7 @@ def _train(
         mode=logger.mode,
         project=logger.project,
         config=composed.values,
-    )
+    ) + build_loggers(settings.trainer)
     # without reuse, other ranks may look before the first has set the old run aside
     if not reuse or not run.has_model:
         _fit(settings, run, selected, loss_data, loggers)
@@ -306,6 +314,7 @@ def check_training(settings: TrainCommand) -> None:
     """
     strategy = settings.trainer.strategy
     check_loss_options(settings.loss)
+    check_extensions(settings.trainer)
     check_online(settings.online, settings.selector, settings.loss, strategy)
     loader_options(settings.data)
     if limit_from(settings.budget) is None:
@@ -408,6 +417,7 @@ def _fit(
         folder=run.path,
         callbacks=callbacks,
         loggers=loggers,
+        profiler=build_profiler(parts.trainer),
         max_steps=budget.total_steps,
         max_epochs=-1,
     )
@@ -416,7 +426,8 @@ def _fit(
     resume = run.latest_checkpoint() if parts.common.reuse else None
     if resume is not None:
         log.info("continuing from %s", resume)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    with options_of(under("trainer", "max_skipped_fraction")):
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     if stop.stopped_by is not None:
         finish(loggers)
         trainer.strategy.barrier()  # or the launcher ends rank 0 while it still writes
@@ -446,11 +457,15 @@ def _kept_budget(parts: RunParts, settings: TrainCommand, run: RunDir) -> Budget
 def _callbacks(
     settings: TrainCommand, parts: RunParts, run: RunDir, stop: StopOnSignal
 ) -> list[Callback]:
+    from lightning.pytorch.callbacks import ProgressBar
+
     from siftclip.trainer.loop.checkpointing import StepCheckpoint
     from siftclip.trainer.loop.progress import TrainingBar
     from siftclip.trainer.stages.evaluate_during import evaluate_during_from
 
     options = settings.trainer
+    added = build_callbacks(options)
+    shows_bar = settings.common.progress and not any(isinstance(c, ProgressBar) for c in added)
     during = evaluate_during_from(settings.evaluation, parts.clip)
     checkpoint = StepCheckpoint(
         run.checkpoints,
@@ -459,10 +474,11 @@ def _callbacks(
         keep_every_n_steps=options.keep_every_n_steps,
     )
     return [
-        checkpoint,
+        checkpoint,  # Lightning calls it last, when all others have seen the step
         stop,
         *([] if during is None else [during]),
-        *([TrainingBar()] if settings.common.progress else []),
+        *([TrainingBar()] if shows_bar else []),
+        *added,
     ]
 
 

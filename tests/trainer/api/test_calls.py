@@ -33,6 +33,7 @@ from siftclip.selectors import (
     Uniform,
     VasD,
 )
+from siftclip.trainer import LossInputs, SoftmaxLoss
 from siftclip.trainer.api.nodes import node_of_selector, selector_name
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.settings.given import given_group
@@ -155,6 +156,27 @@ def test_a_class_of_the_script_trains(pool: siftclip.Pool, tmp_path: Path) -> No
     assert f"_target_: {__name__}.CaptionLength" in config
     assert run.summary is not None
     assert run.summary["selected_samples"] == 120
+
+
+class HalvedLoss(SoftmaxLoss):
+    """Half of CLIP's loss."""
+
+    def terms(self, inputs: LossInputs) -> dict[str, torch.Tensor]:
+        return {name: term / 2 for name, term in super().terms(inputs).items()}
+
+
+def test_a_loss_of_the_script_trains(pool: siftclip.Pool, tmp_path: Path) -> None:
+    selection = siftclip.select(
+        pool, None, Uniform(fraction=1.0), output_dir=tmp_path, progress=False
+    )
+    runs = [
+        siftclip.train(selection, VIT_TINY, trainer=CPU, loss=loss, **TRAINING)
+        for loss in (HalvedLoss(), SoftmaxLoss(), "clip")
+    ]
+    firsts = [run.records()[0]["train/contrastive_loss"] for run in runs]
+    assert firsts[0] == pytest.approx(firsts[1] / 2)
+    assert firsts[1] == firsts[2]
+    assert len({run.path for run in runs}) == 3  # an object is known by its code
 
 
 def test_selection_in_the_loop_is_that_of_the_command(

@@ -206,7 +206,7 @@ def test_bench_without_workers_loads_between_the_steps(base: list[str], compose:
 
 def test_the_loss_is_checked_before_anything_is_read(compose: Compose) -> None:
     options = ["pool.root=nowhere", "loss=plugin", "loss.plugin=nope"]
-    with pytest.raises(InputError, match=r"loss\.plugin must be one of .* Got 'nope'"):
+    with pytest.raises(InputError, match=r"loss\.plugin must be .* Got 'nope'"):
         bench_stage(compose("data_bench", options))
 
 

@@ -171,11 +171,11 @@ def test_kept_steps(steps: set[int], keep_last: int, keep_every: int | None) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_steps": 0}, r"trainer\.checkpoint_every_n_steps must be an integer.*Got 0"),
-        ({"every_n_steps": 1, "keep_last": 0}, r"trainer\.keep_checkpoints must be an integer"),
+        ({"every_n_steps": 0}, r"StepCheckpoint: every_n_steps must be an integer.*Got 0"),
+        ({"every_n_steps": 1, "keep_last": 0}, r"keep_last must be an integer"),
         (
             {"every_n_steps": 100, "keep_every_n_steps": 250},
-            r"trainer\.keep_every_n_steps must be a multiple of .*=100.*Got 250",
+            r"keep_every_n_steps must be a multiple of every_n_steps=100.*Got 250",
         ),
     ],
 )

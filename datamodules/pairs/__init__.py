@@ -1,0 +1,1 @@
+"""Selected pairs for anybody's training loop: plain batches, epochs of a known length."""
