@@ -65,6 +65,7 @@ lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/codespell
 
 # The stamp is written last, so that an interrupted installation is done again. It holds the name
 # of this folder, because an environment does not work in a copied or renamed one.

@@ -23,7 +23,13 @@ def is_uid(text: object) -> bool:
 
 
 def parse_uids(texts: Sequence[str]) -> np.ndarray:
-    """Convert n valid uids to uint64 [n, 2] (high, low). Check them with `is_uid` first."""
+    """Convert n valid uids to uint64 [n, 2] (high, low). Check them with `is_uid` first.
+
+    Example:
+        >>> from siftclip.datamodules.index.uids import parse_uids
+        >>> parse_uids(["0000000000000001000000000000000a"])
+        array([[ 1, 10]], dtype=uint64)
+    """
     raw = bytes.fromhex("".join(texts))
     return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
@@ -42,7 +48,14 @@ def parse_uid_bytes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def format_uid(uid: np.ndarray) -> str:
-    """Format one uid, uint64 [2], as 32 hexadecimal digits."""
+    """Format one uid, uint64 [2], as 32 hexadecimal digits.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.datamodules.index.uids import format_uid
+        >>> format_uid(np.array([1, 10], dtype=np.uint64))
+        '0000000000000001000000000000000a'
+    """
     return f"{int(uid[0]):016x}{int(uid[1]):016x}"
 
 
@@ -56,6 +69,11 @@ def derive_uid(shard_name: str, key: str) -> str:
     """Derive the uid of a sample without one: MD5 of `<tar file name>/<key>`, 32 hex digits.
 
     It depends on the name of the tar and the key inside it alone, not on where the pool lies.
+
+    Example:
+        >>> from siftclip.datamodules.index.uids import derive_uid
+        >>> derive_uid("00000.tar", "000000007")
+        '54b1cd3edf16e132a4ca56fa108bccc6'
     """
     return hashlib.md5(f"{shard_name}/{key}".encode(), usedforsecurity=False).hexdigest()
 

@@ -73,7 +73,17 @@ class Selection:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row per distinct sample: uid, multiplicity, and score and weight where there are."""
+        """One row per distinct sample: uid, multiplicity, and score and weight where there are.
+
+        Example:
+            >>> import numpy as np
+            >>> from siftclip.datamodules import make_selection
+            >>> uids = np.array([[0, 9], [0, 4]], dtype=np.uint64)
+            >>> make_selection(uids, np.array([2, 1]), {}).frame
+                                            uid  multiplicity
+            0  00000000000000000000000000000004             1
+            1  00000000000000000000000000000009             2
+        """
         import pandas as pd
 
         columns = {"uid": self.ids, "multiplicity": self.multiplicities}
@@ -81,7 +91,18 @@ class Selection:
         return pd.DataFrame(columns | {k: v for k, v in more.items() if v is not None})
 
     def to_datacomp(self, path: str | os.PathLike[str]) -> Path:
-        """Write DataComp's subset file (`.npy`, `u8,u8`), which has no place for weights."""
+        """Write DataComp's subset file (`.npy`, `u8,u8`), which has no place for weights.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from siftclip.datamodules import make_selection
+            >>> uids = np.array([[0, 9], [0, 4]], dtype=np.uint64)
+            >>> selection = make_selection(uids, np.array([2, 1]), {})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     np.load(selection.to_datacomp(f"{folder}/subset.npy")).tolist()
+            [(0, 4), (0, 9), (0, 9)]
+        """
         path = Path(path)
         if self.weights is not None:
             log.warning("%s lacks the weights of the selection: DataComp's format has none", path)
@@ -109,6 +130,14 @@ def make_selection(
 
     Raises:
         InputError: nothing is kept.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.datamodules import make_selection
+        >>> uids = np.array([[0, 9], [0, 4], [0, 7]], dtype=np.uint64)
+        >>> selection = make_selection(uids, np.array([2, 1, 0]), {"selector": "mine"})
+        >>> selection.uids[:, 1], selection.multiplicities, len(selection)
+        (array([4, 9], dtype=uint64), array([1, 2]), 3)
     """
     kept = np.flatnonzero(multiplicities)
     if len(kept) == 0:

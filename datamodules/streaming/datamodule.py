@@ -302,7 +302,7 @@ class StreamDataModule(LightningDataModule):
             transform: of the images.
             tokenizer: of the captions.
             seed: of order, augmentation and substitutes.
-            global_batch_size: samples a step over all ranks.
+            global_batch_size: samples per step over all ranks.
             total_steps: of the whole run.
             loader: processes and how far they work ahead.
             max_image_pixels: larger images are bad samples; checked before decoding.

@@ -74,6 +74,11 @@ def check_task_kind(
 
     Raises:
         AssertionError: names the check that failed and what is wrong.
+
+    Example:
+        >>> from siftclip.eval import Classification, check_task_kind
+        >>> samples = [{"cls": b"%d" % (number % 2)} for number in range(6)]
+        >>> check_task_kind(Classification, samples, classnames=["cat", "dog"])  # silent: it holds
     """
     example = KindExample(
         kind=kind,

@@ -133,7 +133,13 @@ def key_of(number: int) -> str:
 
 
 def example_image(seed: int) -> bytes:
-    """Draw a PNG of random pixels, for example samples of several images."""
+    """Draw a PNG of random pixels, for example samples of several images.
+
+    Example:
+        >>> from siftclip.eval import example_image
+        >>> example_image(0) == example_image(0), example_image(0) == example_image(1)
+        (True, False)
+    """
     pixels = np.random.default_rng(seed).integers(0, 256, (_SIDE_PIXELS, _SIDE_PIXELS, 3))
     buffer = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")

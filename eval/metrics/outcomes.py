@@ -45,6 +45,13 @@ def mean_metrics(values: Mapping[str, np.ndarray]) -> tuple[Metrics, dict[str, O
 
     Returns:
         Metrics, and Outcomes but for an array of NaN alone, whose metric is NaN.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.eval.metrics.outcomes import mean_metrics
+        >>> metrics, outcomes = mean_metrics({"acc1": np.array([True, False, True, True])})
+        >>> metrics, outcomes["acc1"].units
+        ({'acc1': 0.75}, 4)
     """
     metrics = {name: float("nan") for name in values}
     outcomes = {}

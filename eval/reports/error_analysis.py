@@ -1,9 +1,9 @@
 """What a model did sample by sample and class by class, as files for error analysis.
 
 ```
-FOLDER/<task>_predictions.parquet   a row a sample, see `write_predictions`
-FOLDER/<task>_classes.csv           a row a class, see `write_details`
-FOLDER/<task>_confusion.csv         a row a class, a column a predicted class
+FOLDER/<task>_predictions.parquet   one row per sample, see `write_predictions`
+FOLDER/<task>_classes.csv           one row per class, see `write_details`
+FOLDER/<task>_confusion.csv         one row per class, one column per predicted class
 ```
 """
 

@@ -119,6 +119,13 @@ def averages(
 
     Raises:
         InputError: see `group_members`, or a task that is there does not have the metric.
+
+    Example:
+        >>> from siftclip.eval import averages
+        >>> groups = {"digits": ["mnist"], "all": ["mnist", "cifar10"]}
+        >>> found = averages({"mnist": 0.5, "cifar10": 0.75}, groups)
+        >>> {name: average.value for name, average in found.items()}
+        {'digits': 0.5, 'all': 0.625}
     """
     return {
         name: _average(name, members, values, metrics or {})

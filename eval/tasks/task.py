@@ -1,8 +1,8 @@
 """Tasks on disk, in clip_benchmark's webdataset layout.
 
 ```
-ROOT/<split>/nshards.txt   ROOT/classnames.txt                         one a line, index = label
-ROOT/<split>/0.tar ...     ROOT/zeroshot_classification_templates.txt  one a line, contains {c}
+ROOT/<split>/nshards.txt   ROOT/classnames.txt                         one per line, index = label
+ROOT/<split>/0.tar ...     ROOT/zeroshot_classification_templates.txt  one per line, contains {c}
 ROOT/dataset_type.txt      absent or the name of a kind, see `kinds`: classification | multilabel |
                            retrieval | image_caption_selection | association | a plug-in's
 members of the tars: key.{webp,png,jpg,jpeg} with

@@ -57,7 +57,7 @@ def array_source(
         owner: the selector, for messages.
         images: float [n, d], numpy or torch, on any device; or a mapping of such arrays by key, as
             an npz file has them, such as `l14_img` and `l14_txt`. Rows that are not of unit norm
-            are scaled to it, others are left as they are, to the bit.
+            are scaled to it, others stay unchanged, to the bit.
         texts: float [n, e], as the images.
         captions: n texts.
         sizes: int [n, 2], original width and height in pixels.

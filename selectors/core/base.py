@@ -60,7 +60,7 @@ _NEARLY_ALL = 0.99  # of the samples: a selector that keeps so many, or drops so
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The answer of a selector: one entry a sample of the source, in the order of its rows."""
+    """The answer of a selector: one entry per sample of the source, in the order of its rows."""
 
     multiplicities: np.ndarray  # int64 [n], how often each is kept; 0 drops it
     scores: np.ndarray | None = None  # float32 [n], where the selector has scores
@@ -325,6 +325,16 @@ class ScoreSelector(Selector):
     """A selector that gives each sample one number, higher is better, and applies a rule to it.
 
     A method implements `score`, and `fit` if it gathers statistics first; everything else is here.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors import Requirements, ScoreSelector
+        >>> class CaptionLength(ScoreSelector):
+        ...     requires = Requirements(captions=True)
+        ...     def score(self, chunk):
+        ...         return torch.tensor([float(len(caption)) for caption in chunk.captions])
+        >>> CaptionLength(fraction=0.5).scores(captions=["a cat", "a red car"])
+        array([5., 9.], dtype=float32)
     """
 
     passes = 1  # the score of a sample is the mean of its values in so many passes

@@ -207,6 +207,16 @@ class Then(Selector):
 
     Multiplicities multiply, and so do weights: a stage that prunes at random and weighs up what it
     keeps makes up for its own losses alone.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> from siftclip.selectors import CaptionFilter, External, Then
+        >>> best = External(path=None, column="score", fraction=0.5, of="left")
+        >>> captions, scores = ["a red car", "a", "b", "two dogs"], np.array([1, 8, 9, 2])
+        >>> selector = Then(stages=[CaptionFilter(), best])
+        >>> siftclip.select(captions=captions, column=scores, selector=selector).rows
+        array([3])
     """
 
     def __init__(self, *, stages: Selectors) -> None:
@@ -266,7 +276,18 @@ class _Together(Selector):
 
 
 class And(_Together):
-    """What every selector keeps, as often as the one that keeps it least; weights multiply."""
+    """What every selector keeps, as often as the one that keeps it least; weights multiply.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> from siftclip.selectors import And, CaptionFilter, External
+        >>> best = External(path=None, column="score", fraction=0.5)
+        >>> selector = And(selectors=[CaptionFilter(), best])
+        >>> captions, scores = ["a red car", "a", "b", "two dogs"], np.array([9, 8, 1, 2])
+        >>> siftclip.select(captions=captions, column=scores, selector=selector).rows
+        array([0])
+    """
 
     def __init__(self, *, selectors: Selectors) -> None:
         super().__init__(selectors=selectors)
@@ -286,6 +307,16 @@ class Or(_Together):
     samples that were dropped by chance; where another selector keeps a sample for certain, there is
     nothing to make up for. (Of several that prune the same samples at random, no rule is without a
     bias here: what one has dropped does not say with which probability. A warning says so.)
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> from siftclip.selectors import Or, CaptionFilter, External
+        >>> best = External(path=None, column="score", fraction=0.5)
+        >>> selector = Or(selectors=[CaptionFilter(), best])
+        >>> captions, scores = ["a red car", "a", "b", "two dogs"], np.array([9, 8, 1, 2])
+        >>> siftclip.select(captions=captions, column=scores, selector=selector).rows
+        array([0, 1, 3])
     """
 
     def faults(self, left_samples: int, pool_samples: int) -> list[str]:
@@ -318,6 +349,16 @@ class Minus(Selector):
     """What one selector keeps, without every sample that another one keeps at all.
 
     Weights are those of the first: the second says which samples go, and none of its own stays.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> from siftclip.selectors import External, Minus
+        >>> best = External(path=None, column="score", fraction=0.25)
+        >>> good = External(path=None, column="score", fraction=0.75)
+        >>> scores = np.array([0.9, 0.8, 0.1, 0.2])
+        >>> siftclip.select(column=scores, selector=Minus(keep=good, remove=best)).rows
+        array([1, 3])
     """
 
     def __init__(self, *, keep: Selector, remove: Selector) -> None:
@@ -404,14 +445,36 @@ class Combined(ScoreSelector):
 
 
 class RankSum(Combined):
-    """Select by the weighted sum of ranks, which takes no notice of the scales of the scores."""
+    """Select by the weighted sum of ranks, which takes no notice of the scales of the scores.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import ClipScore, External, RankSum
+        >>> members = [ClipScore(fraction=1), External(path=None, column="score", fraction=1)]
+        >>> selector = RankSum(selectors=members, weights=[2, 1], fraction=0.5)
+        >>> images = np.array([[1, 0], [0.8, 0.6], [0, 1]], dtype=np.float32)
+        >>> texts = np.array([[1, 0], [1, 0], [1, 0]], dtype=np.float32)
+        >>> selector.scores(images, texts, column=np.array([0.1, 0.5, 0.9]))
+        array([4., 3., 2.], dtype=float32)
+    """
 
     def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
         return rank_sum(scores, uids, self.weights)
 
 
 class Mix(Combined):
-    """Select by a weighted sum of standardised scores, such as M-FLYT (arXiv 2503.08805)."""
+    """Select by a weighted sum of standardised scores, such as M-FLYT (arXiv 2503.08805).
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import ClipScore, External, Mix
+        >>> members = [ClipScore(fraction=1), External(path=None, column="score", fraction=1)]
+        >>> selector = Mix(selectors=members, weights=[2, 1], fraction=0.5)
+        >>> images = np.array([[1, 0], [0.8, 0.6], [0, 1]], dtype=np.float32)
+        >>> texts = np.array([[1, 0], [1, 0], [1, 0]], dtype=np.float32)
+        >>> selector.scores(images, texts, column=np.array([0.1, 0.5, 0.9])).round(3)
+        array([ 0.627,  0.926, -1.553], dtype=float32)
+    """
 
     def combine(self, scores: Sequence[np.ndarray], uids: np.ndarray) -> np.ndarray:
         return mix_scores(scores, self.weights)

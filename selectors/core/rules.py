@@ -75,6 +75,14 @@ class TopFraction:
 
     n counts every sample of the pool, or every one that earlier stages have left, also those whose
     score is NaN or -inf. DataComp's `get_threshold` keeps one more, and all ties at the cut.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import TopFraction
+        >>> scores = np.array([0.4, 0.9, np.nan, 0.7], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> TopFraction(0.5)(scores, uids, pool_samples=4)
+        array([0, 1, 0, 1])
     """
 
     def __init__(self, fraction: float, of: Of = "pool") -> None:
@@ -102,7 +110,16 @@ def top_fraction(owner: object, fraction: float, of: Of) -> TopFraction:
 
 
 class TopCount:
-    """Keep exactly `count` samples, the best; all that have a score where these are fewer."""
+    """Keep exactly `count` samples, the best; all that have a score where these are fewer.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import TopCount
+        >>> scores = np.array([0.4, 0.9, np.nan, 0.7], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> TopCount(1)(scores, uids, pool_samples=4)
+        array([0, 1, 0, 0])
+    """
 
     def __init__(self, count: int) -> None:
         self.count = require_int("count", count, minimum=0, owner=self)
@@ -122,6 +139,14 @@ class DataCompFraction:
     and every score of at least that is kept: one sample more than `TopFraction`, and all ties at
     the cut. n counts as in `TopFraction`. The released code fails where that position does not
     exist, as for a fraction of 1; here all samples with a score above -inf are then kept.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import DataCompFraction
+        >>> scores = np.array([0.4, 0.9, np.nan, 0.7], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> DataCompFraction(0.25)(scores, uids, pool_samples=4)
+        array([0, 1, 0, 1])
     """
 
     def __init__(self, fraction: float, of: Of = "pool") -> None:
@@ -150,7 +175,16 @@ class DataCompFraction:
 
 
 class Threshold:
-    """Keep the samples with score >= threshold, a finite number, compared in float32."""
+    """Keep the samples with score >= threshold, a finite number, compared in float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import Threshold
+        >>> scores = np.array([0.4, 0.9, np.nan, 0.7], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> Threshold(0.5)(scores, uids, pool_samples=4)
+        array([0, 1, 0, 1])
+    """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = require_finite("threshold", threshold, owner=self)
@@ -165,7 +199,15 @@ def threshold_rule(owner: object, threshold: float) -> Threshold:
 
 
 class AsGiven:
-    """The scores are multiplicities already: whole numbers of at least 0; NaN means 0."""
+    """The scores are multiplicities already: whole numbers of at least 0; NaN means 0.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import AsGiven
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2]], dtype=np.uint64)
+        >>> AsGiven()(np.array([2.0, 0.0, np.nan]), uids, pool_samples=3)
+        array([2, 0, 0])
+    """
 
     def __call__(self, scores: np.ndarray, uids: np.ndarray, pool_samples: int) -> np.ndarray:
         counts = np.where(np.isnan(scores), 0, scores)

@@ -257,7 +257,17 @@ class _Draws:
 
 
 class SoftmaxSampling(_Draws):
-    """Draw distinct samples by the softmax of their scores."""
+    """Draw distinct samples by the softmax of their scores.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import SoftmaxSampling
+        >>> logits = np.array([5.0, 2.0, 0.0, -9.0], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> rule = SoftmaxSampling(seed=0, count=2)
+        >>> rule(logits, uids, pool_samples=4)
+        array([1, 1, 0, 0])
+    """
 
     def checked_fraction(self, fraction: object) -> float:
         return require_fraction("fraction", fraction, owner=self)
@@ -277,6 +287,15 @@ class SoftCapSampling(_Draws):
     With a temperature, the logits are scores / temperature, and the penalty is taken from these: a
     draw makes a sample exp(-penalty) times as likely, whatever the scale of the scores. The paper's
     temperature is 1, where the logit is the score.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import SoftCapSampling
+        >>> logits = np.array([5.0, 2.0, 0.0, -9.0], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> rule = SoftCapSampling(seed=0, count=6, penalty=1, batch_samples=1)
+        >>> rule(logits, uids, pool_samples=4)
+        array([4, 2, 0, 0])
     """
 
     def __init__(
@@ -336,7 +355,17 @@ class SoftCapSampling(_Draws):
 
 
 class HardCapSampling(_Draws):
-    """Draw with replacement by the softmax of scores, each sample at most `cap` times."""
+    """Draw with replacement by the softmax of scores, each sample at most `cap` times.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import HardCapSampling
+        >>> logits = np.array([5.0, 2.0, 0.0, -9.0], dtype=np.float32)
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> rule = HardCapSampling(seed=0, count=6, cap=3)
+        >>> rule(logits, uids, pool_samples=4)
+        array([3, 3, 0, 0])
+    """
 
     def __init__(self, *, cap: int = 15, **draws: Unpack[DrawOptions]) -> None:
         """Set the cap; `draws` are `seed`, `fraction` or `count`, `temperature` and `of`."""

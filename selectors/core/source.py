@@ -35,7 +35,15 @@ TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and 
 
 
 class ListColumn(NamedTuple):
-    """A list of whole numbers for each sample, such as the concepts that it shows."""
+    """A list of whole numbers for each sample, such as the concepts that it shows.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import ListColumn
+        >>> lists = ListColumn(np.array([7, 8, 9]), np.array([0, 2, 2, 3]))  # [7, 8], [], [9]
+        >>> lists.take(np.array([2, 0]))
+        ListColumn(values=array([9, 7, 8]), offsets=array([0, 1, 3]))
+    """
 
     values: np.ndarray  # int64 [m], all lists one after the other
     offsets: np.ndarray  # int64 [n + 1]; list i is values[offsets[i] : offsets[i + 1]]
@@ -124,7 +132,13 @@ class FeatureFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirements:
-    """What a selector reads beside rows and uids."""
+    """What a selector reads beside rows and uids.
+
+    Example:
+        >>> from siftclip.selectors import ClipScore
+        >>> ClipScore(features="l14", fraction=0.3).requires.features
+        ('l14_img', 'l14_txt')
+    """
 
     features: tuple[str, ...] = ()  # feature keys, such as "l14_img", all of one feature set
     captions: bool = False
@@ -365,7 +379,16 @@ class RestrictedSource(Source):
 
 
 class MemorySource(Source):
-    """Samples in memory: a super-batch, or the input of a test."""
+    """Samples in memory: a super-batch, or the input of a test.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import Chunk, MemorySource, Uniform, run
+        >>> uids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]], dtype=np.uint64)
+        >>> source = MemorySource(Chunk(rows=np.arange(4), uids=uids))
+        >>> run(Uniform(seed=0, fraction=0.5), source).multiplicities
+        array([0, 0, 1, 1])
+    """
 
     def __init__(
         self,

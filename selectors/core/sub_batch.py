@@ -23,7 +23,17 @@ from siftclip.selectors.core.rules import can_be_kept, keep_top
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubBatch:
-    """What is asked of a selector that is used at every step."""
+    """What is asked of a selector that is used at every step.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import Chunk, MemorySource, SubBatch, Uniform, draw
+        >>> uids = np.array([[0, number] for number in range(6)], dtype=np.uint64)
+        >>> source = MemorySource(Chunk(rows=np.arange(6), uids=uids))
+        >>> sub_batch = SubBatch(samples=1, groups=2, temperature=0)  # the best of each three
+        >>> draw(Uniform(seed=0, fraction=1), source, sub_batch).multiplicities
+        array([0, 0, 1, 0, 1, 0])
+    """
 
     samples: int  # of each group, or one less
     groups: int = 1  # of consecutive samples, all equally long, in the order of the source's rows

@@ -44,7 +44,17 @@ class Clustering(Protocol):
 
 
 class KMeans:
-    """Centroids of the samples that are selected from."""
+    """Centroids of the samples that are selected from.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import ClusterId, KMeans
+        >>> images = np.repeat(np.eye(2, dtype=np.float32), 8, axis=0)
+        >>> clusters = ClusterId(key="l14_img", clustering=KMeans(clusters=2, seed=0), fraction=1)
+        >>> clusters.scores({"l14_img": images})
+        array([1., 1., 1., 1., 1., 1., 1., 1., 0., 0., 0., 0., 0., 0., 0., 0.],
+              dtype=float32)
+    """
 
     def __init__(
         self,
@@ -195,7 +205,17 @@ def _assign_chunk(chunk: Chunk, centroids: Tensor) -> tuple[np.ndarray, np.ndarr
 
 
 class ClusterId(ScoreSelector):
-    """The number of each sample's cluster as its score, for rules that keep a quota of each."""
+    """The number of each sample's cluster as its score, for rules that keep a quota of each.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors import ClusterId, FeatureFile, GivenCentroids
+        >>> file = FeatureFile(path="centroids.npy")
+        >>> clusters = ClusterId(key="l14_img", clustering=GivenCentroids(file=file), fraction=1)
+        >>> images = torch.tensor([[0.6, 0.8], [0.8, 0.6]])
+        >>> clusters.scores({"l14_img": images}, files={file: torch.eye(2)})
+        array([1., 0.], dtype=float32)
+    """
 
     def __init__(self, *, key: str, clustering: Clustering, **rule: Unpack[RuleOptions]) -> None:
         """Choose the features and the clusters.

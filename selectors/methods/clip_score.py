@@ -22,6 +22,14 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
         image_features: float [n, d] of unit norm. As in DataComp and the authors' releases they
             are not normalised again, and the product is taken in float32.
         text_features: float [n, d] of unit norm.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors.methods.clip_score import clip_score
+        >>> images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        >>> texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> clip_score(images, texts)
+        tensor([1.0000, 0.6000])
     """
     scores = image_features.new_empty(len(image_features), dtype=torch.float32)
     pairs = row_blocks(image_features, text_features, scores)
@@ -31,7 +39,16 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 class ClipScore(ReadsFeatures, ScoreSelector):
-    """Keep the pairs whose image and caption agree best according to a CLIP model."""
+    """Keep the pairs whose image and caption agree best according to a CLIP model.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import ClipScore
+        >>> images = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+        >>> texts = np.array([[0.6, 0.8], [0.6, 0.8]], dtype=np.float32)
+        >>> ClipScore(fraction=0.5).scores(images, texts)
+        array([0.6, 0.8], dtype=float32)
+    """
 
     def __init__(self, *, features: str | None = None, **rule: Unpack[RuleOptions]) -> None:
         """Choose the features.

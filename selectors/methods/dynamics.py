@@ -95,7 +95,7 @@ class DynamicClusterSampling(Selector):
             fraction: an epoch has int(n * fraction) samples, repeated ones included, with n those
                 of the whole pool.
             alpha: a cluster of n samples has a share in proportion to n^alpha, in (0, 1]; 1 leaves
-                the shares as they are, near 0 they are nearly equal.
+                the shares unchanged, near 0 they are nearly equal.
             max_repeats: a sample is used at most so often in an epoch.
         """
         require_suffix("path", path, (".parquet", ".npy"), owner=self)

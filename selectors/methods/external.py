@@ -12,7 +12,15 @@ from siftclip.selectors.core.rules import AsGiven, Of, Rule
 
 
 class External(ScoreSelector):
-    """Select by a column of a file keyed by uid, or take a DataComp subset as it is."""
+    """Select by a column of a file keyed by uid, or take a DataComp subset unchanged.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> selector = siftclip.selectors.External(path=None, column="my_score", threshold=0.5)
+        >>> siftclip.select(column=np.array([0.9, 0.1, 0.5]), selector=selector).rows
+        array([0, 2])
+    """
 
     def __init__(
         self,

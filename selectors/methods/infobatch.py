@@ -56,6 +56,17 @@ class InfoBatch(Selector):
     to each sample, and in the first epoch all are kept. A source whose uids are mixed with the
     epoch gets a new random part each time. In the paper the last eighth of the epochs is not
     pruned; that is for the schedule which asks the selector.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> losses = np.array([0.1, 0.2, 0.3, 4.0, np.nan])  # the last one is not known yet
+        >>> selector = siftclip.selectors.InfoBatch(seed=3, ratio=0.5)
+        >>> selection = siftclip.select(column=losses, selector=selector)
+        >>> selection.rows
+        array([2, 3, 4])
+        >>> selection.weights
+        array([2., 1., 1.], dtype=float32)
     """
 
     weighs = True

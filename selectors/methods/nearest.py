@@ -44,8 +44,8 @@ def target_ranks(
     """Find the best rank of every sample in the lists of the nearest neighbours of a target.
 
     Equal products are ranked by uid. Targets are taken in blocks, whose lists are merged over the
-    ranks; the pool is read once a block. Memory: 128 MiB of lists, 8 chunks of targets, a chunk of
-    samples and 24 bytes a sample. A killed run continues at its last finished block.
+    ranks; the pool is read once per block. Memory: 128 MiB of lists, 8 chunks of targets, one chunk
+    of samples and 24 bytes per sample. A killed run continues at its last finished block.
 
     Args:
         source: the samples.
@@ -151,6 +151,15 @@ class NearestRank(ReadsFeatures, ScoreSelector):
     0 is the nearest neighbour of a target. Samples in no list get minus `neighbours`: a fraction
     that reaches them takes them by uid. The released negCLIPLoss code has a relative of this: lists
     of 200 within a file of the pool, and the mean of five best ranks, of five parts of the target.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors import FeatureFile, NearestRank
+        >>> target = FeatureFile(path="target.npy")
+        >>> images = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> selector = NearestRank(target=target, neighbours=2, fraction=0.5)
+        >>> selector.scores(images, files={target: torch.tensor([[1.0, 0.0]])})
+        array([ 0., -1., -2.], dtype=float32)
     """
 
     def __init__(

@@ -80,7 +80,18 @@ def normsim_2(features: Tensor, moment: Tensor) -> Tensor:
 
 
 class NormSim(ReadsFeatures, ScoreSelector):
-    """Keep the images that are similar to the images of a target."""
+    """Keep the images that are similar to the images of a target.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors import FeatureFile, NormSim
+        >>> target = FeatureFile(path="target.npy")
+        >>> of_target = torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+        >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> selector = NormSim(target=target, p="inf", fraction=0.5)
+        >>> selector.scores(images, files={target: of_target})
+        array([0.6, 1. ], dtype=float32)
+    """
 
     def __init__(
         self,

@@ -87,7 +87,18 @@ def keep_top_of_each(
 
 
 class QuotaPerCluster(Selector):
-    """Keep the best samples of each cluster: coverage of all of them, quality within each."""
+    """Keep the best samples of each cluster: coverage of all of them, quality within each.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> from siftclip.selectors import External, QuotaPerCluster, Uniform
+        >>> clusters = External(path=None, column="cluster", fraction=1)
+        >>> scores = Uniform(seed=0, fraction=1)
+        >>> selector = QuotaPerCluster(selector=scores, clusters=clusters, per_cluster=1)
+        >>> siftclip.select(column=np.array([0, 0, 0, 1]), selector=selector).rows
+        array([2, 3])
+    """
 
     def __init__(
         self,

@@ -51,8 +51,17 @@ class SemDeDup(ReadsFeatures, ScoreSelector):
 
     The score is minus the largest such cosine, so that `eps` is a threshold and `fraction` keeps
     the least repeated part. It is 0 for the first of a cluster. `keep` decides who comes first, of
-    equal ones the smaller uid; the release leaves their order open. Features are taken as they are,
+    equal ones the smaller uid; the release leaves their order open. Features must be
     of unit norm. Memory: two chunks of features.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> from siftclip.selectors import KMeans, SemDeDup
+        >>> images = np.repeat(np.eye(2, dtype=np.float32), 8, axis=0)
+        >>> selector = SemDeDup(clustering=KMeans(clusters=1, seed=0), eps=0.05)
+        >>> siftclip.select(features=images, selector=selector).rows
+        array([0, 8])
     """
 
     def __init__(

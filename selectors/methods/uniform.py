@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 
 class Uniform(ScoreSelector):
-    """Keep a uniformly random part of the pool, the same for every order and chunk size."""
+    """Keep a uniformly random part of the pool, the same for every order and chunk size.
+
+    Example:
+        >>> import siftclip
+        >>> captions = ["a cat", "a dog", "a red car", "two birds"]
+        >>> selector = siftclip.selectors.Uniform(seed=0, fraction=0.5)
+        >>> siftclip.select(captions=captions, selector=selector).rows
+        array([2, 3])
+    """
 
     def __init__(self, *, seed: int = 0, **rule: Unpack[RuleOptions]) -> None:
         """Set the seed; `rule` is `fraction`, `threshold` or `rule`, see `ScoreSelector`."""

@@ -65,7 +65,17 @@ def cross_vas(image_features: Tensor, text_features: Tensor, covariance: Tensor)
 
 
 class Vas(ReadsFeatures, ScoreSelector):
-    """Keep the samples that lie in the directions in which a target varies."""
+    """Keep the samples that lie in the directions in which a target varies.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors import FeatureFile, Vas
+        >>> target = FeatureFile(path="target.npy")
+        >>> of_target = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> Vas(target=target, fraction=0.5).scores(images, files={target: of_target})
+        array([0.75, 0.25], dtype=float32)
+    """
 
     def __init__(
         self,

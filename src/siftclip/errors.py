@@ -38,6 +38,15 @@ class ParameterError(InputError):
             with the owner.
         value: what was given; `got` is how the message says it.
         way_out: what to do, as one or more sentences; may be empty.
+
+    Example:
+        >>> from siftclip.errors import ParameterError
+        >>> from siftclip.selectors import ClipScore
+        >>> try:
+        ...     ClipScore(fraction=2)
+        ... except ParameterError as error:
+        ...     print(error)
+        ClipScore: fraction must be a number in the range (0, 1], for example 0.3. Got 2.
     """
 
     def __init__(

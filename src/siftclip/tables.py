@@ -103,6 +103,16 @@ def text_table(
         rows: cells of any text, or one text as a heading of the rows below it.
         right: columns whose cells are aligned to the right.
         least: widths that the first columns have at least, so that tables can be aligned.
+
+    Example:
+        >>> from siftclip.tables import text_table
+        >>> rows = ["two seeds", ["clip_score", "0.31"], ["random", "0.25"]]
+        >>> for line in text_table(["selector", "acc1"], rows, right=[1]):
+        ...     print(line)
+        selector      acc1
+        two seeds
+          clip_score  0.31
+          random      0.25
     """
     cells = [[printable(cell) for cell in row] for row in rows if not isinstance(row, str)]
     for row in cells:
@@ -139,6 +149,14 @@ def ruled_table(rows: Sequence[Sequence[str]]) -> str:
 
     Args:
         rows: cells of any text; the header first.
+
+    Example:
+        >>> from siftclip.tables import ruled_table
+        >>> print(ruled_table([["selector", "acc1"], ["clip_score", "0.31"], ["random", "0.25"]]))
+        selector    acc1
+        ----------  ----
+        clip_score  0.31
+        random      0.25
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     rule = ["-" * max(map(display_width, column)) for column in zip(*cells, strict=True)]
@@ -166,6 +184,11 @@ def cut(text: str, width: int) -> str:
     """Cut a text to at most `width` columns, at least 3: dots stand for the middle.
 
     Names are told apart by both of their ends.
+
+    Example:
+        >>> from siftclip.tables import cut
+        >>> cut("negclip_normsim_target_seed_17", 20)
+        'negclip_n..._seed_17'
     """
     if display_width(text) <= width:
         return text

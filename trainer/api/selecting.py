@@ -124,6 +124,18 @@ def select(
 
     Raises:
         InputError: nothing is kept, or something that the selector reads is missing.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> images = np.array([[1, 0], [0, 1], [0.8, 0.6]], dtype=np.float32)
+        >>> texts = np.array([[1, 0], [1, 0], [1, 0]], dtype=np.float32)
+        >>> selector = siftclip.selectors.ClipScore(fraction=0.67)
+        >>> selection = siftclip.select(features=(images, texts), selector=selector)
+        >>> selection, selection.rows
+        (SelectedSamples(clip_score: 2 samples), array([0, 2]))
+        >>> selection.scores
+        array([1. , 0.8], dtype=float32)
     """
     require_known("select", common, CommonArguments)
     chosen = require_selector("select", selector)

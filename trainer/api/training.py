@@ -99,7 +99,7 @@ def train(
         model: its name in open_clip; or all of its settings, or those that differ.
         pretrained: an open_clip tag or a checkpoint file to begin with; None: random weights.
         samples_seen: to train on, repetitions counted; rounded up to full batches.
-        global_batch_size: samples of a step over all devices; None: 4096, DataComp's.
+        global_batch_size: samples per step over all devices; None: 4096, DataComp's.
         **others: see `TrainArguments`.
 
     Raises:

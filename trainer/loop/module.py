@@ -87,7 +87,7 @@ class ClipTraining(LightningModule):
             objective: what is minimised; None: CLIP's loss. State of it belongs to the checkpoints.
             optim: the optimiser, the schedule and the average of the weights; None: open_clip's.
             total_steps: of the run, which the schedule follows; None: what the trainer is to do.
-            global_batch_size: samples a step over all ranks; None: those of the first batch.
+            global_batch_size: samples per step over all ranks; None: those of the first batch.
             seed: of dropout.
             log_every_n_steps: steps between two records; None: the trainer's number.
             max_skipped_fraction: of the steps may have gradients that are not finite.

@@ -12,7 +12,7 @@ from siftclip.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """Features of the samples of this rank, and what the losses need besides.
+    """Features of the samples of this rank, and what else the losses need.
 
     b is the number of samples of this rank, the same on every rank.
     """

@@ -34,6 +34,14 @@ class Schedule:
 
     Raises:
         InputError: a value is out of range.
+
+    Example:
+        >>> from siftclip.trainer import Schedule
+        >>> schedule = Schedule(filter_ratio=[[0.0, 0.0], [0.5, 0.8]], warmup_steps=10)
+        >>> [schedule.at(step, total_steps=100).filter_ratio for step in (5, 25, 75)]
+        [0.0, 0.4, 0.8]
+        >>> schedule.super_batch_samples(100, sub_batch=64, multiple_of=64)[[5, 25, 75]]
+        array([ 64, 128, 320])
     """
 
     filter_ratio: Course  # in [0, 1)

@@ -190,7 +190,7 @@ def check_inputs_untouched(make: LossFactory) -> None:
 
 
 def check_state(make: LossFactory) -> None:
-    """Check that a fresh loss that loads the state of another goes on as that one does.
+    """Check that a fresh loss that loads the state of another continues as that one does.
 
     Through a file that is read without running code, as checkpoints are.
     """

@@ -24,6 +24,13 @@ def lr_factor(config: OptimSettings, step: int, total_steps: int) -> float:
     cooldown_end_lr / lr; groups with layer decay end at their own scale of it.
 
     Source: `open_clip_train.scheduler`: cosine_lr, const_lr, const_lr_cooldown.
+
+    Example:
+        >>> from siftclip.trainer import OptimSettings
+        >>> from siftclip.trainer.optim.schedules import lr_factor
+        >>> settings = OptimSettings(warmup_steps=2)
+        >>> [round(lr_factor(settings, step, total_steps=10), 3) for step in (0, 1, 6, 9)]
+        [0.5, 1.0, 0.5, 0.038]
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

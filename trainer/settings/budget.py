@@ -23,7 +23,14 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How long a run is. The unit is trained samples; the last batch is full."""
+    """How long a run is. The unit is trained samples; the last batch is full.
+
+    Example:
+        >>> from siftclip.trainer import Budget
+        >>> budget = Budget(samples_seen=1000, global_batch_size=64)
+        >>> budget.total_steps, budget.trained_samples
+        (16, 1024)
+    """
 
     samples_seen: int
     global_batch_size: int

@@ -58,7 +58,7 @@ class ScaleSettings(Section):
     """Samples to train on, repetitions counted; rounded up to full batches."""
 
     global_batch_size: Annotated[int, Ge(2)]
-    """Samples of a step, over all devices."""
+    """Samples per step, over all devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

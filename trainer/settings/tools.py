@@ -114,7 +114,7 @@ class DownloadSettings(Section):
     """The folder that eval.root is to be."""
 
     repositories: tuple[str, ...] = ()
-    """Others in clip_benchmark's layout; then eval.tasks is what is named besides."""
+    """Others in clip_benchmark's layout; DataComp's come then only where eval.tasks names them."""
 
     splits: tuple[str, ...] = ("test",)
     """Splits of these repositories."""

@@ -112,7 +112,7 @@ class TaskKind(ABC):
         """
 
     def columns(self, samples: TaskSamples, scores: TaskScores) -> Columns | None:
-        """Return what the predictions file says of each sample, besides its key and its tar.
+        """Return what the predictions file says of each sample, beside its key and its tar.
 
         Unless overridden: the captions, where there are any, and what each sample contributes to
         the metrics that are means.

@@ -20,7 +20,7 @@ from siftclip.eval.tasks.kinds.values import (
 
 
 class Retrieval(TaskKind):
-    """An image and its captions, one a line of `txt`; those of the other samples are wrong."""
+    """An image and its captions, one per line of `txt`; those of the other samples are wrong."""
 
     name: ClassVar[str] = "retrieval"
     suffix: ClassVar[str] = "txt"

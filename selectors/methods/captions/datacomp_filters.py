@@ -57,7 +57,17 @@ class IsLanguage(Predicate):
 
 
 class BasicFilter(Predicate):
-    """DataComp's basic filter without its language test: captions and images of a minimal size."""
+    """DataComp's basic filter without its language test: captions and images of a minimal size.
+
+    Example:
+        >>> import numpy as np
+        >>> import siftclip
+        >>> captions = ["a red car", "car", "a blue car"]
+        >>> sizes = np.array([[640, 480], [640, 480], [99, 99]])
+        >>> selector = siftclip.selectors.BasicFilter()
+        >>> siftclip.select(captions=captions, sizes=sizes, selector=selector).rows
+        array([0])
+    """
 
     def __init__(
         self,
@@ -100,7 +110,15 @@ class BasicFilter(Predicate):
 
 
 class CaptionFilter(Predicate):
-    """The caption test of DataComp's image-based filter, without its language test."""
+    """The caption test of DataComp's image-based filter, without its language test.
+
+    Example:
+        >>> import siftclip
+        >>> selector = siftclip.selectors.CaptionFilter(min_tokens=2, min_characters=6)
+        >>> captions = ["a red car", "car", "a dog", "two dogs"]
+        >>> siftclip.select(captions=captions, selector=selector).rows
+        array([0, 3])
+    """
 
     def __init__(self, *, min_tokens: int = 2, min_characters: int = 6) -> None:
         """Set the limits, of fastText's tokens and of characters; the defaults are DataComp's."""

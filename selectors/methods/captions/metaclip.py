@@ -137,7 +137,7 @@ class MetaClip(Selector):
 
     The rare entries keep all their samples and the frequent ones are thinned out. Samples that
     match nothing are dropped. Counting and drawing take one pass over the captions: the matches of
-    each task are kept, about 16 bytes a sample.
+    each task are kept, about 16 bytes per sample.
     """
 
     def __init__(self, *, entries: str, seed: int, t: int | str = "auto") -> None:

@@ -51,6 +51,13 @@ def negcliploss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
         image: float [b, d] of unit norm, finite; not normalised again.
         text: float [b, d] of unit norm, finite.
         temperature: above 0.
+
+    Example:
+        >>> import torch
+        >>> from siftclip.selectors.methods.negcliploss.negcliploss import negcliploss
+        >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> negcliploss(images, images, temperature=1.0)  # of each pair, among both
+        tensor([-0.3133, -0.3133])
     """
     row, column = pair_log_sums(image, text, temperature)
     return clip_score(image, text) - temperature / 2 * (row + column)
@@ -74,6 +81,14 @@ class NegCLIPLoss(ReadsFeatures, ScoreSelector):
     float32 those samples alone that the bound of the error leaves undecided. It keeps what
     "float32" keeps, up to ties within float32 rounding (about 1e-6). `Choice.scores` are then
     within the bound (about 0.01) for decided samples; `scores` are float32 always.
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.selectors import NegCLIPLoss
+        >>> images = np.array([[1, 0], [0, 1], [0.8, 0.6]], dtype=np.float32)
+        >>> texts = np.array([[1, 0], [0.6, 0.8], [0.6, 0.8]], dtype=np.float32)
+        >>> NegCLIPLoss(temperature=0.5, passes=1, fraction=0.3).scores(images, texts).round(3)
+        array([-0.308, -0.476, -0.449], dtype=float32)
     """
 
     def __init__(

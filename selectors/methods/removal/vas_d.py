@@ -71,7 +71,16 @@ class OwnCovariance:
 
 
 class VasD(StepwiseRemoval):
-    """Remove the samples that lie least in the directions in which the rest varies."""
+    """Remove the samples that lie least in the directions in which the rest varies.
+
+    Example:
+        >>> import torch
+        >>> import siftclip
+        >>> images = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.0, 1.0]])
+        >>> selector = siftclip.selectors.VasD(fraction=0.5, steps=2)
+        >>> siftclip.select(features=images, selector=selector).rows
+        array([0, 1])
+    """
 
     def __init__(
         self, *, features: str | None = None, fraction: float, steps: int, initial: Of = "pool"

@@ -8,7 +8,7 @@ from pathlib import Path
 FAILURE = 2  # exit status for faults of the user's input
 USAGE = """usage: siftclip new KIND NAME [FOLDER]
 
-Writes a package that works as it is, with a test of its contract, to be changed:
+Writes a package that works unchanged, with a test of its contract:
   siftclip new selector caption_length
   siftclip new loss focal
   siftclip new task counting
