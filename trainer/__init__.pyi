@@ -8,7 +8,7 @@ from .api.selecting import score as score
 from .api.selecting import select as select
 from .api.training import plan as plan
 from .api.training import train as train
-from .builders.selection import SelectOutcome as SelectOutcome
+from .builders.selection import PoolSelection as PoolSelection
 from .compare.arms import CompareOutcome as CompareOutcome
 from .loop.checkpointing import StepCheckpoint as StepCheckpoint
 from .loop.module import ClipTraining as ClipTraining

@@ -30,7 +30,7 @@ from siftclip.trainer.api.sections import (
     require_selector,
     trainer_settings,
 )
-from siftclip.trainer.builders.selection import SelectOutcome, score_stage, select_stage
+from siftclip.trainer.builders.selection import PoolSelection, score_stage, select_stage
 from siftclip.trainer.settings.commands import SelectSections
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def select(
     *,
     name: str | None = None,
     **common: Unpack[CommonArguments],
-) -> SelectOutcome: ...
+) -> PoolSelection: ...
 
 
 @overload

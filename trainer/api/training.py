@@ -21,7 +21,7 @@ from siftclip.trainer.api.sections import (
     require_type,
     trainer_settings,
 )
-from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.builders.selection import PoolSelection
 from siftclip.trainer.losses.base import ContrastiveLoss
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import SelectSections, TrainCommand
@@ -82,7 +82,7 @@ class _Recipe:
 
 
 def train(
-    selection: SelectOutcome,
+    selection: PoolSelection,
     model: str | ModelSettings | Mapping[str, Any] | None = None,
     pretrained: str | None = None,
     *,
@@ -118,7 +118,7 @@ def train(
 
 
 def plan(
-    selection: SelectOutcome,
+    selection: PoolSelection,
     model: str | ModelSettings | Mapping[str, Any] | None = None,
     pretrained: str | None = None,
     *,
@@ -144,7 +144,7 @@ def plan(
 def _sections(selection: Any) -> SelectSections:
     """Return the options by which a selection was made."""
     way_out = "siftclip.select(pool, features, selector) makes one."
-    return require_type("train", "selection", selection, SelectOutcome, way_out).settings
+    return require_type("train", "selection", selection, PoolSelection, way_out).settings
 
 
 def train_settings(

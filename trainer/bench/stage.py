@@ -33,7 +33,7 @@ from siftclip.trainer.builders.assembly import data_module_from, training_module
 from siftclip.trainer.builders.losses import check_loss_options
 from siftclip.trainer.builders.objective import open_loss_data
 from siftclip.trainer.builders.run_parts import RunParts
-from siftclip.trainer.builders.selection import SelectOutcome, select_stage
+from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.loop.progress import TrainingBar
 from siftclip.trainer.runtime.cores import share_cores
@@ -54,7 +54,7 @@ LIMITED_BY_LOADER = 0.05
 class BenchOutcome:
     """Everything that was measured."""
 
-    selected: SelectOutcome
+    selected: PoolSelection
     model: str
     device: str
     batch_samples: int  # of a training step

@@ -25,7 +25,7 @@ from siftclip.files import content_digest
 from siftclip.selectors.core.base import product_of_weights
 from siftclip.trainer.builders.losses import check_model, loss_from, loss_identity
 from siftclip.trainer.builders.models import clip_model_from, model_files
-from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.builders.selection import PoolSelection
 from siftclip.trainer.losses import LossRun
 from siftclip.trainer.optim.gradients import Objective, TeacherFeatures, no_teacher
 from siftclip.trainer.options.faults import options_of, under
@@ -45,7 +45,7 @@ class LossData:
 
 
 def open_loss_data(
-    loss: LossSettings, selected: SelectOutcome, *, max_bad_fraction: float
+    loss: LossSettings, selected: PoolSelection, *, max_bad_fraction: float
 ) -> LossData:
     """Open the files that the loss needs and check them against the selection.
 

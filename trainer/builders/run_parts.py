@@ -8,7 +8,7 @@ from pathlib import Path
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.trainer.builders.objective import LossData
-from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.builders.selection import PoolSelection
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.lightning import TrainerSettings
@@ -34,7 +34,7 @@ class RunParts:
     online: OnlineSettings
     selector: SelectorNode
     clip: ClipModel
-    selected: SelectOutcome
+    selected: PoolSelection
     loss_data: LossData
     folder: Path  # of the run
     global_batch_size: int

@@ -169,7 +169,7 @@ def score_stage(settings: SelectSections, *, pool: Pool | None = None) -> ScoreO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class SelectOutcome(SelectedSamples):
+class PoolSelection(SelectedSamples):
     """A selection of an open pool, `rows` being the pool's."""
 
     pool: Pool
@@ -184,7 +184,7 @@ class SelectOutcome(SelectedSamples):
 
 def select_stage(
     settings: SelectSections, *, may_launch: bool = False, pool: Pool | None = None
-) -> SelectOutcome:
+) -> PoolSelection:
     """Select, and write the selection with its manifest; reuse one that is there.
 
     With `reuse=false` the selection and the scores behind it are computed again.
@@ -200,7 +200,7 @@ def select_stage(
         return _select(built, source, settings)
 
 
-def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) -> SelectOutcome:
+def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) -> PoolSelection:
     selector, name, pool = built.selector, built.name, source.pool
     root = settings.common.output_root / "selections"
     identity = source.identity(selector, with_rule=True)
@@ -232,7 +232,7 @@ def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) 
                 write_selection(selection, folder, scores=True)
             ranks.barrier()
     rows, coverage = expand_rows(selection, pool)
-    return SelectOutcome(
+    return PoolSelection(
         pool=pool,
         source=source,
         selection=selection,

@@ -10,10 +10,10 @@ import numpy as np
 from siftclip.datamodules.selection.selection import SUBSET_NAME, UNSCORED_KEY, WEIGHTS_NAME
 from siftclip.selectors.core.rules import TopCount
 from siftclip.selectors.methods.clip_score import ClipScore
-from siftclip.trainer.builders.selection import SelectOutcome
+from siftclip.trainer.builders.selection import PoolSelection
 
 
-def clip_score_overlap(features: str, outcome: SelectOutcome) -> float | None:
+def clip_score_overlap(features: str, outcome: PoolSelection) -> float | None:
     """Compute the share of the selected samples also kept by CLIP score, with as many samples.
 
     Args:
@@ -37,7 +37,7 @@ def counted(samples: int, distinct: int) -> str:
     return f"{samples} samples" + (f", {distinct} distinct" if distinct != samples else "")
 
 
-def describe_selection(outcome: SelectOutcome, overlap: float | None = None) -> str:
+def describe_selection(outcome: PoolSelection, overlap: float | None = None) -> str:
     """Describe a selection in a few lines, for the terminal."""
     manifest = outcome.selection.manifest
     cost = manifest["cost"]

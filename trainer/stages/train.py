@@ -28,7 +28,7 @@ from siftclip.trainer.builders.models import activations_of_weights, model_files
 from siftclip.trainer.builders.objective import LossData, open_loss_data
 from siftclip.trainer.builders.online_identity import online_identity
 from siftclip.trainer.builders.online_options import check_online, schedule_from
-from siftclip.trainer.builders.selection import SelectOutcome, select_stage
+from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.optim.schedules import check_schedule
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.cores import share_cores
@@ -87,7 +87,7 @@ _DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that 
 
 
 def run_identity(
-    settings: TrainCommand, selected: SelectOutcome, loss_data: LossData
+    settings: TrainCommand, selected: PoolSelection, loss_data: LossData
 ) -> dict[str, Any]:
     """Return all that the trained weights depend on; devices and workers do not belong to it."""
     return kept_identity(
@@ -154,7 +154,7 @@ def warn_of_other_code(run: RunDir, now: Environment) -> None:
 
 
 def run_dir_for(
-    settings: TrainCommand, selected: SelectOutcome, identity: dict[str, Any]
+    settings: TrainCommand, selected: PoolSelection, identity: dict[str, Any]
 ) -> RunDir:
     """Find the run's directory: `run_dir`, or one whose name stands for what the run depends on.
 
@@ -189,7 +189,7 @@ def run_dir_for(
 
 
 def train_stage(
-    settings: TrainCommand, *, wait: bool = False, selected: SelectOutcome | None = None
+    settings: TrainCommand, *, wait: bool = False, selected: PoolSelection | None = None
 ) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
@@ -227,7 +227,7 @@ def train_stage(
     return run
 
 
-def _loss_data(settings: TrainCommand, selected: SelectOutcome) -> LossData:
+def _loss_data(settings: TrainCommand, selected: PoolSelection) -> LossData:
     bound = settings.pool.max_bad_fraction
     return open_loss_data(settings.loss, selected, max_bad_fraction=bound)
 
@@ -242,7 +242,7 @@ def _alone(run: RunDir, ranks: Ranks, *, wait: bool) -> AbstractContextManager[N
 def _train(
     settings: TrainCommand,
     run: RunDir,
-    selected: SelectOutcome,
+    selected: PoolSelection,
     loss_data: LossData,
     identity: dict[str, Any],
 ) -> None:
@@ -286,7 +286,7 @@ def _train(
     finish(loggers)
 
 
-def plan_stage(settings: TrainCommand, *, selected: SelectOutcome | None = None) -> Forecast:
+def plan_stage(settings: TrainCommand, *, selected: PoolSelection | None = None) -> Forecast:
     """Forecast what a run of these settings will cost, from a few measured steps. Nothing is kept.
 
     Args:
@@ -340,7 +340,7 @@ def _say_what_begins(settings: TrainCommand) -> None:
 
 
 def run_parts(
-    settings: TrainCommand, selected: SelectOutcome, loss_data: LossData, folder: Path
+    settings: TrainCommand, selected: PoolSelection, loss_data: LossData, folder: Path
 ) -> RunParts:
     """Build what a run in a folder is made of, with a new model."""
     from siftclip.trainer.builders.assembly import new_model
@@ -387,7 +387,7 @@ def _resolved_budget(parts: RunParts, limits: BudgetSettings, budget: Budget) ->
 def _fit(
     settings: TrainCommand,
     run: RunDir,
-    selected: SelectOutcome,
+    selected: PoolSelection,
     loss_data: LossData,
     loggers: list[Logger],
 ) -> None:
@@ -513,7 +513,7 @@ def _evaluate(settings: EvalSections, run: RunDir, budget: Budget, loggers: list
 
 def _conclude(
     run: RunDir,
-    selected: SelectOutcome,
+    selected: PoolSelection,
     budget: Budget,
     loggers: list[Logger],
     *,

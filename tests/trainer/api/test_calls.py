@@ -277,7 +277,7 @@ def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
         siftclip.select(pool, np.eye(3), ClipScore(fraction=0.5))  # type: ignore[call-overload]
     with pytest.raises(InputError, match="select: captions has no place beside a pool"):
         siftclip.select(pool, None, ClipScore(fraction=0.5), captions=["a"])  # type: ignore[call-overload]
-    with pytest.raises(InputError, match="train: selection must be a SelectOutcome"):
+    with pytest.raises(InputError, match="train: selection must be a PoolSelection"):
         siftclip.train("a folder", VIT_TINY, samples_seen=9)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="model must be a run, a folder"):
         siftclip.evaluate(3, tmp_path)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ class Both:
 
     commands: Path
     python: Path
-    selection: siftclip.trainer.SelectOutcome
+    selection: siftclip.trainer.PoolSelection
     run: siftclip.RunDir
     results: Any
 
@@ -171,7 +171,7 @@ def test_a_selection_can_be_looked_at(
     written = selection.to_datacomp(tmp_path / "subset.npy")
     assert written.read_bytes() == (selection.folder / "selection.npy").read_bytes()
     shown = repr(selection)
-    assert shown.startswith("SelectOutcome(negcliploss: 120 samples of ")
+    assert shown.startswith("PoolSelection(negcliploss: 120 samples of ")
     assert repr(python_pool).endswith("240 samples in 1 tars)")
     assert repr(both.run) == f"RunDir({str(both.run.path)!r}, finished)"
     assert both.run.metrics["step"].max() == 6
