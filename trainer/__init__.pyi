@@ -4,8 +4,11 @@ from .api.evaluation import evaluate as evaluate
 from .api.features import Features as Features
 from .api.features import embed as embed
 from .api.features import embed_target as embed_target
+from .api.sections import CommonArguments as CommonArguments
+from .api.sections import LoadingArguments as LoadingArguments
 from .api.selecting import score as score
 from .api.selecting import select as select
+from .api.training import TrainArguments as TrainArguments
 from .api.training import plan as plan
 from .api.training import train as train
 from .builders.selection import PoolSelection as PoolSelection

@@ -69,6 +69,9 @@ def array_source(
     Raises:
         InputError: something that is required is missing, or shapes do not fit together.
     """
+    if isinstance(captions, str):
+        rule = "must be a list of texts, one for each sample"
+        raise ParameterError(rule, owner=owner, parameter="captions", value=captions)
     features = _features(requires, owner, images, texts)
     given = {
         **(images if isinstance(images, Mapping) else {"images": images, "texts": texts}),
@@ -125,22 +128,23 @@ def _features(
 ) -> dict[str, Tensor]:
     """Return what is required of the features, by key, of unit norm."""
     if isinstance(images, Mapping):
-        arrays = images
+        arrays, words = images, {}
     else:
-        both = {f"{GIVEN}_{IMAGE}": images, f"{GIVEN}_{TEXT}": texts}
+        names = {key.rpartition("_")[0] for key in requires.features}
+        name = names.pop() if len(names) == 1 else GIVEN  # of whichever set the selector reads
+        both = {f"{name}_{IMAGE}": images, f"{name}_{TEXT}": texts}
+        words = dict(zip(both, ("images", "texts"), strict=True))
         arrays = {key: values for key, values in both.items() if values is not None}
     for key in requires.features:
         if key not in arrays:
-            name, _, ending = key.rpartition("_")
-            parameter = {IMAGE: "images", TEXT: "texts"}.get(ending) if name == GIVEN else None
+            there = [words.get(name, name) for name in arrays]
             raise ParameterError(
-                f"must be given: the selector reads {parameter or key}",
+                f"must be given: the selector reads {words.get(key, 'that array')}",
                 owner=owner,
-                parameter=parameter or f"images[{key!r}]",
-                got=f"the arrays {sorted(arrays)}" if arrays else "none",
+                parameter=words.get(key, f"images[{key!r}]"),
+                got=f"the arrays {', '.join(there)}" if there else "no array",
             )
-    names = {f"{GIVEN}_{IMAGE}": "images", f"{GIVEN}_{TEXT}": "texts"}
-    return {key: unit_rows(arrays[key], names.get(key, key), owner) for key in requires.features}
+    return {key: unit_rows(arrays[key], words.get(key, key), owner) for key in requires.features}
 
 
 def unit_rows(values: Any, name: str, owner: object = None) -> Tensor:

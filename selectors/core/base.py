@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftclip.errors import InputError, ParameterError
+from siftclip.errors import InputError, ParameterError, check_names
 from siftclip.ranks import sum_arrays
 from siftclip.selectors.core.arrays import GIVEN, Array, Arrays, OtherArrays, array_source
 from siftclip.selectors.core.description import ARGUMENTS
@@ -220,7 +220,19 @@ def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:
     return choice
 
 
-class Selector(ABC):
+class _NamesArguments(ABCMeta):
+    """Says which argument was meant where a selector is built with one that it does not have."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError:  # of a base class, which names another class and no argument that is near
+            if not args:
+                check_names(cls, kwargs)
+            raise
+
+
+class Selector(metaclass=_NamesArguments):
     """A set function on samples: which are kept, and how often.
 
     The public attributes of an instance are its parameters, and stand for its answer: what it has
@@ -499,7 +511,7 @@ def make_rule(
             owner=owner,
             value={name: options[name] for name in given},
             got=" and ".join(given) or "none of them",
-            way_out="Set the others to null.",
+            way_out="Set the others to null." if given else "Such as fraction=0.3.",
         )
     if fraction is not None:
         return top_fraction(owner, fraction, of)

@@ -416,6 +416,7 @@ class MemorySource(Source):
         self._part_samples = part_samples or max(1, len(chunk))
         self.rows, self.uids = chunk.rows[order], chunk.uids[order]
         self.ranks, self.chunk_samples = ranks or OneRank(), chunk_samples
+        self._told: set[str] = set()
         devices = {values.device for values in chunk.features.values()}
         self.device = devices.pop() if devices else torch.device("cpu")
 
@@ -441,6 +442,11 @@ class MemorySource(Source):
 
     def cache(self, selector: object) -> Cache:
         return DictCache()
+
+    def warn(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            super().warn(text)
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
         return nullcontext(NoBar())

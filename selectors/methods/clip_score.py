@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from siftclip.errors import InputError
 from siftclip.selectors.core.base import Chunk, Requirements, RuleOptions, ScoreSelector
 from siftclip.selectors.core.source import IMAGE, TEXT, ReadsFeatures
 from siftclip.selectors.kernels.blocks import row_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def require_pairs(image_features: Tensor, text_features: Tensor) -> None:
+    """Raise InputError unless images and texts are vectors [n, d] of one width."""
+    if image_features.shape != text_features.shape:
+        raise InputError(
+            "Images and texts must be features [samples, dim] of one model. Got "
+            f"{list(image_features.shape)} and {list(text_features.shape)}."
+        )
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -31,6 +41,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
         >>> clip_score(images, texts)
         tensor([1.0000, 0.6000])
     """
+    require_pairs(image_features, text_features)
     scores = image_features.new_empty(len(image_features), dtype=torch.float32)
     pairs = row_blocks(image_features, text_features, scores)
     for image, text, block in pairs:

@@ -122,6 +122,15 @@ def call_by_name(
         raise
 
 
+def check_names(target: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Check the names of arguments, also of those that a constructor hands on to its base class.
+
+    Raises:
+        ParameterError: one is not known, with the one that was meant, or one is missing.
+    """
+    _check_names(target, given, checks_rest=True)
+
+
 def _check_names(
     target: Callable[..., Any], given: Mapping[str, Any], *, checks_rest: bool
 ) -> None:

@@ -65,7 +65,7 @@ def compare(
         InputError: an arm is wrong, the arms differ in budget, or there is nothing to evaluate on;
             all of this before the first run.
     """
-    require_known("compare", others, TrainArguments)
+    require_known(compare, others, TrainArguments)
     if not arms:
         raise ParameterError("must name at least one arm", owner="compare", parameter="arms")
     common = {key: value for key, value in others.items() if key in _COMMON}

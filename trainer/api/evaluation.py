@@ -19,6 +19,7 @@ from siftclip.trainer.api.sections import (
     common_settings,
     data_settings,
     model_place,
+    named_preset,
     require_known,
     trainer_settings,
 )
@@ -28,8 +29,6 @@ from siftclip.trainer.settings.commands import EvalCommand
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.given import given_group
 from siftclip.trainer.settings.model import ModelSettings
-from siftclip.trainer.settings.read_command import compose
-from siftclip.trainer.settings.store import composing
 from siftclip.trainer.stages.evaluation import (
     eval_share,
     eval_stage,
@@ -99,7 +98,7 @@ def evaluate(
         InputError: a model or a task is missing or damaged, or an option is wrong. Tasks that fail
             are in the results, and others are evaluated nevertheless.
     """
-    require_known("evaluate", common, LoadingArguments)
+    require_known(evaluate, common, LoadingArguments)
     in_memory = isinstance(model, ClipModel)
     settings = EvalCommand(
         common=common_settings(common),
@@ -136,8 +135,7 @@ def _eval_settings(
             got=repr(evaluation),
         )
     if suite is not None:
-        with composing():
-            of_suite = compose(_Suite, "eval", [f"eval={suite}"]).eval
+        of_suite = named_preset(_Suite, "eval", "eval", suite).eval
         own = {"suite": of_suite.suite, "tasks": of_suite.tasks, "groups": of_suite.groups}
         given = {**own, **given}
     settings: EvalSettings = given_group(EvalSettings, "eval", given)

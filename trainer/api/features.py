@@ -12,6 +12,7 @@ import numpy as np
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.features.store import open_features
 from siftclip.datamodules.pool.pool import Pool
+from siftclip.errors import ParameterError
 from siftclip.selectors.core.source import IMAGE, TEXT
 from siftclip.trainer.api.sections import (
     LoadingArguments,
@@ -52,7 +53,8 @@ class Features:
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Read all features: images float [n, d] and texts float [n, e], by the pool's rows.
 
-        NaN where a sample has none. This is for pools whose features fit into memory.
+        As they are stored, mostly as float16; NaN where a sample has none. This is for pools whose
+        features fit into memory.
         """
         keys = (f"{self.name}_{IMAGE}", f"{self.name}_{TEXT}")
         bound = self.pool.options.max_bad_fraction
@@ -86,6 +88,14 @@ def pool_features(pool: Pool, features: Features | str | None) -> Features:
     """
     if isinstance(features, Features):
         return features
+    if features is not None and "/" in features:
+        raise ParameterError(
+            "must be what siftclip.embed returns, or the name of a feature set of the pool's "
+            "metadata",
+            parameter="features",
+            value=features,
+            way_out="Features in a folder: siftclip.embed(pool, model, folder=...).",
+        )
     own = {} if features is None else {"name": features}
     settings = given_group(FeaturesSettings, "features", {"name": "l14", "model": None, **own})
     return Features(pool=pool, settings=settings, folder=None)
@@ -133,7 +143,7 @@ def embed(
     """
     from siftclip.trainer.stages.embed import embed_stage
 
-    require_known("embed", common, LoadingArguments)
+    require_known(embed, common, LoadingArguments)
     pool = require_pool("embed", pool)
     root = None if folder is None else str(folder)
     settings = EmbedCommand(
@@ -179,7 +189,7 @@ def embed_target(
     from siftclip.trainer.settings.tools import TargetSettings
     from siftclip.trainer.stages.target import target_stage
 
-    require_known("embed_target", common, LoadingArguments)
+    require_known(embed_target, common, LoadingArguments)
     settings = TargetCommand(
         common=common_settings(common),
         features=features_settings(model, pretrained, name=name),

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, get_type_hints
 
 from siftclip.datamodules.pool.pool import Pool
-from siftclip.errors import ParameterError
+from siftclip.errors import InputError, ParameterError
 from siftclip.selectors.core.base import Selector
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.composed import Composed, composed
 from siftclip.trainer.settings.data import DataSettings
-from siftclip.trainer.settings.fields.rules import near
+from siftclip.trainer.settings.fields.rules import hints, near
 from siftclip.trainer.settings.fields.section import Section, to_plain
 from siftclip.trainer.settings.given import given_group
 from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.pool import PoolSettings
+from siftclip.trainer.settings.read_command import compose
+from siftclip.trainer.settings.store import STORED, composing
 
 T = TypeVar("T")
+
+_PATH = re.compile(r"~|\.{0,2}/|[^:]*/[^:]*/")  # no name of open_clip, and none of a hub
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Options: TypeAlias = Section | Mapping[str, Any] | str | None  # a group, see `given_group`
@@ -46,27 +53,72 @@ class LoadingArguments(CommonArguments, total=False):
     data: Options
 
 
-def require_known(owner: str, given: Mapping[str, Any], kind: type) -> None:
+def require_known(function: Callable[..., Any], given: Mapping[str, Any], kind: type) -> None:
     """Refuse arguments that a function does not have.
 
     Args:
-        owner: the function.
+        function: whose arguments they are.
         given: its arguments beside those that it names.
         kind: a TypedDict of those that it takes.
 
     Raises:
         ParameterError: one is not among them; with the one that was meant, where one is near.
     """
-    known = list(get_type_hints(kind))
+    takes = list(get_type_hints(kind))
     for name in given:
-        if name not in known:
-            close = near(name, known)
+        if name not in takes:
+            named = [each for each in inspect.signature(function).parameters if each not in _REST]
             raise ParameterError(
-                f"is not a parameter of {owner}",
-                owner=owner,
+                f"is not a parameter of {function.__name__}",
+                owner=function,
                 parameter=name,
-                way_out=f"Did you mean {close}?" if close else f"There are {', '.join(known)}.",
+                way_out=_meant(name, [*named, *takes]),
             )
+
+
+_REST = ("others", "common")
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """Say which argument was meant, or which group of options has one of that name."""
+    close = near(name, known)
+    if close:
+        return f"Did you mean {close}?"
+    groups = [stored.group for stored in STORED if name in hints(stored.kind)]
+    group = next((group for group in groups if group in known), None)
+    if group is not None:
+        return f'It is an option of {group}: {group}={{"{name}": ...}}.'
+    return f"There are {', '.join(known)}."
+
+
+def named_preset(kind: type[T], command: str, group: str, name: str, *more: str) -> T:
+    """Compose what the command line calls GROUP=NAME: a scale, a suite of tasks, a model.
+
+    Args:
+        kind: what is wanted of it.
+        command: whose configuration it is.
+        group: of the configuration.
+        name: in this group.
+        *more: further overrides.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    known = preset_names(group)
+    if name not in known:
+        close = near(name, known)
+        hint = f" Did you mean {close}?" if close else ""
+        raise InputError(f"{group} must be one of {', '.join(known)}. Got {name!r}.{hint}")
+    with composing():
+        return compose(kind, command, [f"{group}={name}", *more])
+
+
+def preset_names(group: str) -> list[str]:
+    """Return the names that the command line has for a group."""
+    folder = files("siftclip.configs").joinpath(group)
+    of_files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    stored = [each.name for each in STORED if each.group == group]
+    return sorted({*stored, *(name.removesuffix(".yaml") for name in of_files)})
 
 
 def common_settings(
@@ -132,14 +184,14 @@ def require_type(owner: str, parameter: str, value: Any, kind: type[T], way_out:
 
 def require_pool(owner: str, pool: Any) -> Pool:
     """Return an argument if it is a pool; a folder or URL is opened."""
-    if isinstance(pool, str | Path):
+    if isinstance(pool, str | os.PathLike):
         return Pool(pool)
     return require_type(owner, "pool", pool, Pool, 'Open one: siftclip.Pool("/data/pool").')
 
 
 def require_selector(owner: str, selector: Any) -> Selector:
     """Return an argument if it is a selector."""
-    way_out = "Such as siftclip.selectors.ClipScore(fraction=0.3)."
+    way_out = "Such as siftclip.selectors.ClipScore(fraction=0.3); arrays come as features=..."
     return require_type(owner, "selector", selector, Selector, way_out)  # type: ignore[type-abstract]  # mypy 4717
 
 
@@ -151,6 +203,9 @@ def model_place(model: Any) -> str:
     """
     if isinstance(model, RunDir):
         return os.fspath(model.path)
+    looks_like_path = isinstance(model, Path) or (isinstance(model, str) and _PATH.match(model))
+    if looks_like_path and not Path(model).exists():
+        raise ParameterError("must be a folder that is there", parameter="model", value=str(model))
     if not isinstance(model, str | os.PathLike):
         raise ParameterError(
             "must be a run, a folder, or a name in open_clip",

@@ -62,7 +62,7 @@ def score(
     Raises:
         InputError: the selector chooses sets and has no scores, or a file is missing or damaged.
     """
-    require_known("score", common, CommonArguments)
+    require_known(score, common, CommonArguments)
     opened, settings = select_settings("score", pool, features, selector, name=name, common=common)
     return score_stage(settings, pool=opened).scores
 
@@ -137,7 +137,7 @@ def select(
         >>> selection.scores
         array([1. , 0.8], dtype=float32)
     """
-    require_known("select", common, CommonArguments)
+    require_known(select, common, CommonArguments)
     chosen = require_selector("select", selector)
     arrays = {"captions": captions, "sizes": sizes, "column": column, "uids": uids}
     given = [key for key, value in arrays.items() if value is not None]
@@ -172,8 +172,15 @@ def select_settings(
             got=type(features).__name__,
             way_out="Arrays in memory are selected from without a pool: select(features=...).",
         )
-    of_pool = pool_features(opened, features)
     chosen = require_selector(owner, selector)
+    if features is None and bind_features(chosen, GIVEN) is not chosen:
+        raise ParameterError(
+            f"must be given: {type(chosen).__name__} reads features and names none",
+            owner=owner,
+            parameter="features",
+            way_out='Give what siftclip.embed returns, or the name of a set, such as "l14".',
+        )
+    of_pool = pool_features(opened, features)
     return opened, SelectSections(
         common=common_settings(common),
         pool=pool_settings(opened),

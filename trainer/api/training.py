@@ -16,6 +16,9 @@ from siftclip.trainer.api.sections import (
     PathLike,
     common_settings,
     data_settings,
+    model_place,
+    named_preset,
+    preset_names,
     recorded,
     require_known,
     require_type,
@@ -27,14 +30,13 @@ from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import SelectSections, TrainCommand
 from siftclip.trainer.settings.data import BudgetSettings, ScaleSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.given import given_group, named_group
 from siftclip.trainer.settings.lightning import LoggerSettings
 from siftclip.trainer.settings.loss import LossSettings, ObjectLoss
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
-from siftclip.trainer.settings.read_command import compose
-from siftclip.trainer.settings.store import composing
 from siftclip.trainer.stages.train import plan_stage, train_stage
 
 if TYPE_CHECKING:
@@ -73,6 +75,20 @@ class TrainArguments(LoadingArguments, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Loop:
+    """What a name of selection in the loop sets."""
+
+    online: OnlineSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    """What a name of a model sets."""
+
+    model: ModelSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
     """What a scale of the command line sets."""
 
@@ -96,11 +112,15 @@ def train(
 
     Args:
         selection: from `select` with a pool.
-        model: its name in open_clip; or all of its settings, or those that differ.
+        model: its name in open_clip, or a name of the command line such as "vit_tiny"; or all of
+            its settings, or those that differ.
         pretrained: an open_clip tag or a checkpoint file to begin with; None: random weights.
         samples_seen: to train on, repetitions counted; rounded up to full batches.
         global_batch_size: samples per step over all devices; None: 4096, DataComp's.
-        **others: see `TrainArguments`.
+        **others: the groups `loss`, `optim`, `online`, `data`, `trainer`, `logger`, `evaluation`;
+            `tasks`, a folder of tasks that the trained model is evaluated on; `budget`, the length
+            in another unit; `scale`, the name of a recipe; `seed`, `run_dir`, `output_dir`,
+            `progress`, `reuse`. See `siftclip.trainer.TrainArguments`.
 
     Raises:
         InputError: an option or a file is wrong; found before the first step where possible.
@@ -157,8 +177,9 @@ def train_settings(
     others: Mapping[str, Any],
 ) -> TrainCommand:
     """Return the options of a training; see `train` for the arguments."""
-    require_known("train", others, TrainArguments)
-    recipe = None if others.get("scale") is None else _recipe(others["scale"])
+    require_known(train, others, TrainArguments)
+    scale = others.get("scale")
+    recipe = None if scale is None else named_preset(_Recipe, "train", "scale", scale)
     loss = _loss(others.get("loss"))
     trained = _model(model, pretrained, loss_name=loss.name, recipe=recipe)
     if samples_seen is None and others.get("budget") is None and recipe is None:
@@ -168,7 +189,6 @@ def train_settings(
             parameter="samples_seen",
             value=None,
         )
-    follows = {"features.name": selected.features.name}
     common = common_settings(
         {"output_dir": selected.common.output_dir, **others},
         seed=others.get("seed", 0),
@@ -184,20 +204,13 @@ def train_settings(
         "model": trained,
         "loss": loss,
         "optim": _optim(others.get("optim"), recipe),
-        "online": given_group(
-            OnlineSettings, "online", _with_nodes(others.get("online")), follows=follows
-        ),
+        "online": _online(others.get("online"), selected.features.name),
         "eval": _evaluation(others),
         "logger": given_group(LoggerSettings, "logger", others.get("logger")),
         "scale": _scale(samples_seen, global_batch_size, recipe),
         "budget": given_group(BudgetSettings, "budget", others.get("budget")),
     }
     return TrainCommand(**sections, composed=recorded(**sections))
-
-
-def _recipe(name: str) -> _Recipe:
-    with composing():
-        return compose(_Recipe, "train", [f"scale={name}"])
 
 
 def _scale(
@@ -226,13 +239,31 @@ def _model(
                 'must be given, such as "ViT-B-32"', owner="train", parameter="model", value=None
             )
         return recipe.model
-    given = {"name": model} if isinstance(model, str) else {**model}
+    if isinstance(model, str):
+        return _named_model(model, pretrained, loss_name)
+    given = {**model}
     if pretrained is not None:
         given["pretrained"] = pretrained
-    # such as the initial scale and bias of SigLIP
-    beside = named_group("loss", loss_name).beside.get("model", {})
-    settings: ModelSettings = given_group(ModelSettings, "model", {**beside, **given})
+    settings: ModelSettings = given_group(ModelSettings, "model", {**_beside(loss_name), **given})
     return settings
+
+
+def _named_model(name: str, pretrained: str | None, loss_name: str) -> ModelSettings:
+    """Return the settings of a name of open_clip, or of one that the command line has."""
+    beside = _beside(loss_name)
+    if name in preset_names("model"):
+        settings = named_preset(_Named, "train", "model", name).model
+        given = {**to_plain(settings), **beside, "pretrained": pretrained or settings.pretrained}
+    else:
+        given = {**beside, "name": model_place(name), "pretrained": pretrained}
+    named: ModelSettings = given_group(ModelSettings, "model", given)
+    return named
+
+
+def _beside(loss_name: str) -> Mapping[str, Any]:
+    """Return what a loss sets of the model, such as SigLIP's initial scale and bias."""
+    beside: Mapping[str, Any] = named_group("loss", loss_name).beside.get("model", {})
+    return beside
 
 
 def _loss(given: Any) -> LossSettings:
@@ -258,6 +289,16 @@ def _evaluation(others: Mapping[str, Any]) -> EvalSettings:
         rule = "must be given in evaluation, as its root, where that is a whole EvalSettings"
         raise ParameterError(rule, owner="train", parameter="tasks", value=tasks)
     settings = given_group(EvalSettings, "eval", {"root": os.fspath(tasks), **(given or {})})
+    return settings
+
+
+def _online(given: Any, features: str) -> OnlineSettings:
+    if isinstance(given, str):  # with the selector that the command line has for it
+        more = f"features.name={features}"
+        return named_preset(_Loop, "train", "online", given, more).online
+    settings: OnlineSettings = given_group(
+        OnlineSettings, "online", _with_nodes(given), follows={"features.name": features}
+    )
     return settings
 
 

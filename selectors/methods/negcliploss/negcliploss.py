@@ -29,7 +29,7 @@ from siftclip.selectors.core.rules import Threshold, TopFraction
 from siftclip.selectors.core.source import IMAGE, TASK_SAMPLES, TEXT, ReadsFeatures
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums
-from siftclip.selectors.methods.clip_score import clip_score
+from siftclip.selectors.methods.clip_score import clip_score, require_pairs
 from siftclip.selectors.methods.negcliploss.screening import Screening, usable_blocks
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def negcliploss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
         >>> negcliploss(images, images, temperature=1.0)  # of each pair, among both
         tensor([-0.3133, -0.3133])
     """
+    require_pairs(image, text)
     row, column = pair_log_sums(image, text, temperature)
     return clip_score(image, text) - temperature / 2 * (row + column)
 

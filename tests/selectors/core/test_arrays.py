@@ -165,6 +165,35 @@ def test_wrong_arrays_are_told(selector: Any, arrays: list[Any], message: str) -
         selector(fraction=0.3).scores(*arrays)
 
 
+def test_arrays_are_those_of_the_set_that_is_named(pairs: tuple[np.ndarray, np.ndarray]) -> None:
+    named = ClipScore(features="l14", fraction=0.3)
+    assert np.array_equal(named.scores(*pairs), ClipScore(fraction=0.3).scores(*pairs))
+    with pytest.raises(InputError, match=r"texts must be given.*Got the arrays images\."):
+        named.scores(pairs[0])
+
+
+@pytest.mark.parametrize("make", [NegCLIPLoss, ClipScore])
+def test_images_and_texts_are_of_one_model(make: Any) -> None:
+    with pytest.raises(InputError, match=r"Images and texts .* \[3, 3\] and \[3, 2\]"):
+        make(fraction=0.3).scores(np.eye(3), np.eye(3)[:, :2] + 1)
+
+
+def test_captions_are_no_single_text() -> None:
+    with pytest.raises(InputError, match="captions must be a list of texts"):
+        BasicFilter().scores(captions="abc", sizes=np.ones((3, 2)))
+
+
+def test_arguments_that_a_selector_does_not_have() -> None:
+    with pytest.raises(ParameterError, match=r"ClipScore: frac is not .* Did you mean fraction\?"):
+        ClipScore(frac=0.3)  # type: ignore[call-arg]
+    with pytest.raises(ParameterError, match=r"NormSim: target must be given"):
+        NormSim(fraction=0.3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        ClipScore("l14", fraction=0.3)  # type: ignore[misc]
+    with pytest.raises(ParameterError, match=r"Got none of them\. Such as fraction=0\.3"):
+        ClipScore()
+
+
 def test_wrong_uids_and_missing_captions_are_told() -> None:
     with pytest.raises(ParameterError, match="uids must be uint64"):
         ClipScore(fraction=0.3).scores(np.eye(3), np.eye(3), uids=np.arange(3))

@@ -39,7 +39,7 @@ from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.settings.given import given_group
 from siftclip.trainer.settings.loss import LossSettings, SigLipLoss
 from siftclip.trainer.settings.model import ModelSettings
-from siftclip.trainer.settings.online import EveryNStepsSettings, OnlineSettings
+from siftclip.trainer.settings.online import EveryNStepsSettings, EveryStepSettings, OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.stages.train import train_stage
 
@@ -247,12 +247,18 @@ def test_a_model_in_memory_is_evaluated(
     ("arguments", "message"),
     [
         ({}, "train: samples_seen must be given, or budget, or scale"),
-        ({"samples_seen": 96, "lr": 1e-3}, "train: lr is not a parameter of train"),
+        ({"samples_seen": 96, "lr": 1e-3}, r'lr is not .* option of optim: optim=\{"lr": \.\.\.\}'),
+        ({"samples_seen": 96, "batch_size": 8}, "Did you mean global_batch_size"),
+        ({"scale": "tinny"}, r"scale must be one of .*Got 'tinny'\. Did you mean tiny"),
         ({"samples_seen": 96, "optims": {}}, "Did you mean optim"),
         ({"samples_seen": 96, "optim": {"lrr": 1}}, "optim.lrr is not an option. Did you mean"),
         ({"samples_seen": 96, "optim": "sgd"}, r"optim must be one of \['adamw'\]. Got 'sgd'"),
         ({"samples_seen": 0}, "scale.samples_seen must be an integer of at least 1"),
-        ({"samples_seen": 96, "online": "every_step"}, "online.selector must be given"),
+        (
+            {"samples_seen": 96, "online": {"cadence": "every_step"}},
+            "online.selector must be given",
+        ),
+        ({"samples_seen": 96, "online": "every_stop"}, "Did you mean every_step"),
         (
             {"samples_seen": 96, "online": {"cadence": "every_step", "selector": "jest"}},
             "online.selector must be a selector",
@@ -271,6 +277,19 @@ def test_wrong_arguments_of_train(
 
 
 def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"arrays come as features="):
+        siftclip.select(PAIRS, ClipScore(fraction=0.5))  # type: ignore[call-overload]
+    with pytest.raises(InputError, match=r"features must be given: ClipScore reads features"):
+        siftclip.select(pool, None, ClipScore(fraction=0.5))
+    with pytest.raises(InputError, match=r"features must be what siftclip\.embed returns.*/tmp/x"):
+        siftclip.select(pool, "/tmp/x", ClipScore(fraction=0.5))
+    for place in ("out/demo/teachr", "./teachr", tmp_path / "teachr"):
+        with pytest.raises(InputError, match="model must be a folder that is there"):
+            siftclip.embed(pool, place)
+        with pytest.raises(InputError, match="model must be a folder that is there"):
+            siftclip.evaluate(place, tmp_path)
+    with pytest.raises(InputError, match="eval must be one of"):
+        siftclip.evaluate("ViT-B-32", tmp_path, "openai", suite="fest")
     with pytest.raises(InputError, match=r"select: selector must be a Selector. Got str"):
         siftclip.select(pool, None, "clip_score")  # type: ignore[call-overload]
     with pytest.raises(InputError, match=r"select: features must be what siftclip\.embed returns"):
@@ -303,6 +322,18 @@ def test_groups_as_objects_mappings_and_names() -> None:
     )
     assert isinstance(loop, EveryNStepsSettings)
     assert (loop.every_n_steps, loop.reference.features.name) == (7, "b32")
+
+
+def test_names_of_the_command_line() -> None:
+    from siftclip.trainer.api.training import _model, _online
+
+    tiny = _model("vit_tiny", None, loss_name="clip", recipe=None)
+    assert tiny == given_group(ModelSettings, "model", VIT_TINY)
+    assert _model("ViT-B-32", "openai", loss_name="clip", recipe=None).pretrained == "openai"
+    online = _online("every_step", "b32")
+    assert isinstance(online, EveryStepSettings)
+    assert online.selector.name == "jest"
+    assert online.reference.features.name == "b32"
 
 
 def test_siglip_brings_its_initial_scale_and_bias() -> None:
