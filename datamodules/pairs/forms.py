@@ -70,8 +70,7 @@ def checked_transform(transform: Transform) -> Transform:
             owner="SelectedPairs",
             parameter="transform",
             got=_kind(image),
-            way_out="A pipeline of torchvision ends with ToTensor(), or with PILToTensor() and "
-            "ToDtype(torch.float32, scale=True).",
+            way_out="End a pipeline of torchvision with ToTensor().",
         )
     return transform
 

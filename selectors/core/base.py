@@ -511,7 +511,7 @@ def make_rule(
             owner=owner,
             value={name: options[name] for name in given},
             got=" and ".join(given) or "none of them",
-            way_out="Set the others to null." if given else "Such as fraction=0.3.",
+            way_out="Set the others to null." if given else "A fraction of 0.3 is usual.",
         )
     if fraction is not None:
         return top_fraction(owner, fraction, of)

@@ -71,7 +71,7 @@ def check_on_ranks(loss: ContrastiveLoss) -> None:
         faults = [json.loads(path.read_text()) for path in in_time]
         done = len(list(place.glob("done*")))
     # What is wrong comes first, and then what the other ranks say when one has left them.
-    for kind in ("wrong", "unknown", "failed"):
+    for kind in ("wrong", "unknown", "failed", "left"):
         for fault in faults:
             assert fault["kind"] != kind, fault["text"]
     assert done == len(ranks), f"{len(ranks) - done} of {len(ranks)} ranks ended without an answer"
@@ -100,8 +100,9 @@ def _run(rank: int, folder: Path) -> None:
                 _compare_in_group(loss, folder / f"group{world_size}", rank, world_size)
     except AssertionError as error:
         return _leave(folder, rank, "wrong", str(error))
-    except Exception:
-        return _leave(folder, rank, "failed", traceback.format_exc())
+    except Exception as error:
+        kind = "left" if "gloo" in str(error) else "failed"  # by a rank that has ended
+        return _leave(folder, rank, kind, traceback.format_exc())
     (folder / f"done{rank}").touch()
     return None
 

@@ -190,7 +190,7 @@ def test_arguments_that_a_selector_does_not_have() -> None:
         NormSim(fraction=0.3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="positional"):
         ClipScore("l14", fraction=0.3)  # type: ignore[misc]
-    with pytest.raises(ParameterError, match=r"Got none of them\. Such as fraction=0\.3"):
+    with pytest.raises(ParameterError, match=r"Got none of them\. A fraction of 0.3"):
         ClipScore()
 
 
