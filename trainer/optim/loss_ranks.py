@@ -6,6 +6,7 @@ import copy
 import json
 import multiprocessing
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +34,7 @@ from siftclip.trainer.optim.loss_samples import (
 WORLD_SIZES = (2, 4)
 MICRO_BATCHES = 2  # of a rank, in the second step
 TIMEOUT = timedelta(seconds=60)  # of a collective
+_SLOW_IMPORTS = ("open_clip.loss",)
 GRACE_SECONDS = 2.0  # in which the others say what is wrong, too
 _WAY_OUT = (
     "Define its class in a module that Python can import, not in a function, a notebook or a "
@@ -57,8 +59,13 @@ def check_on_ranks(loss: ContrastiveLoss) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "loss.pkl").write_bytes(pickled)
-        spawn = multiprocessing.get_context("spawn")
-        ranks = [spawn.Process(target=_run, args=(rank, place)) for rank in range(WORLD_SIZES[-1])]
+        # Forked from a process that has imported once what takes seconds: torch, and what the loss
+        # has needed here so far.
+        context = multiprocessing.get_context("forkserver")
+        needed = [name for name in _SLOW_IMPORTS if name in sys.modules]
+        context.set_forkserver_preload([__name__, *needed])
+        processes = range(WORLD_SIZES[-1])
+        ranks = [context.Process(target=_run, args=(rank, place)) for rank in processes]
         for process in ranks:
             process.start()
         try:
