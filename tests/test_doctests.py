@@ -26,7 +26,7 @@ EXAMPLES = {
         *("TopFraction", "TopCount", "DataCompFraction", "Threshold", "AsGiven"),
         *("SoftmaxSampling", "SoftCapSampling", "HardCapSampling"),
         *("KMeans", "ClusterId", "MemorySource", "ListColumn", "Requirements", "SubBatch"),
-        *("ScoreSelector", "check_selector"),
+        *("ReadsFeatures", "ScoreSelector", "check_selector"),
     ],
     "siftclip.selectors.methods.clip_score": ["clip_score"],
     "siftclip.selectors.methods.negcliploss.negcliploss": ["negcliploss"],

@@ -22,7 +22,7 @@ from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.scaffold.packages import KINDS, write_package
 
 ROOT = Path(__file__).parents[3]
-NAMES = {"selector": "caption_words", "loss": "focal", "task": "counting"}
+NAMES = {"selector": "repeated_words", "loss": "focal", "task": "counting"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,8 @@ def test_the_packages_work_in_the_commands(
     words = [option for option in base if not option.startswith("scale.samples")]
     run(
         *("-m", "siftclip.trainer.cli", "train", *words, "scale.samples_seen=160"),
-        *("selector=plugin", "selector.plugin=caption_words", "+selector.words=4"),
+        *("selector=plugin", "selector.plugin=repeated_words", "+selector.penalty=0.1"),
+        "+selector.features=noise",
         *("loss=plugin", "loss.plugin=focal", "loss.parameters.gamma=2"),
         *("trainer.micro_batch_size=8", "online=every_epoch"),
     )
@@ -108,7 +109,7 @@ def test_the_packages_work_in_the_commands(
     summary = RunDir(path=path).summary
     assert summary is not None
     assert summary["steps"] == 10
-    assert path.name.startswith("caption_words+infobatch-s0-")
+    assert path.name.startswith("repeated_words+infobatch-s0-")
     write_counting_task(tmp_path / "tasks" / "wds_counted")
     printed = run(
         *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tmp_path / 'tasks'}"),
@@ -120,17 +121,17 @@ def test_the_packages_work_in_the_commands(
 
 
 def test_files_of_a_package(tmp_path: Path) -> None:
-    files = write_package("selector", "caption_words", tmp_path / "new")
+    files = write_package("selector", "repeated_words", tmp_path / "new")
     assert [path.name for path in files] == [
         "pyproject.toml",
         "README.md",
-        "caption_words_selector.py",
-        "test_caption_words_selector.py",
+        "repeated_words_selector.py",
+        "test_repeated_words_selector.py",
     ]
     code = files[2].read_text()
-    assert "class CaptionWords(ScoreSelector):" in code
+    assert "class RepeatedWords(ReadsFeatures, ScoreSelector):" in code
     assert len(code.splitlines()) <= 40
-    assert 'caption_words = "caption_words_selector:CaptionWords"' in files[0].read_text()
+    assert 'repeated_words = "repeated_words_selector:RepeatedWords"' in files[0].read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
