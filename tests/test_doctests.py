@@ -34,7 +34,7 @@ EXAMPLES = {
     "siftclip.datamodules.index.uids": ["derive_uid", "format_uid", "parse_uids"],
     "siftclip.eval": ["averages", "check_task_kind", "example_image"],
     "siftclip.eval.metrics.outcomes": ["mean_metrics"],
-    "siftclip.trainer": ["Budget", "Schedule"],
+    "siftclip.trainer": ["Budget", "ContrastiveLoss", "Schedule"],
     "siftclip.trainer.optim.schedules": ["lr_factor"],
 }
 NAMES = [f"{module}:{name}" for module, names in EXAMPLES.items() for name in names]
