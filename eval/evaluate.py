@@ -43,6 +43,7 @@ from siftclip.eval.results.files import (
 )
 from siftclip.eval.significance.resampling import replicates, task_interval
 from siftclip.eval.tasks.images import ImageTable, content_id, image_ids
+from siftclip.eval.tasks.kinds.registry import find_kind
 from siftclip.eval.tasks.kinds.values import Task, TaskSamples, TaskScores
 from siftclip.eval.tasks.preparation import PreparedTasks, TaskData, TaskFailure, prepare_tasks
 from siftclip.locks import lock_beside, locked
@@ -155,12 +156,13 @@ def evaluate_tasks(
                 results_path, identity, identities, stamps, ranks, {*again, *broken}, options
             )
         wanted = tasks.without(set(done))
-        if done and results_path is not None and ranks.rank == 0:
+        reused = done.keys() & identities.keys()  # the file may hold those of other tasks, too
+        if reused and results_path is not None and ranks.rank == 0:
             # the file of the lines is written again each time, those of the outcomes are not
-            files = [outcomes_path(results_path, key) for key in done]
+            files = [outcomes_path(results_path, key) for key in reused]
             files = [file for file in files if file.exists()] or [results_path]
             oldest = min(files, key=lambda file: file.stat().st_mtime)
-            say_reused(f"the results of {len(done)} of {len(identities)} tasks", oldest)
+            say_reused(f"the results of {len(reused)} of {len(identities)} tasks", oldest)
         _require_agreement(ranks, [identity, *(identities[data.task.name] for data in wanted.data)])
         evaluator = _Evaluator(
             clip,
@@ -440,6 +442,7 @@ class _Evaluator:
                 f"The main metric of {task.name} must be one of {sorted(metrics)}. "
                 f"Got {task.main_metric!r}."
             )
+        kind = find_kind(task.kind)
         main = None if task.main_metric is None else metrics[task.main_metric]
         outcomes = None if main is None else scores.outcomes.get(str(task.main_metric))
         return TaskResult(
@@ -454,6 +457,7 @@ class _Evaluator:
             task=self.identities[task.name],
             tars=self.stamps[task.name],
             family=task.family,
+            chance=kind.chance if task.main_metric == kind.main_metric else None,
             outcomes=outcomes,
             units=units,
         )

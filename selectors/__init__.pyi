@@ -29,6 +29,7 @@ from .core.source import FeatureFile as FeatureFile
 from .core.source import ListColumn as ListColumn
 from .core.source import Logits as Logits
 from .core.source import MemorySource as MemorySource
+from .core.source import ReadsFeatures as ReadsFeatures
 from .core.source import Requirements as Requirements
 from .core.source import Source as Source
 from .core.source import WorkUnit as WorkUnit

@@ -26,7 +26,7 @@ EXAMPLES = {
         *("TopFraction", "TopCount", "DataCompFraction", "Threshold", "AsGiven"),
         *("SoftmaxSampling", "SoftCapSampling", "HardCapSampling"),
         *("KMeans", "ClusterId", "MemorySource", "ListColumn", "Requirements", "SubBatch"),
-        *("ScoreSelector", "check_selector"),
+        *("ReadsFeatures", "ScoreSelector", "check_selector"),
     ],
     "siftclip.selectors.methods.clip_score": ["clip_score"],
     "siftclip.selectors.methods.negcliploss.negcliploss": ["negcliploss"],
@@ -34,7 +34,7 @@ EXAMPLES = {
     "siftclip.datamodules.index.uids": ["derive_uid", "format_uid", "parse_uids"],
     "siftclip.eval": ["averages", "check_task_kind", "example_image"],
     "siftclip.eval.metrics.outcomes": ["mean_metrics"],
-    "siftclip.trainer": ["Budget", "Schedule"],
+    "siftclip.trainer": ["Budget", "ContrastiveLoss", "Schedule"],
     "siftclip.trainer.optim.schedules": ["lr_factor"],
 }
 NAMES = [f"{module}:{name}" for module, names in EXAMPLES.items() for name in names]

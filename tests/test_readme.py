@@ -178,6 +178,7 @@ def test_guide_names_every_selector() -> None:
     ("text", "name", "options"),
     [
         (README, "CaptionLength", {"fraction": 0.3}),
+        (SELECTORS, "RepeatedWords", {"fraction": 0.3}),
         (SELECTORS, "Unusual", {"fraction": 0.3}),
         (SELECTORS, "EverySecond", {}),
     ],

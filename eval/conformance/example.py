@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from siftclip.eval.tasks.task import (
     TYPE_FILE,
     read_task,
 )
+from siftclip.files import write_tar
 
 WIDTH = 16  # of the made-up features
 _SIDE_PIXELS = 24
@@ -70,15 +70,14 @@ class KindExample:
                 (root / name).write_text("\n".join(lines), encoding="utf-8")
         numbers = range(len(self.samples)) if order is None else order
         for tar, part in enumerate(np.array_split(np.asarray(numbers), tars)):
-            with tarfile.open(root / TEST_SPLIT / f"{tar}.tar", "w") as archive:
-                for number in part.tolist():
-                    members = self._members(number)
-                    if labels is not None and number in labels:
-                        members[self.kind.suffix] = labels[number]
-                    for suffix, data in members.items():
-                        info = tarfile.TarInfo(f"{key_of(number)}.{suffix}")
-                        info.size = len(data)
-                        archive.addfile(info, io.BytesIO(data))
+            members = []
+            for number in part.tolist():
+                of_sample = self._members(number)
+                if labels is not None and number in labels:
+                    of_sample[self.kind.suffix] = labels[number]
+                key = key_of(number)
+                members += [(f"{key}.{suffix}", data) for suffix, data in of_sample.items()]
+            write_tar(root / TEST_SPLIT / f"{tar}.tar", members)
         return root
 
     def _members(self, number: int) -> dict[str, bytes]:

@@ -50,6 +50,8 @@ def check_declaration(example: KindExample) -> None:
     assert suffix == suffix.lower().strip(".") != "", "suffix must be in lower case, without a dot"
     assert suffix not in IMAGE_SUFFIXES, "suffix must not be that of an image"
     assert not kind.one_class or kind.has_classes, "one_class needs has_classes"
+    is_share = kind.chance is None or 0 <= kind.chance <= 1
+    assert is_share, f"chance must be a share in [0, 1]. It is {kind.chance}"
     assert len(example.samples) >= _LEAST_SAMPLES, f"give at least {_LEAST_SAMPLES} samples"
     labelled = all(suffix in sample for sample in example.samples)
     assert labelled, f"each example sample must have its label, {suffix!r}"

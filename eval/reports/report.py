@@ -233,10 +233,12 @@ def result_note(result: TaskResult) -> str:
 
 
 def chance_level(result: TaskResult) -> float | None:
-    """Return what guessing scores on the main metric, where DataComp's task list says so.
+    """Return what guessing scores on the main metric, where its kind or DataComp's list says so.
 
-    It depends on the frequency of the classes: a set of another size has another level.
+    In the list it depends on the frequency of the classes: a set of another size has another level.
     """
+    if result.chance is not None:
+        return result.chance
     known = KNOWN_TASKS.get(result.key)
     if known is None or result.main_metric_name not in (known.main_metric, MAIN_METRIC):
         return None

@@ -23,6 +23,7 @@ from siftclip.eval.results.result_checks import (
     check_outcomes,
     require_count,
     require_number,
+    require_share,
     require_text,
 )
 from siftclip.eval.significance.resampling import point_value
@@ -54,6 +55,7 @@ class TaskResult:
     task: str | None = None  # identities.task_identity of the task and how it was scored
     tars: str | None = None  # identities.tars_stamp of the files that it was read from
     family: str = OWN_FAMILY
+    chance: float | None = None  # what guessing scores on the main metric, where the kind says so
     # What the main metric is made of, and which image or instance each unit is, uint64 [n]. None
     # where there is no main metric, and where the file is gone.
     outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
@@ -166,6 +168,7 @@ def outcomes_path(path: Path, key: str) -> Path:
 
 
 def _to_record(result: TaskResult) -> dict[str, Any]:
+    chance = {} if result.chance is None else {"chance": result.chance}
     return {
         "key": result.key,
         "dataset": result.dataset,
@@ -178,6 +181,7 @@ def _to_record(result: TaskResult) -> dict[str, Any]:
         "model": result.model,
         "task": result.task,
         "tars": result.tars,
+        **chance,
     }
 
 
@@ -220,6 +224,7 @@ def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[
     samples = require_count("samples", record.get("samples", 0))
     if units is not None and samples != len(units):
         raise ValueError(f"samples is {samples}, but its outcomes are of {len(units)}")
+    chance = record.get("chance")
     known = KNOWN_TASKS.get(key)  # files of DataComp's do not say
     result = TaskResult(
         key=key,
@@ -233,6 +238,7 @@ def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[
         task=_optional_text("task", record),
         tars=_optional_text("tars", record),
         family=_optional_text("family", record) or (known.family if known else OWN_FAMILY),
+        chance=None if chance is None else require_share("chance", chance),
         outcomes=outcomes,
         units=units,
         note=note,

@@ -146,8 +146,8 @@ class _Index:
 def _train_task(task: Task, split: str) -> Task:
     if not find_kind(task.kind).one_class:
         raise InputError(
-            f"{task.root}: a {task.protocol} needs a task with one class an image. This is a "
-            f"{task.kind} task."
+            f"{task.root}: a {task.protocol} needs a task with one class an image. This is a task "
+            f"of the kind {task.kind}."
         )
     if not (task.root / split).is_dir():
         raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,15 +24,22 @@ from siftclip.datamodules.index.tar_walk import (
     walk_tar,
 )
 from siftclip.errors import InputError
-from siftclip.eval.tasks.kinds.base import TaskKind
+from siftclip.eval.tasks.kinds.base import ImagesOfSample, TaskKind
 from siftclip.eval.tasks.kinds.parts import load_array
-from siftclip.eval.tasks.kinds.registry import find_kind
+from siftclip.eval.tasks.kinds.registry import BUILT_IN, find_kind
 from siftclip.eval.tasks.kinds.values import Label, Task, TaskSamples
 from siftclip.file_identity import FileIdentity
 
 METADATA_SUFFIX = "npy"
 CHANGED = "Evaluate again when nothing writes to it."
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")  # clip_benchmark's order of preference
+_ONE = f"a .{' or .'.join(IMAGE_SUFFIXES)} member"
+_NUMBERED = "images .0.jpg, .1.jpg and so on, without a gap"
+_WANTED_IMAGES: Mapping[ImagesOfSample, str] = {
+    "one": _ONE,
+    "numbered": f"numbered {_NUMBERED}",
+    "one_or_numbered": f"{_ONE}, or numbered {_NUMBERED}",
+}
 
 log = logging.getLogger(__name__)
 
@@ -130,21 +137,32 @@ def _find_images(sample: TarSample, kind: TaskKind, place: str) -> list[Member]:
             if suffix in IMAGE_SUFFIXES and number.isdecimal() and len(number) < 5:
                 numbered[int(number)] = member
     if not numbered or sorted(numbered) != list(range(len(numbered))):
-        wanted = " or .".join(IMAGE_SUFFIXES)
-        if kind.images != "one":
-            wanted += ", or images .0.jpg, .1.jpg and so on,"
         raise InputError(
-            f"{place}: a sample of a {kind.name} task must have a .{wanted} member. "
-            f"It has {[member.suffix for member in sample.members]}."
+            f"{place}: a sample of the kind {kind.name} must have {_WANTED_IMAGES[kind.images]}. "
+            f"It has {[member.suffix for member in sample.members]}.{_way_out(sample, kind)}"
         )
     return [numbered[number] for number in range(len(numbered))]
+
+
+def _way_out(sample: TarSample, kind: TaskKind) -> str:
+    """Say how the author of a kind declares the images that a sample has, if it has other ones."""
+    if BUILT_IN.get(kind.name) is kind:
+        return ""
+    fitting: ImagesOfSample | None = None
+    if kind.images == "numbered" and sample.find(*IMAGE_SUFFIXES):
+        fitting = "one"
+    elif kind.images == "one" and sample.find(*(f"0.{suffix}" for suffix in IMAGE_SUFFIXES)):
+        fitting = "numbered"
+    if fitting is None:
+        return ""
+    return f' If these are right, set images = "{fitting}" in the class {type(kind).__name__}.'
 
 
 def _read_label(sample: TarSample, kind: TaskKind, task: Task, images: int, place: str) -> Label:
     member = sample.find(kind.suffix)
     if member is None:
         raise InputError(
-            f"{place}: a sample of a {kind.name} task must have a .{kind.suffix} member. "
+            f"{place}: a sample of the kind {kind.name} must have a .{kind.suffix} member. "
             f"It has {[member.suffix for member in sample.members]}."
         )
     try:

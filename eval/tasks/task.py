@@ -39,6 +39,7 @@ TYPE_FILE = "dataset_type.txt"
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 NSHARDS_FILE = "nshards.txt"
+_LAYOUT = f"{NSHARDS_FILE} holds the number of tars, such as 1; they are 0.tar, 1.tar and so on."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +112,8 @@ def find_tasks(
     folders = [root] if _is_task_folder(root, split) else _walk(root, split)
     if not folders:
         raise ParameterError(
-            f"must hold task folders named {FOLDER_PREFIX}<task>, or, if it is one task, "
-            f"{split}/{NSHARDS_FILE}",
+            f"must be the folder of a task, with {split}/{NSHARDS_FILE} (how many tars there are) "
+            f"and {split}/0.tar, or hold such folders",
             parameter="root",
             value=str(root),
             way_out="There is neither.",
@@ -253,7 +254,7 @@ def _read_asked(
 ) -> tuple[str, ...]:
     """Return what a file holds that a parameter names; errors name the parameter too."""
     if not task.has_classes:
-        rule = f"must be of a task with classes, and this is a {task.kind} task"
+        rule = f"must be of a task with classes, and this one is of the kind {task.kind}"
         raise ParameterError(rule, parameter=parameter, value=str(path))
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
@@ -293,12 +294,15 @@ def _find_shards(root: Path, split: str) -> tuple[Path, ...]:
         others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
         raise InputError(
             f"{root} must have the folder {split!r} with {NSHARDS_FILE} and tars. "
-            + (f"Its folders are {others}." if others else "It has no folders.")
+            + (f"Its folders are {others}. " if others else "It has no folders. ")
+            + _LAYOUT
         )
     path = folder / NSHARDS_FILE
+    if not path.exists():
+        raise InputError(f"{path} does not exist. {_LAYOUT}")
     text = _read_text(path).strip()
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{path} must hold the number of tars, at least 1. It holds {text!r}.")
+        raise InputError(f"{path} must hold a number of at least 1. It holds {text!r}. {_LAYOUT}")
     shards = []
     for number in range(int(text)):
         shard = folder / f"{number}.tar"

@@ -167,7 +167,7 @@ def unit_rows(values: Any, name: str, owner: object = None) -> Tensor:
             "must be a float array [samples, dim], of numpy or torch",
             owner=owner,
             parameter=name,
-            got=_kind(values),
+            got=kind_of(values),
         )
     tensor = tensor.detach()
     exact = torch.promote_types(tensor.dtype, torch.float32)
@@ -186,7 +186,8 @@ def _tensor(values: np.ndarray) -> Tensor | None:
     return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
-def _kind(values: Any) -> str:
+def kind_of(values: Any) -> str:
+    """Say what a value is: dtype and shape of an array, of numpy or torch, else its class."""
     if isinstance(values, np.ndarray | Tensor):
         return f"{values.dtype} {list(values.shape)}"
     return type(values).__name__
@@ -195,5 +196,5 @@ def _kind(values: Any) -> str:
 def _uids(uids: np.ndarray) -> np.ndarray:
     array = np.asarray(uids)
     if array.dtype != np.uint64 or array.ndim != 2 or array.shape[1] != 2:
-        raise ParameterError("must be uint64 [samples, 2]", parameter="uids", got=_kind(array))
+        raise ParameterError("must be uint64 [samples, 2]", parameter="uids", got=kind_of(array))
     return array

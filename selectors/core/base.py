@@ -21,7 +21,7 @@ from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError, check_names
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.arrays import GIVEN, Array, Arrays, OtherArrays, array_source
+from siftclip.selectors.core.arrays import GIVEN, Array, Arrays, OtherArrays, array_source, kind_of
 from siftclip.selectors.core.description import ARGUMENTS
 from siftclip.selectors.core.feature_sets import bind_features
 from siftclip.selectors.core.rules import Of, Rule, can_be_kept, threshold_rule, top_fraction
@@ -60,11 +60,17 @@ _NEARLY_ALL = 0.99  # of the samples: a selector that keeps so many, or drops so
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The answer of a selector: one entry per sample of the source, in the order of its rows."""
+    """The answer of a selector: one entry per sample of the source, in the order of its rows.
 
-    multiplicities: np.ndarray  # int64 [n], how often each is kept; 0 drops it
-    scores: np.ndarray | None = None  # float32 [n], where the selector has scores
-    weights: np.ndarray | None = None  # float32 [n], what kept samples count in the loss; None: 1
+    Attributes:
+        multiplicities: int64 [n], how often each is kept; 0 drops it.
+        scores: float32 [n], where the selector has scores.
+        weights: float32 [n], what kept samples count in the loss; None: 1.
+    """
+
+    multiplicities: np.ndarray
+    scores: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
 
 def product_of_weights(*weights: np.ndarray | None) -> np.ndarray | None:
@@ -401,7 +407,12 @@ class ScoreSelector(Selector):
         """
         scores = self.score(chunk)
         if not isinstance(scores, Tensor) or scores.dtype != torch.float32:
-            raise TypeError(f"{type(self).__name__}.score must return a float32 tensor")
+            got = kind_of(scores) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise TypeError(
+                f"{type(self).__name__}.score must return a float32 tensor [{len(chunk)}]. "
+                f"Got {got}. Compute in float32: features come as they are stored, often in "
+                "float16, and chunk.features[key].float() converts them."
+            )
         if scores.shape != (len(chunk),):
             raise ValueError(
                 f"{type(self).__name__}.score must return [{len(chunk)}] scores for a chunk of "

@@ -4,7 +4,8 @@
     def test_my_selector():
         check_selector(lambda: MySelector(alpha=2.0, fraction=0.3))
 
-`CHECKS` holds the checks one by one, for `pytest.mark.parametrize`.
+A selector that leaves open which features it reads is given some. `CHECKS` holds the checks one by
+one, for `pytest.mark.parametrize`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from siftclip.selectors.core.arrays import GIVEN
 from siftclip.selectors.core.base import Choice, ScoreSelector, Selector, check_choice
+from siftclip.selectors.core.feature_sets import bind_features
 from siftclip.selectors.core.source import (
     Chunk,
     FeatureFile,
@@ -75,15 +78,20 @@ def synthetic_files(
     return files
 
 
+def _built(make: SelectorFactory) -> Selector:
+    """Build a selector; the features that it leaves open get a name."""
+    return bind_features(make(), GIVEN)
+
+
 def _select(make: SelectorFactory, chunk: Chunk, size: int = SAMPLES) -> Choice:
-    selector = make()
+    selector = _built(make)
     files = synthetic_files(selector.requires)
     return selector.select(MemorySource(chunk, files=files, chunk_samples=size))
 
 
 def check_answer(make: SelectorFactory) -> None:
     """Check that every sample gets one multiplicity, int64, at least 0, and something is kept."""
-    chunk = synthetic_chunk(make().requires)
+    chunk = synthetic_chunk(_built(make).requires)
     choice = _select(make, chunk)
     assert choice.multiplicities.shape == (len(chunk),), "each sample must be answered once"
     assert choice.multiplicities.dtype == np.int64, "multiplicities must be int64"
@@ -99,7 +107,7 @@ def check_weights(make: SelectorFactory) -> None:
 
     What cannot use weights is refused for a selector that declares them, before any work.
     """
-    selector = make()
+    selector = _built(make)
     assert isinstance(selector.weighs, bool), "weighs must be True or False"
     chunk = synthetic_chunk(selector.requires)
     choice = _select(make, chunk)
@@ -127,7 +135,7 @@ def _numpy_state() -> bytes:
 
 def check_deterministic(make: SelectorFactory) -> None:
     """Check that two fresh selectors agree, and that neither draws from a global random state."""
-    chunk = synthetic_chunk(make().requires)
+    chunk = synthetic_chunk(_built(make).requires)
     torch.manual_seed(1)
     np.random.seed(1)
     before = (torch.get_rng_state(), _numpy_state())
@@ -140,7 +148,7 @@ def check_deterministic(make: SelectorFactory) -> None:
 
 def check_chunk_size(make: SelectorFactory) -> None:
     """Check that the answer does not change with how the samples are cut into chunks."""
-    chunk = synthetic_chunk(make().requires)
+    chunk = synthetic_chunk(_built(make).requires)
     whole = _select(make, chunk)
     for size in (1, 64):
         pieces = _select(make, chunk, size)
@@ -149,16 +157,36 @@ def check_chunk_size(make: SelectorFactory) -> None:
         _assert_same(pieces, whole, f"chunks of {size}")
 
 
+def check_half_precision(make: SelectorFactory) -> None:
+    """Check that float16 features, as pools have them, are scored in float32.
+
+    The same numbers as float32 features must give the same answer.
+    """
+    chunk = synthetic_chunk(_built(make).requires)
+    exact = {key: values.float() for key, values in chunk.features.items()}
+    half, single = _select(make, chunk), _select(make, replace(chunk, features=exact))
+    way_out = "compute with chunk.features[key].float()"
+    if half.scores is not None and single.scores is not None:
+        np.testing.assert_allclose(
+            half.scores,
+            single.scores,
+            rtol=0,
+            atol=TOLERANCE,
+            err_msg=f"float16 features are not scored in float32: {way_out}",
+        )
+    _assert_same(half, single, f"float16 and float32 features: {way_out}")
+
+
 def check_sample_order(make: SelectorFactory) -> None:
     """Check that the answer does not change with the order in which the samples arrive."""
-    chunk = synthetic_chunk(make().requires)
+    chunk = synthetic_chunk(_built(make).requires)
     shuffled = take(chunk, np.random.default_rng(3).permutation(len(chunk)))
     _assert_same(_select(make, chunk), _select(make, shuffled))
 
 
 def check_input_untouched(make: SelectorFactory) -> None:
     """Check that the chunk is not modified."""
-    chunk = synthetic_chunk(make().requires)
+    chunk = synthetic_chunk(_built(make).requires)
     original = copy.deepcopy(chunk)
     _select(make, chunk)
     assert np.array_equal(chunk.rows, original.rows)
@@ -172,7 +200,7 @@ def check_input_untouched(make: SelectorFactory) -> None:
 
 def check_picklable(make: SelectorFactory) -> None:
     """Check that the selector survives pickling, which spawned processes need."""
-    chunk = synthetic_chunk(make().requires)
+    chunk = synthetic_chunk(_built(make).requires)
     try:
         data = pickle.dumps(make())
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -183,7 +211,7 @@ def check_picklable(make: SelectorFactory) -> None:
 
 def check_unscored(make: SelectorFactory) -> None:
     """Check that a score selector never keeps a sample whose score is NaN."""
-    selector = make()
+    selector = _built(make)
     if not isinstance(selector, ScoreSelector):
         return
     chunk = synthetic_chunk(selector.requires)
@@ -195,17 +223,17 @@ def check_unscored(make: SelectorFactory) -> None:
 
 def check_single_sample(make: SelectorFactory) -> None:
     """Check that a chunk of one sample is a legal input."""
-    choice = _select(make, synthetic_chunk(make().requires, samples=1))
+    choice = _select(make, synthetic_chunk(_built(make).requires, samples=1))
     assert choice.multiplicities.shape == (1,)
 
 
 def check_few_left(make: SelectorFactory) -> None:
     """Check that earlier stages may leave two samples, one, or none."""
-    selector = make()
+    selector = _built(make)
     chunk = synthetic_chunk(selector.requires)
     source = MemorySource(chunk, files=synthetic_files(selector.requires))
     for samples in (2, 1, 0):
-        kept = make().select(source.restrict(chunk.rows[:samples])).multiplicities
+        kept = _built(make).select(source.restrict(chunk.rows[:samples])).multiplicities
         assert kept.shape == (samples,), f"{samples} of a source of {len(chunk)} samples"
 
 
@@ -214,6 +242,7 @@ CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
     check_weights,
     check_deterministic,
     check_chunk_size,
+    check_half_precision,
     check_sample_order,
     check_input_untouched,
     check_picklable,

@@ -37,6 +37,10 @@ TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and 
 class ListColumn(NamedTuple):
     """A list of whole numbers for each sample, such as the concepts that it shows.
 
+    Attributes:
+        values: int64 [m], all lists one after the other.
+        offsets: int64 [n + 1]; list i is `values[offsets[i] : offsets[i + 1]]`.
+
     Example:
         >>> import numpy as np
         >>> from siftclip.selectors import ListColumn
@@ -45,8 +49,8 @@ class ListColumn(NamedTuple):
         ListColumn(values=array([9, 7, 8]), offsets=array([0, 1, 3]))
     """
 
-    values: np.ndarray  # int64 [m], all lists one after the other
-    offsets: np.ndarray  # int64 [n + 1]; list i is values[offsets[i] : offsets[i + 1]]
+    values: np.ndarray
+    offsets: np.ndarray
 
     def take(self, index: np.ndarray) -> ListColumn:
         """Take the lists at `index`, int64 [k], in that order."""
@@ -58,24 +62,44 @@ class ListColumn(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """How a CLIP model turns a cosine into a logit: scale * cosine + bias."""
+    """How a CLIP model turns a cosine into a logit: scale * cosine + bias.
+
+    Attributes:
+        scale: the inverse of the temperature.
+        bias: 0 of models without one.
+        has_bias: False: the model was trained without one, and not for a sigmoid loss.
+    """
 
     scale: float
     bias: float = 0.0
-    has_bias: bool = True  # False: the model was trained without one, and not for a sigmoid loss
+    has_bias: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Some samples, as a selector sees them. Nothing in it may be modified."""
+    """Some samples, as a selector sees them. Nothing in it may be modified.
 
-    rows: np.ndarray  # int64 [n], rows of the pool
-    uids: np.ndarray  # uint64 [n, 2], (high, low)
-    features: dict[str, Tensor] = field(default_factory=dict)  # key -> float [n, d], as stored
-    captions: list[str] | None = None  # n, if asked for
-    sizes: np.ndarray | None = None  # int64 [n, 2], original width and height; -1 where unknown
-    column: np.ndarray | None = None  # float64 [n], if asked for; NaN where it has no value
-    lists: ListColumn | None = None  # of n lists, if asked for; empty where there is none
+    `rows` and `uids` are always there, the rest if `Requirements` ask for it.
+
+    Attributes:
+        rows: int64 [n], rows of the pool.
+        uids: uint64 [n, 2], (high, low).
+        features: float [n, d] by key, such as `l14_img`, as they are stored: of a pool often
+            float16, and on the device of the source. Compute with `.float()`, and make tensors of
+            your own with `device=features.device`.
+        captions: n texts.
+        sizes: int64 [n, 2], original width and height in pixels; -1 where unknown.
+        column: float64 [n]; NaN where it has no value.
+        lists: of n lists; empty where there is none.
+    """
+
+    rows: np.ndarray
+    uids: np.ndarray
+    features: dict[str, Tensor] = field(default_factory=dict)
+    captions: list[str] | None = None
+    sizes: np.ndarray | None = None
+    column: np.ndarray | None = None
+    lists: ListColumn | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,24 +158,43 @@ class FeatureFile:
 class Requirements:
     """What a selector reads beside rows and uids.
 
+    Attributes:
+        features: keys of arrays, such as `l14_img` (images) and `l14_txt` (captions), all of one
+            feature set. `ReadsFeatures.feature_keys` makes them of its name.
+        captions: whether it reads the captions.
+        sizes: whether it reads the original sizes of the images.
+        column: one number per sample, made elsewhere, such as
+            `ExternalColumn(path="scores.parquet", column="score")`.
+        lists: a column whose values are lists of whole numbers.
+        files: features of other samples, such as a target's, that it reads with `source.file`.
+
     Example:
         >>> from siftclip.selectors import ClipScore
         >>> ClipScore(features="l14", fraction=0.3).requires.features
         ('l14_img', 'l14_txt')
     """
 
-    features: tuple[str, ...] = ()  # feature keys, such as "l14_img", all of one feature set
+    features: tuple[str, ...] = ()
     captions: bool = False
     sizes: bool = False
     column: ExternalColumn | None = None
-    lists: ExternalColumn | None = None  # a column whose values are lists of whole numbers
-    files: tuple[FeatureFile, ...] = ()  # for `Source.file`
+    lists: ExternalColumn | None = None
+    files: tuple[FeatureFile, ...] = ()
 
 
 class ReadsFeatures:
     """A selector that reads a feature set by its name, in `features`, or one array of it, in `key`.
 
-    None stands for the features that it is used with, and for the images among them.
+    None stands for the features that it is used with, and for the images among them. Derive from
+    it and from a selector, and set `self.features` (or `self.key`) from an argument whose default
+    is None.
+
+    Example:
+        >>> from siftclip.selectors import ClipScore, ReadsFeatures
+        >>> issubclass(ClipScore, ReadsFeatures)
+        True
+        >>> ClipScore(features="l14", fraction=0.3).feature_keys("img", "txt")
+        ('l14_img', 'l14_txt')
     """
 
     features: str | None
@@ -159,6 +202,9 @@ class ReadsFeatures:
 
     def feature_keys(self, *endings: str) -> tuple[str, ...]:
         """Return the keys of some arrays of the feature set, such as `l14_img` and `l14_txt`.
+
+        Args:
+            endings: "img" for images, "txt" for captions.
 
         Raises:
             ParameterError: no feature set is named yet.
@@ -188,18 +234,28 @@ class ReadsFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Samples that are stored together: those of one feature file, or of one tar."""
+    """Samples that are stored together: those of one feature file, or of one tar.
 
-    name: str  # unique, fit for the name of a file
-    rows: np.ndarray  # int64, in the order in which they are stored
+    Attributes:
+        name: unique, fit for the name of a file.
+        rows: int64, in the order in which they are stored.
+    """
+
+    name: str
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkUnit:
-    """A piece of work that one rank does, and that is not done again once its answer is kept."""
+    """A piece of work that one rank does, and that is not done again once its answer is kept.
 
-    name: str  # unique among the tasks of a selector, fit for the name of a file
-    rows: np.ndarray  # int64
+    Attributes:
+        name: unique among the tasks of a selector, fit for the name of a file.
+        rows: int64, rows of the pool.
+    """
+
+    name: str
+    rows: np.ndarray
 
 
 class Cache(Protocol):
@@ -242,15 +298,20 @@ class NoBar:
 class Source(ABC):
     """The samples that a selector decides about.
 
-    `rows` are int64 [n], ascending, distinct; `uids` uint64 [n, 2]. Scores and multiplicities of a
-    selector are arrays aligned with them.
+    Attributes:
+        rows: int64 [n], ascending, distinct. Scores and multiplicities of a selector are arrays
+            aligned with them.
+        uids: uint64 [n, 2].
+        ranks: the processes that share the work; `ranks.sum(tensor)` adds over them.
+        device: of the features that `take` gives.
+        chunk_samples: bounds the memory: never hold features of many more samples.
     """
 
     rows: np.ndarray
     uids: np.ndarray
     ranks: Ranks
-    device: torch.device  # of the features that `take` gives
-    chunk_samples: int  # bounds the memory: never hold features of many more samples
+    device: torch.device
+    chunk_samples: int
 
     def __len__(self) -> int:
         return len(self.rows)

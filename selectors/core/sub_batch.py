@@ -25,6 +25,13 @@ from siftclip.selectors.core.rules import can_be_kept, keep_top
 class SubBatch:
     """What is asked of a selector that is used at every step.
 
+    Attributes:
+        samples: of each group, or one less.
+        groups: of consecutive samples, all equally long, in the order of the source's rows.
+        temperature: of random draws; None: the method's own, 0: the best.
+        seed: of the draws; uids of a super-batch differ from step to step.
+        one_less: the groups, from 0, of which one sample less is asked for.
+
     Example:
         >>> import numpy as np
         >>> from siftclip.selectors import Chunk, MemorySource, SubBatch, Uniform, draw
@@ -35,11 +42,11 @@ class SubBatch:
         array([0, 0, 1, 0, 1, 0])
     """
 
-    samples: int  # of each group, or one less
-    groups: int = 1  # of consecutive samples, all equally long, in the order of the source's rows
-    temperature: float | None = None  # of random draws; None: the method's own, 0: the best
-    seed: int = 0  # of the draws; uids of a super-batch differ from step to step
-    one_less: tuple[int, ...] = ()  # the groups, from 0, of which one sample less is asked for
+    samples: int
+    groups: int = 1
+    temperature: float | None = None
+    seed: int = 0
+    one_less: tuple[int, ...] = ()
 
     @property
     def quotas(self) -> np.ndarray:

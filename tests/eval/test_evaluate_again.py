@@ -152,6 +152,22 @@ def test_a_result_that_is_nan_is_not_kept(
     assert evaluated == ["few", "things", "things"]
 
 
+def test_only_results_that_are_asked_for_count_as_reused(
+    tasks: list[Task], clip: ClipModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "r.jsonl"
+    few, things = (task for task in tasks if task.name in ("few", "things"))
+    run(clip, [few], results_path=path)
+    run(clip, [few, things], results_path=path)
+    assert "reused the results of 1 of 2 tasks" in caplog.text
+    caplog.clear()
+    broken = replace(few, name="broken", shards=(tmp_path / "gone.tar",))
+    evaluate_tasks(clip, [broken], options=OPTIONS, results_path=path)
+    assert "reused" not in caplog.text
+    assert [result.key for result in read_results(path)] == ["few", "things"]
+
+
 def test_a_finished_task_is_on_disk_when_the_run_dies(
     tasks: list[Task], clip: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from siftclip.trainer import Copies
 from siftclip.trainer.losses import (
     ContrastiveLoss,
     LossInputs,
@@ -119,6 +121,59 @@ class SortedSampleLosses(Bilinear):
         terms = super().terms(inputs)
         self.sample_losses = self.losses(inputs).detach().sort().values
         return terms
+
+
+# ---- check_copies -------------------------------------------------------------------------------
+class CrossEntropy(ContrastiveLoss):
+    """A sound loss with logits of its own, from which copies are left out as `Copies` says."""
+
+    def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
+        losses = torch.stack(
+            [
+                self.direction(inputs, inputs.image_features, inputs.text_features),
+                self.direction(inputs, inputs.text_features, inputs.image_features),
+            ]
+        ).mean(0)
+        mean = mean_over_ranks(losses, inputs.weights, world_size=inputs.world_size)
+        return {"contrastive_loss": mean}
+
+    def direction(self, inputs: LossInputs, ours: Tensor, others: Tensor) -> Tensor:
+        gathered = gather_features(others, rank=inputs.rank, world_size=inputs.world_size)
+        logits = inputs.logit_scale * ours @ gathered.T
+        own = torch.arange(len(ours)) + inputs.rank * len(ours)
+        return F.cross_entropy(self.without_copies(logits, inputs), own, reduction="none")
+
+    def without_copies(self, logits: Tensor, inputs: LossInputs) -> Tensor:
+        copies = Copies.of(inputs)
+        if copies is None:
+            return logits
+        everything = slice(0, len(logits)), slice(0, logits.shape[1])
+        return logits.masked_fill(copies.mask(*everything), -1e30)
+
+
+class PlainCrossEntropy(CrossEntropy):
+    def without_copies(self, logits: Tensor, inputs: LossInputs) -> Tensor:
+        return logits
+
+
+class CopiesOfTheRank(CrossEntropy):
+    """Leaves out the copies of its rank, and not those of other ranks."""
+
+    def without_copies(self, logits: Tensor, inputs: LossInputs) -> Tensor:
+        if not inputs.copies or inputs.rows is None:
+            return logits
+        count = len(logits)
+        mask = torch.zeros_like(logits, dtype=torch.bool)
+        is_copy = (inputs.rows[:, None] == inputs.rows).fill_diagonal_(False)
+        mask[:, inputs.rank * count : (inputs.rank + 1) * count] = is_copy
+        return logits.masked_fill(mask, -1e30)
+
+
+class TakesNeighboursForCopies(CrossEntropy):
+    def without_copies(self, logits: Tensor, inputs: LossInputs) -> Tensor:
+        logits = super().without_copies(logits, inputs)
+        neighbours = torch.ones_like(logits, dtype=torch.bool).triu(1).tril(1)
+        return logits.masked_fill(neighbours, -1e30) if inputs.copies else logits
 
 
 # ---- check_gradients ----------------------------------------------------------------------------

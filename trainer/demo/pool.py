@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from siftclip.datamodules.index.uids import parse_uids, sort_uids, to_structured
 from siftclip.errors import InputError, require_int
-from siftclip.files import atomic_path, read_json, write_json, write_text
+from siftclip.files import atomic_path, read_json, write_json, write_tar, write_text
 from siftclip.trainer.demo.digit_scenes import derive_generator, split_digits
 from siftclip.trainer.demo.samples import DefectMix, Sample, Task, make_samples, make_tasks
 
@@ -76,18 +75,6 @@ def _encode(image: np.ndarray, *, suffix: str) -> bytes:
     options: dict[str, int] = {"quality": 92, "subsampling": 0} if suffix == "jpg" else {}
     Image.fromarray(image).save(buffer, {"jpg": "JPEG", "png": "PNG"}[suffix], **options)
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
-    """Write named bytes as a tar, atomically. Times and owners are fixed: same input, same file."""
-    with (
-        atomic_path(path) as temporary,
-        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
-    ):
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
 
 
 def write_pool(

@@ -30,16 +30,33 @@ TeacherKind: TypeAlias = Literal["none", "features", "model_or_features"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossRun:
-    """What a run knows when it builds its loss."""
+    """What a run knows when it builds its loss.
+
+    Attributes:
+        selected_rows: int64 [n], distinct and sorted: the rows of the pool that are trained on.
+        teacher_logit_scale: that of the teacher's training, exponentiated; None without a teacher
+            that has one.
+    """
 
     selected_rows: np.ndarray
-    """int64 [n], distinct and sorted: the rows of the pool that are trained on."""
     teacher_logit_scale: float | None = None
-    """That of the teacher's training, exponentiated; None without a teacher that has one."""
 
 
 class ContrastiveLoss(nn.Module, ABC):
     """A loss of image and text features; a subclass declares what it needs and computes its terms.
+
+    A subclass writes `terms`, of `LossInputs`; `PairedTerms`, `gather_features`, `Copies` and
+    `mean_over_ranks` are what it is made of. All methods that are not named here are torch's.
+
+    Example:
+        >>> from siftclip.trainer import ContrastiveLoss, PairedTerms, mean_over_ranks
+        >>> class Clip(ContrastiveLoss):
+        ...     def terms(self, inputs):
+        ...         losses = PairedTerms.of(inputs).cross_entropies().mean(0)
+        ...         mean = mean_over_ranks(losses, inputs.weights, world_size=inputs.world_size)
+        ...         return {"contrastive_loss": mean}
+        >>> Clip().takes_weights
+        True
 
     DDP averages gradients over ranks. On every rank a term is a value whose mean over ranks is the
     loss of the whole batch, and whose averaged gradients are those of one process with the whole

@@ -20,12 +20,23 @@ LEFT_OUT = -1e30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copies:
-    """Where images and texts of one sample meet that are not its own pair (i, i + offset)."""
+    """Where images and texts of one sample meet that are not its own pair (i, i + offset).
+
+    A loss with logits [b, B] of its own leaves them out so:
+
+        copies = Copies.of(inputs)
+        if copies is not None:
+            everything = slice(0, len(logits)), slice(0, logits.shape[1])
+            logits = logits.masked_fill(copies.mask(*everything), -1e30)
+
+    Attributes:
+        rows: int64 [b], the rows of the pool that this rank's images are of.
+        all_rows: int64 [B], of all texts, those of all ranks.
+        offset: where this rank's texts begin among all.
+    """
 
     rows: Tensor
-    """int64 [b], the rows of the pool that this rank's images are of."""
     all_rows: Tensor
-    """int64 [B], of all texts."""
     offset: int
 
     @classmethod
@@ -40,7 +51,7 @@ class Copies:
         )
 
     def mask(self, rows: slice, columns: slice) -> Tensor:
-        """Return which logits of a tile are of copies, bool."""
+        """Return which logits of a tile are of copies, bool [rows, columns] of [b, B]."""
         is_copy = self.rows[rows, None] == self.all_rows[columns]
         fill_pairs(is_copy, rows, columns, self.offset, value=False)
         return is_copy

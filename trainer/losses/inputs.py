@@ -14,28 +14,34 @@ from siftclip.errors import InputError
 class LossInputs:
     """Features of the samples of this rank, and what else the losses need.
 
-    b is the number of samples of this rank, the same on every rank.
+    b is the number of samples of this rank, the same on every rank. What `terms` gets is float32
+    (float64 of float64 features), and scalars have the shape [].
+
+    Attributes:
+        image_features: float [b, d], unit norm, not scaled.
+        text_features: float [b, d], unit norm: text i is that of image i.
+        logit_scale: scalar or [1], already exponentiated: the inverse of the temperature.
+        logit_bias: scalar or [1], added to every logit; None of a model without one.
+        rows: int64 [b], the rows of the pool that the samples are, from 0; None if not known.
+        copies: whether a row may be in the batch of all ranks more than once; the same on every
+            rank. Pairs of a sample with its copies are then left out, see `Copies`.
+        weights: float [b], at least 0, or None for equal ones; the loss becomes the mean over all
+            ranks with these weights (`mean_over_ranks`).
+        teacher_image: float [b, e], unit norm, of a teacher or reference model; None without one.
+        teacher_text: float [b, e], unit norm.
+        rank: of this process.
+        world_size: number of ranks, each with b samples.
     """
 
     image_features: Tensor
-    """float [b, d], unit norm."""
     text_features: Tensor
-    """float [b, d], unit norm."""
     logit_scale: Tensor
-    """Scalar or [1], already exponentiated: the inverse of the temperature."""
     logit_bias: Tensor | None = None
-    """Scalar or [1], added to every logit."""
     rows: Tensor | None = None
-    """int64 [b], the rows of the pool that the samples are."""
     copies: bool = False
-    """Whether a row may be in the batch of all ranks more than once; the same on every rank. Pairs
-    of a sample with its copies are then left out."""
     weights: Tensor | None = None
-    """float [b], at least 0; the loss becomes the mean over all ranks with these weights."""
     teacher_image: Tensor | None = None
-    """float [b, e], unit norm, of a teacher or reference model."""
     teacher_text: Tensor | None = None
-    """float [b, e], unit norm."""
     rank: int = 0
     world_size: int = 1
 

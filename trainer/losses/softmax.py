@@ -21,16 +21,23 @@ class PairedTerms:
     A margin is the log-sum-exp of a sample's logits with all others, minus its own logit. The
     softmax loss is log(1 + exp(margin)); taken so, it is exact to a relative 1e-5 also where it is
     1e-4 and the logits are 100, which log-sum-exp minus own logit in float32 is not.
+
+    b is the number of samples of this rank, B of all ranks. A logit is logit scale times
+    similarity, without the bias, which cancels.
+
+    Attributes:
+        image: [b, d], times the logit scale.
+        all_text: [B, d], of all ranks, not scaled.
+        own: [b], the logit of each image with its own text.
+        margins: [2, b], `margins[0]` of each image with all other texts, and `margins[1]` of each
+            text with all other images, those of all ranks and without copies; about -1e30 where
+            there is no other.
     """
 
     image: Tensor
-    """[b, d], times the logit scale."""
     all_text: Tensor
-    """[B, d], of all ranks."""
     own: Tensor
-    """[b], the logit of each image with its own text."""
     margins: Tensor
-    """[2, b]: of each image with all other texts, and of each text with all other images."""
 
     @classmethod
     def of(cls, inputs: LossInputs) -> PairedTerms:
@@ -45,7 +52,7 @@ class PairedTerms:
         )
 
     def cross_entropies(self) -> Tensor:
-        """Compute [2, b], of both directions."""
+        """Compute [2, b]: of each image among all texts, and of each text among all images."""
         return torch.logaddexp(self.margins, self.margins.new_zeros(()))
 
 

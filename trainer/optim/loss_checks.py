@@ -32,6 +32,7 @@ from siftclip.trainer.optim.loss_samples import (
     STEPS,
     assert_close,
     biases_of,
+    inputs_with_copies,
     parts_of,
     synthetic_batch,
     synthetic_inputs,
@@ -101,6 +102,25 @@ def check_sample_order(make: LossFactory) -> None:
         if first.sample_losses is not None and second.sample_losses is not None:
             moved = first.sample_losses[order]
             assert_close(second.sample_losses, moved, "sample_losses do not follow the samples")
+
+
+def check_copies(make: LossFactory) -> None:
+    """Check that a sample is compared with none of its copies, where a batch may hold some.
+
+    The similarities between copies, and those alone, are changed: that must change nothing.
+    """
+    way_out = "leave them out: PairedTerms.of does, and Copies.of(inputs).mask says which they are"
+    for bias in biases_of(make()):
+        first, second = make(), make()
+        terms = first(inputs_with_copies(first, -0.4, bias=bias))
+        for name, value in second(inputs_with_copies(second, 0.4, bias=bias)).items():
+            message = f"{name} compares a sample with copies of itself: {way_out}"
+            assert_close(value, terms[name], message)
+        distinct = synthetic_inputs(make(), bias=bias)
+        terms = make()(distinct)
+        for name, value in make()(replace(distinct, copies=True)).items():
+            message = f"{name} changes with copies=True where no sample has a copy"
+            assert_close(value, terms[name], message)
 
 
 def check_gradients(make: LossFactory) -> None:
@@ -216,7 +236,8 @@ def check_micro_batches(make: LossFactory) -> None:
     for bias in biases_of(make()):
         whole, cut = make(), {parts: make() for parts in (2, 4)}
         for step in range(STEPS):
-            batch = synthetic_batch(whole, step, weighted=whole.takes_weights)
+            weighted, copies = whole.takes_weights, step > 0
+            batch = synthetic_batch(whole, step, weighted=weighted, copies=copies)
             expected = train_step(whole, [batch], bias=bias)
             for parts, loss in cut.items():
                 answer = train_step(loss, parts_of(batch, parts), bias=bias)
@@ -239,6 +260,7 @@ CHECKS: tuple[Callable[[LossFactory], None], ...] = (
     check_terms,
     check_sample_losses,
     check_sample_order,
+    check_copies,
     check_gradients,
     check_weights,
     check_precision,

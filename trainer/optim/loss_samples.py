@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,30 @@ SAMPLES = 16  # of a batch; in four parts on four ranks
 STEPS = 2  # the second meets the state that the first has left
 TOLERANCE = 1e-6  # relative, of float64: states may be float32
 _SIDE, _WORDS, _DIM, _TEACHER_DIM = 2, 12, 8, 6
+_DISTINCT = 6  # of a batch with copies: each sample is there two or three times
 _TEACHER = ("teacher_img", "teacher_txt")
 
 
-def synthetic_batch(loss: ContrastiveLoss, step: int = 0, *, weighted: bool = False) -> Batch:
-    """Draw a batch of distinct samples, with features of a teacher if the loss needs one."""
+def synthetic_batch(
+    loss: ContrastiveLoss, step: int = 0, *, weighted: bool = False, copies: bool = False
+) -> Batch:
+    """Draw a batch of distinct samples, with features of a teacher if the loss needs one.
+
+    With `copies` each is said to be one of a few samples, with an image and a text of its own.
+    """
     generator = torch.Generator().manual_seed(step)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)
 
+    images = normal(3, _SIDE, _SIDE)
+    tokens = torch.randint(1, 50, (SAMPLES, _WORDS), generator=generator)
+    rows = torch.randperm(ROWS, generator=generator)[:SAMPLES]
     return Batch(
-        images=normal(3, _SIDE, _SIDE),
-        tokens=torch.randint(1, 50, (SAMPLES, _WORDS), generator=generator),
-        rows=torch.randperm(ROWS, generator=generator)[:SAMPLES],
+        images=images,
+        tokens=tokens,
+        rows=torch.arange(SAMPLES) % _DISTINCT if copies else rows,
+        copies=copies,
         valid=torch.ones(SAMPLES, dtype=torch.bool),
         references={}
         if loss.teacher == "none"
@@ -61,6 +71,7 @@ def parts_of(batch: Batch, parts: int) -> list[Batch]:
             tokens=tokens,
             rows=rows,
             valid=valid,
+            copies=batch.copies,
             weights=weight,
             references={name: values[part] for name, values in references.items()},
         )
@@ -114,6 +125,50 @@ def synthetic_inputs(
         teacher_image=teacher_image,
         teacher_text=teacher_text,
     )
+
+
+def inputs_with_copies(
+    loss: ContrastiveLoss, similarity: float, *, bias: bool = True
+) -> LossInputs:
+    """Build inputs with copies, where only images and texts of copies have the similarity.
+
+    Those of all other pairs do not depend on it, nor does the norm of any vector. So a loss that
+    leaves copies out does not, either.
+
+    Args:
+        loss: for which a teacher is made, if it needs one.
+        similarity: in [-0.4, 0.4], of the image of a sample with the texts of its copies.
+        bias: whether the model has one.
+    """
+    inputs, batch = synthetic_inputs(loss, bias=bias), synthetic_batch(loss, copies=True)
+    images, texts = _by_similarity(batch.rows, similarity, seed=0)
+    teacher_images, teacher_texts = _by_similarity(batch.rows, similarity, seed=1)
+    has_teacher = inputs.teacher_image is not None
+    return replace(
+        inputs,
+        image_features=images,
+        text_features=texts,
+        rows=batch.rows,
+        copies=True,
+        teacher_image=teacher_images if has_teacher else None,
+        teacher_text=teacher_texts if has_teacher else None,
+    )
+
+
+def _by_similarity(rows: Tensor, similarity: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Build unit vectors of images and texts, float64 [b, 2b], of wanted similarities.
+
+    Images are the first axes, so that a text's coordinates there are its similarities with them.
+    Each text has an axis of its own for what is left of its length.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(rows)
+    similarities = 0.4 * torch.rand(count, count, generator=generator, dtype=torch.float64) - 0.2
+    is_copy = (rows[:, None] == rows) & ~torch.eye(count, dtype=torch.bool)
+    similarities[is_copy] = similarity
+    axes = torch.eye(2 * count, dtype=torch.float64)
+    rest = (1 - similarities.square().sum(0)).sqrt()
+    return axes[:count], torch.cat([similarities.T, rest.diag()], dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

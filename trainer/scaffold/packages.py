@@ -1,4 +1,7 @@
-"""Writes a package with a selector, a loss or a kind of task, its test and its README."""
+"""Writes a package with a selector, a loss or a kind of task, its test and its README.
+
+One with a kind of task also has a task of this kind, in `example_tasks/`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.errors import InputError
 from siftclip.files import write_text
+from siftclip.trainer.scaffold.example_task import write_example_task
 
+EXAMPLE_TASKS = "example_tasks"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -82,6 +87,7 @@ def write_package(kind: str, name: str, folder: Path) -> tuple[Path, ...]:
         "what": plugin.what,
         "group": plugin.group,
         "usage": plugin.usage.format(name=name),
+        "example_tasks": EXAMPLE_TASKS if kind == "task" else "",
     }
     templates = {
         "pyproject.toml": "pyproject.toml.j2",
@@ -96,7 +102,8 @@ def write_package(kind: str, name: str, folder: Path) -> tuple[Path, ...]:
     )
     for file, template in templates.items():
         write_text(folder / file, environment.get_template(template).render(words))
-    return tuple(folder / file for file in templates)
+    example = write_example_task(name, folder / EXAMPLE_TASKS / name) if kind == "task" else ()
+    return (*(folder / file for file in templates), *example)
 
 
 def _check_name(name: str) -> None:

@@ -47,6 +47,8 @@ class TaskKind(ABC):
         main_metric: the metric that a task of this kind is reported and compared by, in [0, 1].
         images: what images a sample has: "one" (`key.png`, or another suffix of images),
             "numbered" (`key.0.png`, `key.1.png`, ...) or "one_or_numbered".
+        chance: what guessing scores on the main metric, in [0, 1], where that is the same for all
+            tasks of the kind; the table of results shows it.
         has_classes: whether the task folder has class names and templates for prompts.
         one_class: whether a label is the number of a class, int64 [n], so that linear probes and
             few-shot can be fitted. They give the metrics of classification, and the main metric
@@ -61,6 +63,7 @@ class TaskKind(ABC):
     suffix: ClassVar[str]
     main_metric: ClassVar[str]
     images: ClassVar[ImagesOfSample] = "one"
+    chance: ClassVar[float | None] = None
     has_classes: ClassVar[bool] = False
     one_class: ClassVar[bool] = False
     is_target: ClassVar[bool] = False

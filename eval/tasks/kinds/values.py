@@ -86,7 +86,7 @@ class TaskSamples:
     def require_labels(self) -> np.ndarray:
         """Return the labels, of a kind whose samples have them."""
         if self.labels is None:
-            raise RuntimeError(f"samples of a {self.task.kind} task have labels")
+            raise RuntimeError(f"samples of the kind {self.task.kind} have labels")
         return self.labels
 
     def require_metadata(self) -> np.ndarray:

@@ -152,6 +152,10 @@ class SuffixOfAnImage(Sound):
     suffix = "jpg"
 
 
+class ChanceInPercent(Sound):
+    chance = 25
+
+
 class ProbesWithoutClasses(Sound):
     one_class = True
 
@@ -350,8 +354,13 @@ BAD: list[tuple[Callable[[KindExample], None], type[TaskKind], str]] = [
     (checks.check_declaration, DottedSuffix, "without a dot"),
     (checks.check_declaration, SuffixOfAnImage, "not be that of an image"),
     (checks.check_declaration, ProbesWithoutClasses, "one_class needs has_classes"),
+    (checks.check_declaration, ChanceInPercent, r"chance must be a share in \[0, 1\]. It is 25"),
     (checks.check_reading, AssociatesTooFew, "one for each image"),
-    (checks.check_reading, NumberedImages, r"InputError: .*must have a \.webp"),
+    (
+        checks.check_reading,
+        NumberedImages,
+        r'must have numbered images .*set images = "one" in the cla',
+    ),
     (checks.check_damaged_labels, TakesDamagedLabels, "an empty label must be refused"),
     (checks.check_damaged_labels, RaisesKeyError, "refused by a ValueError. Got KeyError: 'right'"),
     (checks.check_damaged_labels, Unpickles, "a pickle in place of a label was unpickled"),

@@ -175,6 +175,11 @@ def test_chance_is_of_the_main_metric_of_the_task_list() -> None:
     assert found == [None, 0.027027, 0.027027, None, 0.027027, None]
 
 
+def test_chance_is_what_the_kind_says() -> None:
+    results = [replace(make_result(key, [1, 0]), chance=0.25) for key in ("counts", "vtab/pets")]
+    assert [row["chance"] for row in summarise(results, {}).records()[:2]] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize("columns", [20, 72, 80, 91, 92, 300])
 def test_a_narrow_terminal(summary: Summary, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -7,16 +7,19 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from clip_benchmark.datasets.builder import build_wds_dataset
 from PIL import Image
+from torch import Tensor
 
 from siftclip.datamodules.pool.reader import decode_image
 from siftclip.errors import InputError
-from siftclip.eval.tasks.kinds.values import TaskSamples
+from siftclip.eval.tasks.kinds.base import ImagesOfSample, TaskKind, TextFeatures
+from siftclip.eval.tasks.kinds.registry import offered
+from siftclip.eval.tasks.kinds.values import Label, Task, TaskSamples, TaskScores
 from siftclip.eval.tasks.samples import read_samples, tar_of
 from siftclip.eval.tasks.task import find_tasks, read_task
 
@@ -286,6 +289,49 @@ def test_members_are_missing(tmp_path: Path, make_task: MakeTask, make_image: Ma
         opened("b", ("png", make_image(0)))
     with pytest.raises(InputError, match=r"s0000: .* a \.webp or .* It has \['0\.png', 'cls'\]"):
         opened("c", ("0.png", make_image(0)), ("cls", b"0"))
+
+
+class CountsAnimals(TaskKind):
+    """A kind of another distribution."""
+
+    name = "counts_animals"
+    suffix = "txt"
+    main_metric = "acc"
+
+    def read_label(self, data: bytes, task: Task, images: int) -> Label:
+        return Label(value=int(data))
+
+    def score(self, samples: TaskSamples, images: Tensor, texts: TextFeatures) -> TaskScores:
+        raise NotImplementedError
+
+
+class CountsOnSeveral(CountsAnimals):
+    images: ClassVar[ImagesOfSample] = "numbered"
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "message"),
+    [
+        (
+            CountsAnimals,
+            "0.png",
+            r'a \.webp or .*set images = "numbered" in the class CountsAnimals',
+        ),
+        (CountsAnimals, "gif", r"of the kind counts_animals must have a .*'txt'\]\.$"),
+        (
+            CountsOnSeveral,
+            "png",
+            r'must have numbered images .*set images = "one" in the class Cou',
+        ),
+        (CountsOnSeveral, "1.png", r"must have numbered images .*'txt'\]\.$"),
+    ],
+)
+def test_the_author_of_a_kind_is_told_how_to_declare_its_images(
+    open_one: Any, make_image: MakeImage, kind: type[TaskKind], suffix: str, message: str
+) -> None:
+    members = [(suffix, make_image(0)), ("txt", b"3")]
+    with offered(kind()), pytest.raises(InputError, match=message):
+        open_one(kind.name, *members)
 
 
 @pytest.mark.parametrize("what", ["images", "captions"])

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from siftclip.errors import InputError
-from siftclip.eval.tasks.task import find_tasks, read_task, require_names, with_texts
+from siftclip.eval.tasks.kinds.registry import BUILT_IN
+from siftclip.eval.tasks.task import (
+    CLASSNAMES_FILE,
+    NSHARDS_FILE,
+    TEMPLATES_FILE,
+    TEST_SPLIT,
+    TYPE_FILE,
+    find_tasks,
+    read_task,
+    require_names,
+    with_texts,
+)
 
 MakeTask = Callable[..., Path]
 
@@ -201,7 +212,7 @@ def test_other_class_names_and_templates(task_root: Path, tmp_path: Path) -> Non
     ):
         with_texts(task, templates=tmp_path / "names.txt")
     with pytest.raises(
-        InputError, match=r"templates\.captions must be .* this is a retrieval task"
+        InputError, match=r"templates\.captions must be .* this one is of the kind retrieval"
     ):
         with_texts(read_task(task_root / "wds_captions"), templates=tmp_path / "templates.txt")
 
@@ -244,7 +255,9 @@ def test_the_split_is_missing(tmp_path: Path, make_task: MakeTask) -> None:
     with pytest.raises(InputError, match=r"wds_x must have the folder 'test' .*\['train', 'val'\]"):
         read_task(root)
     (root / "test").mkdir()
-    with pytest.raises(InputError, match=r"test/nshards\.txt does not exist"):
+    with pytest.raises(
+        InputError, match=r"test/nshards\.txt does not exist\. nshards\.txt holds the number of tar"
+    ):
         read_task(root)
 
 
@@ -307,3 +320,14 @@ def test_two_folders_of_a_task_matter_only_where_it_is_wanted(
     assert list(found.damaged) == ["food101"]
     with pytest.raises(InputError, match=r"wds_food101 and .*wds_food101_test are both 'food101'"):
         found.complete()
+
+
+def test_the_guide_has_the_layout_of_every_kind() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for file in (TYPE_FILE, CLASSNAMES_FILE, TEMPLATES_FILE, f"{TEST_SPLIT}/{NSHARDS_FILE}"):
+        assert file in guide
+    for kind in BUILT_IN.values():
+        (row,) = (line for line in guide.splitlines() if line.startswith(f"| `{kind.name}`"))
+        assert f"`KEY.{kind.suffix}`" in row
+        assert row.endswith(f"| `{kind.main_metric}` |")
+        assert ("`KEY.0.png`" in row) == (kind.images != "one")

@@ -23,7 +23,9 @@ from siftclip.selectors.core.base import (
     Source,
 )
 from siftclip.selectors.core.checks import SelectorFactory
+from siftclip.selectors.core.compose import Then
 from siftclip.selectors.core.rules import TopFraction
+from siftclip.selectors.methods.clip_score import ClipScore
 
 
 class Sound(ScoreSelector):
@@ -124,6 +126,31 @@ class RelativeToChunk(Sound):
     def score(self, chunk: Chunk) -> Tensor:
         scores = super().score(chunk)
         return scores - scores.mean()
+
+
+class ScoresInHalfPrecision(Sound):
+    """CLIP score in the dtype of the features, made float32 by what is added."""
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=("l14_img", "l14_txt"))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        similarities = (chunk.features["l14_img"] * chunk.features["l14_txt"]).sum(1)
+        return similarities - 0.05 * torch.ones(len(chunk))
+
+
+class DecidesInHalfPrecision(Selector):
+    """Keeps images longer than 1, by rounding; it has no scores."""
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=("l14_img",))
+
+    def select(self, source: Source) -> Choice:
+        chunk = source.take(source.rows, self.requires)
+        squares = (chunk.features["l14_img"] ** 2).sum(1)
+        return Choice(multiplicities=(squares > 1).long().numpy())
 
 
 class PrefersEarly(Sound):
@@ -228,6 +255,8 @@ BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] 
     (NumpyGlobal, checks.check_deterministic, "numpy's global random state"),
     (PythonGlobal, checks.check_deterministic, None),
     (RelativeToChunk, checks.check_chunk_size, None),
+    (ScoresInHalfPrecision, checks.check_half_precision, r"not scored in float32.*\.float\(\)"),
+    (DecidesInHalfPrecision, checks.check_half_precision, r"float16 and float32 features"),
     (PrefersEarly, checks.check_sample_order, None),
     (RowsInPlace, checks.check_input_untouched, None),
     (UidsInPlace, checks.check_input_untouched, None),
@@ -243,6 +272,11 @@ BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] 
 
 def test_sound_selector_passes() -> None:
     checks.check_selector(Sound)
+
+
+def test_features_that_are_left_open_are_named() -> None:
+    checks.check_selector(lambda: ClipScore(fraction=0.3))
+    checks.check_selector(lambda: Then(stages=[ClipScore(fraction=0.5), ClipScore(fraction=0.3)]))
 
 
 @pytest.mark.parametrize(("bad", "check", "message"), BAD, ids=[bad.__name__ for bad, _, _ in BAD])

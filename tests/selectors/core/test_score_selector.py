@@ -130,9 +130,17 @@ def test_scores_are_means_of_passes_and_the_same_on_all_ranks(
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        (torch.zeros(2, dtype=torch.float64), TypeError, "must return a float32 tensor"),
-        (torch.zeros(2, dtype=torch.float16), TypeError, "must return a float32 tensor"),
-        (np.zeros(2, np.float32), TypeError, "must return a float32 tensor"),
+        (
+            torch.zeros(2, dtype=torch.float64),
+            TypeError,
+            r"float32 tensor \[2\]. Got torch.float64 \[2\]",
+        ),
+        (
+            torch.zeros(2, dtype=torch.float16),
+            TypeError,
+            r"Got torch.float16 \[2\].*\.float\(\) converts",
+        ),
+        (np.zeros(2, np.float32), TypeError, "must return a float32 tensor.*Got a ndarray"),
         (torch.zeros(3), ValueError, r"\[2\] scores for a chunk of 2 samples. Got \[3\]"),
         (torch.zeros(2, 1), ValueError, r"Got \[2, 1\]"),
         (torch.zeros(()), ValueError, r"Got \[\]"),

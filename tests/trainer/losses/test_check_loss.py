@@ -38,6 +38,7 @@ SOUND: dict[str, Make] = {
     "drrho": ReferenceGuidedLoss,
     "drrho with averages": averages,
     "bilinear": broken.Bilinear,  # what the broken ones are made of
+    "cross entropy": broken.CrossEntropy,
 }
 BROKEN: list[tuple[str, Make, str]] = [
     ("declarations", broken.WithParameters, r"no optimiser would train \['temperature'\]"),
@@ -55,6 +56,12 @@ BROKEN: list[tuple[str, Make, str]] = [
     ("sample_losses", broken.SameForAll, r"the same for all samples"),
     ("sample_order", broken.FirstCountsMore, r"contrastive_loss changes with the order"),
     ("sample_order", broken.SortedSampleLosses, r"sample_losses do not follow the samples"),
+    ("copies", broken.PlainCrossEntropy, r"compares a sample with copies of itself.*PairedTerms"),
+    (
+        "copies",
+        broken.TakesNeighboursForCopies,
+        r"changes with copies=True where no sample has a copy",
+    ),
     ("gradients", broken.DetachedFactor, r"image_features is not that of the value"),
     ("gradients", broken.NoScale, r"logit_scale gets no gradient"),
     ("gradients", broken.NoGradient, r"image_features gets no gradient"),
@@ -74,6 +81,7 @@ BROKEN: list[tuple[str, Make, str]] = [
 ]
 BROKEN_ON_RANKS: list[tuple[Make, str]] = [
     (broken.NegativesOfTheRank, r"the mean of the term contrastive_loss on 2 ranks, step 0"),
+    (broken.CopiesOfTheRank, r"the mean of the term contrastive_loss on 2 ranks, step 1"),
     (broken.MeanOfTheRank, r"contrastive_loss on 2 ranks, weighted, step 0"),
     (broken.StateOfTheRank, r"the state average on 2 ranks, step 0"),
     (broken.SampleLossesOfAllRanks, r"sample_losses on 2 ranks, step 0 are not those of the rank"),
@@ -105,7 +113,8 @@ def test_built_in_losses_pass_all_checks_also_on_ranks(name: str) -> None:
 
 
 def test_every_built_in_loss_is_checked() -> None:
-    assert {type(make()) for make in SOUND.values()} - {broken.Bilinear} == set(BUILT_IN.values())
+    sound = {type(make()) for make in SOUND.values()} - {broken.Bilinear, broken.CrossEntropy}
+    assert sound == set(BUILT_IN.values())
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,10 @@ def test_a_broken_loss_fails(name: str, make: Make, message: str) -> None:
 def test_a_loss_that_is_broken_on_ranks_fails(make: Make, message: str) -> None:
     with pytest.raises(AssertionError, match=rf"(?s)^check_ranks: .*{message}"):
         check_loss(make, without=only("ranks"))
+
+
+def test_a_loss_without_copies_passes_until_ranks_share_a_sample() -> None:
+    check_loss(broken.CopiesOfTheRank, without={"check_ranks": "is what finds it"})
 
 
 def test_each_check_has_a_loss_that_fails_it() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import subprocess
 import sys
 import sysconfig
@@ -14,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from siftclip.errors import InputError
 from siftclip.eval.results.files import read_results
 from siftclip.trainer.runtime.run_dir import RunDir
-from siftclip.trainer.scaffold.packages import KINDS, write_package
+from siftclip.trainer.scaffold.packages import EXAMPLE_TASKS, KINDS, write_package
 
 ROOT = Path(__file__).parents[3]
-NAMES = {"selector": "caption_words", "loss": "focal", "task": "counting"}
+NAMES = {"selector": "repeated_words", "loss": "focal", "task": "counting"}
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +66,6 @@ def run(scratch: Path, child_environment: dict[str, str], tmp_path: Path) -> Cal
     return started
 
 
-def write_counting_task(folder: Path) -> None:
-    """A task of the kind `counting` with four images."""
-    (folder / "test").mkdir(parents=True)
-    (folder / "dataset_type.txt").write_text("counting")
-    (folder / "test" / "nshards.txt").write_text("1")
-    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-        for number in range(1, 5):
-            image = io.BytesIO()
-            Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(image, "PNG")
-            label = json.dumps({"thing": "dogs", "count": number}).encode()
-            for suffix, data in (("png", image.getvalue()), ("json", label)):
-                member = tarfile.TarInfo(f"{number}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
 @pytest.mark.slow
 def test_packages_pass_their_own_tests(scratch: Path, run: Callable[..., str]) -> None:
     folders = [str(scratch.parents[2] / name) for name in NAMES.values()]
@@ -94,12 +75,13 @@ def test_packages_pass_their_own_tests(scratch: Path, run: Callable[..., str]) -
 
 @pytest.mark.slow
 def test_the_packages_work_in_the_commands(
-    base: list[str], run: Callable[..., str], tmp_path: Path
+    base: list[str], scratch: Path, run: Callable[..., str], tmp_path: Path
 ) -> None:
     words = [option for option in base if not option.startswith("scale.samples")]
     run(
         *("-m", "siftclip.trainer.cli", "train", *words, "scale.samples_seen=160"),
-        *("selector=plugin", "selector.plugin=caption_words", "+selector.words=4"),
+        *("selector=plugin", "selector.plugin=repeated_words", "+selector.penalty=0.1"),
+        "+selector.features=noise",
         *("loss=plugin", "loss.plugin=focal", "loss.parameters.gamma=2"),
         *("trainer.micro_batch_size=8", "online=every_epoch"),
     )
@@ -107,43 +89,59 @@ def test_the_packages_work_in_the_commands(
     summary = RunDir(path=path).summary
     assert summary is not None
     assert summary["steps"] == 10
-    assert path.name.startswith("caption_words+infobatch-s0-")
-    write_counting_task(tmp_path / "tasks" / "wds_counted")
+    assert path.name.startswith("repeated_words+infobatch-s0-")
+    tasks = scratch.parents[2] / NAMES["task"] / EXAMPLE_TASKS
     printed = run(
-        *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tmp_path / 'tasks'}"),
+        *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tasks}"),
         *("trainer.accelerator=cpu", "data.num_workers=0", "progress=false"),
     )
-    assert "counted" in printed
+    assert "counting" in printed
     (result,) = read_results(path / "eval_results.jsonl")
+    assert (result.samples, result.chance) == (4, 0.1)
     assert set(result.metrics) >= {"acc", "acc_within_1"}
 
 
 def test_files_of_a_package(tmp_path: Path) -> None:
-    files = write_package("selector", "caption_words", tmp_path / "new")
+    files = write_package("selector", "repeated_words", tmp_path / "new")
     assert [path.name for path in files] == [
         "pyproject.toml",
         "README.md",
-        "caption_words_selector.py",
-        "test_caption_words_selector.py",
+        "repeated_words_selector.py",
+        "test_repeated_words_selector.py",
     ]
     code = files[2].read_text()
-    assert "class CaptionWords(ScoreSelector):" in code
+    assert "class RepeatedWords(ReadsFeatures, ScoreSelector):" in code
     assert len(code.splitlines()) <= 40
-    assert 'caption_words = "caption_words_selector:CaptionWords"' in files[0].read_text()
+    assert 'repeated_words = "repeated_words_selector:RepeatedWords"' in files[0].read_text()
+
+
+def test_a_kind_of_task_comes_with_a_task(tmp_path: Path) -> None:
+    files = write_package("task", "counting", tmp_path / "new")
+    folder = tmp_path / "new" / "example_tasks" / "counting"
+    assert [path.relative_to(folder).as_posix() for path in files[4:]] == [
+        "dataset_type.txt",
+        "test/nshards.txt",
+        "test/0.tar",
+    ]
+    with tarfile.open(files[-1]) as archive:
+        assert archive.getnames()[:2] == ["s1.png", "s1.json"]
+        assert len(archive.getnames()) == 8
+    assert "eval.root=example_tasks" in files[1].read_text()
+    loss = write_package("loss", "counting", tmp_path / "loss")
+    assert "example_tasks" not in loss[1].read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_are_short_and_formatted(kind: str, tmp_path: Path) -> None:
-    files = write_package(kind, "my_example", tmp_path / "new")
+    written = write_package(kind, "my_example", tmp_path / "new")
+    files = [path for path in written if path.suffix == ".py"]
     ruff = Path(sysconfig.get_path("scripts")) / "ruff"
     for command in (
         ["check", "--isolated", "--select", "E,F,I,B"],
         ["format", "--isolated", "--check"],
     ):
-        subprocess.run(
-            [str(ruff), *command, "--line-length", "100", *map(str, files[2:])], check=True
-        )
-    assert len(files[2].read_text().splitlines()) <= 40
+        subprocess.run([str(ruff), *command, "--line-length", "100", *map(str, files)], check=True)
+    assert len(files[0].read_text().splitlines()) <= 40
 
 
 @pytest.mark.parametrize(
