@@ -33,6 +33,7 @@ from .online.choosing import choose_sub_batch as choose_sub_batch
 from .online.schedule import Schedule as Schedule
 from .optim.gradients import Objective as Objective
 from .optim.loss_checks import check_loss as check_loss
+from .runtime.launch import TrainingStopped as TrainingStopped
 from .runtime.run_dir import RunDir as RunDir
 from .settings.budget import Budget as Budget
 from .settings.data import DataSettings as DataSettings

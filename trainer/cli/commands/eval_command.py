@@ -21,7 +21,8 @@ def main(settings: EvalCommand) -> None:
     print(summary.table())
     print(f"\nwritten    {results}")
     print(f"table      {results.with_suffix('.csv')}")
-    if settings.eval.details or settings.eval.predictions:
+    wants_details = settings.eval.details or settings.eval.predictions
+    if wants_details and details_folder(results).is_dir():  # no task may have succeeded
         print(f"details    {details_folder(results)}")
     if summary.failures:
         names = ", ".join(failure.key for failure in summary.failures)
