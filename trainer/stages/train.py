@@ -24,7 +24,12 @@ from siftclip.files import identity_hash
 from siftclip.locks import locked
 from siftclip.ranks import Ranks, of_first_rank
 from siftclip.trainer.builders.losses import check_loss_options
-from siftclip.trainer.builders.models import activations_of_weights, model_files, models_of
+from siftclip.trainer.builders.models import (
+    activations_of_weights,
+    batch_norm_identity,
+    model_files,
+    models_of,
+)
 from siftclip.trainer.builders.objective import LossData, open_loss_data
 from siftclip.trainer.builders.online_identity import online_identity
 from siftclip.trainer.builders.online_options import check_online, schedule_from
@@ -111,6 +116,7 @@ def run_identity(
             "data": {key: getattr(settings.data, key) for key in _DATA},
             "precision": resolve_precision(settings.trainer.precision),
             "seed": settings.common.seed,
+            **batch_norm_identity(settings),
             **extensions_identity(settings.trainer),
         },
     )
