@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from siftclip.plugins import PluginGroup
+from siftclip.plugins import SELECTOR_GROUP, PluginGroup
 from siftclip.selectors.core.base import Selector
 
 SELECTORS = PluginGroup(
-    name="siftclip.selectors",
+    name=SELECTOR_GROUP,
     base=Selector,  # type: ignore[type-abstract]  # mypy 4717
     public_name="siftclip.selectors.Selector",
 )

@@ -12,6 +12,7 @@ from siftclip.errors import InputError, ParameterError, call_by_name
 T = TypeVar("T")
 
 _PREFIX = "siftclip."  # of the names of all groups
+SELECTOR_GROUP, LOSS_GROUP = "siftclip.selectors", "siftclip.losses"  # two of these names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,16 @@ class PluginGroup(Generic[T]):
 
     def _stranger(self, point: EntryPoint) -> InputError:
         return InputError(f"{_label(point)} must be a subclass of {self.public_name}.")
+
+
+def installed_names(group: str) -> list[str]:
+    """List the names of a group that are installed, without importing what they stand for."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def installed_in_words(group: str) -> str:
+    """Say which names of a group are installed, as a sentence."""
+    return f"Installed are {', '.join(installed_names(group)) or 'none'}."
 
 
 def installed_points() -> Iterator[EntryPoint]:

@@ -30,6 +30,7 @@ from siftclip.errors import (
     takes_any,
 )
 from siftclip.selectors.core.description import nested
+from siftclip.trainer.settings.selector import plugin_option
 
 _OF_HYDRA = ("_target_", "_convert_", "_recursive_", "_partial_")
 
@@ -47,6 +48,9 @@ class _Place:
         parameter, owner = error.parameter, name_of(error.owner)
         if parameter is None:
             return f"{self.path}: {owner}"
+        of_plugin = plugin_option(self.node, parameter)
+        if of_plugin is not None:
+            return f"{self.path}.{of_plugin}"
         if _has(self.node, parameter.split(".")):
             return f"{self.path}.{parameter}"
         if _takes(self.target, parameter.partition(".")[0]):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Le
 
 from siftclip.errors import InputError
+from siftclip.plugins import LOSS_GROUP
 from siftclip.trainer.settings.fields.marks import Example, Needs, Open
 from siftclip.trainer.settings.fields.rules import hints
 from siftclip.trainer.settings.fields.section import Fraction, Positive, Recorded, Section, to_plain
@@ -267,7 +268,10 @@ class PluginLoss(TaughtSection, WeightedSection):
 
     plugin: Annotated[
         str,
-        Needs("must be given: the name under which a distribution registered its loss."),
+        Needs(
+            "must be given: the name under which a distribution registered its loss.",
+            plugins=LOSS_GROUP,
+        ),
         Example("my_loss"),
     ]
     """The name under which it is registered."""
