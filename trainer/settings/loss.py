@@ -89,6 +89,11 @@ class LossSection(Section):
         return f"loss={self.name}"
 
     @property
+    def short_name(self) -> str:
+        """What names of folders call it."""
+        return self.name
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What its class is given, by the names of its arguments."""
         names = [name for name in hints(type(self)) if name not in self.OF_THE_RUN]
@@ -292,6 +297,10 @@ class PluginLoss(TaughtSection, WeightedSection):
         return f"loss.plugin={self.plugin}"
 
     @property
+    def short_name(self) -> str:
+        return self.plugin
+
+    @property
     def arguments(self) -> dict[str, Any]:
         return {**self.parameters}
 
@@ -312,6 +321,10 @@ class ObjectLoss(PluginLoss, Recorded):
     @property
     def title(self) -> str:
         return f"loss={type(self.loss).__name__}"
+
+    @property
+    def short_name(self) -> str:
+        return type(self.loss).__name__
 
     def record(self) -> dict[str, Any]:
         # torch, which options do without

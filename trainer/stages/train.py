@@ -33,6 +33,7 @@ from siftclip.trainer.builders.models import (
 from siftclip.trainer.builders.objective import LossData, open_loss_data
 from siftclip.trainer.builders.online_identity import online_identity
 from siftclip.trainer.builders.online_options import check_online, schedule_from
+from siftclip.trainer.builders.online_reading import reading_in_words
 from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.optim.schedules import check_schedule
 from siftclip.trainer.options.faults import options_of, under
@@ -172,14 +173,15 @@ def run_dir_for(
     Raises:
         InputError: `run_dir` holds another run.
     """
-    name, common = selected.selection.manifest["selector"], settings.common
-    if not isinstance(settings.online, OnceSettings):
-        name += f"+{settings.online.selector.name}"
+    common = settings.common
     if common.run_dir is None:
-        root = common.output_root / "train"
-        run = RunDir(path=root / f"{name}-s{common.seed}-{identity_hash(identity)[:8]}")
+        root, names = common.output_root / "train", _run_names(settings, selected)
+        end = f"s{common.seed}-{identity_hash(identity)[:8]}"
+        paths = [root / f"{name}-{end}" for name in names]
+        run = RunDir(path=next((path for path in paths if path.exists()), paths[0]))
         if is_rank_zero() and not run.path.exists():
-            kept = root.glob(f"{name}-s{common.seed}-*/{IDENTITY_NAME}")
+            near = [f"{name}-s{common.seed}-*/{IDENTITY_NAME}" for name in names]
+            kept = (path for pattern in near for path in root.glob(pattern))
             say_why_not("the run", identity, kept, like="scale")
         return run
     run = RunDir(path=Path(common.run_dir))
@@ -192,6 +194,18 @@ def run_dir_for(
             "delete that one."
         )
     return run
+
+
+def _run_names(settings: TrainCommand, selected: PoolSelection) -> list[str]:
+    """Return what begins the name of a run's directory: selectors, and a loss that is not CLIP's.
+
+    The last one is that of earlier versions, without the loss.
+    """
+    name = str(selected.selection.manifest["selector"])
+    if not isinstance(settings.online, OnceSettings):
+        name += f"+{settings.online.selector.name}"
+    loss = settings.loss.short_name
+    return [name] if loss == "clip" else [f"{name}+{loss}", name]
 
 
 def train_stage(
@@ -343,6 +357,8 @@ def _say_what_begins(settings: TrainCommand) -> None:
         f"{budget.global_batch_size:,}",
         resolve_precision(settings.trainer.precision),
     )
+    if not isinstance(settings.online, OnceSettings):
+        log.info("%s", reading_in_words(settings.online))
 
 
 def run_parts(

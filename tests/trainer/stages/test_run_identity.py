@@ -133,3 +133,15 @@ def test_what_batch_norms_depend_on(
 ) -> None:
     found = batch_norm_identity(compose("train", [*base, *options]))
     assert found == ({} if wanted is None else {"batch_norms": wanted})
+
+
+# ---- where a run is kept -------------------------------------------------------------------------
+def test_the_folder_of_a_run_names_its_loss(base: list[str], compose: Compose) -> None:
+    options = [*base, "selector=random", "selector.fraction=0.5", "scale.samples_seen=16"]
+    options += ["optim.warmup_steps=0"]
+    assert train_stage(compose("train", options)).path.name.startswith("random-s0-")
+    named = train_stage(compose("train", [*options, "loss=siglip"])).path
+    assert named.name.startswith("random+siglip-s0-")
+    earlier = named.rename(named.with_name(named.name.replace("+siglip", "")))
+    again = train_stage(compose("train", [*options, "loss=siglip"])).path
+    assert again == earlier  # where an earlier version has put it
