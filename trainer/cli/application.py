@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from siftclip.errors import InputError
 from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
+from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.runtime.launch import TrainingStopped, find_launch
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
@@ -125,13 +126,24 @@ def _job(
             # Those of an evaluation are the same on all ranks; a rank that trains may
             # be the only one to meet a fault.
             message = str(error) if isinstance(error, InputError) else _in_one_line(error)
+            if error.__cause__ is not None and fault_of_plugin(error.__cause__, _plain(config)):
+                message = f"{message} {TRACEBACK}"
             _end_faulty(command, message, quiet=command.startswith("eval"))
         except TrainingStopped as stop:
             _leave(command, stop)
         except (KeyboardInterrupt, SystemExit) as error:
             _leave_interrupted(command, error)
+        except Exception as error:  # a class of somebody else may fail in any way
+            fault = None if full_error == "1" else fault_of_plugin(error, _plain(config))
+            if fault is None:
+                raise
+            _end_faulty(command, fault, quiet=False)
 
     return job
+
+
+def _plain(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=False)
 
 
 def _hydra_main(

@@ -25,6 +25,7 @@ from siftclip.errors import (
     InputError,
     ParameterError,
     call_by_name,
+    full_name_of,
     name_of,
     parameters_of,
     takes_any,
@@ -150,7 +151,7 @@ class BuiltObjects:
             raise
         except Exception as error:  # a class of somebody else may fail in any way
             raise InputError(
-                f"{path}: {name_of(make.func)} cannot be built: {type(error).__name__}: "
+                f"{path}: {full_name_of(make.func)} cannot be built: {type(error).__name__}: "
                 f"{_one_line(error)}"
             ) from error
         self._placed.append((built, place))

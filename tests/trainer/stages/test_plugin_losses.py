@@ -113,6 +113,22 @@ class Forgetful(FocalLoss):
         cls(**parameters)
 
 
+class Trying(FocalLoss):
+    '''Fails as the first step of a run would.'''
+
+    def __init__(self, mode="value", dim=0, gamma: float = 1.0):
+        super().__init__(gamma)
+        self.mode = mode
+        if dim:
+            self.register_buffer("weights", torch.ones(dim))
+
+    def terms(self, inputs):
+        if hasattr(self, "weights"):
+            inputs.image_features * self.weights
+        torch.rand(3)
+        return self.absent if self.mode == "absent" else super().terms(inputs)
+
+
 class NoLoss:
     pass
 """
@@ -273,7 +289,7 @@ def test_a_teacher_and_the_rows_reach_it(
          r"^loss\.parameters\.gama is not a parameter of FocalLoss\. Did you mean gamma\?"),
         (["loss.plugin=careless"], r"^loss\.parameters\.text must be given: Careless needs it"),
         (["loss.plugin=careless", "+loss.parameters.text=a"],
-         r"^loss\.plugin=careless: Careless cannot be built: ZeroDivisionError"),
+         r"^loss\.plugin=careless: more_losses\.Careless cannot be built: ZeroDivisionError"),
         (["loss.plugin=forgetful"], r"Forgetful\.for_run must return a loss\. Got a NoneType"),
         (["loss.plugin=focal", "loss.teacher.features.name=noise"],
          r"^loss\.plugin=focal has no use for a teacher\. Got \['features'\]"),
@@ -370,6 +386,26 @@ def test_the_identity_of_a_loss_is_its_own_code_version_and_files(
         "focal",
         "focal_loss",
     }
+
+
+def test_a_loss_is_tried_out_before_anything_is_read(site: Path) -> None:
+    def check(**parameters: Any) -> None:
+        check_loss_options(PluginLoss(plugin="trying", parameters=parameters))
+
+    before = torch.random.get_rng_state()
+    check()
+    check(dim=512)  # no fault: it may be the size of the run's model
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(InputError, match=r"^loss\.parameters\.gamma must be a number\. Got 'abc'"):
+        check(gamma="abc")
+    message = (
+        r"^loss\.plugin=trying: more_losses\.Trying fails with loss\.parameters="
+        r"{'mode': 'absent'}: AttributeError: .*absent"
+    )
+    with pytest.raises(InputError, match=message):
+        check(mode="absent")
+    with pytest.raises(InputError, match=r"focal_loss\.FocalLoss fails with .*: TypeError: "):
+        check_loss_options(PluginLoss(plugin="focal", parameters={"gamma": "abc"}))
 
 
 def test_settings_are_checked_from_python_too(site: Path) -> None:
