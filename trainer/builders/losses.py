@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from siftclip.selectors.core.description import Behind, describe
 from siftclip.trainer.losses import ContrastiveLoss, LossRun
 from siftclip.trainer.losses.table import BUILT_IN, PLUGINS
 from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.loss import LossSettings, ObjectLoss, PluginLoss
 
 _OURS = "siftclip"
@@ -168,6 +170,32 @@ def check_model(built: ContrastiveLoss, model: nn.Module, title: str) -> None:
         built.check(model)
     except ParameterError as error:
         raise InputError(error.told_as(title)) from error
+
+
+def known_options(loss: LossSettings) -> dict[str, Any]:
+    """Return the options of a loss by which a run is known.
+
+    A parameter of a plug-in that is given its own default makes no other run than one that is left
+    out: the code of the class, which says the default, counts as well.
+    """
+    options: dict[str, Any] = to_plain(loss)
+    if type(loss) is not PluginLoss or not loss.parameters:
+        return options
+    kind: Any = loss_class(loss)
+    if kind.for_run.__func__ is not ContrastiveLoss.for_run.__func__:  # type: ignore[attr-defined]
+        return options  # its parameters are not those of the constructor
+    known = inspect.signature(kind).parameters
+    options["parameters"] = {
+        name: value
+        for name, value in options["parameters"].items()
+        if name not in known or not _same(value, known[name].default)
+    }
+    return options
+
+
+def _same(value: Any, default: Any) -> bool:
+    plain = type(value) is type(default) or {type(value), type(default)} == {int, float}
+    return plain and bool(value == default)
 
 
 def loss_identity(loss: LossSettings) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from siftclip.errors import InputError
 from siftclip.files import identity_hash
 from siftclip.locks import locked
 from siftclip.ranks import Ranks, of_first_rank
-from siftclip.trainer.builders.losses import check_loss_options
+from siftclip.trainer.builders.losses import check_loss_options, known_options
 from siftclip.trainer.builders.models import (
     activations_of_weights,
     batch_norm_identity,
@@ -105,7 +105,7 @@ def run_identity(
             "model": {**to_plain(settings.model), "files": model_files(settings.model)},
             "activations": activations_of_weights(models_of(settings)),
             "optim": to_plain(settings.optim),
-            "loss": to_plain(settings.loss),
+            "loss": known_options(settings.loss),
             "loss_data": loss_data.identity,
             "scale": to_plain(settings.scale),
             "budget": to_plain(settings.budget),

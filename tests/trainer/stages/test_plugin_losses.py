@@ -24,14 +24,14 @@ from siftclip.datamodules.index.uids import format_uid
 from siftclip.errors import InputError
 from siftclip.files import read_jsonl
 from siftclip.trainer import check_loss
-from siftclip.trainer.builders.losses import check_loss_options, loss_identity
+from siftclip.trainer.builders.losses import check_loss_options, known_options, loss_identity
 from siftclip.trainer.builders.selection import pool_from
 from siftclip.trainer.losses import LossInputs
 from siftclip.trainer.losses.table import PLUGINS
 from siftclip.trainer.online.losses_seen import LossesSeen
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.fields.section import to_plain
-from siftclip.trainer.settings.loss import ObjectLoss, PluginLoss
+from siftclip.trainer.settings.loss import ClipLoss, ObjectLoss, PluginLoss
 from siftclip.trainer.stages.train import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -368,6 +368,20 @@ def test_a_run_is_known_by_code_and_parameters_of_its_loss(
     assert train_stage(compose("train", options)).path not in (first, other)
     assert "not reused: the run of" in caplog.text
     assert caplog.text.count("what the loss reads (code)") == 1
+
+
+def test_a_parameter_with_its_own_default_makes_no_other_run(site: Path) -> None:
+    def known(plugin: str, **parameters: Any) -> dict[str, Any]:
+        options = known_options(PluginLoss(plugin=plugin, parameters=parameters))
+        found: dict[str, Any] = options["parameters"]
+        return found
+
+    assert known("focal", gamma=1.0) == known("focal", gamma=1) == known("focal") == {}
+    assert known("focal", gamma=True) == {"gamma": True}
+    assert known("focal", gamma=2.0) == {"gamma": 2.0}
+    assert known("focal", other=1.0) == {"other": 1.0}
+    assert known("taught", gamma=1.0) == {"gamma": 1.0}  # it is built in a way of its own
+    assert known_options(ClipLoss()) == to_plain(ClipLoss())
 
 
 def test_the_identity_of_a_loss_is_its_own_code_version_and_files(
