@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -124,6 +125,19 @@ def check_numbers(target: Callable[..., Any], parameters: Mapping[str, Any]) -> 
         if isinstance(value, str) and wanted and kinds <= {*_NUMBERS, NoneType}:
             rule = f"must be {' or '.join(wanted)}"
             raise ParameterError(rule, owner=target, parameter=name, value=value)
+
+
+def texts_for_numbers(target: Callable[..., Any], parameters: Mapping[str, Any]) -> list[str]:
+    """List the parameters that are text while their default is a number, which may be a slip."""
+    try:
+        known = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some that are written in C tell nothing
+        return []
+    return [
+        name
+        for name, value in parameters.items()
+        if isinstance(value, str) and name in known and type(known[name].default) in (int, float)
+    ]
 
 
 def installed_names(group: str) -> list[str]:
