@@ -108,7 +108,7 @@ def test_the_packages_work_in_the_commands(
     summary = RunDir(path=path).summary
     assert summary is not None
     assert summary["steps"] == 10
-    assert path.name.startswith("caption_words+infobatch-s0-")
+    assert path.name.startswith("caption_words+infobatch+focal-s0-")
     write_counting_task(tmp_path / "tasks" / "wds_counted")
     printed = run(
         *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tmp_path / 'tasks'}"),
