@@ -47,6 +47,7 @@ VALUES = {
     "export.source": "outputs/train/run",
     "export.path": "model.pt",
     "target.root": "/data/tasks",
+    "loss.plugin": "mine",
     "selector.path": "subset.npy",
     "loss.plugin": "mine",
     "selector.plugin": "clip_score",  # the package registers it as the example of the group

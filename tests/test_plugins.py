@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from siftclip.errors import InputError
-from siftclip.plugins import PluginGroup, installed_points
+from siftclip.plugins import PluginGroup, check_numbers, installed_points
 
 MODULE = """
 class Shape:
@@ -75,3 +75,34 @@ def test_points_of_all_groups_are_those_of_siftclip(shapes: PluginGroup[object])
     assert {"shape", "triangle", "clip_score"} <= {point.name for point in points}
     assert all(point.group.startswith("siftclip.") for point in points)
     assert "stranger" not in {point.name for point in points}
+
+
+class Measured:
+    """With annotations of all kinds."""
+
+    def __init__(
+        self, number: float | None = None, flag: bool = False, text: str = "", open: object = None
+    ) -> None:
+        self.given = (number, flag, text, open)
+
+
+def unknown_hint(value: "Nowhere" = 0) -> None:  # type: ignore[name-defined]  # noqa: F821, UP037
+    """With an annotation that nobody can read."""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"number": "abc"}, r"^Measured: number must be a number\. Got 'abc'\."),
+        ({"flag": "no"}, r"^Measured: flag must be true or false\. Got 'no'\."),
+    ],
+)
+def test_text_for_a_number_is_refused(parameters: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_numbers(Measured, parameters)
+
+
+def test_what_annotations_do_not_tell_is_taken() -> None:
+    check_numbers(Measured, {"number": None, "flag": 1, "text": "a", "open": "b", "other": "c"})
+    check_numbers(Measured, {"number": 1})
+    check_numbers(unknown_hint, {"value": "text"})

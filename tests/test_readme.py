@@ -18,6 +18,7 @@ from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.checks import check_selector
 from siftclip.trainer.builders.online_options import check_online
 from siftclip.trainer.builders.selection import selector_from
+from siftclip.trainer.cli.application import _named
 from siftclip.trainer.demo.pool import DemoData, write_demo_data
 from siftclip.trainer.settings.budget import limit_from
 from siftclip.trainer.settings.commands import TrainCommand
@@ -128,7 +129,7 @@ def _selected(line: str, configs: Path) -> list[str]:
     if "--config-dir=/data/my_configs" in options:
         options.remove("--config-dir=/data/my_configs")
         options.append(f"hydra.searchpath=[file://{configs}]")
-    config = compose(command, overrides=options)
+    config = compose(command, overrides=_named(command, options, ()))
     if command != "select":
         return []
     built = selector_from(plain_tree(config)["selector"])

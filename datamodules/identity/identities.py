@@ -48,6 +48,7 @@ _WORDS = {
     "scale": "the budget",
     "optim": "the optimiser",
     "seed": "the seed",
+    "batch_norms": "the samples that batch norms see together",
 }
 
 

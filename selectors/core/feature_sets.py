@@ -28,12 +28,17 @@ def bind_features(selector: T, name: str) -> T:
     if not any(_is_open(part) for part in nested(selector, ReadsFeatures)):
         return selector
     bound = copy.deepcopy(selector)
-    for part in nested(bound, ReadsFeatures):
+    name_features(bound, name)
+    return bound
+
+
+def name_features(selector: object, name: str) -> None:
+    """Name the features of a selector that nobody else uses yet, as `bind_features`."""
+    for part in nested(selector, ReadsFeatures):
         if "features" in vars(part) and part.features is None:
             part.features = name
         if "key" in vars(part) and part.key is None:
             part.key = f"{name}_{IMAGE}"
-    return bound
 
 
 def _is_open(part: ReadsFeatures) -> bool:

@@ -98,6 +98,13 @@ def name_of(owner: object) -> str:
     return str(getattr(owner, "__name__", type(owner).__name__))
 
 
+def full_name_of(target: object) -> str:
+    """Name a class or function, with its module where that is neither Siftclip's nor Python's."""
+    module = str(getattr(target, "__module__", None) or "builtins")
+    known = module.partition(".")[0] in ("siftclip", "builtins")
+    return name_of(target) if known else f"{module}.{name_of(target)}"
+
+
 def call_by_name(
     target: Callable[..., T],
     parameters: Mapping[str, Any],

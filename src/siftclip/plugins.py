@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from types import NoneType
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from siftclip.errors import InputError, ParameterError, call_by_name
 
 T = TypeVar("T")
 
+_NUMBERS = {int: "an integer", float: "a number", bool: "true or false"}
 _PREFIX = "siftclip."  # of the names of all groups
+SELECTOR_GROUP, LOSS_GROUP = "siftclip.selectors", "siftclip.losses"  # two of these names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +67,15 @@ class PluginGroup(Generic[T]):
             InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
         """
         point, make = self._loaded(plugin, owner)
+        check_numbers(make, parameters)
         try:
             built = call_by_name(make, parameters)
-        except (ImportError, AttributeError, TypeError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # a class of somebody else may fail in any way
             raise InputError(
-                f"{_label(point)} could not be built with {dict(parameters)}: {error}."
+                f"{_label(point)} could not be built with {dict(parameters)}: "
+                f"{type(error).__name__}: {error}."
             ) from error
         if not isinstance(built, self.base):
             raise self._stranger(point)
@@ -89,13 +97,57 @@ class PluginGroup(Generic[T]):
         point = plugins[plugin]
         try:
             return point, point.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # so may its module
             raise InputError(
                 f"{_label(point)} could not be built: {type(error).__name__}: {error}."
             ) from error
 
     def _stranger(self, point: EntryPoint) -> InputError:
         return InputError(f"{_label(point)} must be a subclass of {self.public_name}.")
+
+
+def check_numbers(target: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
+    """Refuse text where the annotation of a parameter asks for a number, or for true or false.
+
+    It is what a slip of the pen on a command line gives, and many a class would meet it late.
+
+    Raises:
+        ParameterError: a value is text.
+    """
+    function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    try:
+        hints = get_type_hints(function)
+    except Exception:  # such as a name that only type checkers import
+        return
+    for name, value in parameters.items():
+        kinds = {*(get_args(hints[name]) or (hints[name],))} if name in hints else set()
+        wanted = [word for kind, word in _NUMBERS.items() if kind in kinds]
+        if isinstance(value, str) and wanted and kinds <= {*_NUMBERS, NoneType}:
+            rule = f"must be {' or '.join(wanted)}"
+            raise ParameterError(rule, owner=target, parameter=name, value=value)
+
+
+def texts_for_numbers(target: Callable[..., Any], parameters: Mapping[str, Any]) -> list[str]:
+    """List the parameters that are text while their default is a number, which may be a slip."""
+    try:
+        known = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some that are written in C tell nothing
+        return []
+    return [
+        name
+        for name, value in parameters.items()
+        if isinstance(value, str) and name in known and type(known[name].default) in (int, float)
+    ]
+
+
+def installed_names(group: str) -> list[str]:
+    """List the names of a group that are installed, without importing what they stand for."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def installed_in_words(group: str) -> str:
+    """Say which names of a group are installed, as a sentence."""
+    return f"Installed are {', '.join(installed_names(group)) or 'none'}."
 
 
 def installed_points() -> Iterator[EntryPoint]:

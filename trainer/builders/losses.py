@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from siftclip.datamodules.identity.code_identity import code_identity
 from siftclip.datamodules.identity.identities import named_files
-from siftclip.errors import InputError, ParameterError
+from siftclip.errors import InputError, ParameterError, full_name_of
+from siftclip.plugins import check_numbers
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.description import Behind, describe
 from siftclip.trainer.losses import ContrastiveLoss, LossRun
 from siftclip.trainer.losses.table import BUILT_IN, PLUGINS
 from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.loss import LossSettings, ObjectLoss, PluginLoss
 
 _OURS = "siftclip"
-# Stands in for a run before there is one, so that parameters are checked before files are read.
-_RUN_OF_ONE_ROW = LossRun(selected_rows=np.zeros(1, dtype=np.int64), teacher_logit_scale=1.0)
+# What a value of the wrong kind raises; others may be due to the sizes here, which no run has.
+_OF_WRONG_VALUES = (TypeError, AttributeError, NameError, ArithmeticError)
 
 
 def loss_class(loss: LossSettings) -> type[ContrastiveLoss]:
@@ -58,7 +63,32 @@ def check_loss_options(loss: LossSettings) -> None:
             f"{loss.title} takes no weights of samples. Leave loss.weights.path out, or train with "
             f"{_those_that('takes_weights')}. Got {loss.weights.path!r}."
         )
-    loss_from(loss, _RUN_OF_ONE_ROW)
+    if not isinstance(loss, ObjectLoss):  # which may know the rows of its run alone
+        _try_out(loss)
+
+
+def _try_out(loss: PluginLoss) -> None:
+    """Build a loss, and compute it once of a few random features, as the first step of a run will.
+
+    Raises:
+        InputError: its class does not take the parameters, or fails as with one of a wrong kind.
+    """
+    from siftclip.trainer.optim.loss_samples import ROWS, synthetic_inputs  # only where needed
+
+    built = loss_from(loss, LossRun(selected_rows=np.arange(ROWS), teacher_logit_scale=1.0))
+    weighted, bias = loss.sample_weights is not None, built.needs_logit_bias
+    inputs = synthetic_inputs(built, weighted=weighted, bias=bias)
+    image, text = inputs.image_features.float(), inputs.text_features.float()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            built(replace(inputs, image_features=image, text_features=text))
+    except _OF_WRONG_VALUES as error:
+        raise InputError(
+            f"{loss.title}: {full_name_of(type(built))} fails with loss.parameters="
+            f"{dict(loss.parameters)}: {type(error).__name__}: {error}."
+        ) from error
+    except Exception:
+        return  # it may be the sizes: if it is not, the first step tells
 
 
 def check_weighing(loss: LossSettings, selector: Selector, option: str) -> None:
@@ -111,6 +141,7 @@ def loss_from(loss: LossSettings, run: LossRun) -> ContrastiveLoss:
         given: ContrastiveLoss = copy.deepcopy(loss.loss)
         return given
     try:
+        check_numbers(kind, loss.arguments)
         built: Any = kind.for_run(run, loss.arguments)
     except ParameterError as error:
         subject = loss.title if error.parameter is None else loss.option_of(error.parameter)
@@ -119,7 +150,7 @@ def loss_from(loss: LossSettings, run: LossRun) -> ContrastiveLoss:
         raise
     except Exception as error:  # a class of somebody else may fail in any way
         raise InputError(
-            f"{loss.title}: {kind.__name__} cannot be built: {type(error).__name__}: {error}"
+            f"{loss.title}: {full_name_of(kind)} cannot be built: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(built, ContrastiveLoss):
         raise InputError(
@@ -139,6 +170,32 @@ def check_model(built: ContrastiveLoss, model: nn.Module, title: str) -> None:
         built.check(model)
     except ParameterError as error:
         raise InputError(error.told_as(title)) from error
+
+
+def known_options(loss: LossSettings) -> dict[str, Any]:
+    """Return the options of a loss by which a run is known.
+
+    A parameter of a plug-in that is given its own default makes no other run than one that is left
+    out: the code of the class, which says the default, counts as well.
+    """
+    options: dict[str, Any] = to_plain(loss)
+    if type(loss) is not PluginLoss or not loss.parameters:
+        return options
+    kind: Any = loss_class(loss)
+    if kind.for_run.__func__ is not ContrastiveLoss.for_run.__func__:  # type: ignore[attr-defined]
+        return options  # its parameters are not those of the constructor
+    known = inspect.signature(kind).parameters
+    options["parameters"] = {
+        name: value
+        for name, value in options["parameters"].items()
+        if name not in known or not _same(value, known[name].default)
+    }
+    return options
+
+
+def _same(value: Any, default: Any) -> bool:
+    plain = type(value) is type(default) or {type(value), type(default)} == {int, float}
+    return plain and bool(value == default)
 
 
 def loss_identity(loss: LossSettings) -> dict[str, Any]:

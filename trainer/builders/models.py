@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from siftclip.datamodules.identity.identities import named_files
+from siftclip.datamodules.models.batch_norms import may_have_batch_norms
 from siftclip.datamodules.models.load import (
     MODEL_FOLDER,
     ClipModel,
@@ -21,6 +22,7 @@ from siftclip.files import content_digests
 from siftclip.selectors.core.description import Behind, describe
 from siftclip.trainer.models.towers import LockConfig, lock_towers
 from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.lightning_setup import expected_world_size
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings, OtherModel
@@ -141,3 +143,36 @@ def activations_of_weights(models: Sequence[AnyModel]) -> dict[str, str]:
         if built is not None:
             activations[model.PLACE] = activation_name(not built)
     return activations
+
+
+def batch_norm_identity(settings: TrainCommand) -> dict[str, Any]:
+    """Return what the weights of models with batch norms depend on beside the batch.
+
+    That is how a batch is cut into the samples that are normalised together, and whose running
+    statistics are kept. Towers without batch norms give the same for any cut.
+
+    Returns:
+        Empty for models without batch norms, and where a batch is normalised as a whole.
+    """
+    trainer, batch = settings.trainer, settings.scale.global_batch_size
+    online = settings.online
+    scorer = online.scorer if isinstance(online, EveryStepSettings) else None
+    learner_has = _may_have(settings.model)
+    scorer_has = scorer is not None and _may_have(scorer)
+    if not (learner_has or scorer_has):
+        return {}
+    ranks = expected_world_size(trainer)
+    micro_batch = trainer.micro_batch_size
+    says: dict[str, Any] = {}
+    if micro_batch is not None and micro_batch < batch // ranks:
+        says["micro_batch_size"] = micro_batch
+    # A scorer's are never joined over ranks
+    if ranks > 1 and (says or scorer_has or not trainer.sync_batchnorm):
+        says |= {"ranks": ranks, "sync_batchnorm": trainer.sync_batchnorm}
+    if learner_has and trainer.grad_checkpointing:
+        says["grad_checkpointing"] = True  # running statistics move in the second forward, too
+    return {"batch_norms": says} if says else {}
+
+
+def _may_have(model: AnyModel) -> bool:
+    return bool(model.name) and may_have_batch_norms(str(model.name), model.architecture)

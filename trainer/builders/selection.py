@@ -35,6 +35,7 @@ from siftclip.files import identity_hash
 from siftclip.locks import LOCK_NAME, locked
 from siftclip.ranks import Ranks, of_first_rank
 from siftclip.selectors.core.base import ScoreSelector, Selector
+from siftclip.selectors.core.feature_sets import name_features
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.options.objects import BuiltObjects
 from siftclip.trainer.runtime.rank_agreement import require_same
@@ -81,7 +82,7 @@ class BuiltSelector:
 
 
 def selector_from(node: SelectorNode) -> BuiltSelector:
-    """Build the selector that a node describes.
+    """Build the selector that a node describes; its features are the node's where it names none.
 
     Raises:
         InputError: the class is unknown, or does not take these parameters.
@@ -98,6 +99,8 @@ def selector_from(node: SelectorNode) -> BuiltSelector:
             f"{node.place}._target_ must be a subclass of siftclip.selectors.Selector. Got "
             f"{parameters.get('_target_')}."
         )
+    if node.features is not None:
+        name_features(selector, node.features)
     return BuiltSelector(selector=selector, name=name, parameters=parameters, objects=objects)
 
 

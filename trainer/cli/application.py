@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from siftclip.errors import InputError
+from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
+from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.runtime.launch import TrainingStopped, find_launch
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
@@ -39,9 +41,14 @@ _TAKE_A_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
+PLUGIN_GROUPS = {"selector": SELECTOR_GROUP, "loss": LOSS_GROUP}  # by the group of configurations
+# Where a plug-in can stand, and the mapping below it with the parameters of its own
+PLUGIN_PLACES = ("loss", "selector", "online.selector", "online.first_stage.selector")
+PARAMETERS = "parameters"
 # Mappings whose names are the user's own, and what no configuration lists: no `+` is needed
 OPEN_MAPPINGS = (
-    *("eval.classnames", "eval.templates", "eval.groups", "compare.arms", "loss.parameters"),
+    *("eval.classnames", "eval.templates", "eval.groups", "compare.arms"),
+    *(f"{place}.{PARAMETERS}" for place in PLUGIN_PLACES),
     *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
     *("trainer.profiler", "trainer.options"),
 )
@@ -119,13 +126,24 @@ def _job(
             # Those of an evaluation are the same on all ranks; a rank that trains may
             # be the only one to meet a fault.
             message = str(error) if isinstance(error, InputError) else _in_one_line(error)
+            if error.__cause__ is not None and fault_of_plugin(error.__cause__, _plain(config)):
+                message = f"{message} {TRACEBACK}"
             _end_faulty(command, message, quiet=command.startswith("eval"))
         except TrainingStopped as stop:
             _leave(command, stop)
         except (KeyboardInterrupt, SystemExit) as error:
             _leave_interrupted(command, error)
+        except Exception as error:  # a class of somebody else may fail in any way
+            fault = None if full_error == "1" else fault_of_plugin(error, _plain(config))
+            if fault is None:
+                raise
+            _end_faulty(command, fault, quiet=False)
 
     return job
+
+
+def _plain(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=False)
 
 
 def _hydra_main(
@@ -377,28 +395,41 @@ def _in_one_line(error: BaseException) -> str:
 
 def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     """Say that a key is none of the options, and name the one that was meant, if it is close."""
-    choices = [word for word in typed if re.fullmatch(r"[\w/@.]+=[\w-]+", word)]
-    options = _options(command, choices)
+    choices = [word for word in typed if re.fullmatch(r"[\w/]+(@[\w.]+)?=[\w-]+", word)]
+    way_out = _way_out(key, _options(command, choices))
+    return f"{key} is not an option.{way_out} List all options: siftclip {command} --cfg job"
+
+
+def _way_out(key: str, options: Mapping[str, bool]) -> str:
+    """Say what may have been meant, with a blank in front; empty if nothing is near."""
     parent, _, last = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in options if _parent(name) == parent}
     close = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    if not close and parent in PLUGIN_PLACES and f"{parent}.{PARAMETERS}" in options:
+        return f" A parameter of a plug-in is written {parent}.{PARAMETERS}.{last}=VALUE."
     if not options.get(parent):
         close += difflib.get_close_matches(key, options, n=1, cutoff=0.8)
     close += [parent] if parent in options and not options[parent] else []
     same = [name for name in options if name.rpartition(".")[2] == last]
     close += same if len(same) == 1 else []
-    way_out = ""
     if close:
-        way_out = f" Did you mean {close[0]}?"
-    elif options.get(parent) and takes_more(parent):
-        way_out = f" Unknown options of {parent} need a plus: +{key}=VALUE."
-    return f"{key} is not an option.{way_out} List all options: siftclip {command} --cfg job"
+        return f" Did you mean {close[0]}?"
+    if options.get(parent) and takes_more(parent):
+        return f" Unknown options of {parent} need a plus: +{key}=VALUE."
+    return ""
 
 
 def _no_configuration(missing: str, options: Sequence[str], typed: Iterable[str]) -> str:
     group, _, name = missing.rpartition("/")
     words = (word for word in typed if re.match(rf"\+*{re.escape(group)}(@[^=]*)?=", word))
     given = next((word for word in words if name in word), f"{group}={name}")
+    if group in PLUGIN_GROUPS and name in installed_names(PLUGIN_GROUPS[group]):
+        choice = given.partition("=")[0].lstrip("+")
+        place = choice.partition("@")[2] or group
+        return (
+            f"{given}: {name} is an installed plug-in, and no configuration. Write {choice}=plugin "
+            f"{place}.plugin={name}"
+        )
     close = difflib.get_close_matches(name, options, n=1)
     hint = f" Did you mean {group}={close[0]}?" if close else ""
     return (

@@ -102,7 +102,8 @@ class ContrastiveLoss(nn.Module, ABC):
     def for_run(cls: type[L], run: LossRun, parameters: Mapping[str, Any]) -> L:
         """Build the loss of a run; a subclass that needs what the run knows takes it from there.
 
-        Options are checked with a loss that is built for a run of one row, before any file is read.
+        Options are checked with a loss that is built for a run of a few rows and computes the terms
+        of a few random features, before any file is read.
 
         Args:
             run: what it knows.

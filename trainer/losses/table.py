@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from siftclip.plugins import PluginGroup
+from siftclip.plugins import LOSS_GROUP, PluginGroup
 from siftclip.trainer.losses.base import ContrastiveLoss
 from siftclip.trainer.losses.coca import CocaLoss
 from siftclip.trainer.losses.distill import DistillLoss
@@ -18,7 +18,7 @@ BUILT_IN: dict[str, type[ContrastiveLoss]] = {
     "drrho": ReferenceGuidedLoss,
 }
 PLUGINS = PluginGroup(
-    name="siftclip.losses",
+    name=LOSS_GROUP,
     base=ContrastiveLoss,  # type: ignore[type-abstract]  # mypy 4717
     public_name="siftclip.trainer.ContrastiveLoss",
 )

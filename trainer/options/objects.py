@@ -25,11 +25,13 @@ from siftclip.errors import (
     InputError,
     ParameterError,
     call_by_name,
+    full_name_of,
     name_of,
     parameters_of,
     takes_any,
 )
 from siftclip.selectors.core.description import nested
+from siftclip.trainer.settings.selector import plugin_option
 
 _OF_HYDRA = ("_target_", "_convert_", "_recursive_", "_partial_")
 
@@ -47,6 +49,9 @@ class _Place:
         parameter, owner = error.parameter, name_of(error.owner)
         if parameter is None:
             return f"{self.path}: {owner}"
+        of_plugin = plugin_option(self.node, parameter)
+        if of_plugin is not None:
+            return f"{self.path}.{of_plugin}"
         if _has(self.node, parameter.split(".")):
             return f"{self.path}.{parameter}"
         if _takes(self.target, parameter.partition(".")[0]):
@@ -146,7 +151,7 @@ class BuiltObjects:
             raise
         except Exception as error:  # a class of somebody else may fail in any way
             raise InputError(
-                f"{path}: {name_of(make.func)} cannot be built: {type(error).__name__}: "
+                f"{path}: {full_name_of(make.func)} cannot be built: {type(error).__name__}: "
                 f"{_one_line(error)}"
             ) from error
         self._placed.append((built, place))

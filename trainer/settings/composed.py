@@ -52,10 +52,11 @@ def plain_tree(config: DictConfig) -> dict[str, Any]:
     What is left open, or refers to what is, is `Unset`.
     """
     tree: dict[str, Any] = _plain(OmegaConf.to_container(config, resolve=False), config)
-    _put_node(tree, "selector", None)
+    _put_node(tree, "selector", None, _text_at(tree, "features.name"))
     for place in _LOOP:
         if _at(tree, place) is not None:
-            _put_node(tree, place, _at(_scoped_to_loop(config, tree), place))
+            parameters = _at(_scoped_to_loop(config, tree), place)
+            _put_node(tree, place, parameters, _text_at(tree, "online.features"))
     return tree
 
 
@@ -73,12 +74,17 @@ def _scoped_to_loop(config: DictConfig, tree: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def _put_node(tree: dict[str, Any], place: str, parameters: Any) -> None:
-    """Put a selector's node in the place of its values."""
+def _put_node(tree: dict[str, Any], place: str, parameters: Any, features: str | None) -> None:
+    """Put a selector's node in the place of its values; the last two as for `SelectorNode.of`."""
     *parents, last = place.split(".")
     node = _at(tree, ".".join(parents)) if parents else tree
     if isinstance(node, dict) and isinstance(node.get(last), Mapping):
-        node[last] = SelectorNode.of(place, node[last], parameters)
+        node[last] = SelectorNode.of(place, node[last], parameters, features=features)
+
+
+def _text_at(tree: Any, place: str) -> str | None:
+    value = _at(tree, place)
+    return value if isinstance(value, str) else None
 
 
 def _at(tree: Any, place: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from siftclip.errors import InputError
+from siftclip.plugins import LOSS_GROUP, installed_names
 from siftclip.trainer.settings.fields.reader import Reader
 from siftclip.trainer.settings.fields.rules import Unset, alternatives, required
 from siftclip.trainer.settings.store import STORED, Stored
@@ -51,7 +52,11 @@ def named_group(group: str, name: str) -> Stored:
     """
     names = {stored.name: stored for stored in STORED if stored.group == group}
     if name not in names:
-        raise InputError(f"{group} must be one of {sorted(names)}. Got {name!r}.")
+        is_plugin = group == "loss" and name in installed_names(LOSS_GROUP)
+        way_out = (
+            f" It is a plug-in: {{'name': 'plugin', 'plugin': {name!r}}}." if is_plugin else ""
+        )
+        raise InputError(f"{group} must be one of {sorted(names)}. Got {name!r}.{way_out}")
     return names[name]
 
 

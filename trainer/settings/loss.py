@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Le
 
 from siftclip.errors import InputError
+from siftclip.plugins import LOSS_GROUP
 from siftclip.trainer.settings.fields.marks import Example, Needs, Open
 from siftclip.trainer.settings.fields.rules import hints
 from siftclip.trainer.settings.fields.section import Fraction, Positive, Recorded, Section, to_plain
@@ -86,6 +87,11 @@ class LossSection(Section):
     def title(self) -> str:
         """What messages call the loss: the option that chooses it."""
         return f"loss={self.name}"
+
+    @property
+    def short_name(self) -> str:
+        """What names of folders call it."""
+        return self.name
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -267,7 +273,10 @@ class PluginLoss(TaughtSection, WeightedSection):
 
     plugin: Annotated[
         str,
-        Needs("must be given: the name under which a distribution registered its loss."),
+        Needs(
+            "must be given: the name under which a distribution registered its loss.",
+            plugins=LOSS_GROUP,
+        ),
         Example("my_loss"),
     ]
     """The name under which it is registered."""
@@ -286,6 +295,10 @@ class PluginLoss(TaughtSection, WeightedSection):
     @property
     def title(self) -> str:
         return f"loss.plugin={self.plugin}"
+
+    @property
+    def short_name(self) -> str:
+        return self.plugin
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -308,6 +321,10 @@ class ObjectLoss(PluginLoss, Recorded):
     @property
     def title(self) -> str:
         return f"loss={type(self.loss).__name__}"
+
+    @property
+    def short_name(self) -> str:
+        return type(self.loss).__name__
 
     def record(self) -> dict[str, Any]:
         # torch, which options do without

@@ -7,11 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from siftclip.errors import ParameterError, require_fraction
+from siftclip.plugins import SELECTOR_GROUP, installed_in_words
 from siftclip.trainer.settings.fields.rules import Fault, Unset, joined
 from siftclip.trainer.settings.fields.section import Recorded
 
 if TYPE_CHECKING:
     from siftclip.selectors.core.base import Selector
+
+
+_PLUGIN = "siftclip.selectors.build_plugin"  # the `_target_` of a plug-in
+_OF_ANY_PLUGIN = ("plugin", "fraction")  # what its node lists beside the parameters of its own
+_PARAMETERS = "parameters"  # the mapping of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +29,16 @@ class SelectorNode(Recorded):
     parameters: Mapping[str, Any]
     written: Mapping[str, Any]  # the node in the configuration, where `features.name` is the pool's
     built: Selector | None = None  # the selector itself, where it was made in Python
+    features: str | None = None  # what it reads where it names no features
 
     @classmethod
     def of(
-        cls, place: str, written: Mapping[str, Any], parameters: Mapping[str, Any] | None = None
+        cls,
+        place: str,
+        written: Mapping[str, Any],
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        features: str | None = None,
     ) -> SelectorNode:
         """Build a node from plain values.
 
@@ -34,10 +46,12 @@ class SelectorNode(Recorded):
             place: where it stands.
             written: the values, with the name.
             parameters: the same as the selector shall get them, where they differ.
+            features: the name of those that it reads where it names none.
         """
-        rest = {**(written if parameters is None else parameters)}
+        flat = flat_plugins(written)
+        rest = {**(flat if parameters is None else flat_plugins(parameters))}
         name = rest.pop("name", None)
-        return cls(place=place, name=str(name), parameters=rest, written=written)
+        return cls(place=place, name=str(name), parameters=rest, written=flat, features=features)
 
     def record(self) -> dict[str, Any]:
         return {**self.written}
@@ -56,12 +70,17 @@ class SelectorNode(Recorded):
 
         Other parameters are checked by their classes, when all that is needed is there.
         """
-        unset = [*_unset(self.written, option)]
-        missing = sorted(name for name, value in unset if value.reason is None)
+        unset = {**dict(_unset(self.written, option))}
+        plugin = joined(option, "plugin")
+        if plugin in unset and is_plugin(self.written):
+            yield Fault(plugin, _which_plugin())
+            # it takes its name from there
+            unset = {name: unset[name] for name in unset.keys() - {plugin, joined(option, "name")}}
+        missing = sorted(name for name, value in unset.items() if value.reason is None)
         if missing:
             needs = " ".join(f"{name}=..." for name in missing)
             yield f"The selector needs {needs}; see configs/selector for what they are."
-        for name, value in unset:
+        for name, value in unset.items():
             if value.reason is not None:
                 yield Fault(name, value.reason)
         for name, fraction in _fractions(self.written, option):
@@ -69,6 +88,40 @@ class SelectorNode(Recorded):
                 require_fraction("fraction", fraction)
             except ParameterError as error:
                 yield error.told_as(name)
+
+
+def is_plugin(node: Mapping[str, Any]) -> bool:
+    """Return whether a node describes a selector of another distribution."""
+    return node.get("_target_") == _PLUGIN
+
+
+def plugin_option(node: Mapping[str, Any], parameter: str) -> str | None:
+    """Return what a parameter of a plug-in is called below its node; None if `node` is none."""
+    if not is_plugin(node) or parameter.partition(".")[0] in _OF_ANY_PLUGIN:
+        return None
+    return f"{_PARAMETERS}.{parameter}"
+
+
+def flat_plugins(node: Any) -> Any:
+    """Copy a node, the `parameters` of each plug-in in it beside what any plug-in has.
+
+    So that these count as the same parameters do where they are added with a plus.
+    """
+    if isinstance(node, list):
+        return [flat_plugins(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    flat = {name: flat_plugins(value) for name, value in node.items()}
+    own = flat.get(_PARAMETERS)
+    if not is_plugin(flat) or not isinstance(own, Mapping):
+        return flat
+    del flat[_PARAMETERS]
+    return {**flat, **own}
+
+
+def _which_plugin() -> str:
+    rule = "must be given: the name under which a distribution registered its selector."
+    return f"{rule} {installed_in_words(SELECTOR_GROUP)}"
 
 
 def _unset(value: Any, option: str) -> Iterator[tuple[str, Unset]]:

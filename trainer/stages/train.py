@@ -23,11 +23,17 @@ from siftclip.errors import InputError
 from siftclip.files import identity_hash
 from siftclip.locks import locked
 from siftclip.ranks import Ranks, of_first_rank
-from siftclip.trainer.builders.losses import check_loss_options
-from siftclip.trainer.builders.models import activations_of_weights, model_files, models_of
+from siftclip.trainer.builders.losses import check_loss_options, known_options
+from siftclip.trainer.builders.models import (
+    activations_of_weights,
+    batch_norm_identity,
+    model_files,
+    models_of,
+)
 from siftclip.trainer.builders.objective import LossData, open_loss_data
 from siftclip.trainer.builders.online_identity import online_identity
 from siftclip.trainer.builders.online_options import check_online, schedule_from
+from siftclip.trainer.builders.online_reading import reading_in_words
 from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.optim.schedules import check_schedule
 from siftclip.trainer.options.faults import options_of, under
@@ -99,7 +105,7 @@ def run_identity(
             "model": {**to_plain(settings.model), "files": model_files(settings.model)},
             "activations": activations_of_weights(models_of(settings)),
             "optim": to_plain(settings.optim),
-            "loss": to_plain(settings.loss),
+            "loss": known_options(settings.loss),
             "loss_data": loss_data.identity,
             "scale": to_plain(settings.scale),
             "budget": to_plain(settings.budget),
@@ -111,6 +117,7 @@ def run_identity(
             "data": {key: getattr(settings.data, key) for key in _DATA},
             "precision": resolve_precision(settings.trainer.precision),
             "seed": settings.common.seed,
+            **batch_norm_identity(settings),
             **extensions_identity(settings.trainer),
         },
     )
@@ -166,14 +173,15 @@ def run_dir_for(
     Raises:
         InputError: `run_dir` holds another run.
     """
-    name, common = selected.selection.manifest["selector"], settings.common
-    if not isinstance(settings.online, OnceSettings):
-        name += f"+{settings.online.selector.name}"
+    common = settings.common
     if common.run_dir is None:
-        root = common.output_root / "train"
-        run = RunDir(path=root / f"{name}-s{common.seed}-{identity_hash(identity)[:8]}")
+        root, names = common.output_root / "train", _run_names(settings, selected)
+        end = f"s{common.seed}-{identity_hash(identity)[:8]}"
+        paths = [root / f"{name}-{end}" for name in names]
+        run = RunDir(path=next((path for path in paths if path.exists()), paths[0]))
         if is_rank_zero() and not run.path.exists():
-            kept = root.glob(f"{name}-s{common.seed}-*/{IDENTITY_NAME}")
+            near = [f"{name}-s{common.seed}-*/{IDENTITY_NAME}" for name in names]
+            kept = (path for pattern in near for path in root.glob(pattern))
             say_why_not("the run", identity, kept, like="scale")
         return run
     run = RunDir(path=Path(common.run_dir))
@@ -186,6 +194,18 @@ def run_dir_for(
             "delete that one."
         )
     return run
+
+
+def _run_names(settings: TrainCommand, selected: PoolSelection) -> list[str]:
+    """Return what begins the name of a run's directory: selectors, and a loss that is not CLIP's.
+
+    The last one is that of earlier versions, without the loss.
+    """
+    name = str(selected.selection.manifest["selector"])
+    if not isinstance(settings.online, OnceSettings):
+        name += f"+{settings.online.selector.name}"
+    loss = settings.loss.short_name
+    return [name] if loss == "clip" else [f"{name}+{loss}", name]
 
 
 def train_stage(
@@ -337,6 +357,8 @@ def _say_what_begins(settings: TrainCommand) -> None:
         f"{budget.global_batch_size:,}",
         resolve_precision(settings.trainer.precision),
     )
+    if not isinstance(settings.online, OnceSettings):
+        log.info("%s", reading_in_words(settings.online))
 
 
 def run_parts(

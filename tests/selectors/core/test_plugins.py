@@ -25,6 +25,17 @@ class LowestUid(ScoreSelector):
     def score(self, chunk):
         return torch.from_numpy(self.sign * (chunk.uids[:, 0] >> 11).astype("float32"))
 
+class Fussy(ScoreSelector):
+    def __init__(self, penalty=0.5, words="", **rule):
+        super().__init__(**rule)
+        self.penalty, self.words = penalty, words
+
+    def score(self, chunk):
+        if self.penalty == "other":
+            raise RuntimeError("of another kind")
+        penalty = 1 if self.penalty == "auto" else -self.penalty
+        return torch.from_numpy(penalty * (chunk.uids[:, 0] >> 11).astype("float32"))
+
 class NoSelector:
     pass
 """
@@ -101,3 +112,23 @@ def test_parameters_that_a_plugin_does_not_take_are_named(install: Install) -> N
         build_plugin("lowest", sign=1, fraction=0.5, colour="red")
     with pytest.raises(InputError, match=r"^LowestUid needs exactly one of"):
         build_plugin("lowest", sign=1)
+
+
+def test_text_in_place_of_a_number_is_found_before_there_are_samples(install: Install) -> None:
+    install("fussy = thirdparty_selectors:Fussy")
+    message = (
+        r"^Fussy: penalty must be a number, as its default: thirdparty_selectors\.Fussy fails with "
+        r"TypeError: .* Got 'abc'\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        build_plugin("fussy", penalty="abc", fraction=0.5)
+    build_plugin("fussy", penalty="auto", fraction=0.5)  # a word that the class knows
+    build_plugin("fussy", penalty="other", fraction=0.5)  # it fails for another reason
+
+
+def test_selectors_are_tried_out_for_nothing_else(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("fussy = thirdparty_selectors:Fussy")
+    monkeypatch.setattr("siftclip.selectors.core.plugins._try_out", None)
+    build_plugin("fussy", penalty=2, words="abc", fraction=0.5)

@@ -230,3 +230,37 @@ def test_configuration_and_help_are_printed(
     with contextlib.suppress(SystemExit):
         application("eval", Sections, positional=POSITIONAL)(pytest.fail)()
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["selector=plugin", "selector.features=b32"],
+         "A parameter of a plug-in is written selector.parameters.features=VALUE."),
+        (["selector=plugin", "selector.fractoin=1"], "Did you mean selector.fraction?"),
+        (["selector=nosuch"], "selector=nosuch: there is no such configuration."),
+        (["selector=clip_score", "selector.plugin=b32"], "Unknown options of selector need a plus"),
+    ],
+)  # fmt: skip
+def test_parameters_of_plugins_have_a_place(run: Run, words: list[str], message: str) -> None:
+    assert message in run("model", *words)[1]
+
+
+def test_a_configuration_that_is_a_plugin_is_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"siftclip.selectors": ["words"], "siftclip.losses": ["focal"]}
+    place = "siftclip.trainer.cli.application.installed_names"
+    monkeypatch.setattr(place, installed.__getitem__)
+    for word, way_out in (
+        ("selector=words", "Write selector=plugin selector.plugin=words"),
+        ("loss=focal", "Write loss=plugin loss.plugin=focal"),
+        (
+            "+selector@online.selector=words",
+            "Write selector@online.selector=plugin online.selector.plugin=words",
+        ),
+    ):
+        assert (
+            f"is an installed plug-in, and no configuration. {way_out}"
+            in run(word, name="train")[1]
+        )

@@ -89,7 +89,7 @@ def test_the_packages_work_in_the_commands(
     summary = RunDir(path=path).summary
     assert summary is not None
     assert summary["steps"] == 10
-    assert path.name.startswith("repeated_words+infobatch-s0-")
+    assert path.name.startswith("repeated_words+infobatch+focal-s0-")
     tasks = scratch.parents[2] / NAMES["task"] / EXAMPLE_TASKS
     printed = run(
         *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tasks}"),

@@ -88,3 +88,21 @@ def test_lines_of_help() -> None:
         r"loss=NAME +clip, coca, distill, drrho, plugin, siglip", choices_line("loss")
     )
     assert configurations("optim") == ["adamw"]
+
+
+def test_parameters_of_selectors_are_explained_by_their_configurations() -> None:
+    assert explain("selector.plugin") == (
+        "selector.plugin\n"
+        "  meaning  the name under which a distribution registered it\n"
+        "  default  none: it must be given\n"
+        "  with     selector=plugin"
+    )
+    in_loop = explain("online.selector.parameters")
+    assert in_loop is not None
+    assert in_loop.endswith("  with     selector@online.selector=plugin")
+    fraction = explain("selector.fraction")
+    assert fraction is not None
+    assert "default  0.2\n  with     selector=cabs\n" in fraction
+    assert max(map(len, fraction.splitlines())) <= 100
+    assert explain("selector.nope") is None
+    assert explain("online.nope") is None

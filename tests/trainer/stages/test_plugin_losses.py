@@ -24,14 +24,14 @@ from siftclip.datamodules.index.uids import format_uid
 from siftclip.errors import InputError
 from siftclip.files import read_jsonl
 from siftclip.trainer import check_loss
-from siftclip.trainer.builders.losses import check_loss_options, loss_identity
+from siftclip.trainer.builders.losses import check_loss_options, known_options, loss_identity
 from siftclip.trainer.builders.selection import pool_from
 from siftclip.trainer.losses import LossInputs
 from siftclip.trainer.losses.table import PLUGINS
 from siftclip.trainer.online.losses_seen import LossesSeen
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.fields.section import to_plain
-from siftclip.trainer.settings.loss import ObjectLoss, PluginLoss
+from siftclip.trainer.settings.loss import ClipLoss, ObjectLoss, PluginLoss
 from siftclip.trainer.stages.train import train_stage
 
 Compose = Callable[..., DictConfig]
@@ -111,6 +111,22 @@ class Forgetful(FocalLoss):
     @classmethod
     def for_run(cls, run, parameters):
         cls(**parameters)
+
+
+class Trying(FocalLoss):
+    '''Fails as the first step of a run would.'''
+
+    def __init__(self, mode="value", dim=0, gamma: float = 1.0):
+        super().__init__(gamma)
+        self.mode = mode
+        if dim:
+            self.register_buffer("weights", torch.ones(dim))
+
+    def terms(self, inputs):
+        if hasattr(self, "weights"):
+            inputs.image_features * self.weights
+        torch.rand(3)
+        return self.absent if self.mode == "absent" else super().terms(inputs)
 
 
 class NoLoss:
@@ -273,7 +289,7 @@ def test_a_teacher_and_the_rows_reach_it(
          r"^loss\.parameters\.gama is not a parameter of FocalLoss\. Did you mean gamma\?"),
         (["loss.plugin=careless"], r"^loss\.parameters\.text must be given: Careless needs it"),
         (["loss.plugin=careless", "+loss.parameters.text=a"],
-         r"^loss\.plugin=careless: Careless cannot be built: ZeroDivisionError"),
+         r"^loss\.plugin=careless: more_losses\.Careless cannot be built: ZeroDivisionError"),
         (["loss.plugin=forgetful"], r"Forgetful\.for_run must return a loss\. Got a NoneType"),
         (["loss.plugin=focal", "loss.teacher.features.name=noise"],
          r"^loss\.plugin=focal has no use for a teacher\. Got \['features'\]"),
@@ -354,6 +370,20 @@ def test_a_run_is_known_by_code_and_parameters_of_its_loss(
     assert caplog.text.count("what the loss reads (code)") == 1
 
 
+def test_a_parameter_with_its_own_default_makes_no_other_run(site: Path) -> None:
+    def known(plugin: str, **parameters: Any) -> dict[str, Any]:
+        options = known_options(PluginLoss(plugin=plugin, parameters=parameters))
+        found: dict[str, Any] = options["parameters"]
+        return found
+
+    assert known("focal", gamma=1.0) == known("focal", gamma=1) == known("focal") == {}
+    assert known("focal", gamma=True) == {"gamma": True}
+    assert known("focal", gamma=2.0) == {"gamma": 2.0}
+    assert known("focal", other=1.0) == {"other": 1.0}
+    assert known("taught", gamma=1.0) == {"gamma": 1.0}  # it is built in a way of its own
+    assert known_options(ClipLoss()) == to_plain(ClipLoss())
+
+
 def test_the_identity_of_a_loss_is_its_own_code_version_and_files(
     site: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +400,26 @@ def test_the_identity_of_a_loss_is_its_own_code_version_and_files(
         "focal",
         "focal_loss",
     }
+
+
+def test_a_loss_is_tried_out_before_anything_is_read(site: Path) -> None:
+    def check(**parameters: Any) -> None:
+        check_loss_options(PluginLoss(plugin="trying", parameters=parameters))
+
+    before = torch.random.get_rng_state()
+    check()
+    check(dim=512)  # no fault: it may be the size of the run's model
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(InputError, match=r"^loss\.parameters\.gamma must be a number\. Got 'abc'"):
+        check(gamma="abc")
+    message = (
+        r"^loss\.plugin=trying: more_losses\.Trying fails with loss\.parameters="
+        r"{'mode': 'absent'}: AttributeError: .*absent"
+    )
+    with pytest.raises(InputError, match=message):
+        check(mode="absent")
+    with pytest.raises(InputError, match=r"focal_loss\.FocalLoss fails with .*: TypeError: "):
+        check_loss_options(PluginLoss(plugin="focal", parameters={"gamma": "abc"}))
 
 
 def test_settings_are_checked_from_python_too(site: Path) -> None:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.describing.describe import Option, all_options, configurations
+from siftclip.trainer.settings.describing.selector_parameters import selector_parameter
 from siftclip.trainer.settings.read_command import groups
 
 IN_FULL = 3  # so many options are explained in full, more are listed
@@ -23,7 +24,7 @@ def explain(name: str) -> str | None:
     """
     options = matching(name)
     if not options:
-        return None
+        return selector_parameter(name)
     if len(options) <= IN_FULL:
         return "\n\n".join(in_full(option) for option in options)
     width = max(len(option.name) for option in options)

@@ -17,6 +17,8 @@ class Needs:
     """What to say of an option without a value, or of a group that is none, after its name."""
 
     text: str
+    plugins: str | None = None
+    """An entry-point group whose installed names are said, too."""
 
 
 @dataclass(frozen=True, slots=True)

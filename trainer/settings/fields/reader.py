@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from siftclip.errors import InputError
+from siftclip.plugins import installed_in_words
 from siftclip.trainer.settings.fields.marks import Late, Needs, Rare
 from siftclip.trainer.settings.fields.rules import (
     Fault,
@@ -85,8 +86,7 @@ class Reader:
         if not self.needed or is_late:
             return
         needs = mark_of(hint, Needs)
-        reason = value.reason or (needs.text if needs else "must be given.")
-        self.faults.append(Fault(option, reason))
+        self.faults.append(Fault(option, value.reason or _text_of(needs)))
 
     def _chosen(self, groups: list[Type], values: Mapping[str, Any], option: str) -> Any:
         """Find the group that values are of: several differ by their first option."""
@@ -136,6 +136,13 @@ class Reader:
 def listed(kind: type) -> set[str]:
     """List the options of a group that a configuration always has."""
     return {name for name, hint in hints(kind).items() if mark_of(hint, Rare) is None}
+
+
+def _text_of(needs: Needs | None) -> str:
+    """Say what an option without a value needs."""
+    if needs is None:
+        return "must be given."
+    return needs.text + (f" {installed_in_words(needs.plugins)}" if needs.plugins else "")
 
 
 def _unset_within(value: Any) -> Iterator[Unset]:
