@@ -49,7 +49,6 @@ VALUES = {
     "target.root": "/data/tasks",
     "loss.plugin": "mine",
     "selector.path": "subset.npy",
-    "loss.plugin": "mine",
     "selector.plugin": "clip_score",  # the package registers it as the example of the group
 }
 # The same for selectors, whose members may be at any depth, by the last part of the name.

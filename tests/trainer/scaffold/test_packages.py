@@ -78,14 +78,19 @@ def test_the_packages_work_in_the_commands(
     base: list[str], scratch: Path, run: Callable[..., str], tmp_path: Path
 ) -> None:
     words = [option for option in base if not option.startswith("scale.samples")]
-    run(
-        *("-m", "siftclip.trainer.cli", "train", *words, "scale.samples_seen=160"),
-        *("selector=plugin", "selector.plugin=repeated_words", "+selector.penalty=0.1"),
-        "+selector.features=noise",
-        *("loss=plugin", "loss.plugin=focal", "loss.parameters.gamma=2"),
-        *("trainer.micro_batch_size=8", "online=every_epoch"),
-    )
+    mine = ("selector=plugin", "selector.plugin=repeated_words", "selector.parameters.penalty=0.1")
+    train = ("-m", "siftclip.trainer.cli", "train", *words, "scale.samples_seen=160")
+    loss = ("loss=plugin", "loss.plugin=focal", "loss.parameters.gamma=2")
+    run(*train, *mine, *loss, "trainer.micro_batch_size=8", "online=every_epoch")
     (path,) = (tmp_path / "outputs" / "train").iterdir()
+    in_loop = ("selector@online.selector=plugin", "online.selector.plugin=repeated_words")
+    run(*train, "selector=random", "selector.fraction=1", *loss, "online=every_step", *in_loop)
+    (looped,) = {*(tmp_path / "outputs" / "train").iterdir()} - {path}
+    assert looped.name.startswith("random+repeated_words+focal-s0-")
+    chosen = RunDir(path=looped).summary
+    assert chosen is not None
+    assert chosen["steps"] == 10
+    assert chosen["loaded_samples"] > chosen["trained_samples"]
     summary = RunDir(path=path).summary
     assert summary is not None
     assert summary["steps"] == 10
