@@ -229,6 +229,13 @@ def draw(selector: Selector, source: Source, sub_batch: SubBatch) -> Choice:
 class _NamesArguments(ABCMeta):
     """Says which argument was meant where a selector is built with one that it does not have."""
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor, which inspect would not look at beside a `__call__`."""
+        signature = inspect.signature(cls.__init__)
+        _, *parameters = signature.parameters.values()  # without the selector itself
+        return signature.replace(parameters=parameters)
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,11 @@ def test_images_and_texts_are_of_one_model(make: Any) -> None:
 def test_captions_are_no_single_text() -> None:
     with pytest.raises(InputError, match="captions must be a list of texts"):
         BasicFilter().scores(captions="abc", sizes=np.ones((3, 2)))
+
+
+def test_the_signature_of_a_class_is_that_of_its_constructor() -> None:
+    assert str(inspect.signature(Uniform)).startswith("(*, seed: 'int' = 0, **rule")
+    assert "target" in inspect.signature(NormSim).parameters
 
 
 def test_arguments_that_a_selector_does_not_have() -> None:
