@@ -232,7 +232,7 @@ class _NamesArguments(ABCMeta):
     @property
     def __signature__(cls) -> inspect.Signature:
         """That of the constructor, which inspect would not look at beside a `__call__`."""
-        signature = inspect.signature(cls.__init__)
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # a class, not an object
         _, *parameters = signature.parameters.values()  # without the selector itself
         return signature.replace(parameters=parameters)
 
