@@ -83,7 +83,7 @@ def test_the_citation_has_what_its_format_requires() -> None:
     assert set(citation) >= CITATION_FIELDS
     assert citation["cff-version"] == "1.2.0"
     assert citation["type"] == "software"
-    assert citation["authors"] == [{"name": "The Siftclip developers"}]
+    assert citation["authors"] == [{"name": "The Siftclip authors"}]
     check_authors(citation["authors"])
     # `1.0` without quotes would be a number, and a date no text
     json.dumps(citation)
