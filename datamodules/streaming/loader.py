@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +17,7 @@ from siftclip.errors import InputError, ParameterError, require_int
 if TYPE_CHECKING:
     from siftclip.datamodules.streaming.batches import Request, SampleDataset
 
+SIGNAL_SECONDS = 1.0  # in which the system tells of a process that has ended
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
@@ -61,6 +64,8 @@ class StreamLoader(DataLoader[Any]):
                 # A worker that dies while it hands over a batch leaves a broken connection.
                 if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
                     raise
+                if not isinstance(error, RuntimeError):
+                    _take_signal()
                 raise InputError(
                     f"The loader gives no more samples: {error!r}. Memory may be short "
                     "(lower num_workers or prefetch_batches), or the storage does not answer "
@@ -69,6 +74,15 @@ class StreamLoader(DataLoader[Any]):
             if batch.failure:
                 raise InputError(batch.failure)
             yield batch
+
+
+def _take_signal() -> None:
+    """Wait for the signal of a worker that has broken its connection.
+
+    torch raises an error for it wherever Python is then, which would take the place of ours.
+    """
+    with suppress(RuntimeError):
+        time.sleep(SIGNAL_SECONDS)
 
 
 def make_loader(
