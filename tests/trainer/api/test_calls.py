@@ -281,8 +281,8 @@ def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
         siftclip.select(PAIRS, ClipScore(fraction=0.5))  # type: ignore[call-overload]
     with pytest.raises(InputError, match=r"features must be given: ClipScore reads features"):
         siftclip.select(pool, None, ClipScore(fraction=0.5))
-    with pytest.raises(InputError, match=r"features must be what siftclip\.embed returns.*/tmp/x"):
-        siftclip.select(pool, "/tmp/x", ClipScore(fraction=0.5))
+    with pytest.raises(InputError, match=r"features must be what siftclip\.embed returns.*/data/x"):
+        siftclip.select(pool, "/data/x", ClipScore(fraction=0.5))
     for place in ("out/demo/teachr", "./teachr", tmp_path / "teachr"):
         with pytest.raises(InputError, match="model must be a folder that is there"):
             siftclip.embed(pool, place)
