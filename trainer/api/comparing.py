@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.errors import ParameterError
 from siftclip.selectors.core.base import Selector
 from siftclip.trainer.api.features import Features
-from siftclip.trainer.api.sections import PathLike, require_known
+from siftclip.trainer.api.sections import (
+    CommonArguments,
+    PathLike,
+    require_known,
+    require_pool,
+)
 from siftclip.trainer.api.selecting import select_settings
 from siftclip.trainer.api.training import TrainArguments, train_settings
 from siftclip.trainer.compare.arms import CompareOutcome, compare_stage
@@ -68,12 +73,13 @@ def compare(
     require_known(compare, others, TrainArguments)
     if not arms:
         raise ParameterError("must name at least one arm", owner="compare", parameter="arms")
-    common = {key: value for key, value in others.items() if key in _COMMON}
+    opened = require_pool("compare", pool)
+    common = {key: value for key, value in others.items() if key in get_type_hints(CommonArguments)}
 
     def settings_of(arm: str, seed: int) -> TrainCommand:
         selector, own = _selector_of(arm, arms[arm], seed)
         return train_settings(
-            select_settings("compare", pool, features, selector, name=None, common=common)[1],
+            select_settings("compare", opened, features, selector, name=None, common=common)[1],
             model,
             pretrained,
             samples_seen=samples_seen,
@@ -93,9 +99,6 @@ def compare(
         ),
     )
     return compare_stage(settings, settings_of)
-
-
-_COMMON = ("output_dir", "progress", "reuse", "trainer")
 
 
 def _selector_of(arm: str, given: Arm, seed: int) -> tuple[Selector, Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from siftclip.trainer.api.sections import (
 )
 from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.runtime.run_dir import RunDir
-from siftclip.trainer.settings.commands import EvalCommand
+from siftclip.trainer.settings.commands import EvalCommand, EvalSections
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.given import given_group
 from siftclip.trainer.settings.model import ModelSettings
@@ -99,18 +99,16 @@ def evaluate(
             are in the results, and others are evaluated nevertheless.
     """
     require_known(evaluate, common, LoadingArguments)
-    in_memory = isinstance(model, ClipModel)
-    settings = EvalCommand(
+    sections = EvalSections(
         common=common_settings(common),
         eval=_eval_settings(tasks, suite, names, evaluation),
         data=data_settings(common),
         trainer=trainer_settings(common),
-        model=ModelSettings(name="in memory") if in_memory else _model(model, pretrained),
     )
     if isinstance(model, ClipModel):
-        tasks_from(settings.eval)
-        return eval_stage(settings, model, results_path=None)
-    return evaluate_settings(settings).summary
+        return eval_stage(sections, model, results_path=None)
+    groups = {each.name: getattr(sections, each.name) for each in fields(sections)}
+    return evaluate_settings(EvalCommand(**groups, model=_model(model, pretrained))).summary
 
 
 def _model(model: Any, pretrained: str | None) -> ModelSettings:
@@ -132,7 +130,7 @@ def _eval_settings(
             "must be a mapping of options",
             owner="evaluate",
             parameter="evaluation",
-            got=repr(evaluation),
+            value=evaluation,
         )
     if suite is not None:
         of_suite = named_preset(_Suite, "eval", "eval", suite).eval

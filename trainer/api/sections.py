@@ -28,6 +28,7 @@ from siftclip.trainer.settings.store import STORED, composing
 T = TypeVar("T")
 
 _PATH = re.compile(r"~|\.{0,2}/|[^:]*/[^:]*/")  # no name of open_clip, and none of a hub
+_REST = ("others", "common")  # what functions call the arguments that they do not name
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Options: TypeAlias = Section | Mapping[str, Any] | str | None  # a group, see `given_group`
@@ -74,9 +75,6 @@ def require_known(function: Callable[..., Any], given: Mapping[str, Any], kind: 
                 parameter=name,
                 way_out=_meant(name, [*named, *takes]),
             )
-
-
-_REST = ("others", "common")
 
 
 def _meant(name: str, known: Sequence[str]) -> str:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from siftclip.trainer.online.cost_profile import Forecast
 
 GLOBAL_BATCH_SIZE = 4096  # DataComp's for its scales small and medium
-_LOOP = ("selector", "first_stage")
 
 
 class TrainArguments(LoadingArguments, total=False):
