@@ -22,6 +22,7 @@ from siftclip.trainer.api.sections import (
     named_preset,
     require_known,
     trainer_settings,
+    whole_model,
 )
 from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -113,7 +114,7 @@ def evaluate(
 
 def _model(model: Any, pretrained: str | None) -> ModelSettings:
     if isinstance(model, ModelSettings):
-        return model
+        return whole_model(model, pretrained)
     return ModelSettings(name=model_place(model), pretrained=pretrained)
 
 

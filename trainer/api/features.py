@@ -24,6 +24,7 @@ from siftclip.trainer.api.sections import (
     require_known,
     require_pool,
     trainer_settings,
+    whole_model,
 )
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import EmbedCommand, TargetCommand
@@ -105,7 +106,9 @@ def features_settings(
     model: Model, pretrained: str | None, *, name: str | None, **others: Any
 ) -> FeaturesSettings:
     """Return the options of a feature set that a model makes."""
-    if not isinstance(model, EmbeddingModel):
+    if isinstance(model, EmbeddingModel):
+        model = whole_model(model, pretrained)
+    else:
         model = EmbeddingModel(name=model_place(model), pretrained=pretrained)
     if name is None:
         parts = (str(model.name), model.pretrained)

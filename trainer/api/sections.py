@@ -21,11 +21,13 @@ from siftclip.trainer.settings.fields.rules import hints, near
 from siftclip.trainer.settings.fields.section import Section, to_plain
 from siftclip.trainer.settings.given import given_group
 from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.model import EmbeddingModel, ModelSettings
 from siftclip.trainer.settings.pool import PoolSettings
 from siftclip.trainer.settings.read_command import compose
 from siftclip.trainer.settings.store import STORED, composing
 
 T = TypeVar("T")
+M = TypeVar("M", ModelSettings, EmbeddingModel)
 
 _PATH = re.compile(r"~|\.{0,2}/|[^:]*/[^:]*/")  # no name of open_clip, and none of a hub
 _REST = ("others", "common")  # what functions call the arguments that they do not name
@@ -211,3 +213,15 @@ def model_place(model: Any) -> str:
             got=type(model).__name__,
         )
     return os.fspath(model)
+
+
+def whole_model(model: M, pretrained: str | None) -> M:
+    """Return all settings of a model as they are.
+
+    Raises:
+        ParameterError: `pretrained` is given beside them, which have it.
+    """
+    if pretrained is not None:
+        rule = "must not be given beside all settings of a model, which have it, too"
+        raise ParameterError(rule, parameter="pretrained", value=pretrained)
+    return model

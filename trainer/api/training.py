@@ -23,6 +23,7 @@ from siftclip.trainer.api.sections import (
     require_known,
     require_type,
     trainer_settings,
+    whole_model,
 )
 from siftclip.trainer.builders.selection import PoolSelection
 from siftclip.trainer.losses.base import ContrastiveLoss
@@ -57,8 +58,8 @@ class TrainArguments(LoadingArguments, total=False):
     loss, optim, online, logger, evaluation (options of eval): these groups; in `online` selectors
     are objects. tasks: a folder of tasks that the trained model is evaluated on. budget: the length
     in another unit, such as {"seconds": 3600}. scale: a recipe, such as "datacomp_small", that sets
-    length, batch, model and optimiser where they are not given. seed: of weights, order and
-    augmentation. run_dir: the folder of the run.
+    length, batch, model and options of the optimiser where they are not given. seed: of weights,
+    order and augmentation. run_dir: the folder of the run.
     """
 
     loss: Options | ContrastiveLoss
@@ -231,32 +232,30 @@ def _model(
     recipe: _Recipe | None,
 ) -> ModelSettings:
     if isinstance(model, ModelSettings):
-        return model
-    if model is None:
-        if recipe is None:
-            raise ParameterError(
-                'must be given, such as "ViT-B-32"', owner="train", parameter="model", value=None
-            )
-        return recipe.model
-    if isinstance(model, str):
-        return _named_model(model, pretrained, loss_name)
-    given = {**model}
+        return whole_model(model, pretrained)
+    beside = _beside(loss_name)
+    if isinstance(model, Mapping):
+        given = {**beside, **model}
+    elif isinstance(model, str):
+        given = {**_named_model(model), **beside}
+    elif recipe is not None:
+        given = {**to_plain(recipe.model), **beside}
+    else:
+        raise ParameterError(
+            'must be given, such as "ViT-B-32"', owner="train", parameter="model", value=None
+        )
     if pretrained is not None:
         given["pretrained"] = pretrained
-    settings: ModelSettings = given_group(ModelSettings, "model", {**_beside(loss_name), **given})
+    settings: ModelSettings = given_group(ModelSettings, "model", given)
     return settings
 
 
-def _named_model(name: str, pretrained: str | None, loss_name: str) -> ModelSettings:
-    """Return the settings of a name of open_clip, or of one that the command line has."""
-    beside = _beside(loss_name)
-    if name in preset_names("model"):
-        settings = named_preset(_Named, "train", "model", name).model
-        given = {**to_plain(settings), **beside, "pretrained": pretrained or settings.pretrained}
-    else:
-        given = {**beside, "name": model_place(name), "pretrained": pretrained}
-    named: ModelSettings = given_group(ModelSettings, "model", given)
-    return named
+def _named_model(name: str) -> dict[str, Any]:
+    """Return the options of a name of open_clip, or of one that the command line has."""
+    if name not in preset_names("model"):
+        return {"name": model_place(name)}
+    options: dict[str, Any] = to_plain(named_preset(_Named, "train", "model", name).model)
+    return options
 
 
 def _beside(loss_name: str) -> Mapping[str, Any]:
@@ -273,8 +272,8 @@ def _loss(given: Any) -> LossSettings:
 
 
 def _optim(given: Any, recipe: _Recipe | None) -> OptimSettings:
-    if recipe is not None and given is None:
-        return recipe.optim
+    if recipe is not None and (given is None or isinstance(given, Mapping)):
+        given = {**to_plain(recipe.optim), **(given or {})}
     settings: OptimSettings = given_group(OptimSettings, "optim", given)
     return settings
 

@@ -324,6 +324,34 @@ def test_groups_as_objects_mappings_and_names() -> None:
     assert (loop.every_n_steps, loop.reference.features.name) == (7, "b32")
 
 
+def test_a_recipe_holds_where_nothing_else_is_given() -> None:
+    from siftclip.trainer.api.training import _model, _optim, _Recipe
+    from siftclip.trainer.settings.data import ScaleSettings
+
+    recipe = _Recipe(
+        scale=ScaleSettings(samples_seen=8, global_batch_size=4),
+        optim=OptimSettings(lr=3e-3, warmup_steps=7),
+        model=ModelSettings(name="ViT-B-16"),
+    )
+    assert _optim({"lr": 1e-3}, recipe) == OptimSettings(lr=1e-3, warmup_steps=7)
+    assert _optim(OptimSettings(lr=2.0), recipe) == OptimSettings(lr=2.0)
+    model = _model(None, "openai", loss_name="siglip", recipe=recipe)
+    assert (model.name, model.pretrained) == ("ViT-B-16", "openai")
+    assert model.options.init_logit_bias == -10
+
+
+def test_weights_beside_all_settings_of_a_model_are_refused(pool: siftclip.Pool) -> None:
+    from siftclip.trainer.api.training import _model
+
+    message = "pretrained must not be given beside all settings of a model"
+    with pytest.raises(InputError, match=message):
+        _model(ModelSettings(name="ViT-B-32"), "openai", loss_name="clip", recipe=None)
+    with pytest.raises(InputError, match=message):
+        siftclip.embed(pool, siftclip.trainer.EmbeddingModel(name="ViT-B-32"), "openai")
+    with pytest.raises(InputError, match=message):
+        siftclip.evaluate(ModelSettings(name="ViT-B-32"), "tasks", "openai")
+
+
 def test_names_of_the_command_line() -> None:
     from siftclip.trainer.api.training import _model, _online
 
