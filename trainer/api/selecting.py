@@ -142,6 +142,9 @@ def select(
     arrays = {"captions": captions, "sizes": sizes, "column": column, "uids": uids}
     given = [key for key, value in arrays.items() if value is not None]
     if pool is None and not isinstance(features, Features):
+        if common:
+            rule = "has no place without a pool: nothing is written, and nothing kept is read"
+            raise ParameterError(rule, owner="select", parameter=next(iter(common)))
         return _of_arrays(chosen, features, name=name, **arrays)
     if given:
         rule = "has no place beside a pool, which has its own"

@@ -296,6 +296,8 @@ def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
         siftclip.select(pool, np.eye(3), ClipScore(fraction=0.5))  # type: ignore[call-overload]
     with pytest.raises(InputError, match="select: captions has no place beside a pool"):
         siftclip.select(pool, None, ClipScore(fraction=0.5), captions=["a"])  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="select: output_dir has no place without a pool"):
+        siftclip.select(features=PAIRS, selector=ClipScore(fraction=0.5), output_dir=tmp_path)  # type: ignore[call-overload]
     with pytest.raises(InputError, match="train: selection must be a PoolSelection"):
         siftclip.train("a folder", VIT_TINY, samples_seen=9)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="model must be a run, a folder"):
