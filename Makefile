@@ -73,8 +73,15 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): moved
 endif
 
+# One at a time: a second make waits for the lock of the first, which ends with it, and finds the work
+# done. The constraints also hold for what is needed to build packages; pip 25.3 has its own name for
+# that.
 $(STAMP): pyproject.toml constraints.txt
-	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$(pwd -P)" ]; then \
+	@set -e; exec 9<.; \
+	if command -v flock >/dev/null && ! flock -n 9; then \
+	    echo 'Waiting for another make, which installs into .venv.'; flock 9; \
+	fi; \
+	if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$(pwd -P)" ]; then \
 	    for candidate in $(PYTHONS); do \
 	        if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
 	            python="$$candidate"; break; \
@@ -87,12 +94,13 @@ $(STAMP): pyproject.toml constraints.txt
 	    fi; \
 	    echo "Installing into .venv with $$("$$python" --version): once, some minutes, about 7 GB."; \
 	    "$$python" -m venv --clear .venv; \
-	fi
-	@rm -f $(STAMP)
-# The constraints also hold for what is needed to build packages; pip 25.3 has its own name for that.
+	elif [ $(STAMP) -nt pyproject.toml ] && [ $(STAMP) -nt constraints.txt ]; then \
+	    exit 0; \
+	fi; \
+	rm -f $(STAMP); set -x; \
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	    .venv/bin/python -m pip install -e '.[dev]'
-	@pwd -P >$(STAMP)
+	    .venv/bin/python -m pip install -e '.[dev]'; \
+	{ set +x; } 2>/dev/null; pwd -P >$(STAMP)
 
 # Pins that still fit are kept; UPGRADE=--upgrade renews all. Where packages come from is up to
 # the settings of uv, and never stands in the file.

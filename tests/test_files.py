@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import stat
 import tempfile
 import zipfile
 from pathlib import Path
@@ -22,6 +24,7 @@ from siftclip.files import (
     read_npz,
     write_json,
     write_npz,
+    write_text,
 )
 
 
@@ -163,3 +166,18 @@ def test_object_arrays_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="would be pickled"):
         write_npz(tmp_path / "a.npz", a=np.array([{}], dtype=object))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    """Also what safetensors writes, which makes a file of its own that others may not read."""
+    from safetensors.numpy import save_file
+
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "weights.safetensors") as temporary:
+            save_file({"x": np.zeros(2)}, temporary)
+        write_text(tmp_path / "text", "a")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {0o640}

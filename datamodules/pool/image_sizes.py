@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from siftclip.datamodules.index.tar_walk import TruncatedTarError, walk_tar
 from siftclip.datamodules.pool.metadata import read_metadata
 from siftclip.datamodules.pool.pool import Pool, metadata_tables
 from siftclip.errors import InputError
 from siftclip.files import atomic_path
+from siftclip.progress import track
 
 COLUMNS = ("original_width", "original_height")
 _JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then an image's as it is stored
@@ -51,8 +51,10 @@ def _from_json(pool: Pool, progress: bool) -> np.ndarray:
         known: np.ndarray = np.load(path, allow_pickle=False)
         return known
     sizes = np.full((len(pool), 2), -1, dtype=np.int64)
-    bar = tqdm(pool.shards, desc="sizes", unit="tar", disable=not progress, leave=False)
-    for number, shard in enumerate(bar):
+    shards = track(
+        pool.shards, total=len(pool.shards), label="image sizes", unit="tar", bar=progress
+    )
+    for number, shard in enumerate(shards):
         rows = {int(pool.sample_offsets_bytes[row]): row for row in pool.shard_rows(number)}
         with pool.storage.open_tar(shard) as tar:
             try:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from siftclip.cores import cores_of_rank
 from siftclip.datamodules.index.faults import FaultLog
@@ -47,6 +46,7 @@ from siftclip.datamodules.storage.local import (
 from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.files import identity_hash, read_json, write_json
 from siftclip.locks import locked
+from siftclip.progress import show_progress
 
 log = logging.getLogger(__name__)
 
@@ -343,9 +343,7 @@ def _index_shards(
     """Index all tars. Each index is written when it is ready: a killed run continues there."""
     total = sum(shard.size_bytes for shard in shards)
     todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
-    bar = tqdm(
-        total=total, desc="index", unit="B", unit_scale=True, disable=not progress, leave=False
-    )
+    bar = show_progress(total=total, label="index", unit="B", bar=progress)
     indices = []
     with bar, _executor(storage, workers, todo) as executor:
         jobs = ((storage, shard, folder, key_split) for shard in shards)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import siftclip
 from siftclip.datamodules.index.faults import FaultLog
@@ -44,6 +43,7 @@ from siftclip.datamodules.storage.local import StorageError
 from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.files import atomic_path, read_json, write_json
 from siftclip.locks import LOCK_NAME
+from siftclip.progress import show_progress
 
 MANIFEST_NAME = "compact.json"
 SHARDS_FOLDER = "shards"
@@ -166,13 +166,12 @@ def compact_pool(
     faults = FaultLog()
     for shard in done.values():
         faults.merge(shard.faults)
-    with tqdm(
+    with show_progress(
         total=sum(sizes),
         initial=sum(sizes) - todo_bytes,
-        desc="compact",
+        label="compact",
         unit="B",
-        unit_scale=True,
-        disable=not progress,
+        bar=progress,
     ) as bar:
         for name, part in zip(names, parts, strict=True):
             if name in done:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from siftclip.datamodules.features.files import feature_file_stamp, read_feature_file
 from siftclip.datamodules.features.rows import RowFeatures
@@ -36,6 +35,7 @@ from siftclip.datamodules.selection.selection import UNSCORED_KEY
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, has_changed
 from siftclip.files import identity_hash, read_npz_all, write_json, write_npz
+from siftclip.progress import show_progress
 from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.core.base import Choice, ScoreSelector, Selector
 from siftclip.selectors.core.description import describe, nested
@@ -290,14 +290,13 @@ class PoolSource(Source):
             super().warn(text)
 
     def bar(self, total: int, label: str) -> AbstractContextManager[Bar]:
-        return tqdm(
+        return show_progress(
             total=total,
-            desc=label,
-            unit=" samples",
-            unit_scale=True,
-            disable=not self._shows_bars() or total == 0,
-            leave=False,
-            delay=1.0,  # seconds; many pieces of work are shorter
+            label=label,
+            unit="sample",
+            bar=self.progress,
+            speaks=self.ranks.rank == 0 and total > 0,
+            delay_seconds=1.0,  # many pieces of work are shorter
         )
 
     def identity(self, selector: object, *, with_rule: bool = False) -> dict[str, Any]:
@@ -371,9 +370,6 @@ class PoolSource(Source):
             fingerprints.update(store.fingerprint for store in stores)
         return sorted(fingerprints)
 
-    def _shows_bars(self) -> bool:
-        return self.progress and self.ranks.rank == 0
-
     def _gather(self, rows: np.ndarray, keys: tuple[str, ...]) -> dict[str, Tensor]:
         store = self.store(keys)
         if store.folder not in self._features:
@@ -409,7 +405,7 @@ class PoolSource(Source):
         if self._sizes is None:
             in_metadata = bool(metadata_tables(self.pool))  # else in the tars, which are checked
             with self._unchanged(_SIZES) if in_metadata else nullcontext():
-                sizes = read_image_sizes(self.pool, progress=self._shows_bars())
+                sizes = read_image_sizes(self.pool, progress=self.progress)
             self._sizes = sizes
         return self._sizes
 

@@ -21,7 +21,6 @@ from urllib.parse import unquote, urlsplit
 from braceexpand import braceexpand
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.http import HTTPFileSystem
-from tqdm import tqdm
 
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
 from siftclip.datamodules.storage.connections import (
@@ -50,6 +49,7 @@ from siftclip.datamodules.storage.local import (
 from siftclip.datamodules.storage.shard_cache import ShardCache
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import atomic_path, read_json, write_json
+from siftclip.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -475,7 +475,7 @@ class RemoteStorage:
             if file.name.endswith(suffixes)
             and (stamps.get(file.name) != file.stamp or not (folder / file.name).exists())
         ]
-        for file in tqdm(todo, desc="copy metadata", unit="file", leave=False, disable=None):
+        for file in track(todo, total=len(todo), label="copy metadata", unit="file"):
             with atomic_path(folder / file.name) as temporary:
                 try:
                     self._copy(file, temporary)

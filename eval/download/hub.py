@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -28,11 +28,11 @@ from huggingface_hub.utils import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from tqdm import tqdm
 
 from siftclip.errors import InputError
 from siftclip.eval.download.checksums import FileChecksum, hash_file
 from siftclip.eval.download.hub_errors import may_pass, readable_errors
+from siftclip.progress import Progress, show_progress
 
 WORK_FOLDER = ".download"  # of a task folder: files that are not complete
 _LIBRARY = "siftclip"  # who asks
@@ -132,9 +132,7 @@ class HubDataset:
         with (
             readable_errors(self.repository, self.endpoint, folder),
             _own_bar_only(),
-            tqdm(
-                desc=folder.name, total=total, unit="B", unit_scale=True, disable=not progress
-            ) as fetch.bar,
+            show_progress(total=total, label=folder.name, unit="B", bar=progress) as fetch.bar,
             ThreadPoolExecutor(workers) as pool,
         ):
             futures = {pool.submit(fetch.fetch_file, file): file for file in files}
@@ -174,7 +172,7 @@ def _remote_file(entry: RepoFile) -> RemoteFile:
 class _Fetch:
     """What the threads of one `fetch_files` share."""
 
-    bar: tqdm[NoReturn]  # fed by hand
+    bar: Progress
 
     def __init__(self, dataset: HubDataset, commit: str, folder: Path) -> None:
         self.dataset = dataset

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
 from siftclip.agreement import share_texts
 from siftclip.datamodules.models.load import ClipModel
@@ -26,6 +25,7 @@ from siftclip.eval.encoding.texts import (
     token_lengths,
 )
 from siftclip.eval.tasks.images import ImageBatch, ImageDataset, ImageTable, only_item
+from siftclip.progress import Progress, show_progress
 from siftclip.ranks import OneRank, Ranks, sum_arrays
 
 _ROWS_A_SUM = 65_536  # of features that ranks exchange at once
@@ -101,21 +101,15 @@ class Encoder:
             self._loader(table, [batch for _, batch in mine]) if mine else ()
         )
         total = sum(map(len, sets))
-        bar = tqdm(
-            total=total,
-            desc="images",
-            unit="image",
-            disable=self._quiet(),
-            leave=False,
-        )
-        done = 0
-        with bar:
+        done = counted = 0
+        with self._progress(total, "images") as bar:
             for owner, rows in enumerate(sets):
                 parts: list[tuple[ImageBatch, np.ndarray]] = []
                 while done < len(mine) and mine[done][0] == owner:
                     batch = next(loader)
                     parts.append((batch, self._encode_images(batch.images)))
-                    bar.update(min(len(batch.rows) * ranks.size, total - bar.n))
+                    counted, before = min(counted + len(batch.rows) * ranks.size, total), counted
+                    bar.update(counted - before)
                     done += 1
                 yield self._gather(table, rows, parts)
 
@@ -137,12 +131,13 @@ class Encoder:
         lengths = torch.full((len(tokens),), tokens.shape[1]) if ends is None else ends
         batches = length_batches(lengths.numpy(), self.options.batch_size)
         mine = batches[self.ranks.rank :: self.ranks.size]
-        quiet = True if len(mine) < 16 else self._quiet()
         parts = []
-        for rows in tqdm(mine, desc="texts", unit="batch", disable=quiet, leave=False):
-            part = tokens[rows, : int(lengths[rows[0]])].to(device)
-            with self._autocast():
-                parts.append((rows, encode_tokens(model, part).float().cpu().numpy()))
+        with self._progress(sum(map(len, mine)), "texts", delay_seconds=1.0) as bar:
+            for rows in mine:
+                part = tokens[rows, : int(lengths[rows[0]])].to(device)
+                with self._autocast():
+                    parts.append((rows, encode_tokens(model, part).float().cpu().numpy()))
+                bar.update(len(rows))
         features = self._place(len(texts), parts)
         return torch.from_numpy(features).to(device)
 
@@ -158,9 +153,15 @@ class Encoder:
             generator=torch.Generator(),  # without one it takes a number from the global generator
         )
 
-    def _quiet(self) -> bool | None:
-        """Return `disable` for tqdm: None shows a bar only at a terminal, True shows none."""
-        return None if self.options.progress and self.ranks.rank == 0 else True
+    def _progress(self, total: int, label: str, *, delay_seconds: float = 0.0) -> Progress:
+        return show_progress(
+            total=total,
+            label=label,
+            unit=label.removesuffix("s"),
+            bar=self.options.progress,
+            speaks=self.ranks.rank == 0,
+            delay_seconds=delay_seconds,
+        )
 
     def _autocast(self) -> torch.autocast:
         dtype = self.options.autocast

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import reprlib
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +24,18 @@ from siftclip.file_identity import FileIdentity
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` which replaces it when the block ends without error."""
+    """Yield a temporary path beside `path` which replaces it when the block ends without error.
+
+    The file gets the permissions that the user's umask gives to new files, also where a library
+    writes into one of its own that others may not read, as safetensors does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

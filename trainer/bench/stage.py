@@ -35,7 +35,7 @@ from siftclip.trainer.builders.objective import open_loss_data
 from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.loop.module import ClipTraining
-from siftclip.trainer.loop.progress import TrainingBar
+from siftclip.trainer.loop.progress import TrainingProgress
 from siftclip.trainer.runtime.cores import share_cores
 from siftclip.trainer.runtime.lightning_setup import loader_options, make_trainer
 from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
@@ -180,12 +180,10 @@ def _time_training(
 ) -> tuple[StepTimes, str]:
     """Time the steps of a training run on one device, and name the device."""
     clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=data.total_steps - WARM_UP_STEPS)
-    progress = parts.common.progress
     trainer = make_trainer(
         replace(parts.trainer, devices=1, num_nodes=1, strategy="auto"),
-        progress=progress,
         folder=folder,
-        callbacks=[clock, *([TrainingBar()] if progress else [])],
+        callbacks=[clock, TrainingProgress(bar=parts.common.progress)],
         loggers=[],
         max_steps=data.total_steps,
         max_epochs=-1,

@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from siftclip.errors import InputError
 from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
+from siftclip.progress import is_first_rank
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.runtime.launch import TrainingStopped, find_launch
 from siftclip.trainer.settings.describing.describe import takes_more
@@ -235,17 +236,6 @@ def _overrides(arguments: list[str], command: str) -> list[str]:
     words = command.split()
     at = arguments.index(words[0]) + len(words)
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
-
-
-def is_first_rank(environment: Mapping[str, str]) -> bool:
-    """Return whether this process speaks for all that torchrun, srun or Lightning started with it.
-
-    Lightning knows as well, but its import takes seconds.
-    """
-    if "RANK" in environment:
-        return environment["RANK"] == "0"
-    names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(environment.get(name, "0") == "0" for name in names)
 
 
 def _set_full_error(value: str | None) -> None:

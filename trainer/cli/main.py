@@ -15,6 +15,7 @@ import signal
 import sys
 
 import siftclip
+from siftclip.progress import hide_foreign_bars
 
 COMMANDS = {
     "index": "find the samples of a pool, once",
@@ -69,6 +70,7 @@ def main() -> None:
     # Torch, Lightning and open_clip are millions of objects that stay: at Python's own thresholds a
     # tenth of the time of their import goes into looking for garbage among them.
     gc.set_threshold(50_000, 20, 100)
+    hide_foreign_bars()
     try:
         _run(sys.argv[1:])
         sys.stdout.flush()

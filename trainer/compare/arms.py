@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tqdm import tqdm
-
 from siftclip.errors import InputError
 from siftclip.locks import LOCK_NAME, HeldError, locked
+from siftclip.progress import show_progress
 from siftclip.trainer.builders.losses import check_loss_options
 from siftclip.trainer.builders.online_options import check_online
 from siftclip.trainer.runtime.launch import require_launcher
@@ -149,13 +148,13 @@ def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool)
     """
     runs: dict[int, RunDir] = {}
     later: list[int] = []
-    with tqdm(
-        total=len(plan), desc="compare", unit="run", disable=not progress, leave=False
-    ) as bar:
+    with show_progress(total=len(plan), label="compare", unit="run", bar=progress) as bar:
 
         def train(number: int, *, wait: bool) -> None:
             arm, seed, arm_settings = plan[number]
             bar.set_postfix_str(f"{arm}, seed {seed}")
+            if is_rank_zero():
+                log.info("compare: run %d of %d, %s, seed %d", number + 1, len(plan), arm, seed)
             runs[number] = train_stage(arm_settings, wait=wait)
             bar.update()
 

@@ -1,21 +1,33 @@
-"""The progress bar of training: in samples, with the loss that was logged last and the rate."""
+"""The progress of training: a bar at a terminal, else plain lines."""
 
 from __future__ import annotations
 
-import sys
+import logging
+import time
 from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm import tqdm
+
+from siftclip.progress import LINE_SECONDS, Progress, draws_bars, pace, show_progress
+
+log = logging.getLogger(__name__)
 
 
-class TrainingBar(ProgressBar):
-    """A bar on standard error that counts samples. It also replaces Lightning's own."""
+class TrainingProgress(ProgressBar):
+    """Shows a bar on standard error that counts samples, or logs a line every 30 seconds.
 
-    def __init__(self) -> None:
+    It also replaces Lightning's own bar. The first line comes after the first step, and says that
+    training has begun.
+    """
+
+    def __init__(self, *, bar: bool = True) -> None:
+        """Choose between a `bar`, where a terminal can show one, and lines."""
         super().__init__()
+        self._wants_bar = bar
         self._enabled = True
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
+        self._logs_lines = False
+        self._last_line: tuple[int, float] | None = None  # its step, and when it was logged
 
     def disable(self) -> None:
         """Show nothing; Lightning calls it on all ranks but the first."""
@@ -24,29 +36,22 @@ class TrainingBar(ProgressBar):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._enabled:
             return
-        self._bar = tqdm(
-            desc="train",
-            total=pl_module.total_steps * pl_module.global_batch_size,
-            initial=trainer.global_step * pl_module.global_batch_size,
-            unit="sample",
-            unit_scale=True,
-            leave=False,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+        self._logs_lines = not (self._wants_bar and draws_bars())
+        self._last_line = None
+        if not self._logs_lines:
+            self._bar = show_progress(
+                total=pl_module.total_steps * pl_module.global_batch_size,
+                initial=trainer.global_step * pl_module.global_batch_size,
+                label="train",
+                unit="sample",
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if self._bar is None:
-            return
-        latest = pl_module.latest
-        if "train/loss" in latest:
-            shown = {
-                "loss": f"{latest['train/loss']:.3f}",
-                "wait": f"{latest['train/data_wait_fraction']:.0%}",
-            }
-            shown.update(_headline(pl_module.evaluated))
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(pl_module.global_batch_size)
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(_numbers(pl_module)), refresh=False)
+            self._bar.update(pl_module.global_batch_size)
+        elif self._logs_lines:
+            self._log_line(trainer.global_step, pl_module)
 
     def on_train_end(self, *args: Any) -> None:
         self._close()
@@ -54,13 +59,34 @@ class TrainingBar(ProgressBar):
     def on_exception(self, *args: Any) -> None:
         self._close()
 
+    def _log_line(self, step: int, module: Any) -> None:
+        now = time.monotonic()
+        parts = [f"step {step:,} of {module.total_steps:,}", *_numbers(module)]
+        if self._last_line is not None:  # the first step also waits for the first samples
+            last_step, last_seconds = self._last_line
+            if now - last_seconds < LINE_SECONDS:
+                return
+            size = module.global_batch_size
+            rate = (step - last_step) * size / (now - last_seconds)
+            parts.append(pace(rate, (module.total_steps - step) * size, "sample"))
+        log.info("train: %s", ", ".join(parts))
+        self._last_line = step, now
+
     def _close(self) -> None:
+        self._logs_lines = False
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
-def _headline(evaluated: dict[str, float]) -> dict[str, str]:
-    """Return the first average of the last evaluation, or its first task."""
+def _numbers(module: Any) -> list[str]:
+    """Return what was logged last, in words: loss, share of waiting for data, an evaluation."""
+    latest, evaluated = module.latest, module.evaluated
+    numbers = []
+    if "train/loss" in latest:
+        numbers += [f"loss {latest['train/loss']:.3f}"]
+        numbers += [f"waiting for data {latest['train/data_wait_fraction']:.0%}"]
     names = sorted(evaluated, key=lambda name: "/average/" not in name)  # stable
-    return {names[0].rpartition("/")[2]: f"{evaluated[names[0]]:.3f}"} if names else {}
+    if names:  # the first average, or the first task
+        numbers += [f"{names[0].rpartition('/')[2]} {evaluated[names[0]]:.3f}"]
+    return numbers

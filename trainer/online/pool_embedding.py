@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from tqdm import tqdm
 
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.models.load import ClipModel
@@ -21,6 +20,7 @@ from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.errors import InputError
 from siftclip.eval.evaluation_mode import evaluation_mode
 from siftclip.files import write_npz
+from siftclip.progress import show_progress
 from siftclip.ranks import Ranks
 from siftclip.trainer.models.embedding import embed_batch, embedding_dataset
 
@@ -78,13 +78,12 @@ class PoolEmbedder:
             self.loader,
             pin_memory=device.type == "cuda",
         )
-        shows = self.progress and ranks.rank == 0
-        bar = tqdm(
+        bar = show_progress(
             total=sum(map(len, parts)),
-            desc="embed",
-            unit=" samples",
-            leave=False,
-            disable=not shows,
+            label="embed",
+            unit="sample",
+            bar=self.progress,
+            speaks=ranks.rank == 0,
         )
         with evaluation_mode(replace(self.clip, model=model), device) as ready, bar:
             batches = iter(loader)

@@ -54,7 +54,6 @@ def resolve_precision(precision: Precision) -> Precision:
 def make_trainer(
     settings: TrainerSettings,
     *,
-    progress: bool,
     folder: Path,
     callbacks: list[Callback],
     loggers: list[Logger],
@@ -68,6 +67,7 @@ def make_trainer(
         InputError: Lightning refuses the settings, or this machine has no GPU for them.
     """
     from lightning import Trainer
+    from lightning.pytorch.callbacks import ProgressBar
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -91,7 +91,7 @@ def make_trainer(
             callbacks=callbacks,
             logger=loggers,
             use_distributed_sampler=False,
-            enable_progress_bar=progress,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             **{**_defaults(settings), **(settings.options or {})},
             **options,
         )

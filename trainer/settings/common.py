@@ -25,7 +25,7 @@ class CommonSettings(Section):
     """Folder of the run; null: one below output_dir whose name stands for what is run."""
 
     progress: bool = True
-    """Show progress bars."""
+    """Show progress bars; false, and any output but a terminal, gets a line every 30 s instead."""
 
     reuse: bool = True
     """Reuse what an earlier command has kept; false computes it again, and replaces it."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
 from siftclip.datamodules.features.provenance import (
     MANIFEST_NAME,
@@ -36,6 +35,7 @@ from siftclip.datamodules.streaming.loader import make_loader
 from siftclip.errors import InputError
 from siftclip.files import read_json, write_json, write_npz
 from siftclip.locks import LOCK_NAME, locked
+from siftclip.progress import show_progress
 from siftclip.ranks import Ranks, of_first_rank
 from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.builders.selection import features_folder, pool_from
@@ -132,18 +132,26 @@ def _embed(
     faults = FaultLog()
     sampler = ShardSampler(pool=pool, shards=mine, batch_size=features.batch_size)
     loader = _loader(settings.data, clip, sampler, pin_memory=fabric.device.type == "cuda")
-    bar = tqdm(loader, desc="embed", unit="batch", disable=not common.progress, leave=False)
+    bar = show_progress(
+        total=sum(len(pool.shard_rows(shard)) for shard in mine),
+        label="embed",
+        unit="sample",
+        bar=common.progress,
+        speaks=fabric.global_rank == 0,
+    )
     model = clip.model.to(fabric.device).eval()
     parts: list[tuple[Tensor, Tensor]] = []
-    for batch in bar if mine else []:
-        with fabric.autocast():
-            parts.append(embed_batch(model, batch.to(fabric.device, non_blocking=True)))
-        for cause, place in batch.faults:
-            faults.add(cause, place)
-        rows = pool.shard_rows(int(pool.shard_of_row[int(batch.rows[0])]))
-        if int(batch.rows[-1]) == rows[-1]:
-            _write_shard(folder, pool, rows, features.name, parts)
-            parts = []
+    with bar:
+        for batch in loader if mine else ():
+            with fabric.autocast():
+                parts.append(embed_batch(model, batch.to(fabric.device, non_blocking=True)))
+            for cause, place in batch.faults:
+                faults.add(cause, place)
+            rows = pool.shard_rows(int(pool.shard_of_row[int(batch.rows[0])]))
+            if int(batch.rows[-1]) == rows[-1]:
+                _write_shard(folder, pool, rows, features.name, parts)
+                parts = []
+            bar.update(len(batch.rows))
     if faults.samples:
         log.warning("embed: without features %s", faults.summary())
     faults.check(

@@ -125,7 +125,6 @@ def profile_run(parts: RunParts) -> Profile:
         clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=STEPS)
         trainer = make_trainer(
             run.trainer,
-            progress=False,
             folder=folder,
             callbacks=[clock],
             loggers=[],

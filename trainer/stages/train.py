@@ -435,7 +435,6 @@ def _fit(
     module = training_module(parts, budget, online)
     trainer = make_trainer(
         parts.trainer,
-        progress=parts.common.progress,
         folder=run.path,
         callbacks=callbacks,
         loggers=loggers,
@@ -482,12 +481,12 @@ def _callbacks(
     from lightning.pytorch.callbacks import ProgressBar
 
     from siftclip.trainer.loop.checkpointing import StepCheckpoint
-    from siftclip.trainer.loop.progress import TrainingBar
+    from siftclip.trainer.loop.progress import TrainingProgress
     from siftclip.trainer.stages.evaluate_during import evaluate_during_from
 
     options = settings.trainer
     added = build_callbacks(options)
-    shows_bar = settings.common.progress and not any(isinstance(c, ProgressBar) for c in added)
+    has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     during = evaluate_during_from(settings.evaluation, parts.clip)
     checkpoint = StepCheckpoint(
         run.checkpoints,
@@ -499,7 +498,7 @@ def _callbacks(
         checkpoint,  # Lightning calls it last, when all others have seen the step
         stop,
         *([] if during is None else [during]),
-        *([TrainingBar()] if shows_bar else []),
+        *([] if has_bar else [TrainingProgress(bar=settings.common.progress)]),
         *added,
     ]
 

@@ -1,25 +1,26 @@
-"""The bar of training shows samples, and the numbers that are known last."""
+"""The progress of training shows samples or steps, and the numbers that are known last."""
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from siftclip.trainer.loop import progress
-from siftclip.trainer.loop.progress import TrainingBar
+from siftclip.trainer.loop.progress import TrainingProgress
 
 
 class Shown:
-    """Stands in for tqdm."""
+    """Stands in for a bar."""
 
     def __init__(self, *, total: int, initial: int, **options: Any) -> None:
         self.total, self.samples = total, initial
-        self.postfix: dict[str, str] = {}
+        self.postfix = ""
         self.is_open = True
 
-    def set_postfix(self, shown: dict[str, str], *, refresh: bool) -> None:
+    def set_postfix_str(self, shown: str, *, refresh: bool) -> None:
         assert not refresh  # `update` does, if it is time
         self.postfix = shown
 
@@ -32,15 +33,25 @@ class Shown:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
-    """The bars that are made."""
+    """The bars that are drawn at a terminal."""
     bars: list[Shown] = []
 
     def make(**options: Any) -> Shown:
         bars.append(Shown(**options))
         return bars[-1]
 
-    monkeypatch.setattr(progress, "tqdm", make)
+    monkeypatch.setattr(progress, "show_progress", make)
+    monkeypatch.setattr(progress, "draws_bars", lambda: True)
     return bars
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines of a log, each step of which takes ten seconds."""
+    seconds = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("siftclip.trainer.loop.progress.time.monotonic", lambda: next(seconds))
+    caplog.set_level(logging.INFO, "siftclip")
+    return caplog.messages
 
 
 TRAINER = SimpleNamespace(global_step=3)
@@ -51,26 +62,26 @@ def make_module() -> SimpleNamespace:
 
 
 def test_the_bar_counts_samples_and_tells_what_was_logged_last(shown: list[Shown]) -> None:
-    bar, module = TrainingBar(), make_module()
+    bar, module = TrainingProgress(), make_module()
     bar.on_train_start(TRAINER, module)
     (found,) = shown
     assert (found.total, found.samples) == (160, 48)
     bar.on_train_batch_end(TRAINER, module)
-    assert (found.samples, found.postfix) == (64, {})
+    assert (found.samples, found.postfix) == (64, "")
     module.latest = {"train/loss": 1.23456, "train/data_wait_fraction": 0.104}
     bar.on_train_batch_end(TRAINER, module)
-    assert (found.samples, found.postfix) == (80, {"loss": "1.235", "wait": "10%"})
+    assert (found.samples, found.postfix) == (80, "loss 1.235, waiting for data 10%")
     module.evaluated = {"eval/digit": 0.5}
     bar.on_train_batch_end(TRAINER, module)
-    assert found.postfix == {"loss": "1.235", "wait": "10%", "digit": "0.500"}
+    assert found.postfix == "loss 1.235, waiting for data 10%, digit 0.500"
     module.evaluated |= {"eval/average/all": 0.25, "eval/average/other": 0.75}
     bar.on_train_batch_end(TRAINER, module)
-    assert found.postfix == {"loss": "1.235", "wait": "10%", "all": "0.250"}
+    assert found.postfix == "loss 1.235, waiting for data 10%, all 0.250"
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
 def test_the_bar_closes_with_training(end: str, shown: list[Shown]) -> None:
-    bar = TrainingBar()
+    bar = TrainingProgress()
     bar.on_train_start(TRAINER, make_module())
     for _ in range(2):
         getattr(bar, end)()
@@ -79,10 +90,31 @@ def test_the_bar_closes_with_training(end: str, shown: list[Shown]) -> None:
     assert shown[0].samples == 48
 
 
-def test_other_ranks_show_no_bar(shown: list[Shown]) -> None:
-    bar = TrainingBar()
-    bar.disable()
-    bar.on_train_start(TRAINER, make_module())
-    bar.on_train_batch_end(TRAINER, make_module())
-    bar.on_train_end()
+def test_other_ranks_show_nothing(shown: list[Shown], lines: list[str]) -> None:
+    for wants_bar in (True, False):
+        bar = TrainingProgress(bar=wants_bar)
+        bar.disable()
+        bar.on_train_start(TRAINER, make_module())
+        bar.on_train_batch_end(TRAINER, make_module())
+        bar.on_train_end()
     assert not shown
+    assert not lines
+
+
+def test_a_log_gets_a_line_after_the_first_step_and_every_thirty_seconds(
+    lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shows, module = TrainingProgress(bar=False), make_module()
+    shows.on_train_start(SimpleNamespace(global_step=3), module)
+    for step in range(4, 11):
+        if step == 6:
+            module.latest = {"train/loss": 1.23456, "train/data_wait_fraction": 0.104}
+        shows.on_train_batch_end(SimpleNamespace(global_step=step), module)
+    shows.on_train_end()
+    assert caplog.messages == [
+        "train: step 4 of 10",
+        "train: step 7 of 10, loss 1.235, waiting for data 10%, 1.6 samples/s, 0:00:30 left",
+        "train: step 10 of 10, loss 1.235, waiting for data 10%, 1.6 samples/s, 0:00:00 left",
+    ]
+    shows.on_train_batch_end(SimpleNamespace(global_step=11), module)
+    assert len(caplog.messages) == 3

@@ -73,7 +73,7 @@ def settings(**values: Any) -> TrainerSettings:
 
 
 def trainer_of(options: TrainerSettings, folder: Path) -> lightning.Trainer:
-    return make_trainer(options, progress=False, folder=folder, callbacks=[], loggers=[])
+    return make_trainer(options, folder=folder, callbacks=[], loggers=[])
 
 
 # ---- a person's command -------------------------------------------------------------------------
@@ -92,10 +92,15 @@ def test_command_trains_with_callbacks_loggers_and_a_profiler(
     ]
     result = cli("train", *base, *words)
     assert result.returncode == 0, result.stderr[-4000:]
+    assert "\nINFO train: step 1 of 6" in result.stderr
+    assert not {"\r", "\x1b"} & set(result.stderr)
     found = json.loads((tmp_path / "count.json").read_text())
     assert found == {
         "seen": 6,
-        "order": ["StopOnSignal", "Count", "LearningRateMonitor", "StepCheckpoint"],
+        "order": [
+            *("StopOnSignal", "TrainingProgress", "Count"),
+            *("LearningRateMonitor", "StepCheckpoint"),
+        ],
         "loggers": ["FileLogger", "CSVLogger"],
     }
     (table,) = (tmp_path / "logs").rglob("metrics.csv")
