@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from siftclip.errors import InputError
 from siftclip.files import (
     append_jsonl,
-    atomic_path,
     read_json,
     read_jsonl,
     read_npz,
     write_json,
     write_npz,
 )
+from siftclip.writing import atomic_path
 
 
 class Intruder:

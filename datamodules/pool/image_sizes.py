@@ -12,7 +12,7 @@ from siftclip.datamodules.index.tar_walk import TruncatedTarError, walk_tar
 from siftclip.datamodules.pool.metadata import read_metadata
 from siftclip.datamodules.pool.pool import Pool, metadata_tables
 from siftclip.errors import InputError
-from siftclip.files import atomic_path
+from siftclip.files import write_npy
 
 COLUMNS = ("original_width", "original_height")
 _JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then an image's as it is stored
@@ -65,8 +65,7 @@ def _from_json(pool: Pool, progress: bool) -> np.ndarray:
                         sizes[row] = _size_in(record)
             except TruncatedTarError:
                 pass  # the index has counted it
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, sizes)
+    write_npy(path, sizes)
     return sizes
 
 

@@ -42,8 +42,9 @@ from siftclip.datamodules.selection.selection import (
 )
 from siftclip.datamodules.storage.local import StorageError
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import atomic_path, read_json, write_json
+from siftclip.files import read_json, write_json
 from siftclip.locks import LOCK_NAME
+from siftclip.writing import atomic_path, delete_file, make_folder
 
 MANIFEST_NAME = "compact.json"
 SHARDS_FOLDER = "shards"
@@ -143,7 +144,7 @@ def compact_pool(
     done = _finished_shards(folder, identity, names)
     sizes = [int(pool.sample_sizes_bytes[part].sum()) for part in parts]
     todo_bytes = sum(size for name, size in zip(names, sizes, strict=True) if name not in done)
-    (folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / SHARDS_FOLDER)
     _require_space(folder, todo_bytes)
 
     def write_manifest() -> None:
@@ -417,7 +418,7 @@ def _finished_shards(
 def _delete_leftovers(path: Path) -> None:
     """Delete what `atomic_path(path)` leaves behind when its process is killed."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        delete_file(leftover)
 
 
 def _short(identity: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from siftclip.trainer.settings.budget import Budget, budget_from
 from siftclip.trainer.settings.commands import BenchCommand
 from siftclip.trainer.stages.selection_summary import counted
 from siftclip.trainer.stages.train import run_parts
+from siftclip.writing import temporary_folder
 
 WARM_UP_STEPS = 2
 LOADER_BATCH_SAMPLES = 256  # at most, so that the loader's turns are many and short
@@ -100,8 +100,8 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
     parts = run_parts(settings, selected, loss_data, root)
     data = data_module_from(parts, measured)
     stages, loader = _time_loading(data, options, samples, progress=progress)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(root)) as name:
-        training, device = _time_training(parts, training_module(parts, measured), data, Path(name))
+    with temporary_folder(".bench-", root) as folder:
+        training, device = _time_training(parts, training_module(parts, measured), data, folder)
         with _bar("reading", None, progress=progress) as bar:
             reading = compare_reading(
                 data.dataset.reader,
@@ -111,7 +111,7 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
                 window_shards=settings.data.shuffle_window_shards,
                 advance=bar.update,
             )
-        copying = time_copying(selected.pool, Path(name) / "copy.tar")
+        copying = time_copying(selected.pool, folder / "copy.tar")
     return BenchOutcome(
         selected=selected,
         model=settings.model.name,
@@ -125,11 +125,6 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
         reading=reading,
         copying=copying,
     )
-
-
-def _existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _bar(what: str, total: int | None, *, progress: bool) -> tqdm[NoReturn]:

@@ -23,9 +23,9 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import atomic_path
+from siftclip.errors import ParameterError, require_int
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
+from siftclip.writing import atomic_path, delete_file
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 _UNFINISHED = ".step-*.ckpt.*.tmp"
@@ -55,16 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is no room, or no permission.
         """
-        try:
-            with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine may leave a name without data
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written: {error}. Once it can, the same command continues from "
-                "the checkpoint before."
-            ) from error
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class StepCheckpoint(Checkpoint):
@@ -110,7 +102,7 @@ class StepCheckpoint(Checkpoint):
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:
             for path in self.folder.glob(_UNFINISHED):
-                path.unlink(missing_ok=True)
+                delete_file(path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # what training continues from is there already
@@ -133,7 +125,7 @@ class StepCheckpoint(Checkpoint):
         )
         for step, path in steps.items():
             if step not in kept:
-                path.unlink(missing_ok=True)
+                delete_file(path)
 
 
 class StopOnSignal(Callback):
