@@ -14,7 +14,6 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -441,7 +440,8 @@ def _write_table(
             delete_folder(temporary)
     for old in folder.parent.glob("table-*"):
         if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(WriteError):  # it may be another user's
+                delete_folder(old)
 
 
 def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> FaultLog:
