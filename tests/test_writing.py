@@ -35,6 +35,7 @@ from siftclip.writing import (
     delete_folder,
     make_folder,
     move,
+    new_folder_whole,
     temporary_folder,
     writing_to,
 )
@@ -217,6 +218,22 @@ def test_temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TMPDIR", "/full")
     with pytest.raises(WriteError, match=r"/full cannot be written"), temporary_folder():
         pass
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        with new_folder_whole(folder):
+            write_text(folder / "a", "")
+            raise KeyboardInterrupt
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "b").write_text("")
+    for name in ("new", "empty", "used"):
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / name)
+    assert [*tmp_path.iterdir()] == [tmp_path / "used"]
+    assert {path.name for path in (tmp_path / "used").iterdir()} == {"a", "b"}
 
 
 # ---- to other processes and ranks ----------------------------------------------------------------

@@ -144,8 +144,7 @@ def compact_pool(
     done = _finished_shards(folder, identity, names)
     sizes = [int(pool.sample_sizes_bytes[part].sum()) for part in parts]
     todo_bytes = sum(size for name, size in zip(names, sizes, strict=True) if name not in done)
-    make_folder(folder / SHARDS_FOLDER)
-    _require_space(folder, todo_bytes)
+    _require_space(make_folder(folder), todo_bytes)
 
     def write_manifest() -> None:
         shards = [done[name] for name in names if name in done]
@@ -163,6 +162,7 @@ def compact_pool(
         write_json(folder / MANIFEST_NAME, manifest)
 
     write_manifest()  # first: it says that the folder is ours
+    make_folder(folder / SHARDS_FOLDER)
     write_subset(selection, folder)
     faults = FaultLog()
     for shard in done.values():
@@ -436,5 +436,5 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
             f"needs {needed_bytes / 1e9:.2f} GB, and its disk has {free_bytes / 1e9:.2f} GB left",
             parameter="folder",
             value=str(folder),
-            way_out="Name a folder elsewhere, or keep less.",
+            way_out="Make room, name a folder elsewhere, or keep less.",
         )

@@ -142,6 +142,22 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def new_folder_whole(folder: Path) -> Iterator[None]:
+    """Delete what the block has written into a new folder if it fails: it can be tried again.
+
+    What was there before, which is to be written over, stays.
+    """
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if is_new and folder.is_dir():
+            with suppress(WriteError):  # of a disk that fails; what counts is why
+                delete_folder(folder)
+        raise
+
+
 def delete_file(path: Path) -> None:
     """Delete a file, if it is there.
 

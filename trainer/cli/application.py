@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 import re
 import shlex
@@ -84,6 +85,8 @@ def application(
         def main() -> None:
             # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # A log that a library cannot write, such as wandb's, is no reason for a traceback.
+            logging.raiseExceptions = False
             arguments = list(sys.argv)
             full_error = os.environ.get(FULL_ERROR)
             register()

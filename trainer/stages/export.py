@@ -42,7 +42,7 @@ from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.tools import ExportSettings
-from siftclip.writing import atomic_path, delete_file
+from siftclip.writing import atomic_path, delete_file, new_folder_whole
 
 INFO_NAME = "info.pkl"
 CHECKPOINT_NAME = "checkpoints/epoch_latest.pt"
@@ -114,7 +114,8 @@ def export_stage(options: ExportSettings) -> Exported:
         source = open_source(source_path, options.weights)
         if path.resolve() in (source.origin.resolve(), source_path.resolve()):
             raise InputError(f"export.path={str(path)!r} is what is exported. Name another path.")
-        return _WRITERS[options.format](source, path)
+        with new_folder_whole(path):
+            return _WRITERS[options.format](source, path)
 
 
 def describe_export(exported: Exported) -> str:
