@@ -55,7 +55,7 @@ class ScaleSettings(Section):
 
     PLACE: ClassVar[str] = "scale"
 
-    samples_seen: Count
+    samples_seen: Annotated[int, Ge(1)]  # `budget_from` knows the most
     """Samples to train on, repetitions counted; rounded up to full batches."""
 
     global_batch_size: Annotated[int, Ge(2), AtMost(2**22)]

@@ -18,7 +18,7 @@ from siftclip.trainer.settings.evaluation import ProbeSettings
 from siftclip.trainer.settings.fields.rules import alternatives, faults, hints, words
 
 # Checked elsewhere, since they need to know more
-LATER = {"trainer.devices", "trainer.num_nodes", "compare.seeds"}
+LATER = {"trainer.devices", "trainer.num_nodes", "compare.seeds", "scale.samples_seen"}
 
 
 def integers() -> Iterator[tuple[str, Any]]:
