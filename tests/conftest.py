@@ -34,6 +34,7 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from python_server import environment_of_children
 from torch import Tensor
 
 from siftclip.datamodules.index.tar_index import ShardIndex, build_shard_index
@@ -62,6 +63,19 @@ TINY_ARCHITECTURE = {
     "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option for tests that repeat for minutes."""
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the nightly tests, or with `--nightly` all others."""
+    nightly = config.getoption("nightly")
+    left_out = [item for item in items if bool(item.get_closest_marker("nightly")) != nightly]
+    items[:] = [item for item in items if bool(item.get_closest_marker("nightly")) == nightly]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_collection_finish() -> None:
@@ -431,9 +445,7 @@ def python_server() -> Iterator[PythonServer]:
 @pytest.fixture
 def child_environment() -> dict[str, str]:
     """The environment of a child: one thread, and no launcher's variables."""
-    drop = ("RANK", "WORLD_SIZE", "TORCHELASTIC", "WANDB")
-    kept = {k: v for k, v in os.environ.items() if not any(word in k for word in drop)}
-    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    return environment_of_children()
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from siftclip.errors import InputError
 from siftclip.files import (
     append_jsonl,
-    atomic_path,
     read_json,
     read_jsonl,
     read_npz,
@@ -26,6 +25,7 @@ from siftclip.files import (
     write_npz,
     write_text,
 )
+from siftclip.writing import atomic_path
 
 
 class Intruder:

@@ -182,6 +182,11 @@ def test_words() -> None:
     assert amount(1500, 2500, "B") == "1.5 of 2.5 kB"
     assert pace(0.25, 10, "run") == "0.25 runs/s, 0:00:40 left"
     assert pace(0, 10, "run") == "0 runs/s"
+    assert (amount(1500, None, "sample"), pace(20, None, "sample")) == (
+        "1,500 samples",
+        "20 samples/s",
+    )
+    assert amount(2.5e6, None, "B") == "2.5 MB"
     assert pace(5e6, 1e9, "B") == "5 MB/s, 0:03:20 left"
     assert duration(3 * 86_400 + 3661) == "3 d 1:01:01"
     assert progress.LINE_SECONDS == 30

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +37,8 @@ from siftclip.datamodules.models.weights import (
     portable_weights,
 )
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import atomic_path, write_json
+from siftclip.files import write_json
+from siftclip.writing import atomic_path, make_folder, temporary_folder, writing_to
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ def load_clip_model(
     asked = check_options(options or {})
     of_towers: dict[Tower, str | None] = {"image": pretrained_image, "text": pretrained_text}
     towers = {tower: path for tower, path in of_towers.items() if path is not None}
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         if architecture is not None:
             _check_label(name, pretrained)
             config = {"model_cfg": copy.deepcopy(dict(architecture)), "preprocess_cfg": {}}
-            write_json(Path(temporary) / CONFIG_NAME, config)
+            write_json(temporary / CONFIG_NAME, config)
             source = f"local-dir:{temporary}"
         else:
             source = _resolve(name, pretrained)
@@ -392,7 +392,8 @@ def save_model_folder(
     state = portable_weights(clip.model.state_dict() if weights is None else weights, str(folder))
     hf_tokenizer = getattr(clip.tokenizer, "tokenizer", None)
     if hf_tokenizer is not None and hasattr(hf_tokenizer, "save_pretrained"):
-        hf_tokenizer.save_pretrained(str(folder))  # a local-dir model reads its tokenizer there
+        with writing_to(make_folder(folder)):
+            hf_tokenizer.save_pretrained(str(folder))  # a local-dir model reads its tokenizer there
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, clip.config)  # last: its presence says that all is there

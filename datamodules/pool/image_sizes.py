@@ -11,7 +11,7 @@ from siftclip.datamodules.index.tar_walk import TruncatedTarError, walk_tar
 from siftclip.datamodules.pool.metadata import read_metadata
 from siftclip.datamodules.pool.pool import Pool, metadata_tables
 from siftclip.errors import InputError
-from siftclip.files import atomic_path
+from siftclip.files import write_npy
 from siftclip.progress import track
 
 COLUMNS = ("original_width", "original_height")
@@ -67,8 +67,7 @@ def _from_json(pool: Pool, progress: bool) -> np.ndarray:
                         sizes[row] = _size_in(record)
             except TruncatedTarError:
                 pass  # the index has counted it
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, sizes)
+    write_npy(path, sizes)
     return sizes
 
 

@@ -14,10 +14,9 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,10 @@ from siftclip.datamodules.storage.local import (
     is_url,
 )
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import identity_hash, read_json, write_json
+from siftclip.files import identity_hash, read_json, write_json, write_npy
 from siftclip.locks import locked
 from siftclip.progress import show_progress
+from siftclip.writing import WriteError, delete_folder, make_folder, move
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
     folder = places / f"table-{name}"
     complete = folder / "notes.json"
     if not complete.is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
         workers = cores_of_rank() if options.index_workers is None else options.index_workers
         with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
@@ -426,19 +426,20 @@ def _write_table(
         "faults": _all_faults(indices, shards).state(),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    delete_folder(temporary)
     try:
         for name, values in columns.items():
-            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+            write_npy(temporary / f"{name}.npy", values)
         write_json(temporary / "notes.json", notes)
-        shutil.rmtree(folder, ignore_errors=True)  # one without its notes, if any
-        temporary.rename(folder)
+        delete_folder(folder)  # one without its notes, if any
+        move(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(WriteError):  # of a disk that fails; what counts is why
+            delete_folder(temporary)
     for old in folder.parent.glob("table-*"):
         if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(WriteError):  # it may be another user's
+                delete_folder(old)
 
 
 def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> FaultLog:

@@ -41,9 +41,10 @@ from siftclip.datamodules.selection.selection import (
 )
 from siftclip.datamodules.storage.local import StorageError
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import atomic_path, read_json, write_json
+from siftclip.files import read_json, write_json
 from siftclip.locks import LOCK_NAME
 from siftclip.progress import show_progress
+from siftclip.writing import atomic_path, delete_file, make_folder
 
 MANIFEST_NAME = "compact.json"
 SHARDS_FOLDER = "shards"
@@ -143,8 +144,7 @@ def compact_pool(
     done = _finished_shards(folder, identity, names)
     sizes = [int(pool.sample_sizes_bytes[part].sum()) for part in parts]
     todo_bytes = sum(size for name, size in zip(names, sizes, strict=True) if name not in done)
-    (folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
-    _require_space(folder, todo_bytes)
+    _require_space(make_folder(folder), todo_bytes)
 
     def write_manifest() -> None:
         shards = [done[name] for name in names if name in done]
@@ -162,6 +162,7 @@ def compact_pool(
         write_json(folder / MANIFEST_NAME, manifest)
 
     write_manifest()  # first: it says that the folder is ours
+    make_folder(folder / SHARDS_FOLDER)
     write_subset(selection, folder)
     faults = FaultLog()
     for shard in done.values():
@@ -416,7 +417,7 @@ def _finished_shards(
 def _delete_leftovers(path: Path) -> None:
     """Delete what `atomic_path(path)` leaves behind when its process is killed."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        delete_file(leftover)
 
 
 def _short(identity: dict[str, Any]) -> str:
@@ -434,5 +435,5 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
             f"needs {needed_bytes / 1e9:.2f} GB, and its disk has {free_bytes / 1e9:.2f} GB left",
             parameter="folder",
             value=str(folder),
-            way_out="Name a folder elsewhere, or keep less.",
+            way_out="Make room, name a folder elsewhere, or keep less.",
         )

@@ -50,6 +50,7 @@ from siftclip.selectors.core.source import (
     Requirements,
     Source,
 )
+from siftclip.writing import delete_file
 
 IDENTITY_NAME = "identity.json"
 _SIZES = ExternalColumn(path=None, column=COLUMNS[0])  # stands for both, which one file has
@@ -242,7 +243,7 @@ class PoolSource(Source):
             write_json(path, identity)
         elif not self.reuse:
             for old in folder.glob("*.npz"):
-                old.unlink(missing_ok=True)
+                delete_file(old)
 
     def say_what_was_reused(self) -> None:
         """Say in a line for each selector how much of its work was there already, and since when.

@@ -24,8 +24,9 @@ from siftclip.datamodules.index.uids import (
 )
 from siftclip.datamodules.pool.pool import Coverage, Pool
 from siftclip.errors import InputError
-from siftclip.files import atomic_path, read_json_object, write_json
+from siftclip.files import read_json_object, write_json, write_npy
 from siftclip.selectors.core.rules import can_be_kept
+from siftclip.writing import delete_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,8 +107,7 @@ class Selection:
         path = Path(path)
         if self.weights is not None:
             log.warning("%s lacks the weights of the selection: DataComp's format has none", path)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, self.to_subset())
+        write_npy(path, self.to_subset())
         return path
 
     def to_subset(self) -> np.ndarray:
@@ -191,15 +191,13 @@ def write_subset(selection: Selection, folder: Path) -> None:
     """
     weights = folder / WEIGHTS_NAME
     if selection.weights is None:
-        weights.unlink(missing_ok=True)
+        delete_file(weights)
     else:
         table = np.empty(len(selection.uids), dtype=[*UID_DTYPE.descr, (WEIGHTS_COLUMN, "<f4")])
         table["f0"], table["f1"] = selection.uids.T
         table[WEIGHTS_COLUMN] = selection.weights
-        with atomic_path(weights) as temporary, temporary.open("wb") as file:
-            np.save(file, table)
-    with atomic_path(folder / SUBSET_NAME) as temporary, temporary.open("wb") as file:
-        np.save(file, selection.to_subset())
+        write_npy(weights, table)
+    write_npy(folder / SUBSET_NAME, selection.to_subset())
 
 
 def write_selection(selection: Selection, folder: Path, *, scores: bool = False) -> None:
@@ -210,8 +208,7 @@ def write_selection(selection: Selection, folder: Path, *, scores: bool = False)
     """
     write_subset(selection, folder)
     if scores and selection.scores is not None:
-        with atomic_path(folder / SCORES_NAME) as temporary, temporary.open("wb") as file:
-            np.save(file, selection.scores)
+        write_npy(folder / SCORES_NAME, selection.scores)
     write_json(folder / MANIFEST_NAME, {**selection.manifest, "digest": selection.digest})
 
 

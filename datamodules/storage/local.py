@@ -21,6 +21,7 @@ from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
 from siftclip.errors import InputError, ParameterError
 from siftclip.file_identity import FileIdentity
 from siftclip.files import read_json, write_json
+from siftclip.writing import WriteError
 
 METADATA_SUFFIXES = (".parquet", ".npz")
 _PROBES_NAME = "probes.json"
@@ -233,7 +234,7 @@ def identify_shards(shards: Sequence[ShardFile], folder: Path) -> tuple[ShardFil
             shard = replace(shard, stamp=f"{shard.stamp} {probe}", identity=identity)
         identified.append(shard)
     if probes != known:
-        with suppress(OSError):  # an index that others have made may be there to read only
+        with suppress(WriteError):  # an index that others have made may be there to read only
             write_json(path, probes)
     return tuple(identified)
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ from siftclip.datamodules.storage.local import (
 )
 from siftclip.datamodules.storage.shard_cache import ShardCache
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import atomic_path, read_json, write_json
+from siftclip.files import read_json, write_json
 from siftclip.progress import track
+from siftclip.writing import WriteError, atomic_path, delete_file, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class RemoteStorage:
 
     def _cache_for_all(self, shards: Sequence[ShardFile]) -> ShardCache:
         total = sum(shard.size_bytes for shard in shards)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         cache = ShardCache(self._folder / "shards", limit_bytes=total)
         missing = sum(shard.size_bytes for shard in shards if not cache.holds(shard))
         free = shutil.disk_usage(self._folder).free
@@ -264,12 +265,22 @@ class RemoteStorage:
         with self._open_copy(shard) as tar:
             yield tar
 
-    def _open_copy(self, shard: ShardFile) -> LocalTar:
+    def _do_without_copies(self, shard: ShardFile, error: WriteError) -> None:
+        """Read ranges from now on, where no more tars can be kept; else raise `error`."""
+        if not self._answers_ranges([shard]):
+            raise error
+        log.warning("%s This process reads from %s itself from now on.", error, self.root)
+        self._cache = None
+
+    def _open_copy(self, shard: ShardFile) -> AbstractContextManager[TarSource]:
         while True:
             try:
                 path = self._local(shard)
             except StorageError as error:
                 raise _unreadable(shard, error) from None
+            except WriteError as error:
+                self._do_without_copies(shard, error)
+                return nullcontext(_SequentialTar(self, shard))
             try:
                 return LocalTar(path)
             except InputError:
@@ -292,7 +303,7 @@ class RemoteStorage:
 
         Raises:
             StorageError: it cannot be read, or is another one by now.
-            InputError: the disk is full.
+            OSError: the disk is full.
         """
         if file in self._changed:
             raise ChangedError
@@ -300,10 +311,7 @@ class RemoteStorage:
             self._patiently(lambda: self._filesystem.get_file(file.path, str(path)), file.path)
         except Exception as error:  # every file system raises its own
             if getattr(error, "errno", None) in DISK_FULL:
-                raise InputError(
-                    f"{file.path} cannot be copied: the disk of {path.parent} is full. "
-                    "The pool's shard_cache_gb says how much may be kept there."
-                ) from None
+                raise  # the disk's fault, which whoever writes to it tells
             self._note(file.path, failed=True)
             raise StorageError(describe_error(error)) from None
         self._note(file.path, failed=False)
@@ -336,8 +344,14 @@ class RemoteStorage:
     def read(self, spans: Sequence[Span]) -> Iterator[bytes | StorageError]:
         """Yield the bytes of ranges, see `Storage`."""
         if self._cache is not None:
-            for span in spans:
-                yield self._read_copy(span)
+            for number, span in enumerate(spans):
+                try:
+                    answer = self._read_copy(span)
+                except WriteError as error:
+                    self._do_without_copies(span.shard, error)
+                    yield from self.read(spans[number:])
+                    return
+                yield answer
             return
         group: list[Span] = []
         size = 0
@@ -463,11 +477,11 @@ class RemoteStorage:
                 f"{self.root} cannot be listed: {type(error).__name__}: {error}."
             ) from None
         folder = self._folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         known = folder / "copies.json"
         stamps = read_json(known) if known.exists() else {}
         for old in stamps.keys() - {file.name for file in files}:
-            (folder / old).unlink(missing_ok=True)
+            delete_file(folder / old)
             del stamps[old]
         todo = [
             file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -13,9 +14,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from siftclip.datamodules.storage.local import ShardFile
-from siftclip.errors import InputError, ParameterError
-from siftclip.files import atomic_path
+from siftclip.errors import ParameterError
 from siftclip.locks import WITHOUT_LOCKS
+from siftclip.writing import WriteError, atomic_path, delete_file, make_folder
 
 _COPIES = f"*-{'[0-9a-f]' * 12}.tar"  # other tars in the folder are not ours to delete
 
@@ -40,7 +41,8 @@ class ShardCache:
         """Return the copy of a tar, made by `download(path)` if there is none.
 
         Raises:
-            InputError: the tar alone is larger than the limit.
+            ParameterError: the tar alone is larger than the limit.
+        WriteError: no copy can be kept.
         """
         path = self._path(shard)
         if self._is_whole(path, shard):
@@ -57,7 +59,7 @@ class ShardCache:
                 return path
             if is_ours:
                 for left in self.folder.glob(f".{escape(path.name)}.*.tmp"):
-                    left.unlink()  # by a process that was killed
+                    delete_file(left)  # by a process that was killed
             with ExitStack() as room, atomic_path(path) as temporary:
                 download(temporary)
                 # kept until the copy has its name, so that the limit holds at any time
@@ -85,6 +87,8 @@ class ShardCache:
             os.utime(path, ns=(now, now))
         except FileNotFoundError:
             return False
+        except OSError:  # it belongs to somebody else, or all of the disk is read-only
+            return path.is_file()
         return True
 
     def _make_room(self, size_bytes: int) -> None:
@@ -93,7 +97,7 @@ class ShardCache:
         for _, size, path in copies:
             if total + size_bytes <= self.limit_bytes:
                 break
-            path.unlink(missing_ok=True)
+            delete_file(path)
             total -= size
 
 
@@ -104,18 +108,15 @@ def _lock(path: Path) -> Iterator[bool]:
     Then two may copy the same tar, each to a name of its own, and pass the limit by some tars.
 
     Raises:
-        InputError: no file can be written there.
+        WriteError: no file can be written there.
     """
+    make_folder(path.parent)
     lock = FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
-            raise InputError(
-                f"The copies of tars cannot be kept: {path}: {error.strerror}. Name another cache "
-                "folder (cache_dir of the pool), which can be written."
-            ) from None
+            raise WriteError(path, error.errno or errno.EIO, "A copy of a tar") from error
         yield False
         return
     try:

@@ -34,7 +34,8 @@ from siftclip.eval.download.checksums import (
     write_checksums,
 )
 from siftclip.eval.tasks.task import NSHARDS_FILE, TYPE_FILE
-from siftclip.files import atomic_path, write_text
+from siftclip.files import write_text
+from siftclip.writing import atomic_path, delete_file, make_folder
 
 ConvertedKind = Literal["retrieval", "association"]
 SAMPLES_PER_TAR = 5000
@@ -81,8 +82,8 @@ def convert_task(source: Path, folder: Path, kind: ConvertedKind, *, split: str 
     if folder.resolve() == source.resolve():
         raise InputError(f"A task must be converted to another folder than its source, {source}.")
     make_members = _MEMBERS[kind]
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+    make_folder(folder / split)
+    delete_file(folder / CHECKSUMS_FILE)
     samples = (make_members(row) for row in _read_rows(source, split))
     count, tars = _write_tars(folder / split, samples)
     if not count:

@@ -7,7 +7,6 @@ what it got with the hash that the hub lists, and trusts a file that was damaged
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import threading
@@ -33,6 +32,7 @@ from siftclip.errors import InputError
 from siftclip.eval.download.checksums import FileChecksum, hash_file
 from siftclip.eval.download.hub_errors import may_pass, readable_errors
 from siftclip.progress import Progress, show_progress
+from siftclip.writing import delete_file, make_folder, move, writing_to
 
 WORK_FOLDER = ".download"  # of a task folder: files that are not complete
 _LIBRARY = "siftclip"  # who asks
@@ -190,20 +190,20 @@ class _Fetch:
         if checksum is not None:
             self._count(file.size_bytes)
             return checksum
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         content_id = (file.sha256 or file.blob_id)[:16]
         part = self.folder / WORK_FOLDER / f"{file.name.replace('/', '__')}.{content_id}.part"
-        part.parent.mkdir(exist_ok=True)
+        make_folder(part.parent)
         for _ in range(2):
             self._fetch_bytes(file, part)
             checksum = file.checksum(part)
             if checksum is not None:
-                os.replace(part, path)
+                move(part, path)
                 with self._lock:
                     self.fetched_files += 1
                 return checksum
             self._count(-part.stat().st_size)
-            part.unlink()
+            delete_file(part)
         raise InputError(
             f"{file.name} of {self.dataset.repository} came twice from {self.dataset.endpoint} "
             f"with another content than its hash, {file.sha256 or file.blob_id}, says. It was "
@@ -225,9 +225,9 @@ class _Fetch:
             # huggingface_hub before 2 appends the whole file where a server knows no ranges
             if part.is_file() and part.stat().st_size > file.size_bytes:
                 self._count(-part.stat().st_size)
-                part.unlink()
+                delete_file(part)
             try:
-                with _PartFile(part, self.stop, self._count) as out:
+                with writing_to(part), _PartFile(part, self.stop, self._count) as out:
                     http_get(
                         url,
                         out,

@@ -7,7 +7,6 @@ that are a table with images, which `convert_tasks` brings into the layout.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from siftclip.eval.download.checksums import (
 from siftclip.eval.download.hub import WORK_FOLDER, HubDataset, RemoteFile, require_room
 from siftclip.eval.tasks.task import NSHARDS_FILE
 from siftclip.locks import LOCK_NAME, locked
+from siftclip.writing import delete_file, delete_folder
 
 DEFAULT_WORKERS = 4
 _SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -154,7 +154,7 @@ def _download(
     with locked(folder / LOCK_NAME, owner=str(folder)):
         commit, listed = dataset.list_files(revision)
         files = choose(listed, splits)
-        (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+        delete_file(folder / CHECKSUMS_FILE)
         require_room(folder, _missing_bytes(folder, files))
         checksums, fetched_files = dataset.fetch_files(
             commit, files, folder, workers=workers, progress=progress
@@ -167,7 +167,7 @@ def _download(
             files=checksums,
         )
         write_checksums(folder, done)
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+        delete_folder(folder / WORK_FOLDER)
     return _report(folder, done, fetched_files=fetched_files, damaged=damaged)
 
 

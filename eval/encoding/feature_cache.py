@@ -11,6 +11,7 @@ import numpy as np
 from siftclip.errors import InputError
 from siftclip.files import read_npz, write_npz
 from siftclip.ranks import Ranks, sum_arrays
+from siftclip.writing import WriteError
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class FeatureCache:
             name = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
             try:
                 write_npz(self.folder / f"{name}.npz", ids=ids, features=features)
-            except OSError as error:  # a full disk shall not cost the results
-                log.warning("%s: %s. These features are not kept.", self.folder, error)
+            except WriteError as error:  # a full disk shall not cost the results
+                log.warning("%s These features are not kept.", error)
 
 
 class SharedCache:

@@ -18,8 +18,8 @@ from siftclip.eval.tasks.kinds.base import TaskKind
 from siftclip.eval.tasks.kinds.registry import find_kind
 from siftclip.eval.tasks.kinds.values import Task
 from siftclip.eval.tasks.samples import tar_of
-from siftclip.files import atomic_path
 from siftclip.tables import write_csv_records, write_csv_rows
+from siftclip.writing import atomic_path
 
 MAX_CONFUSION_CLASSES = 1000
 ENDINGS = ("predictions.parquet", "classes.csv", "confusion.csv")

@@ -31,6 +31,7 @@ from siftclip.eval.tasks.kinds.values import OWN_FAMILY
 from siftclip.eval.tasks.known_tasks import KNOWN_TASKS
 from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import append_jsonl, read_jsonl, read_npz_all, write_npz, write_text
+from siftclip.writing import delete_file
 
 MAIN_METRIC = "main_metric"
 _ARRAY = "array_"
@@ -79,7 +80,7 @@ class KeptResults:
 def append_result(path: Path, result: TaskResult) -> None:
     """Add a result to a results file. A killed run leaves all of it, or no line."""
     if result.outcomes is None or result.units is None:
-        outcomes_path(path, result.key).unlink(missing_ok=True)  # those of an earlier result
+        delete_file(outcomes_path(path, result.key))  # those of an earlier result
     else:
         arrays = {f"{_ARRAY}{name}": array for name, array in result.outcomes.arrays.items()}
         write_npz(

@@ -15,7 +15,11 @@ this package's search path, and the links beside this file say the same to tools
 without running it. In an installed wheel the folders are here and nothing is added.
 """
 
-from pathlib import Path as _Path
+from siftclip.interrupts import answer_if_command as _answer_if_command
+
+_answer_if_command()  # before the imports below and those of a command, which take seconds
+
+from pathlib import Path as _Path  # noqa: E402 - see above
 
 __version__ = "0.1.0"
 

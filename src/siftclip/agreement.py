@@ -46,12 +46,13 @@ def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
     """
     message = ""
     value: T | None = None
+    fault: Exception | None = None
     try:
         value = work()
     except (InputError, OSError, MemoryError) as error:
-        message = str(error) or type(error).__name__
+        message, fault = str(error) or type(error).__name__, error
     said = share_texts(ranks, [message if rank == ranks.rank else "" for rank in range(ranks.size)])
     message = next(filter(None, said), "")
     if message:
-        raise InputError(message)
+        raise fault if isinstance(fault, InputError) else InputError(message)
     return value  # type: ignore[return-value]  # there is one where nothing failed

@@ -209,10 +209,23 @@ def require_fraction(parameter: str, value: object, *, owner: object = None) -> 
     return float(value)
 
 
-def require_int(parameter: str, value: object, *, minimum: int, owner: object = None) -> int:
-    """Return `value` as an int of at least `minimum`."""
+def require_int(
+    parameter: str,
+    value: object,
+    *,
+    minimum: int,
+    maximum: float = math.inf,
+    owner: object = None,
+) -> int:
+    """Return `value` as an int of at least `minimum`.
+
+    `maximum` is far above what anybody wants: more of it would never end.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         rule = f"must be an integer of at least {minimum}"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
+    if value > maximum:
+        rule = f"must be at most {maximum:,}"
         raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
     return value
 

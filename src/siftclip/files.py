@@ -1,4 +1,4 @@
-"""Writing files so that a killed run never leaves half of one."""
+"""The formats of small files: text, JSON, JSONL, npz, tar; written whole, read with checks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import io
 import json
 import os
 import reprlib
-import stat
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,25 +19,7 @@ import numpy as np
 
 from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` which replaces it when the block ends without error.
-
-    The file gets the permissions that the user's umask gives to new files, also where a library
-    writes into one of its own that others may not read, as safetensors does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from siftclip.writing import atomic_path, make_folder, writing_to
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,9 +76,9 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
     What a killed writer left of a last line is removed first, so that no record joins it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     line = json.dumps(record, allow_nan=False) + "\n"
-    with path.open("ab+") as file:
+    with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file)
         file.write(line.encode())
 
@@ -168,6 +149,12 @@ def _mend_last_line(file: IO[bytes]) -> None:
         file.write(b"\n")
     except ValueError:
         file.truncate(len(before) + 1 if before else 0)
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Write an array as npy, atomically."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:

@@ -29,6 +29,7 @@ import torch
 
 from siftclip.errors import InputError
 from siftclip.ranks import OneRank, Ranks
+from siftclip.writing import WriteError, writing_to
 
 LOCK_NAME = ".lock"  # of a folder
 POLL_SECONDS = 0.5
@@ -92,13 +93,18 @@ def locked(
     ranks, path = ranks or OneRank(), path.parent.resolve() / path.name
     start, warned = time.monotonic(), False
     while True:
-        handle, state, words = _take(path) if ranks.rank == 0 else (None, 0, "")
+        handle, state, words, fault = None, _FREE, "", None
+        try:
+            if ranks.rank == 0:
+                handle, state, words = _take(path, owner)
+        except WriteError as error:
+            state, fault = _FAULT, error
         # the first rank decides for all, so that none waits where the others have ended
         state = int(ranks.sum(torch.tensor(state)))
         if state == _FREE:
             break
         if state == _FAULT:
-            raise InputError(f"{owner} cannot be written: {words or 'see the first rank'}.")
+            raise fault or InputError(f"{owner} cannot be written: see the first rank.")
         if not wait:
             raise HeldError(
                 f"{owner} is being written {words or 'by another command'}. Wait for it or end it, "
@@ -128,17 +134,19 @@ def describe_holder(path: Path) -> str:
         return "by another process"
 
 
-def _take(path: Path) -> tuple[int | None, int, str]:
-    """Take a lock: the open file with it, the state, and words about what is in the way."""
+def _take(path: Path, owner: str) -> tuple[int | None, int, str]:
+    """Take a lock: the open file with it, the state, and words about what is in the way.
+
+    Raises:
+        WriteError: its file cannot be written.
+    """
     name = str(path)
     if name in _own and _own[name].pid == os.getpid():
         return None, _HELD, str(_own[name])
     while True:
-        try:
+        with writing_to(path, owner):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            return None, _FAULT, f"{path}: {error.strerror or error}"
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -155,11 +163,12 @@ def _take(path: Path) -> tuple[int | None, int, str]:
         os.close(handle)  # its holder has deleted the file meanwhile
     holder = Holder.of_this_process()
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, (json.dumps(asdict(holder)) + "\n").encode(), 0)
-    except OSError as error:
+        with writing_to(path, owner):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, (json.dumps(asdict(holder)) + "\n").encode(), 0)
+    except WriteError:
         _give_back(path, handle)
-        return None, _FAULT, f"{path}: {error.strerror or error}"
+        raise
     _own[name] = holder
     return handle, _FREE, ""
 

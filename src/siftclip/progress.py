@@ -51,7 +51,7 @@ class Progress(Protocol):
 class Lines:
     """Logs a line every 30 seconds, none for what takes less time."""
 
-    def __init__(self, *, total: float, label: str, unit: str, initial: float = 0) -> None:
+    def __init__(self, *, total: float | None, label: str, unit: str, initial: float = 0) -> None:
         self.total, self.label, self.unit = total, label, unit
         self.n = initial
         self._postfix = ""
@@ -65,7 +65,8 @@ class Lines:
             rate = (self.n - self._line_n) / (now - self._line_time)
             self._line_n, self._line_time = self.n, now
             done = amount(self.n, self.total, self.unit)
-            parts = (done, pace(rate, self.total - self.n, self.unit), self._postfix)
+            left = None if self.total is None else self.total - self.n
+            parts = (done, pace(rate, left, self.unit), self._postfix)
             log.info("%s: %s", self.label, ", ".join(filter(None, parts)))
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
@@ -127,7 +128,7 @@ def hide_foreign_bars() -> None:
 
 def show_progress(
     *,
-    total: float,
+    total: float | None,
     label: str,
     unit: str,
     bar: bool = True,
@@ -138,7 +139,7 @@ def show_progress(
     """Open a bar, or lines where no bar can be drawn. It is a context manager.
 
     Args:
-        total: units of the whole work.
+        total: units of the whole work; None if nobody knows.
         label: what is done, one word.
         unit: of `total`, such as "sample"; "B" for bytes.
         bar: False logs lines at a terminal, too.
@@ -176,22 +177,23 @@ def track(
             progress.update()
 
 
-def amount(n: float, total: float, unit: str) -> str:
+def amount(n: float, total: float | None, unit: str) -> str:
     """Say how much is done, as "120 of 2,000 samples" or "3.2 of 9.1 GB"."""
     if unit != "B":
-        return f"{n:,.0f} of {total:,.0f} {unit}s"
-    scale, name = _bytes_scale(total)
-    return f"{n / scale:.1f} of {total / scale:.1f} {name}"
+        return f"{n:,.0f} {unit}s" if total is None else f"{n:,.0f} of {total:,.0f} {unit}s"
+    scale, name = _bytes_scale(n if total is None else total)
+    of = "" if total is None else f" of {total / scale:.1f}"
+    return f"{n / scale:.1f}{of} {name}"
 
 
-def pace(rate: float, left: float, unit: str) -> str:
+def pace(rate: float, left: float | None, unit: str) -> str:
     """Say how fast it goes, in units a second, and how long what is left will take."""
     if unit == "B":
         scale, name = _bytes_scale(rate)
         speed = f"{rate / scale:.0f} {name}/s"
     else:
         speed = f"{rate:,.0f} {unit}s/s" if rate >= 10 else f"{rate:.2g} {unit}s/s"
-    return f"{speed}, {duration(left / rate)} left" if rate > 0 else speed
+    return f"{speed}, {duration(left / rate)} left" if left is not None and rate > 0 else speed
 
 
 def duration(seconds: float) -> str:

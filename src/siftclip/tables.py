@@ -15,7 +15,7 @@ from typing import Any
 from tabulate import tabulate
 from wcwidth import wcswidth
 
-from siftclip.files import atomic_path
+from siftclip.writing import atomic_path
 
 WIDTH = 100  # columns of a terminal that a table takes at most
 LEAST_WIDTH = 72  # also in narrower terminals

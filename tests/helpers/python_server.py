@@ -45,6 +45,13 @@ PACKAGES = (
 )
 
 
+def environment_of_children() -> dict[str, str]:
+    """Return the environment of a child: one thread, and no launcher's variables."""
+    drop = ("RANK", "WORLD_SIZE", "TORCHELASTIC", "WANDB")
+    kept = {k: v for k, v in os.environ.items() if not any(word in k for word in drop)}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
 def warm_up() -> None:
     """Import the packages and siftclip, and make once what commands make.
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
-
-from tqdm import tqdm
 
 from siftclip.datamodules.streaming.datamodule import OrderSampler, StreamDataModule
 from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
+from siftclip.progress import show_progress
 from siftclip.tables import ruled_table
 from siftclip.trainer.bench.measure import (
     ROUNDS,
@@ -43,6 +40,7 @@ from siftclip.trainer.settings.budget import Budget, budget_from
 from siftclip.trainer.settings.commands import BenchCommand
 from siftclip.trainer.stages.selection_summary import counted
 from siftclip.trainer.stages.train import run_parts
+from siftclip.writing import temporary_folder
 
 WARM_UP_STEPS = 2
 LOADER_BATCH_SAMPLES = 256  # at most, so that the loader's turns are many and short
@@ -100,9 +98,9 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
     parts = run_parts(settings, selected, loss_data, root)
     data = data_module_from(parts, measured)
     stages, loader = _time_loading(data, options, samples, progress=progress)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(root)) as name:
-        training, device = _time_training(parts, training_module(parts, measured), data, Path(name))
-        with _bar("reading", None, progress=progress) as bar:
+    with temporary_folder(".bench-", root) as folder:
+        training, device = _time_training(parts, training_module(parts, measured), data, folder)
+        with show_progress(total=None, label="reading", unit="sample", bar=progress) as bar:
             reading = compare_reading(
                 data.dataset.reader,
                 samples=samples,
@@ -111,7 +109,7 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
                 window_shards=settings.data.shuffle_window_shards,
                 advance=bar.update,
             )
-        copying = time_copying(selected.pool, Path(name) / "copy.tar")
+        copying = time_copying(selected.pool, folder / "copy.tar")
     return BenchOutcome(
         selected=selected,
         model=settings.model.name,
@@ -125,15 +123,6 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
         reading=reading,
         copying=copying,
     )
-
-
-def _existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _bar(what: str, total: int | None, *, progress: bool) -> tqdm[NoReturn]:
-    return tqdm(total=total, desc=what, unit="sample", leave=False, disable=not progress)
 
 
 def _time_loading(
@@ -162,7 +151,7 @@ def _time_loading(
             world_size=1,
         )
 
-    with _bar("stages", batches * batch, progress=progress) as bar:
+    with show_progress(total=batches * batch, label="stages", unit="sample", bar=progress) as bar:
         stages = time_stages(
             data.dataset,
             sampler(0, batches),
@@ -170,7 +159,7 @@ def _time_loading(
             advance=bar.update,
         )
     loader = make_loader(data.dataset, sampler(batches, in_turns), options, pin_memory=False)
-    with _bar("loader", in_turns * batch, progress=progress) as bar:
+    with show_progress(total=in_turns * batch, label="loader", unit="sample", bar=progress) as bar:
         rate = time_loader(loader, skipped_batches=turn, advance=bar.update)
     return stages, rate
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,10 +25,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from siftclip.errors import InputError
+from siftclip.interrupts import begin_work, end_work
 from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
-from siftclip.progress import is_first_rank
+from siftclip.trainer.cli.endings import (
+    FAILURE,
+    FULL_ERROR,
+    end,
+    end_faulty,
+    end_internal,
+    end_interrupted,
+    end_stopped,
+    message_of,
+)
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
-from siftclip.trainer.runtime.launch import TrainingStopped, find_launch
+from siftclip.trainer.runtime.launch import TrainingStopped
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
@@ -53,10 +63,6 @@ OPEN_MAPPINGS = (
     *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
     *("trainer.profiler", "trainer.options"),
 )
-FULL_ERROR = "HYDRA_FULL_ERROR"  # if 1, Hydra raises its errors instead of printing them
-FAILURE = 2  # exit status for faults of the user's input
-INTERRUPTED = 130  # as a shell reports Ctrl-C
-
 
 # What Hydra says, in words alone, as a plain ValueError of `eval=3`, or of options of its own
 _VALUE_ERRORS = ("Config group override must be", "Only one of --run", "The --resolve flag")
@@ -79,6 +85,8 @@ def application(
         def main() -> None:
             # Loader processes are forked after a tokenizer was used, which Hugging Face warns of.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # A log that a library cannot write, such as wandb's, is no reason for a traceback.
+            logging.raiseExceptions = False
             arguments = list(sys.argv)
             full_error = os.environ.get(FULL_ERROR)
             register()
@@ -119,32 +127,46 @@ def _job(
     def job(config: DictConfig) -> None:
         _set_full_error(full_error)
         sys.argv = arguments
+        begin_work()
         try:
             stage(read_command(kind, config))
         except (InputError, OmegaConfBaseException) as error:
             if full_error == "1":
                 raise
+            plain = _plain(config)
             # Those of an evaluation are the same on all ranks; a rank that trains may
             # be the only one to meet a fault.
-            message = str(error) if isinstance(error, InputError) else _in_one_line(error)
-            if error.__cause__ is not None and fault_of_plugin(error.__cause__, _plain(config)):
+            known = isinstance(error, InputError)
+            message = message_of(error, plain) if known else _in_one_line(error)
+            if error.__cause__ is not None and fault_of_plugin(error.__cause__, plain):
                 message = f"{message} {TRACEBACK}"
-            _end_faulty(command, message, quiet=command.startswith("eval"))
+            end_faulty(command, message, quiet=command.startswith("eval"))
         except TrainingStopped as stop:
-            _leave(command, stop)
+            end_stopped(command, stop)
         except (KeyboardInterrupt, SystemExit) as error:
-            _leave_interrupted(command, error)
+            end_interrupted(command, error)
         except Exception as error:  # a class of somebody else may fail in any way
-            fault = None if full_error == "1" else fault_of_plugin(error, _plain(config))
-            if fault is None:
+            if full_error == "1" or isinstance(error, BrokenPipeError):
                 raise
-            _end_faulty(command, fault, quiet=False)
+            plain = _plain(config)
+            fault = fault_of_plugin(error, plain)
+            if fault is not None:
+                end_faulty(command, fault)
+            end_internal(command, error, _folder(plain))
+        finally:
+            end_work()
 
     return job
 
 
 def _plain(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=False)
+
+
+def _folder(plain: Mapping[str, Any]) -> Path | None:
+    """Return the folder that a command writes into, if it has one that is there."""
+    folder = plain.get("output_dir")
+    return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
 
 
 def _hydra_main(
@@ -174,7 +196,7 @@ def _run_hydra(
             raise SystemExit(1) from None
         if isinstance(error, ValueError) and not str(error).startswith(_VALUE_ERRORS):
             raise
-        _end_faulty(command, _explain(error, command, typed), quiet=True)
+        end_faulty(command, _explain(error, command, typed), quiet=True)
     finally:
         _set_full_error(full_error)
 
@@ -184,51 +206,6 @@ def _print_help(config_name: str, overrides: list[str]) -> None:
     with composing():
         config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
         print(config.hydra.help.template)
-
-
-def _leave(command: str, stop: TrainingStopped) -> NoReturn:
-    """End the process as the signal would have done, which also ends a comparison or a sweep."""
-    from siftclip.trainer.runtime.run_dir import is_rank_zero  # imports torch, as all that trains
-
-    by_submitit = stop.signal not in (signal.SIGINT, signal.SIGTERM)
-    if not is_rank_zero():
-        # Lightning's own launcher kills rank 0 when another rank fails, and submitit's rank 0 has
-        # to queue the job again.
-        raise SystemExit(0 if by_submitit or find_launch(os.environ) is None else stop.exit_status)
-    message = f"siftclip {command}: {stop}"
-    if by_submitit:
-        print(message, file=sys.stderr, flush=True)
-        signal.raise_signal(stop.signal)  # its handler queues the job again, and exits
-    _end(message, stop.exit_status)
-
-
-def _leave_interrupted(command: str, error: BaseException) -> NoReturn:
-    """End the process after Ctrl-C, or as it was going to end.
-
-    Lightning turns an interrupt during training into sys.exit(1).
-    """
-    if not any(isinstance(cause, KeyboardInterrupt) for cause in (error, error.__context__)):
-        raise error
-    if is_first_rank(os.environ):
-        print(f"\nsiftclip {command}: interrupted; the same command continues.", file=sys.stderr)
-    raise SystemExit(INTERRUPTED) from None
-
-
-def _end_faulty(command: str, fault: str, *, quiet: bool) -> NoReturn:
-    """End the process for a fault of the user; with `quiet` the first rank alone says it."""
-    quiet = quiet and not is_first_rank(os.environ)
-    _end("" if quiet else f"siftclip {command}: error: {fault}", FAILURE)
-
-
-def _end(message: str, status: int) -> NoReturn:
-    """Print why the command ends, if there is something to say, and end it."""
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    if "SUBMITIT_EXECUTOR" in os.environ:
-        # Its jobs tell the command that waits for them of exceptions only, and Hydra prints this
-        # kind without a traceback.
-        raise CompactHydraException(message) from None
-    raise SystemExit(status) from None
 
 
 def _overrides(arguments: list[str], command: str) -> list[str]:
@@ -265,7 +242,7 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
             continue
         name = next(names, None)
         if name is None:
-            _end(
+            end(
                 f"siftclip {command}: error: too many words without '='. Got {argument!r}; words "
                 f"stand for {', '.join(positional)}.",
                 FAILURE,

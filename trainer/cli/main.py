@@ -16,6 +16,7 @@ import sys
 
 import siftclip
 from siftclip.progress import hide_foreign_bars
+from siftclip.trainer.cli.streams import fault_of_output, make_streams_last
 
 COMMANDS = {
     "index": "find the samples of a pool, once",
@@ -71,15 +72,35 @@ def main() -> None:
     # tenth of the time of their import goes into looking for garbage among them.
     gc.set_threshold(50_000, 20, 100)
     hide_foreign_bars()
+    make_streams_last()
     try:
         _run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _is_unread(sys.stdout.fileno()):
+        if not _is_unread(1):
             raise
         # The reader has enough, such as `| head`. What is left goes nowhere when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        print(f"\n{_name()}: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        # Here, since its import takes a moment, which a command that ends well need not cost.
+        from siftclip.trainer.cli.endings import end_internal
+
+        end_internal(_name().removeprefix("siftclip").strip(), error, None)
+    fault = fault_of_output()
+    if fault is not None:
+        print(f"{_name()}: error: standard output: {fault.strerror}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _name() -> str:
+    words = [word for word in sys.argv[1:2] if word in {*COMMANDS, *PLAIN_COMMANDS, *GROUPS}]
+    return " ".join(["siftclip", *words])
 
 
 def _is_unread(descriptor: int) -> bool:

@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.eval.reports.seed_comparison import SIGNIFICANCE, least_p_value
-from siftclip.files import atomic_path, write_text
+from siftclip.files import write_text
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,
@@ -25,6 +25,7 @@ from siftclip.trainer.compare.tables import (
     title,
 )
 from siftclip.trainer.runtime.environment import CODE, MACHINE, mixed
+from siftclip.writing import atomic_path
 
 COST_NOTE = (
     "Means over seeds. Drawn: taken from the selection's order; loaded: read and decoded; scored: "

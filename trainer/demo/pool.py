@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from siftclip.datamodules.index.uids import parse_uids, sort_uids, to_structured
 from siftclip.errors import InputError, require_int
-from siftclip.files import atomic_path, read_json, write_json, write_tar, write_text
+from siftclip.files import read_json, write_json, write_npy, write_tar, write_text
+from siftclip.progress import show_progress
 from siftclip.trainer.demo.digit_scenes import derive_generator, split_digits
 from siftclip.trainer.demo.samples import DefectMix, Sample, Task, make_samples, make_tasks
+from siftclip.writing import atomic_path, delete_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,8 +165,7 @@ def write_truth(data: DemoData, samples: Sequence[Sample], uids: Sequence[str]) 
     )
     _write_parquet(data.truth, truth)
     oracle = parse_uids(truth.loc[truth["oracle"], "uid"].tolist())
-    with atomic_path(data.oracle) as temporary, temporary.open("wb") as file:
-        np.save(file, to_structured(oracle[sort_uids(oracle)]))
+    write_npy(data.oracle, to_structured(oracle[sort_uids(oracle)]))
 
 
 def write_task(root: Path, task: Task, *, advance: Callable[[], object]) -> None:
@@ -238,7 +237,7 @@ def write_demo_data(
         return data
     write_json(root / MARKER_NAME, {"complete": False})
     for folder in OWN_FOLDERS:
-        shutil.rmtree(root / folder, ignore_errors=True)
+        delete_folder(root / folder)
 
     for_teacher, for_pool, for_tasks = split_digits(seed, SPLIT_FRACTIONS)
     tasks = list(
@@ -252,7 +251,7 @@ def write_demo_data(
     )
     task_samples = sum(len(task.labels) for task in tasks)
     total = pool_samples + teacher_samples + task_samples
-    with tqdm(total=total, desc="demo data", unit="sample", disable=not progress) as bar:
+    with show_progress(total=total, label="demo data", unit="sample", bar=progress) as bar:
         samples = list(make_samples(seed, "pool", for_pool, counts))
         uids = write_pool(data.pool, samples, seed=seed, advance=bar.update)
         write_truth(data, samples, uids)

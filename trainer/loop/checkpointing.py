@@ -13,7 +13,9 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,11 +25,12 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import atomic_path
+from siftclip.errors import ParameterError, require_int
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
+from siftclip.writing import atomic_path, delete_file
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+AGAIN_SECONDS = 10.0  # between two SIGTERMs, the second of which ends training at once
 _UNFINISHED = ".step-*.ckpt.*.tmp"
 
 
@@ -55,16 +58,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is no room, or no permission.
         """
-        try:
-            with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine may leave a name without data
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be written: {error}. Once it can, the same command continues from "
-                "the checkpoint before."
-            ) from error
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class StepCheckpoint(Checkpoint):
@@ -110,7 +105,7 @@ class StepCheckpoint(Checkpoint):
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:
             for path in self.folder.glob(_UNFINISHED):
-                path.unlink(missing_ok=True)
+                delete_file(path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # what training continues from is there already
@@ -133,14 +128,15 @@ class StepCheckpoint(Checkpoint):
         )
         for step, path in steps.items():
             if step not in kept:
-                path.unlink(missing_ok=True)
+                delete_file(path)
 
 
 class StopOnSignal(Callback):
     """Ends training after the step in which a signal came, so that a checkpoint can be written.
 
     `stopped_by` is then that signal. It has to stand beside a StepCheckpoint, which Lightning calls
-    after all other callbacks. A second SIGINT interrupts at once.
+    after all other callbacks. A second SIGINT interrupts at once, and so does a second SIGTERM some
+    seconds later: a step can be long.
 
     The ranks get a signal at different steps, or only one of them gets it, so they agree every
     `agree_every_n_steps` steps with an all-reduce of one number; one process alone stops at once.
@@ -152,6 +148,7 @@ class StopOnSignal(Callback):
         )
         self.stopped_by: signal.Signals | None = None
         self._received = 0
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._seen_step = 0
         self._process = 0
@@ -220,13 +217,21 @@ class StopOnSignal(Callback):
             return  # a forked loader process has inherited the handler
         if number == signal.SIGINT == self._received:
             raise KeyboardInterrupt
+        if number == signal.SIGTERM == self._received:
+            if time.monotonic() - self._received_at < AGAIN_SECONDS:
+                return  # launchers send it twice
+            self._say("SIGTERM again: training ends in the middle of a step.")
+            raise SystemExit(128 + number)
         if not self._received and self.stopped_by is None:
-            self._received = number
-            if self._speaks:
-                again = " A second one ends it at once." if number == signal.SIGINT else ""
-                name = signal.Signals(number).name
-                text = f"\n{name}: training stops after this step, with a checkpoint.{again}\n"
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            self._received, self._received_at = number, time.monotonic()
+            again = " A second one ends it at once." if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            self._say(f"{name}: training stops after this step, with a checkpoint.{again}")
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            with suppress(OSError):  # nobody reads it
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
 
 
 def largest_over_ranks(number: int, device: torch.device) -> int:

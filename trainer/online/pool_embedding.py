@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from siftclip.files import write_npz
 from siftclip.progress import show_progress
 from siftclip.ranks import Ranks
 from siftclip.trainer.models.embedding import embed_batch, embedding_dataset
+from siftclip.writing import delete_folder, make_folder
 
 LEARNER = "learner"  # the arrays are learner_img and learner_txt
 
@@ -65,8 +65,8 @@ class PoolEmbedder:
             InputError: too many samples are bad.
         """
         if ranks.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in between
-            folder.mkdir(parents=True)
+            delete_folder(folder)  # of a run that was killed in between
+            make_folder(folder)
         ranks.barrier()
         cuts = np.flatnonzero(np.diff(self.pool.shard_of_row[rows])) + 1
         parts = np.split(rows, cuts)[ranks.rank :: ranks.size]

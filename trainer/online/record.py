@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from siftclip.files import atomic_path
+from siftclip.writing import allocate, atomic_path, writing_to
 
 RECORD_NAME = "chosen.npy"
 
@@ -30,9 +30,11 @@ class ChosenRows:
 
     def _open(self) -> np.ndarray:
         if not self.path.is_file():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(self.path) as temporary:
                 blank = np.lib.format.open_memmap(temporary, "w+", np.int64, self.shape)
+                with temporary.open("r+b") as file:
+                    allocate(file.fileno(), temporary.stat().st_size)
                 blank[:] = -1
                 blank.flush()
-        return np.lib.format.open_memmap(self.path, "r+")
+        with writing_to(self.path):
+            return np.lib.format.open_memmap(self.path, "r+")

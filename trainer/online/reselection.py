@@ -11,7 +11,6 @@ the model as it is then. It is written into the run directory before its first s
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -52,6 +51,7 @@ from siftclip.selectors.core.source import (
 )
 from siftclip.trainer.options.objects import BuiltObjects
 from siftclip.trainer.runtime.rank_agreement import require_same
+from siftclip.writing import delete_folder
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ class Reselection:
         if self.ranks.rank == 0:
             write_selection(selection, folder)
             if features is not None:
-                shutil.rmtree(features)
+                delete_folder(features)
         self.ranks.barrier()
         self.seconds += time.perf_counter() - begin
         log.info(

@@ -27,6 +27,7 @@ from siftclip.files import (
     read_jsonl,
     write_json,
 )
+from siftclip.writing import delete_file
 
 VERSIONS_NAME = "versions.json"
 SESSIONS_NAME = "sessions.jsonl"
@@ -143,7 +144,7 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
     first = folder / VERSIONS_NAME
     if not first.is_file() or step == 0:
         write_json(first, now)
-        (folder / SESSIONS_NAME).unlink(missing_ok=True)
+        delete_file(folder / SESSIONS_NAME)
         return []
     before = environments(folder)[-1]
     changed = [

@@ -24,6 +24,8 @@ Devices = int | str | list[int]
 
 # Jobs of these names are shells; Lightning ignores Slurm in them, as its SLURMEnvironment says.
 _SHELLS = ("bash", "interactive")
+_MOST_DEVICES = 1024  # on a node
+_MOST_NODES = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +248,8 @@ def device_count(devices: Devices) -> int | None:
             "trainer.devices must be auto, a number of devices on each node, or a list of them. "
             f"Got {devices!r}."
         )
+    if int(text) > _MOST_DEVICES:  # Lightning would start a process for each
+        raise InputError(f"trainer.devices must be at most {_MOST_DEVICES:,}. Got {devices!r}.")
     return int(text)
 
 
@@ -256,6 +260,8 @@ def _node_count(num_nodes: Any) -> int | None:
         raise InputError(
             f"trainer.num_nodes must be auto or an integer of at least 1. Got {num_nodes!r}."
         )
+    if num_nodes > _MOST_NODES:
+        raise InputError(f"trainer.num_nodes must be at most {_MOST_NODES:,}. Got {num_nodes!r}.")
     return num_nodes
 
 

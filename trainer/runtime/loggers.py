@@ -17,10 +17,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from siftclip.errors import InputError
-from siftclip.files import append_jsonl, atomic_path, write_text
+from siftclip.files import append_jsonl, write_text
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
 from siftclip.trainer.settings.lightning import WandbMode
+from siftclip.writing import atomic_path
 
 WANDB_MODES: tuple[WandbMode, ...] = get_args(WandbMode)
 

@@ -35,6 +35,7 @@ from siftclip.trainer.runtime.run_records import (
     require_shown,
 )
 from siftclip.trainer.settings.budget import Budget
+from siftclip.writing import make_folder, move
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -228,10 +229,10 @@ class RunDir:
         The lock stays where it is.
         """
         aside = self.path.with_name(f"{self.path.name}.replaced-{datetime.now():%Y%m%d-%H%M%S}")
-        aside.mkdir()
+        make_folder(aside)
         for path in self.path.iterdir():
             if path != self.lock:
-                path.rename(aside / path.name)
+                move(path, aside / path.name)
         return aside
 
     def start(self, config: str, selection: Selection, identity: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from siftclip.errors import InputError
 from siftclip.files import write_text
 from siftclip.trainer.scaffold.example_task import write_example_task
+from siftclip.writing import new_folder_whole
 
 EXAMPLE_TASKS = "example_tasks"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -100,9 +101,11 @@ def write_package(kind: str, name: str, folder: Path) -> tuple[Path, ...]:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    for file, template in templates.items():
-        write_text(folder / file, environment.get_template(template).render(words))
-    example = write_example_task(name, folder / EXAMPLE_TASKS / name) if kind == "task" else ()
+    place = folder / EXAMPLE_TASKS / name
+    with new_folder_whole(folder):
+        for file, template in templates.items():
+            write_text(folder / file, environment.get_template(template).render(words))
+        example = write_example_task(name, place) if kind == "task" else ()
     return (*(folder / file for file in templates), *example)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from siftclip.trainer.settings.fields.section import Section, WholeNumber
+from siftclip.trainer.settings.fields.section import Section, Seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonSettings(Section):
     """What all commands share."""
 
-    seed: WholeNumber = 0
+    seed: Seed = 0
     """Of the initial weights, the order, the augmentation and random selectors."""
 
     output_dir: str = "outputs"

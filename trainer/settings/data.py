@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from annotated_types import Ge
 
 from siftclip.errors import InputError
+from siftclip.trainer.settings.fields.marks import AtMost
 from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
-    NotNegative,
     Positive,
+    Seconds,
     Section,
-    WholeNumber,
+    Workers,
 )
 
 Unit: TypeAlias = Literal["loaded_samples", "flops", "seconds"]
@@ -26,16 +27,16 @@ class DataSettings(Section):
 
     PLACE: ClassVar[str] = "data"
 
-    num_workers: WholeNumber | Auto = "auto"
+    num_workers: Annotated[int, Ge(0), AtMost(1024)] | Auto = "auto"
     """Loader processes per rank; auto: cores - 1, at most 4; 0: none."""
 
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """How loader processes start; null: the platform's default."""
 
-    prefetch_batches: Count = 2
+    prefetch_batches: Workers = 2
     """Batches that each loader process works ahead."""
 
-    timeout_seconds: NotNegative = 600
+    timeout_seconds: Seconds = 600
     """Seconds without a batch before the run stops (with loader processes); 0: never."""
 
     max_image_pixels: Count = 25000000
@@ -54,10 +55,10 @@ class ScaleSettings(Section):
 
     PLACE: ClassVar[str] = "scale"
 
-    samples_seen: Count
+    samples_seen: Annotated[int, Ge(1)]  # `budget_from` knows the most
     """Samples to train on, repetitions counted; rounded up to full batches."""
 
-    global_batch_size: Annotated[int, Ge(2)]
+    global_batch_size: Annotated[int, Ge(2), AtMost(2**22)]
     """Samples per step, over all devices."""
 
 

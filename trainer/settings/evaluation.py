@@ -12,8 +12,10 @@ from siftclip.trainer.settings.fields.section import (
     Count,
     KeySplit,
     NotNegative,
+    Resamples,
+    Samples,
     Section,
-    WholeNumber,
+    Seed,
 )
 
 Protocol: TypeAlias = Literal["zero_shot", "linear_probe", "few_shot"]
@@ -36,7 +38,7 @@ class ProbeSettings(Section):
     shots: tuple[Count, ...] = (1, 4, 16)
     """Of few_shot: samples per class."""
 
-    seeds: tuple[WholeNumber, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Of few_shot: draws that are averaged."""
 
 
@@ -84,13 +86,13 @@ class EvalSettings(Section):
     )
     """zero_shot, linear_probe, few_shot; probes need one class per image and a train split."""
 
-    batch_size: Count = 256
+    batch_size: Samples = 256
     """Images, and texts, that a tower takes at once."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the towers: fp32 is DataComp's; bf16 and fp16 are faster, and give other numbers."""
 
-    resamples: WholeNumber = 1000
+    resamples: Resamples = 1000
     """Of the test sets, for the 95 % intervals; 0: no intervals."""
 
     classnames: Annotated[Mapping[str, str], Open(), Example("{cifar10: names.txt}")] = field(

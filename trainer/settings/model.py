@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Lt
 
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Example, Late, Needs, Open, Rare, Words
+from siftclip.trainer.settings.fields.marks import AtMost, Example, Late, Needs, Open, Rare, Words
 from siftclip.trainer.settings.fields.reader import read
-from siftclip.trainer.settings.fields.section import Count, Section, Weights, WholeNumber
+from siftclip.trainer.settings.fields.section import Pixels, Section, Weights, WholeNumber
 
 _NAME_NEEDS = Needs("must name a model: one of open_clip's, a run directory, or a folder.")
 _PIXELS = Words("a number of pixels, or [height, width]")
@@ -34,10 +34,12 @@ class ModelOptions(Section):
     ] = None
     """Fraction of the patches that a training step leaves out."""
 
-    force_image_size: Annotated[Count | tuple[Count, ...] | None, _PIXELS] = None
+    force_image_size: Annotated[Pixels | tuple[Pixels, ...] | None, _PIXELS] = None
     """Pixels, or [height, width]."""
 
-    force_context_length: Annotated[Count | None, Words("a number of tokens, at least 1")] = None
+    force_context_length: Annotated[
+        Annotated[int, Ge(1), AtMost(8192)] | None, Words("a number of tokens, at least 1")
+    ] = None
     """Tokens of a text."""
 
     image_mean: Annotated[

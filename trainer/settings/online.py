@@ -13,7 +13,9 @@ from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
     Fraction,
+    Pixels,
     Positive,
+    Samples,
     Section,
     Share,
     WholeNumber,
@@ -136,7 +138,7 @@ class ScoringSettings(Section):
 
     PLACE: ClassVar[str] = "online.scoring"
 
-    image_size: Count | None = None
+    image_size: Pixels | None = None
     """Lower resolution, such as 112 for 224; position embeddings are interpolated."""
 
     patch_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -238,7 +240,7 @@ class EveryNStepsSettings(Section):
     pool_fraction: Fraction = 1.0
     """A random part of the samples is embedded and selected from, another one each time."""
 
-    batch_size: Count = 256
+    batch_size: Samples = 256
     """Samples that are embedded at once."""
 
     start: Share = 0.0

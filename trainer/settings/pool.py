@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from siftclip.trainer.settings.fields.marks import Example, Needs, Open
+from annotated_types import Ge
+
+from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs, Open
 from siftclip.trainer.settings.fields.section import (
     Auto,
-    Count,
     KeySplit,
-    NotNegative,
+    Samples,
     Section,
     Share,
+    Workers,
 )
 from siftclip.trainer.settings.model import EmbeddingModel
 
@@ -40,7 +42,7 @@ class PoolSettings(Section):
     key_split: KeySplit = "first_dot"
     """The dot that ends a sample's key in its members' names: first_dot is webdataset's rule."""
 
-    index_workers: Count | Auto = "auto"
+    index_workers: Workers | Auto = "auto"
     """Tars indexed at the same time; auto: one per core."""
 
     storage_options: Annotated[Mapping[str, Any], Open(), Example("{anon: true}")] = field(
@@ -48,7 +50,7 @@ class PoolSettings(Section):
     )
     """Options of a URL's fsspec file system, such as {anon: true} or {endpoint_url: ...} for s3."""
 
-    shard_cache_gb: NotNegative = 0
+    shard_cache_gb: Annotated[float, Ge(0), AtMost(10**9)] = 0
     """GB of whole tars of a URL to keep on the local disk; 0: read ranges each time."""
 
 
@@ -71,11 +73,11 @@ class FeaturesSettings(Section):
     model: EmbeddingModel | None
     """The model that embeds; null: nothing to embed."""
 
-    batch_size: Count = 256
+    batch_size: Samples = 256
     """Samples that the model embeds at once."""
 
     more: tuple[str | None, ...] = ()
     """Folders of further feature sets to look for arrays in; null among them: the metadata."""
 
-    chunk_samples: Count = 65536
+    chunk_samples: Annotated[int, Ge(1), AtMost(2**30)] = 65536
     """Samples in memory at once."""

@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Gt
+
 from siftclip.trainer.settings.evaluation import Names
-from siftclip.trainer.settings.fields.marks import Example, Needs, Open, Words
-from siftclip.trainer.settings.fields.section import Count, KeySplit, Positive, Section, Weights
+from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs, Open, Words
+from siftclip.trainer.settings.fields.section import (
+    Count,
+    KeySplit,
+    Samples,
+    Section,
+    Weights,
+    Workers,
+)
 
 _SIDE = Needs("must name a run directory or its eval_results.jsonl: siftclip eval diff A B.")
 _RUNS = Words("a list of run directories: [RUN,RUN]")
@@ -44,10 +53,10 @@ class DemoSettings(Section):
 
     PLACE: ClassVar[str] = "demo"
 
-    pool_samples: Count = 12000
+    pool_samples: Samples = 12000
     """Samples of the pool."""
 
-    teacher_samples: Count = 6000
+    teacher_samples: Samples = 6000
     """Samples of the clean split that the teacher is trained on."""
 
 
@@ -57,10 +66,10 @@ class BenchSettings(Section):
 
     PLACE: ClassVar[str] = "bench"
 
-    samples: Count = 2000
+    samples: Samples = 2000
     """Samples that each measurement reads or loads."""
 
-    steps: Count = 20
+    steps: Annotated[int, Ge(1), AtMost(10**6)] = 20
     """Steps of training."""
 
 
@@ -97,7 +106,7 @@ class DiffSettings(Section):
     seeds_b: Annotated[str | tuple[str, ...] | None, _RUNS] = None
     """Other seeds of B."""
 
-    resamples: Count = 10000
+    resamples: Annotated[int, Ge(1), AtMost(10**6)] = 10000
     """Resamples of the test sets."""
 
     output: str | None = None
@@ -119,7 +128,7 @@ class DownloadSettings(Section):
     splits: tuple[str, ...] = ("test",)
     """Splits of these repositories."""
 
-    workers: Count = 4
+    workers: Workers = 4
     """Files at once."""
 
     verify: bool = False
@@ -138,7 +147,7 @@ class WatchSettings(Section):
     weights: Weights = "auto"
     """ema, raw, or auto: the average if there is one."""
 
-    interval_seconds: Positive = 30
+    interval_seconds: Annotated[float, Gt(0), AtMost(10**9)] = 30
     """Seconds between two looks for new checkpoints."""
 
     once: bool = False

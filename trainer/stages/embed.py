@@ -46,6 +46,7 @@ from siftclip.trainer.runtime.selection_ranks import ranks_of
 from siftclip.trainer.settings.commands import EmbedCommand
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.fields.section import to_plain
+from siftclip.writing import delete_file
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -273,7 +274,7 @@ def _claim(folder: Path, manifest: dict[str, Any], ranks: Ranks, *, reuse: bool)
         return
     if ranks.rank == 0:
         for old in others:
-            old.unlink()
+            delete_file(old)
         write_json(path, manifest)
     ranks.barrier()  # the others look for features
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from siftclip.eval.tasks.task import require_names
 from siftclip.locks import LOCK_NAME, locked
 from siftclip.trainer.settings.commands import DownloadCommand
 from siftclip.trainer.settings.tools import DownloadSettings
+from siftclip.writing import delete_folder
 
 PARQUET_REVISION = "refs/convert/parquet"  # the hub's own conversion of each data set
 SOURCES_FOLDER = ".sources"
@@ -109,5 +109,5 @@ def _converted(
             progress=progress,
         )
         samples = convert_task(source, folder, kind)
-        shutil.rmtree(source)
+        delete_folder(source)
     return f"{samples:,} samples, converted"

@@ -46,6 +46,7 @@ from siftclip.trainer.runtime.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import EvalCommand, EvalSections
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.writing import delete_file
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ def _write_details(settings: EvalSettings, folder: Path) -> Callable[[ScoredTask
 
     def write(scored: ScoredTask) -> None:
         for ending in ENDINGS:
-            details_path(folder, scored.samples.task, ending).unlink(missing_ok=True)
+            delete_file(details_path(folder, scored.samples.task, ending))
         if settings.details:
             write_details(folder, scored)
         if settings.predictions:

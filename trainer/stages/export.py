@@ -32,7 +32,6 @@ from siftclip.datamodules.models.weights import (
     portable_weights,
 )
 from siftclip.errors import InputError
-from siftclip.files import atomic_path
 from siftclip.locks import lock_beside, locked
 from siftclip.trainer.builders.models import checkpoint_options
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -43,6 +42,7 @@ from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.tools import ExportSettings
+from siftclip.writing import atomic_path, delete_file, new_folder_whole
 
 INFO_NAME = "info.pkl"
 CHECKPOINT_NAME = "checkpoints/epoch_latest.pt"
@@ -114,7 +114,8 @@ def export_stage(options: ExportSettings) -> Exported:
         source = open_source(source_path, options.weights)
         if path.resolve() in (source.origin.resolve(), source_path.resolve()):
             raise InputError(f"export.path={str(path)!r} is what is exported. Name another path.")
-        return _WRITERS[options.format](source, path)
+        with new_folder_whole(path):
+            return _WRITERS[options.format](source, path)
 
 
 def describe_export(exported: Exported) -> str:
@@ -249,8 +250,8 @@ def _write_checkpoint(source: ExportSource, path: Path) -> None:
         "state_dict": state,
         CONFIG_KEY: source.clip.config,  # open_clip passes over it; we read it
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def _write_open_clip(source: ExportSource, path: Path) -> Exported:
@@ -264,7 +265,7 @@ def _write_open_clip(source: ExportSource, path: Path) -> Exported:
 
 
 def _write_local_dir(source: ExportSource, path: Path) -> Exported:
-    (path / CONFIG_NAME).unlink(missing_ok=True)  # until the new one is complete
+    delete_file(path / CONFIG_NAME)  # until the new one is complete
     save_model_folder(source.clip, path)
     return Exported(
         origin=source.origin,
@@ -283,7 +284,7 @@ def _write_datacomp(source: ExportSource, path: Path) -> Exported:
             "export.format=local_dir, or siftclip eval."
         )
     checkpoint = path / CHECKPOINT_NAME
-    (path / INFO_NAME).unlink(missing_ok=True)  # until the new one is complete
+    delete_file(path / INFO_NAME)  # until the new one is complete
     _write_checkpoint(source, checkpoint)
     with atomic_path(path / INFO_NAME) as temporary:
         temporary.write_bytes(pickle.dumps(_training_info(source, name, checkpoint), protocol=4))

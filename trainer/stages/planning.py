@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +31,7 @@ from siftclip.trainer.runtime.lightning_setup import make_trainer
 from siftclip.trainer.runtime.step_clock import StepClock
 from siftclip.trainer.settings.budget import MAX_STEPS, Budget, Limit, require_steps
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings
+from siftclip.writing import temporary_folder
 
 PLANNED_STEPS = 1 << 16  # of a run whose length is looked for, at a time
 WARM_UP_STEPS = 4
@@ -143,9 +143,7 @@ def profile_run(parts: RunParts) -> Profile:
     )
     once = replace(quiet, online=OnceSettings())
     root = parts.common.output_root
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=root) as name:
-        folder = Path(name)
+    with temporary_folder(".plan-", root) as folder:
         plain = mean_profile(lambda: measured(once, folder), ROUNDS)
         selecting, extra, version_seconds = None, 0, 0.0
         if isinstance(parts.online, EveryStepSettings):

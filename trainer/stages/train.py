@@ -60,6 +60,7 @@ from siftclip.trainer.runtime.lightning_setup import (
     make_trainer,
     resolve_precision,
 )
+from siftclip.trainer.runtime.memory import require_room_for_batch
 from siftclip.trainer.runtime.run_dir import (
     IDENTITY_NAME,
     SUMMARY_NAME,
@@ -367,8 +368,14 @@ def run_parts(
     """Build what a run in a folder is made of, with a new model."""
     from siftclip.trainer.builders.assembly import new_model
     from siftclip.trainer.builders.run_parts import RunParts
+    from siftclip.trainer.online.flops import input_sizes
 
     common, trainer = settings.common, settings.trainer
+    clip = new_model(
+        settings.model, seed=common.seed, grad_checkpointing=trainer.grad_checkpointing
+    )
+    world_size, batch = expected_world_size(trainer), settings.scale.global_batch_size
+    require_room_for_batch(batch, world_size=world_size, image_size=input_sizes(clip)["image_size"])
     return RunParts(
         common=common,
         pool=settings.pool,
@@ -379,14 +386,12 @@ def run_parts(
         trainer=trainer,
         online=settings.online,
         selector=settings.selector,
-        clip=new_model(
-            settings.model, seed=common.seed, grad_checkpointing=trainer.grad_checkpointing
-        ),
+        clip=clip,
         selected=selected,
         loss_data=loss_data,
         folder=folder,
-        global_batch_size=settings.scale.global_batch_size,
-        world_size=expected_world_size(trainer),
+        global_batch_size=batch,
+        world_size=world_size,
     )
 
 

@@ -35,6 +35,7 @@ from siftclip.selectors.methods.negcliploss.screening import Screening, usable_b
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MOST_PASSES = 10_000  # ten in the paper; each is as long as all of the first
 log = logging.getLogger(__name__)
 
 
@@ -123,7 +124,7 @@ class NegCLIPLoss(ReadsFeatures, ScoreSelector):
         self.features = features
         self.temperature = require_positive("temperature", temperature, owner=self)
         self.batch_size = require_int("batch_size", batch_size, minimum=1, owner=self)
-        self.passes = require_int("passes", passes, minimum=1, owner=self)
+        self.passes = require_int("passes", passes, minimum=1, maximum=MOST_PASSES, owner=self)
         self.partition = require_choice("partition", partition, ("file", "global"), owner=self)
         self.precision = require_choice("precision", precision, ("screened", "float32"), owner=self)
         self.seed = require_int("seed", seed, minimum=0, owner=self)

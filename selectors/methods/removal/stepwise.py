@@ -15,6 +15,7 @@ from siftclip.selectors.fitting.covariance import all_ranks
 from siftclip.selectors.methods.removal.elimination import Samples, remaining_samples
 
 CHECKPOINTS = 10  # so often a run keeps what was removed, from which all else follows
+MOST_STEPS = 1_000_000  # far more than pay off; each is a pass over what is left
 
 
 class Criterion(Protocol):
@@ -46,7 +47,7 @@ class StepwiseRemoval(ReadsFeatures, Selector):
         """
         self.features = features
         self.fraction = require_fraction("fraction", fraction, owner=self)
-        self.steps = require_int("steps", steps, minimum=1, owner=self)
+        self.steps = require_int("steps", steps, minimum=1, maximum=MOST_STEPS, owner=self)
 
     @property
     def requires(self) -> Requirements:

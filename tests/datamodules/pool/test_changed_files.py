@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -30,6 +31,7 @@ from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
 from siftclip.selectors.core.base import Chunk, ScoreSelector
 from siftclip.selectors.core.source import ExternalColumn, FeatureFile, Requirements
+from siftclip.writing import WriteError
 
 Make = Callable[..., Any]
 ROWS = np.arange(20)
@@ -195,7 +197,7 @@ def test_index_that_cannot_be_written_to_is_read(
     (tmp_path / "c" / "index" / "probes.json").unlink()
 
     def refuse(*_: Any) -> None:
-        raise PermissionError
+        raise WriteError(tmp_path, errno.EACCES)
 
     monkeypatch.setattr("siftclip.datamodules.storage.local.write_json", refuse)
     assert len(load()) == 20

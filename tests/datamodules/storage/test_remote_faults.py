@@ -26,6 +26,7 @@ from siftclip.datamodules.storage import remote as remote_storage
 from siftclip.datamodules.storage.remote import ATTEMPTS, RemoteStorage
 from siftclip.datamodules.streaming.batches import Batch
 from siftclip.errors import InputError
+from siftclip.writing import WriteError
 
 Make = Callable[..., Any]
 ALWAYS = 1_000_000
@@ -344,15 +345,30 @@ def test_index_of_a_broken_tar_is_an_error_with_its_name(
             open_remote(f"{file_server.url}/pool", shard_cache_gb=shard_cache_gb)
 
 
+@pytest.mark.parametrize("ranges", [False, True])
 def test_full_disk_is_not_the_fault_of_the_samples(
-    root: Path, file_server: Any, open_remote: Make, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    file_server: Any,
+    open_remote: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ranges: bool,
 ) -> None:
+    """A server that answers ranges is read without the copies of tars."""
+    file_server.ranges = ranges
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fsspec.implementations.http.HTTPFileSystem, "get_file", full)
-    with pytest.raises(InputError, match=r"disk of .* is full\. The pool's shard_cache_gb says"):
-        open_remote(f"{file_server.url}/pool", shard_cache_gb=1)
+    if not ranges:
+        with pytest.raises(WriteError, match=r"tar cannot be written: its disk is full"):
+            open_remote(f"{file_server.url}/pool", shard_cache_gb=1)
+        return
+    pool = open_remote(f"{file_server.url}/pool", shard_cache_gb=1)
+    assert "its disk is full" in caplog.text
+    assert "reads from" in caplog.text
+    assert read(pool, np.arange(20)) == read(open_remote(str(root)), np.arange(20))
 
 
 def test_metadata_that_cannot_be_copied_is_an_error_with_its_name(

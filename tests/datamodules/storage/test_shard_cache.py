@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from siftclip.datamodules.storage.local import ShardFile
 from siftclip.datamodules.storage.shard_cache import ShardCache
 from siftclip.errors import InputError
+from siftclip.writing import WriteError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -266,7 +267,6 @@ def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     cache = ShardCache(tmp_path / "shards", limit_bytes=200)
-    with pytest.raises(
-        InputError, match=r"kept: .*Read-only file system\. Name another cache folder"
-    ):
+    match = r"shards cannot be written: its file system is read-only\. Choose another folder"
+    with pytest.raises(WriteError, match=match):
         cache.fetch(shard(0, 60), writer(shard(0, 60), []))

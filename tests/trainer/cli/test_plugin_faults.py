@@ -13,7 +13,8 @@ import pytest
 from siftclip.errors import InputError
 from siftclip.selectors.core.checks import synthetic_chunk
 from siftclip.selectors.core.source import MemorySource
-from siftclip.trainer.cli.application import FULL_ERROR, application
+from siftclip.trainer.cli.application import application
+from siftclip.trainer.cli.endings import FULL_ERROR
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.settings.commands import PoolSections
 from siftclip.trainer.settings.common import CommonSettings

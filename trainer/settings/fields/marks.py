@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class AtMost:
+    """A bound far above what anybody wants; no list shows it.
+
+    Beyond it a command would eat all memory, start processes without end or overflow a number,
+    before it could say a word.
+    """
+
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class Words:
     """What the option must be, where its type alone says too little: "a list of patterns"."""
 

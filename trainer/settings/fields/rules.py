@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from siftclip.trainer.settings.fields.marks import Needs, Words
+from siftclip.trainer.settings.fields.marks import AtMost, Needs, Words
 
 Mark = TypeVar("Mark")
 
@@ -199,6 +199,8 @@ def _holds(mark: Any, value: Any) -> bool:
             return bool(value < bound)
         case MinLen(length):
             return len(value) >= length
+        case AtMost(limit):
+            return not isinstance(value, int | float) or value <= limit
     return True
 
 
@@ -213,9 +215,17 @@ def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:
         yield from _inner_faults(hint, inner, value, option)
         return
     kind = fitting[0]
-    span = _integer(kind.marks) if kind.plain is int else _span(kind.marks)
+    span = _broken_bound(kind, value)
+    if span is None:
+        span = _integer(kind.marks) if kind.plain is int else _span(kind.marks)
     or_null = ", or null" if any(o.plain is types.NoneType for o in alternatives(hint)) else ""
     yield Fault(option, f"must be {span}{or_null}. Got {value!r}.")
+
+
+def _broken_bound(kind: Type, value: Any) -> str | None:
+    """Say the bound that alone makes a value wrong, if it is one that no list shows."""
+    bounds = [mark for mark in kind.marks if isinstance(mark, AtMost) and not _holds(mark, value)]
+    return f"at most {bounds[0].limit:,}" if bounds else None
 
 
 def _inner_faults(hint: Any, kind: Type, value: Any, option: str) -> Iterator[Fault]:
@@ -229,7 +239,13 @@ def _inner_faults(hint: Any, kind: Type, value: Any, option: str) -> Iterator[Fa
         for inner in value:
             if next(faults(element, inner, option), None) is not None:
                 shown = list(value) if isinstance(value, tuple) else value
-                yield Fault(option, _refusal(hint, shown, option, element))
+                bound = _broken_bound(alternatives(element)[0], inner)
+                yield Fault(
+                    option,
+                    _refusal(hint, shown, option, element)
+                    if bound is None
+                    else f"must be {bound}, each. Got {shown!r}.",
+                )
                 return
 
 

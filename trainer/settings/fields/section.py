@@ -16,11 +16,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Gt, Le
 
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Rare
+from siftclip.trainer.settings.fields.marks import AtMost, Rare
 from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 
-Count: TypeAlias = Annotated[int, Ge(1)]
-WholeNumber: TypeAlias = Annotated[int, Ge(0)]
+_LARGEST = AtMost(10**15)  # products of two such numbers are still told from infinity
+Count: TypeAlias = Annotated[int, Ge(1), _LARGEST]
+WholeNumber: TypeAlias = Annotated[int, Ge(0), _LARGEST]
+Seed: TypeAlias = Annotated[int, Ge(0), AtMost(2**32 - 1)]  # of numpy, and so of Lightning
+Workers: TypeAlias = Annotated[int, Ge(1), AtMost(1024)]  # processes or threads
+Samples: TypeAlias = Annotated[int, Ge(1), AtMost(2**22)]  # in memory together
+Pixels: TypeAlias = Annotated[int, Ge(1), AtMost(8192)]  # of a side of what a model takes
+Resamples: TypeAlias = Annotated[int, Ge(0), AtMost(10**6)]
+Seconds: TypeAlias = Annotated[float, Ge(0), AtMost(10**9)]  # more overflows the system's clocks
 Positive: TypeAlias = Annotated[float, Gt(0)]
 NotNegative: TypeAlias = Annotated[float, Ge(0)]
 Fraction: TypeAlias = Annotated[float, Gt(0), Le(1)]

@@ -1,0 +1,285 @@
+"""The one way to the disk: files appear whole or not at all, and a fault says what to do.
+
+Everything that Siftclip writes passes through here; `tests/test_writing.py` reads the source for
+calls that do not. A full disk, a read-only or forbidden folder, a name that is too long or a mount
+that has vanished become one `WriteError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from siftclip.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
+_REASONS = {
+    errno.ENOSPC: "its disk is full (No space left on device)",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "its file system is read-only",
+    errno.EACCES: "you have no permission to write there",
+    errno.EPERM: "you have no permission to write there",
+    errno.EISDIR: "a folder has that name",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "its disk reports an input/output error",
+    errno.EFBIG: "the file would be larger than the file system or `ulimit -f` allows",
+    errno.EMFILE: "too many files are open (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.EBUSY: "it is in use",
+    errno.ETXTBSY: "it is in use",
+    errno.ENOTEMPTY: "a folder with files has that name",
+    **dict.fromkeys(_GONE, "its folder is gone, as after its disk was unmounted"),
+}
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+_OF_DISKS = (*_FULL, errno.EIO, errno.EFBIG, errno.EROFS)
+
+
+class WriteError(InputError):
+    """A file or a folder cannot be written.
+
+    Attributes:
+        path: what cannot be written.
+        number: the error number of the operating system, such as `errno.ENOSPC`.
+        owner: what it belongs to, as the message calls it; "" if the path says all.
+    """
+
+    def __init__(self, path: str | Path, number: int, owner: str = "") -> None:
+        self.path, self.number, self.owner = Path(path), number, owner
+        super().__init__(str(path), number, owner)
+
+    def __str__(self) -> str:
+        return self.told_with("")
+
+    def told_with(self, option: str) -> str:
+        """Return the message, with the option that names another folder; "" if none is known."""
+        elsewhere = f"another folder with {option}" if option else "another folder"
+        if self.number in _FULL:
+            way_out = f"Make room, and the same command continues; or choose {elsewhere}."
+        elif self.number in (errno.EMFILE, errno.ENFILE):
+            way_out = "Raise that limit, and the same command continues."
+        else:
+            way_out = f"Choose {elsewhere}; or put it right, and the same command continues."
+        what = (
+            f"{self.owner} cannot be written: {self.path}:"
+            if self.owner
+            else (f"{self.path} cannot be written:")
+        )
+        return f"{what} {self._reason()}. {way_out}"
+
+    def _reason(self) -> str:
+        if self.number in _NO_FOLDER:
+            places = (self.path, *self.path.parents)
+            file = next((place for place in places if os.path.lexists(place)), self.path)
+            return f"{file} is a file, where a folder must be"
+        return _REASONS.get(self.number) or os.strerror(self.number)
+
+    def __reduce__(self) -> tuple[type[WriteError], tuple[str, int, str]]:
+        return type(self), (str(self.path), self.number, self.owner)
+
+
+@contextmanager
+def writing_to(path: Path, owner: str = "") -> Iterator[None]:
+    """Tell faults of the operating system inside the block as faults of writing `path`.
+
+    Whichever library meets them: some keep the number in their text alone. What fails at another
+    file, such as one that is read meanwhile, passes through unchanged.
+
+    Args:
+        path: of a file or a folder.
+        owner: see `WriteError`.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        number = _number_of(error, path)
+        if number is None:
+            raise
+        raise WriteError(path, number, owner) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` which replaces it when the block ends without error.
+
+    Its content is on the disk before it has the name: a power cut leaves no name without data. It
+    has the permissions that the umask gives, also where a library writes a file of its own that
+    others may not read, as safetensors does.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing_to(path):
+        try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            temporary.chmod(mode)
+            _to_disk(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # of a disk that fails; what counts is why
+                temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and those above it, unless they are there; returns it.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    with writing_to(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def new_folder_whole(folder: Path) -> Iterator[None]:
+    """Delete what the block has written into a new folder if it fails: it can be tried again.
+
+    What was there before, which is to be written over, stays.
+    """
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if is_new and folder.is_dir():
+            with suppress(WriteError):  # of a disk that fails; what counts is why
+                delete_folder(folder)
+        raise
+
+
+def delete_file(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        WriteError: it cannot be deleted.
+    """
+    with writing_to(path), suppress(FileNotFoundError):
+        path.unlink()
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder with all that is in it, if it is there.
+
+    Raises:
+        WriteError: it cannot be deleted.
+    """
+    with writing_to(path), suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or a folder another name on the same disk.
+
+    Raises:
+        WriteError: it cannot be moved.
+    """
+    with writing_to(target):
+        os.replace(source, target)
+
+
+@contextmanager
+def temporary_folder(prefix: str = "siftclip-", parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder for the time of the block: below `parent`, or where `TMPDIR` says.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    place = make_folder(parent) if parent is not None else _temporary_place()
+    with writing_to(place):
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
+
+
+def allocate(file: int, size_bytes: int) -> None:
+    """Reserve the disk space of an open file, inside `writing_to`.
+
+    A page of a memory map that finds no room ends the process with SIGBUS, without a message.
+
+    Args:
+        file: its descriptor.
+        size_bytes: of the whole file.
+    """
+    if size_bytes:
+        os.posix_fallocate(file, 0, size_bytes)
+
+
+def _temporary_place() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:  # of several places none can be written
+        raise WriteError(os.environ.get("TMPDIR", "/tmp"), error.errno or errno.EIO) from error
+
+
+def _to_disk(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):  # of a file system that has none
+            raise
+    finally:
+        os.close(file)
+
+
+# How libraries name an error number in their texts: pyarrow, and those in Rust
+_IN_TEXT = re.compile(r"\b(?:os error|errno:?|code:) (\d+)", re.IGNORECASE)
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's, without a number
+
+
+def _number_of(error: Exception, path: Path) -> int | None:
+    """Find the error number of a failed write in an exception; None if it is of something else.
+
+    Args:
+        error: as it was caught.
+        path: what was written; faults of other files do not count.
+    """
+    number = _own_number(error)
+    if number is not None:
+        names = [getattr(error, name, None) for name in ("filename", "filename2")]
+        return number if _are_near(path, names) else None
+    # torch closes its file after the write that failed, and fails at that
+    cause = error.__cause__ or error.__context__
+    number = _own_number(cause) if isinstance(cause, OSError) else None
+    return number if number in _OF_DISKS else None
+
+
+def _own_number(error: Exception) -> int | None:
+    text = str(error)
+    match = _IN_TEXT.search(text)
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and match is not None:
+        number = int(match[1])
+    if number is None and _CUT_SHORT.search(text):
+        number = errno.ENOSPC
+    return number if number in _REASONS or number in _NO_FOLDER else None
+
+
+def _are_near(path: Path, names: list[object]) -> bool:
+    """Tell whether the files that an error names, if any, are `path`, beside it, above or below."""
+    own = os.path.abspath(path)
+    beside = os.path.dirname(own)
+    given = [os.path.abspath(os.fsdecode(name)) for name in names if isinstance(name, str | bytes)]
+    return not given or any(
+        os.path.dirname(name) == beside
+        or f"{own}{os.sep}".startswith(f"{name}{os.sep}")
+        or name.startswith(f"{own}{os.sep}")
+        for name in given
+    )
