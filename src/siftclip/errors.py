@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from siftclip.redaction import shown
+
 T = TypeVar("T")
 C = TypeVar("C", bound=str)
 
@@ -59,9 +61,10 @@ class ParameterError(InputError):
         got: str | None = None,
         way_out: str = "",
     ) -> None:
-        self.owner, self.parameter, self.rule = owner, parameter, rule
+        self.owner, self.parameter, self.rule = owner, parameter, shown(rule)
         self.value = None if value is _NOTHING else value
-        self.got = repr(value) if got is None and value is not _NOTHING else got
+        quoted = repr(value) if got is None and value is not _NOTHING else got
+        self.got = None if quoted is None else shown(quoted)
         self.way_out = way_out
         super().__init__(rule)
 

@@ -15,6 +15,7 @@ import signal
 import sys
 
 import siftclip
+from siftclip.trainer.cli.safe_output import print_safely, safe_output
 
 COMMANDS = {
     "index": "find the samples of a pool, once",
@@ -69,9 +70,11 @@ def main() -> None:
     # Torch, Lightning and open_clip are millions of objects that stay: at Python's own thresholds a
     # tenth of the time of their import goes into looking for garbage among them.
     gc.set_threshold(50_000, 20, 100)
+    sys.excepthook = print_safely
     try:
-        _run(sys.argv[1:])
-        sys.stdout.flush()
+        with safe_output():
+            _run(sys.argv[1:])
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _is_unread(sys.stdout.fileno()):
             raise

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from siftclip.trainer.settings.fields.marks import Example, Needs, Open
+from siftclip.trainer.settings.fields.marks import Credentials, Example, Needs, Open
 from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
@@ -26,6 +26,7 @@ class PoolSettings(Section):
 
     root: Annotated[
         str,
+        Credentials(),
         Needs("must name the folder of the pool, such as pool.root=/data/datacomp_small."),
         Example("/data/datacomp_small"),
     ]
@@ -43,10 +44,10 @@ class PoolSettings(Section):
     index_workers: Count | Auto = "auto"
     """Tars indexed at the same time; auto: one per core."""
 
-    storage_options: Annotated[Mapping[str, Any], Open(), Example("{anon: true}")] = field(
-        default_factory=dict
-    )
-    """Options of a URL's fsspec file system, such as {anon: true} or {endpoint_url: ...} for s3."""
+    storage_options: Annotated[
+        Mapping[str, Any], Credentials(), Open(), Example("{anon: true}")
+    ] = field(default_factory=dict)
+    """Options of a URL's fsspec file system, such as {anon: true}; written without their values."""
 
     shard_cache_gb: NotNegative = 0
     """GB of whole tars of a URL to keep on the local disk; 0: read ranges each time."""

@@ -46,5 +46,10 @@ class Rare:
 
 
 @dataclass(frozen=True, slots=True)
+class Credentials:
+    """May hold passwords or keys: kept as what never prints, see `siftclip.confidential`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
     """A mapping that takes names of the user's own."""

@@ -15,8 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
 
+from siftclip.confidential import ConfidentialUrl, confidential
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Rare
+from siftclip.trainer.settings.fields.marks import Credentials, Rare
 from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 
 Count: TypeAlias = Annotated[int, Ge(1)]
@@ -48,6 +49,8 @@ class Section:
         for name, hint in hints(type(self)).items():
             for fault in faults(hint, getattr(self, name), joined(self.PLACE, name)):
                 raise InputError(str(fault))
+            if mark_of(hint, Credentials) is not None:
+                object.__setattr__(self, name, confidential(getattr(self, name)))
         self.check()
 
     def check(self) -> None:
@@ -78,4 +81,4 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(inner) for inner in value]
-    return value
+    return str(value) if isinstance(value, ConfidentialUrl) else value
