@@ -73,7 +73,8 @@ def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
         silence = aiohttp.ClientTimeout(
             sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS
         )
-        options["client_kwargs"] = {"timeout": silence, **(options.get("client_kwargs") or {})}
+        own = _given("client_kwargs", options, "http", "https")
+        options["client_kwargs"] = {"timeout": silence, **own}
     if scheme in ("s3", "s3a"):
         # botocore and s3fs would each repeat what is repeated here: a minute for a wrong host
         defaults = {
@@ -81,7 +82,7 @@ def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
             "max_pool_connections": CONCURRENT_READS,
             "read_timeout": READ_TIMEOUT_SECONDS,
         }
-        options["config_kwargs"] = {**defaults, **(options.get("config_kwargs") or {})}
+        options["config_kwargs"] = {**defaults, **_given("config_kwargs", options, "s3", "s3a")}
     try:
         first = root.authorized(next(iter(braceexpand(root.place))))
         filesystem, _ = fsspec.core.url_to_fs(first, skip_instance_cache=True, **options)
@@ -98,6 +99,18 @@ def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
         filesystem.encode_url = lambda url: encode(root.authorized(url))
     _connections[id(filesystem)] = filesystem
     return filesystem
+
+
+def _given(name: str, options: Mapping[str, Any], *protocols: str) -> dict[str, Any]:
+    """Return a mapping among the options, above the one in fsspec's own configuration.
+
+    fsspec takes the one or the other, and ours has something of its own.
+    """
+    configured = [fsspec.config.conf.get(protocol, {}).get(name) for protocol in protocols]
+    given: dict[str, Any] = {}
+    for mapping in (*configured, options.get(name)):
+        given |= mapping or {}
+    return given
 
 
 def _check_credentials(root: ConfidentialUrl, options: ConfidentialOptions) -> None:

@@ -21,8 +21,12 @@ class InputError(ValueError):
     """A file or a parameter is not what it must be.
 
     The message names the owner (class or command), the parameter or file, the rule, the value and,
-    where there is one, the way out. The command line prints it without a traceback.
+    where there is one, the way out. The command line prints it without a traceback. What it quotes
+    of others is as it may be `shown`: without credentials, and without what a terminal obeys.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shown(part) if isinstance(part, str) else part for part in args))
 
 
 class ParameterError(InputError):

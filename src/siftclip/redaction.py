@@ -132,7 +132,7 @@ def remember(value: object) -> None:
     text = str(value)
     scheme, _, rest = text.partition(" ")  # as headers have it: "Bearer VALUE"
     for each in (text, rest if scheme.lower() in _SCHEMES else text):
-        if len(each) >= _LEAST and each not in _values:
+        if len(each) >= _LEAST and each not in _values and "${" not in each:
             _values.add(each)
             _pattern.cache_clear()
 

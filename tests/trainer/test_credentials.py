@@ -11,7 +11,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
@@ -32,10 +32,11 @@ class Guarded(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         login = base64.b64encode(f"{USER}:{unquote(PASSWORD)}".encode()).decode()
+        signatures = parse_qs(urlsplit(self.path).query).get("sig", [])
         allowed = (
             self.headers.get("Authorization") == f"Basic {login}"
             and self.headers.get("X-Token") == TOKEN
-            and ("?" not in self.path or f"sig={SIGNATURE}" in self.path)
+            and signatures in ([], [unquote(SIGNATURE)])
         )
         if not allowed:
             self.refused.append(self.path)
@@ -197,3 +198,42 @@ def test_faults_show_no_secret(
         result = cli("index", *options, option)
         assert result.returncode != 0, option
         assert leaks(tmp_path, result.stdout + result.stderr) == [], (option, result.stderr)
+
+
+def test_credentials_come_from_fsspecs_own_configuration(
+    options: list[str],
+    place: str,
+    refused: list[str],
+    cli: Cli,
+    new_cli: Cli,
+    child_environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """And from the environment, as a reference to it; the index is then found as it is."""
+    assert cli("index", *options).returncode == 0
+    child_environment["FSSPEC_HTTP"] = (
+        f'{{"client_kwargs": {{"headers": {{"X-Token": "{TOKEN}"}}}}}}'
+    )
+    child_environment["POOL_PASSWORD"] = PASSWORD
+    kept = [o for o in options if o != HEADER and not o.startswith("pool.root=")]
+    root = f"pool.root=http://{USER}:${{oc.env:POOL_PASSWORD}}@{place}"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")}
+    result = new_cli("index", *kept, root)
+    assert (result.returncode, refused) == (0, []), result.stderr[-3000:]
+    assert leaks(tmp_path, result.stdout + result.stderr) == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    shown = cli("index", *kept, root, "--cfg", "job").stdout
+    assert f"root: http://{USER}:${{oc.env:POOL_PASSWORD}}@{place}" in shown
+
+
+def test_a_signature_goes_with_every_request(
+    base: list[str], place: str, refused: list[str], demo_data: DemoData, cli: Cli, tmp_path: Path
+) -> None:
+    kept = [o for o in base if not o.startswith(("pool.root=", "pool.cache_dir="))]
+    signed = f"?sv=2&sig={SIGNATURE}"
+    for path in ("", "/shards/0000000{0..0}.tar"):
+        root = f"pool.root='http://{USER}:{PASSWORD}@{place}{path}{signed}'"
+        cache = f"pool.cache_dir={tmp_path / f'cache{len(path)}'}"
+        result = cli("select", *kept, HEADER, root, cache, "selector=random", "overlap=false")
+        assert (result.returncode, refused) == (0, []), result.stderr[-3000:]
+        assert leaks(tmp_path, result.stdout + result.stderr) == []
