@@ -11,6 +11,7 @@ from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
     KeySplit,
+    Name,
     NotNegative,
     Section,
     Share,
@@ -63,7 +64,7 @@ class FeaturesSettings(Section):
 
     PLACE: ClassVar[str] = "features"
 
-    name: Annotated[str, Example("l14")]
+    name: Annotated[Name, Example("l14")]
     """The arrays are NAME_img and NAME_txt; DataComp has l14 and b32."""
 
     root: str | None = None

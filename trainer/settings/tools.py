@@ -8,7 +8,14 @@ from typing import Annotated, ClassVar, Literal
 
 from siftclip.trainer.settings.evaluation import Names
 from siftclip.trainer.settings.fields.marks import Example, Needs, Open, Words
-from siftclip.trainer.settings.fields.section import Count, KeySplit, Positive, Section, Weights
+from siftclip.trainer.settings.fields.section import (
+    Count,
+    KeySplit,
+    Name,
+    Positive,
+    Section,
+    Weights,
+)
 
 _SIDE = Needs("must name a run directory or its eval_results.jsonl: siftclip eval diff A B.")
 _RUNS = Words("a list of run directories: [RUN,RUN]")
@@ -20,7 +27,7 @@ class CompareSettings(Section):
 
     PLACE: ClassVar[str] = "compare"
 
-    name: str = "compare"
+    name: Name = "compare"
     """Folder of the report."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -113,10 +120,10 @@ class DownloadSettings(Section):
     folder: Annotated[str, Needs("must name a folder: siftclip eval download FOLDER.")]
     """The folder that eval.root is to be."""
 
-    repositories: tuple[str, ...] = ()
+    repositories: tuple[Name, ...] = ()
     """Others in clip_benchmark's layout; DataComp's come then only where eval.tasks names them."""
 
-    splits: tuple[str, ...] = ("test",)
+    splits: tuple[Name, ...] = ("test",)
     """Splits of these repositories."""
 
     workers: Count = 4
@@ -179,7 +186,7 @@ class TargetSettings(Section):
     tasks: Names | None = None
     """Which of them; null: all."""
 
-    split: str = "train"
+    split: Name = "train"
     """What is selected for must not be the test split that is evaluated."""
 
     key_split: KeySplit = "first_dot"

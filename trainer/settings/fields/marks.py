@@ -46,6 +46,11 @@ class Rare:
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """A part of a path, which does not lead out of the folder that it is in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Credentials:
     """May hold passwords or keys: kept as what never prints, see `siftclip.confidential`."""
 

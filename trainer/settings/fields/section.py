@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le
 
 from siftclip.confidential import ConfidentialUrl, confidential
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Credentials, Rare
+from siftclip.trainer.settings.fields.marks import Credentials, Inside, Rare
 from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 
 Count: TypeAlias = Annotated[int, Ge(1)]
@@ -26,6 +26,7 @@ Positive: TypeAlias = Annotated[float, Gt(0)]
 NotNegative: TypeAlias = Annotated[float, Ge(0)]
 Fraction: TypeAlias = Annotated[float, Gt(0), Le(1)]
 Share: TypeAlias = Annotated[float, Ge(0), Le(1)]
+Name: TypeAlias = Annotated[str, Inside()]
 Auto: TypeAlias = Literal["auto"]
 KeySplit: TypeAlias = Literal["first_dot", "last_dot"]
 Weights: TypeAlias = Literal["auto", "ema", "raw"]
