@@ -226,6 +226,26 @@ def test_credentials_come_from_fsspecs_own_configuration(
     assert f"root: http://{USER}:${{oc.env:POOL_PASSWORD}}@{place}" in shown
 
 
+def test_a_file_of_the_user_is_not_copied_with_its_secrets(
+    options: list[str], place: str, cli: Cli, tmp_path: Path, tmp_path_factory: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\npool:\n"
+        f"  root: http://{USER}:{PASSWORD}@{place}\n"
+        f"  storage_options: {{client_kwargs: {{headers: {{X-Token: {TOKEN}}}}}}}\n"
+    )
+    kept = [o for o in options if o != HEADER and not o.startswith("pool.root=")]
+    words = ["--config-dir", str(folder), *kept, "experiment=mine"]
+    for more in (["--multirun", *words, "seed=0,1"], [*words, "hydra.output_subdir=.hydra"]):
+        result = cli("index", *more)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert leaks(tmp_path, result.stdout + result.stderr) == []
+    assert list(tmp_path.rglob("multirun.yaml"))
+    assert list(tmp_path.rglob("overrides.yaml"))
+
+
 def test_a_signature_goes_with_every_request(
     base: list[str], place: str, refused: list[str], demo_data: DemoData, cli: Cli, tmp_path: Path
 ) -> None:

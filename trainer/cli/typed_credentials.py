@@ -1,21 +1,24 @@
-"""Moves credentials that were typed into the environment, and leaves references to it.
+"""Moves credentials into the environment, and leaves references to it.
 
 Hydra writes overrides into files, submitit and Lightning hand them on, wandb records `sys.argv`.
 All of them get `pool.root=https://${oc.env:SIFTCLIP_SECRET_1}@host/pool` in place of what was
-typed, which means the same in this process and in those that it starts.
+typed, which means the same in this process and in those that it starts. What a file of the user's
+has is replaced as well where Hydra writes the whole configuration.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from siftclip.redaction import (
     begins_as_url,
@@ -47,6 +50,46 @@ def without_credentials(word: str) -> str:
         remember_all({names[-1]: value})
         return word
     return f"{key}={written}" if _moved_parts(written) > _moved_parts(value) else word
+
+
+class MovesCredentials(Callback):  # type: ignore[misc]  # Hydra has no types
+    """Hydra calls it before it writes a configuration, see `configs/siftclip.yaml`."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Replace what a single job has."""
+        _replace_in(config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Replace what a sweep has, which goes into its `multirun.yaml` and to its launcher."""
+        _replace_in(config)
+
+
+def _replace_in(config: DictConfig) -> None:
+    tree = OmegaConf.to_container(config, resolve=False)
+    with flag_override(config, ["readonly", "struct"], [False, False]):
+        for path, value in _leaves({name: tree[name] for name in tree if name != "hydra"}):
+            *parents, name = path
+            node: Any = config
+            for parent in parents:
+                node = node[parent]
+            if isinstance(value, str):
+                names = [part for part in path if isinstance(part, str)]
+                node[name] = _moved(value, any(map(_is_secret, names)))
+            elif any(_is_secret(part) for part in path):
+                node[name] = f"${{oc.decode:{_reference(str(value))}}}"
+
+
+def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield texts and numbers of a configuration that may be credentials, by their place."""
+    items: Iterable[Any] = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    elif isinstance(tree, str | int | float) and not isinstance(tree, bool) and tree != "???":
+        yield path, tree
+    for name, inner in items:
+        yield from _leaves(inner, (*path, name))
 
 
 def _may_have_some(value: str) -> bool:
