@@ -17,6 +17,7 @@ FOLDERS = ("src/siftclip", "selectors", "datamodules", "eval", "trainer")
 # By the module that a reader imports them from.
 EXAMPLES = {
     "siftclip": ["select"],
+    "siftclip.confidential": ["ConfidentialOptions", "ConfidentialUrl"],
     "siftclip.errors": ["ParameterError"],
     "siftclip.tables": ["cut", "ruled_table", "text_table"],
     "siftclip.selectors": [

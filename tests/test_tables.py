@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siftclip.redaction import printable
 from siftclip.tables import (
     LEAST_WIDTH,
     WIDTH,
     cut,
     display_width,
-    printable,
     ruled_table,
     spreadsheet_safe,
     table_width,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from siftclip.errors import InputError, require_fraction
+from siftclip.redaction import printable
 
 EXAMPLES_PER_CAUSE = 3
 
@@ -22,6 +23,7 @@ class FaultLog:
     def add(self, cause: str, place: str, samples: int = 1) -> None:
         """Record `samples` bad samples of one cause; `place` names the file and the key."""
         self.counts[cause] += samples
+        place = printable(place)  # names of members are those that strangers gave
         places = self.examples.setdefault(cause, [])
         if len(places) < EXAMPLES_PER_CAUSE and place not in places:
             places.append(place)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from siftclip.datamodules.models.foreign_code import without_foreign_code
 from siftclip.datamodules.models.options import check_options, check_supported, configured
 from siftclip.datamodules.models.weight_needs import (
     CONFIG_NAME,
@@ -113,10 +114,13 @@ def load_clip_model(
             for tower, path in towers.items():
                 needs |= _tower_needs(tower, path, model_cfg)
             chosen, lines = fit_options(asked, needs, model_cfg, name)
-            with _without_needless_warnings(
-                architecture is not None
-                or file is not None
-                or (pretrained is None and not name.startswith("hf-hub:"))
+            with (
+                without_foreign_code(),
+                _without_needless_warnings(
+                    architecture is not None
+                    or file is not None
+                    or (pretrained is None and not name.startswith("hf-hub:"))
+                ),
             ):
                 model, train_transform, eval_transform = open_clip.create_model_and_transforms(
                     source,

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.cores import cores_of_rank
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.index.tar_index import (
@@ -77,10 +78,12 @@ class PoolOptions:
     max_bad_fraction: float = 0.01
     key_split: KeySplit = "first_dot"
     index_workers: int | None = None
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # has secrets
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
     shard_cache_gb: float = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", ConfidentialUrl(self.root))
+        object.__setattr__(self, "storage_options", ConfidentialOptions(self.storage_options))
         if not 0 <= self.max_bad_fraction <= 1:
             raise ParameterError(
                 "must be in the range [0, 1]",
@@ -193,7 +196,7 @@ class Pool:
 
     @property
     def root(self) -> str:
-        """The folder or URL, as the user gave it."""
+        """The folder or URL; credentials in it are ***."""
         return self.storage.root
 
     @property
@@ -225,8 +228,7 @@ def make_storage(
     Raises:
         InputError: a local folder with options or a cache, which only a URL can have.
     """
-    if root.startswith("file://"):
-        root = root.removeprefix("file://")
+    root = ConfidentialUrl(root.removeprefix("file://") if root.startswith("file://") else root)
     if not 0 <= shard_cache_gb < float("inf"):
         rule = "must be 0 or more"
         raise ParameterError(rule, parameter="shard_cache_gb", value=shard_cache_gb)

@@ -12,6 +12,7 @@ import numpy as np
 import siftclip
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.selection.selection import UNSCORED_KEY, Selection, make_selection
+from siftclip.redaction import hidden
 from siftclip.selectors.core.base import ScoreSelector, Selector, run, score_faults
 
 
@@ -49,7 +50,7 @@ def run_selection(
     *members, whole = source.reports
     manifest = {
         "selector": name,
-        "parameters": _finite(parameters),
+        "parameters": hidden(_finite(parameters)),
         "pool": {"root": str(pool.root), "fingerprint": pool.fingerprint, "samples": len(pool)},
         "identity": identity,
         "kept_samples": whole["kept_samples"],

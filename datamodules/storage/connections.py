@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -17,8 +17,10 @@ from braceexpand import braceexpand
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 
+from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.datamodules.storage.local import ChangedError, ShardFile, Span, StorageError
 from siftclip.errors import ParameterError
+from siftclip.redaction import HIDDEN, remember_all, split_url
 
 READ_TIMEOUT_SECONDS = 120.0  # of one attempt at a range; of silence while a file is copied
 CONCURRENT_READS = 64
@@ -53,20 +55,26 @@ class ConditionError(ChangedError):
     """A server says that it has no such version of a file."""
 
 
-def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
+def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
     """Open the file system of a URL, for this process alone.
 
+    Paths of an HTTP server are URLs; they need no credentials, which every request gets.
+
     Raises:
-        InputError: a package is missing, or an option is wrong.
+        InputError: a package is missing, an option is wrong, or credentials are missing or cannot
+            stand in a URL of this kind.
     """
-    options = dict(storage_options)
+    options = storage_options.reveal()
     scheme = urlsplit(root).scheme
+    _check_credentials(root, storage_options)
+    remember_all(fsspec.config.conf)
     if scheme in ("http", "https"):
         # aiohttp's own limit is five minutes for a file, however large it is
         silence = aiohttp.ClientTimeout(
             sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS
         )
-        options["client_kwargs"] = {"timeout": silence, **(options.get("client_kwargs") or {})}
+        own = _given("client_kwargs", options, "http", "https")
+        options["client_kwargs"] = {"timeout": silence, **own}
     if scheme in ("s3", "s3a"):
         # botocore and s3fs would each repeat what is repeated here: a minute for a wrong host
         defaults = {
@@ -74,11 +82,10 @@ def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
             "max_pool_connections": CONCURRENT_READS,
             "read_timeout": READ_TIMEOUT_SECONDS,
         }
-        options["config_kwargs"] = {**defaults, **(options.get("config_kwargs") or {})}
+        options["config_kwargs"] = {**defaults, **_given("config_kwargs", options, "s3", "s3a")}
     try:
-        filesystem, _ = fsspec.core.url_to_fs(
-            next(iter(braceexpand(root))), skip_instance_cache=True, **options
-        )
+        first = root.authorized(next(iter(braceexpand(root.place))))
+        filesystem, _ = fsspec.core.url_to_fs(first, skip_instance_cache=True, **options)
     except (ImportError, ValueError, TypeError) as error:
         raise ParameterError(
             f"cannot be read by fsspec with the storage options {sorted(storage_options)}: {error}",
@@ -87,8 +94,49 @@ def connect(root: str, storage_options: Mapping[str, Any]) -> Any:
         ) from None
     if scheme in ("s3", "s3a"):
         filesystem.retries = 1
+    if isinstance(filesystem, HTTPFileSystem) and root.place != root.reveal():
+        encode = filesystem.encode_url
+        filesystem.encode_url = lambda url: encode(root.authorized(url))
     _connections[id(filesystem)] = filesystem
     return filesystem
+
+
+def _given(name: str, options: Mapping[str, Any], *protocols: str) -> dict[str, Any]:
+    """Return a mapping among the options, above the one in fsspec's own configuration.
+
+    fsspec takes the one or the other, and ours has something of its own.
+    """
+    configured = [fsspec.config.conf.get(protocol, {}).get(name) for protocol in protocols]
+    given: dict[str, Any] = {}
+    for mapping in (*configured, options.get(name)):
+        given |= mapping or {}
+    return given
+
+
+def _check_credentials(root: ConfidentialUrl, options: ConfidentialOptions) -> None:
+    for name, shown, whole in (
+        ("root", root, root.reveal()),
+        ("storage_options", options, options.reveal()),
+    ):
+        if any(HIDDEN in text for text in _texts(whole)):
+            rule = f"has {HIDDEN} in the place of credentials, which are not kept"
+            way_out = "Give them again."
+            raise ParameterError(rule, parameter=name, value=shown, way_out=way_out)
+    if urlsplit(root).scheme in ("s3", "s3a") and split_url(root.reveal())[1]:
+        raise ParameterError(
+            "must have no keys: s3fs takes none in a URL",
+            parameter="root",
+            value=root,
+            way_out="It reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+        )
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    inner = tree.values() if isinstance(tree, Mapping) else tree
+    for value in inner if isinstance(tree, Mapping | list | tuple) else ():
+        yield from _texts(value)
+    if isinstance(tree, str):
+        yield tree
 
 
 def version_of(fields: Mapping[str, Any]) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from siftclip.confidential import ConfidentialUrl
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
 from siftclip.errors import InputError, ParameterError
 from siftclip.file_identity import FileIdentity
@@ -77,7 +78,7 @@ class Storage(Protocol):
 
     @property
     def root(self) -> str:
-        """The folder or URL, as the user gave it."""
+        """The folder or URL, as a `ConfidentialUrl` where it may have credentials."""
 
     @property
     def max_gap_bytes(self) -> int:
@@ -114,7 +115,7 @@ def default_cache(root: str) -> Path:
     """Return where to keep what is derived from a pool: inside it if writable, else at home."""
     if not is_url(root) and os.access(root, os.W_OK):
         return Path(root) / ".siftclip"
-    place = root if is_url(root) else str(Path(root).resolve())
+    place = ConfidentialUrl(root).place if is_url(root) else str(Path(root).resolve())
     name = hashlib.sha256(place.encode()).hexdigest()[:16]
     return Path.home() / ".cache" / "siftclip" / name
 

@@ -22,6 +22,7 @@ from braceexpand import braceexpand
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.http import HTTPFileSystem
 
+from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
 from siftclip.datamodules.storage.connections import (
     CONTENT_FIELDS,
@@ -77,14 +78,14 @@ class RemoteStorage:
         """Connect to nothing yet.
 
         Args:
-            root: the URL.
+            root: the URL. The paths of its tars are without its credentials.
             options: of the file system, such as `anon` or `endpoint_url` for s3fs.
             cache: keeps whole tars on the local disk; None reads ranges from the server each time.
             folder: local, for copies of metadata files, and of tars if nothing else is possible.
         """
-        self.root = root
+        self.root = ConfidentialUrl(root)
         self.retries = 0
-        self._options = dict(options)
+        self._options = ConfidentialOptions(options)
         self._cache = cache
         self._folder = folder
         self._files = OpenFiles(most=1)  # a file that is open keeps its space when it is deleted
@@ -124,8 +125,8 @@ class RemoteStorage:
         hint = "A server without listings needs the names: URL/{00000..00127}.tar"
         try:
             if "{" in self.root:
-                strip = self._filesystem._strip_protocol
-                shards = self._describe([{"name": strip(url)} for url in braceexpand(self.root)])
+                strip, urls = self._filesystem._strip_protocol, braceexpand(self.root.place)
+                shards = self._describe([{"name": strip(url)} for url in urls])
             else:
                 shards = self._list("shards/", (".tar",)) or self._list("", (".tar",))
             answers_ranges = self._cache is not None or self._answers_ranges(shards)
@@ -165,7 +166,7 @@ class RemoteStorage:
         """List the files with these suffixes in a folder below the root; "" is the root itself."""
         filesystem = self._filesystem
         filesystem.invalidate_cache()
-        place = f"{filesystem._strip_protocol(self.root).rstrip('/')}/{folder}"
+        place = f"{filesystem._strip_protocol(self.root.place).rstrip('/')}/{folder}"
         try:
             listed = self._patiently(lambda: filesystem.ls(place, detail=True))
         except FileNotFoundError:

@@ -35,11 +35,11 @@ from siftclip.eval.significance.paired_tests import (
     compare_task,
     holm,
 )
+from siftclip.redaction import printable
 from siftclip.tables import (
     NARROW,
     display_width,
     listed,
-    printable,
     table_width,
     text_table,
     wrapped,

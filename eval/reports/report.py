@@ -19,11 +19,11 @@ from siftclip.eval.significance.resampling import average_interval, replicates
 from siftclip.eval.tasks.kinds.values import OWN_FAMILY
 from siftclip.eval.tasks.known_tasks import KNOWN_TASKS
 from siftclip.eval.tasks.preparation import TaskFailure
+from siftclip.redaction import printable
 from siftclip.tables import (
     NARROW,
     NOTHING,
     cut,
-    printable,
     table_width,
     text_table,
     wrapped,

@@ -8,7 +8,8 @@ from typing import Any
 
 from siftclip.eval.reports.report import number_text, p_text
 from siftclip.eval.reports.seed_comparison import SIGNIFICANCE, SeedComparison, SeedDifference
-from siftclip.tables import NARROW, listed, printable, table_width, text_table
+from siftclip.redaction import printable
+from siftclip.tables import NARROW, listed, table_width, text_table
 
 SIGNED = "+.4f"
 _HEADER = ("by seed", "method of a", "method of b", "b - a", "Holm p", "p")

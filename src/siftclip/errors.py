@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from siftclip.redaction import shown
+
 T = TypeVar("T")
 C = TypeVar("C", bound=str)
 
@@ -19,8 +21,12 @@ class InputError(ValueError):
     """A file or a parameter is not what it must be.
 
     The message names the owner (class or command), the parameter or file, the rule, the value and,
-    where there is one, the way out. The command line prints it without a traceback.
+    where there is one, the way out. The command line prints it without a traceback. What it quotes
+    of others is as it may be `shown`: without credentials, and without what a terminal obeys.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shown(part) if isinstance(part, str) else part for part in args))
 
 
 class ParameterError(InputError):
@@ -59,9 +65,10 @@ class ParameterError(InputError):
         got: str | None = None,
         way_out: str = "",
     ) -> None:
-        self.owner, self.parameter, self.rule = owner, parameter, rule
+        self.owner, self.parameter, self.rule = owner, parameter, shown(rule)
         self.value = None if value is _NOTHING else value
-        self.got = repr(value) if got is None and value is not _NOTHING else got
+        quoted = repr(value) if got is None and value is not _NOTHING else got
+        self.got = None if quoted is None else shown(quoted)
         self.way_out = way_out
         super().__init__(rule)
 

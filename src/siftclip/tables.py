@@ -15,6 +15,7 @@ from typing import Any
 from tabulate import tabulate
 from wcwidth import wcswidth
 
+from siftclip.redaction import printable
 from siftclip.writing import atomic_path
 
 WIDTH = 100  # columns of a terminal that a table takes at most
@@ -30,17 +31,6 @@ _INDENT, _GAP, _CUT = "  ", "  ", "..."
 _FORMULA = re.compile(
     r"((?:^|[;,|\t\r\n])[\s\x00-\x1f\u200b\ufeff]*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])"
 )
-
-
-def printable(text: str) -> str:
-    """Return the text with escapes such as `\\x1b` for all that a terminal would obey, not show.
-
-    Control characters, line breaks, marks that turn the direction, and parts of characters.
-    """
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def table_width() -> int:

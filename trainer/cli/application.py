@@ -38,6 +38,7 @@ from siftclip.trainer.cli.endings import (
     message_of,
 )
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
+from siftclip.trainer.cli.typed_credentials import without_credentials
 from siftclip.trainer.runtime.launch import TrainingStopped
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
@@ -93,7 +94,8 @@ def application(
             register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
             typed = _overrides(arguments, command)
-            words = _named(command, typed, positional)
+            words, typed = _without_credentials(_named(command, typed, positional), typed)
+            arguments[len(arguments) - len(typed) :] = typed
             sys.argv = [f"siftclip {command}", *words]
             run = _hydra_main(command, words, _job(command, kind, stage, arguments, full_error))
             if full_error == "1":
@@ -249,6 +251,13 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
             )
         overrides.append(f"{name}={_quoted(argument)}")
     return overrides
+
+
+def _without_credentials(words: list[str], typed: list[str]) -> tuple[list[str], list[str]]:
+    """Return overrides, and what was typed for them, without credentials."""
+    safe = list(map(without_credentials, words))
+    given = zip(words, safe, typed, strict=True)
+    return safe, [as_typed if word == same else same for word, same, as_typed in given]
 
 
 def _is_override(word: str, command: str) -> bool:

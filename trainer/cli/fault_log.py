@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 import tempfile
 import traceback
@@ -13,9 +12,8 @@ from itertools import takewhile
 from pathlib import Path
 
 import siftclip
+from siftclip.redaction import shown
 from siftclip.writing import WriteError, writing_to
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+@")
 
 
 def write_fault_log(error: BaseException, folder: Path | None) -> Path | None:
@@ -26,7 +24,7 @@ def write_fault_log(error: BaseException, folder: Path | None) -> Path | None:
         folder: where to; where that is not possible, the folder for temporary files.
     """
     name = f"siftclip-fault-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-    text = _without_credentials(_text_of(error))
+    text = shown(_text_of(error))
     for place in (folder, Path(tempfile.gettempdir())):
         if place is None:
             continue
@@ -54,8 +52,3 @@ def _text_of(error: BaseException) -> str:
         *traceback.format_exception(error),
     ]
     return "\n".join(lines)
-
-
-def _without_credentials(text: str) -> str:
-    """Take out what stands in front of the host in a URL. All of a log passes through here."""
-    return _CREDENTIALS.sub("***@", text)

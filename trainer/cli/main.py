@@ -16,6 +16,7 @@ import sys
 
 import siftclip
 from siftclip.progress import hide_foreign_bars
+from siftclip.trainer.cli.safe_output import print_safely, safe_output
 from siftclip.trainer.cli.streams import fault_of_output, make_streams_last
 
 COMMANDS = {
@@ -73,9 +74,11 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 100)
     hide_foreign_bars()
     make_streams_last()
+    sys.excepthook = print_safely
     try:
-        _run(sys.argv[1:])
-        sys.stdout.flush()
+        with safe_output():
+            _run(sys.argv[1:])
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _is_unread(1):
             raise

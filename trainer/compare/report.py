@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.eval.reports.seed_comparison import SIGNIFICANCE, least_p_value
 from siftclip.files import write_text
+from siftclip.redaction import shown
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,
@@ -78,8 +79,8 @@ def write_report(comparison: ArmComparison, folder: Path) -> None:
     """Write the three files into `folder`, each atomically."""
     with atomic_path(folder / "results.csv") as temporary:
         comparison.results.to_csv(temporary, index=False)
-    write_text(folder / "report.md", markdown(comparison))
-    write_text(folder / "report.html", html(comparison))
+    write_text(folder / "report.md", shown(markdown(comparison)))
+    write_text(folder / "report.html", shown(html(comparison)))
 
 
 def _tasks(comparison: ArmComparison) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from siftclip.tables import printable, ruled_table
+from siftclip.redaction import printable
+from siftclip.tables import ruled_table
 from siftclip.trainer.compare.collect import ArmComparison
 
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from siftclip.errors import InputError
+from siftclip.redaction import hidden
 from siftclip.trainer.options.objects import BuiltObjects, check_target
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import TrainerSettings
@@ -44,7 +45,7 @@ def extensions_identity(settings: TrainerSettings) -> dict[str, Any]:
     its author knows; loggers and profilers look on.
     """
     nodes = {name: getattr(settings, name) for name in ("callbacks", "plugins")}
-    return {name: to_plain(value) for name, value in nodes.items() if value}
+    return {name: hidden(to_plain(value)) for name, value in nodes.items() if value}
 
 
 def build_callbacks(settings: TrainerSettings) -> list[Callback]:

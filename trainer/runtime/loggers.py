@@ -6,6 +6,7 @@ import math
 import netrc
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from siftclip.errors import InputError
 from siftclip.files import append_jsonl, write_text
+from siftclip.redaction import shown
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
 from siftclip.trainer.settings.lightning import WandbMode
@@ -105,6 +107,20 @@ def wandb_run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+class SafeWandbLogger(WandbLogger):
+    """Lightning's logger, which shows wandb a command line without credentials: it records it."""
+
+    @property
+    def experiment(self) -> Any:
+        """The run of wandb, begun when it is first asked for."""
+        whole = sys.argv
+        sys.argv = [shown(word) for word in whole]
+        try:
+            return super().experiment
+        finally:
+            sys.argv = whole
+
+
 def make_loggers(
     folder: Path,
     *,
@@ -122,7 +138,7 @@ def make_loggers(
     loggers: list[Logger] = [FileLogger(folder)]
     if wandb_enabled:
         loggers.append(
-            WandbLogger(
+            SafeWandbLogger(
                 save_dir=folder,
                 project=project,
                 name=name,

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from siftclip.redaction import hidden
 from siftclip.trainer.settings.fields.rules import Unset
 from siftclip.trainer.settings.selector import SelectorNode
 
@@ -21,7 +22,10 @@ _REFERENCE = re.compile(r"\$\{\.*([\w.]+)\}")
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """All of a command's configuration, resolved, as a run keeps it; `???` is what has no value."""
+    """All of a command's configuration, resolved, as a run keeps it.
+
+    `???` is what has no value, and `***` stands in the place of passwords and keys.
+    """
 
     values: Mapping[str, Any]
 
@@ -33,7 +37,8 @@ class Composed:
 
 def composed(tree: Mapping[str, Any]) -> Composed:
     """Build what a run keeps, from the values of `plain_tree`."""
-    return Composed(values={str(name): _recorded(value) for name, value in tree.items()})
+    recorded = {str(name): _recorded(value) for name, value in tree.items()}
+    return Composed(values=hidden(recorded))
 
 
 def _recorded(value: Any) -> Any:

@@ -11,6 +11,7 @@ from siftclip.trainer.settings.fields.marks import Example, Open, Words
 from siftclip.trainer.settings.fields.section import (
     Count,
     KeySplit,
+    Name,
     NotNegative,
     Resamples,
     Samples,
@@ -29,7 +30,7 @@ class ProbeSettings(Section):
 
     PLACE: ClassVar[str] = "eval.probe"
 
-    train_split: str = "train"
+    train_split: Name = "train"
     """The split that probes are fitted on."""
 
     l2: NotNegative | None = None

@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
-from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs, Open
+from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Example, Needs, Open
 from siftclip.trainer.settings.fields.section import (
     Auto,
     KeySplit,
+    Name,
     Samples,
     Section,
     Share,
@@ -28,6 +29,7 @@ class PoolSettings(Section):
 
     root: Annotated[
         str,
+        Credentials(),
         Needs("must name the folder of the pool, such as pool.root=/data/datacomp_small."),
         Example("/data/datacomp_small"),
     ]
@@ -45,10 +47,10 @@ class PoolSettings(Section):
     index_workers: Workers | Auto = "auto"
     """Tars indexed at the same time; auto: one per core."""
 
-    storage_options: Annotated[Mapping[str, Any], Open(), Example("{anon: true}")] = field(
-        default_factory=dict
-    )
-    """Options of a URL's fsspec file system, such as {anon: true} or {endpoint_url: ...} for s3."""
+    storage_options: Annotated[
+        Mapping[str, Any], Credentials(), Open(), Example("{anon: true}")
+    ] = field(default_factory=dict)
+    """Options of a URL's fsspec file system, such as {anon: true}; written without their values."""
 
     shard_cache_gb: Annotated[float, Ge(0), AtMost(10**9)] = 0
     """GB of whole tars of a URL to keep on the local disk; 0: read ranges each time."""
@@ -64,7 +66,7 @@ class FeaturesSettings(Section):
 
     PLACE: ClassVar[str] = "features"
 
-    name: Annotated[str, Example("l14")]
+    name: Annotated[Name, Example("l14")]
     """The arrays are NAME_img and NAME_txt; DataComp has l14 and b32."""
 
     root: str | None = None

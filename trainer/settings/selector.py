@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from siftclip.errors import ParameterError, require_fraction
 from siftclip.plugins import SELECTOR_GROUP, installed_in_words
-from siftclip.trainer.settings.fields.rules import Fault, Unset, joined
+from siftclip.trainer.settings.fields.rules import Fault, Unset, is_inside, joined
 from siftclip.trainer.settings.fields.section import Recorded
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ class SelectorNode(Recorded):
         for name, value in unset.items():
             if value.reason is not None:
                 yield Fault(name, value.reason)
+        if not is_inside(self.name):
+            rule = "must be a name, without .. and without / in front"
+            yield Fault(joined(option, "name"), f"{rule}. Got {self.name!r}.")
         for name, fraction in _fractions(self.written, option):
             try:
                 require_fraction("fraction", fraction)

@@ -13,6 +13,7 @@ from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs, Open,
 from siftclip.trainer.settings.fields.section import (
     Count,
     KeySplit,
+    Name,
     Samples,
     Section,
     Weights,
@@ -29,7 +30,7 @@ class CompareSettings(Section):
 
     PLACE: ClassVar[str] = "compare"
 
-    name: str = "compare"
+    name: Name = "compare"
     """Folder of the report."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -122,10 +123,10 @@ class DownloadSettings(Section):
     folder: Annotated[str, Needs("must name a folder: siftclip eval download FOLDER.")]
     """The folder that eval.root is to be."""
 
-    repositories: tuple[str, ...] = ()
+    repositories: tuple[Name, ...] = ()
     """Others in clip_benchmark's layout; DataComp's come then only where eval.tasks names them."""
 
-    splits: tuple[str, ...] = ("test",)
+    splits: tuple[Name, ...] = ("test",)
     """Splits of these repositories."""
 
     workers: Workers = 4
@@ -188,7 +189,7 @@ class TargetSettings(Section):
     tasks: Names | None = None
     """Which of them; null: all."""
 
-    split: str = "train"
+    split: Name = "train"
     """What is selected for must not be the test split that is evaluated."""
 
     key_split: KeySplit = "first_dot"

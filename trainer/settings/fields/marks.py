@@ -57,5 +57,15 @@ class Rare:
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """A part of a path, which does not lead out of the folder that it is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """May hold passwords or keys: kept as what never prints, see `siftclip.confidential`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
     """A mapping that takes names of the user's own."""

@@ -13,11 +13,12 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from siftclip.trainer.settings.fields.marks import AtMost, Needs, Words
+from siftclip.trainer.settings.fields.marks import AtMost, Inside, Needs, Words
 
 Mark = TypeVar("Mark")
 
@@ -145,6 +146,8 @@ def _integer(marks: Sequence[Any]) -> str:
 
 def _span(marks: Sequence[Any]) -> str:
     """Say the range that marks allow a number: "above 0", "in the range [0, 1)"."""
+    if any(isinstance(mark, Inside) for mark in marks):
+        return "a name, without .. and without / in front"
     low = high = ""
     for mark in marks:
         if isinstance(mark, Ge | Gt):
@@ -201,7 +204,15 @@ def _holds(mark: Any, value: Any) -> bool:
             return len(value) >= length
         case AtMost(limit):
             return not isinstance(value, int | float) or value <= limit
+        case Inside():
+            return is_inside(value)
     return True
+
+
+def is_inside(text: str) -> bool:
+    """Return whether a part of a path stays in the folder that it is in, and can be shown."""
+    parts = PurePath(text).parts
+    return bool(parts) and ".." not in parts and not text.startswith("/") and text.isprintable()
 
 
 def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:

@@ -15,8 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
 
+from siftclip.confidential import ConfidentialUrl, confidential
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import AtMost, Rare
+from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Rare
 from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 
 _LARGEST = AtMost(10**15)  # products of two such numbers are still told from infinity
@@ -32,6 +33,7 @@ Positive: TypeAlias = Annotated[float, Gt(0)]
 NotNegative: TypeAlias = Annotated[float, Ge(0)]
 Fraction: TypeAlias = Annotated[float, Gt(0), Le(1)]
 Share: TypeAlias = Annotated[float, Ge(0), Le(1)]
+Name: TypeAlias = Annotated[str, Inside()]
 Auto: TypeAlias = Literal["auto"]
 KeySplit: TypeAlias = Literal["first_dot", "last_dot"]
 Weights: TypeAlias = Literal["auto", "ema", "raw"]
@@ -55,6 +57,8 @@ class Section:
         for name, hint in hints(type(self)).items():
             for fault in faults(hint, getattr(self, name), joined(self.PLACE, name)):
                 raise InputError(str(fault))
+            if mark_of(hint, Credentials) is not None:
+                object.__setattr__(self, name, confidential(getattr(self, name)))
         self.check()
 
     def check(self) -> None:
@@ -85,4 +89,4 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(inner) for inner in value]
-    return value
+    return str(value) if isinstance(value, ConfidentialUrl) else value
