@@ -18,6 +18,7 @@ summary.json     written last: the run is finished
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -44,6 +45,7 @@ RESULTS_NAME = "eval_results.jsonl"
 _SHARE = "online/share_"
 IDENTITY_NAME = "identity.json"
 SUMMARY_NAME = "summary.json"
+_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 # Where Lightning looks for the rank of a process: torchrun's, its own launcher's, and others'.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
@@ -59,6 +61,12 @@ def is_rank_zero() -> bool:
         ranks = (os.environ.get(name) for name in _RANK_VARIABLES)
         rank = int(next((rank for rank in ranks if rank is not None), 0))
     return rank == 0
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Find the `step-N.ckpt` in a folder, by the step after which each was written, ascending."""
+    names = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("step-*.ckpt"))
+    return dict(sorted((int(match[1]), path) for match, path in names if match))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -112,9 +120,9 @@ class RunDir:
         return summary
 
     def latest_checkpoint(self) -> Path | None:
-        """Find the checkpoint to continue from: the one of the highest step."""
-        paths = list(self.checkpoints.glob("step-*.ckpt"))
-        return max(paths, key=step_of, default=None)
+        """Find the checkpoint of the highest step."""
+        steps = checkpoints_in(self.checkpoints)
+        return steps[max(steps)] if steps else None
 
     def budget(self) -> Budget | None:
         """Read how long the run is, once that is known."""
