@@ -51,6 +51,8 @@ from siftclip.locks import locked
 log = logging.getLogger(__name__)
 
 PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
+# 2,700 words, of which tokenizers keep 77 tokens or some hundreds; CLIP's takes 0.03 s for them.
+MAX_CAPTION_BYTES = 16 << 10
 _COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
 
 
@@ -70,6 +72,7 @@ class PoolOptions:
         storage_options: of fsspec's file system, such as {"anon": True} for S3.
         shard_cache_gb: up to how much of a remote pool is kept as whole tars on the local disk;
             0 reads ranges.
+        max_caption_bytes: samples with longer captions are bad; checked before they are decoded.
     """
 
     root: str
@@ -79,6 +82,7 @@ class PoolOptions:
     index_workers: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # has secrets
     shard_cache_gb: float = 0
+    max_caption_bytes: int = MAX_CAPTION_BYTES
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
@@ -90,6 +94,7 @@ class PoolOptions:
             )
         if self.index_workers is not None:
             require_int("index_workers", self.index_workers, minimum=1, owner="Pool")
+        require_int("max_caption_bytes", self.max_caption_bytes, minimum=1, owner="Pool")
 
     @property
     def cache_folder(self) -> Path:
@@ -139,6 +144,7 @@ class Pool:
         index_workers: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         shard_cache_gb: float = 0,
+        max_caption_bytes: int = MAX_CAPTION_BYTES,
         progress: bool = True,
     ) -> None:
         """Open a pool; tars that are not known yet are indexed, which is kept.
@@ -151,6 +157,7 @@ class Pool:
             index_workers: see there.
             storage_options: see there.
             shard_cache_gb: see there.
+            max_caption_bytes: see there.
             progress: show a bar while tars are indexed.
 
         Raises:
@@ -164,6 +171,7 @@ class Pool:
             index_workers=index_workers,
             storage_options=storage_options or {},
             shard_cache_gb=shard_cache_gb,
+            max_caption_bytes=max_caption_bytes,
         )
         storage = make_storage(
             given.root,
@@ -200,6 +208,13 @@ class Pool:
     def tars_stamp(self) -> str:
         """Changes with the sizes and the times of the tars, also where a copy has others."""
         return identity_hash({shard.name: shard.stamp for shard in self.shards})
+
+    @property
+    def caption_identity(self) -> dict[str, int]:
+        """What captions are read as depends on: their bound, where one of them exceeds it."""
+        bound = self.options.max_caption_bytes
+        exceeded = len(self) and int(self.text_sizes_bytes.max()) > bound
+        return {"max_caption_bytes": bound} if exceeded else {}
 
     def place(self, row: int) -> str:
         """Return `<tar>:<key>` of a row, for messages."""

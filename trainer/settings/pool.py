@@ -51,6 +51,9 @@ class PoolSettings(Section):
     shard_cache_gb: NotNegative = 0
     """GB of whole tars of a URL to keep on the local disk; 0: read ranges each time."""
 
+    max_caption_bytes: Count = 16384
+    """Longer captions are bad samples; checked before they are read."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeaturesSettings(Section):

@@ -234,6 +234,7 @@ def _manifest(settings: EmbedCommand, clip: ClipModel, pool: Pool) -> dict[str, 
                 "pool": pool.fingerprint,
                 "precision": precision,
                 "data": {"max_image_pixels": settings.data.max_image_pixels},
+                **pool.caption_identity,
             },
         ),
     }

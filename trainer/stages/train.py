@@ -117,6 +117,7 @@ def run_identity(
             "seed": settings.common.seed,
             **batch_norm_identity(settings),
             **extensions_identity(settings.trainer),
+            **selected.pool.caption_identity,
         },
     )
 

@@ -1,4 +1,4 @@
-"""A run whose last checkpoint is damaged continues from the one before, and its log says it once."""
+"""A run whose last checkpoint is damaged continues from the one before, each step logged once."""
 
 from __future__ import annotations
 
@@ -57,11 +57,14 @@ def runs(base_of: Any, composing: Any, tmp_path_factory: pytest.TempPathFactory)
 
     with composing() as compose:
         whole = train_stage(compose("train", [*options, f"run_dir={folder / 'whole'}"]))
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
+        settings = compose("train", [*options, f"run_dir={folder / 'stopped'}"])
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(FileLogger, "log_metrics", stop)
-            train_stage(compose("train", [*options, f"run_dir={folder / 'stopped'}"]))
+            with pytest.raises(StoppedError):
+                train_stage(settings)
     stopped = RunDir(path=folder / "stopped")
-    assert {path.name for path in stopped.checkpoints.iterdir()} == {"step-4.ckpt", "step-8.ckpt"}
+    names = {path.name for path in stopped.checkpoints.iterdir()}
+    assert names == {"step-4.ckpt", "step-8.ckpt"}
     return whole, stopped, options
 
 
