@@ -112,6 +112,9 @@ def read_ranges(
 ) -> Iterator[tuple[int, bytes | StorageError]]:
     """Read ranges of a pool's tars, neighbours together, in the order of their places.
 
+    Those of neighbours that could not be read together are read again, each alone, at the end: what
+    is bad must not depend on what is read with it.
+
     Args:
         pool: of the tars.
         shards: int [n], the tar of each range.
@@ -123,18 +126,18 @@ def read_ranges(
     """
     joined = coalesce(shards, starts, starts + sizes, max_gap_bytes=pool.storage.max_gap_bytes)
     spans = [Span(pool.shards[shard], start, end) for shard, start, end, _ in joined]
-    answers = pool.storage.read(spans)
-    for data, span, (_, _, _, pieces) in zip(answers, spans, joined, strict=True):
+    alone: dict[int, Span] = {}
+    for data, span, (_, _, _, pieces) in zip(pool.storage.read(spans), spans, joined, strict=True):
         for number, start, end in pieces:
             if not isinstance(data, StorageError):
                 yield number, data[start:end]
             elif len(pieces) == 1 or isinstance(data, ChangedError):
                 yield number, data
             else:
-                # alone, if its neighbours may be to blame: what is bad must not depend on them
                 at = span.start_bytes
-                alone = span._replace(start_bytes=at + start, end_bytes=at + end)
-                yield number, next(pool.storage.read([alone]))
+                alone[number] = span._replace(start_bytes=at + start, end_bytes=at + end)
+    if alone:
+        yield from zip(alone, pool.storage.read(list(alone.values())), strict=True)
 
 
 def bad_sample(error: StorageError, shard: ShardFile) -> BadSampleError:
