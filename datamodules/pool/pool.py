@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -296,17 +296,26 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
     folder = places / f"table-{name}"
     complete = folder / "notes.json"
-    if not complete.is_file():
+    mapped = None
+    with suppress(InputError):  # a damaged one is made again
+        mapped = _map_table(options, storage, shards, folder) if complete.is_file() else None
+    if mapped is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
         workers = cores_of_rank() if options.index_workers is None else options.index_workers
         with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
-            if not complete.is_file():
+            try:
+                mapped = (
+                    _map_table(options, storage, shards, folder) if complete.is_file() else None
+                )
+            except InputError as error:
+                log.warning("the index of %s is made again: %s", storage.root, error)
+            if mapped is None:
                 indices = _index_shards(
                     storage, shards, folder.parent, key_split, workers, progress
                 )
                 _write_table(folder, storage.root, key_split, shards, indices)
-    mapped = _map_table(options, storage, shards, folder)
+                mapped = _map_table(options, storage, shards, folder)
     _check_samples(Pool.of_fields(**mapped), options.max_bad_fraction)
     return mapped
 
@@ -514,7 +523,8 @@ def _map_array(path: Path) -> np.ndarray:
             return np.asarray(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."
+            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again when "
+            "the pool is opened."
         ) from None
 
 

@@ -51,7 +51,7 @@ from siftclip.datamodules.storage.local import (
 )
 from siftclip.datamodules.storage.shard_cache import ShardCache
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import atomic_path, read_json, write_json
+from siftclip.files import atomic_path, has_content, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -514,7 +514,7 @@ class RemoteStorage:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "copies.json"
-        stamps = read_json(known) if known.exists() else {}
+        stamps = read_json(known) if has_content(known) else {}
         for old in stamps.keys() - {file.name for file in files}:
             (folder / old).unlink(missing_ok=True)
             del stamps[old]

@@ -61,8 +61,14 @@ def has_content(path: Path) -> bool:
                     return True
     except FileNotFoundError:
         return False
-    log.warning("%s has no content, as after a power cut, and counts as missing", path)
+    _say_blank(path)
     return False
+
+
+@functools.cache
+def _say_blank(path: Path) -> None:
+    """Warn of a file without content, once."""
+    log.warning("%s has no content, as after a power cut, and counts as missing", path)
 
 
 def write_text(path: Path, text: str) -> None:

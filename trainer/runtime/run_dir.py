@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from siftclip.datamodules.models.load import MODEL_FOLDER
 from siftclip.datamodules.models.weight_needs import CONFIG_NAME
 from siftclip.datamodules.selection.selection import Selection, write_selection
-from siftclip.files import read_json_object, write_json, write_text
+from siftclip.files import has_content, read_json_object, write_json, write_text
 from siftclip.locks import LOCK_NAME
 from siftclip.trainer.runtime.run_records import (
     read_budget,
@@ -106,7 +106,7 @@ class RunDir:
     def summary(self) -> dict[str, Any] | None:
         """What the run says about itself; None while it is not finished."""
         path = self.path / SUMMARY_NAME
-        return read_summary(path) if path.is_file() else None
+        return read_summary(path) if has_content(path) else None
 
     @property
     def shown_summary(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class RunDir:
     def budget(self) -> Budget | None:
         """Read how long the run is, once that is known."""
         path = self.path / "budget.json"
-        return Budget(**read_budget(path)) if path.is_file() else None
+        return Budget(**read_budget(path)) if has_content(path) else None
 
     def keep_model(self, record: dict[str, Any]) -> None:
         """Write down what is trained, `model_record`, as it was built for its weights."""
@@ -223,12 +223,12 @@ class RunDir:
     @property
     def has_started(self) -> bool:
         """Whether a run was begun here, also by an earlier version, which kept a digest alone."""
-        return any((self.path / name).is_file() for name in (IDENTITY_NAME, "identity"))
+        return any(has_content(self.path / name) for name in (IDENTITY_NAME, "identity"))
 
     def identity(self) -> dict[str, Any] | None:
         """Read what the run depends on; None if nothing was run here, or by an earlier version."""
         path = self.path / IDENTITY_NAME
-        return read_json_object(path) if path.is_file() else None
+        return read_json_object(path) if has_content(path) else None
 
     def set_aside(self) -> Path:
         """Move all files, so that the run can begin anew; returns the folder that has them now.

@@ -67,6 +67,7 @@ def _watch(
     watch, logger = settings.watch, settings.logger
     logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     done: set[int] = set()  # by this call, with or without success
+    faults: list[InputError] = []  # of checkpoints that cannot be loaded
     loggers = make_loggers(
         folder,
         name=f"{run.path.name}-eval",
@@ -84,7 +85,11 @@ def _watch(
                 if step in done or (step in logged and names <= evaluated):
                     continue
                 done.add(step)
-                clip = _load(run, path, watch.weights)
+                try:
+                    clip = _load(run, path, watch.weights)
+                except InputError as error:  # the others can be evaluated all the same
+                    faults.append(error)
+                    continue
                 if clip is None:
                     continue
                 summary = eval_stage(settings, clip, results_path=results)
@@ -93,6 +98,8 @@ def _watch(
                 log_tables(loggers, log_records(summary), step=step)
                 yield step, summary
             if finished or watch.once:
+                if faults:
+                    raise faults[0]
                 return
             time.sleep(watch.interval_seconds)
     finally:

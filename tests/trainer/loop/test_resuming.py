@@ -277,6 +277,24 @@ def test_ranks_end_together_where_no_checkpoint_is_whole(
     assert "Traceback" not in result.stderr.partition("torch/distributed")[0]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("identity.json", "budget.json", "versions.json", "sessions.jsonl", "model.json"),
+        *("wandb_id", "config.yaml", "selection.json", "metrics.jsonl", ".lock"),
+    ],
+)
+@pytest.mark.parametrize("blank", [b"", bytes(300)])
+def test_files_that_a_power_cut_left_blank_end_no_run(
+    name: str, blank: bytes, runs: Any, run: RunDir, compose: Any
+) -> None:
+    whole, _, options = runs
+    (run.path / name).write_bytes(blank)
+    train_stage(compose("train", [*options, f"run_dir={run.path}"]))
+    expected = records(whole)[8:] if name == "metrics.jsonl" else records(whole)
+    assert records(run) == expected
+
+
 def test_records_of_a_finished_training_stand_once(
     runs: Any, compose: Any, tmp_path: Path, demo_data: Any
 ) -> None:
