@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from siftclip.errors import InputError
 from siftclip.files import (
     append_jsonl,
+    has_content,
+    keep_records,
     read_json,
     read_jsonl,
     read_npz,
@@ -97,6 +99,71 @@ def test_a_record_never_joins_a_line_that_was_cut_off(texts: list[str], kept: in
         assert read_jsonl(path) == [*before, {"text": "last"}]
         ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
         assert len(before) == sum(end - 1 <= kept for end in ends)
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "\0" * 40, '{"st\0\0', "3"])
+def test_a_last_line_that_is_not_whole_is_cut_off_and_said(
+    tail: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, {"step": 1})
+    path.write_text(path.read_text() + tail)
+    append_jsonl(path, {"step": 2})
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    (said,) = caplog.messages
+    assert f"a.jsonl ended in a record that is not whole ({len(tail)} bytes), which is cut" in said
+    path.write_text(path.read_text() + tail)
+    keep_records(path, lambda record: record["step"] == 2)
+    assert path.read_text() == '{"step": 2}\n'
+    assert len(caplog.messages) == 2
+
+
+def test_records_are_dropped_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    keep_records(path, lambda record: True)
+    assert not path.exists()
+    for step in range(5):
+        append_jsonl(path, {"step": step, "loss": 1 / 3})
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="killed"):
+            keep_records(path, lambda record: record["step"] < 3)
+    assert path.read_bytes() == before
+    keep_records(path, lambda record: record["step"] < 3)
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:3])
+
+
+def test_damage_in_the_middle_names_the_line_and_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for middle in ('{"step": 2, "lo{"step": 3}', "\0" * 30 + '{"step": 3}', "[2]"):
+        path.write_text(f'{{"step": 1}}\n{middle}\n{{"step": 4}}\n')
+        for use in (lambda: read_jsonl(path), lambda: keep_records(path, lambda record: True)):
+            with pytest.raises(
+                InputError, match=r"a\.jsonl, line 2, .* Delete that line; what the"
+            ):
+                use()
+        lines = path.read_text().splitlines()
+        path.write_text("".join(f"{line}\n" for line in (lines[0], lines[2])))
+        assert [record["step"] for record in read_jsonl(path)] == [1, 4]
+
+
+def test_a_file_without_content_counts_as_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.json"
+    assert not has_content(path)
+    assert not caplog.messages
+    for blank in (b"", bytes(100_000)):
+        path.write_bytes(blank)
+        assert not has_content(path)
+    assert len(caplog.messages) == 1  # said once
+    path.write_bytes(bytes(100_000) + b"{}")
+    assert has_content(path)
 
 
 def test_jsonl_that_is_no_jsonl(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ _WORDS = {
     "scale": "the budget",
     "optim": "the optimiser",
     "seed": "the seed",
+    "max_caption_bytes": "how long captions may be",
     "batch_norms": "the samples that batch norms see together",
 }
 

@@ -69,7 +69,7 @@ def read_weights(path: str | Path, *, weights: Weights = "auto") -> dict[str, Te
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it is not a state dict")
     except Exception as error:  # damaged files raise anything from KeyError to UnpicklingError
-        raise _unfit(path, _reason(error)) from error
+        raise _unfit(path, fault_of(error)) from error
     averaged = _below(state, EMA_PREFIX)
     if weights == "ema" and not averaged:
         raise InputError(f"{path} holds no moving average of the weights (ema). Take raw or auto.")
@@ -117,16 +117,16 @@ def load_weights(
         try:
             open_clip.load_checkpoint(model, str(path))
         except Exception as error:  # numpy and missing keys raise all sorts of errors
-            raise _unfit(path, _reason(error)) from error
+            raise _unfit(path, fault_of(error)) from error
         return
     state = read_weights(path, weights=weights)
     try:
         state = _converted(model, state)
-        _require_same_keys(model.state_dict(), state)
+        require_same_keys(model.state_dict(), state)
         _resize_embeddings(state, model)
         model.load_state_dict(state)
     except Exception as error:  # wrong shapes, also inside open_clip's conversions
-        raise _unfit(path, _reason(error)) from error
+        raise _unfit(path, fault_of(error)) from error
 
 
 def load_tower_weights(
@@ -147,12 +147,12 @@ def load_tower_weights(
     in_model = "visual." if tower == "image" else "" if target is model else "text."
     keys = UNPREFIXED_TEXT if target is model else ("",)
     try:
-        _require_same_keys((key for key in target.state_dict() if key.startswith(keys)), part)
+        require_same_keys((key for key in target.state_dict() if key.startswith(keys)), part)
         state = {in_model + key: value for key, value in part.items()}
         _resize_embeddings(state, model)
         target.load_state_dict(_below(state, in_model), strict=False)
     except Exception as error:  # wrong shapes, also inside open_clip's conversions
-        raise _unfit(path, _reason(error), what=f"the {tower} tower") from error
+        raise _unfit(path, fault_of(error), what=f"the {tower} tower") from error
 
 
 def portable_weights(weights: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
@@ -225,7 +225,7 @@ def _resize_embeddings(state: dict[str, Tensor], model: nn.Module) -> None:
     resize_text_pos_embed(state, model)
 
 
-def _require_same_keys(expected: Iterable[str], given: Iterable[str]) -> None:
+def require_same_keys(expected: Iterable[str], given: Iterable[str]) -> None:
     """Compare names before shapes, whose mismatch would say less.
 
     Raises:
@@ -247,7 +247,7 @@ def _some(keys: Iterable[str]) -> str:
     return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")
 
 
-def _reason(error: Exception) -> str:
+def fault_of(error: Exception) -> str:
     """Describe in a few lines what is wrong with a file."""
     if isinstance(error, pickle.UnpicklingError):
         # PyTorch's own message says how to run what is in the file.

@@ -52,6 +52,8 @@ from siftclip.writing import WriteError, delete_folder, make_folder, move
 log = logging.getLogger(__name__)
 
 PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
+# 2,700 words, of which tokenizers keep 77 tokens or some hundreds; CLIP's takes 0.03 s for them.
+MAX_CAPTION_BYTES = 16 << 10
 _COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
 
 
@@ -71,6 +73,7 @@ class PoolOptions:
         storage_options: of fsspec's file system, such as {"anon": True} for S3.
         shard_cache_gb: up to how much of a remote pool is kept as whole tars on the local disk;
             0 reads ranges.
+        max_caption_bytes: samples with longer captions are bad; checked before they are decoded.
     """
 
     root: str
@@ -80,6 +83,7 @@ class PoolOptions:
     index_workers: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     shard_cache_gb: float = 0
+    max_caption_bytes: int = MAX_CAPTION_BYTES
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", ConfidentialUrl(self.root))
@@ -93,6 +97,7 @@ class PoolOptions:
             )
         if self.index_workers is not None:
             require_int("index_workers", self.index_workers, minimum=1, owner="Pool")
+        require_int("max_caption_bytes", self.max_caption_bytes, minimum=1, owner="Pool")
 
     @property
     def cache_folder(self) -> Path:
@@ -142,6 +147,7 @@ class Pool:
         index_workers: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         shard_cache_gb: float = 0,
+        max_caption_bytes: int = MAX_CAPTION_BYTES,
         progress: bool = True,
     ) -> None:
         """Open a pool; tars that are not known yet are indexed, which is kept.
@@ -154,6 +160,7 @@ class Pool:
             index_workers: see there.
             storage_options: see there.
             shard_cache_gb: see there.
+            max_caption_bytes: see there.
             progress: show a bar while tars are indexed.
 
         Raises:
@@ -167,6 +174,7 @@ class Pool:
             index_workers=index_workers,
             storage_options=storage_options or {},
             shard_cache_gb=shard_cache_gb,
+            max_caption_bytes=max_caption_bytes,
         )
         storage = make_storage(
             given.root,
@@ -203,6 +211,13 @@ class Pool:
     def tars_stamp(self) -> str:
         """Changes with the sizes and the times of the tars, also where a copy has others."""
         return identity_hash({shard.name: shard.stamp for shard in self.shards})
+
+    @property
+    def caption_identity(self) -> dict[str, int]:
+        """What captions are read as depends on: their bound, where one of them exceeds it."""
+        bound = self.options.max_caption_bytes
+        exceeded = len(self) and int(self.text_sizes_bytes.max()) > bound
+        return {"max_caption_bytes": bound} if exceeded else {}
 
     def place(self, row: int) -> str:
         """Return `<tar>:<key>` of a row, for messages."""
@@ -283,17 +298,26 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
     folder = places / f"table-{name}"
     complete = folder / "notes.json"
-    if not complete.is_file():
+    mapped = None
+    with suppress(InputError):  # a damaged one is made again
+        mapped = _map_table(options, storage, shards, folder) if complete.is_file() else None
+    if mapped is None:
         make_folder(folder.parent)
         lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
         workers = cores_of_rank() if options.index_workers is None else options.index_workers
         with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
-            if not complete.is_file():
+            try:
+                mapped = (
+                    _map_table(options, storage, shards, folder) if complete.is_file() else None
+                )
+            except InputError as error:
+                log.warning("the index of %s is made again: %s", storage.root, error)
+            if mapped is None:
                 indices = _index_shards(
                     storage, shards, folder.parent, key_split, workers, progress
                 )
                 _write_table(folder, storage.root, key_split, shards, indices)
-    mapped = _map_table(options, storage, shards, folder)
+                mapped = _map_table(options, storage, shards, folder)
     _check_samples(Pool.of_fields(**mapped), options.max_bad_fraction)
     return mapped
 
@@ -500,7 +524,8 @@ def _map_array(path: Path) -> np.ndarray:
             return np.asarray(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."
+            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again when "
+            "the pool is opened."
         ) from None
 
 

@@ -330,6 +330,7 @@ class PoolSource(Source):
                 "columns": [self._stamp(column) for column in columns],
                 "targets": [self._stamp(file) for file in files],
                 "samples": None if rows is None else describe(rows),
+                **(self.pool.caption_identity if any(need.captions for need in needs) else {}),
             },
         )
 
@@ -413,15 +414,16 @@ class PoolSource(Source):
     def _captions(self, rows: np.ndarray) -> list[str]:
         reader = SampleReader(pool=self.pool, max_image_pixels=1)
         try:
-            return [_caption_or_empty(data) for data in reader.read_captions(rows)]
+            bound = reader.max_caption_bytes
+            return [_caption_or_empty(data, bound) for data in reader.read_captions(rows)]
         finally:
             reader.close()
 
 
-def _caption_or_empty(data: bytes | BadSampleError) -> str:
+def _caption_or_empty(data: bytes | BadSampleError, max_bytes: int) -> str:
     if isinstance(data, ChangedTarError):
         raise data.stop()
     try:
-        return "" if isinstance(data, BadSampleError) else decode_caption(data)
+        return "" if isinstance(data, BadSampleError) else decode_caption(data, max_bytes)
     except BadSampleError:
         return ""  # a selector may judge it; training counts it as bad

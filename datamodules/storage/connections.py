@@ -6,7 +6,8 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -15,15 +16,20 @@ import aiohttp
 import fsspec
 from braceexpand import braceexpand
 from fsspec.asyn import AsyncFileSystem
+from fsspec.callbacks import Callback
 from fsspec.implementations.http import HTTPFileSystem
 
 from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
+from siftclip.datamodules.storage.hedging import Progress, answers_within
 from siftclip.datamodules.storage.local import ChangedError, ShardFile, Span, StorageError
 from siftclip.errors import ParameterError
 from siftclip.redaction import HIDDEN, remember_all, split_url
 
-READ_TIMEOUT_SECONDS = 120.0  # of one attempt at a range; of silence while a file is copied
+READ_TIMEOUT_SECONDS = 60.0  # for the reads of a batch, all attempts together; for a listing
+SLOWEST_BYTES_PER_SECOND = 256 << 10  # a batch has as much longer as it takes at this rate
+SLOWEST_COPY_BYTES_PER_SECOND = 1 << 10  # a copy that is slower for a minute has stalled
 CONCURRENT_READS = 64
+_CHUNK_BYTES = 1 << 18
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What file systems call the version of a file: by its content (S3 and HTTP, GCS and Azure, GCS,
 # Hugging Face), else by a time, which listings and descriptions of single files may write apart.
@@ -55,6 +61,27 @@ class ConditionError(ChangedError):
     """A server says that it has no such version of a file."""
 
 
+class CopyPace(Callback):  # type: ignore[misc]  # fsspec has no types
+    """Ends the copying of a file that hardly comes, for which file systems have no limit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since, self._came_bytes = time.monotonic(), 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Note that so many bytes have come.
+
+        Raises:
+            TimeoutError: for some time there were too few.
+        """
+        self._came_bytes += inc
+        seconds = time.monotonic() - self._since
+        if seconds >= READ_TIMEOUT_SECONDS:
+            if self._came_bytes < seconds * SLOWEST_COPY_BYTES_PER_SECOND:
+                raise TimeoutError(f"{self._came_bytes} bytes came in {seconds:.0f} s")
+            self._since, self._came_bytes = time.monotonic(), 0
+
+
 def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
     """Open the file system of a URL, for this process alone.
 
@@ -68,19 +95,19 @@ def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
     scheme = urlsplit(root).scheme
     _check_credentials(root, storage_options)
     remember_all(fsspec.config.conf)
+    silence = READ_TIMEOUT_SECONDS / 3  # of one request: there is time for others
     if scheme in ("http", "https"):
         # aiohttp's own limit is five minutes for a file, however large it is
-        silence = aiohttp.ClientTimeout(
-            sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS
-        )
+        timeout = aiohttp.ClientTimeout(sock_connect=silence, sock_read=silence)
         own = _given("client_kwargs", options, "http", "https")
-        options["client_kwargs"] = {"timeout": silence, **own}
+        options["client_kwargs"] = {"timeout": timeout, **own}
     if scheme in ("s3", "s3a"):
         # botocore and s3fs would each repeat what is repeated here: a minute for a wrong host
         defaults = {
             "retries": {"max_attempts": 0},
             "max_pool_connections": CONCURRENT_READS,
-            "read_timeout": READ_TIMEOUT_SECONDS,
+            "connect_timeout": silence,
+            "read_timeout": silence,
         }
         options["config_kwargs"] = {**defaults, **_given("config_kwargs", options, "s3", "s3a")}
     try:
@@ -167,9 +194,20 @@ def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> bool:
     return True
 
 
+def seconds_for(size_bytes: int, *, is_failing: bool) -> float:
+    """Return how long the reads of a batch may take together; a quarter where all failed before."""
+    silence = READ_TIMEOUT_SECONDS / 4 if is_failing else READ_TIMEOUT_SECONDS
+    return silence + size_bytes / SLOWEST_BYTES_PER_SECOND
+
+
+def stall_seconds() -> float:
+    """Return after how long with next to no answers a server counts as stalled."""
+    return 2 * READ_TIMEOUT_SECONDS
+
+
 async def read_ranges(
-    filesystem: AsyncFileSystem, spans: Sequence[Span], *, on_condition: bool
-) -> list[Answer | BaseException]:
+    filesystem: AsyncFileSystem, spans: Sequence[Span], *, on_condition: bool, seconds: float
+) -> tuple[list[Answer | BaseException], int]:
     """Read ranges at the same time; the error in the place of one that failed.
 
     Args:
@@ -177,22 +215,33 @@ async def read_ranges(
             asked for, and of the version of the file that its `ShardFile` has.
         spans: the ranges.
         on_condition: ask for that version alone, where the file system can.
+        seconds: for all of them.
+
+    Returns:
+        The answers, and how many requests were made again because nothing came.
     """
-    gate = asyncio.Semaphore(CONCURRENT_READS)
+    shows_progress = isinstance(filesystem, HTTPFileSystem) or _is_s3(filesystem)
 
-    async def read(span: Span) -> Answer:
-        if span.start_bytes == span.end_bytes:
-            return Answer(b"", is_checked=True)
-        async with gate:
+    def ask(span: Span) -> Callable[[Progress], Awaitable[Answer]]:
+        async def read(progress: Progress) -> Answer:
+            if span.start_bytes == span.end_bytes:
+                return Answer(b"", is_checked=True)
             if isinstance(filesystem, HTTPFileSystem):
-                reading = _read_http_range(filesystem, span, on_condition)
-            elif _is_s3(filesystem):
-                reading = _read_s3_range(filesystem, span, on_condition)
-            else:
-                reading = _read_range(filesystem, span)
-            return await asyncio.wait_for(reading, READ_TIMEOUT_SECONDS)
+                return await _read_http_range(filesystem, span, on_condition, progress)
+            if shows_progress:
+                return await _read_s3_range(filesystem, span, on_condition, progress)
+            return await _read_range(filesystem, span)
 
-    return await asyncio.gather(*map(read, spans), return_exceptions=True)
+        return read
+
+    return await answers_within(
+        [ask(span) for span in spans],
+        at_once=CONCURRENT_READS,
+        seconds=seconds,
+        # a slow answer must not be asked for twice where nobody sees it come
+        patience_seconds=READ_TIMEOUT_SECONDS / (6 if shows_progress else 2),
+        is_final=is_permanent,
+    )
 
 
 def _is_s3(filesystem: Any) -> bool:
@@ -212,7 +261,9 @@ async def _read_range(filesystem: AsyncFileSystem, span: Span) -> Answer:
     return Answer(data, is_checked=False)
 
 
-async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition: bool) -> Answer:
+async def _read_http_range(
+    filesystem: HTTPFileSystem, span: Span, on_condition: bool, progress: Progress
+) -> Answer:
     """Read as the file system does, but without a body that is not the range."""
     shard, start, end = span
     session = await filesystem.set_session()
@@ -235,10 +286,21 @@ async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition:
         if answer.status != 206:
             raise WholeFileError(f"the answer to a range request has status {answer.status}")
         require_range(span, answer.headers.get("Content-Range", ""))
-        return Answer(await answer.read(), is_checked)
+        return Answer(await _collected(answer.content.iter_any(), progress), is_checked)
 
 
-async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> Answer:
+async def _collected(chunks: AsyncIterator[bytes], progress: Progress) -> bytes:
+    """Join what comes, and note how much has come."""
+    parts = []
+    async for chunk in chunks:
+        progress.size_bytes += len(chunk)
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+async def _read_s3_range(
+    filesystem: Any, span: Span, on_condition: bool, progress: Progress
+) -> Answer:
     shard, start, end = span
     bucket, key, version = filesystem.split_path(shard.path)
     options = {} if version is None else {"VersionId": version}
@@ -259,7 +321,9 @@ async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> Ans
     try:
         is_checked = require_version(shard, answer)
         require_range(span, answer.get("ContentRange", ""))
-        return Answer(await answer["Body"].read(), is_checked)
+        return Answer(
+            await _collected(answer["Body"].iter_chunks(_CHUNK_BYTES), progress), is_checked
+        )
     finally:
         answer["Body"].close()
 
@@ -288,7 +352,9 @@ def require_range(span: Span, stated: str) -> None:
 def real_error(error: Exception) -> Exception:
     """Return the reason of an error: fsspec's `info` over HTTP calls them all FileNotFoundError."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError):
-        return error.__cause__
+        error = error.__cause__
+    if isinstance(error, asyncio.TimeoutError):  # one of fsspec, or of aiohttp
+        return TimeoutError("the server does not answer")
     return error
 
 

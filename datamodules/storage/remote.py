@@ -24,11 +24,13 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
+from siftclip.datamodules.storage import connections
 from siftclip.datamodules.storage.connections import (
     CONTENT_FIELDS,
     DISK_FULL,
     Answer,
     ConditionError,
+    CopyPace,
     WholeFileError,
     connect,
     describe_error,
@@ -49,7 +51,7 @@ from siftclip.datamodules.storage.local import (
 )
 from siftclip.datamodules.storage.shard_cache import ShardCache
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import read_json, write_json
+from siftclip.files import has_content, read_json, write_json
 from siftclip.progress import track
 from siftclip.writing import WriteError, atomic_path, delete_file, make_folder
 
@@ -93,6 +95,7 @@ class RemoteStorage:
         self._changed: set[ShardFile] = set()  # known to be no more, and not read to see it again
         self._checked: dict[ShardFile, float] = {}  # when their versions were asked for
         self._on_condition = True  # ask for a version; some servers cannot
+        self._silent_seconds = 0.0  # in which next to nothing came
         self._connection: Any = None
         self._process = -1
 
@@ -101,6 +104,7 @@ class RemoteStorage:
             "_connection": None,
             "_process": -1,
             "retries": 0,
+            "_silent_seconds": 0.0,
             "_checked": {},
         }
         return {**self.__dict__, **unshared, "_files": OpenFiles(most=1)}
@@ -168,7 +172,7 @@ class RemoteStorage:
         filesystem.invalidate_cache()
         place = f"{filesystem._strip_protocol(self.root.place).rstrip('/')}/{folder}"
         try:
-            listed = self._patiently(lambda: filesystem.ls(place, detail=True))
+            listed = self._patiently(lambda: self._described("ls", place, detail=True))
         except FileNotFoundError:
             return []
         return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
@@ -181,7 +185,7 @@ class RemoteStorage:
             path = str(info["name"])
             # as the file will be described when it is looked at again
             if info.get("size") is None or version_of(info)[0] not in CONTENT_FIELDS:
-                info = self._patiently(lambda: filesystem.info(path))
+                info = self._patiently(lambda: self._described("info", path))
             if info["size"] is None:
                 raise OSError(f"the server does not tell the size of {path}")
             version = version_of(info)
@@ -200,15 +204,26 @@ class RemoteStorage:
             return sorted(threads.map(describe, infos), key=lambda file: file.name)
 
     def _patiently(self, read: Callable[[], Any], path: str = "") -> Any:
+        """Try to read; again where it may help, and there is time for it."""
         attempts = self._attempts(path)
+        until = time.monotonic() + 1.5 * connections.READ_TIMEOUT_SECONDS  # twice, if none answers
         for attempt in range(attempts):
             try:
                 return read()
             except Exception as error:  # every file system raises its own
                 real = real_error(error)
-                if attempt == attempts - 1 or is_permanent(real):
+                is_last = attempt == attempts - 1 or time.monotonic() > until
+                if is_last or is_permanent(real):
                     raise real from None
                 self._pause(attempt, reads=1)
+
+    def _described(self, name: str, path: str, **options: Any) -> Any:
+        """Call `ls` or `info` of the file system, for which it has some time."""
+        filesystem = self._filesystem
+        if not isinstance(filesystem, AsyncFileSystem):
+            return getattr(filesystem, name)(path, **options)
+        ask, seconds = getattr(filesystem, f"_{name}"), connections.READ_TIMEOUT_SECONDS
+        return sync(filesystem.loop, ask, path, timeout=seconds, **options)
 
     def _attempts(self, path: str) -> int:
         """Return how often to ask for a file: once if it failed or a batch of it takes minutes."""
@@ -229,7 +244,7 @@ class RemoteStorage:
         two_bytes = Span(shard, 0, 2)
 
         def ask() -> bool:
-            (answer,) = self._try([two_bytes])
+            (answer,) = self._try([two_bytes], time.monotonic() + connections.READ_TIMEOUT_SECONDS)
             if isinstance(answer, (WholeFileError, NotImplementedError, ValueError)):
                 return False
             if isinstance(answer, BaseException):
@@ -309,7 +324,10 @@ class RemoteStorage:
         if file in self._changed:
             raise ChangedError
         try:
-            self._patiently(lambda: self._filesystem.get_file(file.path, str(path)), file.path)
+            self._patiently(
+                lambda: self._filesystem.get_file(file.path, str(path), callback=CopyPace()),
+                file.path,
+            )
         except Exception as error:  # every file system raises its own
             if getattr(error, "errno", None) in DISK_FULL:
                 raise  # the disk's fault, which whoever writes to it tells
@@ -331,7 +349,7 @@ class RemoteStorage:
 
         def ask() -> dict[str, Any]:
             filesystem.invalidate_cache()  # of listings, which may be old
-            return dict(filesystem.info(file.path))
+            return dict(self._described("info", file.path))
 
         try:
             info = self._patiently(ask, file.path)
@@ -378,22 +396,33 @@ class RemoteStorage:
         return answer
 
     def fetch(self, spans: Sequence[Span]) -> list[bytes | StorageError]:
-        """Read some ranges at once; those that fail again, after a pause that grows."""
+        """Read some ranges at once; those that fail again, after a pause that grows.
+
+        Raises:
+            InputError: the server has given next to nothing for `stall_seconds`.
+        """
         answers: list[bytes | StorageError] = [StorageError("never read")] * len(spans)
         attempts = [self._attempts(span.shard.path) for span in spans]
         todo = [index for index, span in enumerate(spans) if span.shard not in self._changed]
         for index in set(range(len(spans))).difference(todo):
             answers[index] = ChangedError()
+        started, sizes = time.monotonic(), [span.end_bytes - span.start_bytes for span in spans]
+        late: set[int] = set()  # have no answer
+        until = started + connections.seconds_for(
+            sum(sizes), is_failing=all(attempts[index] == 1 for index in todo)
+        )
         for attempt in range(ATTEMPTS):
             if not todo:
                 break
             if attempt:
                 self._pause(attempt - 1, reads=len(todo))
             failed = []
-            for index, answer in zip(todo, self._try([spans[i] for i in todo]), strict=True):
+            tried = self._try([spans[index] for index in todo], until)
+            for index, answer in zip(todo, tried, strict=True):
                 span = spans[index]
-                if isinstance(answer, bytes) and len(answer) != span.end_bytes - span.start_bytes:
+                if isinstance(answer, bytes) and len(answer) != sizes[index]:
                     answer = OSError(f"{len(answer)} bytes came")
+                (late.add if isinstance(answer, TimeoutError) else late.discard)(index)
                 self._note(span.shard.path, failed=not isinstance(answer, bytes))
                 if isinstance(answer, bytes):
                     answers[index] = answer
@@ -402,21 +431,38 @@ class RemoteStorage:
                 if isinstance(answer, ChangedError):
                     self._changed.add(span.shard)
                     answers[index] = answer
-                if not is_permanent(answer) and attempt < attempts[index] - 1:
+                may_try = attempt < attempts[index] - 1 and time.monotonic() < until
+                if may_try and not is_permanent(answer):
                     failed.append(index)
             todo = failed
+        is_silent = 2 * sum(sizes[index] for index in late) > sum(sizes)
+        self._note_silence(time.monotonic() - started if is_silent else None)
         return answers
 
-    def _try(self, spans: Sequence[Span]) -> Sequence[bytes | BaseException]:
+    def _note_silence(self, seconds: float | None) -> None:
+        """Add to the time in which most of what was asked for did not come; None: it did.
+
+        Raises:
+            InputError: it is so long that the server counts as stalled.
+        """
+        self._silent_seconds = 0.0 if seconds is None else self._silent_seconds + seconds
+        if self._silent_seconds >= connections.stall_seconds():
+            silent, self._silent_seconds = self._silent_seconds, 0.0
+            raise InputError(
+                f"{self.root} has stalled: for {silent:.0f} s, most of what was asked for has not "
+                "come. Start again when it answers: the same command continues."
+            )
+
+    def _try(self, spans: Sequence[Span], until: float) -> Sequence[bytes | BaseException]:
         """Try to read ranges once: answers, each of the version that its tar has, or errors."""
-        answers = self._ask(self._filesystem, spans)
+        answers = self._ask(self._filesystem, spans, until)
         refused = next(
             (s for s, a in zip(spans, answers, strict=True) if isinstance(a, ConditionError)), None
         )
         try:
             if refused is not None and self._is_there(refused.shard):
                 self._on_condition = False  # the server has it, and does not understand conditions
-                return self._try(spans)
+                return self._try(spans, until)
             unchecked = {
                 span.shard
                 for span, answer in zip(spans, answers, strict=True)
@@ -443,18 +489,21 @@ class RemoteStorage:
         self._checked[shard] = now
         return is_there
 
-    def _ask(self, filesystem: Any, spans: Sequence[Span]) -> Sequence[Answer | BaseException]:
+    def _ask(
+        self, filesystem: Any, spans: Sequence[Span], until: float
+    ) -> Sequence[Answer | BaseException]:
         try:
             if isinstance(filesystem, AsyncFileSystem):
-                return list(
-                    sync(
-                        filesystem.loop,
-                        read_ranges,
-                        filesystem,
-                        spans,
-                        on_condition=self._on_condition,
-                    )
+                answers, repeated = sync(
+                    filesystem.loop,
+                    read_ranges,
+                    filesystem,
+                    spans,
+                    on_condition=self._on_condition,
+                    seconds=max(0.0, until - time.monotonic()),
                 )
+                self.retries += repeated
+                return list(answers)
             shards, starts, ends = zip(*spans, strict=True)
             paths = [shard.path for shard in shards]
             answers = filesystem.cat_ranges(paths, list(starts), list(ends), on_error="return")
@@ -480,7 +529,7 @@ class RemoteStorage:
         folder = self._folder / name
         make_folder(folder)
         known = folder / "copies.json"
-        stamps = read_json(known) if known.exists() else {}
+        stamps = read_json(known) if has_content(known) else {}
         for old in stamps.keys() - {file.name for file in files}:
             delete_file(folder / old)
             del stamps[old]

@@ -192,7 +192,7 @@ class SampleDataset(Dataset[Batch]):
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str]:
         if isinstance(raw, BadSampleError):
             raise raw
-        caption = decode_caption(raw.caption)
+        caption = decode_caption(raw.caption, self.reader.max_caption_bytes)
         image = self._images.decode(raw.image, self.reader.max_image_pixels)
         # not torch.manual_seed, which also sets the accelerators' states
         torch.default_generator.manual_seed(seed)

@@ -258,7 +258,10 @@ def _read_outcomes(
 ) -> tuple[Outcomes | None, np.ndarray | None]:
     if not path.exists():
         return None, None
-    arrays = read_npz_all(path)
+    try:
+        arrays = read_npz_all(path)
+    except InputError as error:
+        raise InputError(f"{error} Delete it: the task keeps its result.") from None
     if not {"statistic", "units"} <= arrays.keys():
         raise InputError(f"{path} must hold the arrays 'statistic' and 'units'. Delete it.")
     values = {

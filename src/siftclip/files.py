@@ -6,12 +6,12 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import reprlib
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,33 @@ import numpy as np
 from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
 from siftclip.writing import atomic_path, make_folder, writing_to
+
+_LINE_WAY_OUT = "Delete that line; what the others hold stays."
+
+log = logging.getLogger(__name__)
+
+
+def has_content(path: Path) -> bool:
+    """Return whether there is a file with something in it.
+
+    A power cut may leave a file of which only the name was written: empty, or full of NUL bytes. It
+    says as much as none at all, and a warning says that it does.
+    """
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 16):
+                if block.strip(b"\0"):
+                    return True
+    except FileNotFoundError:
+        return False
+    _say_blank(path)
+    return False
+
+
+@functools.cache
+def _say_blank(path: Path) -> None:
+    """Warn of a file without content, once."""
+    log.warning("%s has no content, as after a power cut, and counts as missing", path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,8 +106,24 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     make_folder(path.parent)
     line = json.dumps(record, allow_nan=False) + "\n"
     with writing_to(path), path.open("ab+") as file:
-        _mend_last_line(file)
+        _mend_last_line(file, path)
         file.write(line.encode())
+
+
+def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Keep some records of a JSONL file and drop the others, atomically.
+
+    Raises:
+        InputError: see `read_jsonl`.
+    """
+    if not path.exists():
+        return
+    with path.open("ab+") as file:
+        _mend_last_line(file, path)
+    records = read_jsonl(path)
+    kept = [record for record in records if keep(record)]
+    if len(kept) < len(records):
+        write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -99,16 +142,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             record = _parsed(line)
         except ValueError as error:
-            raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
+            raise InputError(
+                f"{path}, line {number}, is not JSON: {error}. {_LINE_WAY_OUT}"
+            ) from None
         if not isinstance(record, dict):
             raise InputError(
-                f"{path}, line {number}, must be a JSON object. Got {reprlib.repr(record)}."
+                f"{path}, line {number}, must be a JSON object. Got {reprlib.repr(record)}. "
+                f"{_LINE_WAY_OUT}"
             )
         records.append(record)
-    with suppress(ValueError):  # whole, but for its line break
-        last = _parsed(rest)
-        records += [last] if isinstance(last, dict) else []
-    return records
+    return records + _last_record(rest)
 
 
 def _parsed(data: bytes) -> Any:
@@ -135,8 +178,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _mend_last_line(file: IO[bytes]) -> None:
-    """End the last line of a JSONL file, or cut it off where it is not whole."""
+def _mend_last_line(file: IO[bytes], path: Path) -> None:
+    """End the last line of a JSONL file, or cut it off where it is not whole, and say so."""
     if not file.seek(0, os.SEEK_END):
         return
     file.seek(-1, os.SEEK_END)
@@ -144,11 +187,25 @@ def _mend_last_line(file: IO[bytes]) -> None:
         return
     file.seek(0)
     before, _, rest = file.read().rpartition(b"\n")
-    try:
-        _parsed(rest)
+    if _last_record(rest):
         file.write(b"\n")
+        return
+    file.truncate(len(before) + 1 if before else 0)
+    log.warning(
+        "%s ended in a record that is not whole (%d bytes), which is cut off: its writer was "
+        "killed, or the disk was full",
+        path,
+        len(rest),
+    )
+
+
+def _last_record(rest: bytes) -> list[dict[str, Any]]:
+    """Return the record behind the last line break of a JSONL file, if it is whole."""
+    try:
+        record = _parsed(rest)
     except ValueError:
-        file.truncate(len(before) + 1 if before else 0)
+        return []
+    return [record] if isinstance(record, dict) else []
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

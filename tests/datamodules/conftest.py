@@ -25,7 +25,6 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_
 from siftclip.datamodules.models.load import Tokenizer, Transform
 from siftclip.datamodules.pool.pool import Pool, make_storage, open_pool
 from siftclip.datamodules.pool.reader import SampleReader
-from siftclip.datamodules.storage import connections
 from siftclip.datamodules.storage import remote as remote_storage
 from siftclip.datamodules.streaming.batches import Batch, SampleDataset
 from siftclip.datamodules.streaming.datamodule import LoaderOptions, OrderSampler, make_loader
@@ -297,7 +296,6 @@ def upload(object_store: dict[str, Any]) -> Callable[[Path], str]:
 @pytest.fixture
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_storage, "FIRST_PAUSE_SECONDS", 0.002)
-    monkeypatch.setattr(connections, "READ_TIMEOUT_SECONDS", 10.0)
 
 
 @pytest.fixture

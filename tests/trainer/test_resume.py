@@ -15,7 +15,9 @@ from omegaconf import DictConfig
 
 from siftclip.datamodules.models.load import load_clip_model
 from siftclip.files import read_jsonl
+from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.runtime.wandb_runs import history
 from siftclip.trainer.stages.train import train_stage
 
 LONG_RUN = ["scale.samples_seen=1600", "trainer.checkpoint_every_n_steps=7"]
@@ -25,6 +27,12 @@ def losses(run: RunDir) -> dict[int, float]:
     """The loss of each step; of steps that were repeated, the last."""
     records = read_jsonl(run.path / "metrics.jsonl")
     return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def logged(run: RunDir) -> list[tuple[int, list[str]]]:
+    """The step and the names of each record, in the order of the log."""
+    records = read_jsonl(run.path / "metrics.jsonl")
+    return [(record["step"], sorted(record)) for record in records]
 
 
 def wait_for_step(folder: Path, step: int, process: Any) -> None:
@@ -82,9 +90,50 @@ def test_stopped_run_continues_to_the_bit(
     assert continued.path == stopped.path
     assert losses(continued) == losses(whole)
     assert max(losses(continued)) == 100
+    assert logged(continued) == logged(whole)
     expected = load_clip_model(str(whole.path)).model.state_dict()
     found = load_clip_model(str(continued.path)).model.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_logs_each_step_once(
+    base: list[str],
+    compose: Callable[..., DictConfig],
+    start_python: Callable[..., Any],
+    demo_data: DemoData,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """With evaluations, in `metrics.jsonl` and over all parts of an offline wandb run."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    during = ["eval.during.every_n_steps=10", "eval.during.max_samples=10", "eval.tasks=[digit]"]
+    options = [*base, *LONG_RUN, f"eval.root={demo_data.tasks}", *during]
+    whole = train_stage(compose("train", [*options, f"output_dir={tmp_path / 'whole'}"]))
+    for number, step in enumerate([5, 24, 52, 53]):
+        folder = tmp_path / f"printed{number}"
+        folder.mkdir()
+        words = ["train", *options, "logger=wandb"]
+        process = start_python("-m", "siftclip.trainer.cli", *words, cwd=tmp_path, folder=folder)
+        wait_for_step(tmp_path / "outputs", step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    continued = train_stage(compose("train", [*options, "logger=wandb"]))
+    assert logged(continued) == logged(whole)
+    assert losses(continued) == losses(whole)
+    paths = sorted(continued.path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(paths) == 5
+    deadline = time.monotonic() + 60
+    while True:  # wandb's own process writes the files
+        rows = [row for path in paths for row in history(path)]
+        if any("eval/tasks" in row for row in rows) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    steps = [row["trainer/global_step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, 101))
+    steps = [row["trainer/global_step"] for row in rows if "eval_during/digit" in row]
+    assert steps == list(range(10, 101, 10))
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
 
 
 def test_other_worker_counts_continue_the_same_run(

@@ -156,6 +156,7 @@ def pool_settings(pool: Pool) -> PoolSettings:
         index_workers="auto" if options.index_workers is None else options.index_workers,
         storage_options=options.storage_options,
         shard_cache_gb=options.shard_cache_gb,
+        max_caption_bytes=options.max_caption_bytes,
     )
 
 

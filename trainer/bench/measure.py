@@ -143,7 +143,7 @@ def time_stages(
                     if isinstance(raw, BadSampleError):
                         raise raw
                     read_bytes += len(raw.image) + len(raw.caption)
-                    caption = decode_caption(raw.caption)
+                    caption = decode_caption(raw.caption, reader.max_caption_bytes)
                     image = images.decode(raw.image, reader.max_image_pixels)
                 except ChangedTarError as error:
                     raise error.stop() from None

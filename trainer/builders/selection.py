@@ -47,7 +47,8 @@ from siftclip.trainer.settings.selector import SelectorNode
 
 def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
     """Open the pool that the settings name."""
-    names = ("root", "shard_cache_gb", "max_bad_fraction", "key_split", "storage_options")
+    bounds = ("max_bad_fraction", "max_caption_bytes")
+    names = ("root", "shard_cache_gb", "key_split", "storage_options", *bounds)
     workers = None if pool.index_workers == "auto" else pool.index_workers
     with options_of(under("pool", *names)):
         return Pool(
@@ -58,6 +59,7 @@ def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
             index_workers=workers,
             storage_options=pool.storage_options,
             shard_cache_gb=pool.shard_cache_gb,
+            max_caption_bytes=pool.max_caption_bytes,
             progress=progress,
         )
 

@@ -4,12 +4,12 @@ A checkpoint has its name only once it is whole and on the disk:
 
     step-300.ckpt                 to continue from
     .step-400.ckpt.PID.tmp        being written; deleted at the next start if the writer was killed
+    step-200.ckpt.damaged         could not be read at a start, see `siftclip.trainer.loop.resuming`
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -27,9 +27,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from siftclip.errors import ParameterError, require_int
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
+from siftclip.trainer.runtime.run_dir import checkpoints_in
 from siftclip.writing import atomic_path, delete_file
 
-_NAME = re.compile(r"step-(\d+)\.ckpt")
 AGAIN_SECONDS = 10.0  # between two SIGTERMs, the second of which ends training at once
 _UNFINISHED = ".step-*.ckpt.*.tmp"
 
@@ -121,8 +121,7 @@ class StepCheckpoint(Checkpoint):
                 self._delete_old()
 
     def _delete_old(self) -> None:
-        names = {path: _NAME.fullmatch(path.name) for path in self.folder.glob("step-*.ckpt")}
-        steps = {int(match[1]): path for path, match in names.items() if match}
+        steps = checkpoints_in(self.folder)
         kept = kept_steps(
             steps, keep_last=self.keep_last, keep_every_n_steps=self.keep_every_n_steps
         )

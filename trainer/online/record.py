@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from siftclip.writing import allocate, atomic_path, writing_to
 
 RECORD_NAME = "chosen.npy"
+
+log = logging.getLogger(__name__)
 
 
 class ChosenRows:
@@ -29,12 +32,26 @@ class ChosenRows:
         self._rows[step] = rows
 
     def _open(self) -> np.ndarray:
-        if not self.path.is_file():
+        rows = self._mapped() if self.path.is_file() else None
+        if rows is None:
             with atomic_path(self.path) as temporary:
                 blank = np.lib.format.open_memmap(temporary, "w+", np.int64, self.shape)
                 with temporary.open("r+b") as file:
                     allocate(file.fileno(), temporary.stat().st_size)
                 blank[:] = -1
                 blank.flush()
-        with writing_to(self.path):
-            return np.lib.format.open_memmap(self.path, "r+")
+            with writing_to(self.path):
+                rows = np.lib.format.open_memmap(self.path, "r+")
+        return rows
+
+    def _mapped(self) -> np.ndarray | None:
+        """Map the file that is there; None, which is said, if it is damaged."""
+        try:
+            rows = np.lib.format.open_memmap(self.path, "r")  # "r+" would lengthen one that is cut
+            if rows.shape == self.shape and rows.dtype == np.int64:
+                return np.lib.format.open_memmap(self.path, "r+")
+            fault = f"it has the shape {rows.shape} and the type {rows.dtype}"
+        except (ValueError, OSError) as error:  # cut off, empty, or no npy file
+            fault = str(error)
+        log.warning("%s is damaged and begun anew: %s", self.path, fault)
+        return None

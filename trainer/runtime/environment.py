@@ -22,6 +22,7 @@ from siftclip.errors import InputError
 from siftclip.files import (
     append_jsonl,
     content_digest,
+    has_content,
     identity_hash,
     read_json_object,
     read_jsonl,
@@ -142,7 +143,7 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
         first one.
     """
     first = folder / VERSIONS_NAME
-    if not first.is_file() or step == 0:
+    if not has_content(first) or step == 0:
         write_json(first, now)
         delete_file(folder / SESSIONS_NAME)
         return []
@@ -164,7 +165,7 @@ def environments(folder: Path) -> list[Environment]:
         InputError: a file is damaged.
     """
     first = folder / VERSIONS_NAME
-    if not first.is_file():
+    if not has_content(first):
         return []
     later: list[Environment] = []
     for record in read_jsonl(folder / SESSIONS_NAME):

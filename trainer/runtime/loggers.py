@@ -6,7 +6,6 @@ import math
 import netrc
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -18,13 +17,14 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from siftclip.errors import InputError
-from siftclip.files import append_jsonl, write_text
-from siftclip.redaction import shown
+from siftclip.files import append_jsonl, has_content, keep_records, write_text
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
+from siftclip.trainer.runtime.wandb_runs import LoggedRows, WandbRun, offline_rows
 from siftclip.trainer.settings.lightning import WandbMode
 from siftclip.writing import atomic_path
 
+_AFTER_TRAINING = ("eval/", "selection/")  # names of what is logged when the model is written
 WANDB_MODES: tuple[WandbMode, ...] = get_args(WandbMode)
 
 
@@ -68,6 +68,19 @@ class FileLogger(Logger):
             pd.DataFrame([rows[step] for step in sorted(rows)]).to_csv(temporary, index=False)
 
 
+def drop_repeated(folder: Path, *, step: int | None) -> None:
+    """Drop from the log what a run that continues at `step` will log again, atomically.
+
+    That is what it logged behind this step, and after its training; None: that training is done.
+    """
+
+    def stays(record: Mapping[str, Any]) -> bool:
+        is_repeated = step is not None and record.get("step", 0) > step
+        return not is_repeated and not any(key.startswith(_AFTER_TRAINING) for key in record)
+
+    keep_records(folder / METRICS_NAME, stays)
+
+
 def wandb_is_offline(mode: WandbMode) -> bool:
     """Return whether wandb must not use the network: in mode `auto`, unless the user is logged in.
 
@@ -101,24 +114,10 @@ def wandb_run_id(folder: Path) -> str:
     same name elsewhere, would be taken for a restart, and its curves would be mixed.
     """
     path = folder / "wandb_id"
-    if not path.is_file():
+    if not has_content(path):
         name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
         write_text(path, f"{name}-{uuid.uuid4().hex[:8]}\n")
     return path.read_text(encoding="utf-8").strip()
-
-
-class SafeWandbLogger(WandbLogger):
-    """Lightning's logger, which shows wandb a command line without credentials: it records it."""
-
-    @property
-    def experiment(self) -> Any:
-        """The run of wandb, begun when it is first asked for."""
-        whole = sys.argv
-        sys.argv = [shown(word) for word in whole]
-        try:
-            return super().experiment
-        finally:
-            sys.argv = whole
 
 
 def make_loggers(
@@ -137,17 +136,23 @@ def make_loggers(
     """
     loggers: list[Logger] = [FileLogger(folder)]
     if wandb_enabled:
-        loggers.append(
-            SafeWandbLogger(
-                save_dir=folder,
-                project=project,
-                name=name,
-                id=wandb_run_id(folder) if is_rank_zero() else None,  # the others log nothing
-                offline=wandb_is_offline(mode),
-                config=dict(config or {}),
-                settings=_quiet_settings(),
-            )
+        offline, run_id, before = wandb_is_offline(mode), None, LoggedRows()
+        if is_rank_zero():  # the others log nothing
+            run_id = wandb_run_id(folder)
+            before = offline_rows(folder, run_id) if offline else before
+        wandb = WandbRun(
+            before=before,
+            save_dir=folder,
+            project=project,
+            name=name,
+            id=run_id,
+            offline=offline,
+            config=dict(config or {}),
+            settings=_quiet_settings(),
         )
+        if before.parts:
+            wandb.catch_up(read_metrics(folder / METRICS_NAME))
+        loggers.append(wandb)
     return loggers
 
 
@@ -157,7 +162,9 @@ def _quiet_settings() -> Any:
     return wandb.Settings(console="off", silent=True)
 
 
-def log_tables(loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]]) -> None:
+def log_tables(
+    loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]], *, step: int
+) -> None:
     """Send tables, lists of equally keyed records, to wandb; the other loggers have no tables."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -166,7 +173,7 @@ def log_tables(loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]]
                     continue
                 columns = list(records[0])
                 rows = [[record[column] for column in columns] for record in records]
-                logger.log_table(key=key, columns=columns, data=rows)
+                logger.log_table(key=key, columns=columns, data=rows, step=step)
 
 
 def finish(loggers: list[Logger]) -> None:

@@ -18,6 +18,7 @@ summary.json     written last: the run is finished
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from siftclip.datamodules.models.load import MODEL_FOLDER
 from siftclip.datamodules.models.weight_needs import CONFIG_NAME
 from siftclip.datamodules.selection.selection import Selection, write_selection
-from siftclip.files import read_json_object, write_json, write_text
+from siftclip.files import has_content, read_json_object, write_json, write_text
 from siftclip.locks import LOCK_NAME
 from siftclip.trainer.runtime.run_records import (
     read_budget,
@@ -45,6 +46,7 @@ RESULTS_NAME = "eval_results.jsonl"
 _SHARE = "online/share_"
 IDENTITY_NAME = "identity.json"
 SUMMARY_NAME = "summary.json"
+_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 # Where Lightning looks for the rank of a process: torchrun's, its own launcher's, and others'.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
@@ -60,6 +62,12 @@ def is_rank_zero() -> bool:
         ranks = (os.environ.get(name) for name in _RANK_VARIABLES)
         rank = int(next((rank for rank in ranks if rank is not None), 0))
     return rank == 0
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Find the `step-N.ckpt` in a folder, by the step after which each was written, ascending."""
+    names = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("step-*.ckpt"))
+    return dict(sorted((int(match[1]), path) for match, path in names if match))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -99,7 +107,7 @@ class RunDir:
     def summary(self) -> dict[str, Any] | None:
         """What the run says about itself; None while it is not finished."""
         path = self.path / SUMMARY_NAME
-        return read_summary(path) if path.is_file() else None
+        return read_summary(path) if has_content(path) else None
 
     @property
     def shown_summary(self) -> dict[str, Any]:
@@ -113,14 +121,14 @@ class RunDir:
         return summary
 
     def latest_checkpoint(self) -> Path | None:
-        """Find the checkpoint to continue from: the one of the highest step."""
-        paths = list(self.checkpoints.glob("step-*.ckpt"))
-        return max(paths, key=step_of, default=None)
+        """Find the checkpoint of the highest step."""
+        steps = checkpoints_in(self.checkpoints)
+        return steps[max(steps)] if steps else None
 
     def budget(self) -> Budget | None:
         """Read how long the run is, once that is known."""
         path = self.path / "budget.json"
-        return Budget(**read_budget(path)) if path.is_file() else None
+        return Budget(**read_budget(path)) if has_content(path) else None
 
     def keep_model(self, record: dict[str, Any]) -> None:
         """Write down what is trained, `model_record`, as it was built for its weights."""
@@ -216,12 +224,12 @@ class RunDir:
     @property
     def has_started(self) -> bool:
         """Whether a run was begun here, also by an earlier version, which kept a digest alone."""
-        return any((self.path / name).is_file() for name in (IDENTITY_NAME, "identity"))
+        return any(has_content(self.path / name) for name in (IDENTITY_NAME, "identity"))
 
     def identity(self) -> dict[str, Any] | None:
         """Read what the run depends on; None if nothing was run here, or by an earlier version."""
         path = self.path / IDENTITY_NAME
-        return read_json_object(path) if path.is_file() else None
+        return read_json_object(path) if has_content(path) else None
 
     def set_aside(self) -> Path:
         """Move all files, so that the run can begin anew; returns the folder that has them now.

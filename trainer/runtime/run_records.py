@@ -25,6 +25,7 @@ _SHOWN = (
     *("passes", "train_seconds", "data_wait_seconds", "scoring_seconds", "selection_seconds"),
 )
 _WAY_OUT = "Delete it, and the command that trained the run writes it again."
+_BUDGET_WAY_OUT = "Delete it, and the command that trains the run works it out again."
 _AMOUNTS = ("_samples", "_seconds", "flops", "passes", "_time")  # ends of names
 _SHARE = "/share_"
 _MAX_DEPTH = 100  # of YAML
@@ -108,10 +109,16 @@ def read_budget(path: Path) -> dict[str, int]:
     Raises:
         InputError: the file is missing or damaged, or a number in it cannot be.
     """
-    record = read_json(path)
     wanted = ("samples_seen", "global_batch_size")
+    try:
+        record = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error} {_BUDGET_WAY_OUT}") from None
     if not isinstance(record, Mapping) or record.keys() != {*wanted}:
-        raise InputError(f"{path} must hold {' and '.join(wanted)}. Got {reprlib.repr(record)}.")
+        raise InputError(
+            f"{path} must hold {' and '.join(wanted)}. Got {reprlib.repr(record)}. "
+            f"{_BUDGET_WAY_OUT}"
+        )
     try:
         return {name: require_count(name, record[name], least=1) for name in wanted}
     except ValueError as error:

@@ -63,8 +63,8 @@ class TrainerSettings(Section):
     checkpoint_every_n_steps: Count = 100
     """Steps between two checkpoints: a killed run loses at most this many."""
 
-    keep_checkpoints: Count = 1
-    """How many of the last checkpoints are kept."""
+    keep_checkpoints: Count = 2
+    """How many of the last checkpoints are kept: if one is damaged, the one before serves."""
 
     keep_every_n_steps: Count | None = None
     """Also keep the checkpoints of every N steps for good."""

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Example, Needs, Open
 from siftclip.trainer.settings.fields.section import (
     Auto,
+    Count,
     KeySplit,
     Name,
     Samples,
@@ -54,6 +55,9 @@ class PoolSettings(Section):
 
     shard_cache_gb: Annotated[float, Ge(0), AtMost(10**9)] = 0
     """GB of whole tars of a URL to keep on the local disk; 0: read ranges each time."""
+
+    max_caption_bytes: Count = 16384
+    """Longer captions are bad samples; checked before they are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.streaming.batches import Request
 from siftclip.datamodules.streaming.loader import make_loader
 from siftclip.errors import InputError
-from siftclip.files import read_json, write_json, write_npz
+from siftclip.files import has_content, read_json, write_json, write_npz
 from siftclip.locks import LOCK_NAME, locked
 from siftclip.progress import show_progress
 from siftclip.ranks import Ranks, of_first_rank
@@ -243,6 +243,7 @@ def _manifest(settings: EmbedCommand, clip: ClipModel, pool: Pool) -> dict[str, 
                 "pool": pool.fingerprint,
                 "precision": precision,
                 "data": {"max_image_pixels": settings.data.max_image_pixels},
+                **pool.caption_identity,
             },
         ),
     }
@@ -255,7 +256,7 @@ def _claim(folder: Path, manifest: dict[str, Any], ranks: Ranks, *, reuse: bool)
     them beside new ones, under the new manifest.
     """
     path = folder / MANIFEST_NAME
-    kept = of_first_rank(ranks, path.exists())
+    kept = of_first_rank(ranks, has_content(path))
     others = sorted(folder.glob("*.npz"))
     if not kept and of_first_rank(ranks, bool(others)):
         raise InputError(

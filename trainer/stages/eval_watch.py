@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import reprlib
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from siftclip.eval.reports.report import Summary
 from siftclip.eval.results.files import read_results
 from siftclip.locks import LOCK_NAME, locked
 from siftclip.trainer.builders.models import checkpoint_options, clip_model_from
-from siftclip.trainer.runtime.run_dir import METRICS_NAME, RunDir
+from siftclip.trainer.runtime.run_dir import METRICS_NAME, RunDir, checkpoints_in
 from siftclip.trainer.runtime.run_records import read_config, read_metrics
 from siftclip.trainer.settings.commands import WatchCommand
 from siftclip.trainer.settings.fields.reader import read, read_kept
@@ -26,7 +25,6 @@ from siftclip.trainer.settings.tools import WatchSettings
 from siftclip.trainer.stages.evaluation import eval_stage, log_records, tasks_from
 
 FOLDER = "eval_watch"
-_STEP = re.compile(r"step-(\d+)\.ckpt")
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +67,7 @@ def _watch(
     watch, logger = settings.watch, settings.logger
     logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     done: set[int] = set()  # by this call, with or without success
+    faults: list[InputError] = []  # of checkpoints that cannot be loaded
     loggers = make_loggers(
         folder,
         name=f"{run.path.name}-eval",
@@ -80,21 +79,27 @@ def _watch(
     try:
         while True:
             finished = run.summary is not None  # looked at before the checkpoints: none can follow
-            for step, path in _checkpoints(run):
+            for step, path in checkpoints_in(run.checkpoints).items():
                 results = folder / f"step-{step}.jsonl"
                 evaluated = {result.key for result in read_results(results)}
                 if step in done or (step in logged and names <= evaluated):
                     continue
                 done.add(step)
-                clip = _load(run, path, watch.weights)
+                try:
+                    clip = _load(run, path, watch.weights)
+                except InputError as error:  # the others can be evaluated all the same
+                    faults.append(error)
+                    continue
                 if clip is None:
                     continue
                 summary = eval_stage(settings, clip, results_path=results)
                 for each in loggers:
                     each.log_metrics(summary.metrics(), step=step)
-                log_tables(loggers, log_records(summary))
+                log_tables(loggers, log_records(summary), step=step)
                 yield step, summary
             if finished or watch.once:
+                if faults:
+                    raise faults[0]
                 return
             time.sleep(watch.interval_seconds)
     finally:
@@ -105,15 +110,6 @@ def watch_folder(watch: WatchSettings) -> Path:
     """Return where the results are."""
     name = FOLDER if watch.weights == "auto" else f"{FOLDER}-{watch.weights}"
     return Path(watch.run) / name
-
-
-def _checkpoints(run: RunDir) -> list[tuple[int, Path]]:
-    checkpoints = []
-    for path in run.checkpoints.glob("step-*.ckpt"):
-        match = _STEP.fullmatch(path.name)
-        if match:
-            checkpoints.append((int(match[1]), path))
-    return sorted(checkpoints)
 
 
 def _load(run: RunDir, checkpoint: Path, weights: Weights) -> ClipModel | None:

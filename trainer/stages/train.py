@@ -44,7 +44,6 @@ from siftclip.trainer.runtime.environment import (
     Environment,
     environment,
     environments,
-    keep_environment,
 )
 from siftclip.trainer.runtime.extensions import (
     build_callbacks,
@@ -66,7 +65,6 @@ from siftclip.trainer.runtime.run_dir import (
     SUMMARY_NAME,
     RunDir,
     is_rank_zero,
-    step_of,
 )
 from siftclip.trainer.settings.budget import Budget, budget_from, limit_from
 from siftclip.trainer.settings.commands import EvalSections, TrainCommand
@@ -120,6 +118,7 @@ def run_identity(
             "seed": settings.common.seed,
             **batch_norm_identity(settings),
             **extensions_identity(settings.trainer),
+            **selected.pool.caption_identity,
         },
     )
 
@@ -268,25 +267,26 @@ def _train(
     identity: dict[str, Any],
 ) -> None:
     """Do all that a run is, from where it is."""
+    from siftclip.trainer.loop.resuming import continue_files, whole_checkpoint
     from siftclip.trainer.runtime.loggers import finish, make_loggers
 
     now = run_environment(settings.trainer, settings.data, selected.pool)
     reuse, composed, logger = settings.common.reuse, settings.composed, settings.logger
+    ranks = selected.source.ranks
     if is_rank_zero():
         if not reuse and run.has_started:
             log.info("reuse=false: the run of before is now %s", run.set_aside())
-        checkpoint = run.latest_checkpoint()
         run.start(composed.to_yaml(), selected.selection, identity)
-        step = 0 if checkpoint is None else step_of(checkpoint)
-        changed = keep_environment(run.path, now, step=step)
-        if changed:
-            log.warning(
-                "the run continues at step %d on something else: %s. From here on it differs from "
-                "an uninterrupted run as another seed does (docs/training.md).",
-                step,
-                "; ".join(changed),
-            )
-    selected.source.ranks.barrier()  # none looks at the run before the first has begun it
+    ranks.barrier()  # none looks at the run before the first has begun it
+    # without reuse, other ranks may look before the first has set the old run aside
+    parts = None if reuse and run.has_model else run_parts(settings, selected, loss_data, run.path)
+    if parts is not None and reuse:
+        checkpoint = whole_checkpoint(run, parts.clip.model, ranks)
+    else:
+        checkpoint = run.latest_checkpoint()
+    if is_rank_zero():
+        continue_files(run, checkpoint, now)
+    ranks.barrier()  # none reads the log before that
     loggers = make_loggers(
         run.path,
         name=run.path.name,
@@ -295,9 +295,8 @@ def _train(
         project=logger.project,
         config=composed.values,
     ) + build_loggers(settings.trainer)
-    # without reuse, other ranks may look before the first has set the old run aside
-    if not reuse or not run.has_model:
-        _fit(settings, run, selected, loss_data, loggers)
+    if parts is not None:
+        _fit(settings, run, parts, checkpoint, loggers)
     budget = run.budget() or budget_from(settings.scale)
     if settings.eval.root is not None:
         _evaluate(settings.evaluation, run, budget, loggers)
@@ -414,8 +413,8 @@ def _resolved_budget(parts: RunParts, limits: BudgetSettings, budget: Budget) ->
 def _fit(
     settings: TrainCommand,
     run: RunDir,
-    selected: PoolSelection,
-    loss_data: LossData,
+    parts: RunParts,
+    checkpoint: Path | None,
     loggers: list[Logger],
 ) -> None:
     """Train, and write the model folder."""
@@ -425,8 +424,6 @@ def _fit(
     from siftclip.trainer.models.sharding import whole_state
     from siftclip.trainer.runtime.loggers import finish
 
-    share_cores(loader_options(settings.data).num_workers)
-    parts = run_parts(settings, selected, loss_data, run.path)
     if is_rank_zero():
         run.keep_model(model_record(parts.clip))
     budget = _kept_budget(parts, settings, run)
@@ -449,11 +446,10 @@ def _fit(
     )
     _check_ranks(trainer.world_size, parts, budget)
     data = data_module_from(parts, budget, online)
-    resume = run.latest_checkpoint() if parts.common.reuse else None
-    if resume is not None:
-        log.info("continuing from %s", resume)
+    if checkpoint is not None:
+        log.info("continuing from %s", checkpoint)
     with options_of(under("trainer", "max_skipped_fraction")):
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stop.stopped_by is not None:
         finish(loggers)
         trainer.strategy.barrier()  # or the launcher ends rank 0 while it still writes
@@ -534,7 +530,7 @@ def _evaluate(settings: EvalSections, run: RunDir, budget: Budget, loggers: list
     summary = _evaluate_run(settings, run)
     for logger in loggers:
         logger.log_metrics(summary.metrics(), step=budget.total_steps)
-    log_tables(loggers, log_records(summary))
+    log_tables(loggers, log_records(summary), step=budget.total_steps)
 
 
 def _conclude(

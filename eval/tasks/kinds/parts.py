@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from siftclip.datamodules.pool.pool import MAX_CAPTION_BYTES
+from siftclip.datamodules.pool.reader import MAX_WORD_LETTERS, has_long_word
 from siftclip.errors import InputError
 from siftclip.eval.tasks.kinds.values import TaskSamples
 
@@ -27,7 +29,8 @@ def read_captions(data: bytes) -> tuple[str, ...]:
     """Read the captions of a .txt member, one a line.
 
     Raises:
-        InputError: it is no UTF-8 text, or empty, or has a blank line.
+        InputError: it is no UTF-8 text, or empty, or has a blank line, or one that would take a
+            tokenizer seconds.
     """
     try:
         captions = tuple(data.decode("utf-8").splitlines())
@@ -38,6 +41,11 @@ def read_captions(data: bytes) -> tuple[str, ...]:
     for number, caption in enumerate(captions, start=1):
         if not caption.strip():
             raise InputError(f"a caption must not be blank. Line {number} of .txt is.")
+        if len(caption.encode()) > MAX_CAPTION_BYTES or has_long_word(caption):
+            raise InputError(
+                f"a caption may have {MAX_CAPTION_BYTES} bytes, and {MAX_WORD_LETTERS} letters in "
+                f"a row. Line {number} of .txt has more."
+            )
     return captions
 
 

@@ -170,7 +170,8 @@ def test_member_larger_than_any_picture_is_not_read(pool: Pool) -> None:
     found = dict(SampleReader(pool=lying, max_image_pixels=10_000).read(rows))
     causes = {row: str(found[row]) for row in rows if isinstance(found[row], BadSampleError)}
     too_large = "with more bytes than max_image_pixels allows"
-    assert causes == {2: too_large, 5: too_large, 6: "cut off by the end of their tar"}
+    too_long = "with a caption of more than max_caption_bytes"
+    assert causes == {2: too_large, 5: too_long, 6: "cut off by the end of their tar"}
     assert max(asked.bytes_asked()) <= limit + MORE
     for row in set(rows.tolist()) - causes.keys():
         assert isinstance(found[row], RawSample)

@@ -151,6 +151,24 @@ def test_cache_lies_in_the_pool_or_at_home(tmp_path: Path, monkeypatch: pytest.M
     assert at_home != default_cache(str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("name", ["keys.npy", "sorted_uids.npy", "notes.json"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_damaged_table_is_made_again_and_said(
+    root: Path, load_pool: Load, name: str, kept: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = load_pool(root)
+    path = before.table_folder / name
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    after = load_pool(root)
+    assert after.fingerprint == before.fingerprint
+    assert len(after) == 20
+    (said,) = [r.getMessage() for r in caplog.records if "is made again" in r.message]
+    assert name in said
+    caplog.clear()
+    load_pool(root)
+    assert "made again" not in caplog.text
+
+
 def test_interrupted_index_goes_on_with_the_next_tar(
     make_samples: Make, write_pool: Make, load_pool: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,8 +208,10 @@ def test_what_stays_is_a_bad_sample(
     started = time.monotonic()
     assert read(pool, np.array([3])) == [cause]
     assert time.monotonic() - started < 5
-    assert pool.storage.retries == ATTEMPTS - 1
-    if fault != "hangs":  # then image and caption once each, alone
+    if fault == "hangs":  # asked again beside the first, as often as there is time for
+        assert pool.storage.retries > 0
+    else:  # then image and caption once each, alone
+        assert pool.storage.retries == ATTEMPTS - 1
         assert len(file_server.requests) == ATTEMPTS + 2
     monkeypatch.undo()
     monkeypatch.setattr(remote_storage, "FIRST_PAUSE_SECONDS", 0.002)

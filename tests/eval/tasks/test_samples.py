@@ -238,7 +238,13 @@ def test_multi_hot_label_of_another_form(
 
 
 @pytest.mark.parametrize(
-    ("captions", "message"), [(b"", "at least one caption"), (b"\xff", "must be UTF-8")]
+    ("captions", "message"),
+    [
+        (b"", "at least one caption"),
+        (b"\xff", "must be UTF-8"),
+        (b"short\n" + b"ab " * 6000, r"may have 16384 bytes, .*Line 2 of \.txt has more"),
+        (b"x" * 300, "and 250 letters in a row"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["retrieval", "image_caption_selection"])
 def test_captions_that_are_none(

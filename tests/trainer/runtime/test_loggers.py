@@ -15,9 +15,11 @@ import pytest
 from omegaconf import DictConfig
 
 from siftclip.errors import InputError
+from siftclip.files import read_jsonl
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.runtime.loggers import (
     FileLogger,
+    drop_repeated,
     finish,
     make_loggers,
     wandb_is_offline,
@@ -41,8 +43,8 @@ def offline_records(path: Path) -> Iterator[bytes]:
             at += room
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        if at + 7 + length > len(data):
-            return  # still being written
+        if at + 7 + length > len(data) or not kind:
+            return  # still being written, or cut off
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -58,12 +60,16 @@ def read_offline_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 def read_offline_file(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """History records and configuration in a `.wandb` file."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     history, config = [], {}
     for data in offline_records(path):
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        try:
+            record.ParseFromString(data)
+        except DecodeError:  # the end of a file that was cut off
+            break
         kind = record.WhichOneof("record_type")
         if kind == "history":
             items = record.history.item
@@ -124,25 +130,79 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
     assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
 
 
+def log_steps(folder: Path, steps: list[int], *, continued_at: int) -> None:
+    """What a start of a run does, without training."""
+    drop_repeated(folder, step=continued_at)
+    loggers = make_loggers(folder, name="a run", wandb_enabled=True, mode="offline")
+    for step in steps:
+        for logger in loggers:
+            logger.log_metrics({"train/loss": 10.0 - step}, step=step)
+            if step % 2 == 0:
+                logger.log_metrics({"eval_during/digit": 0.5}, step=step)
+    finish(loggers)
+    wait_until_written(max(folder.glob("wandb/offline-run-*/*.wandb")))
+
+
+def wait_until_written(path: Path) -> None:
+    """Wait for wandb's own process, which writes the end of the run last."""
+    deadline = time.monotonic() + 60
+    while "exit" not in kinds_of_records(path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def kinds_of_records(path: Path) -> set[str]:
+    from wandb.proto import wandb_internal_pb2
+
+    records = map(wandb_internal_pb2.Record.FromString, offline_records(path))
+    return {str(record.WhichOneof("record_type")) for record in records}
+
+
+def offline_parts(folder: Path) -> list[list[dict[str, Any]]]:
+    """The rows of all parts of the run in a folder, in the order of their starts."""
+    run_id = wandb_run_id(folder)
+    paths = sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    return [read_offline_file(path)[0] for path in paths]
+
+
+def steps_with(key: str, rows: list[dict[str, Any]]) -> list[int]:
+    return [row["trainer/global_step"] for row in rows if key in row]
+
+
 def test_a_restart_continues_the_wandb_run(tmp_path: Path) -> None:
-    """Two offline folders with one id, in the order of their start, which `wandb sync` joins."""
-    for steps in ([1, 2, 3], [3, 4]):
-        loggers = make_loggers(tmp_path, name="a run", wandb_enabled=True, mode="offline")
-        for step in steps:
-            for logger in loggers:
-                logger.log_metrics({"train/loss": 10.0 - step}, step=step)
-        finish(loggers)
+    """Offline folders with one id, in the order of their start, which `wandb sync` joins."""
+    for steps, at in (([1, 2, 3], 0), ([3, 4], 2), ([4, 5], 3), ([6], 5)):
+        log_steps(tmp_path, steps, continued_at=at)
         time.sleep(1.1)  # wandb's folders are named by the second
-    folders = sorted(tmp_path.glob("wandb/offline-run-*"))
-    assert len(folders) == 2
-    run_id = wandb_run_id(tmp_path)
-    found = []
-    for folder in folders:
-        (path,) = folder.glob("*.wandb")
-        assert path.name == f"run-{run_id}.wandb"
-        history, _ = read_offline_file(path)
-        found.append([record["trainer/global_step"] for record in history])
-    assert found == [[1, 2, 3], [3, 4]]
+    parts = offline_parts(tmp_path)
+    assert [steps_with("train/loss", part) for part in parts] == [[1, 2, 3], [4], [5], [6]]
+    assert [steps_with("eval_during/digit", part) for part in parts] == [[2], [4], [], [6]]
+    assert [row["_step"] for part in parts for row in part] == list(range(9))
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "eval_during/digit" in r] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("kept_rows", [0, 1, 3])
+@pytest.mark.parametrize("tail", [b"", bytes(500)])
+def test_rows_that_a_part_has_lost_are_in_the_next_one(
+    tmp_path: Path, kept_rows: int, tail: bytes
+) -> None:
+    """A part is cut in the middle of a row, as by a kill or a power cut."""
+    log_steps(tmp_path, [1, 2, 3], continued_at=0)
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    whole = path.read_bytes()
+    ends = [match.end() for match in re.finditer(b"trainer/global_step", whole)]
+    for end in ends:
+        path.write_bytes(whole[:end] + tail)
+        if len(read_offline_file(path)[0]) == kept_rows:
+            break
+    assert len(read_offline_file(path)[0]) == kept_rows
+    time.sleep(1.1)
+    log_steps(tmp_path, [4], continued_at=3)
+    rows = [row for part in offline_parts(tmp_path) for row in part]
+    assert steps_with("train/loss", rows) == [1, 2, 3, 4]
+    assert steps_with("eval_during/digit", rows) == [2, 4]
+    assert [row["_step"] for row in rows] == list(range(6))
 
 
 def test_ids_of_wandb_runs(tmp_path: Path) -> None:

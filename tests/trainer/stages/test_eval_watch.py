@@ -150,17 +150,29 @@ def test_a_checkpoint_that_is_removed_in_between(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gone = run.checkpoints / "step-4.ckpt"
-    listed = eval_watch._checkpoints
+    listed = eval_watch.checkpoints_in
 
-    def list_and_remove(run: RunDir) -> list[tuple[int, Path]]:
-        found = listed(run)
+    def list_and_remove(folder: Path) -> dict[int, Path]:
+        found = listed(folder)
         gone.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(eval_watch, "_checkpoints", list_and_remove)
+    monkeypatch.setattr(eval_watch, "checkpoints_in", list_and_remove)
     found = dict(watch_stage(compose("eval_watch", options)))
     assert list(found) == [2, 6]
     assert "step-4.ckpt was removed before" in caplog.text
+
+
+def test_a_damaged_checkpoint_keeps_none_of_the_others_back(
+    options: list[str], run: RunDir, compose: Compose
+) -> None:
+    damaged = run.checkpoints / "step-4.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    watched = watch_stage(compose("eval_watch", options))
+    found = [next(watched)[0], next(watched)[0]]
+    with pytest.raises(InputError, match=r"step-4\.ckpt does not hold the weights of this model"):
+        next(watched)
+    assert found == [2, 6]
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
             train_stage(config)
     parts = train_stage(config)
     steps = [record["step"] for record in records(parts)]
-    assert steps == [1, 2, 3, 4, 5, 4, 5, 6]
+    assert steps == [1, 2, 3, 4, 5, 6]  # the two that were repeated as well
     assert losses(parts)[-3:] == losses(whole)[-3:]
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=0)
 

@@ -1,0 +1,145 @@
+"""A wandb run that continues: each value of a step once, over any number of starts.
+
+Offline, each start leaves a part of its own, `wandb/offline-run-DATE-ID`. A new part first gets
+what `metrics.jsonl` has and the parts before it lack, because their process was killed; leaves out
+what they have, where steps are repeated; and numbers its rows (`_step`) behind theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+
+from siftclip.redaction import shown
+
+STEP_KEY = "trainer/global_step"
+_MAGIC, _HEADER_BYTES = b":W&B", 7  # of a file; a header of a chunk has as many
+_BLOCK_BYTES = 32768
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+@dataclass(slots=True)
+class LoggedRows:
+    """What the parts of a run hold."""
+
+    parts: int = 0
+    next_row: int = 0  # the first number that no row has
+    keys: dict[int, set[str]] = field(default_factory=dict)  # that have a value, by step
+
+    @property
+    def last_step(self) -> int:
+        return max(self.keys, default=-1)
+
+    def lacks(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Return those metrics of a step of which no row has a value."""
+        known = self.keys.get(step, ())
+        return {key: value for key, value in metrics.items() if key not in known}
+
+
+class WandbRun(WandbLogger):
+    """Lightning's logger, for a run of which earlier starts have left rows.
+
+    It shows wandb, which records the command line, one without credentials.
+    """
+
+    def __init__(self, *, before: LoggedRows, **options: Any) -> None:
+        """Take what the parts before hold; `options` are those of Lightning's logger."""
+        super().__init__(**options)
+        self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever it is
+        self._before = before
+        self._first_row: int | None = before.next_row or None
+
+    @property
+    def experiment(self) -> Any:
+        """The run of wandb, begun when it is first asked for."""
+        whole = sys.argv
+        sys.argv = [shown(word) for word in whole]
+        try:
+            return super().experiment
+        finally:
+            sys.argv = whole
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        row = dict(metrics)
+        if step is not None:
+            row = self._before.lacks(metrics, step)
+            if not row:
+                return
+            row[STEP_KEY] = step
+        if self._first_row is None:
+            self.experiment.log(row)
+            return
+        self.experiment.log(row, step=self._first_row, commit=True)
+        self._first_row = None  # from here on wandb counts
+
+    def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Log what `metrics.jsonl` has behind the last row of the parts before."""
+        for record in records:
+            if record["step"] >= self._before.last_step:
+                values = {
+                    key: value for key, value in record.items() if key not in ("step", "time")
+                }
+                self.log_metrics(
+                    {key: math.nan if v is None else v for key, v in values.items()}, record["step"]
+                )
+
+
+def offline_rows(folder: Path, run_id: str) -> LoggedRows:
+    """Read what the offline parts of a run in a folder hold, as far as they are whole."""
+    rows = LoggedRows()
+    for path in sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")):
+        rows.parts += 1
+        for row in history(path):
+            rows.next_row = max(rows.next_row, int(row.get("_step", -1)) + 1)
+            if STEP_KEY in row:
+                rows.keys.setdefault(int(row[STEP_KEY]), set()).update(row)
+    return rows
+
+
+def history(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of an offline part, values by key; of what has parts, one of them."""
+    from wandb.proto import wandb_internal_pb2
+
+    for data in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        try:
+            record.ParseFromString(data)
+        except Exception:  # protobuf's own; the end of a file that was cut off
+            return
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """Split a `.wandb` file, a log in LevelDB's format, into its records; ends where it is cut.
+
+    Behind a header of 7 bytes there are blocks of 32 KiB with chunks, each with a checksum (4
+    bytes), a length (2) and a type (1). The rest of a block that cannot hold a header is padding.
+    """
+    if data[: len(_MAGIC)] != _MAGIC:
+        return
+    at, record = _HEADER_BYTES, b""
+    while at + _HEADER_BYTES <= len(data):
+        room = _BLOCK_BYTES - at % _BLOCK_BYTES
+        if room < _HEADER_BYTES:
+            at += room
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        at += _HEADER_BYTES
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or at + length > len(data):
+            return
+        record = (b"" if kind in (_WHOLE, _FIRST) else record) + data[at : at + length]
+        at += length
+        if kind in (_WHOLE, _LAST):
+            yield record
