@@ -1,4 +1,4 @@
-"""The formats of images that are decoded, and the names of those that are not.
+"""The formats of images that are decoded.
 
 A `.jpg` of a pool may hold whatever a server has sent. Pillow decides by the bytes, as in
 open_clip, but only among formats that browsers and scanners use, whose decoders know from the
@@ -9,7 +9,6 @@ which no server sends, as no browser shows it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from PIL import Image
@@ -18,32 +17,6 @@ USUAL_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names; pools are made of the
 RARE_FORMATS = ("GIF", "BMP", "TIFF", "AVIF")  # decoded as well, and counted
 _USUAL_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _PREFIX_BYTES = 16  # that Pillow looks at to tell formats apart
-_TEXT_BYTES = 1024  # of a page or an SVG, before which comments may stand
-
-_TEXT = rb"(?:\xef\xbb\xbf)?\s*"  # what may stand before any text
-
-# What servers send in the place of an image, with its article, to follow "it is"
-_REFUSED: tuple[tuple[bytes, str], ...] = (
-    (rb"%!PS", "an EPS file"),
-    (rb"\xc5\xd0\xd3\xc6", "an EPS file"),
-    (rb"%PDF", "a PDF file"),
-    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image"),
-    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image"),
-    (rb"....ftyp(?:hei[cxms]|hev[cx]|mif1|msf1)", "a HEIC image"),
-    (rb"....ftyp(?!avi[fs])|\x1a\x45\xdf\xa3", "a video"),
-    (rb"\0\0[\1\2]\0", "an icon (ICO)"),
-    (rb"icns", "an icon (ICNS)"),
-    (rb"8BPS", "a Photoshop file"),
-    (rb"P[1-7]\s", "a PNM image"),
-    (rb"\x1f\x8b", "a gzip file"),
-    (rb"PK\x03\x04", "a zip file"),
-    (rb"version https://git-lfs", "a pointer of Git LFS in the place of the file"),
-    (_TEXT + rb"(?:<!--.*?-->\s*)?<(?i:!doctype html|html|head|body)", "a web page"),
-    (_TEXT + rb"<(?:[?!].*<)?svg\b", "an SVG image"),
-    (_TEXT + rb"<\?xml", "an XML file"),
-    (_TEXT + rb'[{\[]\s*["{\[]', "JSON"),
-)
-_PATTERNS = [(re.compile(pattern, re.DOTALL), name) for pattern, name in _REFUSED]
 
 
 def is_usual(data: bytes) -> bool:
@@ -66,12 +39,6 @@ def rare_format(data: bytes) -> str | None:
     prefix = data[:_PREFIX_BYTES]
     accepts = ((name, Image.OPEN[name][1]) for name in formats_for(data))
     return next((name for name, accept in accepts if accept and accept(prefix)), None)
-
-
-def refused_format(data: bytes) -> str | None:
-    """Name what the bytes are that no decoder takes, such as "a HEIC image"; None if unknown."""
-    beginning = data[:_TEXT_BYTES]
-    return next((name for pattern, name in _PATTERNS if pattern.match(beginning)), None)
 
 
 def describe_formats(formats: Mapping[str, int], images: int) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,10 +27,21 @@ import numpy as np
 from tqdm import tqdm
 
 from siftclip.cores import cores_of_rank
-from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.faults import WAY_OUT, FaultLog
+from siftclip.datamodules.index.layouts import (
+    COPY_AGAIN,
+    WRITE_BOTH,
+    MemberKinds,
+    sort_tars,
+    unpack_tars,
+)
 from siftclip.datamodules.index.tar_index import (
+    APART,
     ARRAY_FIELDS,
     INDEX_VERSION,
+    OTHER_FOLDERS,
+    WITHOUT_CAPTION,
+    WITHOUT_IMAGE,
     ShardIndex,
     load_shard_index,
 )
@@ -50,6 +62,9 @@ from siftclip.locks import locked
 
 log = logging.getLogger(__name__)
 
+NOTES_NAME = "notes.json"  # of a table
+BEHIND_CUT = "lost behind the cut (estimated)"
+LOST_TARS = (BEHIND_CUT, "lost with a tar", "cut off with")  # causes that begin so are of tars
 PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
 _COLUMNS = (*ARRAY_FIELDS, "shard_of_row", "sorted_uids", "sorted_rows")
 
@@ -280,7 +295,7 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
     folder = places / f"table-{name}"
-    complete = folder / "notes.json"
+    complete = folder / NOTES_NAME
     if not complete.is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
@@ -298,13 +313,18 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
 
 def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
     """Say what is odd about the samples of a pool; raise InputError if too many are bad."""
+    total = len(pool) + pool.faults.samples
+    found, way_out = _explain_faults(pool, total) if pool.faults.samples else ("", WAY_OUT)
     pool.faults.check(
         owner=f"pool {pool.root}",
-        total=len(pool) + pool.faults.samples,
+        total=total,
         max_bad_fraction=max_bad_fraction,
+        way_out=f"{found}{way_out}",
     )
     if len(pool) == 0:
-        reason = f" Left out: {pool.faults.summary()}." if pool.faults.samples else ""
+        reason = (
+            f" Left out: {pool.faults.summary()}. {found}{way_out}" if pool.faults.samples else ""
+        )
         raise InputError(
             f"The pool {pool.root} holds {len(pool.shards)} tars without one sample.{reason}"
         )
@@ -316,7 +336,7 @@ def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
             pool.hidden.summary(),
         )
     if pool.faults.samples:
-        log.warning("pool %s: left out %s", pool.root, pool.faults.summary())
+        log.warning("pool %s: left out %s. %s", pool.root, pool.faults.summary(), found.rstrip())
     if pool.derived_uids:
         log.info(
             "pool %s: %d of %d uids derived from tar and key",
@@ -330,6 +350,30 @@ def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
             pool.root,
             pool.repeated_uids,
         )
+
+
+def _explain_faults(pool: Pool, total: int) -> tuple[str, str]:
+    """Say what samples without an image or a caption have, and what to do if most are such ones."""
+    notes: dict[str, Any] = read_json(pool.table_folder / NOTES_NAME)
+    incomplete = MemberKinds.from_state(notes.get("incomplete", []))  # an older table has none
+    counts = pool.faults.counts
+    found = f"{incomplete.describe()} " if incomplete.counts else ""
+    cause, samples = counts.most_common(1)[0]
+    is_local = isinstance(pool.storage, LocalStorage)
+    tars = f"{shlex.quote(str(Path(pool.shards[0].path).parent))}/*.tar"
+    of_tars = sum(count for cause, count in counts.items() if cause.startswith(LOST_TARS))
+    if 2 * of_tars > pool.faults.samples:
+        all_are_lost = is_local and len(pool) == 0
+        return found, unpack_tars(tars, " ".join(counts)) if all_are_lost else COPY_AGAIN
+    if 2 * samples < total:  # the layout is not to blame
+        return found, WAY_OUT
+    if cause in (APART, OTHER_FOLDERS):
+        return found, sort_tars(
+            tars, drop_folders=cause == OTHER_FOLDERS
+        ) if is_local else WRITE_BOTH
+    if cause in (WITHOUT_IMAGE, WITHOUT_CAPTION):
+        return found, incomplete.way_out(tars) if is_local else WRITE_BOTH
+    return found, WAY_OUT
 
 
 def _index_shards(
@@ -414,9 +458,10 @@ def _write_table(
     for name in ARRAY_FIELDS[2:]:
         members.update(columns[name].tobytes())
     columns["sorted_uids"], columns["sorted_rows"] = table.sorted_uids, table.rows
-    hidden = FaultLog()
+    hidden, incomplete = FaultLog(), MemberKinds()
     for index in indices:
         hidden.merge(index.hidden)
+        incomplete.merge(index.incomplete)
     notes = {
         "pool": root,
         "fingerprint": digest.hexdigest()[:16],
@@ -426,6 +471,7 @@ def _write_table(
         "key_split": key_split,
         "hidden": hidden.state(),
         "faults": _all_faults(indices, shards).state(),
+        "incomplete": incomplete.state(),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -433,7 +479,7 @@ def _write_table(
     try:
         for name, values in columns.items():
             np.save(temporary / f"{name}.npy", values, allow_pickle=False)
-        write_json(temporary / "notes.json", notes)
+        write_json(temporary / NOTES_NAME, notes)
         shutil.rmtree(folder, ignore_errors=True)  # one without its notes, if any
         temporary.rename(folder)
     finally:
@@ -452,7 +498,7 @@ def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> F
         if index.truncated and whole:
             lost = int(np.median(whole)) - len(index) - 1  # the index itself has counted one
             if lost > 0:
-                faults.add("lost behind the cut (estimated)", shard.name, samples=lost)
+                faults.add(BEHIND_CUT, shard.name, samples=lost)
     return faults
 
 
@@ -470,7 +516,7 @@ def _map_table(
     Raises:
         InputError: a file is missing or damaged.
     """
-    notes: dict[str, Any] = read_json(folder / "notes.json")
+    notes: dict[str, Any] = read_json(folder / NOTES_NAME)
     columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
     table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
     return {

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from siftclip.datamodules.pool.image_formats import formats_for, is_usual, refused_format
+from siftclip.datamodules.index.content import describe_content
+from siftclip.datamodules.pool.image_formats import formats_for, is_usual
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.storage.local import (
     ChangedError,
@@ -288,6 +289,6 @@ def _decode_pillow(data: bytes, max_image_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadSampleError("with more pixels than Pillow decodes") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
-        name = None if is_usual(data) else refused_format(data)
+        name = None if is_usual(data) else describe_content(data)
         found = "" if name is None else f" (it is {name})"
         raise BadSampleError(f"whose image cannot be decoded{found}") from error

@@ -20,12 +20,12 @@ from open_clip.transform import PreprocessCfg, _convert_to_rgb, image_transform_
 from PIL import Image, ImageCms
 from webdataset.autodecode import imagehandler
 
+from siftclip.datamodules.index.content import describe_content
 from siftclip.datamodules.pool import reader
 from siftclip.datamodules.pool.image_formats import (
     RARE_FORMATS,
     describe_formats,
     rare_format,
-    refused_format,
 )
 from siftclip.datamodules.pool.reader import BadSampleError, decode_image, decode_pixels
 from siftclip.datamodules.streaming.image_transform import ImageTransform
@@ -156,6 +156,7 @@ DECODED: dict[str, Callable[[], bytes]] = {
 UNDECODABLE = "whose image cannot be decoded"
 NOT_DECODED: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "0 bytes": (lambda: b"", None),
+    "text": (lambda: b"404: this image is gone", "a text"),
     "random bytes": (lambda: np.random.default_rng(0).bytes(999), None),
     "JPEG, truncated": (lambda: encode(picture(), "JPEG")[:-150], None),
     "PNG, truncated": (lambda: encode(picture(), "PNG")[:-150], None),
@@ -261,7 +262,7 @@ def test_no_decoder_starts_another_program(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(subprocess, name, refuse)
     eps = encode(picture(), "EPS")
     for data in (eps, b"\xc5\xd0\xd3\xc6" + bytes(26) + eps):
-        assert refused_format(data) == "an EPS file"
+        assert describe_content(data) == "an EPS file"
         with pytest.raises(BadSampleError, match=r"an EPS file"):
             decode_image(data, MAX_PIXELS)
 
