@@ -11,6 +11,7 @@ from siftclip.errors import InputError, require_fraction
 from siftclip.redaction import printable
 
 EXAMPLES_PER_CAUSE = 3
+WAY_OUT = "Repair or remove these samples, or allow more with max_bad_fraction."
 
 
 @dataclass(slots=True)
@@ -56,10 +57,17 @@ class FaultLog:
         """Invert `state`."""
         return cls(counts=Counter(state["counts"]), examples=dict(state["examples"]))
 
-    def check(self, *, owner: str, total: int, max_bad_fraction: float) -> None:
+    def check(
+        self,
+        *,
+        owner: str,
+        total: int,
+        max_bad_fraction: float,
+        way_out: str = WAY_OUT,
+    ) -> None:
         """Raise if more than `max_bad_fraction` of `total` samples are bad.
 
-        `max_bad_fraction` may be 0, which allows none.
+        `max_bad_fraction` may be 0, which allows none. `way_out` ends the message.
         """
         if max_bad_fraction != 0:
             require_fraction("max_bad_fraction", max_bad_fraction)
@@ -67,5 +75,5 @@ class FaultLog:
             raise InputError(
                 f"{owner}: {self.samples} of {total} samples are bad, more than "
                 f"max_bad_fraction={max_bad_fraction} allows: {self.summary()}. "
-                "Repair or remove these samples, or allow more with max_bad_fraction."
+                f"{way_out}"
             )

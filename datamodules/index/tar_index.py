@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.layouts import IMAGE_SUFFIXES, TEXT_SUFFIX, MemberKinds, kind_of
 from siftclip.datamodules.index.tar_walk import (
     MAX_CONTENT_BYTES,
     KeySplit,
@@ -28,12 +29,14 @@ from siftclip.datamodules.index.uids import derive_uid, is_uid, parse_uids
 from siftclip.errors import InputError
 from siftclip.files import read_npz, write_npz
 
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # open_clip's order of preference
 INDEX_VERSION = 3
 _UID_FIELD = re.compile(rb'"uid"\s*:\s*"([0-9a-fA-F]{32})"')
 _NAMES_SHOWN = 3  # of a sample's members, in messages
 
 SHARED_NAME = "that share the name of another sample in their tar"
+WITHOUT_IMAGE, WITHOUT_CAPTION = "without image", "without caption"
+APART = "whose image and caption do not follow each other in their tar"
+OTHER_FOLDERS = "whose image and caption are in different folders of their tar: two keys"
 DOTTED_NAMES = (
     "whose names differ only behind their first dot, where webdataset's rule ends the key; with "
     "last_dot as the key split each of them is a sample"
@@ -68,6 +71,7 @@ class ShardIndex:
     repeated: int  # samples that are left out because an earlier one has their name and bytes
     hidden: FaultLog  # pairs that belong to a sample by its key, as a mask does, and are not used
     faults: FaultLog
+    incomplete: MemberKinds  # what the samples without image or caption have
     truncated: bool
 
     def __len__(self) -> int:
@@ -88,13 +92,13 @@ def build_shard_index(
         key_split: the dot that ends the key in the members' names.
     """
     builder = _IndexBuilder(source, name)
-    truncated = False
+    cut: TruncatedTarError | None = None
     try:
         for sample in walk_tar(source, content_of="json", key_split=key_split):
             builder.add(sample)
-    except TruncatedTarError:
-        truncated = True
-    return builder.finish(truncated)
+    except TruncatedTarError as error:
+        cut = error
+    return builder.finish(cut)
 
 
 class _IndexBuilder:
@@ -149,19 +153,27 @@ class _IndexBuilder:
         self._keys.append(key.encode())
         self._places.append((start, end - start, image[1], image[2], text[1], text[2]))
 
-    def finish(self, truncated: bool) -> ShardIndex:
-        """Return the index, when the tar has ended."""
-        for sample in self._incomplete.values():
-            has_image = sample.find(*IMAGE_SUFFIXES) is not None
+    def finish(self, cut: TruncatedTarError | None) -> ShardIndex:
+        """Return the index, when the tar has ended, or why it has ended too early."""
+        kinds = MemberKinds()
+        for group in _of_one_name(self._incomplete.values()):
+            if len(group) > 1:
+                self._faults.add(OTHER_FOLDERS, self._place(*group))
+                continue
+            (sample,) = group
             pairs = _hidden_pairs(sample).total()
-            cause = "without caption" if has_image else "without image"
             if pairs:
                 cause = DOTTED_NAMES
-            elif has_image and sample.find("txt") is not None:
-                cause = "whose image and caption do not follow each other in their tar"
+            elif _has_image(sample) and _has_text(sample):
+                cause = APART
+            else:
+                cause = WITHOUT_CAPTION if _has_image(sample) else WITHOUT_IMAGE
+                record = sample.find("json")
+                suffixes = [member.suffix for member in sample.members]
+                kinds.add(kind_of(suffixes, None if record is None else record.content))
             self._faults.add(cause, self._place(sample), samples=max(1, pairs))
-        if truncated:
-            self._faults.add("cut off with the end of their tar (at least)", self._name)
+        if cut is not None:
+            self._faults.add(cut.cause, self._name)
         columns = np.asarray(self._places, dtype=np.int64).reshape(-1, 6).T.copy()
         return ShardIndex(
             uids=parse_uids(self._uids),
@@ -171,7 +183,8 @@ class _IndexBuilder:
             repeated=self._repeated,
             hidden=self._hidden,
             faults=self._faults,
-            truncated=truncated,
+            incomplete=kinds,
+            truncated=cut is not None,
         )
 
     def _add_incomplete(self, sample: TarSample) -> None:
@@ -220,12 +233,33 @@ class _IndexBuilder:
         first = self._source.read(member.offset_bytes, size)[:size]
         return first == self._source.read(other.offset_bytes, size)[:size]
 
-    def _place(self, sample: TarSample) -> str:
-        """Return tar and key with the names of the members, for messages."""
-        names = sample.names()
+    def _place(self, sample: TarSample, *others: TarSample) -> str:
+        """Return tar and key with the names of the members, those of others too, for messages."""
+        names = [name for part in (sample, *others) for name in part.names()]
         shown = ", ".join(names[:_NAMES_SHOWN])
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         return f"{self._name}:{sample.key} [{shown}{more}]"
+
+
+def _of_one_name(samples: Iterable[TarSample]) -> Iterator[list[TarSample]]:
+    """Yield incomplete samples, together those of one name in several folders that are a pair."""
+    by_name: dict[str, list[TarSample]] = {}
+    for sample in samples:
+        by_name.setdefault(sample.key.rpartition("/")[2], []).append(sample)
+    for group in by_name.values():
+        images, texts = sum(map(_has_image, group)), sum(map(_has_text, group))
+        if len(group) > 1 and images == texts == 1:
+            yield sorted(group, key=_has_image, reverse=True)
+        else:
+            yield from ([sample] for sample in group)
+
+
+def _has_image(sample: TarSample) -> bool:
+    return sample.find(*IMAGE_SUFFIXES) is not None
+
+
+def _has_text(sample: TarSample) -> bool:
+    return sample.find(TEXT_SUFFIX) is not None
 
 
 def _hidden_pairs(sample: TarSample) -> Counter[str]:
@@ -299,6 +333,7 @@ def load_shard_index(
     with open_source() as source:
         index = build_shard_index(source, name, key_split)
     notes = {
+        "incomplete": index.incomplete.state(),
         "version": version,
         "derived_uids": index.derived_uids,
         "repeated": index.repeated,
@@ -326,6 +361,7 @@ def _read_cached(path: Path, version: str) -> ShardIndex | None:
         derived_uids=notes["derived_uids"],
         repeated=notes["repeated"],
         hidden=FaultLog.from_state(notes["hidden"]),
+        incomplete=MemberKinds.from_state(notes.get("incomplete", [])),  # an older index has none
         truncated=notes["truncated"],
         faults=FaultLog.from_state(notes),
     )

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from siftclip.datamodules.index.content import LOOKED_AT_BYTES, describe_content
 from siftclip.errors import InputError, ParameterError
 
 BLOCK_BYTES = 512
@@ -25,6 +26,7 @@ _WINDOW_BYTES = 4096  # holds the small members between two images: one read a s
 _AHEAD_BYTES = 8 << 20  # asked of the system in advance: a cold disk is read at full speed
 _HEADERS_A_BLOCK = 1024
 _ZEROS = bytes(BLOCK_BYTES)
+_MAX_END_BYTES = 1 << 20  # of the zeros that a tar without members is; more are a lost file
 _FILE_KINDS = b"0\x007"  # regular, regular in old tars, contiguous
 _EXTENDED_KINDS = b"LxXg"
 _EMPTY_KINDS = b"123456"  # links, devices, folders, pipes: no data follows, whatever the size says
@@ -49,10 +51,21 @@ def require_key_split(parameter: str, value: object) -> KeySplit:
 class TruncatedTarError(Exception):
     """A tar ends in the middle of a member; the samples before the cut have been given out."""
 
+    cause = "cut off with the end of their tar (at least)"  # of lost samples, to follow a count
+
     def __init__(self, message: str, member: str | None = None) -> None:
         """Store `member`, the name of the file that the cut runs through, where it can be read."""
         super().__init__(message)
         self.member = member
+
+
+class NoTarError(TruncatedTarError):
+    """A file is no uncompressed tar; nothing of it has been given out."""
+
+    def __init__(self, name: str, found: str) -> None:
+        """Take the `name` of the file and what it is, such as "a web page"."""
+        super().__init__(f"{name} must be an uncompressed tar file. It is {found}")
+        self.cause = f"lost with a tar that is {found} (at least)"
 
 
 class Member(NamedTuple):
@@ -172,7 +185,8 @@ def walk_tar(
     """Yield the samples of a tar in order: consecutive members with the same key.
 
     A sample may have a suffix twice (`TarSample.repeats`), which webdataset refuses. Members whose
-    name has no dot or is `__like_this__`, folders and links are passed over, as webdataset does.
+    name has no dot or is `__like_this__`, folders and links are passed over, as webdataset does,
+    and so are hidden files.
 
     Args:
         source: of the bytes.
@@ -180,12 +194,14 @@ def walk_tar(
         key_split: the dot that ends the key.
 
     Raises:
-        InputError: this is not an uncompressed tar, or it cannot be read.
+        InputError: the file cannot be read.
         TruncatedTarError: the file ends inside a member. The sample which the cut runs through
             is not given out. A damaged header counts as a cut.
+        NoTarError: this is not an uncompressed tar at all.
     """
     ending = "" if content_of is None else f".{content_of}"
-    key, members, first, last = "", list[Member](), 0, 0
+    key, members, first, last = "/", list[Member](), 0, 0  # no sample's key ends so
+    cut: TruncatedTarError | None = None
     new = tuple.__new__  # a third of the time of a named tuple's own constructor
     split = _split_at_first if key_split == "first_dot" else _split_at_last
     is_quick = key_split == "first_dot"
@@ -195,30 +211,37 @@ def walk_tar(
                 key_here, _, suffix = name.partition(".")
                 if not is_quick or not suffix or "/" in suffix or name[0] in "._":  # rare
                     key_here, suffix = split(name)
-                    if not key_here:
-                        continue
                 if key_here != key:
+                    if key_here[-1:] in ("", "/"):  # of no sample; a folder's is of hidden files
+                        continue
                     if members:
                         yield TarSample(key, members, first, last)
                     key, members, first = key_here, [], start
                 members.append(new(Member, (suffix.lower(), offset, size, content)))
                 last = end
     except TruncatedTarError as error:
-        if members and error.member is not None and split(error.member)[0] not in ("", key):
-            yield TarSample(key, members, first, last)
-        raise
-    if members:
+        cut = error
+    cut_key = "" if cut is None or cut.member is None else split(cut.member)[0]
+    if members and (cut is None or cut_key not in ("", key)):
         yield TarSample(key, members, first, last)
+    if cut is not None:
+        raise cut
 
 
 def _split_at_first(name: str) -> tuple[str, str]:
-    """Split a member's name into key and suffix; an empty key if it belongs to no sample."""
+    """Split a member's name into key and suffix; an empty key if it belongs to no sample.
+
+    Hidden files, such as macOS's `._0001.jpg` beside each `0001.jpg`, belong to none. webdataset's
+    rule gives those in folders the folder as their key, and so parts the samples between them.
+    """
     key, dot, suffix = name.partition(".")
     if not dot or "/" in suffix or not key or key[-1] == "/":  # rare: a dot in a folder's name
         match = _MEMBER_NAME.match(name)
         if match is None:
             return "", ""
         key, suffix = match[1], match[2]
+        if key[-1] == "/" or name.rpartition("/")[2].startswith("."):
+            return "", ""
     if key[:2] == "__" and _META_NAME.match(name):
         return "", ""
     return key, suffix
@@ -403,7 +426,7 @@ class _HeaderWalk:
 def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
     """Yield the regular files of a tar, in blocks whose headers have been checked."""
     if source.size_bytes == 0:
-        raise InputError(f"{source.name} must be an uncompressed tar file. It is empty.")
+        raise NoTarError(source.name, "empty")
     walk = _HeaderWalk(source, ending)
     is_first = True
     while not walk.ended:
@@ -411,16 +434,22 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
         valid = _count_valid(headers)
         if valid < len(headers):
             walk.stop("at a damaged header")
-        if is_first and valid == 0 and walk.problem is not None:
-            raise InputError(
-                f"{source.name} must be an uncompressed tar file. Its first header is damaged."
-            )
+        if is_first and valid == 0:
+            _require_tar(source, walk)
         is_first = False
         yield files[: bisect_right(counts, valid)]
     if walk.problem is not None:
         raise TruncatedTarError(
             f"{source.name} ends after {source.size_bytes} bytes: {walk.problem}", walk.cut
         )
+
+
+def _require_tar(source: TarSource, walk: _HeaderWalk) -> None:
+    """Raise NoTarError for a file without one sound header, unless it is a tar without members."""
+    if walk.problem is None and source.size_bytes <= _MAX_END_BYTES:
+        return
+    found = describe_content(source.read(0, LOOKED_AT_BYTES)[:LOOKED_AT_BYTES])
+    raise NoTarError(source.name, found or "damaged from its first header on")
 
 
 def round_up(size_bytes: int) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from lightning import LightningDataModule, Trainer
 
 from siftclip.cores import suggested_workers
-from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.models.load import Transform
 from siftclip.datamodules.pairs.forms import (
@@ -166,7 +164,9 @@ class SelectedPairs(LightningDataModule):
         loader = PairLoader(
             order=order,
             dataset=self.dataset,
-            counts=replace(self.counts, loaded_samples=0, retries=0, faults=FaultLog()),
+            counts=LoadCounts(
+                owner=self.counts.owner, max_bad_fraction=self.counts.max_bad_fraction
+            ),
             form=self.form,
             options=self.options,
             rank=rank,
@@ -204,12 +204,8 @@ class SelectedPairs(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Say what was replaced."""
-        if stage == "fit" and self.counts.faults.samples:
-            log.warning(
-                "training replaced %d bad samples: %s",
-                self.counts.faults.samples,
-                self.counts.faults.summary(),
-            )
+        if stage == "fit":
+            self.counts.say_at_end()
 
 
 def _progress_of(trainer: Trainer) -> Progress:

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -25,10 +26,21 @@ import numpy as np
 
 from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.cores import cores_of_rank
-from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.faults import WAY_OUT, FaultLog
+from siftclip.datamodules.index.layouts import (
+    COPY_AGAIN,
+    WRITE_BOTH,
+    MemberKinds,
+    sort_tars,
+    unpack_tars,
+)
 from siftclip.datamodules.index.tar_index import (
+    APART,
     ARRAY_FIELDS,
     INDEX_VERSION,
+    OTHER_FOLDERS,
+    WITHOUT_CAPTION,
+    WITHOUT_IMAGE,
     ShardIndex,
     load_shard_index,
 )
@@ -51,6 +63,9 @@ from siftclip.writing import WriteError, delete_folder, make_folder, move
 
 log = logging.getLogger(__name__)
 
+NOTES_NAME = "notes.json"  # of a table
+BEHIND_CUT = "lost behind the cut (estimated)"
+LOST_TARS = (BEHIND_CUT, "lost with a tar", "cut off with")  # causes that begin so are of tars
 PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
 # 2,700 words, of which tokenizers keep 77 tokens or some hundreds; CLIP's takes 0.03 s for them.
 MAX_CAPTION_BYTES = 16 << 10
@@ -297,7 +312,7 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
     folder = places / f"table-{name}"
-    complete = folder / "notes.json"
+    complete = folder / NOTES_NAME
     mapped = None
     with suppress(InputError):  # a damaged one is made again
         mapped = _map_table(options, storage, shards, folder) if complete.is_file() else None
@@ -324,13 +339,18 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
 
 def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
     """Say what is odd about the samples of a pool; raise InputError if too many are bad."""
+    total = len(pool) + pool.faults.samples
+    found, way_out = _explain_faults(pool, total) if pool.faults.samples else ("", WAY_OUT)
     pool.faults.check(
         owner=f"pool {pool.root}",
-        total=len(pool) + pool.faults.samples,
+        total=total,
         max_bad_fraction=max_bad_fraction,
+        way_out=f"{found}{way_out}",
     )
     if len(pool) == 0:
-        reason = f" Left out: {pool.faults.summary()}." if pool.faults.samples else ""
+        reason = (
+            f" Left out: {pool.faults.summary()}. {found}{way_out}" if pool.faults.samples else ""
+        )
         raise InputError(
             f"The pool {pool.root} holds {len(pool.shards)} tars without one sample.{reason}"
         )
@@ -342,7 +362,7 @@ def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
             pool.hidden.summary(),
         )
     if pool.faults.samples:
-        log.warning("pool %s: left out %s", pool.root, pool.faults.summary())
+        log.warning("pool %s: left out %s. %s", pool.root, pool.faults.summary(), found.rstrip())
     if pool.derived_uids:
         log.info(
             "pool %s: %d of %d uids derived from tar and key",
@@ -356,6 +376,30 @@ def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
             pool.root,
             pool.repeated_uids,
         )
+
+
+def _explain_faults(pool: Pool, total: int) -> tuple[str, str]:
+    """Say what samples without an image or a caption have, and what to do if most are such ones."""
+    notes: dict[str, Any] = read_json(pool.table_folder / NOTES_NAME)
+    incomplete = MemberKinds.from_state(notes.get("incomplete", []))  # an older table has none
+    counts = pool.faults.counts
+    found = f"{incomplete.describe()} " if incomplete.counts else ""
+    cause, samples = counts.most_common(1)[0]
+    is_local = isinstance(pool.storage, LocalStorage)
+    tars = f"{shlex.quote(str(Path(pool.shards[0].path).parent))}/*.tar"
+    of_tars = sum(count for cause, count in counts.items() if cause.startswith(LOST_TARS))
+    if 2 * of_tars > pool.faults.samples:
+        all_are_lost = is_local and len(pool) == 0
+        return found, unpack_tars(tars, " ".join(counts)) if all_are_lost else COPY_AGAIN
+    if 2 * samples < total:  # the layout is not to blame
+        return found, WAY_OUT
+    if cause in (APART, OTHER_FOLDERS):
+        return found, sort_tars(
+            tars, drop_folders=cause == OTHER_FOLDERS
+        ) if is_local else WRITE_BOTH
+    if cause in (WITHOUT_IMAGE, WITHOUT_CAPTION):
+        return found, incomplete.way_out(tars) if is_local else WRITE_BOTH
+    return found, WAY_OUT
 
 
 def _index_shards(
@@ -438,9 +482,10 @@ def _write_table(
     for name in ARRAY_FIELDS[2:]:
         members.update(columns[name].tobytes())
     columns["sorted_uids"], columns["sorted_rows"] = table.sorted_uids, table.rows
-    hidden = FaultLog()
+    hidden, incomplete = FaultLog(), MemberKinds()
     for index in indices:
         hidden.merge(index.hidden)
+        incomplete.merge(index.incomplete)
     notes = {
         "pool": root,
         "fingerprint": digest.hexdigest()[:16],
@@ -450,13 +495,14 @@ def _write_table(
         "key_split": key_split,
         "hidden": hidden.state(),
         "faults": _all_faults(indices, shards).state(),
+        "incomplete": incomplete.state(),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     delete_folder(temporary)
     try:
         for name, values in columns.items():
             write_npy(temporary / f"{name}.npy", values)
-        write_json(temporary / "notes.json", notes)
+        write_json(temporary / NOTES_NAME, notes)
         delete_folder(folder)  # one without its notes, if any
         move(temporary, folder)
     finally:
@@ -477,7 +523,7 @@ def _all_faults(indices: Sequence[ShardIndex], shards: Sequence[ShardFile]) -> F
         if index.truncated and whole:
             lost = int(np.median(whole)) - len(index) - 1  # the index itself has counted one
             if lost > 0:
-                faults.add("lost behind the cut (estimated)", shard.name, samples=lost)
+                faults.add(BEHIND_CUT, shard.name, samples=lost)
     return faults
 
 
@@ -495,7 +541,7 @@ def _map_table(
     Raises:
         InputError: a file is missing or damaged.
     """
-    notes: dict[str, Any] = read_json(folder / "notes.json")
+    notes: dict[str, Any] = read_json(folder / NOTES_NAME)
     columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
     table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
     return {

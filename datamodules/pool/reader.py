@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from siftclip.datamodules.index.content import describe_content
+from siftclip.datamodules.pool.image_formats import formats_for, is_usual
 from siftclip.datamodules.pool.pool import MAX_CAPTION_BYTES, Pool
 from siftclip.datamodules.storage.local import (
     ChangedError,
@@ -30,7 +32,6 @@ except ImportError:  # the extra `fast`
 MAX_SPAN_BYTES = 8 << 20  # neighbours are joined up to this size
 _LARGE_IMAGE = "with more bytes than max_image_pixels allows"
 _LONG_CAPTION = "with a caption of more than max_caption_bytes"
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 # CLIP's tokenizer takes time in the square of such a run: 0.2 s for 1,000 letters, 10 s for 8,000.
 MAX_WORD_LETTERS = 250
 _LONG_WORD = re.compile(rf"[A-Za-z\u00c0-\u024f]{{{MAX_WORD_LETTERS + 1}}}")
@@ -313,16 +314,19 @@ def _decode_jpeg(data: bytes, max_image_pixels: int) -> np.ndarray | None:
 def _decode_pillow(data: bytes, max_image_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow's own limit is a warning; ours is checked on the header, before decoding
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > max_image_pixels:
-            raise BadSampleError("with more pixels than max_image_pixels")
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+            # Of odd metadata and palettes with transparency. Pillow's own limit of pixels is a
+            # warning, too; ours is checked on the header, before decoding
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=formats_for(data))
+            if image.width * image.height > max_image_pixels:
+                raise BadSampleError("with more pixels than max_image_pixels")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except BadSampleError:
         raise
     except Image.DecompressionBombError:
         raise BadSampleError("with more pixels than Pillow decodes") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
-        raise BadSampleError("whose image cannot be decoded") from error
+        name = None if is_usual(data) else describe_content(data)
+        found = "" if name is None else f" (it is {name})"
+        raise BadSampleError(f"whose image cannot be decoded{found}") from error

@@ -22,7 +22,7 @@ import numpy as np
 
 import siftclip
 from siftclip.datamodules.index.faults import FaultLog
-from siftclip.datamodules.index.tar_index import IMAGE_SUFFIXES
+from siftclip.datamodules.index.layouts import IMAGE_SUFFIXES
 from siftclip.datamodules.index.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError, walk_tar
 from siftclip.datamodules.index.uids import derive_uid, format_uid
 from siftclip.datamodules.pool.pool import Pool

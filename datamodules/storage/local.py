@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from siftclip.confidential import ConfidentialUrl
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
+from siftclip.datamodules.storage.folders import explain_no_folder, explain_no_tars
 from siftclip.errors import InputError, ParameterError
 from siftclip.file_identity import FileIdentity
 from siftclip.files import read_json, write_json
@@ -153,15 +154,19 @@ class LocalStorage:
         """
         root = Path(self.root)
         if not root.is_dir():
-            rule = "must be an existing folder or a URL"
-            raise ParameterError(rule, parameter="root", value=self.root)
+            raise ParameterError(
+                "must be an existing folder or a URL",
+                parameter="root",
+                value=self.root,
+                way_out=explain_no_folder(root),
+            )
         paths = sorted(root.glob("shards/*.tar")) or sorted(root.glob("*.tar"))
         if not paths:
             raise ParameterError(
                 "must hold webdataset tars (*.tar), in this folder or its shards/",
                 parameter="root",
                 value=self.root,
-                way_out="It holds none.",
+                way_out=explain_no_tars(root),
             )
         return tuple(_local_shard(path) for path in paths)
 
@@ -181,9 +186,15 @@ class LocalStorage:
         yield from self._files.read([(s.shard.path, *s[1:], s.shard.identity) for s in spans])
 
     def metadata(self, suffixes: tuple[str, ...] = METADATA_SUFFIXES) -> Path:
-        """Return `root/metadata` (DataComp), else the folder of the tars; see `Storage`."""
-        folder = Path(self.root) / "metadata"
-        return folder if folder.is_dir() else Path(self.shards()[0].path).parent
+        """Return `root/metadata` (DataComp), else the folder of the tars; see `Storage`.
+
+        Also that beside a root which is the `shards` of a DataComp pool.
+        """
+        root = Path(self.root)
+        places = [root, root.absolute().parent] if root.absolute().name == "shards" else [root]
+        folders = (place / "metadata" for place in places)
+        beside_tars = Path(self.shards()[0].path).parent
+        return next((folder for folder in folders if folder.is_dir()), beside_tars)
 
     def close(self) -> None:
         self._files.close()

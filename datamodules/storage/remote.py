@@ -40,6 +40,7 @@ from siftclip.datamodules.storage.connections import (
     require_version,
     version_of,
 )
+from siftclip.datamodules.storage.folders import describe_names
 from siftclip.datamodules.storage.local import (
     METADATA_SUFFIXES,
     ChangedError,
@@ -148,7 +149,7 @@ class RemoteStorage:
                 "must hold webdataset tars (*.tar), in this folder or its shards/",
                 parameter="root",
                 value=self.root,
-                way_out=f"It holds none. {hint}",
+                way_out=f"{self._describe_root()} {hint}",
             )
         for shard, other in pairwise(shards):
             if shard.name == other.name:
@@ -165,6 +166,21 @@ class RemoteStorage:
         if not answers_ranges:
             self._cache = self._cache_for_all(shards)
         return tuple(shards)
+
+    def _describe_root(self) -> str:
+        """Say what is in the place of the tars, as far as the server lists it."""
+        if "{" in self.root:
+            return ""
+        place = self._filesystem._strip_protocol(self.root)
+        try:
+            entries = self._patiently(lambda: self._filesystem.ls(place, detail=True))
+        except Exception:  # every file system raises its own, most where nothing is there
+            return "It holds none."
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for entry in entries:
+            name = unquote(str(entry["name"]).rstrip("/").rpartition("/")[2])
+            names[entry.get("type") == "directory"].append(name)
+        return f"It holds none. {describe_names(names[False], names[True])}"
 
     def _list(self, folder: str, suffixes: tuple[str, ...]) -> list[ShardFile]:
         """List the files with these suffixes in a folder below the root; "" is the root itself."""

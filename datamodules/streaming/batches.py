@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.models.load import Tokenizer, Transform
+from siftclip.datamodules.pool.image_formats import rare_format
 from siftclip.datamodules.pool.reader import (
     BadSampleError,
     ChangedTarError,
@@ -51,6 +52,7 @@ class Batch:
     weights: Tensor | None = None  # float32 [b], of the samples in the loss; None: all alike
     copies: bool = False  # the batch of all ranks may hold a sample twice; the same on all ranks
     faults: tuple[Fault, ...] = ()  # of the samples that were bad, replaced or not
+    formats: tuple[str, ...] = ()  # of the images that are none of JPEG, PNG and WEBP
     retries: int = 0  # reads that had to be repeated
     failure: str = ""  # why the run cannot continue; the rest means nothing then
 
@@ -146,17 +148,20 @@ class SampleDataset(Dataset[Batch]):
         valid = torch.zeros(len(rows), dtype=torch.bool)
         captions = [""] * len(rows)
         faults: list[list[Fault]] = [[] for _ in rows]
+        formats: list[str] = []
         # Loaders without workers run in the training process, whose state must not change.
         with kept_random_states():
             for index, raw in self.reader.read(rows):
                 row = int(rows[index])
                 for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
                     try:
-                        prepared, captions[index] = self._decode(raw, seeds[index])
+                        prepared, captions[index], rare = self._decode(raw, seeds[index])
                         if images is None:
                             images = _empty_batch(len(rows), prepared.shape)
                         self._images.finish(prepared, images[index])
                         rows[index], valid[index] = row, True
+                        if rare is not None:
+                            formats.append(rare)
                         break
                     except ChangedTarError as error:
                         raise error.stop() from None
@@ -187,18 +192,21 @@ class SampleDataset(Dataset[Batch]):
             weights=None if self.weights is None else torch.from_numpy(self.weights[rows]),
             copies=isinstance(requests, DrawnRequests) and requests.copies,
             faults=tuple(fault for of_sample in faults for fault in of_sample),
+            formats=tuple(formats),
         )
 
-    def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str]:
+    def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str, str | None]:
+        """Return the image as `ImageTransform.prepare` does, the caption, and a rare format."""
         if isinstance(raw, BadSampleError):
             raise raw
         caption = decode_caption(raw.caption, self.reader.max_caption_bytes)
         image = self._images.decode(raw.image, self.reader.max_image_pixels)
+        self._images.require_bounded(image, self.reader.max_image_pixels)
         # not torch.manual_seed, which also sets the accelerators' states
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
-        return self._images.prepare(image), caption
+        return self._images.prepare(image), caption, rare_format(raw.image)
 
     def _replacing(self, distinct: np.ndarray, requests: Sequence[Request]) -> Substitutes:
         if not isinstance(requests, DrawnRequests):  # they are all that is read at a time

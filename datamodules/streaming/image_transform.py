@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from open_clip.transform import MaybeConvertMode, MaybeToTensor
+from open_clip.transform import MaybeConvertMode, MaybeToTensor, ResizeKeepRatio
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import (
@@ -30,11 +30,12 @@ from torchvision.transforms import (
 from torchvision.transforms.v2 import functional
 
 from siftclip.datamodules.models.load import Transform
-from siftclip.datamodules.pool.reader import decode_image, decode_pixels
+from siftclip.datamodules.pool.reader import BadSampleError, decode_image, decode_pixels
 from siftclip.errors import ParameterError
 
 ResizeBackend = Literal["pillow", "torch"]
 RESIZE_BACKENDS = ("pillow", "torch")
+_LONGEST_ASPECT = 100  # of an image that is resized as a whole whatever the limit of pixels
 
 
 class ImageTransform:
@@ -59,6 +60,7 @@ class ImageTransform:
         steps: Sequence[Any] = ()
         if self.normalize is not None and isinstance(transform, Compose):
             steps = [t for t in transform.transforms[:-2] if not _changes_nothing(t)]
+        self._shorter_side = _shorter_side(steps)
         if self.on_tensors:
             if self.normalize is None:
                 raise ParameterError(
@@ -84,6 +86,29 @@ class ImageTransform:
         """Return a black image as `prepare` takes it."""
         image = Image.new("RGB", (8, 8))
         return np.array(image) if self.on_tensors else image
+
+    def require_bounded(
+        self, pixels: np.ndarray | Image.Image, max_image_pixels: int, side: int | None = None
+    ) -> None:
+        """Refuse what `prepare` would blow up: it may make the shorter side that of the model.
+
+        Args:
+            pixels: as `prepare` takes them.
+            max_image_pixels: of the resized image as well.
+            side: of the model's images; None: as the steps say, of which a random crop has none.
+
+        Raises:
+            BadSampleError: the resized image would be too large.
+        """
+        side = self._shorter_side if side is None else side
+        if side is None:
+            return
+        sides = pixels.shape[:2] if isinstance(pixels, np.ndarray) else pixels.size
+        limit = max(max_image_pixels, _LONGEST_ASPECT * side**2)
+        if side**2 * max(sides) > limit * min(sides):
+            raise BadSampleError(
+                f"with more pixels than max_image_pixels once its shorter side has {side}"
+            )
 
     def prepare(self, pixels: np.ndarray | Image.Image) -> Tensor:
         """Crop and resize: uint8 [3, size, size], or float32 if the transform is not taken apart.
@@ -117,6 +142,17 @@ def _last_normalize(transform: Transform) -> Normalize | None:
     if type(to_tensor) in (ToTensor, MaybeToTensor) and type(normalize) is Normalize:
         return normalize
     return None
+
+
+def _shorter_side(steps: Sequence[Any]) -> int | None:
+    """Return the size that the steps give to the shorter side of whole images, if they do."""
+    first: Any = next(iter(steps), None)
+    if type(first) is ResizeKeepRatio:
+        return max(first.size) if first.longest < 1 else None
+    size = first.size if type(first) is Resize else None
+    if isinstance(size, Sequence):
+        return size[0] if len(size) == 1 else None
+    return size
 
 
 def _changes_nothing(step: Any) -> bool:

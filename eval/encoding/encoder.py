@@ -6,6 +6,8 @@ a feature does not depend on how many ranks there are, and no image is computed 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from siftclip.agreement import share_texts
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.typed import as_clip
+from siftclip.datamodules.pool.image_formats import describe_formats
 from siftclip.eval.encoding.texts import (
     check_tokens,
     encode_tokens,
@@ -30,6 +33,8 @@ from siftclip.ranks import OneRank, Ranks, sum_arrays
 
 _ROWS_A_SUM = 65_536  # of features that ranks exchange at once
 _TEXTS_A_TOKENIZING = 16_384
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +106,8 @@ class Encoder:
             self._loader(table, [batch for _, batch in mine]) if mine else ()
         )
         total = sum(map(len, sets))
-        done = counted = 0
+        done = counted = images = 0
+        formats = Counter[str]()
         with self._progress(total, "images") as bar:
             for owner, rows in enumerate(sets):
                 parts: list[tuple[ImageBatch, np.ndarray]] = []
@@ -110,7 +116,12 @@ class Encoder:
                     parts.append((batch, self._encode_images(batch.images)))
                     counted, before = min(counted + len(batch.rows) * ranks.size, total), counted
                     bar.update(counted - before)
+                    formats.update(batch.formats)
+                    images += len(batch.rows)
                     done += 1
+                if formats and done == len(mine):
+                    log.info("tasks: %s", describe_formats(formats, images))
+                    formats.clear()
                 yield self._gather(table, rows, parts)
 
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from siftclip.datamodules.pool.image_formats import rare_format
 from siftclip.datamodules.pool.reader import BadSampleError
 from siftclip.errors import InputError
 from siftclip.eval.tasks.kinds.values import TaskSamples
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _PROBE_BYTES = 64
 _PROBED_SIZES = 64  # of each two tasks
-_LONGEST_ASPECT = 100  # that is resized whatever the limit of pixels
 _OFFSET_BITS = 44  # of a tar of at most 16 TiB
 
 
@@ -223,6 +223,7 @@ class ImageBatch(NamedTuple):
     images: Tensor  # [b, 3, size, size] as `ImageTransform.prepare` gives them; black for faults
     ids: np.ndarray  # uint64 [b], see `content_id`
     faults: list[tuple[int, str]]  # (row, what is wrong with the image)
+    formats: tuple[str, ...] = ()  # of the images that are none of JPEG, PNG and WEBP
 
     def pin_memory(self) -> ImageBatch:
         """Copy to page-locked memory, for the loader."""
@@ -253,12 +254,14 @@ class ImageDataset(Dataset[ImageBatch]):
     def __getitems__(self, rows: list[int]) -> ImageBatch:
         """Read a batch. A fault is returned, not raised: other tasks continue."""
         prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
+        formats: list[str] = []
         for place, row in enumerate(rows):
             number, offset, size = self.table.places[row].tolist()
             shard, data, image = self.table.shards[number], b"", self._blank
             try:
                 data = _read(shard, self.table.identities[number], offset, size)
                 image = self._prepare(data)
+                formats += filter(None, [rare_format(data)])
             except InputError as error:
                 faults.append((row, str(error)))
             except OSError as error:
@@ -267,7 +270,7 @@ class ImageDataset(Dataset[ImageBatch]):
                 faults.append((row, f"{shard}: {self.table.names[row]}: {_fault(error)}"))
             ids[place] = content_id(data)
             prepared.append(image)
-        return ImageBatch(np.asarray(rows), torch.stack(prepared), ids, faults)
+        return ImageBatch(np.asarray(rows), torch.stack(prepared), ids, faults, tuple(formats))
 
     def _prepare(self, data: bytes) -> Tensor:
         """Decode and resize, in bounded memory: a resize makes the shorter side that of the model.
@@ -276,13 +279,7 @@ class ImageDataset(Dataset[ImageBatch]):
             BadSampleError: it cannot be decoded or resized, or would be too large.
         """
         pixels = self.transform.decode(data, self.max_image_pixels)
-        sides = pixels.shape[:2] if isinstance(pixels, np.ndarray) else pixels.size
-        side = self._blank.shape[-1]
-        limit = max(self.max_image_pixels, _LONGEST_ASPECT * side**2)
-        if side**2 * max(sides) > limit * min(sides):
-            raise BadSampleError(
-                f"with more pixels than max_image_pixels once its shorter side has {side}"
-            )
+        self.transform.require_bounded(pixels, self.max_image_pixels, self._blank.shape[-1])
         try:
             return self.transform.prepare(pixels)
         except Exception as error:  # of torchvision, Pillow or torch, memory too

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch.utils.data import Sampler
 
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.models.load import ClipModel
+from siftclip.datamodules.pool.image_formats import describe_formats
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.streaming.batches import Request
 from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
@@ -23,6 +26,8 @@ from siftclip.progress import show_progress
 from siftclip.ranks import Ranks
 from siftclip.trainer.models.embedding import embed_batch, embedding_dataset
 from siftclip.writing import delete_folder, make_folder
+
+log = logging.getLogger(__name__)
 
 LEARNER = "learner"  # the arrays are learner_img and learner_txt
 
@@ -71,7 +76,7 @@ class PoolEmbedder:
         cuts = np.flatnonzero(np.diff(self.pool.shard_of_row[rows])) + 1
         parts = np.split(rows, cuts)[ranks.rank :: ranks.size]
         model = self.model()
-        faults = FaultLog()
+        faults, formats = FaultLog(), Counter[str]()
         loader = make_loader(
             embedding_dataset(self.clip, self.pool, max_image_pixels=self.max_image_pixels),
             RowSampler(parts=parts, batch_size=self.batch_size),
@@ -94,6 +99,7 @@ class PoolEmbedder:
                     embedded.append(embed_batch(ready.model, batch.to(device, non_blocking=True)))
                     for cause, place in batch.faults:
                         faults.add(cause, place)
+                    formats.update(batch.formats)
                     bar.update(len(batch.rows))
                 image, text = (torch.cat(values).numpy() for values in zip(*embedded, strict=True))
                 write_npz(
@@ -101,6 +107,8 @@ class PoolEmbedder:
                     uids=self.pool.uids[part],
                     **{f"{LEARNER}_img": image, f"{LEARNER}_txt": text},
                 )
+        if formats:
+            log.info("embed: %s", describe_formats(formats, sum(map(len, parts))))
         # Together, so that no rank waits for one that has stopped.
         bad = int(ranks.sum(torch.tensor(faults.samples)))
         if bad > self.max_bad_fraction * len(rows):

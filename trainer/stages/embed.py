@@ -7,6 +7,7 @@ continues with the next shard. Ranks take turns with the shards.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from siftclip.datamodules.identity.identities import differences, kept_identity,
 from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.record import fingerprint, model_record
+from siftclip.datamodules.pool.image_formats import describe_formats
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.streaming.batches import Request
 from siftclip.datamodules.streaming.loader import make_loader
@@ -130,7 +132,7 @@ def _embed(
     # By number, not by what is left: a rank that starts late sees what the others have written.
     share = list(range(fabric.global_rank, len(pool.shards), fabric.world_size))
     mine = _shards_to_embed(folder, pool, share) if common.reuse else share
-    faults = FaultLog()
+    faults, formats = FaultLog(), Counter[str]()
     sampler = ShardSampler(pool=pool, shards=mine, batch_size=features.batch_size)
     loader = _loader(settings.data, clip, sampler, pin_memory=fabric.device.type == "cuda")
     bar = show_progress(
@@ -148,6 +150,7 @@ def _embed(
                 parts.append(embed_batch(model, batch.to(fabric.device, non_blocking=True)))
             for cause, place in batch.faults:
                 faults.add(cause, place)
+            formats.update(batch.formats)
             rows = pool.shard_rows(int(pool.shard_of_row[int(batch.rows[0])]))
             if int(batch.rows[-1]) == rows[-1]:
                 _write_shard(folder, pool, rows, features.name, parts)
@@ -155,9 +158,12 @@ def _embed(
             bar.update(len(batch.rows))
     if faults.samples:
         log.warning("embed: without features %s", faults.summary())
+    total = sum(len(pool.shard_rows(shard)) for shard in mine)
+    if formats:
+        log.info("embed: %s", describe_formats(formats, total))
     faults.check(
         owner=f"embed {pool.root}",
-        total=sum(len(pool.shard_rows(shard)) for shard in mine),
+        total=total,
         max_bad_fraction=settings.pool.max_bad_fraction,
     )
     fabric.barrier()  # the features are complete when any rank returns

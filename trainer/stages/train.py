@@ -456,10 +456,7 @@ def _fit(
         stop.raise_if_stopped(trainer.global_step, budget.total_steps)
     if trainer.global_step < budget.total_steps:
         raise InputError(f"{run.path}: training stopped at step {trainer.global_step}.")
-    if data.faults.samples:
-        log.warning(
-            "training replaced %d bad samples: %s", data.faults.samples, data.faults.summary()
-        )
+    data.counts.say_at_end()
     state = whole_state(module.model if module.ema is None else module.ema.averaged)
     if is_rank_zero():
         save_model_folder(parts.clip, run.model, state)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from siftclip.datamodules.index.tar_index import ShardIndex
-from siftclip.datamodules.index.tar_walk import TarSample
+from siftclip.datamodules.index.tar_walk import NoTarError, TarSample
 from siftclip.errors import InputError
 
 
@@ -142,12 +142,18 @@ def test_garbage_in_the_middle_counts_as_cut(
 
 @pytest.mark.parametrize("content", [b"", b"\x1f\x8b compressed", b"PK\x03\x04" * 400, b"a" * 5000])
 def test_other_files_are_not_tars(
-    index_tar: Callable[[Path], ShardIndex], content: bytes, tmp_path: Path
+    index_tar: Callable[[Path], ShardIndex],
+    list_tar: Callable[[Path], list[TarSample]],
+    content: bytes,
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.tar must be an uncompressed tar file"):
-        index_tar(path)
+    with pytest.raises(NoTarError, match=r"a\.tar must be an uncompressed tar file"):
+        list_tar(path)
+    index = index_tar(path)
+    assert index.truncated
+    assert index.faults.samples == 1
 
 
 def test_empty_archive_is_whole(

@@ -60,8 +60,13 @@ def write(path: Path, members: list[tuple[str, str, int, float]], tar_format: in
 
 
 def as_webdataset_sees(path: Path) -> list[dict[str, Any]]:
+    """Less hidden files in folders, which webdataset takes for parts of a sample `folder/`."""
     with path.open("rb") as file:
-        members = [{**member, "__url__": ""} for member in tar_file_iterator(file)]
+        members = [
+            {**member, "__url__": ""}
+            for member in tar_file_iterator(file)
+            if not member["fname"].rpartition("/")[2].startswith(".")
+        ]
     return [
         {key: value for key, value in sample.items() if key != "__url__"}
         for sample in group_by_keys(members, handler=lambda error: True)

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from siftclip.datamodules.models.load import Tokenizer, Transform
 from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.streaming.batches import Batch, SampleDataset
 from siftclip.datamodules.streaming.datamodule import (
     LoaderOptions,
@@ -24,6 +26,7 @@ from siftclip.datamodules.streaming.datamodule import (
     StreamDataModule,
     make_loader,
 )
+from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.order import SampleOrder, Substitutes
 from siftclip.errors import InputError
 
@@ -54,9 +57,9 @@ def spoil(sample: Any, defect: str) -> None:
         sample.image, sample.image_suffix = huge_png(200), "png"
     elif defect == "bomb":
         sample.image, sample.image_suffix = huge_png(60_000), "png"
-    elif defect == "gif":
+    elif defect == "jpeg 2000":
         buffer = io.BytesIO()  # a sound image, of a format that is not decoded
-        Image.open(io.BytesIO(sample.image)).save(buffer, format="GIF")
+        Image.open(io.BytesIO(sample.image)).save(buffer, format="JPEG2000")
         sample.image = buffer.getvalue()
     elif defect == "empty caption":
         sample.caption = b""
@@ -74,7 +77,7 @@ CAUSES = {
     "cut image": "whose image cannot be decoded",
     "too many pixels": "with more pixels than max_image_pixels",
     "bomb": "with more pixels than",
-    "gif": "whose image cannot be decoded",
+    "jpeg 2000": "whose image cannot be decoded (it is a JPEG 2000 image)",
     "empty caption": "with an empty caption",
     "blank caption": "with an empty caption",
     "not UTF-8": "with a caption that is not UTF-8",
@@ -353,3 +356,53 @@ def test_damaged_pool_streams_full_batches_and_names_every_fault(
     } or (num_workers and len(causes) == 3)  # a worker may keep the deleted file open
     for row in (1, 2, 3, 4):
         assert any(place.endswith(f":{row:09d}") for _, place in faults)
+
+
+def test_rare_formats_are_decoded_and_counted(
+    make_samples: Make,
+    write_pool: Make,
+    load_pool: Callable[..., Pool],
+    make_dataset: MakeDataset,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    samples = make_samples(12)
+    for row, kind in {1: "GIF", 4: "BMP", 5: "TIFF", 9: "TIFF"}.items():
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(samples[row].image)).save(buffer, format=kind)
+        samples[row].image = buffer.getvalue()
+    dataset = make_dataset(load_pool(write_pool(samples)), substitutes=None)
+    counts = LoadCounts(owner="pool", max_bad_fraction=0)
+    for start in (0, 6):
+        batch = dataset.__getitems__([(row, row) for row in range(start, start + 6)])
+        assert batch.valid.all()
+        counts.add(batch)
+    restored = LoadCounts(owner="pool", max_bad_fraction=0)
+    restored.load_state_dict(counts.state_dict())
+    with caplog.at_level("INFO"):
+        restored.say_at_end()
+    expected = "training: 4 of 12 images are no JPEG, PNG or WEBP: 2 TIFF, 1 BMP, 1 GIF"
+    assert caplog.messages == [expected]
+    old = {name: value for name, value in counts.state_dict().items() if name != "formats"}
+    restored.load_state_dict(old)  # of a checkpoint that was written before they were counted
+    assert not restored.formats
+
+
+def test_long_image_is_a_bad_sample_where_it_would_be_resized_as_a_whole(
+    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool], tokenizer: Tokenizer
+) -> None:
+    """As in embedding: 1 x 50,000 pixels whose shorter side becomes 224."""
+    samples = make_samples(12)
+    buffer = io.BytesIO()
+    Image.new("RGB", (50_000, 1)).save(buffer, format="PNG")
+    samples[3].image, samples[3].image_suffix = buffer.getvalue(), "png"
+    dataset = SampleDataset(
+        reader=SampleReader(pool=load_pool(write_pool(samples)), max_image_pixels=10**6),
+        transform=image_transform_v2(PreprocessCfg(size=224), is_train=False),
+        tokenizer=tokenizer,
+        seed=0,
+        substitutes=None,
+    )
+    batch = dataset.__getitems__([(2, 2), (3, 3)])
+    assert batch.valid.tolist() == [True, False]
+    cause = "with more pixels than max_image_pixels once its shorter side has 224"
+    assert batch.faults == ((cause, "00000000.tar:000000003"),)

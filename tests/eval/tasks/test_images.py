@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.pool.reader import decode_image
 from siftclip.datamodules.streaming.image_transform import ImageTransform
 from siftclip.errors import InputError
+from siftclip.eval.encoding.encoder import EncodeOptions, Encoder
 from siftclip.eval.tasks import images
 from siftclip.eval.tasks.images import (
     ImageBatch,
@@ -349,3 +352,27 @@ def test_a_dataset_is_small_when_pickled(task_root: Path, clip: ClipModel) -> No
     assert len(data) < 10_000 + 100 * len(table)
     again = pickle.loads(data)  # noqa: S301 - our own bytes
     assert torch.equal(again[3].images, dataset[3].images)
+
+
+@torch.no_grad()
+def test_rare_formats_are_decoded_and_counted_once(
+    tmp_path: Path,
+    make_task: MakeTask,
+    make_image: MakeImage,
+    clip: ClipModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pictures = [make_image(row, kind) for row, kind in enumerate(("JPEG", "GIF", "BMP", "TIFF"))]
+    samples = write(make_task, tmp_path / "x", *pictures)
+    table, (rows,) = distinct_images([samples])
+    batch = open_dataset(clip, table)[1]
+    assert batch.formats == ("GIF",)
+    expected = clip.eval_transform(decode_image(pictures[1], 10**6))
+    assert torch.equal(finished(open_dataset(clip, table), batch)[0], expected)
+    options = EncodeOptions(device=torch.device("cpu"), batch_size=2, progress=False)
+    ready = replace(clip, model=copy.deepcopy(clip.model).eval())
+    with caplog.at_level("INFO", logger="siftclip.eval.encoding"):
+        (features,) = Encoder(ready, options).image_sets(table, [rows])
+    assert features.faults == {}
+    (message,) = [record.message for record in caplog.records if record.levelname == "INFO"]
+    assert message == "tasks: 3 of 4 images are no JPEG, PNG or WEBP: 1 BMP, 1 GIF, 1 TIFF"
