@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from siftclip.errors import InputError, require_fraction
+from siftclip.records import Count, Text
 
 EXAMPLES_PER_CAUSE = 3
+_MAX_PLACE = 300  # characters: a tar's header may make a name of megabytes
+
+
+class FaultState(TypedDict):
+    """A log as plain values."""
+
+    counts: dict[Text, Count]
+    examples: dict[Text, list[Text]]
 
 
 @dataclass(slots=True)
@@ -23,6 +32,8 @@ class FaultLog:
         """Record `samples` bad samples of one cause; `place` names the file and the key."""
         self.counts[cause] += samples
         places = self.examples.setdefault(cause, [])
+        if len(place) > _MAX_PLACE:
+            place = f"{place[:_MAX_PLACE]}..."
         if len(places) < EXAMPLES_PER_CAUSE and place not in places:
             places.append(place)
 
@@ -45,12 +56,12 @@ class FaultLog:
             for cause, count in self.counts.most_common()
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> FaultState:
         """Return plain values, for JSON."""
-        return {"counts": dict(self.counts), "examples": self.examples}
+        return FaultState(counts=dict(self.counts), examples=self.examples)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FaultLog:
+    def from_state(cls, state: FaultState) -> FaultLog:
         """Invert `state`."""
         return cls(counts=Counter(state["counts"]), examples=dict(state["examples"]))
 

@@ -39,6 +39,7 @@ from siftclip.datamodules.models.weights import (
 )
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import atomic_path, write_json
+from siftclip.reading import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def load_clip_model(
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
             raise InputError(
                 f"The model {name!r} with pretrained={pretrained!r} could not be built by "
-                f"open_clip: {error}"
+                f"open_clip: {reason_of(error)}"
             ) from error
     for line in lines:
         log.info("%s.", line)

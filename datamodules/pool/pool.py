@@ -36,6 +36,7 @@ from siftclip.datamodules.index.tar_index import (
 from siftclip.datamodules.index.tar_walk import KeySplit, require_key_split
 from siftclip.datamodules.index.uids import UidTable
 from siftclip.datamodules.pool.metadata import read_metadata_uids
+from siftclip.datamodules.pool.table_files import TableNotes, read_table
 from siftclip.datamodules.storage.local import (
     LocalStorage,
     ShardFile,
@@ -45,7 +46,7 @@ from siftclip.datamodules.storage.local import (
     is_url,
 )
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import identity_hash, read_json, write_json
+from siftclip.files import identity_hash, write_json
 from siftclip.locks import locked
 
 log = logging.getLogger(__name__)
@@ -417,7 +418,7 @@ def _write_table(
     hidden = FaultLog()
     for index in indices:
         hidden.merge(index.hidden)
-    notes = {
+    notes: TableNotes = {
         "pool": root,
         "fingerprint": digest.hexdigest()[:16],
         "members": members.hexdigest()[:16],
@@ -470,8 +471,7 @@ def _map_table(
     Raises:
         InputError: a file is missing or damaged.
     """
-    notes: dict[str, Any] = read_json(folder / "notes.json")
-    columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
+    notes, columns = read_table(folder, _COLUMNS, len(shards))
     table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
     return {
         "options": options,
@@ -488,19 +488,6 @@ def _map_table(
         "members_digest": notes["members"],
         **columns,
     }
-
-
-def _map_array(path: Path) -> np.ndarray:
-    try:
-        try:
-            # as a plain array: numpy's class for maps is slow to index
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        except ValueError:  # an empty array cannot be mapped
-            return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again."
-        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -187,7 +187,16 @@ async def _read_http_range(filesystem: HTTPFileSystem, span: Span, on_condition:
         if answer.status != 206:
             raise WholeFileError(f"the answer to a range request has status {answer.status}")
         require_range(span, answer.headers.get("Content-Range", ""))
-        return Answer(await answer.read(), is_checked)
+        return Answer(await _read_body(answer.content.read, end - start), is_checked)
+
+
+async def _read_body(read: Callable[[int], Awaitable[bytes]], size_bytes: int) -> bytes:
+    """Read a body of a size, and one byte of what should not follow, but not all of it."""
+    parts, left = [], size_bytes + 1
+    while left > 0 and (part := await read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> Answer:
@@ -211,7 +220,7 @@ async def _read_s3_range(filesystem: Any, span: Span, on_condition: bool) -> Ans
     try:
         is_checked = require_version(shard, answer)
         require_range(span, answer.get("ContentRange", ""))
-        return Answer(await answer["Body"].read(), is_checked)
+        return Answer(await _read_body(answer["Body"].read, end - start), is_checked)
     finally:
         answer["Body"].close()
 

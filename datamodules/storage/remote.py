@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ from siftclip.datamodules.storage.local import (
 )
 from siftclip.datamodules.storage.shard_cache import ShardCache
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import atomic_path, read_json, write_json
+from siftclip.files import atomic_path, write_json
+from siftclip.records import read_record
 
 log = logging.getLogger(__name__)
 
@@ -465,9 +466,12 @@ class RemoteStorage:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "copies.json"
-        stamps = read_json(known) if known.exists() else {}
+        stamps: dict[str, str] = {}
+        with suppress(InputError):  # then they are copied again
+            stamps = read_record(known, dict[str, str]) if known.is_file() else {}
         for old in stamps.keys() - {file.name for file in files}:
-            (folder / old).unlink(missing_ok=True)
+            if Path(old).name == old:  # never outside of the folder
+                (folder / old).unlink(missing_ok=True)
             del stamps[old]
         todo = [
             file

@@ -26,9 +26,11 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from typing_extensions import TypedDict
 
 from siftclip.errors import InputError
 from siftclip.ranks import OneRank, Ranks
+from siftclip.records import Count, Text, read_record
 
 LOCK_NAME = ".lock"  # of a folder
 POLL_SECONDS = 0.5
@@ -66,6 +68,15 @@ class Holder:
 
     def __str__(self) -> str:
         return f"by process {self.pid} on {self.host} since {self.since} ({self.command})"
+
+
+class _HolderRecord(TypedDict):
+    """A holder in JSON."""
+
+    pid: Count
+    host: Text
+    since: Text
+    command: Text
 
 
 # Record locks do not keep a process from itself, and a process that closes any handle of the file
@@ -123,8 +134,8 @@ def lock_beside(path: Path) -> Path:
 def describe_holder(path: Path) -> str:
     """Say who holds a lock, as its file tells: "by process PID on HOST since TIME (COMMAND)"."""
     try:
-        return str(Holder(**json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError):  # it is just writing it, or just gone
+        return str(Holder(**read_record(path, _HolderRecord)))
+    except (InputError, TypeError):  # it is just writing it, or just gone
         return "by another process"
 
 

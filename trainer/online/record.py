@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from siftclip.files import atomic_path
+from siftclip.errors import InputError
+from siftclip.files import atomic_path, has_form, read_npy
 
 RECORD_NAME = "chosen.npy"
 
@@ -35,4 +36,10 @@ class ChosenRows:
                 blank = np.lib.format.open_memmap(temporary, "w+", np.int64, self.shape)
                 blank[:] = -1
                 blank.flush()
+        there = read_npy(self.path, mapped=True)
+        if not has_form(there, np.int64, self.shape):
+            raise InputError(
+                f"{self.path} must hold int64 {list(self.shape)}, a row for each step of the run. "
+                f"It holds {there.dtype} {list(there.shape)}. Delete it: it is begun anew."
+            )
         return np.lib.format.open_memmap(self.path, "r+")
