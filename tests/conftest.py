@@ -64,6 +64,19 @@ TINY_ARCHITECTURE = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option for tests that repeat for minutes."""
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the nightly tests, or with `--nightly` all others."""
+    nightly = config.getoption("nightly")
+    left_out = [item for item in items if bool(item.get_closest_marker("nightly")) != nightly]
+    items[:] = [item for item in items if bool(item.get_closest_marker("nightly")) == nightly]
+    config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage from now on, among new objects alone."""
     gc.collect()
