@@ -48,6 +48,7 @@ from siftclip.datamodules.storage.local import (
     changed_file_error,
 )
 from siftclip.datamodules.storage.shard_cache import ShardCache
+from siftclip.datamodules.storage.whole_files import ask, copy_file
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import atomic_path, write_json
 from siftclip.records import read_record
@@ -167,7 +168,7 @@ class RemoteStorage:
         filesystem.invalidate_cache()
         place = f"{filesystem._strip_protocol(self.root).rstrip('/')}/{folder}"
         try:
-            listed = self._patiently(lambda: filesystem.ls(place, detail=True))
+            listed = self._patiently(lambda: ask(filesystem, "ls", place, detail=True))
         except FileNotFoundError:
             return []
         return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
@@ -180,7 +181,7 @@ class RemoteStorage:
             path = str(info["name"])
             # as the file will be described when it is looked at again
             if info.get("size") is None or version_of(info)[0] not in CONTENT_FIELDS:
-                info = self._patiently(lambda: filesystem.info(path))
+                info = self._patiently(lambda: ask(filesystem, "info", path))
             if info["size"] is None:
                 raise OSError(f"the server does not tell the size of {path}")
             version = version_of(info)
@@ -227,7 +228,7 @@ class RemoteStorage:
             return True
         two_bytes = Span(shard, 0, 2)
 
-        def ask() -> bool:
+        def try_two() -> bool:
             (answer,) = self._try([two_bytes])
             if isinstance(answer, (WholeFileError, NotImplementedError, ValueError)):
                 return False
@@ -235,7 +236,7 @@ class RemoteStorage:
                 raise answer
             return len(answer) == 2
 
-        return bool(self._patiently(ask))
+        return bool(self._patiently(try_two))
 
     def _cache_for_all(self, shards: Sequence[ShardFile]) -> ShardCache:
         total = sum(shard.size_bytes for shard in shards)
@@ -298,7 +299,10 @@ class RemoteStorage:
         if file in self._changed:
             raise ChangedError
         try:
-            self._patiently(lambda: self._filesystem.get_file(file.path, str(path)), file.path)
+            self._patiently(lambda: copy_file(self._filesystem, file, path), file.path)
+        except ChangedError:
+            self._changed.add(file)
+            raise
         except Exception as error:  # every file system raises its own
             if getattr(error, "errno", None) in DISK_FULL:
                 raise InputError(
@@ -321,12 +325,12 @@ class RemoteStorage:
         """
         filesystem = self._filesystem
 
-        def ask() -> dict[str, Any]:
+        def describe() -> dict[str, Any]:
             filesystem.invalidate_cache()  # of listings, which may be old
-            return dict(filesystem.info(file.path))
+            return dict(ask(filesystem, "info", file.path))
 
         try:
-            info = self._patiently(ask, file.path)
+            info = self._patiently(describe, file.path)
             require_version(file, info)
         except ChangedError:
             return False

@@ -23,14 +23,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LARGEST = 1e100
+
 
 def is_unicode(text: str) -> bool:
     """Return whether a text can be written: JSON may hold half of a surrogate pair."""
     return text == text.encode(errors="replace").decode()
 
 
+def is_moderate(number: float) -> bool:
+    """Return whether sums and squares of such numbers are finite; False for NaN."""
+    return abs(number) <= _LARGEST
+
+
 Count = Annotated[int, Ge(0), Le(2**53)]  # whole numbers up to here are exact as floats
-Number = Annotated[float, Ge(-1e100), Le(1e100)]  # sums and squares of such are finite
+Number = Annotated[float, Predicate(is_moderate)]
 Text = Annotated[str, Predicate(is_unicode)]
 _RULES = {
     "bool_type": "true or false",
@@ -38,9 +45,9 @@ _RULES = {
     "float_type": "a number",
     "int_type": "a whole number",
     "list_type": "a list",
-    "predicate_failed": "text of whole characters",
     "string_type": "a text",
 }
+_PREDICATES = {is_unicode: "text of whole characters", is_moderate: "finite, and at most 1e100"}
 
 
 def read_record(path: Path, shape: type[T], *, way_out: str = "") -> T:
@@ -81,9 +88,16 @@ def checked(record: object, shape: type[T], *, owner: str) -> T:
     place = ".".join(map(str, fault["loc"]))
     if fault["type"] == "missing":
         raise InputError(f"{owner} lacks {place!r}.")
-    rule = _RULES.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
+    rule = _rule_of(fault["type"], fault["msg"])
     where = f"{owner}: {place}" if place else owner
     raise InputError(f"{where} must be {rule}. Got {reprlib.repr(fault['input'])}.")
+
+
+def _rule_of(kind: str, message: str) -> str:
+    """Say what pydantic found broken as the rest of a sentence."""
+    if kind == "predicate_failed":
+        return next(rule for check, rule in _PREDICATES.items() if check.__name__ in message)
+    return _RULES.get(kind) or message.removeprefix("Input should be ")
 
 
 @functools.cache

@@ -106,7 +106,7 @@ class _Open:
         self.nodes += 1
         if not isinstance(node, yaml.ScalarEvent):
             return
-        if node.style is None and len(node.value) > _MAX_PLAIN:
+        if not node.style and len(node.value) > _MAX_PLAIN:
             raise ValueError(f"it has a value of {len(node.value)} characters without quotes")
         if is_key and node.value in self.keys:
             raise ValueError(f"it has {reprlib.repr(node.value)} twice")
