@@ -23,7 +23,7 @@ from siftclip.eval.probes.probe_scores import ProbeSettings
 from siftclip.eval.tasks.kinds.registry import find_kind
 from siftclip.eval.tasks.kinds.values import Task
 from siftclip.eval.tasks.preparation import TaskData, prepare_tasks
-from siftclip.files import read_npz_all, write_npz
+from siftclip.files import parse_json, read_npz_all, write_npz
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +110,19 @@ def _is_there(path: Path, identity: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     kept = read_npz_all(path).get("identity")
-    reasons = differences({} if kept is None else json.loads(str(kept)), identity)
+    reasons = differences({} if kept is None else _parsed(str(kept)), identity)
     if reasons:
         log.info("not reused: %s of %s: %s", path, when(path), "; ".join(reasons))
     return not reasons
+
+
+def _parsed(identity: str) -> dict[str, Any]:
+    """Parse a kept identity; one that is damaged is that of nothing."""
+    try:
+        record = parse_json(identity.encode(errors="replace"))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _check_others(folder: Path, written: set[Path], model: str) -> None:

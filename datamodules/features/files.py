@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from siftclip.datamodules.features.rows import map_npz_array
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, FileIdentity
-from siftclip.files import content_digest, identity_hash
+from siftclip.files import content_digest, identity_hash, npz_names, read_npy, require_floats
+from siftclip.reading import open_file, readable, require_file
 from siftclip.selectors.core.source import FeatureFile
 
 MODEL_ARRAY, ACTIVATION_ARRAY = "model", "activation"  # of the files of `siftclip target`
@@ -39,6 +41,8 @@ def feature_paths(file: FeatureFile) -> list[Path]:
             f"The feature file {file.path!r} must be a file ({', '.join(SUFFIXES)}) or a folder "
             "with such files."
         )
+    for path in paths:
+        require_file(path)
     return paths
 
 
@@ -52,16 +56,25 @@ def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]
     """Yield the rows of a feature file in tensors float [<= chunk_samples, d].
 
     Raises:
-        InputError: a file is missing or damaged, lacks the key, holds no matrix of floats, or has
-            changed while it was read.
+        InputError: a file is missing or damaged, lacks the key, holds no matrix of floats or one
+            of another width than the first, or has changed while it was read.
     """
+    first: tuple[Path, int] | None = None
     for path in feature_paths(file):
         identity = FileIdentity.of(path)
         values = _open(path, file.key)
-        if values.ndim != 2 or not values.is_floating_point():
+        is_plain = values.layout == torch.strided and values.device.type == "cpu"
+        if values.ndim != 2 or not values.is_floating_point() or not is_plain:
             raise InputError(
                 f"{path}{'' if file.key is None else f', {file.key!r},'} must hold floats [n, d]. "
-                f"It holds {values.dtype} {list(values.shape)}."
+                f"It holds {'' if is_plain else f'{values.layout} '}{values.dtype} "
+                f"{list(values.shape)}."
+            )
+        first = first or (path, values.shape[1])
+        if values.shape[1] != first[1]:
+            raise InputError(
+                f"{path} has {values.shape[1]} columns, and {first[0]} has {first[1]}: they are "
+                "features of two models. Name the files of one model."
             )
         for start in range(0, len(values), chunk_samples):
             identity.require(path, START_AGAIN)  # a map of what was cut off would end the process
@@ -75,24 +88,21 @@ def _open(path: Path, key: str | None) -> Tensor:
     if path.suffix == ".npz":
         _warn_of_unknown_activation(path)
         return _from_numpy(path, map_npz_array(path, _only_key(path, key)))
-    try:
-        if path.suffix == ".npy":
-            return _from_numpy(path, np.load(path, mmap_mode="r", allow_pickle=False))
+    if path.suffix == ".npy":
+        return _from_numpy(path, read_npy(path, mapped=True))
+    require_file(path)
+    with readable(path, f"{path.suffix} file"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        raise InputError(f"{path} is not a readable {path.suffix} file: {error}.") from None
     if isinstance(content, Tensor):
         return content
-    names = sorted(content) if isinstance(content, dict) else []
+    names = sorted(map(str, content)) if isinstance(content, dict) else []
     chosen = key if key is not None else (names[0] if len(names) == 1 else None)
-    if chosen not in names or not isinstance(content[chosen], Tensor):
+    if chosen not in names or not isinstance(content.get(chosen), Tensor):
         raise InputError(f"{path}: name one of its tensors {names}. Got {key!r}.")
     return content[chosen]
 
@@ -111,11 +121,8 @@ def _warn_of_unknown_activation(path: Path) -> None:
 
 
 def _names(path: Path) -> list[str]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return sorted(file.files)
-    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
+        return npz_names(archive)
 
 
 def _only_key(path: Path, key: str | None) -> str:
@@ -128,8 +135,7 @@ def _only_key(path: Path, key: str | None) -> str:
 
 
 def _from_numpy(path: Path, values: np.ndarray) -> Tensor:
-    if values.dtype.kind != "f":
-        raise InputError(f"{path} must hold floats. Its dtype is {values.dtype}.")
+    require_floats(values.dtype, str(path))
     if not values.flags.writeable:
         # torch warns of read-only memory; nothing here writes to it
         import warnings

@@ -7,6 +7,7 @@ from a map of the file; a compressed one is held in memory.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from siftclip.datamodules.features.store import FeatureStore
 from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
-from siftclip.files import read_npy_header, read_npz
+from siftclip.files import npz_names, read_npy_header, read_npz, require_plain
+from siftclip.reading import open_file, readable
 
 _LOCAL_HEADER_BYTES = 30
 # Up to so many rows are read for one that is wanted; beyond, a map fetches single pages.
@@ -162,28 +164,24 @@ def find_npz_array(path: Path, key: str) -> ArrayPlace | None:
     Raises:
         InputError: the file is missing or damaged, or lacks the key.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if key not in names:
-                raise InputError(f"{path} must hold the array {key!r}. It holds {sorted(names)}.")
-            member = archive.getinfo(f"{key}.npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                return None
-            file.seek(member.header_offset)
-            header = file.read(_LOCAL_HEADER_BYTES)
-            name_bytes, extra_bytes = (
-                int.from_bytes(header[at : at + 2], "little") for at in (26, 28)
-            )
-            file.seek(name_bytes + extra_bytes, 1)
-            shape, fortran, dtype = read_npy_header(file)
-            if dtype.hasobject:
-                raise ValueError("object arrays would be unpickled")
-            return ArrayPlace(file.tell(), shape, fortran, dtype)
-    except InputError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
+        names = npz_names(archive)
+        if key not in names:
+            raise InputError(f"{path} must hold the array {key!r}. It holds {names}.")
+        member = archive.getinfo(f"{key}.npy")
+        with archive.open(member) as values:  # compares the headers of the archive
+            shape, fortran, dtype = read_npy_header(values, member.file_size)
+            header_bytes = values.tell()
+        require_plain(dtype)
+        if member.compress_type != zipfile.ZIP_STORED:
+            return None
+        file.seek(member.header_offset)
+        header = file.read(_LOCAL_HEADER_BYTES)
+        name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        start = member.header_offset + len(header) + name_bytes + extra_bytes
+        if start + member.file_size > os.fstat(file.fileno()).st_size:
+            raise ValueError("it ends inside of an array")
+        return ArrayPlace(start + header_bytes, shape, fortran, dtype)
 
 
 def map_npz_array(path: Path, key: str) -> np.ndarray:
@@ -195,15 +193,15 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
     place = find_npz_array(path, key)
     if place is None:
         return read_npz(path, [key])[0]
-    try:
+    with open_file(path) as file, readable(path, "npz file"):
+        if 0 in place.shape or not place.dtype.itemsize:  # what is empty cannot be mapped
+            return np.empty(place.shape, place.dtype)
         mapped = np.memmap(
-            path,
+            file,
             dtype=place.dtype,
             mode="r",
             offset=place.offset_bytes,
             shape=place.shape,
             order="F" if place.fortran else "C",
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
-    return np.asarray(mapped)
+        return np.asarray(mapped)

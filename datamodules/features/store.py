@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,9 @@ from siftclip.datamodules.pool.metadata import read_metadata_uids
 from siftclip.datamodules.pool.pool import Coverage, Pool
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, FileIdentity
-from siftclip.files import read_json, read_npy_header, read_npz
+from siftclip.files import npz_names, read_json, read_npy_header, read_npz, require_floats
+from siftclip.reading import open_file, readable
+from siftclip.selectors.core.source import set_name
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +73,19 @@ class FeatureStore:
         """Check, from the headers alone, that every part has the arrays, a row for each uid.
 
         Raises:
-            InputError: a part is damaged, an array is missing or of another kind, or rows differ.
+            InputError: a part is damaged, an array is missing or of another kind, or rows differ,
+                or the widths of one feature set.
         """
+        first: dict[str, tuple[Path, str, int]] = {}  # by the name of a feature set
         for part in self.parts:
-            _check_arrays(part.path, keys, part.uids)
+            for key, width in _check_arrays(part.path, keys, part.uids).items():
+                path, other, expected = first.setdefault(set_name(key), (part.path, key, width))
+                if width != expected:
+                    raise InputError(
+                        f"{part.path}: the array {key!r} has {width} columns, and {other!r} of "
+                        f"{path} has {expected}. Features of one model have one width: one of the "
+                        "two is of another model, or damaged. Embed these samples again."
+                    )
         return self
 
 
@@ -172,12 +182,13 @@ def check_activation(folder: Path) -> None:
     model = manifest.get("model") if isinstance(manifest, dict) else None
     if not isinstance(model, dict) or "loaded" in manifest or not model.get("pretrained"):
         return
+    options = model.get("options")
     # Here, since importing open_clip takes seconds, which other features need not cost.
     from siftclip.datamodules.models.weight_needs import activation_name, wrong_activation
 
     name, tag = str(model.get("name")), str(model["pretrained"])
     if model.get("architecture") is None:
-        built = wrong_activation(name, tag, model.get("options"))
+        built = wrong_activation(name, tag, options if isinstance(options, dict) else None)
         if built is not None:
             raise InputError(
                 f"{folder} holds features of {name} that an earlier version of siftclip made with "
@@ -214,21 +225,21 @@ def _read_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
     return uids, np.ones(len(uids), dtype=bool), FaultLog()
 
 
-def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> None:
-    """Check the arrays' kind, and their rows against the uids."""
+def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> dict[str, int]:
+    """Check the arrays' kind, and their rows against the uids; return their widths by key."""
     headers = _headers(path)
     for key in keys:
         if key not in headers:
             raise MissingArrayError(key, path, sorted(headers))
         shape, dtype = headers[key]
-        if dtype.kind != "f":
-            raise InputError(f"{path}: the array {key!r} must hold floats. Its dtype is {dtype}.")
+        require_floats(dtype, f"{path}: the array {key!r}")
         if len(shape) != 2 or shape[0] != samples:
             parquet = path.with_suffix(".parquet")
             raise InputError(
                 f"{path}: the array {key!r} must have one row for each of the {samples} uids in "
                 f"{parquet.name if parquet.exists() else 'it'}. Its shape is {shape}."
             )
+    return {key: headers[key][0][1] for key in keys}
 
 
 def is_readable(path: Path) -> bool:
@@ -242,14 +253,12 @@ def is_readable(path: Path) -> bool:
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Read shape and dtype of each array of an npz, by its key."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            headers = {}
-            for name in archive.namelist():
-                if name.endswith(".npy"):
-                    with archive.open(name) as member:
-                        shape, _, dtype = read_npy_header(member)
-                    headers[name.removesuffix(".npy")] = (shape, dtype)
-            return headers
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
+    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
+        headers = {}
+        for key in npz_names(archive):
+            if f"{key}.npy" in archive.NameToInfo:
+                member = archive.getinfo(f"{key}.npy")
+                with archive.open(member) as values:
+                    shape, _, dtype = read_npy_header(values, member.file_size)
+                headers[key] = (shape, dtype)
+        return headers

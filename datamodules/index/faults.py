@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from siftclip.errors import InputError, require_fraction
+from siftclip.records import Count, Text
 from siftclip.redaction import printable
 
 EXAMPLES_PER_CAUSE = 3
 WAY_OUT = "Repair or remove these samples, or allow more with max_bad_fraction."
+_MAX_PLACE = 300  # characters: a tar's header may make a name of megabytes
+
+
+class FaultState(TypedDict):
+    """A log as plain values."""
+
+    counts: dict[Text, Count]
+    examples: dict[Text, list[Text]]
 
 
 @dataclass(slots=True)
@@ -26,6 +35,8 @@ class FaultLog:
         self.counts[cause] += samples
         place = printable(place)  # names of members are those that strangers gave
         places = self.examples.setdefault(cause, [])
+        if len(place) > _MAX_PLACE:
+            place = f"{place[:_MAX_PLACE]}..."
         if len(places) < EXAMPLES_PER_CAUSE and place not in places:
             places.append(place)
 
@@ -48,12 +59,12 @@ class FaultLog:
             for cause, count in self.counts.most_common()
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> FaultState:
         """Return plain values, for JSON."""
-        return {"counts": dict(self.counts), "examples": self.examples}
+        return FaultState(counts=dict(self.counts), examples=self.examples)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FaultLog:
+    def from_state(cls, state: FaultState) -> FaultLog:
         """Invert `state`."""
         return cls(counts=Counter(state["counts"]), examples=dict(state["examples"]))
 

@@ -12,7 +12,11 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from annotated_types import MaxLen, MinLen
+
+from siftclip.errors import InputError
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # open_clip's order of preference
 TEXT_SUFFIX = "txt"
@@ -35,6 +39,7 @@ WRITE_BOTH = (
 COPY_AGAIN = "Copy these tars again, remove them, or allow more with max_bad_fraction."
 _COMPRESSORS = ("gzip", "bzip2", "xz", "zstd")
 
+KindsState: TypeAlias = list[Annotated[list[Any], MinLen(3), MaxLen(3)]]
 Field = tuple[str | int, ...]  # names and places on the way to a text in a JSON
 
 
@@ -75,16 +80,26 @@ class MemberKinds:
         for kind, samples in other.counts.items():
             self.add(kind, samples)
 
-    def state(self) -> list[Any]:
+    def state(self) -> KindsState:
         """Return plain values, for JSON."""
-        return [[kind.suffixes, kind.fields, count] for kind, count in self.counts.items()]
+        return [
+            [list(kind.suffixes), [list(f) for f in kind.fields], count]
+            for kind, count in self.counts.items()
+        ]
 
     @classmethod
-    def from_state(cls, state: Sequence[Any]) -> MemberKinds:
-        """Invert `state`."""
+    def from_state(cls, state: KindsState) -> MemberKinds:
+        """Invert `state`.
+
+        Raises:
+            InputError: it is something else.
+        """
         kinds = cls()
-        for suffixes, fields, count in state:
-            kinds.counts[MemberKind(tuple(suffixes), tuple(map(tuple, fields)))] = count
+        try:
+            for suffixes, fields, count in state:
+                kinds.counts[MemberKind(tuple(suffixes), tuple(map(tuple, fields)))] = int(count)
+        except (TypeError, ValueError):
+            raise InputError("the kinds of incomplete samples cannot be read") from None
         return kinds
 
     def describe(self) -> str:

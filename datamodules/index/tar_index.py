@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import NotRequired
 
-from siftclip.datamodules.index.faults import FaultLog
-from siftclip.datamodules.index.layouts import IMAGE_SUFFIXES, TEXT_SUFFIX, MemberKinds, kind_of
+from siftclip.datamodules.index.faults import FaultLog, FaultState
+from siftclip.datamodules.index.layouts import (
+    IMAGE_SUFFIXES,
+    TEXT_SUFFIX,
+    KindsState,
+    MemberKinds,
+    kind_of,
+)
 from siftclip.datamodules.index.tar_walk import (
     MAX_CONTENT_BYTES,
     KeySplit,
@@ -27,12 +34,14 @@ from siftclip.datamodules.index.tar_walk import (
 )
 from siftclip.datamodules.index.uids import derive_uid, is_uid, parse_uids
 from siftclip.errors import InputError
-from siftclip.files import read_npz, write_npz
+from siftclip.files import has_form, parse_json, read_npz, write_npz
+from siftclip.records import Count, checked
 
 INDEX_VERSION = 3
 _UID_FIELD = re.compile(rb'"uid"\s*:\s*"([0-9a-fA-F]{32})"')
 _NAMES_SHOWN = 3  # of a sample's members, in messages
 
+MAX_KEY_BYTES = 1024  # a pool keeps as many for every key as its longest has
 SHARED_NAME = "that share the name of another sample in their tar"
 WITHOUT_IMAGE, WITHOUT_CAPTION = "without image", "without caption"
 APART = "whose image and caption do not follow each other in their tar"
@@ -124,14 +133,15 @@ class _IndexBuilder:
             by_suffix = _first_round(members)
             last = members[len(by_suffix) - 1]
             end = round_up(last.offset_bytes + last.size_bytes)  # others do not belong to it
-        image = by_suffix.get("jpg")
-        if image is None:
-            present = (by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix)
-            image = next(present, None)
+        image = by_suffix.get("jpg") or _image_in(by_suffix)
         text, record = by_suffix.get("txt"), by_suffix.get("json")
         if image is None or text is None:
             if not repeats:  # else it is counted
                 self._add_incomplete(sample)
+            return
+        if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
+            cause = f"with a name of more than {MAX_KEY_BYTES} bytes"
+            self._faults.add(cause, self._place(sample))
             return
         if len(members) > 3:
             self._note_hidden(sample)
@@ -262,6 +272,10 @@ def _has_text(sample: TarSample) -> bool:
     return sample.find(TEXT_SUFFIX) is not None
 
 
+def _image_in(by_suffix: Mapping[str, Member]) -> Member | None:
+    return next((by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix), None)
+
+
 def _hidden_pairs(sample: TarSample) -> Counter[str]:
     return sample.hidden_pairs(IMAGE_SUFFIXES, ("txt",))
 
@@ -300,9 +314,21 @@ def _find_uid(record: bytes) -> str | None:
         return None
     if len(uids) > 1:
         raise _UidError("with more than one uid in their JSON")
-    if not is_uid(str(uids[0])):
+    uid = str(uids[0]) if isinstance(uids[0], (str, int)) else ""
+    if not is_uid(uid):
         raise _UidError("with a uid that is not 32 hexadecimal digits")
-    return str(uids[0])
+    return uid
+
+
+class _Notes(FaultState):
+    """What an index keeps beside its arrays."""
+
+    version: str  # of the format, the key split and the tar
+    derived_uids: Count
+    repeated: Count
+    hidden: FaultState
+    truncated: bool
+    incomplete: NotRequired[KindsState]  # an older index has none
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -325,22 +351,27 @@ def load_shard_index(
         open_source: opens the tar.
         path: where the index is kept.
         key_split: see `build_shard_index`.
+
+    Raises:
+        InputError: there is a folder in the place of that file.
     """
+    if path.is_dir():
+        raise InputError(f"{path} must be a file, which an index is kept in. Delete that folder.")
     version = f"{INDEX_VERSION} {key_split} {stamp}"
     index = _read_cached(path, version)
     if index is not None:
         return index
     with open_source() as source:
         index = build_shard_index(source, name, key_split)
-    notes = {
-        "incomplete": index.incomplete.state(),
-        "version": version,
-        "derived_uids": index.derived_uids,
-        "repeated": index.repeated,
-        "hidden": index.hidden.state(),
-        "truncated": index.truncated,
+    notes = _Notes(
+        incomplete=index.incomplete.state(),
+        version=version,
+        derived_uids=index.derived_uids,
+        repeated=index.repeated,
+        hidden=index.hidden.state(),
+        truncated=index.truncated,
         **index.faults.state(),
-    }
+    )
     arrays = {field: getattr(index, field) for field in ARRAY_FIELDS}
     write_npz(path, notes=np.asarray(json.dumps(notes)), **arrays)
     return index
@@ -350,18 +381,33 @@ def _read_cached(path: Path, version: str) -> ShardIndex | None:
     if not path.exists():
         return None
     try:
-        notes_text, *columns = read_npz(path, ["notes", *ARRAY_FIELDS])
-    except InputError:
+        notes_text, *arrays = read_npz(path, ["notes", *ARRAY_FIELDS])
+        record = parse_json(str(notes_text).encode())
+        notes = checked(record, _Notes, owner=str(path))
+    except ValueError:
         return None  # a cache is only a cache: build it again
-    notes = json.loads(str(notes_text))
-    if notes.pop("version") != version:
+    columns = dict(zip(ARRAY_FIELDS, arrays, strict=True))
+    if notes["version"] != version or not _are_columns(columns):
         return None
     return ShardIndex(
-        **dict(zip(ARRAY_FIELDS, columns, strict=True)),
+        **columns,
         derived_uids=notes["derived_uids"],
         repeated=notes["repeated"],
         hidden=FaultLog.from_state(notes["hidden"]),
         incomplete=MemberKinds.from_state(notes.get("incomplete", [])),  # an older index has none
         truncated=notes["truncated"],
         faults=FaultLog.from_state(notes),
+    )
+
+
+def _are_columns(columns: Mapping[str, np.ndarray]) -> bool:
+    """Return whether arrays have the dtypes and shapes of `ShardIndex`, and point into a tar."""
+    uids, keys, *places = columns.values()
+    count = len(uids) if uids.ndim else 0
+    return (
+        has_form(uids, np.uint64, (count, 2))
+        and keys.dtype.kind == "S"
+        and keys.shape == (count,)
+        and all(has_form(array, np.int64, (count,)) for array in places)
+        and all(array.min(initial=0) >= 0 for array in places)
     )

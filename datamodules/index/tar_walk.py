@@ -19,12 +19,14 @@ import numpy as np
 
 from siftclip.datamodules.index.content import LOOKED_AT_BYTES, describe_content
 from siftclip.errors import InputError, ParameterError
+from siftclip.reading import open_handle
 
 BLOCK_BYTES = 512
 MAX_CONTENT_BYTES = 1 << 24  # what a header may make us read: a name, or a sample's JSON
 _WINDOW_BYTES = 4096  # holds the small members between two images: one read a sample
 _AHEAD_BYTES = 8 << 20  # asked of the system in advance: a cold disk is read at full speed
 _HEADERS_A_BLOCK = 1024
+_LENGTH_DIGITS = 10  # of the length of a pax record, with the blank behind it
 _ZEROS = bytes(BLOCK_BYTES)
 _MAX_END_BYTES = 1 << 20  # of the zeros that a tar without members is; more are a lost file
 _FILE_KINDS = b"0\x007"  # regular, regular in old tars, contiguous
@@ -35,7 +37,7 @@ _EMPTY_KINDS = b"123456"  # links, devices, folders, pipes: no data follows, wha
 # webdataset's rule, or at the last one, for pairs such as `movie.0001.jpg` and `movie.0001.txt`.
 KeySplit = Literal["first_dot", "last_dot"]
 KEY_SPLITS: tuple[KeySplit, ...] = ("first_dot", "last_dot")
-_MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_MAX_NAME = 200  # characters in messages: a header may make a name of megabytes
 _META_NAME = re.compile(r"^__[^/]*__($|/)")  # not samples, by webdataset's rule
 
 
@@ -148,7 +150,7 @@ class LocalTar:
         """
         self.name = str(path)
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = open_handle(path)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.") from None
         self.size_bytes = os.fstat(self._file).st_size
@@ -236,15 +238,29 @@ def _split_at_first(name: str) -> tuple[str, str]:
     """
     key, dot, suffix = name.partition(".")
     if not dot or "/" in suffix or not key or key[-1] == "/":  # rare: a dot in a folder's name
-        match = _MEMBER_NAME.match(name)
-        if match is None:
+        end = _find_key_end(name)
+        key, suffix = name[:end], name[end + 1 :]
+        if not key:
             return "", ""
-        key, suffix = match[1], match[2]
-        if key[-1] == "/" or name.rpartition("/")[2].startswith("."):
+        if name.rpartition("/")[2].startswith("."):
             return "", ""
     if key[:2] == "__" and _META_NAME.match(name):
         return "", ""
     return key, suffix
+
+
+def _find_key_end(name: str) -> int:
+    """Find the dot that ends the key of a member whose name has several, or folders; 0 for none.
+
+    It is the match of webdataset's `^((?:.*/|)[^.]+)[.]([^/]*)$`, for which Python takes a time
+    that grows with the square of the name's length.
+    """
+    dot = name.find(".", name.rfind("/") + 1)
+    before = name.rfind(".", 0, max(0, dot))
+    if before < 0:
+        return max(0, dot)
+    slash = name.find("/", before + 1, dot - 1)
+    return dot if slash >= 0 and "\n" not in name[:slash] else 0
 
 
 def _split_at_last(name: str) -> tuple[str, str]:
@@ -274,13 +290,14 @@ class _Extended:
         if kind == ord("L"):
             self.found, self.path = True, _text(record)
             return
-        while record and record[0] != 0:
-            length_text, blank, _ = record.partition(b" ")
-            length = int(length_text)
-            if not blank or not len(length_text) < length <= len(record):
+        start = 0
+        while start < len(record) and record[start] != 0:
+            blank = record.find(b" ", start, start + _LENGTH_DIGITS)
+            end = start + int(record[start:blank]) if blank > start else 0
+            if not start < blank < end <= len(record):
                 raise ValueError("a pax record of impossible length")
-            keyword, equals, value = record[len(length_text) + 1 : length - 1].partition(b"=")
-            if not equals or record[length - 1] != ord("\n"):
+            keyword, equals, value = record[blank + 1 : end - 1].partition(b"=")
+            if not equals or record[end - 1] != ord("\n"):
                 raise ValueError("a pax record without end")
             if keyword == b"path":
                 self.found, self.path = True, _text(value).rstrip("/")
@@ -288,7 +305,7 @@ class _Extended:
                 self.found, self.size_bytes = True, int(value)
             elif keyword.startswith(b"GNU.sparse."):
                 self.found = self.sparse = True
-            record = record[length:]
+            start = end
 
 
 class _HeaderWalk:
@@ -393,7 +410,7 @@ class _HeaderWalk:
         if is_folder:
             self._position = self._start = self._position + BLOCK_BYTES
         else:
-            self.stop(f"inside the member {name!r}", cut=name)
+            self.stop(f"inside the member {name[:_MAX_NAME]!r}", cut=name)
 
     def _pass_over(self, header: bytes, kind: int, size: int) -> None:
         """Go on behind what is no regular file."""

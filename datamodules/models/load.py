@@ -39,6 +39,7 @@ from siftclip.datamodules.models.weights import (
 )
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import write_json
+from siftclip.reading import reason_of
 from siftclip.writing import atomic_path, make_folder, temporary_folder, writing_to
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def load_clip_model(
         except Exception as error:  # open_clip raises RuntimeError, KeyError, OSError, ...
             raise InputError(
                 f"The model {name!r} with pretrained={pretrained!r} could not be built by "
-                f"open_clip: {error}"
+                f"open_clip: {reason_of(error)}"
             ) from error
     for line in lines:
         log.info("%s.", line)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from siftclip.errors import InputError, ParameterError
+from siftclip.reading import require_file
 
 Weights = Literal["auto", "ema", "raw"]
 Tower = Literal["image", "text"]
@@ -39,6 +40,7 @@ UNPREFIXED_TEXT = (
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 COUNTER = ".num_batches_tracked"
 CONFIG_KEY = "open_clip_config"  # where our checkpoints say what model their weights are of
+_MAX_LINE = 300  # characters of a line of what a library says
 NAMED_KEYS = 5  # a message names so many keys; a wrong file has hundreds
 
 
@@ -63,6 +65,7 @@ def read_weights(path: str | Path, *, weights: Weights = "auto") -> dict[str, Te
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file.")
+    require_file(path)
     try:
         content = _read_tensors(Path(path))
         state = content.get("state_dict", content)
@@ -87,10 +90,10 @@ def read_config(path: Path) -> Any:
     Only the table of contents is read. A file that cannot be read says nothing here: loading its
     weights says what is wrong with it.
     """
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors" or not path.is_file():
         return None
     try:
-        content = _read_tensors(path)
+        content = _read_tensors(path) if zipfile.is_zipfile(path) else None
     except Exception:  # damaged files raise anything, see `read_weights`
         return None
     return content.get(CONFIG_KEY) if isinstance(content, dict) else None
@@ -255,10 +258,12 @@ def fault_of(error: Exception) -> str:
         if other is None:
             return "it is damaged, or no checkpoint of PyTorch"
         return (
-            f"it holds more than tensors ({other[1]}), and reading that could run code. Whoever "
-            "made the file can write the tensors alone: those of the model's state_dict()"
+            f"it holds more than tensors ({other[1][:_MAX_LINE]}), and reading that could run "
+            "code. Whoever made the file can write the tensors alone: those of the model's "
+            "state_dict()"
         )
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = [line[:_MAX_LINE] for line in str(error).strip().splitlines()]
+    lines = lines or [type(error).__name__]
     return "\n".join([*lines[: NAMED_KEYS + 1], *(["..."] if len(lines) > NAMED_KEYS + 1 else [])])
 
 

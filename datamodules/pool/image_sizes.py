@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,10 +13,15 @@ from siftclip.datamodules.index.tar_walk import TruncatedTarError, walk_tar
 from siftclip.datamodules.pool.metadata import read_metadata
 from siftclip.datamodules.pool.pool import Pool, metadata_tables
 from siftclip.errors import InputError
-from siftclip.files import write_npy
+from siftclip.files import has_form, read_npy, write_npy
 from siftclip.progress import track
+from siftclip.reading import reason_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS = ("original_width", "original_height")
+_LARGEST = 2**31  # pixels, beyond any image
 _JSON_FIELDS = (COLUMNS, ("width", "height"))  # img2dataset's, then an image's as it is stored
 
 
@@ -38,18 +45,32 @@ def _from_metadata(pool: Pool, paths: list[Path]) -> np.ndarray:
         uids, valid, _, names, table = read_metadata(path, COLUMNS)
         if not set(COLUMNS) <= set(names):
             raise InputError(f"{path} must have the columns {COLUMNS}. It has {names}.")
-        values = np.stack([table[name].fill_null(-1).to_numpy() for name in COLUMNS], axis=1)
+        values = np.stack([_whole_numbers(path, table[name], name) for name in COLUMNS], axis=1)
         rows = np.where(valid, pool.table.find(uids), -1)
         present = np.flatnonzero(rows >= 0)[::-1]
         sizes[rows[present]] = values[present]
     return sizes
 
 
+def _whole_numbers(path: Path, column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """Convert a column of whole numbers to int64 [n], -1 for null."""
+    import pyarrow as pa
+
+    try:
+        # a float is one, too, if it is whole: pandas makes floats of integers with gaps
+        return np.asarray(column.cast(pa.int64()).fill_null(-1).to_numpy())
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path}: the column {name!r} must hold whole numbers: {reason_of(error)}."
+        ) from None
+
+
 def _from_json(pool: Pool, progress: bool) -> np.ndarray:
     path = pool.table_folder / "image_sizes.npy"
-    if path.is_file():
-        known: np.ndarray = np.load(path, allow_pickle=False)
-        return known
+    with suppress(InputError):  # a cache is only a cache
+        known = read_npy(path)
+        if has_form(known, np.int64, (len(pool), 2)):
+            return known
     sizes = np.full((len(pool), 2), -1, dtype=np.int64)
     shards = track(
         pool.shards, total=len(pool.shards), label="image sizes", unit="tar", bar=progress
@@ -76,8 +97,9 @@ def _size_in(record: bytes) -> tuple[int, int]:
     try:
         fields = json.loads(record)
         for names in _JSON_FIELDS:
-            if all(isinstance(fields.get(name), int) for name in names):
-                return fields[names[0]], fields[names[1]]
+            width, height = (fields.get(name) for name in names)
+            if isinstance(width, int) and isinstance(height, int):
+                return min(width, _LARGEST), min(height, _LARGEST)
     except (ValueError, AttributeError, RecursionError):
         pass
     return -1, -1

@@ -12,8 +12,10 @@ from siftclip.datamodules.index.faults import FaultLog
 from siftclip.datamodules.index.uids import parse_uid_bytes
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, FileIdentity
+from siftclip.reading import reason_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 _UID = "uid"
@@ -33,23 +35,79 @@ def read_metadata(path: Path, columns: Sequence[str] = ()) -> Metadata:
     """Read uids and columns of a metadata parquet. Opened once: their rows belong together.
 
     Raises:
-        InputError: the file is not parquet, has no column `uid`, or changes while it is read.
+        InputError: the file is not parquet, has no column `uid` of texts, or one of the columns
+            twice, or changes while it is read.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     identity = FileIdentity.of(path)
     try:
         with pq.ParquetFile(path, pre_buffer=True) as file:
             names = file.schema_arrow.names
+            _require_once(path, names, (_UID, *columns))
             table = file.read(columns=[name for name in names if name in (_UID, *columns)])
-        texts = table[_UID].combine_chunks().cast(pa.large_binary())
+        texts = _uid_texts(path, table[_UID])
     except Exception as error:  # pyarrow raises ArrowInvalid, KeyError and OSError for bad files
         identity.require(path, START_AGAIN)  # half of a new file is no parquet file either
-        raise InputError(f"{path} must be a parquet file with a column 'uid': {error}.") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} must be a parquet file with a column 'uid': {reason_of(error)}."
+        ) from None
     identity.require(path, START_AGAIN)
     uids, valid, faults = _parse_uids(texts, path.name)
     return Metadata(uids, valid, faults, names, table)
+
+
+def read_labels(path: Path, column: str) -> tuple[np.ndarray, pd.Series]:
+    """Read a column of names or numbers of kinds of a metadata parquet, and the uids of its rows.
+
+    Returns:
+        uids uint64 [n, 2] and labels [n], of the rows with a valid uid.
+
+    Raises:
+        InputError: see `read_metadata`; or there is no such column, or it holds something else.
+    """
+    import pyarrow as pa
+
+    uids, valid, _, names, columns = read_metadata(path, [column])
+    if column not in names:
+        raise InputError(f"{path} must have a column {column!r}. It has {names}.")
+    kind = columns[column].type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    of_labels = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+    if not any(is_kind(kind) for is_kind in (*of_labels, pa.types.is_boolean, pa.types.is_null)):
+        raise InputError(
+            f"{path}: the column {column!r} must hold texts or whole numbers. It holds {kind}."
+        )
+    return uids[valid], columns[column].to_pandas()[valid].reset_index(drop=True)
+
+
+def _require_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Check that the uids are there, and nothing that is wanted is there twice."""
+    if _UID not in names:
+        raise InputError(
+            f"{path} must be a parquet file with a column 'uid', which says whose rows they are. "
+            f"Its columns are {names}."
+        )
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{path} must have one column {twice[0]!r}. It has several.")
+
+
+def _uid_texts(path: Path, column: pa.ChunkedArray) -> pa.Array:
+    """Convert a column of texts, of whatever kind, to one array of binary values."""
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    others = (pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null)
+    if not any(is_kind(kind) for is_kind in (*is_text, *others)):
+        raise InputError(
+            f"{path}: the column 'uid' must hold texts of 32 hexadecimal digits. It holds {kind}."
+        )
+    return column.cast(pa.large_binary()).combine_chunks()
 
 
 def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
@@ -67,8 +125,8 @@ def _parse_uids(texts: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray, Fau
     whole = pc.equal(pc.binary_length(texts), 32).fill_null(False)
     data = np.zeros((len(texts), 32), dtype=np.uint8)
     kept = texts.filter(whole)
-    starts = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset : kept.offset + 1]
     if len(kept):
+        starts = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset : kept.offset + 1]
         content = np.frombuffer(kept.buffers()[2], dtype=np.uint8)
         data[whole.to_numpy(zero_copy_only=False)] = content[starts[0] :][: 32 * len(kept)].reshape(
             -1, 32

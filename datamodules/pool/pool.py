@@ -47,6 +47,7 @@ from siftclip.datamodules.index.tar_index import (
 from siftclip.datamodules.index.tar_walk import KeySplit, require_key_split
 from siftclip.datamodules.index.uids import UidTable
 from siftclip.datamodules.pool.metadata import read_metadata_uids
+from siftclip.datamodules.pool.table_files import TableNotes, read_table
 from siftclip.datamodules.storage.local import (
     LocalStorage,
     ShardFile,
@@ -56,9 +57,10 @@ from siftclip.datamodules.storage.local import (
     is_url,
 )
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import identity_hash, read_json, write_json, write_npy
+from siftclip.files import identity_hash, write_json, write_npy
 from siftclip.locks import locked
 from siftclip.progress import show_progress
+from siftclip.records import read_record
 from siftclip.writing import WriteError, delete_folder, make_folder, move
 
 log = logging.getLogger(__name__)
@@ -380,7 +382,7 @@ def _check_samples(pool: Pool, max_bad_fraction: float) -> None:
 
 def _explain_faults(pool: Pool, total: int) -> tuple[str, str]:
     """Say what samples without an image or a caption have, and what to do if most are such ones."""
-    notes: dict[str, Any] = read_json(pool.table_folder / NOTES_NAME)
+    notes = read_record(pool.table_folder / NOTES_NAME, TableNotes)
     incomplete = MemberKinds.from_state(notes.get("incomplete", []))  # an older table has none
     counts = pool.faults.counts
     found = f"{incomplete.describe()} " if incomplete.counts else ""
@@ -486,7 +488,7 @@ def _write_table(
     for index in indices:
         hidden.merge(index.hidden)
         incomplete.merge(index.incomplete)
-    notes = {
+    notes: TableNotes = {
         "pool": root,
         "fingerprint": digest.hexdigest()[:16],
         "members": members.hexdigest()[:16],
@@ -541,8 +543,7 @@ def _map_table(
     Raises:
         InputError: a file is missing or damaged.
     """
-    notes: dict[str, Any] = read_json(folder / NOTES_NAME)
-    columns = {name: _map_array(folder / f"{name}.npy") for name in _COLUMNS}
+    notes, columns = read_table(folder, _COLUMNS, len(shards))
     table = UidTable(sorted_uids=columns.pop("sorted_uids"), rows=columns.pop("sorted_rows"))
     return {
         "options": options,
@@ -559,20 +560,6 @@ def _map_table(
         "members_digest": notes["members"],
         **columns,
     }
-
-
-def _map_array(path: Path) -> np.ndarray:
-    try:
-        try:
-            # as a plain array: numpy's class for maps is slow to index
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        except ValueError:  # an empty array cannot be mapped
-            return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path} is not a readable npy file: {error}. Delete its folder; it is made again when "
-            "the pool is opened."
-        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from siftclip.datamodules.pool.metadata import Metadata, read_metadata
 from siftclip.datamodules.pool.pool import Pool, metadata_tables
 from siftclip.datamodules.selection.selection import WEIGHTS_NAME, read_subset
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import content_digest, file_stamp
+from siftclip.files import content_digest, file_stamp, read_npy
+from siftclip.reading import reason_of
 from siftclip.selectors.core.source import ExternalColumn, ListColumn
 
 if TYPE_CHECKING:
@@ -140,8 +142,10 @@ def _read_parquet(path: Path, name: str, owner: object) -> tuple[np.ndarray, np.
     uids, valid, faults, _, columns = _with_column(path, name, owner)
     try:
         values = columns[name].to_numpy().astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise _column_error(f"must hold numbers in {path}: {error}", owner, name) from None
+    except Exception as error:  # as many kinds as there are types of pyarrow and numpy
+        raise _column_error(
+            f"must hold numbers in {path}: {reason_of(error)}", owner, name
+        ) from None
     if faults.samples:
         log.warning("%s: left out %s", path, faults.summary())
         uids, values = uids[valid], values[valid]
@@ -206,11 +210,8 @@ def _with_column(path: Path, name: str | None, owner: object) -> Metadata:
 
 
 def _read_structured(path: Path, name: str, owner: object) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a readable npy file: {error}.") from None
-    fields = array.dtype.fields or {}
+    array = read_npy(path, mapped=True)
+    fields: Mapping[str, Any] = array.dtype.fields or {}
     if array.ndim != 1 or not {"f0", "f1", name} <= set(fields):
         raise ParameterError(
             f"needs {path} to be a one-dimensional structured array with the fields f0, f1 (the "
@@ -223,6 +224,7 @@ def _read_structured(path: Path, name: str, owner: object) -> tuple[np.ndarray, 
     if (
         any(fields[half][0] != np.uint64 for half in ("f0", "f1"))
         or fields[name][0].kind not in "fiu"
+        or fields[name][0].shape
     ):
         rule = f"must hold numbers in {path}, and f0 and f1 u8, and it has {array.dtype}"
         raise _column_error(rule, owner, name)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 import siftclip
-from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.index.faults import FaultLog, FaultState
 from siftclip.datamodules.index.layouts import IMAGE_SUFFIXES
 from siftclip.datamodules.index.tar_walk import BLOCK_BYTES, TarSample, TruncatedTarError, walk_tar
 from siftclip.datamodules.index.uids import derive_uid, format_uid
@@ -41,9 +42,10 @@ from siftclip.datamodules.selection.selection import (
 )
 from siftclip.datamodules.storage.local import StorageError
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.files import read_json, write_json
+from siftclip.files import write_json
 from siftclip.locks import LOCK_NAME
 from siftclip.progress import show_progress
+from siftclip.records import Count, Text, read_record
 from siftclip.writing import atomic_path, delete_file, make_folder
 
 MANIFEST_NAME = "compact.json"
@@ -55,6 +57,21 @@ _COMMON_HEADER = ord("g")
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 
 
+class ShardState(TypedDict):
+    """A tar that has been written, as plain values."""
+
+    name: Text
+    samples: Count
+    bytes: Count
+    faults: FaultState
+
+
+class _Manifest(TypedDict):
+    """What is read of a compaction's manifest."""
+
+    shards: list[ShardState]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewShard:
     """A tar that has been written."""
@@ -64,17 +81,17 @@ class NewShard:
     size_bytes: int
     faults: FaultLog = field(default_factory=FaultLog)  # of the samples that it lacks
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ShardState:
         """Return plain values, for JSON."""
-        return {
-            "name": self.name,
-            "samples": self.samples,
-            "bytes": self.size_bytes,
-            "faults": self.faults.state(),
-        }
+        return ShardState(
+            name=self.name,
+            samples=self.samples,
+            bytes=self.size_bytes,
+            faults=self.faults.state(),
+        )
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> NewShard:
+    def from_state(cls, state: ShardState) -> NewShard:
         """Invert `state`."""
         return cls(
             name=state["name"],
@@ -386,9 +403,9 @@ def _finished_shards(
                 f"but no {MANIFEST_NAME}.",
             )
         return {}
-    manifest: dict[str, Any] = read_json(path)
+    manifest = read_record(path, _Manifest, way_out=f"Delete {folder} and compact again.")
     # Earlier versions did not note the members of the pool's tars.
-    noted = {"members": identity["members"], **manifest}
+    noted: dict[str, Any] = {"members": identity["members"], **manifest}
     found_identity = {key: noted.get(key) for key in identity}
     if found_identity != identity:
         raise ParameterError(

@@ -66,6 +66,20 @@ def summarise(scores: np.ndarray) -> dict[str, float]:
     return {f"q{100 * q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}
 
 
+class _KeptArrays(dict[str, np.ndarray]):
+    """The arrays of a file in which an array may be missing."""
+
+    def __init__(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self._path = path
+
+    def __missing__(self, key: str) -> np.ndarray:
+        raise InputError(
+            f"{self._path} must hold the array {key!r}. It holds {sorted(self)}. Delete it, or "
+            "compute again without reuse."
+        )
+
+
 @dataclass(slots=True)
 class FolderCache:
     """Keeps each answer in an npz of its own, written atomically, and knows what it has given."""
@@ -81,7 +95,7 @@ class FolderCache:
         if name not in self.written:
             self.reused[name] = path
         try:
-            return read_npz_all(path)
+            return _KeptArrays(path, read_npz_all(path))
         except InputError as error:  # all ranks must see the same, so it is not passed over here
             raise InputError(f"{error} Delete it, or compute again without reuse.") from None
 

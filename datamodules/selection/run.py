@@ -5,15 +5,90 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import NotRequired, TypedDict
 
 import siftclip
 from siftclip.datamodules.selection.pool_source import PoolSource
-from siftclip.datamodules.selection.selection import UNSCORED_KEY, Selection, make_selection
+from siftclip.datamodules.selection.selection import (
+    MANIFEST_NAME,
+    UNSCORED_KEY,
+    Selection,
+    make_selection,
+    read_selection,
+)
+from siftclip.errors import InputError
+from siftclip.records import Count, Number, Text, checked
 from siftclip.redaction import hidden
 from siftclip.selectors.core.base import ScoreSelector, Selector, run, score_faults
+
+
+class _PoolNotes(TypedDict):
+    """The pool of a selection."""
+
+    metadata_present_fraction: NotRequired[Number]
+
+
+class _Member(TypedDict):
+    """A member of a composition."""
+
+    selector: Text
+    samples: Count
+    kept_distinct: Count
+    seconds: Number
+    unjudged_samples: NotRequired[Count]  # UNSCORED_KEY
+
+
+class _Weights(TypedDict):
+    """The weights of what is kept."""
+
+    min: Number
+    mean: Number
+    max: Number
+
+
+class _Cost(TypedDict):
+    """What a selection took."""
+
+    seconds: Number
+    cpu_seconds: Number
+    ranks: Count
+    device: Text
+
+
+class RunManifest(TypedDict):
+    """What others read of the manifest of a selection that `run_selection` has made."""
+
+    selector: Text
+    pool: _PoolNotes
+    kept_samples: Count
+    kept_distinct: Count
+    kept_fraction: Number
+    unjudged_samples: Count  # UNSCORED_KEY
+    never_samples: NotRequired[Count]
+    score_quantiles_pool: dict[Text, Number]
+    score_quantiles_kept: dict[Text, Number]
+    weights: NotRequired[_Weights]
+    members: list[_Member]
+    warnings: NotRequired[list[Text]]
+    cost: _Cost
+
+
+def read_run_selection(folder: Path) -> Selection:
+    """Read a selection that `run_selection` has made.
+
+    Raises:
+        InputError: see `read_selection`; or its manifest lacks something, or cannot be.
+    """
+    selection = read_selection(folder)
+    try:
+        checked(selection.manifest, RunManifest, owner=str(folder / MANIFEST_NAME))
+    except InputError as error:
+        raise InputError(f"{error} Delete the folder {folder} and select again.") from None
+    return selection
 
 
 def score_pool(selector: ScoreSelector, source: PoolSource) -> np.ndarray:

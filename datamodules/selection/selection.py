@@ -24,7 +24,7 @@ from siftclip.datamodules.index.uids import (
 )
 from siftclip.datamodules.pool.pool import Coverage, Pool
 from siftclip.errors import InputError
-from siftclip.files import read_json_object, write_json, write_npy
+from siftclip.files import read_json_object, read_npy, write_json, write_npy
 from siftclip.selectors.core.rules import can_be_kept
 from siftclip.writing import delete_file
 
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SUBSET_NAME = "selection.npy"
 WEIGHTS_NAME = "weights.npy"
 WEIGHTS_COLUMN = "weight"
+_WEIGHTS_DTYPE = np.dtype([*UID_DTYPE.descr, (WEIGHTS_COLUMN, "<f4")])
 SCORES_NAME = "scores.npy"
 MANIFEST_NAME = "selection.json"
 # In manifests, the number of samples without a score: older ones have it under this name.
@@ -166,14 +167,7 @@ def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: the file is missing, or is not a one-dimensional npy of dtype `u8,u8`.
     """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except Exception as error:  # numpy raises zipfile, value, EOF and OS errors for a damaged file
-        raise InputError(f"{path} is not a readable npy file: {error}.") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} must be a DataComp subset in npy format. It is an npz file.")
+    array = read_npy(path)
     if array.dtype != UID_DTYPE or array.ndim != 1:
         raise InputError(
             f"{path} must be a DataComp subset, one-dimensional with dtype 'u8,u8'. "
@@ -193,7 +187,7 @@ def write_subset(selection: Selection, folder: Path) -> None:
     if selection.weights is None:
         delete_file(weights)
     else:
-        table = np.empty(len(selection.uids), dtype=[*UID_DTYPE.descr, (WEIGHTS_COLUMN, "<f4")])
+        table = np.empty(len(selection.uids), dtype=_WEIGHTS_DTYPE)
         table["f0"], table["f1"] = selection.uids.T
         table[WEIGHTS_COLUMN] = selection.weights
         write_npy(weights, table)
@@ -251,12 +245,14 @@ def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
     """
     if not path.is_file():
         return None
-    try:
-        table = np.load(path, allow_pickle=False)
-        same = np.array_equal(from_structured(table), uids)
-        weights: np.ndarray = table[WEIGHTS_COLUMN].astype(np.float32)
-    except Exception as error:  # as in `read_subset`, and of fields that are not there
-        raise InputError(f"{path} is not a readable file of weights: {error}.") from None
+    table = read_npy(path, kind="file of weights")
+    if table.dtype != _WEIGHTS_DTYPE or table.shape != (len(uids),):
+        raise InputError(
+            f"{path} is not a readable file of weights: it must have {len(uids)} rows of "
+            f"{_WEIGHTS_DTYPE}. It has {list(table.shape)} of {table.dtype}."
+        )
+    same = np.array_equal(from_structured(table), uids)
+    weights: np.ndarray = table[WEIGHTS_COLUMN].astype(np.float32)
     if not same:
         raise InputError(f"{path} is about other samples than {path.with_name(SUBSET_NAME)}.")
     return weights
@@ -270,13 +266,10 @@ def _read_scores(path: Path, uids: np.ndarray) -> np.ndarray | None:
     """
     if not path.is_file():
         return None
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except Exception as error:  # as in `read_subset`
-        raise InputError(f"{path} is not a readable npy file: {error}.") from None
-    if getattr(scores, "dtype", None) != np.float32 or scores.shape != (len(uids),):
+    scores = read_npy(path)
+    if scores.dtype != np.float32 or scores.shape != (len(uids),):
         raise InputError(f"{path} must hold {len(uids)} scores of float32, one for each uid.")
-    return np.asarray(scores)
+    return scores
 
 
 def row_weights(selection: Selection, pool: Pool) -> np.ndarray | None:

@@ -286,15 +286,19 @@ async def _read_http_range(
         if answer.status != 206:
             raise WholeFileError(f"the answer to a range request has status {answer.status}")
         require_range(span, answer.headers.get("Content-Range", ""))
-        return Answer(await _collected(answer.content.iter_any(), progress), is_checked)
+        body = answer.content.iter_any()
+        return Answer(await _collected(body, end - start, progress), is_checked)
 
 
-async def _collected(chunks: AsyncIterator[bytes], progress: Progress) -> bytes:
-    """Join what comes, and note how much has come."""
-    parts = []
+async def _collected(chunks: AsyncIterator[bytes], size_bytes: int, progress: Progress) -> bytes:
+    """Join what comes of a size, and a part of what should not follow; note how much has come."""
+    parts, left = [], size_bytes
     async for chunk in chunks:
         progress.size_bytes += len(chunk)
         parts.append(chunk)
+        left -= len(chunk)
+        if left < 0:
+            break
     return b"".join(parts)
 
 
@@ -321,9 +325,8 @@ async def _read_s3_range(
     try:
         is_checked = require_version(shard, answer)
         require_range(span, answer.get("ContentRange", ""))
-        return Answer(
-            await _collected(answer["Body"].iter_chunks(_CHUNK_BYTES), progress), is_checked
-        )
+        body = answer["Body"].iter_chunks(_CHUNK_BYTES)
+        return Answer(await _collected(body, end - start, progress), is_checked)
     finally:
         answer["Body"].close()
 

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from siftclip.confidential import ConfidentialUrl
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
 from siftclip.datamodules.storage.folders import explain_no_folder, explain_no_tars
 from siftclip.errors import InputError, ParameterError
 from siftclip.file_identity import FileIdentity
-from siftclip.files import read_json, write_json
+from siftclip.files import write_json
+from siftclip.reading import open_handle
+from siftclip.records import read_record
 from siftclip.writing import WriteError
 
 METADATA_SUFFIXES = (".parquet", ".npz")
@@ -230,16 +232,16 @@ def identify_shards(shards: Sequence[ShardFile], folder: Path) -> tuple[ShardFil
         InputError: a tar cannot be read.
     """
     path = folder / _PROBES_NAME
-    known: dict[str, Any] = {}
+    known: dict[str, list[str | int]] = {}
     with suppress(InputError):  # a cache is only a cache
-        known = read_json(path) if path.is_file() else {}
-    probes: dict[str, Any] = {}
+        known = read_record(path, dict[str, list[str | int]]) if path.is_file() else {}
+    probes: dict[str, list[str | int]] = {}
     identified = []
     for shard in shards:
         if shard.identity is not None:
-            place = [shard.stamp, shard.identity.inode]
-            *same, probe = known.get(shard.name, [""])
-            if same != place:
+            place: list[str | int] = [shard.stamp, shard.identity.inode]
+            *same, probe = known.get(shard.name) or [""]
+            if same != place or not isinstance(probe, str):
                 probe = FileIdentity.of(shard.path).probe
             probes[shard.name] = [*place, probe]
             identity = replace(shard.identity, probe=probe)
@@ -303,7 +305,7 @@ class OpenFiles:
         if len(self._files) >= self._most:
             os.close(self._files.popitem(last=False)[1])
         try:
-            file = self._files[path] = os.open(path, os.O_RDONLY)
+            file = self._files[path] = open_handle(path)
         except OSError as error:
             return StorageError(f"in a tar that cannot be opened ({error.strerror})")
         return file

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from siftclip.datamodules.storage.connections import (
     DISK_FULL,
     Answer,
     ConditionError,
-    CopyPace,
     WholeFileError,
     connect,
     describe_error,
@@ -51,9 +50,11 @@ from siftclip.datamodules.storage.local import (
     changed_file_error,
 )
 from siftclip.datamodules.storage.shard_cache import ShardCache
+from siftclip.datamodules.storage.whole_files import ask, copy_file
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import has_content, read_json, write_json
+from siftclip.files import has_content, write_json
 from siftclip.progress import track
+from siftclip.records import read_record
 from siftclip.writing import WriteError, atomic_path, delete_file, make_folder
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class RemoteStorage:
         filesystem.invalidate_cache()
         place = f"{filesystem._strip_protocol(self.root.place).rstrip('/')}/{folder}"
         try:
-            listed = self._patiently(lambda: self._described("ls", place, detail=True))
+            listed = self._patiently(lambda: ask(filesystem, "ls", place, detail=True))
         except FileNotFoundError:
             return []
         return self._describe([info for info in listed if str(info["name"]).endswith(suffixes)])
@@ -201,7 +202,7 @@ class RemoteStorage:
             path = str(info["name"])
             # as the file will be described when it is looked at again
             if info.get("size") is None or version_of(info)[0] not in CONTENT_FIELDS:
-                info = self._patiently(lambda: self._described("info", path))
+                info = self._patiently(lambda: ask(filesystem, "info", path))
             if info["size"] is None:
                 raise OSError(f"the server does not tell the size of {path}")
             version = version_of(info)
@@ -233,14 +234,6 @@ class RemoteStorage:
                     raise real from None
                 self._pause(attempt, reads=1)
 
-    def _described(self, name: str, path: str, **options: Any) -> Any:
-        """Call `ls` or `info` of the file system, for which it has some time."""
-        filesystem = self._filesystem
-        if not isinstance(filesystem, AsyncFileSystem):
-            return getattr(filesystem, name)(path, **options)
-        ask, seconds = getattr(filesystem, f"_{name}"), connections.READ_TIMEOUT_SECONDS
-        return sync(filesystem.loop, ask, path, timeout=seconds, **options)
-
     def _attempts(self, path: str) -> int:
         """Return how often to ask for a file: once if it failed or a batch of it takes minutes."""
         return 1 if path in self._failing else ATTEMPTS
@@ -259,7 +252,7 @@ class RemoteStorage:
             return True
         two_bytes = Span(shard, 0, 2)
 
-        def ask() -> bool:
+        def try_two() -> bool:
             (answer,) = self._try([two_bytes], time.monotonic() + connections.READ_TIMEOUT_SECONDS)
             if isinstance(answer, (WholeFileError, NotImplementedError, ValueError)):
                 return False
@@ -267,7 +260,7 @@ class RemoteStorage:
                 raise answer
             return len(answer) == 2
 
-        return bool(self._patiently(ask))
+        return bool(self._patiently(try_two))
 
     def _cache_for_all(self, shards: Sequence[ShardFile]) -> ShardCache:
         total = sum(shard.size_bytes for shard in shards)
@@ -340,10 +333,10 @@ class RemoteStorage:
         if file in self._changed:
             raise ChangedError
         try:
-            self._patiently(
-                lambda: self._filesystem.get_file(file.path, str(path), callback=CopyPace()),
-                file.path,
-            )
+            self._patiently(lambda: copy_file(self._filesystem, file, path), file.path)
+        except ChangedError:
+            self._changed.add(file)
+            raise
         except Exception as error:  # every file system raises its own
             if getattr(error, "errno", None) in DISK_FULL:
                 raise  # the disk's fault, which whoever writes to it tells
@@ -363,12 +356,12 @@ class RemoteStorage:
         """
         filesystem = self._filesystem
 
-        def ask() -> dict[str, Any]:
+        def describe() -> dict[str, Any]:
             filesystem.invalidate_cache()  # of listings, which may be old
-            return dict(self._described("info", file.path))
+            return dict(ask(filesystem, "info", file.path))
 
         try:
-            info = self._patiently(ask, file.path)
+            info = self._patiently(describe, file.path)
             require_version(file, info)
         except ChangedError:
             return False
@@ -545,9 +538,12 @@ class RemoteStorage:
         folder = self._folder / name
         make_folder(folder)
         known = folder / "copies.json"
-        stamps = read_json(known) if has_content(known) else {}
+        stamps: dict[str, str] = {}
+        with suppress(InputError):  # then they are copied again
+            stamps = read_record(known, dict[str, str]) if has_content(known) else {}
         for old in stamps.keys() - {file.name for file in files}:
-            delete_file(folder / old)
+            if Path(old).name == old:  # never outside of the folder
+                delete_file(folder / old)
             del stamps[old]
         todo = [
             file

@@ -11,11 +11,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from siftclip.errors import InputError
-from siftclip.files import read_json, sha256_of, write_json
+from siftclip.files import sha256_of, write_json
+from siftclip.records import Count, Text, read_record
 
 CHECKSUMS_FILE = "checksums.json"
 _BLOCK_BYTES = 1 << 20
+
+
+class _FileRecord(TypedDict):
+    """The checksum of a file in JSON."""
+
+    size: Count
+    sha256: Text
+
+
+class _Record(TypedDict):
+    """What `checksums.json` holds."""
+
+    repository: Text
+    revision: Text
+    commit: Text
+    splits: list[Text]
+    files: dict[Text, _FileRecord]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,23 +105,23 @@ def read_checksums(folder: Path) -> TaskChecksums | None:
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         return None
-    record = read_json(path)
     try:
-        return TaskChecksums(
-            repository=str(record["repository"]),
-            revision=str(record["revision"]),
-            commit=str(record["commit"]),
-            splits=tuple(str(split) for split in record["splits"]),
-            files={
-                str(name): FileChecksum(size_bytes=int(file["size"]), sha256=str(file["sha256"]))
-                for name, file in record["files"].items()
-            },
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        record = read_record(path, _Record)
+    except InputError as error:
         raise InputError(
-            f"{path} is not a record of checksums: {error!r}. Delete it and download this task "
+            f"{path} is not a record of checksums: {error} Delete it and download this task "
             "again; files that are already right are kept."
         ) from None
+    return TaskChecksums(
+        repository=record["repository"],
+        revision=record["revision"],
+        commit=record["commit"],
+        splits=tuple(record["splits"]),
+        files={
+            name: FileChecksum(size_bytes=file["size"], sha256=file["sha256"])
+            for name, file in record["files"].items()
+        },
+    )
 
 
 def wrong_sizes(folder: Path, checksums: TaskChecksums) -> list[str]:

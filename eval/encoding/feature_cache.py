@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from siftclip.errors import InputError
-from siftclip.files import read_npz, write_npz
+from siftclip.files import has_form, read_npz, write_npz
 from siftclip.ranks import Ranks, sum_arrays
 from siftclip.writing import WriteError
 
@@ -27,7 +27,10 @@ class FeatureCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        parts = [kept for path in sorted(self.folder.glob("*.npz")) if (kept := _read(path))]
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        for path in sorted(self.folder.glob("*.npz")):
+            part = _read(path, parts[0][1].shape[1] if parts else None)
+            parts += [] if part is None else [part]
         ids = [part[0] for part in parts] or [np.empty(0, dtype=np.uint64)]
         self._ids = np.concatenate(ids)
         self._features = np.concatenate([part[1] for part in parts]) if parts else None
@@ -95,9 +98,22 @@ class SharedCache:
             self._cache.add(ids, features)
 
 
-def _read(path: Path) -> list[np.ndarray] | None:
+def _read(path: Path, width: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Read ids, uint64 [n], and features, float32 [n, d]; None for a file that is passed over."""
     try:
-        return read_npz(path, ["ids", "features"])
+        ids, features = read_npz(path, ["ids", "features"])
+        shape = (ids.size, features.shape[-1] if features.ndim else 0)
+        if not has_form(ids, np.uint64, shape[:1]) or not has_form(features, np.float32, shape):
+            raise InputError(
+                f"{path} must hold ids, uint64 [n], and features, float32 [n, d]. It holds "
+                f"{ids.dtype} {list(ids.shape)} and {features.dtype} {list(features.shape)}."
+            )
+        if width is not None and features.shape[1] != width:
+            raise InputError(
+                f"{path} holds features of {features.shape[1]} columns, and others of this model "
+                f"have {width}."
+            )
     except InputError as error:
         log.warning("%s It is passed over: its images are encoded again.", error)
         return None
+    return ids, features

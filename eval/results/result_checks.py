@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from siftclip.eval.metrics.outcomes import Outcomes, Statistic
+from siftclip.records import is_unicode
 
 # Metrics that are shares, by a word of their names in all tools; others only have to be finite.
 _SHARE = re.compile(
@@ -78,14 +79,9 @@ def require_count(name: str, value: object, *, least: int = 0) -> int:
 
 def require_text(name: str, value: object) -> str:
     """Return `value`, a text that is not empty."""
-    if not isinstance(value, str) or not value or not _is_unicode(value):
+    if not isinstance(value, str) or not value or not is_unicode(value):
         raise ValueError(f"{name} must be a text that is not empty. Got {reprlib.repr(value)}")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written: JSON may hold half of a surrogate pair."""
-    return text == text.encode(errors="replace").decode()
 
 
 def check_metrics(metrics: object) -> tuple[dict[str, float | None], tuple[str, ...]]:

@@ -21,6 +21,7 @@ Image-caption selection with one image (SugarCrepe) is stored as retrieval by cl
 from __future__ import annotations
 
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from siftclip.eval.tasks.kinds.base import TaskKind
 from siftclip.eval.tasks.kinds.registry import find_kind
 from siftclip.eval.tasks.kinds.values import OWN_FAMILY, Task
 from siftclip.eval.tasks.known_tasks import known_task
+from siftclip.reading import read_text
 
 TEST_SPLIT = "test"
 FOLDER_PREFIX = "wds_"
@@ -39,6 +41,7 @@ TYPE_FILE = "dataset_type.txt"
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 NSHARDS_FILE = "nshards.txt"
+_MAX_DIGITS = 9  # of the number of tars
 _LAYOUT = f"{NSHARDS_FILE} holds the number of tars, such as 1; they are 0.tar, 1.tar and so on."
 
 
@@ -268,14 +271,9 @@ def _read_asked(
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a mark at its start is not part of a name
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; a task of this kind needs it.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text: {error}.") from None
+    if not os.path.lexists(path):
+        raise InputError(f"{path} does not exist; a task of this kind needs it.")
+    return read_text(path)
 
 
 def _read_kind(path: Path, default: str) -> TaskKind:
@@ -301,8 +299,9 @@ def _find_shards(root: Path, split: str) -> tuple[Path, ...]:
     if not path.exists():
         raise InputError(f"{path} does not exist. {_LAYOUT}")
     text = _read_text(path).strip()
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{path} must hold a number of at least 1. It holds {text!r}. {_LAYOUT}")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
+        held = reprlib.repr(text)
+        raise InputError(f"{path} must hold a number of at least 1. It holds {held}. {_LAYOUT}")
     shards = []
     for number in range(int(text)):
         shard = folder / f"{number}.tar"
@@ -342,6 +341,6 @@ def read_templates(path: Path) -> tuple[str, ...]:
         if rest == template or "{" in rest or "}" in rest:
             raise InputError(
                 f"{path}, line {number}: a template must contain {{c}} for the name of the class, "
-                f"and no other braces. Got {template!r}."
+                f"and no other braces. Got {reprlib.repr(template)}."
             )
     return templates

@@ -34,6 +34,31 @@ _WAY_OUT = (
 TASK_SAMPLES = 1 << 17  # of a task, at most: what a killed run does again, and the share of a rank
 
 
+def set_name(key: str) -> str:
+    """Return the feature set of an array: `l14_img` and `l14_txt` are of the model `l14`."""
+    name, _, kind = key.rpartition("_")
+    return name if kind in (IMAGE, TEXT) else key
+
+
+def require_one_width(features: Mapping[str, Tensor]) -> None:
+    """Check that all arrays of a feature set have one width.
+
+    Args:
+        features: float [n, d] by key.
+
+    Raises:
+        InputError: they come from different models.
+    """
+    first: dict[str, str] = {}
+    for key, values in features.items():
+        other = first.setdefault(set_name(key), key)
+        if values.shape[1:] != features[other].shape[1:]:
+            raise InputError(
+                f"Images and texts must be features [samples, dim] of one model. {other} and {key} "
+                f"are {list(features[other].shape)} and {list(values.shape)}."
+            )
+
+
 class ListColumn(NamedTuple):
     """A list of whole numbers for each sample, such as the concepts that it shows.
 
@@ -470,7 +495,11 @@ class MemorySource(Source):
             part_samples: cut into parts of so many, in the order of the chunk; None: one part.
             chunk_samples: how many samples a method should hold at a time.
             ranks: that share the work.
+
+        Raises:
+            InputError: two arrays of a feature set have different widths.
         """
+        require_one_width(chunk.features)
         order = np.argsort(chunk.rows)
         self._chunk, self._order, self._files = chunk, order, dict(files or {})
         self._logits = dict(logits or {})

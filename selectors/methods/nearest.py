@@ -76,7 +76,7 @@ def target_ranks(
                     places = torch.from_numpy(place[source.index_of(chunk.rows)])
                     places = places.to(source.device)[chunk.usable()]
                     usable[places] = 1
-                    lists = _add_chunk(lists, targets, chunk, places)
+                    lists = _add_chunk(lists, targets, chunk, places, target)
                     bar.update(len(chunk))
         if done == 0:
             best[source.ranks.sum(usable) > 0] = _UNLISTED
@@ -117,13 +117,15 @@ def _target_blocks(source: Source, target: FeatureFile, size: int, done: int) ->
         yield torch.cat(waiting)
 
 
-def _add_chunk(lists: Tensor, targets: Tensor, chunk: Chunk, places: Tensor) -> Tensor:
+def _add_chunk(
+    lists: Tensor, targets: Tensor, chunk: Chunk, places: Tensor, target: FeatureFile
+) -> Tensor:
     """Update the lists by the usable samples of a chunk, few targets at a time."""
     (features,) = chunk.features.values()
     values = features[chunk.usable()]
     if not len(values):
         return lists
-    require_same_width("the features", values, "the target", targets)
+    require_same_width("the features", values, f"the target {target.path}", targets)
     pieces = [
         update_lists(part, goals, values, places)
         for part, goals in zip(torch.split(lists, 1024), torch.split(targets, 1024), strict=True)

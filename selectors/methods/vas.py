@@ -134,6 +134,9 @@ class Vas(ReadsFeatures, ScoreSelector):
         keys = self.feature_keys(*_SUFFIXES[self.modality])
         return Requirements(features=keys, files=self._files)
 
+    def _names(self) -> str:
+        return f", of {' and '.join(file.path for file in self._files)}," if self._files else ""
+
     def fit(self, source: Source) -> None:
         if self.covariance is not None:
             # the rows of a matrix are stored as the rows of any other array
@@ -160,8 +163,8 @@ class Vas(ReadsFeatures, ScoreSelector):
         if self._matrix.shape != shape:
             raise InputError(
                 f"Vas: the {' x '.join(map(str, shape))} features of the pool need a covariance of "
-                f"that shape. The target's is {' x '.join(map(str, self._matrix.shape))}: it "
-                "belongs to another model."
+                f"that shape. The target's{self._names()} is "
+                f"{' x '.join(map(str, self._matrix.shape))}: it belongs to another model."
             )
         if len(features) == 2:
             return cross_vas(features[0], features[1], self._matrix)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from siftclip.errors import InputError
+from siftclip.reading import open_handle
 
 START_AGAIN = "Start again when nothing writes to it."  # a way out
 _PROBES = 8
@@ -35,7 +36,7 @@ class FileIdentity:
             InputError: it cannot be read.
         """
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = open_handle(path)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}.") from None
         try:
@@ -46,7 +47,7 @@ class FileIdentity:
                 inode=status.st_ino,
                 probe=probe(file, status.st_size),
             )
-        except OSError as error:  # a folder, for one
+        except OSError as error:  # of a disk
             raise InputError(f"{path} cannot be read: {error.strerror}.") from None
         finally:
             os.close(file)

@@ -7,21 +7,26 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import reprlib
 import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
+from siftclip.reading import open_file, open_handle, read_bytes, readable
 from siftclip.writing import atomic_path, make_folder, writing_to
 
 _LINE_WAY_OUT = "Delete that line; what the others hold stays."
+_MAX_LOG_BYTES = 1 << 32  # of a JSONL, to which a long run adds a line every few steps
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +83,9 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: the file is missing or is not JSON.
     """
+    data = read_bytes(path)
     try:
-        return _parsed(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
+        return parse_json(data)
     except ValueError as error:
         raise InputError(f"{path} must be a JSON file: {error}.") from None
 
@@ -134,13 +138,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, rest = read_bytes(path, most=_MAX_LOG_BYTES).split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = _parsed(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(
                 f"{path}, line {number}, is not JSON: {error}. {_LINE_WAY_OUT}"
@@ -154,8 +158,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records + _last_record(rest)
 
 
-def _parsed(data: bytes) -> Any:
-    """Parse JSON in UTF-8, with or without a mark at its start; ValueError for anything else."""
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8, with or without a mark at its start.
+
+    Raises:
+        ValueError: it is something else, nested too deeply, has a name twice, or a number of
+            thousands of digits.
+    """
     text = data.decode("utf-8-sig")
     try:
         return json.loads(text, object_pairs_hook=_distinct)
@@ -202,7 +211,7 @@ def _mend_last_line(file: IO[bytes], path: Path) -> None:
 def _last_record(rest: bytes) -> list[dict[str, Any]]:
     """Return the record behind the last line break of a JSONL file, if it is whole."""
     try:
-        record = _parsed(rest)
+        record = parse_json(rest)
     except ValueError:
         return []
     return [record] if isinstance(record, dict) else []
@@ -228,44 +237,114 @@ def read_npz(path: Path, keys: list[str]) -> list[np.ndarray]:
     Raises:
         InputError: the file is missing or damaged, or lacks a key (the message lists those it has).
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file.files]
-            if missing:
-                raise InputError(
-                    f"{path} must hold the array {missing[0]!r}. It holds {sorted(file.files)}."
-                )
-            arrays = [file[key] for key in keys]
-            if not all(isinstance(array, np.ndarray) for array in arrays):
-                raise ValueError("a member is not in npy format")  # numpy gives its raw bytes
-            return arrays
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except InputError:
-        raise
-    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors for a damaged file
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
-
-
-def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read shape, Fortran order and dtype of an npy; the file is then at the values.
-
-    Raises:
-        ValueError: this is not an npy file.
-    """
-    if np.lib.format.read_magic(file) == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
+        names = npz_names(archive)
+        missing = [key for key in keys if key not in names]
+        if missing:
+            raise InputError(f"{path} must hold the array {missing[0]!r}. It holds {names}.")
+        return [_read_member(archive, key) for key in keys]
 
 
 def read_npz_all(path: Path) -> dict[str, np.ndarray]:
     """Read all arrays of an npz by key, see `read_npz`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = list(file.files)
-    except Exception as error:  # numpy raises zipfile, value and OS errors for a damaged file
-        raise InputError(f"{path} is not a readable npz file: {error}.") from None
-    return dict(zip(keys, read_npz(path, keys), strict=True))
+    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
+        return {key: _read_member(archive, key) for key in npz_names(archive)}
+
+
+def npz_names(archive: zipfile.ZipFile) -> list[str]:
+    """List the keys of an npz, sorted.
+
+    Raises:
+        ValueError: two members have one name, of which readers take either.
+    """
+    names = sorted(name.removesuffix(".npy") for name in archive.namelist())
+    if len(set(names)) < len(names):
+        raise ValueError("it has two members of one name")
+    return names
+
+
+def _read_member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    name = f"{key}.npy"
+    size_bytes = archive.getinfo(name).file_size
+    with archive.open(name) as member:
+        require_plain(read_npy_header(member, size_bytes)[2])
+    with archive.open(name) as member:
+        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        member.read(1)  # of nothing that is left: the checksum is looked at behind the last byte
+        return array
+
+
+def read_npy(path: Path, *, mapped: bool = False, kind: str = "npy file") -> np.ndarray:
+    """Read an array in npy format without ever unpickling.
+
+    Args:
+        path: of the file.
+        mapped: give an array whose values are read when they are asked for, and never written.
+        kind: what messages call it.
+
+    Raises:
+        InputError: the file is missing or damaged, or in another format.
+    """
+    with open_file(path) as file, readable(path, kind):
+        if file.read(4) == b"PK\x03\x04" and zipfile.is_zipfile(file):
+            raise InputError(f"{path} must be in npy format. It is an npz file.")
+        file.seek(0)
+        shape, fortran, dtype = read_npy_header(file, os.fstat(file.fileno()).st_size)
+        require_plain(dtype)
+        if not mapped or 0 in shape or not dtype.itemsize:  # what is empty cannot be mapped
+            file.seek(0)
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+        order: Literal["C", "F"] = "F" if fortran else "C"
+        values = np.memmap(file, dtype, "r", offset=file.tell(), shape=shape, order=order)
+        return np.asarray(values)  # numpy's class for maps is slow to index
+
+
+def read_npy_header(file: IO[bytes], size_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read shape, Fortran order and dtype of an npy; the file is then at the values.
+
+    Args:
+        file: at the first byte of the npy.
+        size_bytes: of the npy.
+
+    Raises:
+        ValueError: this is not an npy file, or it has too few values.
+    """
+    start = file.tell()
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_2_0
+    if version == (1, 0):
+        read = np.lib.format.read_array_header_1_0
+    shape, fortran, dtype = read(file)
+    values_bytes = 0 if dtype.hasobject else math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or values_bytes > size_bytes - (file.tell() - start):
+        raise ValueError(f"it has fewer values than the shape {shape} says")
+    return shape, fortran, dtype
+
+
+def has_form(array: np.ndarray, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bool:
+    """Return whether an array has a dtype and a shape."""
+    return array.dtype == dtype and array.shape == shape
+
+
+def require_plain(dtype: np.dtype) -> None:
+    """Raise ValueError for an array of objects, which would be unpickled, and so could run code."""
+    if dtype.hasobject:
+        raise ValueError("object arrays would be unpickled")
+
+
+def require_floats(dtype: np.dtype, name: str) -> None:
+    """Check the dtype of an array that becomes a tensor of PyTorch.
+
+    Raises:
+        InputError: it is no float16, float32 or float64 in this machine's order of bytes.
+    """
+    if dtype.kind != "f":
+        raise InputError(f"{name} must hold floats. Its dtype is {dtype}.")
+    if dtype.itemsize > 8 or not dtype.isnative:
+        raise InputError(
+            f"{name} must hold floats of 16, 32 or 64 bits in the order of bytes of this machine. "
+            f"Its dtype is {dtype.str}."
+        )
 
 
 def file_stamp(path: Path) -> list[Any]:
@@ -297,7 +376,7 @@ def _content_digest(path: Path, stamp: tuple[int, ...]) -> str:
 def sha256_of(path: Path) -> str:
     """Hash a file's content as it is on the disk now: SHA-256, hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_handle(path), "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -26,9 +26,11 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from typing_extensions import TypedDict
 
 from siftclip.errors import InputError
 from siftclip.ranks import OneRank, Ranks
+from siftclip.records import Count, Text, read_record
 from siftclip.writing import WriteError, writing_to
 
 LOCK_NAME = ".lock"  # of a folder
@@ -67,6 +69,15 @@ class Holder:
 
     def __str__(self) -> str:
         return f"by process {self.pid} on {self.host} since {self.since} ({self.command})"
+
+
+class _HolderRecord(TypedDict):
+    """A holder in JSON."""
+
+    pid: Count
+    host: Text
+    since: Text
+    command: Text
 
 
 # Record locks do not keep a process from itself, and a process that closes any handle of the file
@@ -129,8 +140,8 @@ def lock_beside(path: Path) -> Path:
 def describe_holder(path: Path) -> str:
     """Say who holds a lock, as its file tells: "by process PID on HOST since TIME (COMMAND)"."""
     try:
-        return str(Holder(**json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError):  # it is just writing it, or just gone
+        return str(Holder(**read_record(path, _HolderRecord)))
+    except (InputError, TypeError):  # it is just writing it, or just gone
         return "by another process"
 
 

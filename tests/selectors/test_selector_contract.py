@@ -8,18 +8,27 @@ import inspect
 import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import siftclip.selectors
-from siftclip.errors import ParameterError, name_of, parameters_of
-from siftclip.selectors.core.base import ScoreSelector, Selector
-from siftclip.selectors.core.checks import CHECKS, SelectorFactory, check_selector
+from siftclip.errors import InputError, ParameterError, name_of, parameters_of
+from siftclip.selectors.core.base import Requirements, ScoreSelector, Selector
+from siftclip.selectors.core.checks import (
+    CHECKS,
+    GIVEN,
+    SelectorFactory,
+    check_selector,
+    synthetic_chunk,
+    synthetic_files,
+)
 from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.core.feature_sets import bind_features
 from siftclip.selectors.core.rules import DataCompFraction, TopCount
 from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
-from siftclip.selectors.core.source import FeatureFile
+from siftclip.selectors.core.source import FeatureFile, MemorySource, set_name
 from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans
 from siftclip.selectors.methods.captions.datacomp_filters import (
     BasicFilter,
@@ -189,6 +198,25 @@ def test_built_in_selector_passes(
     check: Callable[[SelectorFactory], None], name: str, factories: dict[str, SelectorFactory]
 ) -> None:
     check(factories[name])
+
+
+def of_two_models(requires: Requirements) -> Iterator[MemorySource]:
+    """Sources in which a file, or one of the arrays of a feature set, is of another model."""
+    chunk, files = synthetic_chunk(requires), synthetic_files(requires)
+    for file, values in files.items():
+        yield MemorySource(chunk, files={**files, file: values.repeat(1, 2)})
+    for key, values in chunk.features.items():
+        if sum(set_name(other) == set_name(key) for other in chunk.features) > 1:
+            with pytest.raises(InputError, match="of one model"):
+                MemorySource(replace(chunk, features={**chunk.features, key: values[:, :5]}))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_features_of_two_models_are_refused(name: str) -> None:
+    requires = bind_features(BUILT_IN[name](), GIVEN).requires
+    for source in of_two_models(requires):
+        with pytest.raises(InputError, match=r"belongs? to another model"):
+            bind_features(BUILT_IN[name](), GIVEN).select(source)
 
 
 def test_every_selector_class_is_checked(factories: dict[str, SelectorFactory]) -> None:

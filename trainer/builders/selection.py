@@ -21,12 +21,11 @@ from siftclip.datamodules.pool.pool import (
     metadata_coverage,
 )
 from siftclip.datamodules.selection.pool_source import PoolSource
-from siftclip.datamodules.selection.run import run_selection, score_pool
+from siftclip.datamodules.selection.run import read_run_selection, run_selection, score_pool
 from siftclip.datamodules.selection.selection import (
     MANIFEST_NAME,
     SelectedSamples,
     expand_rows,
-    read_selection,
     write_selection,
 )
 from siftclip.datamodules.streaming.order import rows_digest
@@ -217,7 +216,7 @@ def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) 
         say_why_not("the selection", identity, kept, like="selector")
     with nullcontext() if there else _once(folder, "The selection", ranks):
         if there or of_first_rank(ranks, source.reuse and path.is_file()):
-            selection = read_selection(folder)
+            selection = read_run_selection(folder)
             if ranks.rank == 0:
                 say_reused("the selection", path)
             for text in selection.manifest.get("warnings", ()):

@@ -39,6 +39,7 @@ from siftclip.trainer.cli.endings import (
 )
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.cli.typed_credentials import without_credentials
+from siftclip.trainer.cli.yaml_faults import YAML_FAULTS, fault_of_yaml
 from siftclip.trainer.runtime.launch import TrainingStopped
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
@@ -192,11 +193,14 @@ def _run_hydra(
     _set_full_error("1")  # until the job begins: faults of the options come to here
     try:
         run()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, *YAML_FAULTS) as error:
+        of_yaml = fault_of_yaml(error)
+        if of_yaml is not None:
+            end_faulty(command, of_yaml, quiet=True)
         if type(error) is CompactHydraException:  # of a job of submitit: see _end
             print(error, file=sys.stderr, flush=True)
             raise SystemExit(1) from None
-        if isinstance(error, ValueError) and not str(error).startswith(_VALUE_ERRORS):
+        if isinstance(error, YAML_FAULTS) and not str(error).startswith(_VALUE_ERRORS):
             raise
         end_faulty(command, _explain(error, command, typed), quiet=True)
     finally:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from siftclip.datamodules.index.uids import UidTable
-from siftclip.datamodules.pool.metadata import read_metadata
+from siftclip.datamodules.pool.metadata import read_labels
 from siftclip.datamodules.selection.selection import Selection, read_selection
 from siftclip.errors import InputError
 from siftclip.eval.reports.report import results_by_key
@@ -242,11 +242,8 @@ def _truth(
     Of a run that selects at every step, among those that it was trained on at the steps that its
     log describes.
     """
-    uids, valid, _, names, columns = read_metadata(path, ["kind"])
-    if "kind" not in names:
-        raise InputError(f"compare.truth={str(path)!r} must have a column 'kind'. It has {names}.")
-    kinds = columns["kind"].to_pandas()[valid].reset_index(drop=True)
-    table = UidTable.build(uids[valid])
+    uids, kinds = read_labels(path, "kind")
+    table = UidTable.build(uids)
     rows = {}
     for (arm, seed), selection in selections.items():
         places = table.find(selection.uids)

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from typing_extensions import TypedDict
 
 from siftclip.datamodules.index.uids import parse_uids, sort_uids, to_structured
 from siftclip.errors import InputError, require_int
-from siftclip.files import read_json, write_json, write_npy, write_tar, write_text
+from siftclip.files import write_json, write_npy, write_tar, write_text
 from siftclip.progress import show_progress
+from siftclip.records import read_record
 from siftclip.trainer.demo.digit_scenes import derive_generator, split_digits
 from siftclip.trainer.demo.samples import DefectMix, Sample, Task, make_samples, make_tasks
 from siftclip.writing import atomic_path, delete_folder
@@ -35,6 +37,13 @@ SPLIT_FRACTIONS = (0.3, 0.45, 0.25)  # of the digits: teacher, pool, evaluation
 SHARD_SAMPLES = 1000
 METADATA_ROWS = 2500  # a parquet file; not a multiple of a shard, as in DataComp
 PNG_EVERY = 10  # every tenth sample is a PNG, the others are JPEG
+
+
+class _Marker(TypedDict):
+    """What says that the data are complete."""
+
+    complete: bool
+    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,8 +278,8 @@ def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
     """Return whether `root` holds the data of just these parameters; an error if it is not ours."""
     marker = root / MARKER_NAME
     if marker.exists():
-        state = read_json(marker)
-        return bool(state["complete"]) and state["parameters"] == parameters
+        state = read_record(marker, _Marker, way_out=f"Delete {root}, or choose another folder.")
+        return state["complete"] and state["parameters"] == parameters
     taken = [name for name in OWN_FOLDERS if (root / name).exists()]
     if taken:
         raise InputError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siftclip.datamodules.index.uids import UidTable
-from siftclip.datamodules.pool.metadata import read_metadata
+from siftclip.datamodules.pool.metadata import read_labels
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.errors import InputError
 
@@ -226,16 +226,14 @@ def read_kinds(pool: Pool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """
     import pandas as pd
 
-    uids, valid, _, names, columns = read_metadata(path, ["kind"])
-    if "kind" not in names:
-        raise InputError(f"The truth file {path} must have a column 'kind'. It has {names}.")
-    kinds = pd.Categorical(columns["kind"].to_pandas()[valid])
+    uids, labels = read_labels(path, "kind")
+    kinds = pd.Categorical(labels)
     if len(kinds.categories) > np.iinfo(np.int16).max:
         raise InputError(
             f"The column 'kind' of the truth file {path} has {len(kinds.categories)} different "
             f"values; at most {np.iinfo(np.int16).max} are described."
         )
-    places = UidTable.build(uids[valid]).find(pool.uids)
+    places = UidTable.build(uids).find(pool.uids)
     answer = np.full(len(pool), UNKNOWN, dtype=np.int16)
     answer[places >= 0] = kinds.codes[places[places >= 0]]
     if (answer == UNKNOWN).all():

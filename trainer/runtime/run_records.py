@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from siftclip.eval.results.result_checks import (
     require_text,
 )
 from siftclip.files import read_json, read_jsonl
+from siftclip.reading import read_text, reason_of
 
 _TEXTS = ("selector", "selection", "pool", "online")
 _COUNTS = ("seed", "steps", "trained_samples", "requested_samples", "selected_samples")
@@ -29,6 +31,8 @@ _BUDGET_WAY_OUT = "Delete it, and the command that trains the run works it out a
 _AMOUNTS = ("_samples", "_seconds", "flops", "passes", "_time")  # ends of names
 _SHARE = "/share_"
 _MAX_DEPTH = 100  # of YAML
+_MAX_PLAIN = 1 << 14  # characters of a value of YAML that may be a number
+_MAX_CONFIG_BYTES = 1 << 22  # that of a run has ten thousand
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -57,14 +61,12 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: the file is missing or damaged, or has aliases, with which a small file can grow
             without end.
     """
+    text = read_text(path, most=_MAX_CONFIG_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
         _require_plain(text)
         config = yaml.load(text, Loader=yaml.CSafeLoader)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        problem = " ".join(str(error).split())
+    except Exception as error:  # the constructors of tags raise what they come across
+        problem = reason_of(error)
         raise InputError(f"{path} is not the configuration of a run: {problem}.") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a run: {reprlib.repr(config)}.")
@@ -72,15 +74,45 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _require_plain(text: str) -> None:
-    """Raise ValueError for YAML that must not be loaded: the loader is recursive and in C."""
-    depth = 0
+    """Raise ValueError for YAML that must not be loaded, before anything is made of it.
+
+    The loader is recursive and in C, takes the last of equal keys, and the square of the length of
+    a number in base 60.
+    """
+    above: list[_Open] = []
     for event in yaml.parse(text, yaml.CSafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it has aliases, which Siftclip never writes")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
+        if isinstance(event, yaml.CollectionEndEvent):
+            above.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            if above:
+                above[-1].add(event)
+            if isinstance(event, yaml.CollectionStartEvent):
+                above.append(_Open(isinstance(event, yaml.MappingStartEvent)))
+        if len(above) > _MAX_DEPTH:
             raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+
+
+@dataclass(slots=True)
+class _Open:
+    """A mapping or a list of YAML whose end has not come yet."""
+
+    is_mapping: bool
+    nodes: int = 0
+    keys: set[str] = field(default_factory=set)
+
+    def add(self, node: yaml.NodeEvent) -> None:
+        is_key = self.is_mapping and self.nodes % 2 == 0
+        self.nodes += 1
+        if not isinstance(node, yaml.ScalarEvent):
+            return
+        if not node.style and len(node.value) > _MAX_PLAIN:
+            raise ValueError(f"it has a value of {len(node.value)} characters without quotes")
+        if is_key and node.value in self.keys:
+            raise ValueError(f"it has {reprlib.repr(node.value)} twice")
+        if is_key:
+            self.keys.add(node.value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

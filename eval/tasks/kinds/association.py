@@ -19,6 +19,7 @@ from siftclip.eval.tasks.kinds.values import (
     TaskSamples,
     TaskScores,
 )
+from siftclip.records import is_unicode
 
 
 class Association(TaskKind):
@@ -33,7 +34,7 @@ class Association(TaskKind):
         try:
             record = json.loads(data)
             cue, chosen = record["cue"], np.asarray(record["associations"])
-            valid = isinstance(cue, str) and cue.strip() and chosen.ndim == 1
+            valid = isinstance(cue, str) and cue.strip() and is_unicode(cue) and chosen.ndim == 1
             valid = valid and chosen.dtype == int and len(chosen) > 0
             valid = valid and set(chosen.tolist()) <= set(range(images))
         except (KeyError, TypeError, ValueError, RecursionError):  # the last of a thousand brackets

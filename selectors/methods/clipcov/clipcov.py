@@ -21,6 +21,7 @@ from siftclip.selectors.core.rules import Of, top_fraction
 from siftclip.selectors.core.source import IMAGE, TEXT, Cache, ReadsFeatures
 from siftclip.selectors.fitting.clusters import Clustering
 from siftclip.selectors.fitting.latent_classes import LatentClasses, find_classes, read_labels
+from siftclip.selectors.kernels.blocks import require_same_width
 from siftclip.selectors.kernels.most_similar import most_similar
 from siftclip.selectors.methods.clipcov.greedy import (
     ClassState,
@@ -169,6 +170,8 @@ class ClipCov(ReadsFeatures, Selector):
             centres = self.clustering.centroids(source, self.requires.features[0])
 
         def nearest(image: Tensor) -> Tensor:
+            centre = "the centroids" if names is None else "the class names"
+            require_same_width("the features", image, centre, centres)
             return most_similar(image, centres)[0]
 
         latent = find_classes(source, cache, self.requires, classes=len(centres), nearest=nearest)

@@ -68,7 +68,7 @@ def test_single_arrays_need_no_name(tmp_path: Path) -> None:
     [
         (lambda path: np.save(path / "a.npy", np.zeros(4)), r"must hold floats \[n, d\]"),
         (lambda path: np.save(path / "a.npy", np.zeros((4, 2), int)), "must hold floats"),
-        (lambda path: (path / "a.npy").write_bytes(b"x"), "not a readable .npy file"),
+        (lambda path: (path / "a.npy").write_bytes(b"x"), "not a readable npy file"),
         (lambda path: (path / "a.npz").write_bytes(b"x"), "not a readable npz file"),
         (lambda path: (path / "a.pt").write_bytes(b"x"), "not a readable .pt file"),
         (lambda path: (path / "a.safetensors").write_bytes(b"x"), "not a readable .safetensors"),
@@ -114,3 +114,25 @@ def test_stamp_changes_with_file_and_key(tmp_path: Path) -> None:
     write(Path(path), np.concatenate([VALUES, VALUES]))
     found.add(feature_file_stamp(FeatureFile(path=path, key="img")))
     assert len(found) == 3
+
+
+def test_files_of_two_widths(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", VALUES)
+    np.save(tmp_path / "b.npy", VALUES[:, :3])
+    with pytest.raises(InputError, match=r"b\.npy has 3 columns, and .*a\.npy has 5"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {1: torch.zeros(2, 2), "img": torch.zeros(3, 3).to_sparse()},
+        {"img": torch.zeros(2, 2, device="meta")},
+        {"img": [1.0]},
+        [torch.zeros(2, 2)],
+    ],
+)
+def test_contents_of_a_pt_that_are_no_matrix(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"a\.pt"):
+        read(tmp_path / "a.pt", key="img")

@@ -249,3 +249,24 @@ def test_row_with_bad_uid_is_not_the_uid_zero(
     write_metadata(Path(pool.root) / "metadata", ["no uid", samples[1].uid, samples[2].uid])
     store = open_store(pool, max_bad_fraction=0.5)
     assert sorted(row for part in store.parts for row in part.rows) == [1, 2]
+
+
+def test_widths_must_agree(pool: Pool, write_metadata: Make) -> None:
+    folder = Path(pool.root) / "metadata"
+    uids = [format_uid(uid) for uid in pool.uids]
+    write_metadata(folder, uids)
+    path = change_npz(folder, "l14_img", np.zeros((6, 5), np.float16))
+    with pytest.raises(
+        InputError, match=r"'l14_txt' has 8 columns, and 'l14_img' of .* has 5"
+    ) as e:
+        open_store(pool)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "g"])
+def test_floats_that_torch_does_not_know(pool: Pool, write_metadata: Make, dtype: str) -> None:
+    folder = Path(pool.root) / "metadata"
+    write_metadata(folder, [format_uid(uid) for uid in pool.uids])
+    change_npz(folder, "l14_img", np.zeros((6, 8), dtype))
+    with pytest.raises(InputError, match=r"'l14_img' must hold floats of 16, 32 or 64 bits"):
+        open_store(pool)

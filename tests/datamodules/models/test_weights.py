@@ -18,7 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from siftclip.datamodules.models.load import load_clip_model
-from siftclip.datamodules.models.weights import load_tower_weights, load_weights, read_weights
+from siftclip.datamodules.models.weights import (
+    load_tower_weights,
+    load_weights,
+    read_config,
+    read_weights,
+)
 from siftclip.errors import InputError
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -302,3 +307,28 @@ def test_built_in_name_and_a_file(state: State, tmp_path: Path) -> None:
         InputError, match=r"does not hold the weights of this model: 240 missing \("
     ):
         load_clip_model("ViT-S-32-alt", pretrained=str(tmp_path / "x.pt"))
+
+
+def test_no_files_and_long_messages(tmp_path: Path) -> None:
+    pipe = tmp_path / "a.pt"
+    os.mkfifo(pipe)
+    assert read_config(pipe) is None  # it does not wait for somebody who writes
+    with pytest.raises(InputError, match=r"a\.pt is not a file"):
+        read_weights(pipe)
+    path = tmp_path / "b.safetensors"
+    header = json.dumps({"a" * 9000: {"dtype": "b" * 9000}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError) as caught:
+        read_weights(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_archive_of_several_disks_says_nothing(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    locator = data.rfind(b"PK\x06\x07")  # of the large archives that PyTorch writes
+    assert locator > 0
+    data[locator + 16 : locator + 20] = b"\x09\0\0\0"
+    path.write_bytes(data)
+    assert read_config(path) is None

@@ -58,3 +58,35 @@ def test_json_of_the_samples_counts_without_metadata(
     others = {key: size for key, size in by_key.items() if size != [-1, -1]}
     assert len(others) == 2
     assert np.array_equal(read_image_sizes(pool, progress=False), sizes)  # kept
+
+
+def test_numbers_of_json_that_no_image_has(
+    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool]
+) -> None:
+    samples = make_samples(3)
+    for sample, width in zip(samples, ("1" + "0" * 30, "true", '"x"'), strict=True):
+        sample.record = f'{{"uid": "{sample.uid}", "width": {width}, "height": 5}}'.encode()
+    pool = load_pool(write_pool(samples))
+    sizes = read_image_sizes(pool, progress=False)
+    assert sizes[0].tolist() == [2**31, 5]
+    assert sizes[2].tolist() == [-1, -1]
+    for damaged in (b"", b"x"):  # a cache is only a cache
+        (pool.table_folder / "image_sizes.npy").write_bytes(damaged)
+        assert np.array_equal(read_image_sizes(pool, progress=False), sizes)
+
+
+@pytest.mark.parametrize("widths", [["a", "b"], [1.5, 2.0], [[1], [2]]])
+def test_columns_that_are_no_whole_numbers(
+    make_samples: Make, write_pool: Make, load_pool: Callable[..., Pool], widths: list[Any]
+) -> None:
+    samples = make_samples(2)
+    pool = load_pool(write_pool(samples))
+    path = Path(pool.root) / "metadata" / "a.parquet"
+    path.parent.mkdir()
+    uids = [sample.uid for sample in samples]
+    columns = {"uid": uids, "original_width": widths, "original_height": [7.0, None]}
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(
+        InputError, match=r"a\.parquet: the column 'original_width' must hold whole"
+    ):
+        read_image_sizes(pool, progress=False)

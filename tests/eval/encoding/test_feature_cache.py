@@ -105,3 +105,23 @@ def test_a_damaged_file_is_passed_over(tmp_path: Path, caplog: pytest.LogCapture
     assert known.sum() == 1
     assert "is not a readable npz" in caplog.text
     assert "passed over" in caplog.text
+
+
+def test_arrays_of_another_kind_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    FeatureCache(tmp_path).add(ids(1), rows(1))
+    for number, (names, features) in enumerate(
+        [
+            (ids(2), rows(2)[:, :1]),
+            (ids(3), rows(3).astype(np.float64)),
+            (ids(4, 5), rows(4)),
+            (ids(6).astype(np.int64), rows(6)),
+            (np.uint64(7), np.float32(7)),
+        ]
+    ):
+        np.savez(tmp_path / f"z{number}.npz", ids=names, features=features)
+    with caplog.at_level(logging.WARNING):
+        known, _ = FeatureCache(tmp_path).find(ids(1, 2, 3, 4, 5, 6, 7))
+    assert known.tolist() == [True, *[False] * 6]
+    assert caplog.text.count("passed over") == 5

@@ -13,7 +13,7 @@ from siftclip.errors import InputError
 from siftclip.files import append_jsonl
 from siftclip.trainer.runtime.loggers import FileLogger
 from siftclip.trainer.runtime.run_dir import RunDir
-from siftclip.trainer.runtime.run_records import read_metrics
+from siftclip.trainer.runtime.run_records import read_config, read_metrics
 
 SUMMARY = {
     "selector": "random", "seed": 0, "steps": 6, "trained_samples": 96, "passes": 2.5,
@@ -110,3 +110,40 @@ def test_a_log_that_was_cut_off_goes_on_in_a_line_of_its_own(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-20])
     logger.log_metrics({"train/loss": 9.0}, step=2)
     assert [record["train/loss"] for record in read_metrics(path)] == [1.0, 2.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", r"it has 'a' twice"),
+        ("a: {b: 1, c: {d: 1, d: 2}}", r"it has 'd' twice"),
+        ("a: " + "1:" * 9000 + "1", r"a value of 18001 characters without quotes"),
+        ("a: &x [1]\nb: *x\n", "it has aliases"),
+        ("a: !!timestamp x\n", "is not the configuration of a run"),
+        ("a: !!int x\n", "is not the configuration of a run"),
+        ("a: !!bool x\n", "is not the configuration of a run"),
+        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("[" * 10_000, "nested more than 100 deep"),
+        ("x" * (5 << 20), r"config\.yaml has 5,242,880 bytes"),
+        ("- 1", r"is not the configuration of a run: \[1\]"),
+    ],
+)
+def test_configurations_from_elsewhere(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(path)
+    path.write_bytes(b"a: \xff")
+    with pytest.raises(InputError, match=r"config\.yaml must be UTF-8"):
+        read_config(path)
+
+
+def test_references_and_targets_stay_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIDDEN", "secret")
+    path = tmp_path / "config.yaml"
+    path.write_text("a: [{x: 1}, {x: 2}]\nb: ${oc.env:HIDDEN}\nc: {_target_: os.system}\n")
+    assert read_config(path) == {
+        "a": [{"x": 1}, {"x": 2}],
+        "b": "${oc.env:HIDDEN}",
+        "c": {"_target_": "os.system"},
+    }

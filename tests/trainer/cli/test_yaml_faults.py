@@ -1,0 +1,38 @@
+"""A YAML of the user's own that cannot be loaded is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from siftclip.trainer.cli.main import main
+
+BROKEN = {
+    "open list": (b"a: [", "expected the node content"),
+    "not UTF-8": (b"a: \xff", "codec can't decode"),
+    "name twice": (b"name: x\nname: y\n", "duplicate key name"),
+    "object of Python": (b"a: !!python/object/apply:os.system [true]", "could not determine"),
+    "deep": (b"[" * 20_000, "nested too deeply"),
+    "number": (b"3\n", "Invalid loaded object type"),
+    "tab": (b"\ta: b\n", "cannot start any token"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_yaml(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, reason = BROKEN[name]
+    path = tmp_path / "selector" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
+    monkeypatch.setattr("sys.argv", ["siftclip", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"siftclip select: error: {path} is not a configuration in YAML: " in said
+    assert reason in said
+    assert "Traceback" not in said
