@@ -232,11 +232,16 @@ class _NamesArguments(ABCMeta):
     @property
     def __signature__(cls) -> inspect.Signature:
         """That of the constructor, which inspect would not look at beside a `__call__`."""
+        if cls.__init__ is object.__init__:  # type: ignore[misc]  # a class, not an object
+            return inspect.Signature()
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # a class, not an object
         _, *parameters = signature.parameters.values()  # without the selector itself
         return signature.replace(parameters=parameters)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls.__init__ is object.__init__:  # type: ignore[misc]  # which would pass them over
+            inspect.Signature().bind(*args)
+            check_names(cls, kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except TypeError:  # of a base class, which names another class and no argument that is near

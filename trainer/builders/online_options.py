@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from siftclip.errors import InputError, require_fraction
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.description import nested
+from siftclip.selectors.core.plugins import takes_fraction
 from siftclip.selectors.core.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
 from siftclip.trainer.builders.losses import check_gives_sample_losses, check_weighing
 from siftclip.trainer.builders.selection import BuiltSelector, selector_from
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import Strategy
 from siftclip.trainer.settings.loss import LossSettings
@@ -22,7 +24,7 @@ from siftclip.trainer.settings.online import (
     OnceSettings,
     OnlineSettings,
 )
-from siftclip.trainer.settings.selector import SelectorNode
+from siftclip.trainer.settings.selector import SelectorNode, is_plugin
 
 LEARNER, REFERENCE, SCORER = "learner", "reference", "scorer"
 
@@ -81,6 +83,11 @@ def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> Bui
         schedule_says = online.schedule.filter_ratio is not None
         if "fraction" in node.parameters and node.fraction is None and schedule_says:
             node = node.with_parameters(fraction=1.0)
+        if is_plugin(node.parameters):
+            with options_of(under(node.place, "plugin")):
+                is_taken = takes_fraction(node.parameters["plugin"])
+            # else it is that of the super-batch alone
+            node = node if is_taken else node.without_fraction()
     return selector_from(node)
 
 
