@@ -39,6 +39,7 @@ from siftclip.selectors.core.feature_sets import name_features
 from siftclip.trainer.builders.needs import require_no_training_loss, told_where_it_works
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.options.objects import BuiltObjects
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.rank_agreement import require_same
 from siftclip.trainer.runtime.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import SelectSections
@@ -116,6 +117,7 @@ def source_from(
         pool: that `settings` name, where it is open already.
     """
     common, features = settings.common, settings.features
+    check_hardware(settings.trainer)
     pool = pool_from(settings.pool, progress=common.progress) if pool is None else pool
     ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
     folder = features_folder(features, pool)

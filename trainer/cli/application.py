@@ -60,6 +60,11 @@ OPEN_MAPPINGS = (
     *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
     *("trainer.profiler", "trainer.options"),
 )
+# Files of selectors that are null unless they are named: the node of one is made where it is
+_NULL_FILE = re.compile(
+    r"(?P<node>(online\.(first_stage\.)?)?selector(\.\w+)*\.(covariance|text_target))"
+    r"\.(?P<name>path|key)"
+)
 FULL_ERROR = "HYDRA_FULL_ERROR"  # if 1, Hydra raises its errors instead of printing them
 FAILURE = 2  # exit status for faults of the user's input
 INTERRUPTED = 130  # as a shell reports Ctrl-C
@@ -344,13 +349,18 @@ def _with_quoted_path(override: str) -> str:
 
 
 def _opened(override: str) -> str:
-    """Add `++` to an override that adds to one of `OPEN_MAPPINGS`.
+    """Add `++` to an override that adds to one of `OPEN_MAPPINGS`, or makes a file of a null.
 
     Hydra's keys take no slash and nest at dots, so that such names are written as a mapping, which
     it merges: `++eval.groups={vtab/dtd:FILE}`.
     """
     key, equals, value = override.partition("=")
     plain = key.lstrip("+")
+    file = _NULL_FILE.fullmatch(plain)
+    if equals and file is not None:
+        text = value if value[:1] in ("'", '"', "") or value == "null" else _quoted(value)
+        target = "_target_:siftclip.selectors.FeatureFile"
+        return f"++{file['node']}={{{target},{file['name']}:{text or _quoted('')}}}"
     plus = key[: len(key) - len(plain)] or "++"
     mapping = next((name for name in OPEN_MAPPINGS if f"{plain}.".startswith(f"{name}.")), None)
     if not equals or mapping is None:

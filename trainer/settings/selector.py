@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PLUGIN = "siftclip.selectors.build_plugin"  # the `_target_` of a plug-in
 _OF_ANY_PLUGIN = ("plugin", "fraction")  # what its node lists beside the parameters of its own
 _PARAMETERS = "parameters"  # the mapping of these
+_IN_PLACE_OF = {"covariance": "target"}  # by a parameter: the one that need not be given then
 _NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")  # characters that no folder may have
 
 
@@ -50,8 +51,9 @@ class SelectorNode(Recorded):
             parameters: the same as the selector shall get them, where they differ.
             features: the name of those that it reads where it names none.
         """
-        flat = flat_plugins(written)
-        rest = {**(flat if parameters is None else flat_plugins(parameters))}
+        flat = _without_needless(flat_plugins(written))
+        given = written if parameters is None else parameters
+        rest = {**_without_needless(flat_plugins(given))}
         name = rest.pop("name", None)
         name = _default_name(rest) if name is None else str(name)
         recorded = _with_usual_fractions(flat)
@@ -129,6 +131,19 @@ def flat_plugins(node: Any) -> Any:
         return flat
     del flat[_PARAMETERS]
     return {**flat, **own}
+
+
+def _without_needless(node: Any) -> Any:
+    """Copy a node, with null for what is left open and has another parameter in its place."""
+    if isinstance(node, list):
+        return [_without_needless(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copied = {name: _without_needless(value) for name, value in node.items()}
+    for name, other in _IN_PLACE_OF.items():
+        if copied.get(name) is not None and next(_unset(copied.get(other), ""), None) is not None:
+            copied[other] = None
+    return copied
 
 
 def _default_name(parameters: Mapping[str, Any]) -> str:
