@@ -24,9 +24,10 @@ from siftclip.datamodules.index.tar_walk import (
     round_up,
     walk_tar,
 )
-from siftclip.datamodules.index.uids import derive_uid, is_uid, parse_uids
+from siftclip.datamodules.index.uids import derive_uid, parse_uids
 from siftclip.errors import InputError
 from siftclip.files import read_npz, write_npz
+from siftclip.uid_texts import plain_uid
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # open_clip's order of preference
 INDEX_VERSION = 3
@@ -266,9 +267,10 @@ def _find_uid(record: bytes) -> str | None:
         return None
     if len(uids) > 1:
         raise _UidError("with more than one uid in their JSON")
-    if not is_uid(str(uids[0])):
+    uid = plain_uid(str(uids[0]))
+    if uid is None:
         raise _UidError("with a uid that is not 32 hexadecimal digits")
-    return str(uids[0])
+    return uid
 
 
 class _Pairs(list[tuple[str, Any]]):
