@@ -32,10 +32,11 @@ from siftclip.datamodules.index.tar_walk import (
     round_up,
     walk_tar,
 )
-from siftclip.datamodules.index.uids import derive_uid, is_uid, parse_uids
+from siftclip.datamodules.index.uids import derive_uid, parse_uids
 from siftclip.errors import InputError
 from siftclip.files import has_form, parse_json, read_npz, write_npz
 from siftclip.records import Count, checked
+from siftclip.uid_texts import plain_uid
 
 INDEX_VERSION = 3
 _UID_FIELD = re.compile(rb'"uid"\s*:\s*"([0-9a-fA-F]{32})"')
@@ -314,8 +315,8 @@ def _find_uid(record: bytes) -> str | None:
         return None
     if len(uids) > 1:
         raise _UidError("with more than one uid in their JSON")
-    uid = str(uids[0]) if isinstance(uids[0], (str, int)) else ""
-    if not is_uid(uid):
+    uid = plain_uid(str(uids[0])) if isinstance(uids[0], (str, int)) else None
+    if uid is None:
         raise _UidError("with a uid that is not 32 hexadecimal digits")
     return uid
 

@@ -17,13 +17,8 @@ for _digit in HEX_DIGITS:
     _NIBBLES[ord(_digit)] = int(_digit, 16)
 
 
-def is_uid(text: object) -> bool:
-    """Return whether `text` is a string of 32 hexadecimal digits."""
-    return isinstance(text, str) and len(text) == 32 and HEX_DIGITS.issuperset(text)
-
-
 def parse_uids(texts: Sequence[str]) -> np.ndarray:
-    """Convert n valid uids to uint64 [n, 2] (high, low). Check them with `is_uid` first.
+    """Convert n valid uids to uint64 [n, 2] (high, low). See `plain_uid`.
 
     Example:
         >>> from siftclip.datamodules.index.uids import parse_uids

@@ -13,6 +13,7 @@ from siftclip.datamodules.index.uids import parse_uid_bytes
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, FileIdentity
 from siftclip.reading import reason_of
+from siftclip.uid_texts import DASHES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,20 +121,34 @@ def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
 
 
 def _parse_uids(texts: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray, FaultLog]:
-    import pyarrow.compute as pc
-
-    whole = pc.equal(pc.binary_length(texts), 32).fill_null(False)
     data = np.zeros((len(texts), 32), dtype=np.uint8)
-    kept = texts.filter(whole)
-    if len(kept):
-        starts = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset : kept.offset + 1]
-        content = np.frombuffer(kept.buffers()[2], dtype=np.uint8)
-        data[whole.to_numpy(zero_copy_only=False)] = content[starts[0] :][: 32 * len(kept)].reshape(
-            -1, 32
-        )
+    for length in (32, 32 + len(DASHES)):
+        rows, characters = _of_length(texts, length)
+        data[rows] = characters if length == 32 else _without_dashes(characters)
     uids, valid = parse_uid_bytes(data)
     faults = FaultLog()
     for i in np.flatnonzero(~valid):
         faults.add("with a uid that is not 32 hexadecimal digits", f"{name}, row {i}")
     uids[~valid] = 0
     return uids, valid, faults
+
+
+def _of_length(texts: pa.Array, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the texts of a length: a bool [n], and their bytes, uint8 [m, length]."""
+    import pyarrow.compute as pc
+
+    wanted = pc.equal(pc.binary_length(texts), length).fill_null(False)
+    kept = texts.filter(wanted)
+    characters = np.zeros((0, length), dtype=np.uint8)
+    if len(kept):
+        start = np.frombuffer(kept.buffers()[1], dtype=np.int64)[kept.offset]
+        content = np.frombuffer(kept.buffers()[2], dtype=np.uint8)[start:]
+        characters = content[: length * len(kept)].reshape(-1, length)
+    return wanted.to_numpy(zero_copy_only=False), characters
+
+
+def _without_dashes(characters: np.ndarray) -> np.ndarray:
+    """Return the digits of UUIDs, uint8 [m, 36], as uint8 [m, 32]; zeros for what is none."""
+    digits = np.delete(characters, DASHES, axis=1)
+    digits[(characters[:, DASHES] != ord("-")).any(axis=1)] = 0
+    return digits

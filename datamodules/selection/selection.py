@@ -19,6 +19,7 @@ from siftclip.datamodules.index.uids import (
     UID_DTYPE,
     format_uids,
     from_structured,
+    parse_uids,
     sort_uids,
     to_structured,
 )
@@ -26,6 +27,7 @@ from siftclip.datamodules.pool.pool import Coverage, Pool
 from siftclip.errors import InputError
 from siftclip.files import read_json_object, read_npy, write_json, write_npy
 from siftclip.selectors.core.rules import can_be_kept
+from siftclip.uid_texts import UID_RULE, plain_uid
 from siftclip.writing import delete_file
 
 if TYPE_CHECKING:
@@ -168,13 +170,35 @@ def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file is missing, or is not a one-dimensional npy of dtype `u8,u8`.
     """
     array = read_npy(path)
-    if array.dtype != UID_DTYPE or array.ndim != 1:
+    if array.ndim == 1 and array.dtype.kind in "SU":
+        listed = _uids_of_texts(array, path)
+    elif array.dtype != UID_DTYPE or array.ndim != 1:
         raise InputError(
-            f"{path} must be a DataComp subset, one-dimensional with dtype 'u8,u8'. "
-            f"It has dtype {array.dtype} and shape {array.shape}."
+            f"{path} must be a DataComp subset, one-dimensional with dtype 'u8,u8', or uids as "
+            f"texts. It has dtype {array.dtype} and shape {array.shape}."
         )
-    uids, counts = np.unique(from_structured(array), axis=0, return_counts=True)
+    else:
+        listed = from_structured(array)
+    uids, counts = np.unique(listed, axis=0, return_counts=True)
     return uids, counts.astype(np.int64)
+
+
+def _uids_of_texts(texts: np.ndarray, path: Path) -> np.ndarray:
+    """Parse a one-dimensional array of texts: uint64 [n, 2].
+
+    Raises:
+        InputError: one of them is no uid.
+    """
+    plain = [
+        plain_uid(text)
+        for text in (
+            np.char.decode(texts, "latin-1") if texts.dtype.kind == "S" else texts
+        ).tolist()
+    ]
+    if None in plain:
+        wrong = plain.index(None)
+        raise InputError(f"{path} must hold {UID_RULE}. Row {wrong} is {str(texts[wrong])!r}.")
+    return parse_uids([uid for uid in plain if uid is not None])
 
 
 def write_subset(selection: Selection, folder: Path) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError
+from siftclip.selectors.core.conversion import (
+    as_captions,
+    as_numbers,
+    as_sizes,
+    as_uids,
+    require_same_samples,
+    unit_rows,
+    vectors,
+)
 from siftclip.selectors.core.source import (
     IMAGE,
     TEXT,
@@ -23,9 +31,6 @@ Array: TypeAlias = np.ndarray | Tensor
 Arrays: TypeAlias = Array | Mapping[str, Array]
 
 GIVEN = "given"  # the name of a feature set that came as arrays
-# Of a norm from 1: what rounding unit vectors to bfloat16 or float16 leaves. Beyond it, vectors are
-# scaled, because every score here is one of directions.
-UNIT_TOLERANCE = 4e-3
 
 
 class OtherArrays(TypedDict, total=False):
@@ -62,16 +67,17 @@ def array_source(
         captions: n texts.
         sizes: int [n, 2], original width and height in pixels.
         column: float [n], what a selector of external scores reads.
-        uids: uint64 [n, 2] of 128-bit numbers that decide ties and random draws; None: the numbers
-            of the samples, from 0.
+        uids: uint64 [n, 2] of 128-bit numbers that decide ties and random draws, or n texts of 32
+            hexadecimal digits; None: the numbers of the samples, from 0.
         files: what feature files of the selector hold, [m, d].
 
     Raises:
         InputError: something that is required is missing, or shapes do not fit together.
     """
-    if isinstance(captions, str):
-        rule = "must be a list of texts, one for each sample"
-        raise ParameterError(rule, owner=owner, parameter="captions", value=captions)
+    captions = None if captions is None else as_captions(captions, owner=owner)
+    column = None if column is None else as_numbers(column, owner=owner, name="column")
+    sizes = None if sizes is None else as_sizes(sizes, owner=owner)
+    uids = None if uids is None else as_uids(uids, owner=owner)
     features = _features(requires, owner, images, texts)
     given = {
         **(images if isinstance(images, Mapping) else {"images": images, "texts": texts}),
@@ -82,17 +88,16 @@ def array_source(
     }
     lengths = {name: len(values) for name, values in given.items() if values is not None}
     _require_given(requires, owner, set(lengths))
-    if len(set(lengths.values())) != 1:
-        raise InputError(f"All arrays must be of the same samples. Their lengths are {lengths}.")
+    require_same_samples(lengths)
     samples = next(iter(lengths.values()))
     numbers = np.stack([np.zeros(samples), np.arange(samples)], axis=1).astype(np.uint64)
     chunk = Chunk(
         rows=np.arange(samples, dtype=np.int64),
-        uids=numbers if uids is None else _uids(uids),
+        uids=numbers if uids is None else uids,
         features=features,
-        captions=None if captions is None else [*captions],
-        sizes=None if sizes is None else np.asarray(sizes, dtype=np.int64),
-        column=None if column is None else np.asarray(column, dtype=np.float64),
+        captions=captions,
+        sizes=sizes,
+        column=column,
     )
     lacking = [file.path for file in requires.files if file not in (files or {})]
     if lacking:
@@ -102,7 +107,11 @@ def array_source(
             parameter="files",
             way_out="siftclip.select and siftclip.score read these files themselves.",
         )
-    return MemorySource(chunk, files=files)
+    arrays_of = {
+        file: vectors(values, f"files[{file.path!r}]", owner)
+        for file, values in (files or {}).items()
+    }
+    return MemorySource(chunk, files=arrays_of, trusted=True)
 
 
 def _require_given(requires: Requirements, owner: object, given: set[str]) -> None:
@@ -145,56 +154,3 @@ def _features(
                 got=f"the arrays {', '.join(there)}" if there else "no array",
             )
     return {key: unit_rows(arrays[key], words.get(key, key), owner) for key in requires.features}
-
-
-def unit_rows(values: Any, name: str, owner: object = None) -> Tensor:
-    """Return vectors as a tensor, those that are not of unit norm scaled to it (float32 or finer).
-
-    Rows of zeros or with components that are not finite stay: they have no direction, and their
-    samples get no score.
-
-    Args:
-        values: float [n, d], numpy or torch.
-        name: of the parameter, for messages.
-        owner: of the parameter, for messages.
-
-    Raises:
-        ParameterError: it is no such array.
-    """
-    tensor = _tensor(values) if isinstance(values, np.ndarray) else values
-    if not isinstance(tensor, Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
-        raise ParameterError(
-            "must be a float array [samples, dim], of numpy or torch",
-            owner=owner,
-            parameter=name,
-            got=kind_of(values),
-        )
-    tensor = tensor.detach()
-    exact = torch.promote_types(tensor.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(tensor, dim=1, dtype=exact)
-    has_direction = norms.isfinite() & (norms > 0)
-    if not ((norms - 1).abs() > UNIT_TOLERANCE)[has_direction].any():
-        return tensor
-    scales = torch.where(has_direction, norms, torch.ones_like(norms))
-    return tensor.to(exact) / scales[:, None]
-
-
-def _tensor(values: np.ndarray) -> Tensor | None:
-    if values.dtype.kind not in "fiu":
-        return None
-    native = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
-
-
-def kind_of(values: Any) -> str:
-    """Say what a value is: dtype and shape of an array, of numpy or torch, else its class."""
-    if isinstance(values, np.ndarray | Tensor):
-        return f"{values.dtype} {list(values.shape)}"
-    return type(values).__name__
-
-
-def _uids(uids: np.ndarray) -> np.ndarray:
-    array = np.asarray(uids)
-    if array.dtype != np.uint64 or array.ndim != 2 or array.shape[1] != 2:
-        raise ParameterError("must be uint64 [samples, 2]", parameter="uids", got=kind_of(array))
-    return array

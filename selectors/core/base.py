@@ -7,10 +7,11 @@ one number (higher is better) and leaves the decision to a rule; any other set f
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from abc import ABCMeta, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from siftclip.errors import InputError, ParameterError, check_names
 from siftclip.ranks import sum_arrays
-from siftclip.selectors.core.arrays import GIVEN, Array, Arrays, OtherArrays, array_source, kind_of
+from siftclip.selectors.core.arrays import GIVEN, Array, Arrays, OtherArrays, array_source
+from siftclip.selectors.core.conversion import kind_of
 from siftclip.selectors.core.description import ARGUMENTS
 from siftclip.selectors.core.feature_sets import bind_features
 from siftclip.selectors.core.rules import Of, Rule, can_be_kept, threshold_rule, top_fraction
@@ -135,6 +137,7 @@ def run(selector: Selector, source: Source) -> Choice:
     Raises:
         TypeError, ValueError: the selector broke its contract; a fault of its code.
     """
+    require_source(source, selector)
     start = time.perf_counter()
     owner = type(selector).__name__
     choice = check_choice(
@@ -232,17 +235,57 @@ class _NamesArguments(ABCMeta):
     @property
     def __signature__(cls) -> inspect.Signature:
         """That of the constructor, which inspect would not look at beside a `__call__`."""
+        if cls.__init__ is object.__init__:  # type: ignore[misc]  # a class, not an object
+            return inspect.Signature()
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # a class, not an object
         _, *parameters = signature.parameters.values()  # without the selector itself
         return signature.replace(parameters=parameters)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls.__init__ is object.__init__:  # type: ignore[misc]  # which would pass them over
+            inspect.Signature().bind(*args)
+            check_names(cls, kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except TypeError:  # of a base class, which names another class and no argument that is near
             if not args:
                 check_names(cls, kwargs)
             raise
+
+
+_TAKE_SOURCES = ("select", "draw", "fit", "score_source")  # methods whose first argument is one
+
+
+def require_source(source: object, owner: object) -> None:
+    """Refuse what is no source, such as an array.
+
+    Args:
+        source: what was given.
+        owner: whose argument it is, for the message.
+
+    Raises:
+        ParameterError: it is none.
+    """
+    if not isinstance(source, Source):
+        raise ParameterError(
+            "must be a source of samples, such as a MemorySource",
+            owner=owner,
+            parameter="source",
+            got=kind_of(source),
+            way_out="Arrays are scored by the method scores(images, texts), and selected from by "
+            "siftclip.select(features=(images, texts), selector=...).",
+        )
+
+
+def _taking_a_source(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of a selector so that its source is checked."""
+
+    @functools.wraps(method)
+    def checked(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        require_source(source, self)
+        return method(self, source, *args, **kwargs)
+
+    return checked
 
 
 class Selector(metaclass=_NamesArguments):
@@ -255,9 +298,15 @@ class Selector(metaclass=_NamesArguments):
     loaded_ns: ClassVar[int]  # since the epoch
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Take note of when the code was loaded: what its file says later is not what runs."""
+        """Take note of when the code was loaded: what its file says later is not what runs.
+
+        What is handed to its methods in place of a source is told before they fail by it.
+        """
         super().__init_subclass__(**kwargs)
         cls.loaded_ns = time.time_ns()
+        for name in _TAKE_SOURCES:
+            if inspect.isfunction(vars(cls).get(name)):
+                setattr(cls, name, _taking_a_source(vars(cls)[name]))
 
     def __new__(cls: type[S], *args: Any, **kwargs: Any) -> S:
         """Take note of the arguments, which count where no public attribute holds them."""

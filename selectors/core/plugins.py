@@ -7,7 +7,13 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from siftclip.errors import ParameterError, full_name_of
-from siftclip.plugins import SELECTOR_GROUP, PluginGroup, texts_for_numbers
+from siftclip.plugins import (
+    AUTO_FRACTION,
+    SELECTOR_GROUP,
+    USUAL_FRACTION,
+    PluginGroup,
+    texts_for_numbers,
+)
 from siftclip.selectors.core.arrays import GIVEN
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.feature_sets import bind_features
@@ -29,16 +35,48 @@ def find_plugins() -> dict[str, EntryPoint]:
     return SELECTORS.find()
 
 
+def takes_fraction(plugin: str) -> bool:
+    """Return whether the selector which a distribution registered as `plugin` takes a fraction.
+
+    Raises:
+        InputError: no such plug-in, or it cannot be imported.
+    """
+    return SELECTORS.takes(plugin, "fraction", owner=build_plugin)
+
+
 def build_plugin(plugin: str, **parameters: Any) -> Selector:
     """Build the selector which a distribution registered as `plugin`.
+
+    Args:
+        plugin: its name.
+        **parameters: its own. A `fraction` of "auto" is the usual one where the selector takes a
+            fraction and neither a threshold nor a rule is given; it and None are left out where the
+            selector takes none.
 
     Raises:
         InputError: no such plug-in, it cannot be imported, or it does not take the parameters.
     """
-    selector = SELECTORS.build(plugin, parameters, owner=build_plugin)
-    for name in texts_for_numbers(type(selector), parameters):
-        _try_out(selector, name, parameters[name])
+    taken = _as_taken(plugin, parameters)
+    selector = SELECTORS.build(plugin, taken, owner=build_plugin)
+    for name in texts_for_numbers(type(selector), taken):
+        _try_out(selector, name, taken[name])
     return selector
+
+
+def _as_taken(plugin: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters as the plug-in takes them, see `build_plugin`."""
+    # what its node has beside its own, which not every plug-in takes
+    open_values = {"name": (plugin,), "fraction": (None, AUTO_FRACTION)}
+    taken = {
+        name: value
+        for name, value in parameters.items()
+        if value not in open_values.get(name, ()) or SELECTORS.takes(plugin, name)
+    }
+    if "fraction" in taken and taken["fraction"] in open_values["fraction"]:
+        has_rule = any(taken.get(name) is not None for name in ("threshold", "rule"))
+        usual = taken["fraction"] == AUTO_FRACTION and not has_rule
+        taken["fraction"] = USUAL_FRACTION if usual else None
+    return taken
 
 
 def _try_out(selector: Selector, parameter: str, value: str) -> None:

@@ -178,6 +178,16 @@ def takes_any(target: Callable[..., Any]) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
+def takes_name(target: Callable[..., Any], name: str) -> bool:
+    """Return whether a class or a function has a parameter of a name, or takes any."""
+    try:
+        if name in parameters_of(target):
+            return True
+        return not isinstance(target, type) and takes_any(target)
+    except (TypeError, ValueError):  # some that are written in C tell nothing
+        return False
+
+
 def parameters_of(target: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of what a function or a class can be given.
 

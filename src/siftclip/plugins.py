@@ -9,13 +9,15 @@ from importlib.metadata import EntryPoint, entry_points
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
-from siftclip.errors import InputError, ParameterError, call_by_name
+from siftclip.errors import InputError, ParameterError, call_by_name, takes_name
 
 T = TypeVar("T")
 
 _NUMBERS = {int: "an integer", float: "a number", bool: "true or false"}
 _PREFIX = "siftclip."  # of the names of all groups
 SELECTOR_GROUP, LOSS_GROUP = "siftclip.selectors", "siftclip.losses"  # two of these names
+# What a selector keeps where nothing is said, and the word for that
+USUAL_FRACTION, AUTO_FRACTION = 0.3, "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,14 @@ class PluginGroup(Generic[T]):
                     f"{other.value} and {point.value}. Uninstall one of them."
                 )
         return plugins
+
+    def takes(self, plugin: str, parameter: str, *, owner: object = None) -> bool:
+        """Return whether what a distribution registered as `plugin` takes a parameter of a name.
+
+        Raises:
+            InputError: no such plug-in, or it cannot be imported.
+        """
+        return takes_name(self._loaded(plugin, owner)[1], parameter)
 
     def load_class(self, plugin: str, *, owner: object = None) -> type[T]:
         """Import the class that a distribution registered as `plugin`.

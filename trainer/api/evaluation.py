@@ -25,6 +25,7 @@ from siftclip.trainer.api.sections import (
     whole_model,
 )
 from siftclip.trainer.builders.models import clip_model_from
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import EvalCommand, EvalSections
 from siftclip.trainer.settings.evaluation import EvalSettings
@@ -63,6 +64,7 @@ def evaluate_settings(settings: EvalCommand) -> Evaluated:
     Raises:
         InputError: a model or a task is missing or damaged, or an option is wrong.
     """
+    check_hardware(settings.trainer)
     tasks_from(settings.eval)  # before a model is loaded
     results = results_path_for(settings)
     share = eval_share(settings.trainer, may_launch=True)

@@ -6,7 +6,6 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, get_type_hints
 
@@ -24,7 +23,7 @@ from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.model import EmbeddingModel, ModelSettings
 from siftclip.trainer.settings.pool import PoolSettings
 from siftclip.trainer.settings.read_command import compose
-from siftclip.trainer.settings.store import STORED, composing
+from siftclip.trainer.settings.store import STORED, composing, configuration_names
 
 T = TypeVar("T")
 M = TypeVar("M", ModelSettings, EmbeddingModel)
@@ -104,21 +103,13 @@ def named_preset(kind: type[T], command: str, group: str, name: str, *more: str)
     Raises:
         InputError: there is none of that name.
     """
-    known = preset_names(group)
+    known = configuration_names(group)
     if name not in known:
         close = near(name, known)
         hint = f" Did you mean {close}?" if close else ""
         raise InputError(f"{group} must be one of {', '.join(known)}. Got {name!r}.{hint}")
     with composing():
         return compose(kind, command, [f"{group}={name}", *more])
-
-
-def preset_names(group: str) -> list[str]:
-    """Return the names that the command line has for a group."""
-    folder = files("siftclip.configs").joinpath(group)
-    of_files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    stored = [each.name for each in STORED if each.group == group]
-    return sorted({*stored, *(name.removesuffix(".yaml") for name in of_files)})
 
 
 def common_settings(

@@ -18,7 +18,6 @@ from siftclip.trainer.api.sections import (
     data_settings,
     model_place,
     named_preset,
-    preset_names,
     recorded,
     require_known,
     require_type,
@@ -38,6 +37,7 @@ from siftclip.trainer.settings.loss import LossSettings, ObjectLoss
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
+from siftclip.trainer.settings.store import configuration_names
 from siftclip.trainer.stages.train import plan_stage, train_stage
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _model(
 
 def _named_model(name: str) -> dict[str, Any]:
     """Return the options of a name of open_clip, or of one that the command line has."""
-    if name not in preset_names("model"):
+    if name not in configuration_names("model"):
         return {"name": model_place(name)}
     options: dict[str, Any] = to_plain(named_preset(_Named, "train", "model", name).model)
     return options

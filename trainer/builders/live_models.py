@@ -10,13 +10,10 @@ import torch
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.errors import InputError
 from siftclip.trainer.builders.models import clip_model_from
+from siftclip.trainer.builders.needs import LEARNER, REFERENCE, SCORER, Needs
 from siftclip.trainer.builders.objective import same_tokens
 from siftclip.trainer.builders.online_identity import check_cached, reference_aliases
 from siftclip.trainer.builders.online_options import (
-    LEARNER,
-    REFERENCE,
-    SCORER,
-    Needs,
     reference_logits,
 )
 from siftclip.trainer.builders.run_parts import RunParts

@@ -13,11 +13,8 @@ from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.errors import InputError
 from siftclip.selectors.core.source import TRAINING_LOSS
 from siftclip.trainer.builders.models import model_files
+from siftclip.trainer.builders.needs import LEARNER, REFERENCE, SCORER, Needs
 from siftclip.trainer.builders.online_options import (
-    LEARNER,
-    REFERENCE,
-    SCORER,
-    Needs,
     has_live_reference,
     loop_selector,
 )

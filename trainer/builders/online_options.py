@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from siftclip.errors import InputError, require_fraction
 from siftclip.selectors.core.base import Selector
-from siftclip.selectors.core.description import nested
-from siftclip.selectors.core.source import TRAINING_LOSS, ExternalColumn, FeatureFile, Logits
+from siftclip.selectors.core.plugins import takes_fraction
+from siftclip.selectors.core.source import Logits
 from siftclip.trainer.builders.losses import check_gives_sample_losses, check_weighing
+from siftclip.trainer.builders.needs import (
+    LEARNER,
+    REFERENCE,
+    SCORER,
+    Needs,
+    learns,
+    require_no_training_loss,
+)
 from siftclip.trainer.builders.selection import BuiltSelector, selector_from
 from siftclip.trainer.online.pool_embedding import require_whole_weights
 from siftclip.trainer.online.schedule import Schedule
+from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import Strategy
 from siftclip.trainer.settings.loss import LossSettings
@@ -22,44 +29,7 @@ from siftclip.trainer.settings.online import (
     OnceSettings,
     OnlineSettings,
 )
-from siftclip.trainer.settings.selector import SelectorNode
-
-LEARNER, REFERENCE, SCORER = "learner", "reference", "scorer"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """What a selector and the members of a composition read."""
-
-    features: frozenset[str]
-    files: tuple[FeatureFile, ...]
-    columns: frozenset[ExternalColumn]
-    learns: bool  # it, or a member, has a state that training changes
-
-    @classmethod
-    def of(cls, selector: Selector) -> Needs:
-        """Return the needs of a selector."""
-        members = list(nested(selector, Selector))  # type: ignore[type-abstract]  # mypy 4717
-        requires = [member.requires for member in members]
-        columns = [column for need in requires for column in (need.column, need.lists)]
-        return cls(
-            features=frozenset(key for need in requires for key in need.features),
-            files=tuple(file for need in requires for file in need.files),
-            columns=frozenset(column for column in columns if column is not None),
-            learns=any(_learns(member) for member in members),
-        )
-
-    def of_model(self, name: str) -> tuple[str, ...]:
-        """Return the arrays of a model that are needed."""
-        return tuple(sorted(self.features & {f"{name}_img", f"{name}_txt"}))
-
-    @property
-    def training_loss(self) -> bool:
-        return TRAINING_LOSS in self.columns
-
-
-def _learns(selector: Selector) -> bool:
-    return type(selector).state_dict is not Selector.state_dict
+from siftclip.trainer.settings.selector import SelectorNode, is_plugin
 
 
 def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> BuiltSelector:
@@ -81,6 +51,11 @@ def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> Bui
         schedule_says = online.schedule.filter_ratio is not None
         if "fraction" in node.parameters and node.fraction is None and schedule_says:
             node = node.with_parameters(fraction=1.0)
+        if is_plugin(node.parameters):
+            with options_of(under(node.place, "plugin")):
+                is_taken = takes_fraction(node.parameters["plugin"])
+            # else it is that of the super-batch alone
+            node = node if is_taken else node.without_fraction()
     return selector_from(node)
 
 
@@ -125,7 +100,9 @@ def check_online(
         InputError: an option of `online` does not go with its selector; or the loss cannot use the
             weights of `selector` or `online.selector`.
     """
-    check_weighing(loss, selector_from(offline).selector, f"selector={offline.name}")
+    before = selector_from(offline).selector
+    require_no_training_loss(before, offline.name)
+    check_weighing(loss, before, f"selector={offline.name}")
     if isinstance(online, OnceSettings):
         return
     selector, name = loop_selector(online).selector, online.selector.name
@@ -142,7 +119,7 @@ def check_online(
             )
     if needs.training_loss:
         check_gives_sample_losses(loss, f"online.selector={name}")
-    if needs.learns and not _learns(selector):
+    if needs.learns and not learns(selector):
         raise InputError(
             f"online.selector={name}: a member of this composition learns while the model trains, "
             "and a composition does not let it. Use that member by itself."

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from siftclip.trainer.builders.needs import LEARNER, REFERENCE, SCORER, Needs
 from siftclip.trainer.builders.online_identity import reference_aliases
 from siftclip.trainer.builders.online_options import (
-    LEARNER,
-    REFERENCE,
-    SCORER,
-    Needs,
     chooses_before_reading,
     has_live_reference,
     loop_selector,

@@ -20,11 +20,9 @@ from siftclip.selectors.core.source import TRAINING_LOSS, Logits
 from siftclip.selectors.methods.uniform import Uniform
 from siftclip.trainer.builders.live_models import live_models, scoring_config
 from siftclip.trainer.builders.models import clip_model_from
+from siftclip.trainer.builders.needs import LEARNER, REFERENCE, Needs
 from siftclip.trainer.builders.online_identity import check_cached, reference_aliases
 from siftclip.trainer.builders.online_options import (
-    LEARNER,
-    REFERENCE,
-    Needs,
     chooses_before_reading,
     loop_selector,
     reference_logits,

@@ -35,8 +35,10 @@ from siftclip.locks import LOCK_NAME, locked
 from siftclip.ranks import Ranks, of_first_rank
 from siftclip.selectors.core.base import ScoreSelector, Selector
 from siftclip.selectors.core.feature_sets import name_features
+from siftclip.trainer.builders.needs import require_no_training_loss, told_where_it_works
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.options.objects import BuiltObjects
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.rank_agreement import require_same
 from siftclip.trainer.runtime.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import SelectSections
@@ -116,6 +118,7 @@ def source_from(
         pool: that `settings` name, where it is open already.
     """
     common, features = settings.common, settings.features
+    check_hardware(settings.trainer)
     pool = pool_from(settings.pool, progress=common.progress) if pool is None else pool
     ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
     folder = features_folder(features, pool)
@@ -163,8 +166,9 @@ def score_stage(settings: SelectSections, *, pool: Pool | None = None) -> ScoreO
             f"selector={built.name} chooses sets and has no scores of single samples. "
             "Use siftclip select."
         )
+    require_no_training_loss(selector, built.name)
     source = source_from(settings, may_launch=True, pool=pool)
-    with built.objects.told_as_options():
+    with built.objects.told_as_options(), told_where_it_works(selector, built.name):
         folder = source.scores_root / identity_hash(source.identity(selector))
         there = of_first_rank(source.ranks, any(folder.glob("*.npz")))
         with nullcontext() if there else _once(folder, "The scores", source.ranks):
@@ -199,8 +203,9 @@ def select_stage(
         pool: that `settings` name, where it is open already.
     """
     built = selector_from(settings.selector)  # first: it fails without touching a file
+    require_no_training_loss(built.selector, built.name)
     source = source_from(settings, may_launch=may_launch, pool=pool)
-    with built.objects.told_as_options():
+    with built.objects.told_as_options(), told_where_it_works(built.selector, built.name):
         return _select(built, source, settings)
 
 

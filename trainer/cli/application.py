@@ -27,6 +27,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from siftclip.errors import InputError
 from siftclip.interrupts import begin_work, end_work
 from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
+from siftclip.trainer.cli.choices import (
+    chosen_group,
+    list_of_choices,
+    near_choice,
+    positional_model,
+    several_choices,
+)
 from siftclip.trainer.cli.endings import (
     FAILURE,
     FULL_ERROR,
@@ -58,12 +65,18 @@ PLUGIN_GROUPS = {"selector": SELECTOR_GROUP, "loss": LOSS_GROUP}  # by the group
 # Where a plug-in can stand, and the mapping below it with the parameters of its own
 PLUGIN_PLACES = ("loss", "selector", "online.selector", "online.first_stage.selector")
 PARAMETERS = "parameters"
+_ARMS = "compare.arms"
 # Mappings whose names are the user's own, and what no configuration lists: no `+` is needed
 OPEN_MAPPINGS = (
     *("eval.classnames", "eval.templates", "eval.groups", "compare.arms"),
     *(f"{place}.{PARAMETERS}" for place in PLUGIN_PLACES),
     *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
     *("trainer.profiler", "trainer.options"),
+)
+# Files of selectors that are null unless they are named: the node of one is made where it is
+_NULL_FILE = re.compile(
+    r"(?P<node>(online\.(first_stage\.)?)?selector(\.\w+)*\.(covariance|text_target))"
+    r"\.(?P<name>path|key)"
 )
 
 # What Hydra says, in words alone, as a plain ValueError of `eval=3`, or of options of its own
@@ -94,7 +107,8 @@ def application(
             register()
             register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
-            typed = _overrides(arguments, command)
+            typed = _flags_first(_overrides(arguments, command))
+            _refuse_lists(typed, command)
             words, typed = _without_credentials(_named(command, typed, positional), typed)
             arguments[len(arguments) - len(typed) :] = typed
             sys.argv = [f"siftclip {command}", *words]
@@ -221,6 +235,25 @@ def _overrides(arguments: list[str], command: str) -> list[str]:
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
 
 
+def _flags_first(words: list[str]) -> list[str]:
+    """Put Hydra's own options in front: between overrides its parser would lose what follows."""
+    flags: list[str] = []
+    others: list[str] = []
+    value_follows = False
+    for word in words:
+        (flags if value_follows or word[:1] == "-" else others).append(word)
+        value_follows = word in _TAKE_A_VALUE
+    return flags + others
+
+
+def _refuse_lists(typed: list[str], command: str) -> None:
+    """End the command where several configurations of a group are given as a list."""
+    for word in typed:
+        fault = list_of_choices(word)
+        if fault is not None:
+            end_faulty(command, fault, quiet=True)
+
+
 def _set_full_error(value: str | None) -> None:
     if value is None:
         os.environ.pop(FULL_ERROR, None)
@@ -253,7 +286,9 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
                 f"stand for {', '.join(positional)}.",
                 FAILURE,
             )
-        overrides.append(f"{name}={_quoted(argument)}")
+        model = positional_model(argument) if name == "model.name" else None
+        is_model = model is not None and not Path(argument).exists()
+        overrides.append(str(model) if is_model else f"{name}={_quoted(argument)}")
     return overrides
 
 
@@ -294,13 +329,18 @@ def _with_quoted_path(override: str) -> str:
 
 
 def _opened(override: str) -> str:
-    """Add `++` to an override that adds to one of `OPEN_MAPPINGS`.
+    """Add `++` to an override that adds to one of `OPEN_MAPPINGS`, or makes a file of a null.
 
     Hydra's keys take no slash and nest at dots, so that such names are written as a mapping, which
     it merges: `++eval.groups={vtab/dtd:FILE}`.
     """
     key, equals, value = override.partition("=")
     plain = key.lstrip("+")
+    file = _NULL_FILE.fullmatch(plain)
+    if equals and file is not None:
+        text = value if value[:1] in ("'", '"', "") or value == "null" else _quoted(value)
+        target = "_target_:siftclip.selectors.FeatureFile"
+        return f"++{file['node']}={{{target},{file['name']}:{text or _quoted('')}}}"
     plus = key[: len(key) - len(plain)] or "++"
     mapping = next((name for name in OPEN_MAPPINGS if f"{plain}.".startswith(f"{name}.")), None)
     if not equals or mapping is None:
@@ -339,6 +379,8 @@ def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> s
     """
     text = str(error)
     if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
+        if chosen_group(match[1]) is not None:
+            return several_choices(match[1], match[1])
         key, _, value = match[1].partition("=")
         as_list = "" if "(" in value else f"A list is written {key}=[{value}]; "
         return (
@@ -348,6 +390,9 @@ def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> s
     unknown = re.match(r"Could not override '(.*?)'|Could not delete .* '(.*?)'\s+does not", text)
     if unknown:
         return _not_an_option(unknown[1] or unknown[2], typed, command)
+    merged = re.match(r"Error merging override \+*(.+?)=(.*)", text, re.DOTALL)
+    if merged and "Cannot merge DictConfig" in str(error.__cause__):
+        return f"{merged[1]} must be a mapping, {_shape(merged[1])}. Got {merged[2]}."
     if text.startswith("Could not append to config. An item is already at"):
         given = next((w for w in typed.values() if re.match(r"\+(?!\+)", w) and w in text), "+")
         return f"{given} would add what is there already. Leave the + out: {given[1:]}"
@@ -410,8 +455,10 @@ def _no_configuration(missing: str, options: Sequence[str], typed: Iterable[str]
             f"{given}: {name} is an installed plug-in, and no configuration. Write {choice}=plugin "
             f"{place}.plugin={name}"
         )
-    close = difflib.get_close_matches(name, options, n=1)
-    hint = f" Did you mean {group}={close[0]}?" if close else ""
+    close = near_choice(name, options)
+    hint = f" Did you mean {given.partition('=')[0]}={close}?" if close else ""
+    if group == "model":
+        hint += " Any other model of open_clip is written model=open_clip model.name=NAME."
     return (
         f"{given}: there is no such configuration{'' if name in given else f' {name}'}. There are "
         f"{', '.join(options)}.{hint}"
@@ -424,9 +471,37 @@ def _unreadable(override: str) -> str:
         return f"{override!r} has no '='; options are written NAME=VALUE."
     if re.fullmatch(r"[\w./@:$~+-]+", key) is None:
         return f"{key!r} cannot be the name of an option. Got {override!r}."
+    if key == _ARMS and value[:1] == "[":
+        return f"{key} must be a mapping, {_shape(key)}. Got {value}."
+    in_brackets = _quoted_items(value)
+    if in_brackets is not None:
+        if key == _ARMS:  # each arm has a list
+            in_brackets = re.sub(r':("[^"]*")', r":[\1]", in_brackets)
+        inner = shlex.quote(f"{key}={in_brackets}")
+        return (
+            f"the value of {key} cannot be read. Got {value!r}; texts with a = stand in double "
+            f"quotes: {inner}"
+        )
     escaped = value.replace('"', '\\"')
     quoted = shlex.quote(f'{key}="{escaped}"')
     return f"the value of {key} cannot be read. Got {value!r}; quoted for the shell it is {quoted}"
+
+
+def _shape(mapping: str) -> str:
+    """Show how a mapping of options is written."""
+    return 'such as {half: ["selector.fraction=0.5"]}' if mapping == _ARMS else "{NAME: VALUE}"
+
+
+def _quoted_items(value: str) -> str | None:
+    """Quote what has a = in a list or mapping; None if the value cannot be read then either."""
+    if value[:1] not in ("[", "{"):
+        return None
+    quoted = re.sub(r"(?<=[\[{,:])\s*([^\[\]{},:\"']+=[^\[\]{},\"']*)", r'"\1"', value)
+    try:
+        OverridesParser.create().parse_override(f"key={quoted}")
+    except HydraException:
+        return None
+    return quoted
 
 
 def _options(command: str, choices: list[str]) -> dict[str, bool]:

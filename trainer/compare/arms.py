@@ -20,6 +20,7 @@ from siftclip.locks import LOCK_NAME, HeldError, locked
 from siftclip.progress import show_progress
 from siftclip.trainer.builders.losses import check_loss_options
 from siftclip.trainer.builders.online_options import check_online
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.launch import require_launcher
 from siftclip.trainer.runtime.run_dir import RunDir, is_rank_zero
 from siftclip.trainer.settings.budget import Budget, Limit, budget_from, limit_from
@@ -193,6 +194,7 @@ def _plan(settings: CompareCommand, compose: ComposeArm) -> list[tuple[str, int,
                     f"have {budget[0]}. All arms must have the same, in the same unit and with one "
                     "batch size."
                 )
+            check_hardware(arm_settings.trainer)
             check_loss_options(arm_settings.loss)
             check_online(
                 arm_settings.online,

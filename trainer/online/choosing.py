@@ -14,6 +14,7 @@ from torch import Tensor
 from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.core.base import Requirements, Selector, draw
+from siftclip.selectors.core.conversion import as_tensor, kind_of
 from siftclip.selectors.core.description import nested
 from siftclip.selectors.core.source import Chunk, Logits, MemorySource
 from siftclip.selectors.core.sub_batch import SubBatch
@@ -57,8 +58,8 @@ def choose_sub_batch(
     Raises:
         InputError: an argument is not what it must be, or the selector needs something else.
     """
-    ranks = _ranks(next((image.device for image, _ in features.values()), torch.device("cpu")))
     arrays = _arrays(features)
+    ranks = _ranks(next((each.device for each in arrays.values()), torch.device("cpu")))
     _check_selector(selector, arrays)
     of_rank = _samples(arrays)
     require_int("step", step, minimum=0, owner=_OWNER)
@@ -74,6 +75,7 @@ def choose_sub_batch(
         logits=logits,
         part_samples=len(rows) // groups,
         ranks=ranks,
+        trusted=True,
     )
     asked = SubBatch(
         samples=keep * ranks.size // groups, groups=groups, temperature=temperature, seed=seed
@@ -93,11 +95,27 @@ def _ranks(device: torch.device) -> Ranks:
 
 def _arrays(features: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Return the features as selectors call them, float32 [n, d] of unit norm."""
+    is_mapping = isinstance(features, Mapping)
+    if not is_mapping or not all(_is_pair(pair) for pair in features.values()):
+        raise ParameterError(
+            'must be a mapping of pairs, such as {"learner": (images, texts)}',
+            owner=_OWNER,
+            parameter="features",
+            got=str({name: kind_of(each) for name, each in features.items()})
+            if is_mapping
+            else kind_of(features),
+        )
     return {
-        f"{name}_{kind}": F.normalize(values.detach().float(), dim=-1)
+        f"{name}_{kind}": F.normalize(
+            as_tensor(values, "features", _OWNER).detach().float(), dim=-1
+        )
         for name, pair in features.items()
         for kind, values in zip(("img", "txt"), pair, strict=True)
     }
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def _samples(arrays: Mapping[str, Tensor]) -> int:

@@ -77,7 +77,12 @@ class SuperBatchSource(MemorySource):
             features=dict(features),
         )
         super().__init__(
-            chunk, files=data.files, logits=logits, part_samples=count // groups, ranks=ranks
+            chunk,
+            files=data.files,
+            logits=logits,
+            part_samples=count // groups,
+            ranks=ranks,
+            trusted=True,
         )
         self.pool_rows, self.data = pool_rows, data
         if not features:

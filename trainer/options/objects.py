@@ -27,9 +27,9 @@ from siftclip.errors import (
     call_by_name,
     full_name_of,
     name_of,
-    parameters_of,
-    takes_any,
+    takes_name,
 )
+from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.description import nested
 from siftclip.trainer.settings.selector import plugin_option
 
@@ -54,7 +54,7 @@ class _Place:
             return f"{self.path}.{of_plugin}"
         if _has(self.node, parameter.split(".")):
             return f"{self.path}.{parameter}"
-        if _takes(self.target, parameter.partition(".")[0]):
+        if takes_name(self.target, parameter.partition(".")[0]):
             return f"+{self.path}.{parameter}"  # an option that the configuration does not list
         return f"{self.path}: {owner}: {parameter}" if owner else f"{self.path}: {parameter}"
 
@@ -134,6 +134,8 @@ class BuiltObjects:
             for key, item in node.items()
             if key not in _OF_HYDRA
         }
+        if _is_named(make.func):
+            keywords.pop("name", None)
         arguments = keywords.pop("_args_", ())
         is_partial = node.get("_partial_", False)
         try:
@@ -206,6 +208,12 @@ def _nearest_target(target: str) -> str | None:
     return None
 
 
+def _is_named(target: Callable[..., Any]) -> bool:
+    """Return whether a node of this class may have a name that is for tables and folders alone."""
+    is_selector = isinstance(target, type) and issubclass(target, Selector)
+    return is_selector and not takes_name(target, "name")
+
+
 def _raw(item: Any, convert: str) -> Any:
     """Return what is not to be built, as Hydra hands it over."""
     return _config(item) if convert == "none" and isinstance(item, (dict, list)) else item
@@ -229,13 +237,3 @@ def _has(node: Any, keys: Sequence[str]) -> bool:
         else:
             return False
     return True
-
-
-def _takes(target: Callable[..., Any], name: str) -> bool:
-    """Return whether a class, or a function, has a parameter of a name."""
-    try:
-        if name in parameters_of(target):
-            return True
-        return not isinstance(target, type) and takes_any(target)
-    except (TypeError, ValueError):
-        return False

@@ -15,6 +15,7 @@ from siftclip.errors import InputError
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.cores import worker_count
 from siftclip.trainer.runtime.extensions import build_plugins
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.launch import Devices, cluster_plugins, device_count, resolve_devices
 from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.lightning import Precision, Strategy, TrainerSettings
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from lightning.pytorch.strategies import Strategy as LightningStrategy
 
-# What Lightning raises for settings; its MisconfigurationException is a ValueError.
-_REFUSALS = (ValueError, TypeError, RuntimeError)
 # Advice that does not hold here: the stream is shuffled by its own order, and sized by the budget.
 _QUIET = (
     ".*does not have many workers.*",
@@ -74,8 +73,7 @@ def make_trainer(
     for message in _QUIET:
         warnings.filterwarnings("ignore", message)
     precision = resolve_precision(settings.precision)
-    if settings.sync_batchnorm and _on_cpu(settings.accelerator):
-        raise InputError("trainer.sync_batchnorm=true needs GPUs; torch has it for no CPU.")
+    check_hardware(settings)
     # Under autocast only the loss has float32 products left, and these are to be exact.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
@@ -95,8 +93,8 @@ def make_trainer(
             **{**_defaults(settings), **(settings.options or {})},
             **options,
         )
-    except _REFUSALS as error:
-        raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
+    except Exception as error:
+        raise _refusal(error) from error
 
 
 def make_fabric(settings: TrainerSettings) -> Fabric:
@@ -107,6 +105,7 @@ def make_fabric(settings: TrainerSettings) -> Fabric:
     """
     from lightning import Fabric
 
+    check_hardware(settings)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     try:
@@ -117,8 +116,19 @@ def make_fabric(settings: TrainerSettings) -> Fabric:
             plugins=[*cluster_plugins(os.environ)],
             precision=_lightning_precision(resolve_precision(settings.precision)),
         )
-    except _REFUSALS as error:
-        raise InputError(f"trainer.*: Lightning refuses these settings: {error}") from error
+    except Exception as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> Exception:
+    """Return what to raise for an exception of Lightning's constructors."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    refusals = (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError)
+    if isinstance(error, InputError) or not isinstance(error, refusals):
+        return error
+    reason = " ".join(str(error).split())
+    return InputError(f"trainer.*: Lightning refuses these settings: {reason}")
 
 
 def _lightning_precision(precision: str) -> Any:

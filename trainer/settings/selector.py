@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from siftclip.errors import ParameterError, require_fraction
-from siftclip.plugins import SELECTOR_GROUP, installed_in_words
+from siftclip.plugins import AUTO_FRACTION, SELECTOR_GROUP, USUAL_FRACTION, installed_in_words
 from siftclip.trainer.settings.fields.rules import Fault, Unset, is_inside, joined
 from siftclip.trainer.settings.fields.section import Recorded
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _PLUGIN = "siftclip.selectors.build_plugin"  # the `_target_` of a plug-in
 _OF_ANY_PLUGIN = ("plugin", "fraction")  # what its node lists beside the parameters of its own
 _PARAMETERS = "parameters"  # the mapping of these
+_IN_PLACE_OF = {"covariance": "target"}  # by a parameter: the one that need not be given then
+_NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")  # characters that no folder may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +51,13 @@ class SelectorNode(Recorded):
             parameters: the same as the selector shall get them, where they differ.
             features: the name of those that it reads where it names none.
         """
-        flat = flat_plugins(written)
-        rest = {**(flat if parameters is None else flat_plugins(parameters))}
+        flat = _without_needless(flat_plugins(written))
+        given = written if parameters is None else parameters
+        rest = {**_without_needless(flat_plugins(given))}
         name = rest.pop("name", None)
-        return cls(place=place, name=str(name), parameters=rest, written=flat, features=features)
+        name = _default_name(rest) if name is None else str(name)
+        recorded = _with_usual_fractions(flat)
+        return cls(place=place, name=name, parameters=rest, written=recorded, features=features)
 
     def record(self) -> dict[str, Any]:
         return {**self.written}
@@ -59,11 +65,16 @@ class SelectorNode(Recorded):
     @property
     def fraction(self) -> Any:
         """How much the selector shall keep, if it says so itself."""
-        return self.parameters.get("fraction")
+        return _with_usual_fractions(self.parameters).get("fraction")
 
     def with_parameters(self, **changes: Any) -> SelectorNode:
         """Return the node with other parameters; what is recorded stays."""
         return replace(self, parameters={**self.parameters, **changes})
+
+    def without_fraction(self) -> SelectorNode:
+        """Return the node without a fraction among its parameters; what is recorded stays."""
+        rest = {name: value for name, value in self.parameters.items() if name != "fraction"}
+        return replace(self, parameters=rest)
 
     def faults(self, option: str) -> Iterator[Fault | str]:
         """Yield what the node lacks, and the shares that no selector of ours could keep.
@@ -83,9 +94,10 @@ class SelectorNode(Recorded):
         for name, value in unset.items():
             if value.reason is not None:
                 yield Fault(name, value.reason)
-        if not is_inside(self.name):
-            rule = "must be a name, without .. and without / in front"
-            yield Fault(joined(option, "name"), f"{rule}. Got {self.name!r}.")
+        unfit = _NO_NAME.search(self.name) or not is_inside(self.name)
+        if unfit or isinstance(self.written.get("name"), Mapping | list):
+            rule = "must be a name that a folder can have, without a slash. "
+            yield Fault(joined(option, "name"), f"{rule}Got {self.written.get('name')!r}.")
         for name, fraction in _fractions(self.written, option):
             try:
                 require_fraction("fraction", fraction)
@@ -120,6 +132,37 @@ def flat_plugins(node: Any) -> Any:
         return flat
     del flat[_PARAMETERS]
     return {**flat, **own}
+
+
+def _without_needless(node: Any) -> Any:
+    """Copy a node, with null for what is left open and has another parameter in its place."""
+    if isinstance(node, list):
+        return [_without_needless(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copied = {name: _without_needless(value) for name, value in node.items()}
+    for name, other in _IN_PLACE_OF.items():
+        if copied.get(name) is not None and next(_unset(copied.get(other), ""), None) is not None:
+            copied[other] = None
+    return copied
+
+
+def _default_name(parameters: Mapping[str, Any]) -> str:
+    """Return what a selector is called whose node has no name: its plug-in, or its class."""
+    name = parameters.get("plugin") if is_plugin(parameters) else None
+    return str(name or str(parameters.get("_target_")).rpartition(".")[2].lower())
+
+
+def _with_usual_fractions(node: Any) -> Any:
+    """Copy a node, with the usual fraction for those of plug-ins that leave it open."""
+    if isinstance(node, list):
+        return [_with_usual_fractions(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copied = {name: _with_usual_fractions(value) for name, value in node.items()}
+    if is_plugin(copied) and copied.get("fraction") == AUTO_FRACTION:
+        copied["fraction"] = USUAL_FRACTION
+    return copied
 
 
 def _which_plugin() -> str:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from importlib import resources
 from typing import Any
 
 import hydra
@@ -143,6 +144,22 @@ def _default_of(entry: Any, hint: Any) -> Any:
     if kinds:  # also where a field of it follows another option, so that it has no default itself
         return node_of(kinds[0])
     return "???" if entry.default_factory is MISSING else to_plain(entry.default_factory())
+
+
+@functools.cache
+def configuration_groups() -> frozenset[str]:
+    """Return the groups of which a command line chooses configurations: GROUP=NAME."""
+    folders = [path.name for path in resources.files("siftclip.configs").iterdir() if path.is_dir()]
+    of_files = (folder for folder in folders if not folder.startswith("_"))
+    return frozenset({*of_files, *(each.group for each in STORED if each.group is not None)})
+
+
+def configuration_names(group: str) -> list[str]:
+    """Return the names that the command line has for a group."""
+    folder = resources.files("siftclip.configs").joinpath(group)
+    of_files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    stored = [each.name for each in STORED if each.group == group]
+    return sorted({*stored, *(name.removesuffix(".yaml") for name in of_files)})
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.builders.selection import features_folder, pool_from
 from siftclip.trainer.models.embedding import embed_batch, embedding_dataset
 from siftclip.trainer.runtime.cores import share_cores
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.lightning_setup import loader_options, make_fabric, resolve_precision
 from siftclip.trainer.runtime.selection_ranks import ranks_of
 from siftclip.trainer.settings.commands import EmbedCommand
@@ -102,6 +103,7 @@ def embed_stage(settings: EmbedCommand, *, pool: Pool | None = None) -> Path:
     features, common = settings.features, settings.common
     if features.model is None:
         raise RuntimeError("settings without a model are refused where they are read")
+    check_hardware(settings.trainer)
     clip = clip_model_from(features.model, trained=True)
     pool = pool_from(settings.pool, progress=common.progress) if pool is None else pool
     folder = features_folder(features, pool)

@@ -14,6 +14,7 @@ from siftclip.locks import LOCK_NAME, locked
 from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.cores import share_cores, worker_count
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.settings.commands import TargetCommand
 from siftclip.trainer.stages.evaluation import evaluation_device
 
@@ -29,6 +30,7 @@ def target_stage(settings: TargetCommand) -> tuple[Path, list[Path]]:
     features, target, common = settings.features, settings.target, settings.common
     if features.model is None:
         raise RuntimeError("settings without a model are refused where they are read")
+    check_hardware(settings.trainer)
     with options_of(under("target", "root", names="tasks")):
         tasks = find_tasks(
             Path(target.root), target.tasks, split=target.split, key_split=target.key_split

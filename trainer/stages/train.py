@@ -52,6 +52,7 @@ from siftclip.trainer.runtime.extensions import (
     check_extensions,
     extensions_identity,
 )
+from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.launch import check_world_size
 from siftclip.trainer.runtime.lightning_setup import (
     expected_world_size,
@@ -333,6 +334,10 @@ def check_training(settings: TrainCommand) -> None:
         InputError: a selector does not go with the other settings, or a task is missing.
     """
     strategy = settings.trainer.strategy
+    check_hardware(settings.trainer)
+    with options_of({"global_batch": "scale.global_batch_size"}):
+        world_size = expected_world_size(settings.trainer)
+        rank_slice(settings.scale.global_batch_size, rank=0, world_size=world_size)
     check_loss_options(settings.loss)
     check_extensions(settings.trainer)
     check_online(settings.online, settings.selector, settings.loss, strategy)

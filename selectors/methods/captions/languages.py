@@ -89,7 +89,7 @@ class Gcld3(_Loaded):
     """Google's Compact Language Detector 3, which the LAION-2B rule of DataComp uses."""
 
     def load(self) -> Any:
-        gcld3 = _import("gcld3", "gcld3")
+        gcld3 = _import("gcld3", "cld3-py")
         return gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)
 
     def __call__(self, captions: Sequence[str]) -> list[str | None]:

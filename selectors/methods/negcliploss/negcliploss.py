@@ -30,7 +30,7 @@ from siftclip.selectors.core.source import IMAGE, TASK_SAMPLES, TEXT, ReadsFeatu
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums
 from siftclip.selectors.methods.clip_score import clip_score, require_pairs
-from siftclip.selectors.methods.negcliploss.screening import Screening, usable_blocks
+from siftclip.selectors.methods.negcliploss.screening import OPEN_LIMIT, Screening, usable_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,8 +115,9 @@ class NegCLIPLoss(ReadsFeatures, ScoreSelector):
                 of a partition is short, as released.
             passes: partitions whose normalisers are averaged; K in the paper.
             partition: cut each "file" into blocks by itself, as released, or the "global" pool.
-            precision: "screened" or "float32", see the class. A GPU, and a CPU without int8
-                instructions, compute float32 always.
+            precision: "screened" or "float32", see the class. A GPU, a CPU without int8
+                instructions, and features of which 8 bits would leave most samples open, compute
+                float32 always.
             seed: of the partitions.
             **rule: `fraction`, `threshold` or `rule`, see `ScoreSelector`.
         """
@@ -185,6 +186,16 @@ class NegCLIPLoss(ReadsFeatures, ScoreSelector):
             passes=self.passes,
             tasks=lambda number: self.tasks(source, number),
         )
+        self._recomputed = 0
+        share = screening.open_share()
+        if share > OPEN_LIMIT:
+            if source.ranks.rank == 0:
+                log.info(
+                    "NegCLIPLoss: float32 for all samples, since 8-bit products would leave about "
+                    "%.0f %% of them open",
+                    100 * share,
+                )
+            return super().select(source)
         scores = screening.scores()
         if scores is None:
             return super().select(source)

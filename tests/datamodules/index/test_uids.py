@@ -14,11 +14,11 @@ from siftclip.datamodules.index.uids import (
     derive_uid,
     format_uid,
     from_structured,
-    is_uid,
     parse_uids,
     sort_uids,
     to_structured,
 )
+from siftclip.uid_texts import plain_uid
 
 TEXT = st.text("0123456789abcdef", min_size=32, max_size=32)
 # few distinct halves, so that equal high halves and repeated uids occur; 2**64 - 1 has all bits set
@@ -89,14 +89,17 @@ def test_find_equals_a_dictionary(
         (None, False),
         (0, False),
         (b"0" * 32, False),
+        ("00000000-0000-4000-8000-00000000000A", True),
+        ("00000000-0000-4000-8000-0000000000", False),
+        ("0000-00000000-4000-8000-00000000000A", False),
     ],
 )
 def test_uid_is_32_hexadecimal_digits(text: object, valid: bool) -> None:
-    assert is_uid(text) is valid
+    assert (plain_uid(text) is not None) is valid
 
 
 def test_derived_uid_is_md5_of_tar_and_key() -> None:
     expected = hashlib.md5(b"00000003.tar/000030007").hexdigest()
     assert derive_uid("00000003.tar", "000030007") == expected
-    assert is_uid(expected)
+    assert plain_uid(expected) == expected
     assert derive_uid("00000004.tar", "000030007") != expected

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from siftclip.datamodules.index.uids import format_uid, to_structured
+from siftclip.datamodules.index.tar_index import _find_uid
+from siftclip.datamodules.index.uids import format_uid, parse_uids, to_structured
+from siftclip.datamodules.pool.metadata import read_metadata_uids
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.selection.columns import read_pool_lists
 from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.selection.run import run_selection
-from siftclip.datamodules.selection.selection import Selection
+from siftclip.datamodules.selection.selection import Selection, read_subset
 from siftclip.errors import InputError
 from siftclip.selectors.core.source import ExternalColumn, Requirements
 from siftclip.selectors.methods.concepts import ConceptBalance
@@ -343,3 +347,37 @@ def test_source_takes_lists_and_stamps_their_file(
     for part in ("columns", "files"):  # the path is named, too
         assert changed.pop(part) != before.pop(part)
     assert changed == before
+
+
+# ---- uids as others write them -------------------------------------------------------------------
+@pytest.mark.parametrize("form", [str.upper, lambda text: str(uuid.UUID(text)), lambda text: text])
+def test_uids_with_dashes_and_capitals_are_found(
+    form: Callable[[str], str], tmp_path: Path
+) -> None:
+    texts = [f"{number:032x}" for number in (7, 10**30, 2**127 + 5)]
+    path = tmp_path / "scores.parquet"
+    pd.DataFrame({"uid": [form(text) for text in texts], "score": [1.0, 2.0, 3.0]}).to_parquet(path)
+    uids, valid, faults = read_metadata_uids(path)
+    assert valid.all()
+    assert not faults.samples
+    assert np.array_equal(uids, parse_uids(texts))
+    for kind in ("U", "S"):
+        np.save(tmp_path / "subset.npy", np.array([form(text) for text in texts], dtype=kind))
+        listed, counts = read_subset(tmp_path / "subset.npy")
+        assert np.array_equal(listed, parse_uids(texts))
+        assert counts.tolist() == [1, 1, 1]
+
+
+def test_texts_that_are_no_uids_are_told(tmp_path: Path) -> None:
+    wrong = ["0" * 32, "00000000-0000-0000-00000000-00000000", "-" * 36, "0" * 36, None]
+    path = tmp_path / "scores.parquet"
+    pd.DataFrame({"uid": wrong}).to_parquet(path)
+    assert read_metadata_uids(path)[1].tolist() == [True, False, False, False, False]
+    np.save(tmp_path / "subset.npy", np.array(wrong[:2]))
+    with pytest.raises(InputError, match=r"must hold 32 hexadecimal .*Row 1 is '00000000-0000-"):
+        read_subset(tmp_path / "subset.npy")
+
+
+def test_a_pool_may_have_uids_with_dashes() -> None:
+    record = b'{"uid": "00000000-0000-4000-8000-00000000000a"}'
+    assert _find_uid(record) == "0000000000004000800000000000000a"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftclip.errors import InputError, ParameterError
-from siftclip.selectors.core.arrays import UNIT_TOLERANCE, unit_rows
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.compose import RankSum, Then
+from siftclip.selectors.core.conversion import UNIT_TOLERANCE, unit_rows
 from siftclip.selectors.core.feature_sets import bind_features
 from siftclip.selectors.core.source import FeatureFile
 from siftclip.selectors.fitting.clusters import KMeans

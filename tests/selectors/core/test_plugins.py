@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from siftclip.errors import InputError
+from siftclip.selectors.core.base import Choice, Selector, Source
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.plugins import build_plugin, find_plugins
 from siftclip.selectors.methods.clip_score import ClipScore
@@ -112,6 +114,18 @@ def test_parameters_that_a_plugin_does_not_take_are_named(install: Install) -> N
         build_plugin("lowest", sign=1, fraction=0.5, colour="red")
     with pytest.raises(InputError, match=r"^LowestUid needs exactly one of"):
         build_plugin("lowest", sign=1)
+
+
+def test_a_class_without_a_constructor_takes_nothing() -> None:
+    class All(Selector):
+        def select(self, source: Source) -> Choice:
+            return Choice(multiplicities=np.ones(len(source), dtype=np.int64))
+
+    All()
+    with pytest.raises(InputError, match=r"^All: fraction is not a parameter of All\. It has none"):
+        All(fraction=0.3)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        All(0.3)
 
 
 def test_text_in_place_of_a_number_is_found_before_there_are_samples(install: Install) -> None:

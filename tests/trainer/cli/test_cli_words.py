@@ -143,7 +143,13 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ("pool.storage_options.anon=true", "need a plus: +pool.storage_options.anon=VALUE."),
         ("+seed=1", "Leave the + out: seed=1"),
         ("eval=3", "Config group override must be a string"),
-        ("eval.groups=[1]", "Cannot merge DictConfig with ListConfig"),
+        ("eval.groups=[1]", "eval.groups must be a mapping, {NAME: VALUE}. Got [1]."),
+        ("compare.arms=[a]", 'compare.arms must be a mapping, such as {half: ["selector.fra'),
+        ("compare.arms=[a=b,c=d]", 'compare.arms must be a mapping, such as {half: ["sele'),
+        ("selector=a,b", "--multirun selector=a,b"),
+        ("selector=[random, jest]", "--multirun selector=random,jest"),
+        ("+selector@online.selector=[jest,hard]", "--multirun +selector@online.selector=jest,h"),
+        ("model=ViT-B-32", "Did you mean model=vit_b_32?"),
         ("eval.root=no's", 'the value of eval.root cannot be read. Got "no\'s"'),
         ("--config-dir=nowhere", "nowhere' not found"),
         ("--config-name=nope", "Cannot find primary config 'nope'."),
@@ -163,6 +169,55 @@ def test_a_suggested_quoting_works(run: Run) -> None:
     _, errors, _ = run("model", f"eval.root={value}")
     [quoted] = shlex.split(errors.partition("for the shell it is ")[2])
     assert OverridesParser.create().parse_override(quoted).value() == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "arms"),
+    [
+        ("{a:selector=random}", {"a": ("selector=random",)}),
+        (
+            "{a:[selector=random,seed=1],b:selector=jest}",
+            {"a": ("selector=random", "seed=1"), "b": ("selector=jest",)},
+        ),
+    ],
+)
+def test_arms_without_quotes_are_told_with_them(
+    typed: str, arms: dict[str, tuple[str, ...]], run: Run
+) -> None:
+    _, errors, _ = run("model", f"compare.arms={typed}")
+    [word] = shlex.split(errors.partition("in double quotes: ")[2])
+    _, _, [config] = run("model", word)
+    assert config.compare.arms == arms
+
+
+def test_several_configurations_are_run_one_after_the_other(run: Run) -> None:
+    _, errors, _ = run("model", "eval=fast,vtab")
+    words = errors.partition("To run one job for each: ")[2].split()
+    status, _, configs = run("model", *words)
+    assert (status, [config.eval.suite for config in configs]) == (0, ["fast", "vtab"])
+    assert run("model", "experiment=[jest,digits]")[0] == 0  # these are differences, and add up
+
+
+def test_hydras_options_may_stand_between_overrides(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "mine.yaml").write_text("defaults: [default]\nsuite: mine\n")
+    words = ["seed=3", f"--config-dir={tmp_path}", "eval=mine", "--config-dir", str(tmp_path)]
+    _, _, [config] = run("model", *words, "progress=false")
+    assert (config.common.seed, config.eval.suite) == (3, "mine")
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_tiny"])
+def test_a_model_of_training_is_known_to_eval(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, _, [config] = run(name, "weights.pt")
+    assert config.model.name == {"vit_b_32": "ViT-B-32"}.get(name, name)
+    assert config.model.pretrained == "weights.pt"
+    assert (config.model.architecture is None) == (name == "vit_b_32")
+    (tmp_path / name).mkdir()  # a folder says more
+    _, _, [config] = run(name)
+    assert (config.model.name, config.model.architecture) == (name, None)
 
 
 def test_words_without_a_meaning(run: Run) -> None:

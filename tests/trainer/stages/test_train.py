@@ -187,7 +187,10 @@ def test_budget_is_rounded_up_to_full_batches() -> None:
             "model.pretrained=/nonexistent.pt",
             r"model\.pretrained must be .* an existing file. Got '/nonexistent.pt'",
         ),
-        ("trainer.accelerator=abacus", r"trainer\.\*: Lightning refuses these settings"),
+        (
+            "trainer.accelerator=abacus",
+            r"trainer\.accelerator must be one of auto, .* 'abacus'",
+        ),
         ("trainer.checkpoint_every_n_steps=0", r"checkpoint_every_n_steps must be .* at least 1"),
         ("eval.root=/nonexistent", r"eval\.root must be"),
     ],

@@ -169,7 +169,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     model.write_bytes(b"")
     for module, call, package in (
         ("fasttext", lambda: FastText(path=str(model))(["a"]), "fasttext-wheel"),
-        ("gcld3", lambda: Gcld3()(["a"]), "gcld3"),
+        ("gcld3", lambda: Gcld3()(["a"]), "cld3-py"),
         ("nltk", lambda: WordNet()("a"), "nltk"),
     ):
         monkeypatch.setitem(sys.modules, module, None)
@@ -226,6 +226,12 @@ def test_gcld3_gets_the_limits_of_the_released_rule(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "gcld3", SimpleNamespace(NNetLanguageIdentifier=Identifier))
     assert Gcld3()(["the\nhouse", "das haus"]) == ["en", "und"]
+
+
+def test_cld3_tells_languages() -> None:
+    pytest.importorskip("gcld3", reason="needs the extra: pip install siftclip[text]")
+    captions = ["a photo of a brown dog\nin the park", "ein Foto von einem braunen Hund im Park"]
+    assert Gcld3()(captions) == ["en", "de"]
 
 
 class FakeWordNet:

@@ -446,3 +446,72 @@ def test_without_int8_instructions_scores_are_float32(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "int8_is_fast", lambda: False)
     source, selector = pool(70), make()
     assert np.array_equal(selector.select(source).scores, selector.scores(source))  # type: ignore[arg-type]
+
+
+# ---- features of which 8 bits leave most samples open --------------------------------------------
+def pairs_of(samples: int, agreement: float, **options: Any) -> MemorySource:
+    """Random images, and captions that agree with them: at 0.3 all scores are nearly equal."""
+    generator = np.random.default_rng(3)
+    images, noise = generator.standard_normal((2, samples, 64))
+    pairs = (images, agreement * images + (1 - agreement) * noise)
+    features = {
+        key: torch.from_numpy((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16))
+        for key, x in zip(("l14_img", "l14_txt"), pairs, strict=True)
+    }
+    uids = generator.integers(0, 2**63, size=(samples, 2)).astype(np.uint64)
+    chunk = Chunk(rows=np.arange(samples), uids=uids, features=features)
+    return MemorySource(chunk, **options)
+
+
+@needs_int8
+@pytest.mark.parametrize("rule", [{"fraction": 0.3}, {"threshold": -1e-5}])
+def test_many_open_samples_are_computed_in_float32_at_once(
+    rule: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(screening, "PROBE_FROM", 500)
+    monkeypatch.setattr(screening, "PROBE_SAMPLES", 100)
+    caplog.set_level("INFO")
+    source = pairs_of(600, 0.9)
+    exact, screened = (
+        NegCLIPLoss(features="l14", batch_size=256, passes=2, precision=precision, **rule)
+        for precision in ("float32", "screened")
+    )
+    expected, choice = exact.select(source), screened.select(source)
+    assert "float32 for all samples, since 8-bit products would leave about" in caplog.text
+    assert screened.recomputed_samples == 0
+    assert np.array_equal(choice.multiplicities, expected.multiplicities)
+    assert choice.scores is not None
+    assert np.array_equal(choice.scores, expected.scores)  # type: ignore[arg-type]
+
+
+@needs_int8
+def test_few_open_samples_are_screened_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pairs_of(600, 0.05)
+    options: dict[str, Any] = {"batch_size": 256, "passes": 2, "fraction": 0.3}
+    before = NegCLIPLoss(features="l14", **options)
+    expected = before.select(source)
+    assert 0 < before.recomputed_samples < 600
+    monkeypatch.setattr(screening, "PROBE_FROM", 500)
+    monkeypatch.setattr(screening, "PROBE_SAMPLES", 100)
+    after = NegCLIPLoss(features="l14", **options)
+    choice = after.select(source)
+    assert after.recomputed_samples == before.recomputed_samples
+    assert np.array_equal(choice.multiplicities, expected.multiplicities)
+    assert np.array_equal(choice.scores, expected.scores)  # type: ignore[arg-type]
+
+
+@needs_int8
+def test_ranks_agree_on_what_was_seen(
+    run_on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screening, "PROBE_FROM", 500)
+
+    def select(ranks: Ranks) -> tuple[np.ndarray, int]:
+        selector = NegCLIPLoss(features="l14", batch_size=256, passes=1, fraction=0.3)
+        source = pairs_of(600, 0.9, ranks=ranks)
+        return selector.select(source).multiplicities, selector.recomputed_samples
+
+    kept, _ = select(pool(1).ranks)
+    for other, recomputed in run_on_ranks(2, select):
+        assert np.array_equal(kept, other)
+        assert recomputed == 0
