@@ -3,6 +3,7 @@
 #   make test ARGS='-k layout'     some of the tests
 #   make test-all                  also the slow ones: launches of ranks, kills, whole recipes
 #   make coverage                  the same, with the branches that no test takes
+#   make nightly                   tests that repeat the same for hours: kills, full disks, a soak
 
 # Without PYTHON, the first of these that is new enough makes .venv.
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
@@ -25,7 +26,7 @@ NUMERICAL = \
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo docs test test-all coverage test-avx2 record same-answers setup lint constraints clean moved
+.PHONY: demo docs test test-all nightly coverage test-avx2 record same-answers setup lint constraints clean moved
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) $(ARGS)
+
+nightly: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --nightly $(ARGS)
 
 # Of what runs in the processes of pytest itself: what tests start costs no more for it. The floor
 # is in pyproject.toml.
