@@ -258,6 +258,8 @@ def fault_of(error: Exception) -> str:
             f"it holds more than tensors ({other[1]}), and reading that could run code. Whoever "
             "made the file can write the tensors alone: those of the model's state_dict()"
         )
+    if "failed finding central directory" in str(error):  # what torch says of a cut archive
+        return "it is cut off, or no checkpoint"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "\n".join([*lines[: NAMED_KEYS + 1], *(["..."] if len(lines) > NAMED_KEYS + 1 else [])])
 
