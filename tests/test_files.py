@@ -157,6 +157,8 @@ def test_a_file_without_content_counts_as_missing(
 ) -> None:
     path = tmp_path / "a.json"
     assert not has_content(path)
+    assert not has_content(tmp_path)
+    assert not has_content(Path(__file__) / "a.json")
     assert not caplog.messages
     for blank in (b"", bytes(100_000)):
         path.write_bytes(blank)

@@ -262,6 +262,8 @@ def fault_of(error: Exception) -> str:
             "code. Whoever made the file can write the tensors alone: those of the model's "
             "state_dict()"
         )
+    if "failed finding central directory" in str(error):  # what torch says of a cut archive
+        return "it is cut off, or no checkpoint"
     lines = [line[:_MAX_LINE] for line in str(error).strip().splitlines()]
     lines = lines or [type(error).__name__]
     return "\n".join([*lines[: NAMED_KEYS + 1], *(["..."] if len(lines) > NAMED_KEYS + 1 else [])])

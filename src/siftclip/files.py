@@ -42,7 +42,7 @@ def has_content(path: Path) -> bool:
             while block := file.read(1 << 16):
                 if block.strip(b"\0"):
                     return True
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
     _say_blank(path)
     return False

@@ -101,7 +101,7 @@ class RunDir:
     @property
     def has_model(self) -> bool:
         """Whether training has finished and the model is written."""
-        return (self.model / CONFIG_NAME).is_file()
+        return has_content(self.model / CONFIG_NAME)
 
     @property
     def summary(self) -> dict[str, Any] | None:
