@@ -208,7 +208,14 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
 def signalled(number: int, seconds: float, *words: str) -> tuple[int, str]:
     """Start a command, send a signal after some seconds; returns its exit status and stderr."""
     command = [sys.executable, *MODULE, *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # where the tests run in the background of a shell, Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     time.sleep(seconds)
     process.send_signal(number)
     errors = process.communicate(timeout=120)[1]
