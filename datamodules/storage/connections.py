@@ -173,8 +173,13 @@ def version_of(fields: Mapping[str, Any]) -> tuple[str, str]:
     """
     for field in (*CONTENT_FIELDS, *_TIME_FIELDS):
         if fields.get(field) is not None:
-            return field, str(fields[field])
+            return field, _text(fields[field])
     return "", ""
+
+
+def _text(version: object) -> str:
+    # aiohttp makes halves of surrogate pairs of bytes that are not UTF-8, which no file can hold
+    return str(version).encode(errors="backslashreplace").decode()
 
 
 def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> bool:
@@ -189,7 +194,7 @@ def require_version(shard: ShardFile, fields: Mapping[str, Any]) -> bool:
     field, value = shard.version
     if fields.get(field) is None:
         return not field  # there is none that could be said
-    if str(fields[field]) != value:
+    if _text(fields[field]) != value:
         raise ChangedError
     return True
 
@@ -250,9 +255,10 @@ def _is_s3(filesystem: Any) -> bool:
 
 
 def _condition(shard: ShardFile, on_condition: bool) -> str | None:
-    """Return the ETag to ask for; a weak one cannot be asked for."""
+    """Return the ETag to ask for; one that is weak, or not ASCII, cannot be asked for."""
     field, value = shard.version
-    return value if on_condition and field == "ETag" and not value.startswith("W/") else None
+    is_strong = field == "ETag" and value.isascii() and not value.startswith("W/")
+    return value if on_condition and is_strong and "\\" not in value else None
 
 
 async def _read_range(filesystem: AsyncFileSystem, span: Span) -> Answer:

@@ -214,7 +214,8 @@ def _run_hydra(
         if type(error) is CompactHydraException:  # of a job of submitit: see _end
             print(error, file=sys.stderr, flush=True)
             raise SystemExit(1) from None
-        if isinstance(error, YAML_FAULTS) and not str(error).startswith(_VALUE_ERRORS):
+        is_explained = isinstance(error, (HydraException, OmegaConfBaseException))
+        if not is_explained and not str(error).startswith(_VALUE_ERRORS):
             raise
         end_faulty(command, _explain(error, command, typed), quiet=True)
     finally:

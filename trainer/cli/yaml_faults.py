@@ -8,6 +8,7 @@ from __future__ import annotations
 import traceback
 
 import yaml
+from hydra.errors import HydraException
 
 from siftclip.reading import reason_of
 
@@ -17,8 +18,8 @@ _LOADER = "file_config_source.py"  # of Hydra; no other place of it opens these 
 
 def fault_of_yaml(error: Exception) -> str | None:
     """Say which YAML could not be loaded, and why; None if the error is of something else."""
-    if not isinstance(error, YAML_FAULTS):
-        return None
+    if isinstance(error, HydraException) or not isinstance(error, YAML_FAULTS):
+        return None  # some of Hydra's own are OSErrors, too
     for frame, _ in traceback.walk_tb(error.__traceback__):
         path = frame.f_locals.get("full_path")
         if frame.f_code.co_filename.endswith(_LOADER) and isinstance(path, str):

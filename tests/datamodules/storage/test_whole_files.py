@@ -88,3 +88,13 @@ def test_other_file_systems_are_asked_as_they_are(tmp_path: Path) -> None:
     file = ShardFile(name="a", path=str(tmp_path / "a"), size_bytes=1, stamp="")
     copy_file(filesystem, file, tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"1"
+
+
+def test_a_version_that_no_file_can_hold_is_written_out() -> None:
+    tag = b'"\xe9"'.decode(errors="surrogateescape")  # as aiohttp gives what is not UTF-8
+    field, value = connections.version_of({"ETag": tag})
+    assert value.encode() == b'"\\udce9"'
+    file = ShardFile(name="a", path="a", size_bytes=1, stamp="", version=(field, value))
+    assert connections.require_version(file, {"ETag": tag})
+    with pytest.raises(ChangedError):
+        connections.require_version(file, {"ETag": '"b"'})

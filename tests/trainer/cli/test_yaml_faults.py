@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,15 @@ def test_broken_yaml(
     assert f"siftclip select: error: {path} is not a configuration in YAML: " in said
     assert reason in said
     assert "Traceback" not in said
+
+
+def test_a_pipe_in_the_place_of_a_yaml_is_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "selector").mkdir()
+    os.mkfifo(tmp_path / "selector" / "mine.yaml")
+    words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
+    monkeypatch.setattr("sys.argv", ["siftclip", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert "selector=mine: there is no such configuration" in capsys.readouterr().err
