@@ -14,13 +14,25 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.core.arrays import GIVEN
 from siftclip.selectors.core.base import Choice, ScoreSelector, Selector, check_choice
+from siftclip.selectors.core.draw_checks import (
+    CANDIDATES,
+    SHARES,
+    SUB_BATCHES,
+    can_draw,
+    drawing_faults,
+    drawn,
+    known_logits,
+)
 from siftclip.selectors.core.feature_sets import bind_features
+from siftclip.selectors.core.simulated_ranks import on_simulated_ranks
 from siftclip.selectors.core.source import (
     Chunk,
     FeatureFile,
@@ -83,10 +95,14 @@ def _built(make: SelectorFactory) -> Selector:
     return bind_features(make(), GIVEN)
 
 
+def _source(chunk: Chunk, selector: Selector, **options: Any) -> MemorySource:
+    files = synthetic_files(selector.requires)
+    return MemorySource(chunk, files=files, logits=known_logits(selector), trusted=True, **options)
+
+
 def _select(make: SelectorFactory, chunk: Chunk, size: int = SAMPLES) -> Choice:
     selector = _built(make)
-    files = synthetic_files(selector.requires)
-    return selector.select(MemorySource(chunk, files=files, chunk_samples=size, trusted=True))
+    return selector.select(_source(chunk, selector, chunk_samples=size))
 
 
 def check_answer(make: SelectorFactory) -> None:
@@ -231,10 +247,72 @@ def check_few_left(make: SelectorFactory) -> None:
     """Check that earlier stages may leave two samples, one, or none."""
     selector = _built(make)
     chunk = synthetic_chunk(selector.requires)
-    source = MemorySource(chunk, files=synthetic_files(selector.requires), trusted=True)
+    source = _source(chunk, selector)
     for samples in (2, 1, 0):
         kept = _built(make).select(source.restrict(chunk.rows[:samples])).multiplicities
         assert kept.shape == (samples,), f"{samples} of a source of {len(chunk)} samples"
+
+
+def check_draw(make: SelectorFactory) -> None:
+    """Check the choice of sub-batches, if the selector says how: `draw`, or by its scores.
+
+    Each group gets as many different samples as it is asked for, with few and with all of them;
+    draws are functions of the seed and the uids alone; weights are declared, finite and at least 0.
+    """
+    selector = _built(make)
+    if not can_draw(selector):
+        return
+    chunk = synthetic_chunk(selector.requires, samples=CANDIDATES)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = (torch.get_rng_state(), _numpy_state())
+    faults = drawing_faults(
+        lambda: _built(make), lambda chunk, **options: _source(chunk, selector, **options), chunk
+    )
+    for fault in faults:
+        raise AssertionError(fault)
+    assert torch.equal(before[0], torch.get_rng_state()), "torch's global random state was used"
+    assert before[1] == _numpy_state(), "numpy's global random state was used"
+
+
+def check_ranks(make: SelectorFactory) -> None:
+    """Check that 2 and 4 ranks, which are simulated, answer as one, all of them, and in lockstep.
+
+    Their shares of the parts are uneven, and some ranks have none.
+    """
+    chunk = synthetic_chunk(_built(make).requires)
+    for size, part_samples in SHARES:
+
+        def choose(ranks: Ranks, part_samples: int = part_samples) -> Choice:
+            selector = _built(make)
+            source = _source(chunk, selector, part_samples=part_samples, ranks=ranks)
+            return selector.select(source)
+
+        _compare_ranks(size, choose, f"in parts of {part_samples} samples")
+    if not can_draw(_built(make)):
+        return
+    chunk = synthetic_chunk(_built(make).requires, samples=CANDIDATES)
+    for size in (2, 4):
+
+        def choose_few(ranks: Ranks) -> Choice:
+            selector = _built(make)
+            source = _source(chunk, selector, part_samples=CANDIDATES // 4, ranks=ranks)
+            return drawn(selector, source, SUB_BATCHES[0])
+
+        _compare_ranks(size, choose_few, "for a sub-batch")
+
+
+def _compare_ranks(size: int, choose: Callable[[Ranks], Choice], when: str) -> None:
+    alone = choose(OneRank())
+    try:
+        choices = on_simulated_ranks(size, choose)
+    except Exception as error:  # a selector of somebody else may fail in any way
+        what = (
+            str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        )
+        raise AssertionError(f"{size} ranks, {when}: {what}") from error
+    for rank, choice in enumerate(choices):
+        _assert_same(choice, alone, f"rank {rank} of {size} does not answer as one rank, {when}")
 
 
 CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
@@ -249,6 +327,8 @@ CHECKS: tuple[Callable[[SelectorFactory], None], ...] = (
     check_unscored,
     check_single_sample,
     check_few_left,
+    check_draw,
+    check_ranks,
 )
 
 

@@ -96,7 +96,7 @@ class SuperBatchSource(MemorySource):
             yield values.to(self.device)  # which was not known when the file was read
 
     def take(self, rows: np.ndarray, requires: Requirements) -> Chunk:
-        taken = super().take(rows, requires)
+        taken = super().take(rows, Requirements(features=requires.features))
         asked = replace(requires, features=())
         if asked == Requirements():
             return taken

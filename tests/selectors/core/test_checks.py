@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from siftclip.errors import InputError
 from siftclip.hashing import uniform_score
 from siftclip.selectors.core import checks
 from siftclip.selectors.core.base import (
@@ -25,6 +26,7 @@ from siftclip.selectors.core.base import (
 from siftclip.selectors.core.checks import SelectorFactory
 from siftclip.selectors.core.compose import Then
 from siftclip.selectors.core.rules import TopFraction
+from siftclip.selectors.core.sub_batch import SubBatch
 from siftclip.selectors.methods.clip_score import ClipScore
 
 
@@ -206,6 +208,105 @@ class CaptionsInPlace(Sound):
         return super().score(chunk)
 
 
+class Draws(Sound):
+    """Draws wrongly, and the best of each group but for that."""
+
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        raise NotImplementedError
+
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        kept = super().draw(source, sub_batch).multiplicities
+        return Choice(multiplicities=self.change(kept, sub_batch))
+
+
+class DrawsTooFew(Draws):
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        kept[np.flatnonzero(kept)[0]] = 0
+        return kept
+
+
+class DrawsTwice(Draws):
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        first, second, *_ = np.flatnonzero(kept)
+        kept[first], kept[second] = 2, 0
+        return kept
+
+
+class DrawsTheSameOfEachGroup(Sound):
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        alike = SubBatch(samples=sub_batch.samples, groups=sub_batch.groups)
+        return super().draw(source, alike)
+
+
+class DrawsAnArrayOfIndices(Draws):
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        return np.flatnonzero(kept)
+
+
+class DrawsBools(Draws):
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        return kept > 0
+
+
+class DrawsByTheGlobalState(Draws):
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        groups = kept.reshape(sub_batch.groups, -1)
+        return np.stack([np.random.permutation(group) for group in groups]).reshape(-1)
+
+
+class DrawsByACounter(Draws):
+    drawn = 0
+
+    def change(self, kept: np.ndarray, sub_batch: SubBatch) -> np.ndarray:
+        self.drawn += 1
+        return np.roll(kept.reshape(sub_batch.groups, -1), self.drawn, axis=1).reshape(-1)
+
+
+class DrawsWithWeights(Sound):
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        choice = super().draw(source, sub_batch)
+        weights = np.ones(len(source), dtype=np.float32)
+        return Choice(multiplicities=choice.multiplicities, weights=weights)
+
+
+class RefusesSubBatches(Sound):
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        raise InputError("no sub-batches here")
+
+
+class OfItsRank(Sound):
+    def select(self, source: Source) -> Choice:
+        choice = super().select(source)
+        kept = np.roll(choice.multiplicities, source.ranks.rank)
+        return Choice(multiplicities=kept, scores=choice.scores)
+
+
+class NeedsAShare(Sound):
+    def fit(self, source: Source) -> None:
+        if not sum(len(task.rows) for task in source.mine(source.tasks(self.requires))):
+            raise ZeroDivisionError("there is nothing to divide by")
+
+
+class WaitsAlone(Sound):
+    def fit(self, source: Source) -> None:
+        if source.ranks.rank == 0:
+            source.ranks.barrier()
+
+
+class SumsForItself(Sound):
+    def fit(self, source: Source) -> None:
+        self._own = len(source.mine(source.tasks(self.requires)))
+
+    def score(self, chunk: Chunk) -> Tensor:
+        return (super().score(chunk) * self._own * 7) % 1
+
+
+class DrawsOfItsRank(Sound):
+    def draw(self, source: Source, sub_batch: SubBatch) -> Choice:
+        kept = super().draw(source, sub_batch).multiplicities.reshape(sub_batch.groups, -1)
+        return Choice(multiplicities=np.roll(kept, source.ranks.rank, axis=1).reshape(-1))
+
+
 class HoldsLambda(Sound):
     def __init__(self) -> None:
         super().__init__()
@@ -266,6 +367,20 @@ BAD: list[tuple[type[Selector], Callable[[SelectorFactory], None], str | None]] 
     (ForgetsSettings, checks.check_picklable, None),
     (KeepsUnscored, checks.check_unscored, "NaN were kept"),
     (NeedsTwo, checks.check_single_sample, None),
+    (DrawsTooFew, checks.check_draw, r"must choose 6 different samples of each of the 4 groups"),
+    (DrawsTwice, checks.check_draw, r"must choose 6 different samples"),
+    (DrawsTheSameOfEachGroup, checks.check_draw, r"must choose \[6, 5, 6, 5\] different samples"),
+    (DrawsAnArrayOfIndices, checks.check_draw, r"must answer with one multiplicity for each of 96"),
+    (DrawsBools, checks.check_draw, r"must answer with int64"),
+    (DrawsByTheGlobalState, checks.check_draw, "two fresh selectors draw differently"),
+    (DrawsByACounter, checks.check_draw, "a second draw with the same seed differs"),
+    (DrawsWithWeights, checks.check_draw, "does not declare that it weighs samples"),
+    (RefusesSubBatches, checks.check_draw, "a sub-batch is refused: no sub-batches here"),
+    (OfItsRank, checks.check_ranks, r"rank 1 of 2 does not answer as one rank, in parts of 40"),
+    (NeedsAShare, checks.check_ranks, "there is nothing to divide by"),
+    (WaitsAlone, checks.check_ranks, "ranks do not wait for the same thing"),
+    (SumsForItself, checks.check_ranks, "does not answer as one rank"),
+    (DrawsOfItsRank, checks.check_ranks, r"rank 1 of 2 does not answer .* for a sub-batch"),
     (AnswersForThePool, checks.check_few_left, "2 of a source of 257 samples"),
 ]
 
