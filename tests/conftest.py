@@ -37,6 +37,7 @@ from PIL import Image
 from python_server import environment_of_children
 from torch import Tensor
 
+from siftclip import redaction
 from siftclip.datamodules.index.tar_index import ShardIndex, build_shard_index
 from siftclip.datamodules.index.tar_walk import LocalTar, TarSample, walk_tar
 from siftclip.datamodules.pool.pool import Pool, open_pool
@@ -89,6 +90,13 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let go of what is frozen, which nanobind else takes for leaks when Python ends."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_secret() -> Iterator[None]:
+    """What a test calls secret, such as `test`, must not be hidden in the messages of others."""
+    yield
+    redaction.forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,6 +20,7 @@ EXAMPLES = {
     "siftclip.confidential": ["ConfidentialOptions", "ConfidentialUrl"],
     "siftclip.errors": ["ParameterError"],
     "siftclip.tables": ["cut", "ruled_table", "text_table"],
+    "siftclip.uid_texts": ["plain_uid"],
     "siftclip.selectors": [
         *("ClipScore", "NegCLIPLoss", "NormSim", "Vas", "VasD", "NearestRank", "SemDeDup"),
         *("External", "Uniform", "InfoBatch", "QuotaPerCluster", "BasicFilter", "CaptionFilter"),

@@ -15,6 +15,7 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from siftclip.datamodules.storage import connections
 from siftclip.datamodules.storage.local import ChangedError, ShardFile
+from siftclip.writing import writing_to
 
 _PART_BYTES = 1 << 20
 
@@ -56,7 +57,7 @@ async def _copy_http(filesystem: HTTPFileSystem, file: ShardFile, path: Path) ->
     async with session.get(url, **filesystem.kwargs) as answer:
         filesystem._raise_not_found_for_status(answer, file.path)
         left, pace = file.size_bytes, connections.CopyPace()
-        with path.open("wb") as copy:
+        with writing_to(path), path.open("wb") as copy:
             while part := await asyncio.wait_for(
                 answer.content.read(_PART_BYTES), connections.READ_TIMEOUT_SECONDS
             ):

@@ -272,8 +272,8 @@ def require_source(source: object, owner: object) -> None:
             owner=owner,
             parameter="source",
             got=kind_of(source),
-            way_out="Arrays are scored by the method scores(images, texts), and selected from by "
-            "siftclip.select(features=(images, texts), selector=...).",
+            way_out="The method scores(images, texts) scores arrays, and siftclip.select selects "
+            "from them.",
         )
 
 

@@ -122,7 +122,7 @@ def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """
     if not path.exists():
         return
-    with path.open("ab+") as file:
+    with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file, path)
     records = read_jsonl(path)
     kept = [record for record in records if keep(record)]

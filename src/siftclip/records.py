@@ -2,7 +2,7 @@
 
 A shape is a `typing_extensions.TypedDict`, or any other annotation. Fields that it does not name
 are kept as they are, since later versions may write more. pydantic, which wandb needs anyway, is
-imported by the first check: 0.07 s.
+imported by the first check, which takes 0.1 s.
 """
 
 from __future__ import annotations

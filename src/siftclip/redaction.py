@@ -137,6 +137,12 @@ def remember(value: object) -> None:
             _pattern.cache_clear()
 
 
+def forget() -> None:
+    """Forget all values that were remembered."""
+    _values.clear()
+    _pattern.cache_clear()
+
+
 _SCHEMES = ("basic", "bearer", "token", "digest")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from siftclip.datamodules.index.uids import parse_uids, sort_uids, to_structured
 from siftclip.errors import InputError, require_int
@@ -43,7 +43,7 @@ class _Marker(TypedDict):
     """What says that the data are complete."""
 
     complete: bool
-    parameters: dict[str, Any]
+    parameters: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +279,7 @@ def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
     marker = root / MARKER_NAME
     if marker.exists():
         state = read_record(marker, _Marker, way_out=f"Delete {root}, or choose another folder.")
-        return state["complete"] and state["parameters"] == parameters
+        return state["complete"] and state.get("parameters") == parameters
     taken = [name for name in OWN_FOLDERS if (root / name).exists()]
     if taken:
         raise InputError(

@@ -48,7 +48,7 @@ class TrainingProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(_numbers(pl_module)), refresh=False)
+            self._bar.set_postfix_str(", ".join(numbers_of(pl_module)), refresh=False)
             self._bar.update(pl_module.global_batch_size)
         elif self._logs_lines:
             self._log_line(trainer.global_step, pl_module)
@@ -61,7 +61,7 @@ class TrainingProgress(ProgressBar):
 
     def _log_line(self, step: int, module: Any) -> None:
         now = time.monotonic()
-        parts = [f"step {step:,} of {module.total_steps:,}", *_numbers(module)]
+        parts = [f"step {step:,} of {module.total_steps:,}", *numbers_of(module)]
         if self._last_line is not None:  # the first step also waits for the first samples
             last_step, last_seconds = self._last_line
             if now - last_seconds < LINE_SECONDS:
@@ -79,7 +79,7 @@ class TrainingProgress(ProgressBar):
             self._bar = None
 
 
-def _numbers(module: Any) -> list[str]:
+def numbers_of(module: Any) -> list[str]:
     """Return what was logged last, in words: loss, share of waiting for data, an evaluation."""
     latest, evaluated = module.latest, module.evaluated
     numbers = []

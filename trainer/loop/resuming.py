@@ -62,7 +62,8 @@ def _first_whole(run: RunDir, shapes: Mapping[str, torch.Size]) -> int:
         fault = checkpoint_fault(path, shapes)
         if fault is None:
             for other, reason in damaged.items():
-                aside = other.rename(other.with_name(f"{other.name}.damaged"))
+                aside = other.with_name(f"{other.name}.damaged")
+                move(other, aside)
                 log.warning(
                     "%s cannot be continued from: %s. It is now %s, and the run continues from the "
                     "checkpoint before, of step %d.",

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from siftclip.writing import allocate, atomic_path, writing_to
+from siftclip.errors import InputError
+from siftclip.files import has_form, read_npy
+from siftclip.writing import WriteError, allocate, atomic_path, writing_to
 
 RECORD_NAME = "chosen.npy"
 
@@ -47,11 +49,14 @@ class ChosenRows:
     def _mapped(self) -> np.ndarray | None:
         """Map the file that is there; None, which is said, if it is damaged."""
         try:
-            rows = np.lib.format.open_memmap(self.path, "r")  # "r+" would lengthen one that is cut
-            if rows.shape == self.shape and rows.dtype == np.int64:
-                return np.lib.format.open_memmap(self.path, "r+")
+            rows = read_npy(self.path, mapped=True)  # writable it would lengthen one that is cut
+            if has_form(rows, np.int64, self.shape):
+                with writing_to(self.path):
+                    return np.lib.format.open_memmap(self.path, "r+")
             fault = f"it has the shape {rows.shape} and the type {rows.dtype}"
-        except (ValueError, OSError) as error:  # cut off, empty, or no npy file
+        except WriteError:
+            raise
+        except InputError as error:  # cut off, empty, or no npy file
             fault = str(error)
         log.warning("%s is damaged and begun anew: %s", self.path, fault)
         return None

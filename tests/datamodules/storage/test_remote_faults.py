@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -362,7 +361,7 @@ def test_full_disk_is_not_the_fault_of_the_samples(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fsspec.implementations.http.HTTPFileSystem, "get_file", full)
+    monkeypatch.setattr("siftclip.datamodules.storage.remote.copy_file", full)
     if not ranges:
         with pytest.raises(WriteError, match=r"tar cannot be written: its disk is full"):
             open_remote(f"{file_server.url}/pool", shard_cache_gb=1)

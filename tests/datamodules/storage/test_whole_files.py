@@ -13,6 +13,7 @@ import aiohttp
 import fsspec
 import pytest
 
+from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.datamodules.storage import connections
 from siftclip.datamodules.storage.local import ChangedError, ShardFile
 from siftclip.datamodules.storage.whole_files import ask, copy_file
@@ -68,7 +69,7 @@ def shard(url: str, name: str) -> ShardFile:
 
 def test_copies(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "READ_TIMEOUT_SECONDS", 0.5)
-    filesystem = connections.connect(url, {})
+    filesystem = connections.connect(ConfidentialUrl(url), ConfidentialOptions({}))
     copy_file(filesystem, shard(url, "right"), tmp_path / "right")
     assert (tmp_path / "right").read_bytes() == b"x" * SIZE
     assert ask(filesystem, "info", f"{url}/right")["size"] == SIZE

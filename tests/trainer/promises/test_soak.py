@@ -49,13 +49,13 @@ def soak(folders: Any, steps: int, every: int) -> tuple[list[Usage], dict[int, f
     words = train_words(
         *("selector=random", "selector.fraction=1", "online=every_step"),
         *("selector@online.selector=jest", "online.selector.fraction=0.5"),
-        *(f"scale.samples_seen={4 * steps}", "scale.global_batch_size=4", "run_dir=run"),
+        *(f"scale.samples_seen={4 * steps}", "scale.global_batch_size=4", "run_dir=soak"),
         *(f"trainer.log_every_n_steps={every}", f"trainer.checkpoint_every_n_steps={5 * every}"),
     )
-    work = Work(words=words, files=("run/metrics.jsonl",))
+    work = Work(words=words, files=("soak/metrics.jsonl",))
     folder = folders.make(work)
     process, found = folders.start(folder, work), list[Usage]()
-    log = folder / "run" / "metrics.jsonl"
+    log = folder / "soak" / "metrics.jsonl"
     while process.poll() is None:
         step = max((r["step"] for r in read_jsonl(log)), default=0) if log.exists() else 0
         if step and (not found or step > found[-1].step):

@@ -75,7 +75,7 @@ def test_limit_of_too_many_steps_is_named_and_takes_no_memory(
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 64e6  # a plan of MAX_STEPS has 500 MB
+    assert peak_bytes < 96e6  # of imports; a plan of MAX_STEPS has 500 MB
 
 
 @pytest.mark.parametrize(("unit", "amount"), [("flops", "1e3"), ("loaded_samples", "3")])

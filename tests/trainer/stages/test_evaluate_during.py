@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from siftclip.eval.results.files import read_results
 from siftclip.files import read_jsonl
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.loop.meter import WindowMeter
-from siftclip.trainer.loop.progress import _headline
+from siftclip.trainer.loop.progress import numbers_of
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.stages.train import train_stage
 
@@ -149,7 +150,9 @@ def test_its_seconds_are_no_part_of_training() -> None:
 
 
 def test_what_the_bar_shows() -> None:
-    assert _headline({}) == {}
-    found = {"eval_during/cifar10": 0.5, "eval_during/average/fast": 0.25}
-    assert _headline(found) == {"fast": "0.250"}
-    assert _headline({"eval_during/cifar10": 0.5}) == {"cifar10": "0.500"}
+    def shown(evaluated: dict[str, float]) -> list[str]:
+        return numbers_of(SimpleNamespace(latest={}, evaluated=evaluated))
+
+    assert shown({}) == []
+    assert shown({"eval_during/cifar10": 0.5, "eval_during/average/fast": 0.25}) == ["fast 0.250"]
+    assert shown({"eval_during/cifar10": 0.5}) == ["cifar10 0.500"]
