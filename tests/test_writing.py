@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from siftclip import writing
 from siftclip.agreement import agreed
 from siftclip.errors import InputError
 from siftclip.files import append_jsonl, write_json, write_npy, write_npz, write_text
@@ -36,6 +37,7 @@ from siftclip.writing import (
     make_folder,
     move,
     new_folder_whole,
+    temporary_beside,
     temporary_folder,
     writing_to,
 )
@@ -101,6 +103,25 @@ def largest_file(size_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_what_killed_processes_left_is_deleted(tmp_path: Path) -> None:
+    own = temporary_beside(tmp_path / "a.npy")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = (own.name.replace(str(os.getpid()), str(pid)) for pid in (dead.pid, os.getppid()))
+    left, living = (tmp_path / name for name in names)
+    elsewhere = tmp_path / f".a.npy.00000000-{dead.pid}.tmp"  # another machine's
+    others = tmp_path / ".thesis.tex.1.tmp"
+    for path in (left, living, elsewhere, others):
+        path.touch()
+    folder = tmp_path / left.name.replace("a.npy", "table")
+    folder.mkdir()
+    writing._swept.clear()
+    with atomic_path(tmp_path / "b.npy") as temporary:
+        temporary.write_text("b")
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"b.npy", living.name, elsewhere.name, others.name}
+
+
 def test_every_library_that_writes(library: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("before")

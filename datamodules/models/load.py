@@ -40,7 +40,7 @@ from siftclip.datamodules.models.weights import (
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import write_json
 from siftclip.reading import reason_of
-from siftclip.writing import atomic_path, delete_file, make_folder, temporary_folder, writing_to
+from siftclip.writing import atomic_path, make_folder, temporary_folder, writing_to
 
 log = logging.getLogger(__name__)
 
@@ -395,8 +395,6 @@ def save_model_folder(
     from safetensors.torch import save_file
 
     state = portable_weights(clip.model.state_dict() if weights is None else weights, str(folder))
-    for left in folder.glob(f".{WEIGHTS_NAME}.*.tmp"):  # of a process that was killed
-        delete_file(left)
     hf_tokenizer = getattr(clip.tokenizer, "tokenizer", None)
     if hf_tokenizer is not None and hasattr(hf_tokenizer, "save_pretrained"):
         with writing_to(make_folder(folder)):

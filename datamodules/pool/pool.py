@@ -61,7 +61,7 @@ from siftclip.files import identity_hash, write_json, write_npy
 from siftclip.locks import locked
 from siftclip.progress import show_progress
 from siftclip.records import read_record
-from siftclip.writing import WriteError, delete_folder, make_folder, move
+from siftclip.writing import WriteError, delete_folder, make_folder, move, temporary_beside
 
 log = logging.getLogger(__name__)
 
@@ -499,7 +499,7 @@ def _write_table(
         "faults": _all_faults(indices, shards).state(),
         "incomplete": incomplete.state(),
     }
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(folder)
     delete_folder(temporary)
     try:
         for name, values in columns.items():

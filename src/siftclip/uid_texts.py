@@ -14,6 +14,7 @@ def plain_uid(text: object) -> str | None:
     """Return a uid without dashes, 32 hexadecimal digits; None if it is no uid.
 
     Example:
+        >>> from siftclip.uid_texts import plain_uid
         >>> plain_uid("00000000-0000-0001-0000-00000000000A")
         '0000000000000001000000000000000A'
         >>> plain_uid("1234") is None

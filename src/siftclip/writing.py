@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -111,6 +112,40 @@ def writing_to(path: Path, owner: str = "") -> Iterator[None]:
         raise WriteError(path, number, owner) from error
 
 
+_LEFT = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)\.tmp")
+_swept: set[Path] = set()
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return the name of this process for a temporary file or folder beside `path`.
+
+    What killed processes of this machine have left in that folder is deleted, once in a process.
+    """
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        for left in filter(_is_left, path.parent.glob(".*.tmp")):
+            with suppress(WriteError):  # it may be another user's
+                (delete_folder if left.is_dir() else delete_file)(left)
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def _is_left(path: Path) -> bool:
+    match = _LEFT.fullmatch(path.name)
+    if match is None or match["host"] != _host():
+        return False
+    try:
+        os.kill(int(match["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
+
+
+def _host() -> str:
+    return f"{zlib.crc32(os.uname().nodename.encode()):08x}"
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` which replaces it when the block ends without error.
@@ -123,7 +158,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         WriteError: it cannot be written.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with writing_to(path):
         try:
             temporary.touch()

@@ -149,7 +149,7 @@ def _digest(content: bytes) -> str:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """Find what a finished command must not leave: files that are half written, and locks."""
+    """Find what a finished command must not leave: files that are half written."""
     for path in folder.rglob("*"):
-        if path.name.endswith((".tmp", ".part")) or path.name == ".lock":
+        if path.name.endswith((".tmp", ".part")):
             yield path

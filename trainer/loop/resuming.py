@@ -22,6 +22,7 @@ from siftclip.ranks import Ranks
 from siftclip.trainer.runtime.environment import Environment, keep_environment
 from siftclip.trainer.runtime.loggers import drop_repeated
 from siftclip.trainer.runtime.run_dir import RunDir, checkpoints_in, is_rank_zero, step_of
+from siftclip.writing import move
 
 _PARTS = ("state_dict", "optimizer_states", "loops", "global_step", "skipped_steps")
 _NONE, _FAILED = -1, -2  # in place of a step

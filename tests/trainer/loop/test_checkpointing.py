@@ -21,6 +21,7 @@ from siftclip.trainer.loop.checkpointing import (
     kept_steps,
 )
 from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.writing import temporary_beside
 
 Tiny = Callable[..., Any]
 
@@ -121,7 +122,7 @@ def test_a_file_being_written_is_no_checkpoint(
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
     tiny_training(total_steps=4).fit(StepCheckpoint(run.checkpoints, every_n_steps=2))
-    temporary = f".step-4.ckpt.{os.getpid()}.tmp"
+    temporary = temporary_beside(tmp_path / "step-4.ckpt").name
     second = seen[3:]
     assert [what for what, _, _ in second] == ["save", "fsync", "replace"]
     for _, found, latest in second:
