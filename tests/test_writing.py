@@ -103,25 +103,6 @@ def largest_file(size_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_what_killed_processes_left_is_deleted(tmp_path: Path) -> None:
-    own = temporary_beside(tmp_path / "a.npy")
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    names = (own.name.replace(str(os.getpid()), str(pid)) for pid in (dead.pid, os.getppid()))
-    left, living = (tmp_path / name for name in names)
-    elsewhere = tmp_path / f".a.npy.00000000-{dead.pid}.tmp"  # another machine's
-    others = tmp_path / ".thesis.tex.1.tmp"
-    for path in (left, living, elsewhere, others):
-        path.touch()
-    folder = tmp_path / left.name.replace("a.npy", "table")
-    folder.mkdir()
-    writing._swept.clear()
-    with atomic_path(tmp_path / "b.npy") as temporary:
-        temporary.write_text("b")
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"b.npy", living.name, elsewhere.name, others.name}
-
-
 def test_every_library_that_writes(library: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("before")
@@ -380,3 +361,22 @@ def _as_nobody() -> Iterator[None]:
     finally:
         if is_root:
             os.seteuid(0)
+
+
+def test_what_killed_processes_left_is_deleted(tmp_path: Path) -> None:
+    own = temporary_beside(tmp_path / "a.npy")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = (own.name.replace(str(os.getpid()), str(pid)) for pid in (dead.pid, os.getppid()))
+    left, living = (tmp_path / name for name in names)
+    elsewhere = tmp_path / f".a.npy.00000000-{dead.pid}.tmp"  # another machine's
+    others = tmp_path / ".thesis.tex.1.tmp"
+    for path in (left, living, elsewhere, others):
+        path.touch()
+    folder = tmp_path / left.name.replace("a.npy", "table")
+    folder.mkdir()
+    writing._swept.clear()
+    with atomic_path(tmp_path / "b.npy") as temporary:
+        temporary.write_text("b")
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"b.npy", living.name, elsewhere.name, others.name}
