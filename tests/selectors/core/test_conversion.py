@@ -268,9 +268,7 @@ def test_arrays_of_a_chunk_are_of_the_same_samples() -> None:
 @pytest.mark.parametrize("given", [IMAGES, CHUNK, None, "l14"], ids=range(4))
 def test_what_is_no_source_is_told(selector: Selector, given: Any) -> None:
     for call in (lambda: run(selector, given), lambda: selector.select(given)):
-        with pytest.raises(
-            ParameterError, match=r"source must be a source of .*siftclip\.select\("
-        ):
+        with pytest.raises(ParameterError, match=r"source must be a source of .*siftclip\.select"):
             call()
 
 
