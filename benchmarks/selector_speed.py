@@ -31,8 +31,9 @@ from torch import Tensor
 
 from siftclip.selectors.core.base import Chunk, Selector
 from siftclip.selectors.core.compose import Then
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import FeatureFile, MemorySource
+from siftclip.selectors.core.source import FeatureFile
 from siftclip.selectors.fitting.clusters import GivenCentroids
 from siftclip.selectors.methods.clip_score import ClipScore
 from siftclip.selectors.methods.clipcov.clipcov import ClipCov

@@ -11,6 +11,7 @@ from .core.compose import Mix as Mix
 from .core.compose import Or as Or
 from .core.compose import RankSum as RankSum
 from .core.compose import Then as Then
+from .core.memory_source import MemorySource as MemorySource
 from .core.plugins import build_plugin as build_plugin
 from .core.plugins import find_plugins as find_plugins
 from .core.rules import AsGiven as AsGiven
@@ -28,7 +29,6 @@ from .core.source import ExternalColumn as ExternalColumn
 from .core.source import FeatureFile as FeatureFile
 from .core.source import ListColumn as ListColumn
 from .core.source import Logits as Logits
-from .core.source import MemorySource as MemorySource
 from .core.source import ReadsFeatures as ReadsFeatures
 from .core.source import Requirements as Requirements
 from .core.source import Source as Source

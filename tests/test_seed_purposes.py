@@ -24,8 +24,8 @@ from siftclip.eval.significance.resampling import poisson_weights
 from siftclip.purposes import GeneratorPurpose, HashPurpose
 from siftclip.selectors.core.base import Requirements
 from siftclip.selectors.core.checks import synthetic_chunk
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.noise import noise_state
-from siftclip.selectors.core.source import MemorySource
 from siftclip.selectors.core.sub_batch import add_uniform
 from siftclip.selectors.fitting.kmeans import _hashed_rows
 from siftclip.selectors.methods.negcliploss.negcliploss import block_order

@@ -47,7 +47,7 @@ from siftclip.datamodules.index.tar_index import (
 from siftclip.datamodules.index.tar_walk import KeySplit, require_key_split
 from siftclip.datamodules.index.uids import UidTable
 from siftclip.datamodules.pool.metadata import read_metadata_uids
-from siftclip.datamodules.pool.table_files import TableNotes, read_table
+from siftclip.datamodules.pool.table_files import NOTES_NAME, TableNotes, read_table
 from siftclip.datamodules.storage.local import (
     LocalStorage,
     ShardFile,
@@ -65,7 +65,6 @@ from siftclip.writing import WriteError, delete_folder, make_folder, move, tempo
 
 log = logging.getLogger(__name__)
 
-NOTES_NAME = "notes.json"  # of a table
 BEHIND_CUT = "lost behind the cut (estimated)"
 LOST_TARS = (BEHIND_CUT, "lost with a tar", "cut off with")  # causes that begin so are of tars
 PROCESSES_FROM_BYTES = 8 << 30  # below this much to index, starting processes takes longer
@@ -196,7 +195,7 @@ class Pool:
         storage = make_storage(
             given.root,
             cache_dir=given.cache_folder,
-            storage_options=given.storage_options,
+            options=given.storage_options,
             shard_cache_gb=given.shard_cache_gb,
         )
         for name, value in _open_table(storage, given, progress=progress).items():
@@ -247,14 +246,14 @@ class Pool:
 
 
 def make_storage(
-    root: str, *, cache_dir: Path, storage_options: Mapping[str, Any], shard_cache_gb: float
+    root: str, *, cache_dir: Path, options: Mapping[str, Any], shard_cache_gb: float
 ) -> Storage:
     """Build the storage of a pool.
 
     Args:
         root: a local folder, or any URL that fsspec reads.
         cache_dir: for what is copied from a URL.
-        storage_options: of fsspec's file system.
+        options: of fsspec's file system, a pool's storage_options.
         shard_cache_gb: up to how much of a remote pool is kept as whole tars; 0 reads ranges.
 
     Raises:
@@ -265,10 +264,10 @@ def make_storage(
         rule = "must be 0 or more"
         raise ParameterError(rule, parameter="shard_cache_gb", value=shard_cache_gb)
     if not is_url(root):
-        if storage_options or shard_cache_gb:
+        if options or shard_cache_gb:
             raise ParameterError(
                 f"is for pools behind a URL, and the root {root!r} is a local folder",
-                parameter="storage_options" if storage_options else "shard_cache_gb",
+                parameter="storage_options" if options else "shard_cache_gb",
             )
         return LocalStorage(root)
     from siftclip.datamodules.storage.remote import RemoteStorage  # half a second: local pools wait
@@ -277,7 +276,7 @@ def make_storage(
     cache = None
     if shard_cache_gb:
         cache = ShardCache(cache_dir / "shards", limit_bytes=int(shard_cache_gb * 1e9))
-    return RemoteStorage(root, options=storage_options, cache=cache, folder=cache_dir)
+    return RemoteStorage(root, options=options, cache=cache, folder=cache_dir)
 
 
 def open_pool(
@@ -314,19 +313,21 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
     stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
     name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
     folder = places / f"table-{name}"
-    complete = folder / NOTES_NAME
+
+    def kept() -> dict[str, Any] | None:
+        is_complete = (folder / NOTES_NAME).is_file()
+        return _map_table(options, storage, shards, folder) if is_complete else None
+
     mapped = None
     with suppress(InputError):  # a damaged one is made again
-        mapped = _map_table(options, storage, shards, folder) if complete.is_file() else None
+        mapped = kept()
     if mapped is None:
         make_folder(folder.parent)
         lock, owner = folder.parent / "build.lock", f"the index of {storage.root}"
         workers = cores_of_rank() if options.index_workers is None else options.index_workers
         with locked(lock, owner=owner, wait=True):  # the other ranks wait for the one that builds
             try:
-                mapped = (
-                    _map_table(options, storage, shards, folder) if complete.is_file() else None
-                )
+                mapped = kept()
             except InputError as error:
                 log.warning("the index of %s is made again: %s", storage.root, error)
             if mapped is None:

@@ -15,6 +15,7 @@ from siftclip.errors import InputError
 from siftclip.files import read_npy
 from siftclip.records import Count, Text, read_record
 
+NOTES_NAME = "notes.json"
 _UIDS = ("uids", "sorted_uids")
 _DTYPES = {"uids": np.uint64, "sorted_uids": np.uint64, "shard_of_row": np.int32}
 
@@ -47,7 +48,7 @@ def read_table(
         InputError: a file is missing, damaged, or of something else.
     """
     try:
-        notes = read_record(folder / "notes.json", TableNotes)
+        notes = read_record(folder / NOTES_NAME, TableNotes)
         columns = {name: read_npy(folder / f"{name}.npy", mapped=True) for name in names}
         _check_columns(columns, shards, folder)
     except InputError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import re
 import time
@@ -24,13 +23,13 @@ from siftclip.datamodules.storage.hedging import Progress, answers_within
 from siftclip.datamodules.storage.local import ChangedError, ShardFile, Span, StorageError
 from siftclip.errors import ParameterError
 from siftclip.redaction import HIDDEN, remember_all, split_url
+from siftclip.writing import DISK_FULL
 
 READ_TIMEOUT_SECONDS = 60.0  # for the reads of a batch, all attempts together; for a listing
 SLOWEST_BYTES_PER_SECOND = 256 << 10  # a batch has as much longer as it takes at this rate
 SLOWEST_COPY_BYTES_PER_SECOND = 1 << 10  # a copy that is slower for a minute has stalled
 CONCURRENT_READS = 64
 _CHUNK_BYTES = 1 << 18
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What file systems call the version of a file: by its content (S3 and HTTP, GCS and Azure, GCS,
 # Hugging Face), else by a time, which listings and descriptions of single files may write apart.
 CONTENT_FIELDS = ("ETag", "etag", "md5Hash", "blob_id")

@@ -27,7 +27,6 @@ from siftclip.datamodules.index.tar_walk import LocalTar, TarSource
 from siftclip.datamodules.storage import connections
 from siftclip.datamodules.storage.connections import (
     CONTENT_FIELDS,
-    DISK_FULL,
     Answer,
     ConditionError,
     WholeFileError,
@@ -55,7 +54,7 @@ from siftclip.errors import InputError, ParameterError
 from siftclip.files import has_content, write_json
 from siftclip.progress import track
 from siftclip.records import read_record
-from siftclip.writing import WriteError, atomic_path, delete_file, make_folder
+from siftclip.writing import DISK_FULL, WriteError, atomic_path, delete_file, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +171,9 @@ class RemoteStorage:
         """Say what is in the place of the tars, as far as the server lists it."""
         if "{" in self.root:
             return ""
-        place = self._filesystem._strip_protocol(self.root)
+        place = self._filesystem._strip_protocol(self.root.place)
         try:
-            entries = self._patiently(lambda: self._filesystem.ls(place, detail=True))
+            entries = self._patiently(lambda: ask(self._filesystem, "ls", place, detail=True))
         except Exception:  # every file system raises its own, most where nothing is there
             return "It holds none."
         names: dict[bool, list[str]] = {True: [], False: []}

@@ -42,7 +42,7 @@ class ShardCache:
 
         Raises:
             ParameterError: the tar alone is larger than the limit.
-        WriteError: no copy can be kept.
+            WriteError: no copy can be kept.
         """
         path = self._path(shard)
         if self._is_whole(path, shard):

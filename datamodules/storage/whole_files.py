@@ -21,7 +21,7 @@ _PART_BYTES = 1 << 20
 
 
 def ask(filesystem: Any, method: str, *args: Any, **options: Any) -> Any:
-    """Call a method of a file system that describes files, for which it has some time.
+    """Call a method of a file system that describes files; it must answer in some time.
 
     Raises:
         TimeoutError: it does not.

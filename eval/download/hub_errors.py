@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,8 @@ from huggingface_hub.errors import (
 )
 
 from siftclip.errors import InputError
+from siftclip.writing import DISK_FULL
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OTHER_WAY = "A task folder that was downloaded elsewhere can be copied here unchanged."
 
 
@@ -69,7 +68,7 @@ def _explain(error: Exception, repository: str, endpoint: str, folder: Path | No
         status = _status(error)
         way = "Check HF_TOKEN." if status in (401, 403) else "Try again later."
         return f"{endpoint} answered {status} about {repository}: {_first_line(error)}. {way}"
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return (
             f"There is no room left on the disk of {folder}. Make room and run this again; "
             "it continues where it was."

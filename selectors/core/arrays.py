@@ -18,14 +18,8 @@ from siftclip.selectors.core.conversion import (
     unit_rows,
     vectors,
 )
-from siftclip.selectors.core.source import (
-    IMAGE,
-    TEXT,
-    Chunk,
-    FeatureFile,
-    MemorySource,
-    Requirements,
-)
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import IMAGE, TEXT, Chunk, FeatureFile, Requirements
 
 Array: TypeAlias = np.ndarray | Tensor
 Arrays: TypeAlias = Array | Mapping[str, Array]

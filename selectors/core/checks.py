@@ -32,15 +32,9 @@ from siftclip.selectors.core.draw_checks import (
     known_logits,
 )
 from siftclip.selectors.core.feature_sets import bind_features
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.simulated_ranks import on_simulated_ranks
-from siftclip.selectors.core.source import (
-    Chunk,
-    FeatureFile,
-    ListColumn,
-    MemorySource,
-    Requirements,
-    take,
-)
+from siftclip.selectors.core.source import Chunk, FeatureFile, ListColumn, Requirements, take
 
 SelectorFactory = Callable[[], Selector]
 SAMPLES = 257  # prime, so that no chunk size divides it

@@ -8,7 +8,8 @@ import numpy as np
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import Choice, Selector, check_choice
-from siftclip.selectors.core.source import Chunk, Logits, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, Logits, set_name
 from siftclip.selectors.core.sub_batch import SubBatch, check_draw
 
 CANDIDATES = 96  # of a super-batch
@@ -36,7 +37,7 @@ def can_draw(selector: Selector) -> bool:
 
 def known_logits(selector: Selector) -> dict[str, Logits]:
     """Return logits for all features that a selector reads."""
-    return {key.rpartition("_")[0]: _LOGITS for key in selector.requires.features}
+    return {set_name(key): _LOGITS for key in selector.requires.features}
 
 
 class _RefusedError(Exception):

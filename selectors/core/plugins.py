@@ -17,7 +17,7 @@ from siftclip.plugins import (
 from siftclip.selectors.core.arrays import GIVEN
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.feature_sets import bind_features
-from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
 
 SELECTORS = PluginGroup(
     name=SELECTOR_GROUP,

@@ -16,6 +16,8 @@ import itertools
 import os
 import sys
 
+from siftclip.first_rank import is_first_rank
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 _MODULE = "siftclip.trainer.cli"
 _SCRIPT = "siftclip"
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 _IMPORT = "<frozen importlib._bootstrap>"
 _INT, _TERM = int(_signal.SIGINT), int(_signal.SIGTERM)
 _WORDS = {_INT: "interrupted", _TERM: "terminated"}
@@ -96,7 +97,7 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def _end(number: int) -> None:
-    if all(os.environ.get(name, "0") == "0" for name in _RANKS):
+    if is_first_rank(os.environ):
         try:  # noqa: SIM105 - contextlib is not imported yet
             os.write(2, f"\nsiftclip{_command()}: {_WORDS[number]}\n".encode())
         except OSError:  # nobody reads it

@@ -13,9 +13,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
+
+from siftclip.first_rank import is_first_rank
 
 T = TypeVar("T")
 
@@ -98,17 +100,6 @@ class _Nothing(Lines):
         return None
 
 
-def is_first_rank(environment: Mapping[str, str]) -> bool:
-    """Return whether this process speaks for all that torchrun, srun or Lightning started with it.
-
-    Lightning knows as well, but its import takes seconds.
-    """
-    if "RANK" in environment:
-        return environment["RANK"] == "0"
-    names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(environment.get(name, "0") == "0" for name in names)
-
-
 def draws_bars() -> bool:
     """Return whether standard error can show a bar: a terminal with a cursor, or a notebook."""
     if type(sys.stderr).__module__.startswith("ipykernel"):
@@ -168,10 +159,10 @@ def show_progress(
 
 
 def track(
-    items: Iterable[T], *, total: int, label: str, unit: str, bar: bool = True, speaks: bool = True
+    items: Iterable[T], *, total: int, label: str, unit: str, bar: bool = True
 ) -> Iterator[T]:
     """Yield items, with progress that counts them; parameters as for `show_progress`."""
-    with show_progress(total=total, label=label, unit=unit, bar=bar, speaks=speaks) as progress:
+    with show_progress(total=total, label=label, unit=unit, bar=bar) as progress:
         for item in items:
             yield item
             progress.update()

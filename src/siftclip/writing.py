@@ -1,8 +1,8 @@
 """The one way to the disk: files appear whole or not at all, and a fault says what to do.
 
-Everything that Siftclip writes passes through here; `tests/test_writing.py` reads the source for
-calls that do not. A full disk, a read-only or forbidden folder, a name that is too long or a mount
-that has vanished become one `WriteError`.
+Everything that Siftclip writes passes through here; `tests/test_writing_calls.py` reads the source
+for calls that do not. A full disk, a read-only or forbidden folder, a name that is too long or a
+mount that has vanished become one `WriteError`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from siftclip.errors import InputError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
 _REASONS = {
     errno.ENOSPC: "its disk is full (No space left on device)",
@@ -41,7 +41,7 @@ _REASONS = {
     **dict.fromkeys(_GONE, "its folder is gone, as after its disk was unmounted"),
 }
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
-_OF_DISKS = (*_FULL, errno.EIO, errno.EFBIG, errno.EROFS)
+_OF_DISKS = (*DISK_FULL, errno.EIO, errno.EFBIG, errno.EROFS)
 
 
 class WriteError(InputError):
@@ -63,7 +63,7 @@ class WriteError(InputError):
     def told_with(self, option: str) -> str:
         """Return the message, with the option that names another folder; "" if none is known."""
         elsewhere = f"another folder with {option}" if option else "another folder"
-        if self.number in _FULL:
+        if self.number in DISK_FULL:
             way_out = f"Make room, and the same command continues; or choose {elsewhere}."
         elif self.number in (errno.EMFILE, errno.ENFILE):
             way_out = "Raise that limit, and the same command continues."

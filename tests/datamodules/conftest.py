@@ -314,7 +314,7 @@ def open_remote(tmp_path: Path, _short_pauses: None) -> Callable[..., Pool]:
     ) -> Pool:
         folder = tmp_path / cache
         storage = make_storage(
-            root, cache_dir=folder, storage_options=options or {}, shard_cache_gb=shard_cache_gb
+            root, cache_dir=folder, options=options or {}, shard_cache_gb=shard_cache_gb
         )
         return open_pool(storage, cache_dir=folder, max_bad_fraction=0.0, progress=False)
 

@@ -258,9 +258,7 @@ def _write_records(folder: Path) -> None:
 def open_base_pool(root: Path) -> Pool:
     """Open the pool, without bound on what is bad."""
     folder = root / "cache"
-    storage = make_storage(
-        str(root / "pool"), cache_dir=folder, storage_options={}, shard_cache_gb=0
-    )
+    storage = make_storage(str(root / "pool"), cache_dir=folder, options={}, shard_cache_gb=0)
     return open_pool(storage, cache_dir=folder, max_bad_fraction=1.0, progress=False)
 
 
@@ -455,7 +453,7 @@ def outcome_of_answers(root: Path, random: Random) -> str:
             storage = make_storage(
                 f"{url}/pool/shards/{{00000000..00000001}}.tar",
                 cache_dir=cache,
-                storage_options={},
+                options={},
                 shard_cache_gb=random.choice((0, 0, 1)),
             )
             pool = open_pool(storage, cache_dir=cache, max_bad_fraction=1.0, progress=False)

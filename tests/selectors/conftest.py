@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
 RECORD = "SIFTCLIP_CONFORMANCE_RECORD"  # a file that gets one JSON line a case

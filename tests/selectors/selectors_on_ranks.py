@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from siftclip.ranks import ProcessGroup, Ranks
 from siftclip.selectors.core.checks import SelectorFactory, synthetic_chunk, synthetic_files
-from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
 
 
 def built_in() -> dict[str, SelectorFactory]:

@@ -25,9 +25,9 @@ from siftclip.selectors.core.base import (
     run,
 )
 from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import DataCompFraction, Rule, Threshold, TopCount, TopFraction
 from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
-from siftclip.selectors.core.source import MemorySource
 from siftclip.selectors.core.sub_batch import add_uniform, draw_by_score
 from siftclip.selectors.methods.external import External
 from siftclip.selectors.methods.quota import QuotaPerCluster

@@ -26,9 +26,10 @@ from siftclip.selectors.core.checks import (
 )
 from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
 from siftclip.selectors.core.feature_sets import bind_features
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import DataCompFraction, TopCount
 from siftclip.selectors.core.sampling import HardCapSampling, SoftCapSampling, SoftmaxSampling
-from siftclip.selectors.core.source import FeatureFile, MemorySource, set_name
+from siftclip.selectors.core.source import FeatureFile, set_name
 from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans
 from siftclip.selectors.methods.captions.datacomp_filters import (
     BasicFilter,

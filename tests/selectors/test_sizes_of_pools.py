@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import FeatureFile, Selector, run
-from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk
 from siftclip.selectors.fitting.clusters import KMeans
 from siftclip.selectors.kernels.hardware import _int8_is_exact
 from siftclip.selectors.methods.captions.metaclip import MetaClip

@@ -24,8 +24,9 @@ from siftclip.selectors.core.base import (
 )
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.compose import And, Minus, Mix, Or, RankSum, Then
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.sampling import SoftmaxSampling
-from siftclip.selectors.core.source import TRAINING_LOSS, Chunk, MemorySource
+from siftclip.selectors.core.source import TRAINING_LOSS, Chunk
 from siftclip.selectors.methods.infobatch import InfoBatch
 from siftclip.selectors.methods.quota import QuotaPerCluster
 from siftclip.selectors.methods.uniform import Uniform

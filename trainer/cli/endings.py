@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from siftclip.errors import InputError
-from siftclip.progress import is_first_rank
+from siftclip.first_rank import is_first_rank
 from siftclip.writing import WriteError
 
 if TYPE_CHECKING:

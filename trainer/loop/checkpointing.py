@@ -3,7 +3,7 @@
 A checkpoint has its name only once it is whole and on the disk:
 
     step-300.ckpt                 to continue from
-    .step-400.ckpt.PID.tmp        being written; deleted at the next start if the writer was killed
+    .step-400.ckpt.HOST-PID.tmp   being written; deleted at the next start if the writer was killed
     step-200.ckpt.damaged         could not be read at a start, see `siftclip.trainer.loop.resuming`
 """
 

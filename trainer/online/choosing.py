@@ -16,7 +16,8 @@ from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.selectors.core.base import Requirements, Selector, draw
 from siftclip.selectors.core.conversion import as_tensor, kind_of
 from siftclip.selectors.core.description import nested
-from siftclip.selectors.core.source import Chunk, Logits, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, Logits
 from siftclip.selectors.core.sub_batch import SubBatch
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.online.super_batch import step_uids

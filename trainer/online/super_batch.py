@@ -13,13 +13,8 @@ from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.hashing import mix64, seed_state
 from siftclip.purposes import HashPurpose
 from siftclip.ranks import Ranks
-from siftclip.selectors.core.source import (
-    Chunk,
-    FeatureFile,
-    Logits,
-    MemorySource,
-    Requirements,
-)
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, FeatureFile, Logits, Requirements
 
 
 def step_uids(uids: np.ndarray, step: int) -> np.ndarray:

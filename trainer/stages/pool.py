@@ -8,6 +8,7 @@ from pathlib import Path
 
 from siftclip.datamodules.identity.identities import when
 from siftclip.datamodules.pool.pool import Pool, PoolOptions
+from siftclip.datamodules.pool.table_files import NOTES_NAME
 from siftclip.datamodules.selection.compaction import Compaction, compact_pool
 from siftclip.datamodules.selection.selection import SUBSET_NAME, WEIGHTS_NAME
 from siftclip.locks import LOCK_NAME, locked
@@ -60,7 +61,7 @@ def describe_index(outcome: IndexOutcome) -> str:
 
 
 def _index_reused(pool: Pool, seconds: float) -> str:
-    written = when(pool.table_folder / "notes.json")
+    written = when(pool.table_folder / NOTES_NAME)
     return f"reused     the index of {written}, opened in {seconds:.2f} s"
 
 

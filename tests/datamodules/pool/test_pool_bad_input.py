@@ -51,7 +51,7 @@ def test_url_that_is_no_pool(
     root: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        make_storage(root, cache_dir=tmp_path, storage_options=options, shard_cache_gb=0).shards()
+        make_storage(root, cache_dir=tmp_path, options=options, shard_cache_gb=0).shards()
 
 
 def test_pool_without_one_sample(write_tar: Make, tmp_path: Path, load_pool: Load) -> None:

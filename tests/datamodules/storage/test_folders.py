@@ -125,9 +125,7 @@ def test_place_behind_a_url_is_described(tmp_path: Path) -> None:
     filesystem.makedirs("/stranger/train")
     for name in ("a.parquet", "b.parquet", "train/0.tar"):
         filesystem.pipe(f"/stranger/{name}", b"x")
-    storage = make_storage(
-        "memory://stranger", cache_dir=tmp_path, storage_options={}, shard_cache_gb=0
-    )
+    storage = make_storage("memory://stranger", cache_dir=tmp_path, options={}, shard_cache_gb=0)
     with pytest.raises(
         InputError, match=r"It holds none. It holds 2 .parquet and the folder train. A server"
     ):

@@ -445,9 +445,7 @@ def test_missing_package_is_named(open_remote: Make, monkeypatch: pytest.MonkeyP
 
 def test_options_of_a_url_are_refused_for_a_folder(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is for pools behind a URL"):
-        make_storage(
-            str(root), cache_dir=tmp_path, storage_options={"anon": True}, shard_cache_gb=0
-        )
+        make_storage(str(root), cache_dir=tmp_path, options={"anon": True}, shard_cache_gb=0)
 
 
 def test_server_without_sizes(root: Path, file_server: Any, open_remote: Make) -> None:

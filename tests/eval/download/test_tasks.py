@@ -24,6 +24,7 @@ from siftclip.eval.download.checksums import CHECKSUMS_FILE, read_checksums, ver
 from siftclip.eval.download.tasks import DownloadReport, download_source, download_task
 from siftclip.eval.tasks.task import read_task
 from siftclip.locks import LOCK_NAME, locked
+from siftclip.progress import Progress, show_progress
 
 REPOSITORY = "someone/wds_things_test"
 COMMIT = "c0ffee" + "0" * 34
@@ -276,7 +277,14 @@ def test_a_bar_counts_the_bytes_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    bars: list[Any] = []
+
+    def opened(**options: Any) -> Progress:
+        bars.append(show_progress(**options))
+        return bars[-1]
+
     monkeypatch.setattr("siftclip.progress.draws_bars", lambda: True)
+    monkeypatch.setattr(hub, "show_progress", opened)
     download(fake, tmp_path / "task", progress=True)
     errors = capsys.readouterr().err
     assert "\rtask: " in errors
@@ -284,6 +292,7 @@ def test_a_bar_counts_the_bytes_once(
     (tmp_path / "task" / CHECKSUMS_FILE).unlink()
     assert download(fake, tmp_path / "task", progress=True).fetched_files == 0
     assert "\rtask: " in capsys.readouterr().err
+    assert [bar.n / bar.total for bar in bars] == [1.0, 1.0]
     download(fake, tmp_path / "other")
     assert capsys.readouterr().err == ""
 

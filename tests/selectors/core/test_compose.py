@@ -29,8 +29,9 @@ from siftclip.selectors.core.compose import (
     union,
 )
 from siftclip.selectors.core.description import describe
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import AsGiven, DataCompFraction
-from siftclip.selectors.core.source import Chunk, FeatureFile, MemorySource
+from siftclip.selectors.core.source import Chunk, FeatureFile
 from siftclip.selectors.methods.captions.datacomp_filters import BasicFilter
 from siftclip.selectors.methods.clip_score import ClipScore
 from siftclip.selectors.methods.external import External

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.description import describe
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import (
     AsGiven,
     DataCompFraction,
@@ -20,7 +21,6 @@ from siftclip.selectors.core.rules import (
     TopFraction,
     keep_top,
 )
-from siftclip.selectors.core.source import MemorySource
 
 # few distinct values, so that ties are the rule, as with CLIP scores stored in fp16
 SCORES = st.lists(

@@ -14,8 +14,9 @@ from torch import Tensor
 from siftclip.errors import InputError, require_finite, require_fraction, require_int
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Choice, Chunk, ScoreSelector, Source, check_choice
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import AsGiven, Threshold, TopFraction
-from siftclip.selectors.core.source import MemorySource, Requirements, WorkUnit
+from siftclip.selectors.core.source import Requirements, WorkUnit
 
 
 class Answers(ScoreSelector):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import Choice, Selector, Source, SubBatch, draw
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import Chunk, ListColumn, Logits, MemorySource
+from siftclip.selectors.core.source import Chunk, ListColumn, Logits
 from siftclip.selectors.core.sub_batch import add_uniform, draw_by_score, share_over_groups
 from siftclip.selectors.methods.concepts import choose_diverse
 from siftclip.selectors.methods.jest.jest import JEST

@@ -16,7 +16,8 @@ import siftclip.selectors.fitting.covariance as covariance
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk, FeatureFile, Requirements
-from siftclip.selectors.core.source import DictCache, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import DictCache
 from siftclip.selectors.fitting.covariance import (
     UNIT,
     bilinear_form,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import FeatureFile
-from siftclip.selectors.core.source import Chunk, DictCache, MemorySource, Requirements, take
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache, Requirements, take
 from siftclip.selectors.fitting.clusters import ClusterId, GivenCentroids, KMeans, assign_all
 from siftclip.selectors.fitting.kmeans import UNIT, assign, fit_kmeans, move_centroids
 from siftclip.selectors.kernels import most_similar as module

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from siftclip.selectors.core.base import Chunk
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import Threshold, TopFraction
-from siftclip.selectors.core.source import MemorySource
 from siftclip.selectors.methods.clip_score import ClipScore, clip_score
 
 REFERENCE = Path(__file__).parents[3].parent / "shared" / "reference"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import draw
-from siftclip.selectors.core.source import Chunk, ListColumn, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, ListColumn
 from siftclip.selectors.core.sub_batch import SubBatch
 from siftclip.selectors.methods.concepts import (
     ConceptBalance,

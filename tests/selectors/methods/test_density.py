@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.checks import synthetic_chunk
-from siftclip.selectors.core.source import MemorySource, Requirements, take
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Requirements, take
 from siftclip.selectors.fitting.clusters import KMeans, assign_all
 from siftclip.selectors.methods.density import (
     DensityPruning,

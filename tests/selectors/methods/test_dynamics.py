@@ -15,7 +15,8 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import SubBatch
 from siftclip.selectors.core.checks import check_selector
-from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk
 from siftclip.selectors.methods.dynamics import (
     DynamicClusterSampling,
     power_quotas,

@@ -10,7 +10,7 @@ import pytest
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import Chunk, ExternalColumn
-from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.methods.external import External
 
 

@@ -11,7 +11,8 @@ import torch
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import FeatureFile
 from siftclip.selectors.core.checks import synthetic_chunk
-from siftclip.selectors.core.source import MemorySource, Requirements
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Requirements
 from siftclip.selectors.fitting.clusters import GivenCentroids, KMeans
 from siftclip.selectors.fitting.kmeans import assign
 from siftclip.selectors.methods.image_based import ImageBased, occupied_clusters

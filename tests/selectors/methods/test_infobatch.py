@@ -14,8 +14,9 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import SubBatch
 from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.noise import noise, noise_state
-from siftclip.selectors.core.source import TRAINING_LOSS, Chunk, MemorySource
+from siftclip.selectors.core.source import TRAINING_LOSS, Chunk
 from siftclip.selectors.methods.infobatch import InfoBatch, prune_learned
 
 NAN = float("nan")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.base import FeatureFile
-from siftclip.selectors.core.source import Chunk, DictCache, MemorySource, take
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache, take
 from siftclip.selectors.kernels.neighbour_lists import (
     NOTHING,
     best_ranks,

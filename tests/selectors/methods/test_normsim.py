@@ -16,7 +16,7 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import FeatureFile, Requirements
 from siftclip.selectors.core.checks import check_selector, synthetic_chunk
-from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.fitting.covariance import quadratic_form
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.kernels.largest_product import (

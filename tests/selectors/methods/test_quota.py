@@ -18,8 +18,9 @@ from siftclip.errors import InputError
 from siftclip.selectors.core.base import ScoreSelector
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.compose import And
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import AsGiven, keep_top
-from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.core.source import Chunk
 from siftclip.selectors.methods.clip_score import ClipScore
 from siftclip.selectors.methods.external import External
 from siftclip.selectors.methods.quota import (

@@ -13,8 +13,9 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import draw
 from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.core.source import Chunk
 from siftclip.selectors.core.sub_batch import SubBatch
 from siftclip.selectors.methods.running_covariance import RunningVas, updated_moment
 from siftclip.selectors.methods.vas import Vas

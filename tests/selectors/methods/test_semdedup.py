@@ -10,7 +10,8 @@ import torch
 
 from siftclip.errors import InputError
 from siftclip.hashing import uniform_score
-from siftclip.selectors.core.source import Chunk, MemorySource, take
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, take
 from siftclip.selectors.fitting.clusters import KMeans, assign_all
 from siftclip.selectors.methods import semdedup as module
 from siftclip.selectors.methods.clip_score import ClipScore

@@ -14,8 +14,8 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import FeatureFile, Requirements
 from siftclip.selectors.core.checks import check_selector, synthetic_chunk, synthetic_files
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import MemorySource
 from siftclip.selectors.methods.vas import Vas, cross_vas, vas
 
 FILE = FeatureFile(path="t.npz")

@@ -14,8 +14,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from siftclip.errors import InputError
+from siftclip.first_rank import is_first_rank
 from siftclip.trainer.cli.application import _named, application
-from siftclip.trainer.cli.endings import FULL_ERROR, is_first_rank
+from siftclip.trainer.cli.endings import FULL_ERROR
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.model import ModelSettings

@@ -12,7 +12,7 @@ import pytest
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.checks import synthetic_chunk
-from siftclip.selectors.core.source import MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.cli.endings import FULL_ERROR
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 
 from siftclip.selectors.core.base import Choice, Source, SubBatch
-from siftclip.selectors.core.source import Chunk, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk
 from siftclip.selectors.methods.uniform import Uniform
 from siftclip.trainer.online.in_loop import StepDraw
 from siftclip.trainer.online.schedule import Schedule

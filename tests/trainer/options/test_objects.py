@@ -18,7 +18,8 @@ from omegaconf import DictConfig, ListConfig
 from siftclip.errors import InputError, ParameterError
 from siftclip.selectors.core.compose import Then
 from siftclip.selectors.core.description import describe
-from siftclip.selectors.core.source import Chunk, Logits, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, Logits
 from siftclip.selectors.methods.vas import Vas
 from siftclip.trainer.builders.online_options import check_online, loop_selector
 from siftclip.trainer.builders.selection import score_stage, select_stage, selector_from

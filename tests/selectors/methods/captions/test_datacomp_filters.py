@@ -17,7 +17,8 @@ from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.checks import check_selector
 from siftclip.selectors.core.compose import Then
 from siftclip.selectors.core.description import describe
-from siftclip.selectors.core.source import Chunk, DictCache, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache
 from siftclip.selectors.methods.captions.datacomp_filters import (
     BasicFilter,
     CaptionFilter,

@@ -17,8 +17,9 @@ from siftclip.errors import InputError
 from siftclip.hashing import mix64
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.noise import noise, noise_state
-from siftclip.selectors.core.source import Chunk, DictCache, MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache
 from siftclip.selectors.methods.captions.metaclip import (
     Matcher,
     MetaClip,

@@ -17,7 +17,8 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Choice, Chunk, FeatureFile
 from siftclip.selectors.core.checks import check_selector
-from siftclip.selectors.core.source import DictCache, MemorySource, RestrictedSource, take
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import DictCache, RestrictedSource, take
 from siftclip.selectors.fitting.clusters import GivenCentroids, KMeans
 from siftclip.selectors.methods.clipcov import greedy as clipcov_greedy
 from siftclip.selectors.methods.clipcov import terms as clipcov_terms

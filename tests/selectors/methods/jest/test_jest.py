@@ -14,7 +14,8 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk, SubBatch, draw, run
 from siftclip.selectors.core.checks import check_selector
-from siftclip.selectors.core.source import Logits, MemorySource, Part, Requirements
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Logits, Part, Requirements
 from siftclip.selectors.methods.jest.jest import JEST
 from siftclip.selectors.methods.jest.joint_sampling import Judge, joint_sample
 from siftclip.selectors.methods.jest.learnability import ModelFeatures

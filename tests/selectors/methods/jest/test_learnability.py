@@ -17,7 +17,8 @@ from torch.nn.functional import normalize
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk, SubBatch, draw
-from siftclip.selectors.core.source import Logits, MemorySource
+from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.core.source import Logits
 from siftclip.selectors.methods.jest.jest import JEST
 from siftclip.selectors.methods.jest.learnability import Learnability, ModelFeatures
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import TopFraction
-from siftclip.selectors.core.source import Chunk, DictCache, MemorySource
+from siftclip.selectors.core.source import Chunk, DictCache
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.methods.negcliploss import negcliploss as module
 from siftclip.selectors.methods.negcliploss import screening

@@ -13,8 +13,9 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk, FeatureFile
 from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import DictCache, MemorySource
+from siftclip.selectors.core.source import DictCache
 from siftclip.selectors.methods.removal.elimination import remaining_samples
 from siftclip.selectors.methods.removal.optimal_design import AOptimal, VOptimal, removal_cost
 

@@ -16,8 +16,9 @@ from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Chunk
 from siftclip.selectors.core.checks import check_selector
+from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.rules import keep_top
-from siftclip.selectors.core.source import DictCache, MemorySource, Source
+from siftclip.selectors.core.source import DictCache, Source
 from siftclip.selectors.methods.removal.elimination import LazyForms, Samples, remaining_samples
 from siftclip.selectors.methods.removal.vas_d import NormSimD, VasD
 
