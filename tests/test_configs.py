@@ -23,11 +23,13 @@ from siftclip.trainer.builders.models import clip_model_from
 from siftclip.trainer.builders.selection import selector_from
 from siftclip.trainer.cli.application import _named
 from siftclip.trainer.cli.main import COMMANDS
+from siftclip.trainer.settings.commands import COMMANDS as READ_BY
 from siftclip.trainer.settings.composed import plain_tree
 from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.fields.reader import read
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.store import STORED, composing
+from siftclip.trainer.settings.unused import unused_options
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LISTS = Path(__file__).parent / "lists"
@@ -325,6 +327,7 @@ def test_examples_compose(command: str) -> None:
         overrides = [word for word in named if not word.startswith("-")]
         for job in jobs(overrides):
             config = compose(config_name=config_name(command), overrides=job)
+            assert not list(unused_options(READ_BY[command], job, config)), words
             missing = fill(config)
             assert missing <= ({"pool.root"} if command in WITHOUT_POOL else set()), words
             assert resolved(config)

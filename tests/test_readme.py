@@ -21,10 +21,11 @@ from siftclip.trainer.builders.selection import selector_from
 from siftclip.trainer.cli.application import _named
 from siftclip.trainer.demo.pool import DemoData, write_demo_data
 from siftclip.trainer.settings.budget import limit_from
-from siftclip.trainer.settings.commands import TrainCommand
+from siftclip.trainer.settings.commands import COMMANDS, TrainCommand
 from siftclip.trainer.settings.composed import plain_tree
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing
+from siftclip.trainer.settings.unused import unused_options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -129,7 +130,9 @@ def _selected(line: str, configs: Path) -> list[str]:
     if "--config-dir=/data/my_configs" in options:
         options.remove("--config-dir=/data/my_configs")
         options.append(f"hydra.searchpath=[file://{configs}]")
-    config = compose(command, overrides=_named(command, options, ()))
+    overrides = _named(command, options, ())
+    config = compose(command, overrides=overrides)
+    assert not list(unused_options(COMMANDS[command], overrides, config)), line
     if command != "select":
         return []
     built = selector_from(plain_tree(config)["selector"])
@@ -166,7 +169,9 @@ def test_commands_of_the_guide_to_evaluation_compose() -> None:
             program, *words = shlex.split(line)
             assert program == "siftclip"
             name = "_".join(words[:2]) if words[1] in ("watch", "diff", "download") else words[0]
-            compose(name, overrides=[word for word in words if "=" in word])
+            overrides = [word for word in words if "=" in word]
+            reads = COMMANDS[name.replace("_", " ")]
+            assert not list(unused_options(reads, overrides, compose(name, overrides=overrides)))
 
 
 def test_guide_names_every_selector() -> None:

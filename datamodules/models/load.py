@@ -36,6 +36,7 @@ from siftclip.datamodules.models.weights import (
     load_tower_weights,
     load_weights,
     portable_weights,
+    read_config,
 )
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import write_json
@@ -78,8 +79,9 @@ def load_clip_model(
     """Build an open_clip model on the CPU in fp32, with the activation that its weights need.
 
     Args:
-        name: a built-in name of open_clip (`ViT-B-32`), `hf-hub:org/repo`, a model folder, or a run
-            directory of ours. With `architecture` it is only a label.
+        name: a built-in name of open_clip (`ViT-B-32`), `hf-hub:org/repo`, a model folder, a run
+            directory of ours, or a file of weights that says what model they are of, as our
+            checkpoints and `siftclip export` do. With `architecture` it is only a label.
         pretrained: an open_clip tag (`openai`), or a checkpoint file: open_clip's `.pt`,
             safetensors, or a Lightning `.ckpt` of ours. None means random initialisation.
         architecture: open_clip's `embed_dim`, `vision_cfg`, `text_cfg` and so on, for models that
@@ -104,6 +106,10 @@ def load_clip_model(
             config = {"model_cfg": copy.deepcopy(dict(architecture)), "preprocess_cfg": {}}
             write_json(temporary / CONFIG_NAME, config)
             source = f"local-dir:{temporary}"
+        elif pretrained is None and _is_file(name):
+            config = _config_in(name)
+            write_json(temporary / CONFIG_NAME, config)
+            source, pretrained, architecture = f"local-dir:{temporary}", name, config["model_cfg"]
         else:
             source = _resolve(name, pretrained)
         # Files are loaded below: open_clip ignores them with some sources, and says less.
@@ -206,7 +212,34 @@ def _tokenizer(
 
 def holds_weights(name: str) -> bool:
     """Return whether a model's name brings weights along: a folder or a hub, not a bare name."""
-    return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()
+    return name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir() or _is_file(name)
+
+
+def _is_file(name: str) -> bool:
+    """Return whether a model's name is that of a file, and not open_clip's."""
+    import open_clip
+
+    return Path(name).is_file() and name not in open_clip.list_models()
+
+
+def _config_in(file: str) -> dict[str, Any]:
+    """Read what a file of weights says of its model.
+
+    Raises:
+        InputError: nothing, or something else.
+    """
+    config = read_config(Path(file))
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        folder = Path(file).parent
+        known = (folder / CONFIG_NAME).is_file()
+        other = f"name {folder}" if known else "the model's name"
+        raise ParameterError(
+            "is a file that does not say what model its weights are of",
+            parameter="name",
+            value=file,
+            way_out=f"Give {other}, and the file as pretrained.",
+        )
+    return config
 
 
 def _needs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,29 @@ def test_sharded_run_continues_on_two_ranks_and_on_one(
         steps = [r["step"] for r in read_jsonl(run.path / "metrics.jsonl") if "train/loss" in r]
         assert steps == [1, 2, 3, 4, 5, 6]
         compare_runs(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lock", [[], ["model.lock.text=true", "model.lock.text_unlocked_layers=1"]]
+)
+def test_run_without_sharding_continues_sharded(
+    lock: list[str], base: list[str], compose: Callable[..., DictConfig], cli: Cli, tmp_path: Path
+) -> None:
+    """With several groups of parameters, and moments that must reach their own ones."""
+    options = [*base, *lock, "optim.eps=1e-3", "optim.ema_decay=0.9"]
+    options += ["trainer.checkpoint_every_n_steps=3"]
+    whole = train_stage(compose("train", [*options, f"run_dir={tmp_path / 'whole'}"]))
+    run = RunDir(path=tmp_path / "run")
+    shutil.copytree(whole.path, run.path)
+    shutil.rmtree(run.model)
+    for path in (run.path / "summary.json", run.checkpoints / "step-6.ckpt"):
+        path.unlink()
+    words = ["train", *options, f"run_dir={run.path}", "trainer.strategy=fsdp"]
+    result = cli(*words, ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "continuing from" in result.stderr
+    compare_runs(whole, run)
 
 
 def test_embedding_on_two_ranks_covers_every_shard(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     CompactHydraException,
@@ -52,7 +53,9 @@ from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing, register
+from siftclip.trainer.settings.unused import unused_options
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONFIGS = "pkg://siftclip.configs"
@@ -146,7 +149,7 @@ def _job(
         sys.argv = arguments
         begin_work()
         try:
-            stage(read_command(kind, config))
+            stage(_settings(command, kind, config))
         except (InputError, OmegaConfBaseException) as error:
             if full_error == "1":
                 raise
@@ -174,6 +177,14 @@ def _job(
             end_work()
 
     return job
+
+
+def _settings(command: str, kind: type[T], config: DictConfig) -> T:
+    """Read what the command takes, and say which options it does not read."""
+    settings = read_command(kind, config)
+    for override, group in unused_options(kind, HydraConfig.get().overrides.task, config):
+        log.warning("%s changes nothing: siftclip %s does not read %s", override, command, group)
+    return settings
 
 
 def _plain(config: DictConfig) -> Any:
@@ -421,6 +432,12 @@ def _in_one_line(error: BaseException) -> str:
 
 def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     """Say that a key is none of the options, and name the one that was meant, if it is close."""
+    typed = list(typed)
+    deleted = (word for word in typed if word[:1] == "~" and f"{key}.".startswith(f"{word[1:]}."))
+    if (word := next(deleted, None)) not in (None, f"~{key}"):
+        return (
+            f"{key} is not an option once {word} has taken {word[1:]} away. Leave one of them out."
+        )
     choices = [word for word in typed if re.fullmatch(r"[\w/]+(@[\w.]+)?=[\w-]+", word)]
     way_out = _way_out(key, _options(command, choices))
     return f"{key} is not an option.{way_out} List all options: siftclip {command} --cfg job"

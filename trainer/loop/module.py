@@ -26,7 +26,12 @@ from siftclip.ranks import OneRank, ProcessGroup
 from siftclip.trainer.loop.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.loop.plain_batches import step_batch_of
 from siftclip.trainer.losses import SoftmaxLoss
-from siftclip.trainer.models.sharding import is_sharded, shard_model, unsynced_shards
+from siftclip.trainer.models.sharding import (
+    is_sharded,
+    number_by_model,
+    shard_model,
+    unsynced_shards,
+)
 from siftclip.trainer.online.controller import Online
 from siftclip.trainer.online.in_loop import Chosen
 from siftclip.trainer.optim.ema import ModelEma
@@ -267,6 +272,11 @@ class ClipTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = float(self.meter.skipped)
+        if not is_sharded(self):
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [
+                number_by_model(state, optimizer, self) for state, optimizer in states
+            ]
         if self.model_config is not None:
             checkpoint[CONFIG_KEY] = dict(self.model_config)
         if self.online is not None:

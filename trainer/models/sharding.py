@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from siftclip.errors import InputError
 
@@ -89,3 +91,29 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
             name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
             for name, value in model.state_dict().items()
         }
+
+
+def number_by_model(
+    state: Mapping[str, Any], optimizer: Optimizer, model: nn.Module
+) -> dict[str, Any]:
+    """Write an optimizer's state with parameters numbered by their order in the model.
+
+    torch numbers them by their order in the optimizer's groups, and sharded states are by name,
+    which Lightning turns into the order in the model. With several groups these are two orders:
+    moments would reach other parameters. Numbers may be any for an optimizer that is not sharded.
+
+    Args:
+        state: of `optimizer.state_dict()`.
+        optimizer: whose state it is.
+        model: has all parameters of the optimizer.
+    """
+    in_model = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    numbers = [in_model[id(each)] for group in optimizer.param_groups for each in group["params"]]
+    return {
+        **state,
+        "state": {numbers[at]: values for at, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [numbers[at] for at in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }

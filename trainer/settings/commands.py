@@ -215,6 +215,8 @@ class CompareCommand(TrainCommand):
 class DemoCommand:
     """`siftclip demo`."""
 
+    PASSES_TO: ClassVar[tuple[type, ...]] = (CompareCommand,)  # what is typed holds there, too
+
     common: CommonSettings
     demo: DemoSettings
 

@@ -15,7 +15,7 @@ from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed, composed, plain_tree, references
 from siftclip.trainer.settings.fields.reader import Reader
-from siftclip.trainer.settings.fields.rules import Unset, hints, near, unknown
+from siftclip.trainer.settings.fields.rules import Unset, hints, unknown
 from siftclip.trainer.settings.store import register
 
 T = TypeVar("T")
@@ -91,13 +91,9 @@ def compose(kind: type[T], command: str, overrides: Sequence[str]) -> T:
 def _strangers(tree: Mapping[str, Any], config: DictConfig) -> list[Any]:
     """List the faults of names at the top level that mean nothing.
 
-    A configuration may have values of its own there, which others refer to.
+    A configuration may have values of its own there, if others refer to them.
     """
     known = [*groups(), *top_level()]
     strangers = [name for name in tree if name not in known]
     used = references(config) if strangers else set()
-    return [
-        unknown(name, "", known)
-        for name in strangers
-        if name not in used and (isinstance(tree[name], Mapping) or near(name, known) is not None)
-    ]
+    return [unknown(name, "", known) for name in strangers if name not in used]

@@ -136,6 +136,31 @@ def test_checkpoint_is_loaded(clip: ClipModel, saved: Path, tmp_path: Path, suff
     assert_same_weights(load_clip_model(str(other), pretrained=str(path)).model, clip.model)
 
 
+def test_checkpoint_that_says_what_it_is_of_needs_no_name(clip: ClipModel, tmp_path: Path) -> None:
+    path = tmp_path / "step-4.ckpt"
+    state = {f"model.{key}": value for key, value in clip.model.state_dict().items()}
+    torch.save({"state_dict": state, "open_clip_config": clip.config}, path)
+    built = load_clip_model(str(path))
+    assert holds_weights(str(path))
+    assert_same_weights(built.model, clip.model)
+    assert built.config == clip.config
+    assert torch.equal(built.tokenizer(["a cat"]), clip.tokenizer(["a cat"]))
+
+
+@pytest.mark.parametrize("config", [None, 3, [], {}, {"model_cfg": 3}, {"model_cfg": {"x": 1}}])
+def test_checkpoint_that_does_not_say_what_it_is_of(
+    config: Any, clip: ClipModel, saved: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "step-4.ckpt"
+    state = {f"model.{key}": value for key, value in clip.model.state_dict().items()}
+    torch.save({"state_dict": state, "open_clip_config": config}, path)
+    with pytest.raises(InputError, match=r"step-4\.ckpt"):
+        load_clip_model(str(path))
+    weights = saved / "model" / "open_clip_model.safetensors"
+    with pytest.raises(InputError, match=rf"Give name {saved / 'model'}, and the file as pretr"):
+        load_clip_model(str(weights))
+
+
 def test_checkpoint_also_counts_for_a_model_of_the_hub(
     clip: ClipModel, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +273,8 @@ def test_malicious_checkpoint_is_refused_and_not_run(
     write_malicious(path, proof, bare=bare)
     with pytest.raises(InputError, match="evil"):
         load_clip_model("x", architecture=ARCHITECTURE, pretrained=str(path))
+    with pytest.raises(InputError, match="evil"):
+        load_clip_model(str(path))
     assert not proof.exists()
 
 

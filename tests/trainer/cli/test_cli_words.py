@@ -165,6 +165,21 @@ def test_a_wrong_option_is_one_message(word: str, message: str, run: Run) -> Non
     assert not any(word in errors for word in ("HYDRA", "Traceback", "pkg://", "_type"))
 
 
+def test_an_option_that_was_taken_away_is_told_so(run: Run) -> None:
+    for words in (["selector.fraction=1", "~selector"], ["~eval.probe", "eval.probe.l2=1"]):
+        status, errors, _ = run("model", *words)
+        gone = next(word for word in words if word[0] == "~")
+        assert status == 2
+        assert f"is not an option once {gone} has taken {gone[1:]} away. Leave one of th" in errors
+
+
+def test_an_option_that_a_command_does_not_read_is_a_warning(run: Run) -> None:
+    status, errors, _ = run("model", "compare.name=x", "demo.pool_samples=3", "seed=1")
+    assert status == 0
+    text = "WARNING demo.pool_samples=3 changes nothing: siftclip eval does not read demo"
+    assert errors.splitlines() == [text]
+
+
 def test_a_suggested_quoting_works(run: Run) -> None:
     value = 'bad/task\'s "x" = n, [y'
     _, errors, _ = run("model", f"eval.root={value}")

@@ -189,6 +189,7 @@ def test_selectors_of_the_loop_read_the_learner() -> None:
         (["features=open_clip"], r"features\.name must be given"),
         (["+logger.group=x"], r"logger\.group is not an option"),
         (["+scael=1"], r"scael is not an option\. Did you mean scale\?"),
+        (["+zzz=1"], r"zzz is not an option\. The configuration has pool, features, data"),
         (["progress='true'"], r"progress must be true or false\. Got 'true'"),
         (["output_dir=2026"], r"output_dir must be text.*quote it, as in 'output_dir=\"2026\"'"),
         (["optim.lr='1e-3'"], r"optim\.lr must be a finite number above 0\. Got '1e-3'"),
