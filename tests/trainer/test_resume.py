@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig
+from wandb_server import wandb_server
 
 from siftclip.datamodules.models.load import load_clip_model
 from siftclip.files import read_jsonl
@@ -50,6 +53,16 @@ def wait_for_step(folder: Path, step: int, process: Any) -> None:
         assert process.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
+
+
+def wandb_service_of(pid: int) -> int:
+    """Find the process that sends what a process logs to wandb."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            words = path.read_bytes().split(b"\0")
+            if words[0].endswith(b"wandb-core") and str(pid).encode() in words:
+                return int(path.parent.name)
+    raise AssertionError(f"{pid} has no wandb-core")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +153,49 @@ def test_a_run_that_is_killed_again_and_again_logs_each_step_once(
     steps = [row["trainer/global_step"] for row in rows if "eval_during/digit" in row]
     assert steps == list(range(10, 101, 10))
     assert [row["_step"] for row in rows] == list(range(len(rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("uploads", [True, False], ids=["process", "machine"])
+def test_a_server_of_wandb_gets_each_step_once(
+    uploads: bool,
+    base: list[str],
+    child_environment: dict[str, str],
+    start_python: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Also where a machine is lost, with rows that wandb's own process had not sent yet."""
+    with wandb_server() as server:
+        child_environment |= {
+            "WANDB_MODE": "online",
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": server.url,
+            "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+            "WANDB_CONFIG_DIR": str(tmp_path / "settings"),
+        }
+        words = ["-m", "siftclip.trainer.cli", "train", *base, *LONG_RUN, "logger=wandb"]
+        for number, steps in enumerate([5, 30]):
+            step = last_step(tmp_path / "outputs") + steps
+            folder = tmp_path / f"printed{number}"
+            folder.mkdir()
+            process = start_python(*words, cwd=tmp_path, folder=folder)
+            wait_for_step(tmp_path / "outputs", step, process)
+            service = wandb_service_of(process.pid)
+            process.send_signal(signal.SIGKILL)
+            if not uploads:
+                os.kill(service, signal.SIGKILL)
+            process.wait(60)
+            while Path(f"/proc/{service}").exists():  # it ends once it has sent all
+                time.sleep(0.05)
+        assert start_python(*words, cwd=tmp_path, folder=tmp_path).wait(300) == 0
+        (run,) = (RunDir(path=path) for path in (tmp_path / "outputs" / "train").iterdir())
+        rows = server.rows((run.path / "wandb_id").read_text().strip())
+    steps = [row["trainer/global_step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, 101))
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    sent = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert sent == pytest.approx([*losses(run).values()])
 
 
 def test_other_worker_counts_continue_the_same_run(

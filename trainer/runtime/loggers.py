@@ -20,7 +20,7 @@ from siftclip.errors import InputError
 from siftclip.files import append_jsonl, has_content, keep_records, write_text
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
-from siftclip.trainer.runtime.wandb_runs import LoggedRows, WandbRun, offline_rows
+from siftclip.trainer.runtime.wandb_runs import LoggedRows, WandbRun, logged_rows
 from siftclip.trainer.settings.lightning import WandbMode
 from siftclip.writing import atomic_path
 
@@ -131,15 +131,15 @@ def make_loggers(
 ) -> list[Logger]:
     """Build the loggers of the run in `folder`. After a restart wandb continues that folder's run.
 
-    Online it appends to it. Offline each start leaves a folder of its own with the id of the run,
-    and `wandb sync` sends them one after the other.
+    Online it appends what the server lacks. Offline each start leaves a folder of its own with the
+    id of the run, and `wandb sync` sends them one after the other.
     """
     loggers: list[Logger] = [FileLogger(folder)]
     if wandb_enabled:
         offline, run_id, before = wandb_is_offline(mode), None, LoggedRows()
         if is_rank_zero():  # the others log nothing
             run_id = wandb_run_id(folder)
-            before = offline_rows(folder, run_id) if offline else before
+            before = logged_rows(folder, run_id)
         wandb = WandbRun(
             before=before,
             save_dir=folder,

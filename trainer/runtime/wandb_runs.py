@@ -1,8 +1,9 @@
 """A wandb run that continues: each value of a step once, over any number of starts.
 
-Offline, each start leaves a part of its own, `wandb/offline-run-DATE-ID`. A new part first gets
-what `metrics.jsonl` has and the parts before it lack, because their process was killed; leaves out
-what they have, where steps are repeated; and numbers its rows (`_step`) behind theirs.
+Each start leaves a part of its own, `wandb/offline-run-DATE-ID` or `wandb/run-DATE-ID`. A new part
+first gets what `metrics.jsonl` has and the parts before it lack, because their process was killed,
+and leaves out what they have, where steps are repeated. Offline it numbers its rows (`_step`)
+behind theirs; online the server says the first number that it lacks.
 """
 
 from __future__ import annotations
@@ -33,15 +34,29 @@ class LoggedRows:
 
     parts: int = 0
     next_row: int = 0  # the first number that no row has
-    keys: dict[int, set[str]] = field(default_factory=dict)  # that have a value, by step
+    rows_of: dict[int, dict[str, int]] = field(default_factory=dict)  # the first, by step and key
 
     @property
     def last_step(self) -> int:
-        return max(self.keys, default=-1)
+        return max((step for step, rows in self.rows_of.items() if rows), default=-1)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row of wandb's."""
+        number = int(row.get("_step", -1))
+        self.next_row = max(self.next_row, number + 1)
+        if STEP_KEY in row:
+            rows = self.rows_of.setdefault(int(row[STEP_KEY]), {})
+            for key in row:
+                rows[key] = min(number, rows.get(key, number))
+
+    def forget_from(self, number: int) -> None:
+        """Forget the rows with this number and higher ones."""
+        for step, rows in self.rows_of.items():
+            self.rows_of[step] = {key: row for key, row in rows.items() if row < number}
 
     def lacks(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Return those metrics of a step of which no row has a value."""
-        known = self.keys.get(step, ())
+        known = self.rows_of.get(step, ())
         return {key: value for key, value in metrics.items() if key not in known}
 
 
@@ -56,7 +71,8 @@ class WandbRun(WandbLogger):
         super().__init__(**options)
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever it is
         self._before = before
-        self._first_row: int | None = before.next_row or None
+        self._first_row: int | None = (before.next_row or None) if self._offline else None
+        self._asks_server = before.parts > 0 and not self._offline
 
     @property
     def experiment(self) -> Any:
@@ -64,12 +80,17 @@ class WandbRun(WandbLogger):
         whole = sys.argv
         sys.argv = [shown(word) for word in whole]
         try:
-            return super().experiment
+            run = super().experiment
         finally:
             sys.argv = whole
+        if self._asks_server:
+            self._asks_server = False
+            self._before.forget_from(run.starting_step)
+        return run
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        run = self.experiment  # begun before it is said what it has
         row = dict(metrics)
         if step is not None:
             row = self._before.lacks(metrics, step)
@@ -77,13 +98,14 @@ class WandbRun(WandbLogger):
                 return
             row[STEP_KEY] = step
         if self._first_row is None:
-            self.experiment.log(row)
+            run.log(row)
             return
-        self.experiment.log(row, step=self._first_row, commit=True)
+        run.log(row, step=self._first_row, commit=True)
         self._first_row = None  # from here on wandb counts
 
     def catch_up(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Log what `metrics.jsonl` has behind the last row of the parts before."""
+        _ = self.experiment  # begun before it is said what it has
         for record in records:
             if record["step"] >= self._before.last_step:
                 values = {
@@ -94,20 +116,18 @@ class WandbRun(WandbLogger):
                 )
 
 
-def offline_rows(folder: Path, run_id: str) -> LoggedRows:
-    """Read what the offline parts of a run in a folder hold, as far as they are whole."""
+def logged_rows(folder: Path, run_id: str) -> LoggedRows:
+    """Read what the parts of a run in a folder hold, as far as they are whole."""
     rows = LoggedRows()
-    for path in sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")):
+    for path in sorted(folder.glob(f"wandb/*run-*/run-{run_id}.wandb")):
         rows.parts += 1
         for row in history(path):
-            rows.next_row = max(rows.next_row, int(row.get("_step", -1)) + 1)
-            if STEP_KEY in row:
-                rows.keys.setdefault(int(row[STEP_KEY]), set()).update(row)
+            rows.add(row)
     return rows
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of an offline part, values by key; of what has parts, one of them."""
+    """Read the rows of a part, values by key; of what has parts, one of them."""
     from wandb.proto import wandb_internal_pb2
 
     for data in _records(path.read_bytes()):
