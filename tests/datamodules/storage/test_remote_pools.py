@@ -25,6 +25,7 @@ from siftclip.datamodules.features.store import open_features
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.pool.pool import Pool, metadata_coverage
 from siftclip.datamodules.pool.reader import BadSampleError, SampleReader
+from siftclip.datamodules.storage import connections
 from siftclip.datamodules.storage.local import ShardFile, Span
 from siftclip.datamodules.storage.remote import RemoteStorage
 from siftclip.datamodules.storage.shard_cache import ShardCache
@@ -304,8 +305,13 @@ def test_pickled_pool_opens_its_own_connection(
 
 
 def test_child_that_ends_leaves_its_parents_connection_alone(
-    root: Path, file_server: Any, load_pool: Make, open_remote: Make
+    root: Path,
+    file_server: Any,
+    load_pool: Make,
+    open_remote: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(connections, "READ_TIMEOUT_SECONDS", 600.0)  # on a busy machine, too
     remote = open_remote(f"{file_server.url}/pool")
     expected = read(load_pool(root), ROWS)
     file_server.hangs = 1

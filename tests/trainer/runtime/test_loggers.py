@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 
 from siftclip.errors import InputError
 from siftclip.files import read_jsonl
+from siftclip.redaction import remember
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.runtime.loggers import (
     FileLogger,
@@ -203,6 +205,26 @@ def test_rows_that_a_part_has_lost_are_in_the_next_one(
     assert steps_with("train/loss", rows) == [1, 2, 3, 4]
     assert steps_with("eval_during/digit", rows) == [2, 4]
     assert [row["_step"] for row in rows] == list(range(6))
+
+
+def test_a_command_line_in_wandbs_files_has_no_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a script of one's own, too, whose words are what they are."""
+    words = [
+        "train.py",
+        "pool.root=https://me:hunter22@example.org/pool",
+        "--key",
+        "s3cr3t-of-mine",
+    ]
+    remember("s3cr3t-of-mine")
+    monkeypatch.setattr(sys, "argv", words)
+    log_steps(tmp_path, [1], continued_at=0)
+    assert sys.argv == words
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"example.org" in path.read_bytes() for path in files)
+    for secret in (b"hunter22", b"s3cr3t-of-mine"):
+        assert not [path for path in files if secret in path.read_bytes()]
 
 
 def test_ids_of_wandb_runs(tmp_path: Path) -> None:
