@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -109,3 +110,17 @@ def test_parameters_are_those_of_the_base_class_too() -> None:
     assert parameters_of(Base) == ("size", "colour")
     assert parameters_of(Open) == ()
     assert {"fraction", "threshold", "rule", "of"} <= set(parameters_of(Vas))
+
+
+def test_of_a_line_of_thousands_of_characters_the_middle_is_left_out() -> None:
+    """Whatever a file or a server says is quoted to its end, and the way out stays."""
+    long = "x" * 10**6
+    error = InputError(f"begin {long} end.\nsecond line")
+    assert str(error).startswith("begin xxx")
+    assert str(error).endswith("xxx end.\nsecond line")
+    assert "998,111 characters left out" in str(error)
+    fault = ParameterError("must be short", parameter="name", value=long, way_out="Cut it.")
+    assert len(str(fault)) < 2200
+    assert str(fault).endswith("'. Cut it.")
+    assert str(copy.copy(fault)) == str(fault)
+    assert str(InputError("y" * 2000)) == "y" * 2000

@@ -250,3 +250,25 @@ def test_a_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o640}
+
+
+def test_what_has_content(tmp_path: Path) -> None:
+    """A pipe has what its reader is to say; nothing waits for it."""
+    path = tmp_path / "file"
+    assert not has_content(path)
+    for content, expected in ((b"", False), (bytes(10**5), False), (bytes(10**5) + b"x", True)):
+        path.write_bytes(content)
+        assert has_content(path) is expected
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert has_content(path)
+    for make, expected in (
+        (path.mkdir, False),
+        (lambda: os.mkfifo(path), True),
+        (lambda: path.symlink_to(path.name), True),
+        (lambda: path.symlink_to("nowhere"), False),
+        (lambda: path.symlink_to("/dev/zero"), True),
+    ):
+        (path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink)()
+        make()
+        assert has_content(path) is expected

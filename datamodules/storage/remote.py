@@ -139,7 +139,7 @@ class RemoteStorage:
             raise
         except Exception as error:  # every file system raises its own
             raise ParameterError(
-                f"cannot be listed: {type(error).__name__}: {error}",
+                f"cannot be listed: {_in_one_line(error)}",
                 parameter="root",
                 value=self.root,
                 way_out=hint,
@@ -531,9 +531,7 @@ class RemoteStorage:
         try:
             name, files = self._list_metadata()
         except Exception as error:  # every file system raises its own
-            raise InputError(
-                f"{self.root} cannot be listed: {type(error).__name__}: {error}."
-            ) from None
+            raise InputError(f"{self.root} cannot be listed: {_in_one_line(error)}.") from None
         folder = self._folder / name
         make_folder(folder)
         known = folder / "copies.json"
@@ -590,6 +588,10 @@ class _SequentialTar:
         if isinstance(answer, StorageError):
             raise _unreadable(self._shard, answer)
         return answer
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _unreadable(file: ShardFile, error: StorageError) -> InputError:

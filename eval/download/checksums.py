@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from siftclip.errors import InputError
 from siftclip.files import sha256_of, write_json
+from siftclip.reading import open_file
 from siftclip.records import Count, Text, read_record
 
 CHECKSUMS_FILE = "checksums.json"
@@ -61,7 +62,7 @@ def hash_file(path: Path) -> tuple[str, str]:
     """Hash a file: SHA-256, and the id that git would give it as a blob; both hexadecimal."""
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(_BLOCK_BYTES):
             sha256.update(block)
             blob.update(block)

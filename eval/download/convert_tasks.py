@@ -35,6 +35,7 @@ from siftclip.eval.download.checksums import (
 )
 from siftclip.eval.tasks.task import NSHARDS_FILE, TYPE_FILE
 from siftclip.files import write_text
+from siftclip.reading import open_file, reason_of
 from siftclip.writing import atomic_path, delete_file, make_folder
 
 ConvertedKind = Literal["retrieval", "association"]
@@ -329,15 +330,19 @@ def _reader(
 
 def _read_table(path: Path) -> Sequence[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 return list(csv.DictReader(file, strict=True))
             if path.suffix == ".jsonl":
                 records = [json.loads(line) for line in file if line.strip()]
             else:
                 records = json.load(file)
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{path} is not a readable {path.suffix[1:]} file: {error}.") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise InputError(
+            f"{path} is not a readable {path.suffix[1:]} file: {reason_of(error)}."
+        ) from None
     if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
         raise InputError(f"{path} must hold a list of records, one for each sample.")
     return records

@@ -14,6 +14,8 @@ T = TypeVar("T")
 C = TypeVar("C", bound=str)
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_LONGEST_LINE = 2000  # characters; of a longer line the begin and the end are told
+_LINE_BEGIN, _LINE_END = 1500, 400
 _NOTHING: Any = object()  # no value belongs to the message
 
 
@@ -22,11 +24,12 @@ class InputError(ValueError):
 
     The message names the owner (class or command), the parameter or file, the rule, the value and,
     where there is one, the way out. The command line prints it without a traceback. What it quotes
-    of others is as it may be `shown`: without credentials, and without what a terminal obeys.
+    of others is as it may be `shown`, without credentials and without what a terminal obeys, and of
+    a line of thousands of characters the middle is left out.
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(shown(part) if isinstance(part, str) else part for part in args))
+        super().__init__(*(_told(part) if isinstance(part, str) else part for part in args))
 
 
 class ParameterError(InputError):
@@ -65,10 +68,10 @@ class ParameterError(InputError):
         got: str | None = None,
         way_out: str = "",
     ) -> None:
-        self.owner, self.parameter, self.rule = owner, parameter, shown(rule)
+        self.owner, self.parameter, self.rule = owner, parameter, _told(rule)
         self.value = None if value is _NOTHING else value
         quoted = repr(value) if got is None and value is not _NOTHING else got
-        self.got = None if quoted is None else shown(quoted)
+        self.got = None if quoted is None else _told(quoted)
         self.way_out = way_out
         super().__init__(rule)
 
@@ -92,6 +95,18 @@ class ParameterError(InputError):
             "way_out": self.way_out,
         }
         return _from_words, (self.rule, words)
+
+
+def _told(text: str) -> str:
+    """Return what a message tells of a text."""
+    return "\n".join(map(_shortened, shown(text).split("\n")))
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= _LONGEST_LINE:
+        return line
+    gap = f"[{len(line) - _LINE_BEGIN - _LINE_END:,} characters left out]"
+    return f"{line[:_LINE_BEGIN]} {gap} {line[-_LINE_END:]}"
 
 
 def _from_words(rule: str, words: Mapping[str, Any]) -> ParameterError:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
-from siftclip.reading import open_file, open_handle, read_bytes, readable
+from siftclip.reading import MAX_RECORD_BYTES, open_file, open_handle, read_bytes, readable
 from siftclip.writing import atomic_path, make_folder, writing_to
 
 _LINE_WAY_OUT = "Delete that line; what the others hold stays."
@@ -32,18 +32,23 @@ log = logging.getLogger(__name__)
 
 
 def has_content(path: Path) -> bool:
-    """Return whether there is a file with something in it.
+    """Return whether there is something to read: no folder, and no file without content.
 
     A power cut may leave a file of which only the name was written: empty, or full of NUL bytes. It
-    says as much as none at all, and a warning says that it does.
+    says as much as none at all, and a warning says that it does. Of a pipe, or what cannot be read,
+    its reader says what it is.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_handle(path), "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_RECORD_BYTES:
+                return True
             while block := file.read(1 << 16):
                 if block.strip(b"\0"):
                     return True
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
+    except OSError:
+        return True
     _say_blank(path)
     return False
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from mutations import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from wandb.proto.wandb_internal_pb2 import Record
 
 from siftclip.datamodules.features.files import read_feature_file
 from siftclip.datamodules.features.rows import RowFeatures
@@ -66,7 +68,9 @@ from siftclip.files import append_jsonl, write_json, write_npz
 from siftclip.locks import describe_holder
 from siftclip.selectors.core.source import ExternalColumn, FeatureFile
 from siftclip.trainer.runtime.environment import environments
+from siftclip.trainer.runtime.loggers import wandb_run_id
 from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.runtime.wandb_runs import logged_rows
 from siftclip.trainer.stages.export import _run_settings
 
 ARCHITECTURE: dict[str, Any] = {
@@ -88,6 +92,7 @@ optim: {lr: 0.001, warmup_steps: 5}
 scale: {samples_seen: 64, global_batch_size: 16}
 """
 SAMPLES = 12
+WANDB_ID = "run-0123abcd"
 
 
 class Kind(NamedTuple):
@@ -200,6 +205,10 @@ def _write_run(folder: Path) -> None:
     for step in range(3):
         append_jsonl(folder / "metrics.jsonl", {"step": step, "train/loss": 1.5})
         append_jsonl(folder / "sessions.jsonl", {"step": step, "environment": {"threads": step}})
+    (folder / "wandb_id").write_text(f"{WANDB_ID}\n")
+    part = folder / f"wandb/offline-run-0-x/run-{WANDB_ID}.wandb"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(_part_of_wandb())
     units = np.arange(6, dtype=np.uint64)
     value = np.array([1, 0, 1, 1, 0, 1], np.float32)
     for name, statistic, arrays in (
@@ -215,6 +224,18 @@ def _write_run(folder: Path) -> None:
             outcomes=Outcomes(statistic=statistic, arrays=arrays),
         )  # fmt: skip
         append_result(folder / "eval_results.jsonl", result)
+
+
+def _part_of_wandb() -> bytes:
+    """Build a log in LevelDB's format, with one chunk a record: checksum, length, type."""
+    content = b":W&B\0\0\0"
+    for step in range(4):
+        record = Record()
+        for key, value in (("_step", step), ("trainer/global_step", step + 1), ("loss", 0.5)):
+            record.history.item.add(key=key, value_json=json.dumps(value))
+        data = record.SerializeToString()
+        content += struct.pack("<IHB", 0, len(data), 1) + data
+    return content
 
 
 def _write_features(folder: Path) -> None:
@@ -429,6 +450,12 @@ KINDS: dict[str, Kind] = {
     "versions.json": Kind("run/versions.json", mutate_json, _read_run),
     "metrics.jsonl": Kind("run/metrics.jsonl", mutate_lines, _read_run),
     "sessions.jsonl": Kind("run/sessions.jsonl", mutate_lines, _read_run),
+    "wandb_id": Kind("run/wandb_id", mutate_bytes, lambda _, path: wandb_run_id(path.parent)),
+    "part of a wandb run": Kind(
+        f"run/wandb/offline-run-0-x/run-{WANDB_ID}.wandb",
+        mutate_bytes,
+        lambda root, _: logged_rows(root / "run", WANDB_ID),
+    ),
     "config.yaml": Kind("run/config.yaml", mutate_yaml, _read_run),
     "checkpoint": Kind("run/step-1.ckpt", _mutate_checkpoint, _read_weights),
     "state dict": Kind("model.pt", _mutate_checkpoint, _read_weights),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import netrc
 import os
@@ -18,12 +19,16 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from siftclip.errors import InputError
 from siftclip.files import append_jsonl, has_content, keep_records, write_text
+from siftclip.reading import read_text
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
 from siftclip.trainer.runtime.wandb_runs import LoggedRows, WandbRun, logged_rows
 from siftclip.trainer.settings.lightning import WandbMode
 from siftclip.writing import atomic_path
 
+log = logging.getLogger(__name__)
+
+_WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _AFTER_TRAINING = ("eval/", "selection/")  # names of what is logged when the model is written
 WANDB_MODES: tuple[WandbMode, ...] = get_args(WandbMode)
 
@@ -114,10 +119,15 @@ def wandb_run_id(folder: Path) -> str:
     same name elsewhere, would be taken for a restart, and its curves would be mixed.
     """
     path = folder / "wandb_id"
-    if not has_content(path):
-        name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
-        write_text(path, f"{name}-{uuid.uuid4().hex[:8]}\n")
-    return path.read_text(encoding="utf-8").strip()
+    kept = read_text(path).strip() if has_content(path) else None
+    if kept is not None and _WANDB_ID.fullmatch(kept):
+        return kept
+    if kept is not None:
+        log.warning("%s holds no id of wandb's: the wandb run begins anew", path)
+    name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
+    drawn = f"{name}-{uuid.uuid4().hex[:8]}"
+    write_text(path, f"{drawn}\n")
+    return drawn
 
 
 def make_loggers(

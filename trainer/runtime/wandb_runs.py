@@ -9,6 +9,7 @@ behind theirs; online the server says the first number that it lacks.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import struct
 import sys
@@ -20,7 +21,11 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
+from siftclip.errors import InputError
+from siftclip.reading import open_file
 from siftclip.redaction import shown
+
+log = logging.getLogger(__name__)
 
 STEP_KEY = "trainer/global_step"
 _MAGIC, _HEADER_BYTES = b":W&B", 7  # of a file; a header of a chunk has as many
@@ -130,15 +135,36 @@ def history(path: Path) -> Iterator[dict[str, Any]]:
     """Read the rows of a part, values by key; of what has parts, one of them."""
     from wandb.proto import wandb_internal_pb2
 
-    for data in _records(path.read_bytes()):
+    for data in _records(_content_of(path)):
         record = wandb_internal_pb2.Record()
         try:
             record.ParseFromString(data)
         except Exception:  # protobuf's own; the end of a file that was cut off
             return
         if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            row = _row(record.history)
+            if row is not None:
+                yield row
+
+
+def _row(history: Any) -> dict[str, Any] | None:
+    """Return the values of a row; None of a damaged one."""
+    try:
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in history.item}
+    except (ValueError, RecursionError, IndexError):
+        return None
+    numbers = (row[key] for key in ("_step", STEP_KEY) if key in row)
+    is_whole = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    return row if is_whole else None
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        with open_file(path) as file:
+            return file.read()
+    except (InputError, OSError) as error:
+        log.warning("this part of the wandb run counts as empty: %s", error)
+        return b""
 
 
 def _records(data: bytes) -> Iterator[bytes]:

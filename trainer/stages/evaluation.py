@@ -39,6 +39,7 @@ from siftclip.eval.tasks.task import (
 )
 from siftclip.files import identity_hash, write_json
 from siftclip.ranks import OneRank, ProcessGroup, Ranks
+from siftclip.reading import read_text
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.cores import share_cores, worker_count
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -359,7 +360,7 @@ def _way(settings: EvalSettings) -> list[str]:
     texts = {"classnames": settings.classnames, "templates": settings.templates}
     if any(texts.values()):
         contents = {
-            f"{option} {task}": Path(file).read_text(encoding="utf-8", errors="replace")
+            f"{option} {task}": read_text(file)
             for option, files in texts.items()
             for task, file in files.items()
         }

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from siftclip.errors import InputError, ParameterError
+from siftclip.reading import read_bytes
 
 _CACHED_WORDS = 1 << 20
 
@@ -144,9 +145,9 @@ def read_list(path: str, *, owner: object, parameter: str) -> tuple[str, str]:
         owner, parameter: where the path comes from, as in `ParameterError`.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
         return data.decode("utf-8"), hashlib.blake2b(data, digest_size=8).hexdigest()
-    except (OSError, UnicodeDecodeError) as error:
+    except (InputError, UnicodeDecodeError) as error:
         raise ParameterError(
             f"cannot be read: {error}", owner=owner, parameter=parameter, value=path
         ) from error
