@@ -272,3 +272,13 @@ def test_what_has_content(tmp_path: Path) -> None:
         (path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink)()
         make()
         assert has_content(path) is expected
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="it is a named pipe, not a file"):
+        append_jsonl(path, {"step": 1})
+    with pytest.raises(InputError, match="it is a named pipe, not a file"):
+        keep_records(path, lambda record: True)

@@ -191,6 +191,13 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
+def test_a_pipe_in_the_place_of_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_NAME
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"\.lock is no file.*Delete it"), locked(path, owner="It"):
+        pass
+
+
 def test_a_file_system_without_locks_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

@@ -64,7 +64,8 @@ def read_feature_file(file: FeatureFile, chunk_samples: int) -> Iterator[Tensor]
         identity = FileIdentity.of(path)
         values = _open(path, file.key)
         is_plain = values.layout == torch.strided and values.device.type == "cpu"
-        if values.ndim != 2 or not values.is_floating_point() or not is_plain:
+        has_columns = values.ndim == 2 and values.shape[1] > 0
+        if not has_columns or not values.is_floating_point() or not is_plain:
             raise InputError(
                 f"{path}{'' if file.key is None else f', {file.key!r},'} must hold floats [n, d]. "
                 f"It holds {'' if is_plain else f'{values.layout} '}{values.dtype} "

@@ -233,6 +233,8 @@ def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> dict[str, 
             raise MissingArrayError(key, path, sorted(headers))
         shape, dtype = headers[key]
         require_floats(dtype, f"{path}: the array {key!r}")
+        if len(shape) == 2 and not shape[1]:
+            raise InputError(f"{path}: the array {key!r} has no columns. Its shape is {shape}.")
         if len(shape) != 2 or shape[0] != samples:
             parquet = path.with_suffix(".parquet")
             raise InputError(

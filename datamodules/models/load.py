@@ -40,7 +40,7 @@ from siftclip.datamodules.models.weights import (
 )
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import write_json
-from siftclip.reading import reason_of
+from siftclip.reading import reason_of, require_file
 from siftclip.writing import atomic_path, make_folder, temporary_folder, writing_to
 
 log = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ def _resolve(name: str, pretrained: str | None) -> str:
     folder = Path(name.removeprefix("local-dir:"))
     for candidate in (folder / MODEL_FOLDER, folder):
         if (candidate / CONFIG_NAME).is_file():
-            if pretrained is None and not _has_weights(candidate):
+            if not _has_weights(candidate) and pretrained is None:
                 raise InputError(f"The model folder {candidate} holds no weights ({WEIGHTS_NAME}).")
             return f"local-dir:{candidate}"
     if name.startswith("local-dir:") or folder.is_dir():
@@ -402,7 +402,11 @@ def _is_tag(source: str, pretrained: str) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+    """Return whether a folder has weights; what is no file raises InputError."""
+    paths = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    for path in paths:
+        require_file(path)
+    return bool(paths)
 
 
 def _similar(name: str, known: list[str]) -> str:

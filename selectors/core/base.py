@@ -14,7 +14,7 @@ from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -586,4 +586,12 @@ def make_rule(
         raise ParameterError("belongs to fraction", owner=owner, parameter="of", value=of)
     if threshold is not None:
         return threshold_rule(owner, threshold)
-    return cast(Rule, rule)
+    if not callable(rule):
+        raise ParameterError(
+            "must be a rule, such as a TopFraction",
+            owner=owner,
+            parameter="rule",
+            value=rule,
+            way_out="Most selectors need a fraction alone.",
+        )
+    return rule

@@ -22,7 +22,14 @@ import numpy.typing as npt
 
 from siftclip.errors import InputError
 from siftclip.file_identity import FileIdentity
-from siftclip.reading import MAX_RECORD_BYTES, open_file, open_handle, read_bytes, readable
+from siftclip.reading import (
+    MAX_RECORD_BYTES,
+    open_file,
+    open_handle,
+    read_bytes,
+    readable,
+    require_file,
+)
 from siftclip.writing import atomic_path, make_folder, writing_to
 
 _LINE_WAY_OUT = "Delete that line; what the others hold stays."
@@ -114,6 +121,8 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """
     make_folder(path.parent)
     line = json.dumps(record, allow_nan=False) + "\n"
+    if path.exists():
+        require_file(path)
     with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file, path)
         file.write(line.encode())
@@ -127,6 +136,7 @@ def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """
     if not path.exists():
         return
+    require_file(path)
     with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file, path)
     records = read_jsonl(path)

@@ -16,6 +16,7 @@ import logging
 import os
 import shlex
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -150,6 +151,7 @@ def _take(path: Path, owner: str) -> tuple[int | None, int, str]:
 
     Raises:
         WriteError: its file cannot be written.
+        InputError: it is something else than a file.
     """
     name = str(path)
     if name in _own and _own[name].pid == os.getpid():
@@ -158,6 +160,9 @@ def _take(path: Path, owner: str) -> tuple[int | None, int, str]:
         with writing_to(path, owner):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise InputError(f"{path} is no file, which a lock must be. Delete it, and go on.")
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -111,6 +111,7 @@ def application(
             register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
             typed = _flags_first(_overrides(arguments, command))
+            _refuse_flags(typed, command)
             _refuse_lists(typed, command)
             words, typed = _without_credentials(_named(command, typed, positional), typed)
             arguments[len(arguments) - len(typed) :] = typed
@@ -258,6 +259,18 @@ def _flags_first(words: list[str]) -> list[str]:
     return flags + others
 
 
+def _refuse_flags(typed: list[str], command: str) -> None:
+    """End the command for options of Hydra that load a pickle, or serve shells alone.
+
+    Hydra also knows each by its first letters.
+    """
+    for word in typed:
+        if re.match(r"--e|--s|-sc", word):
+            flag = word.partition("=")[0]
+            way_out = "Type options themselves, or put them into a file for --config-dir."
+            end_faulty(command, f"there is no option {flag}. {way_out}", quiet=True)
+
+
 def _refuse_lists(typed: list[str], command: str) -> None:
     """End the command where several configurations of a group are given as a list."""
     for word in typed:
@@ -401,7 +414,7 @@ def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> s
         )
     unknown = re.match(r"Could not override '(.*?)'|Could not delete .* '(.*?)'\s+does not", text)
     if unknown:
-        return _not_an_option(unknown[1] or unknown[2], typed, command)
+        return _not_an_option(unknown[1] or unknown[2] or "", typed, command)
     merged = re.match(r"Error merging override \+*(.+?)=(.*)", text, re.DOTALL)
     if merged and "Cannot merge DictConfig" in str(error.__cause__):
         return f"{merged[1]} must be a mapping, {_shape(merged[1])}. Got {merged[2]}."
@@ -432,6 +445,8 @@ def _in_one_line(error: BaseException) -> str:
 
 def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     """Say that a key is none of the options, and name the one that was meant, if it is close."""
+    if not key:
+        return "there is no name in front of a '='; options are written NAME=VALUE."
     typed = list(typed)
     deleted = (word for word in typed if word[:1] == "~" and f"{key}.".startswith(f"{word[1:]}."))
     if (word := next(deleted, None)) not in (None, f"~{key}"):

@@ -117,6 +117,14 @@ def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in HELP:
         print(usage())
         return
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print(
+            f"{_name()}: error: the folder in which this was typed is gone. Change to another one.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     if arguments[0] == "--version":
         print(siftclip.__version__)
         return

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from siftclip.errors import full_name_of
 from siftclip.plugins import installed_points
 
 TRACEBACK = "HYDRA_FULL_ERROR=1 in front of the command shows the traceback."
 # What a `_target_` may name beside third parties: their faults are not said to be in a plug-in
 _NO_PLUGINS = {"siftclip", "lightning", "pytorch_lightning", "torch", "torchvision"}
 _CONTRACT = "siftclip.selectors.core.base"  # where answers of selectors are checked
+_USERS_OF_ANSWERS = ("siftclip.selectors.core.", "siftclip.trainer.builders.needs")
 _LONGEST = 300  # characters of an exception's text
 
 
@@ -39,6 +41,27 @@ def fault_of_plugin(error: BaseException, config: Any) -> str | None:
     broke_contract = isinstance(error, (TypeError, ValueError)) and frames and packages
     if broke_contract and _module(frames[-1][0]) == _CONTRACT:
         return f"{_one_line(error)} It is a fault of that class, which check_selector finds."
+    owner = _owner_of_answer(frames, packages)
+    if owner is None:
+        return None
+    return (
+        f"what {full_name_of(owner)} answers, or holds as a parameter, cannot be used: "
+        f"{type(error).__name__}: {_one_line(error)}. check_selector says more. {TRACEBACK}"
+    )
+
+
+def _owner_of_answer(frames: list[tuple[FrameType, int]], packages: set[str]) -> type | None:
+    """Find the class of a plug-in whose answer the contract's own code was using at the end."""
+    for frame, _ in reversed(frames):
+        module = _module(frame)
+        if not module.startswith("siftclip."):
+            continue  # of a library that was called
+        if not module.startswith(_USERS_OF_ANSWERS):
+            return None
+        for name in ("self", "selector", "member", "value"):
+            kind = type(frame.f_locals.get(name))
+            if kind.__module__.partition(".")[0] in packages:
+                return kind
     return None
 
 

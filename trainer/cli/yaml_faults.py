@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from siftclip.reading import reason_of
 
 YAML_FAULTS = (yaml.YAMLError, OSError, RecursionError, ValueError)  # of a file that is loaded
+_DEFAULTS = "defaults_list.py"  # of Hydra
 _LOADER = "file_config_source.py"  # of Hydra; no other place of it opens these files
 
 
@@ -24,4 +25,17 @@ def fault_of_yaml(error: Exception) -> str | None:
         path = frame.f_locals.get("full_path")
         if frame.f_code.co_filename.endswith(_LOADER) and isinstance(path, str):
             return f"{path} is not a configuration in YAML: {reason_of(error)}."
-    return None
+    return _fault_of_defaults(error)
+
+
+def _fault_of_defaults(error: Exception) -> str | None:
+    """Explain a list of defaults that is none, or that leads back to its own file."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame in frames if frame.f_code.co_filename.endswith(_DEFAULTS)]
+    if not frames:
+        return None
+    if isinstance(error, RecursionError):
+        paths = (frame.f_locals.get("path") for frame in reversed(frames))
+        path = next((path for path in paths if isinstance(path, str)), "a configuration")
+        return f"{path}: its defaults lead back to itself."
+    return f"{reason_of(error)}." if str(error).startswith("Invalid defaults list") else None

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from siftclip.datamodules.models.load import ClipModel
-from siftclip.errors import require_int
+from siftclip.errors import InputError, require_int
+from siftclip.reading import reason_of
 from siftclip.trainer.online.scoring import model_mode, scoring_features, seeded_dropout
 from siftclip.trainer.online.scoring_config import ScoringConfig
 
@@ -44,6 +45,30 @@ def input_sizes(clip: ClipModel) -> InputSizes:
         "image_size": size if isinstance(size, int) else (int(size[0]), int(size[1])),
         "context_length": clip.tokenizer(["a"]).shape[1],
     }
+
+
+def require_forward(clip: ClipModel) -> None:
+    """Let a model compute on a blank image and a caption of the sizes that it says it takes.
+
+    open_clip builds models of any sizes, such as patches larger than the image.
+
+    Raises:
+        InputError: it cannot.
+    """
+    sizes = input_sizes(clip)
+    try:
+        images, _ = _blank_samples(clip.model, **sizes)
+        tokens = clip.tokenizer(["a caption"] * SAMPLES).to(images.device)
+        with torch.no_grad(), model_mode(clip.model, training=False):
+            clip.model(images, tokens)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise InputError(
+            "model: it cannot compute on what it is made for, images of "
+            f"{sizes['image_size']} pixels and captions of {sizes['context_length']} tokens: "
+            f"{reason_of(error)}. Check model.architecture and model.options."
+        ) from error
 
 
 def forward_flops(

@@ -8,8 +8,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from siftclip.datamodules.models.load import ClipModel
+from siftclip.errors import InputError
 from siftclip.trainer.online.cost import SampleFlops
-from siftclip.trainer.online.flops import forward_flops, input_sizes, training_flops
+from siftclip.trainer.online.flops import (
+    forward_flops,
+    input_sizes,
+    require_forward,
+    training_flops,
+)
 from siftclip.trainer.online.scoring_config import ScoringConfig
 
 log = logging.getLogger(__name__)
@@ -34,7 +40,11 @@ def learner_flops(
             not sharded, not compiled.
         micro_batches: whether a batch is cut into several. Then features of all come first.
         teacher: a model whose features are learned from; it gets the images and tokens of `clip`.
+
+    Raises:
+        InputError: see `require_forward`.
     """
+    require_forward(clip)
     sizes = input_sizes(clip)
     repeated = 0
     if micro_batches:
@@ -69,9 +79,15 @@ def selecting_flops(
 
 
 def counted(count: Callable[[], SampleFlops]) -> SampleFlops | None:
-    """Call `count`; return None, after a warning, where it fails: no run stops for its accounts."""
+    """Call `count`; return None, after a warning, where it fails: no run stops for its accounts.
+
+    Raises:
+        InputError: as `count` does: of a model that cannot be trained.
+    """
     try:
         return count()
+    except InputError:
+        raise
     except Exception as error:  # models of other packages raise anything
         log.warning(
             "the FLOPs of this run are unknown, and its costs are given without them: they could "

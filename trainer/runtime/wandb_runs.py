@@ -65,6 +65,12 @@ class LoggedRows:
         return {key: value for key, value in metrics.items() if key not in known}
 
 
+def _is_of_wandb(error: Exception) -> bool:
+    from wandb import Error  # whose import takes a moment
+
+    return isinstance(error, Error)
+
+
 class WandbRun(WandbLogger):
     """Lightning's logger, for a run of which earlier starts have left rows.
 
@@ -86,6 +92,13 @@ class WandbRun(WandbLogger):
         sys.argv = [shown(word) for word in whole]
         try:
             run = super().experiment
+        except Exception as error:
+            if not _is_of_wandb(error):
+                raise
+            raise InputError(
+                f"logger: wandb cannot begin the run: {' '.join(str(error).split())}. logger=csv "
+                "trains without it, and logger.mode=offline without its server."
+            ) from error
         finally:
             sys.argv = whole
         if self._asks_server:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from siftclip.errors import InputError
+from siftclip.redaction import begins_as_url
 from siftclip.trainer.settings.fields.section import Section, Seed
 
 
@@ -29,6 +31,17 @@ class CommonSettings(Section):
 
     reuse: bool = True
     """Reuse what an earlier command has kept; false computes it again, and replaces it."""
+
+    def __post_init__(self) -> None:
+        """Check that results go to a folder.
+
+        Raises:
+            InputError: a URL is given, of which a folder with its password would be made.
+        """
+        Section.__post_init__(self)
+        for option, place in (("output_dir", self.output_dir), ("run_dir", self.run_dir)):
+            if place is not None and begins_as_url(place):
+                raise InputError(f"{option} must be a folder of this machine. Got {place!r}.")
 
     @property
     def output_root(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -150,3 +151,16 @@ class LoggerSettings(Section):
 
     project: str = "siftclip"
     """Project in Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        """Check what wandb would refuse when the run begins.
+
+        Raises:
+            InputError: the name of the project.
+        """
+        Section.__post_init__(self)
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
+            raise InputError(
+                "logger.project must be a name of 1 to 128 characters without / \\ # ? % and :. "
+                f"Got {self.project!r}."
+            )

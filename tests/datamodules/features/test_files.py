@@ -68,6 +68,7 @@ def test_single_arrays_need_no_name(tmp_path: Path) -> None:
     [
         (lambda path: np.save(path / "a.npy", np.zeros(4)), r"must hold floats \[n, d\]"),
         (lambda path: np.save(path / "a.npy", np.zeros((4, 2), int)), "must hold floats"),
+        (lambda path: np.save(path / "a.npy", np.zeros((4, 0))), r"must hold floats.*\[4, 0\]"),
         (lambda path: (path / "a.npy").write_bytes(b"x"), "not a readable npy file"),
         (lambda path: (path / "a.npz").write_bytes(b"x"), "not a readable npz file"),
         (lambda path: (path / "a.pt").write_bytes(b"x"), "not a readable .pt file"),

@@ -251,6 +251,14 @@ def test_row_with_bad_uid_is_not_the_uid_zero(
     assert sorted(row for part in store.parts for row in part.rows) == [1, 2]
 
 
+def test_features_without_columns(pool: Pool, write_metadata: Make) -> None:
+    folder = Path(pool.root) / "metadata"
+    write_metadata(folder, [format_uid(uid) for uid in pool.uids])
+    change_npz(folder, "l14_img", np.zeros((6, 0), np.float16))
+    with pytest.raises(InputError, match=r"the array 'l14_img' has no columns"):
+        open_store(pool)
+
+
 def test_widths_must_agree(pool: Pool, write_metadata: Make) -> None:
     folder = Path(pool.root) / "metadata"
     uids = [format_uid(uid) for uid in pool.uids]

@@ -309,3 +309,13 @@ def test_random_weights_are_not_warned_about(caplog: pytest.LogCaptureFixture) -
     assert caplog.records == []
     logging.warning("still heard")
     assert "still heard" in caplog.text
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_weights(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "open_clip_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(InputError, match="it is a named pipe, not a file"):
+        load_clip_model(str(tmp_path / "model"))

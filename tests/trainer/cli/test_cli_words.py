@@ -153,6 +153,12 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ("model=ViT-B-32", "Did you mean model=vit_b_32?"),
         ("eval.root=no's", 'the value of eval.root cannot be read. Got "no\'s"'),
         ("--config-dir=nowhere", "nowhere' not found"),
+        ("--experimental-rerun=run.pickle", "there is no option --experimental-rerun. Type"),
+        ("--exp=run.pickle", "there is no option --exp. Type options themselves"),
+        ("--shell-completion", "there is no option --shell-completion."),
+        ("-sc", "there is no option -sc."),
+        ("eval.root='a\0b'", "eval.root must not hold a zero byte. Got 'a\\x00b'."),
+        ("output_dir=s3://me:hunter22@bucket/x", "output_dir must be a folder of this machine."),
         ("--config-name=nope", "Cannot find primary config 'nope'."),
     ],
 )
@@ -163,6 +169,15 @@ def test_a_wrong_option_is_one_message(word: str, message: str, run: Run) -> Non
     assert message in errors
     assert errors.count("\n") == 1
     assert not any(word in errors for word in ("HYDRA", "Traceback", "pkg://", "_type"))
+
+
+def test_an_option_without_a_name(run: Run) -> None:
+    status, errors, _ = run("=", name="select")
+    assert status == 2
+    assert errors == (
+        "siftclip select: error: there is no name in front of a '='; options are written "
+        "NAME=VALUE.\n"
+    )
 
 
 def test_an_option_that_was_taken_away_is_told_so(run: Run) -> None:

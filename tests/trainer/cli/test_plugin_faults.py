@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from siftclip.errors import InputError
 from siftclip.selectors.core.checks import synthetic_chunk
+from siftclip.selectors.core.description import describe
 from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.cli.endings import FULL_ERROR
@@ -101,6 +104,26 @@ def test_a_broken_contract_names_the_check(module: Any) -> None:
     assert fault is not None
     assert fault.startswith("Words.score must return a float32 tensor")
     assert fault.endswith(" It is a fault of that class, which check_selector finds.")
+
+
+@pytest.mark.parametrize("moved", [lambda x: x.to("meta"), lambda x: x.to_sparse()])
+def test_an_answer_that_cannot_be_used_names_its_class(
+    moved: Callable[[torch.Tensor], torch.Tensor], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.Words, "score", lambda self, chunk: moved(torch.ones(len(chunk))))
+    fault = fault_of_plugin(raised(select(module.Words(fraction=0.5))), {})
+    assert fault is not None
+    assert fault.startswith("what words_of.Words answers, or holds as a parameter, cannot be used:")
+    assert TRACEBACK in fault
+
+
+def test_a_parameter_that_nothing_stands_for_names_its_class(module: Any) -> None:
+    selector = module.Words(fraction=0.5)
+    selector.guard = threading.Lock()
+    fault = fault_of_plugin(raised(lambda: describe(selector)), {})
+    assert fault is not None
+    assert fault.startswith("what words_of.Words answers, or holds as a parameter, cannot be used:")
+    assert "a lock cannot be a parameter of a selector" in fault
 
 
 def test_our_own_faults_stay(module: Any) -> None:

@@ -39,6 +39,32 @@ def test_broken_yaml(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("defaults: 3\n", "defaults must be a list (got int)."),
+        ("defaults: [mine]\na: 1\n", "selector/mine: its defaults lead back to itself."),
+    ],
+)
+def test_broken_defaults(
+    content: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "selector").mkdir()
+    (tmp_path / "selector" / "mine.yaml").write_text(content)
+    words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
+    monkeypatch.setattr("sys.argv", ["siftclip", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert reason in said
+    assert said.count("\n") == 1
+
+
 def test_a_pipe_in_the_place_of_a_yaml_is_no_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

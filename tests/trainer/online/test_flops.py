@@ -12,8 +12,9 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP
 from torch import nn
 
+from siftclip.datamodules.models.load import load_clip_model
 from siftclip.errors import InputError
-from siftclip.trainer.online.flops import forward_flops, training_flops
+from siftclip.trainer.online.flops import forward_flops, require_forward, training_flops
 from siftclip.trainer.online.scoring_config import ScoringConfig
 
 DIM, TOKENS, TEXT_WIDTH = 16, 12, 24
@@ -66,6 +67,27 @@ def test_a_vision_transformer_against_the_formula() -> None:
     model = clip(VIT)
     assert forward_flops(model) == vit_forward(16) + text_forward()
     assert type(forward_flops(model)) is int
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "message"),
+    [
+        ({**VIT, "patch_size": 100}, {**TEXT, "vocab_size": 49408}, "Kernel size can't be greater"),
+        (VIT, TEXT, "images of .*32.* pixels and captions of 12 tokens: index out of range"),
+    ],
+)
+def test_a_model_that_cannot_compute_on_its_own_sizes(
+    vision: dict[str, Any], text: dict[str, Any], message: str
+) -> None:
+    architecture = {"embed_dim": DIM, "vision_cfg": vision, "text_cfg": text}
+    with pytest.raises(InputError, match=rf"(?s){message}.*Check model\.architecture"):
+        require_forward(load_clip_model("own", architecture=architecture))
+
+
+def test_a_model_that_can_compute_on_its_own_sizes() -> None:
+    text = {**TEXT, "vocab_size": 49408}
+    architecture = {"embed_dim": DIM, "vision_cfg": VIT, "text_cfg": text}
+    require_forward(load_clip_model("own", architecture=architecture))
 
 
 def test_a_resnet_against_the_formula() -> None:

@@ -188,6 +188,8 @@ def test_selectors_of_the_loop_read_the_learner() -> None:
         ),
         (["features=open_clip"], r"features\.name must be given"),
         (["+logger.group=x"], r"logger\.group is not an option"),
+        (["logger.project=a/b"], r"logger\.project must be a name of 1 to 128 char.*Got 'a/b'"),
+        (["run_dir=http://h/x"], r"run_dir must be a folder of this machine\. Got"),
         (["+scael=1"], r"scael is not an option\. Did you mean scale\?"),
         (["+zzz=1"], r"zzz is not an option\. The configuration has pool, features, data"),
         (["progress='true'"], r"progress must be true or false\. Got 'true'"),

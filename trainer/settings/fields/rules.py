@@ -218,6 +218,9 @@ def is_inside(text: str) -> bool:
 def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:
     """Yield what is wrong with a value, which holds groups of options as objects."""
     fitting = [kind for kind in alternatives(hint) if _is_of(kind, value)]
+    if isinstance(value, str) and "\0" in value:
+        yield Fault(option, f"must not hold a zero byte. Got {value!r}.")
+        return
     if not fitting:
         yield Fault(option, _refusal(hint, value, option))
         return
