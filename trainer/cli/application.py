@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -164,20 +164,37 @@ def _job(
             end_faulty(command, message, quiet=command.startswith("eval"))
         except TrainingStopped as stop:
             end_stopped(command, stop)
-        except (KeyboardInterrupt, SystemExit) as error:
+        except KeyboardInterrupt as error:
             end_interrupted(command, error)
-        except Exception as error:  # a class of somebody else may fail in any way
-            if full_error == "1" or isinstance(error, BrokenPipeError):
+        except BaseException as error:  # a class of somebody else may fail in any way
+            if full_error == "1":
                 raise
-            plain = _plain(config)
-            fault = fault_of_plugin(error, plain)
-            if fault is not None:
-                end_faulty(command, fault)
-            end_internal(command, error, _folder(plain))
+            _end_unforeseen(command, error, _plain(config))
         finally:
             end_work()
 
     return job
+
+
+def _end_unforeseen(command: str, error: BaseException, plain: Any) -> NoReturn:
+    """End the process for an exception of a plug-in, after an interrupt, or of Siftclip itself."""
+    fault = fault_of_plugin(error, plain)
+    if fault is not None:
+        end_faulty(command, fault)
+    if isinstance(error, SystemExit) or _follows_interrupt(error):
+        end_interrupted(command, error)
+    if isinstance(error, BrokenPipeError) or not isinstance(error, Exception):
+        raise error
+    end_internal(command, error, _folder(plain))
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    """Return whether a second Ctrl-C broke off what an exception is of, such as a file of torch."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _settings(command: str, kind: type[T], config: DictConfig) -> T:
@@ -195,7 +212,7 @@ def _plain(config: DictConfig) -> Any:
 def _folder(plain: Mapping[str, Any]) -> Path | None:
     """Return the folder that a command writes into, if it has one that is there."""
     folder = plain.get("output_dir")
-    return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
+    return Path(folder) if isinstance(folder, str) and os.path.isdir(folder) else None
 
 
 def _hydra_main(

@@ -113,7 +113,10 @@ def end_interrupted(command: str, error: BaseException) -> NoReturn:
 
     Lightning turns an interrupt during training into sys.exit(1).
     """
-    if not any(isinstance(cause, KeyboardInterrupt) for cause in (error, error.__context__)):
+    causes: list[BaseException] = [error]
+    while (before := causes[-1].__context__) is not None:
+        causes.append(before)
+    if not any(isinstance(cause, KeyboardInterrupt) for cause in causes):
         raise error
     if is_first_rank(os.environ):
         print(f"\nsiftclip {command}: interrupted; the same command continues.", file=sys.stderr)

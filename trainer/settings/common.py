@@ -10,6 +10,16 @@ from siftclip.redaction import begins_as_url
 from siftclip.trainer.settings.fields.section import Section, Seed
 
 
+def require_local(option: str, place: str | None) -> None:
+    """Refuse a URL for a folder, of which one with its password in its name would be made.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if place is not None and begins_as_url(place):
+        raise InputError(f"{option} must be a folder of this machine. Got {place!r}.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonSettings(Section):
     """What all commands share."""
@@ -32,16 +42,9 @@ class CommonSettings(Section):
     reuse: bool = True
     """Reuse what an earlier command has kept; false computes it again, and replaces it."""
 
-    def __post_init__(self) -> None:
-        """Check that results go to a folder.
-
-        Raises:
-            InputError: a URL is given, of which a folder with its password would be made.
-        """
-        Section.__post_init__(self)
-        for option, place in (("output_dir", self.output_dir), ("run_dir", self.run_dir)):
-            if place is not None and begins_as_url(place):
-                raise InputError(f"{option} must be a folder of this machine. Got {place!r}.")
+    def check(self) -> None:
+        require_local("output_dir", self.output_dir)
+        require_local("run_dir", self.run_dir)
 
     @property
     def output_root(self) -> Path:

@@ -152,13 +152,7 @@ class LoggerSettings(Section):
     project: str = "siftclip"
     """Project in Weights & Biases."""
 
-    def __post_init__(self) -> None:
-        """Check what wandb would refuse when the run begins.
-
-        Raises:
-            InputError: the name of the project.
-        """
-        Section.__post_init__(self)
+    def check(self) -> None:
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
             raise InputError(
                 "logger.project must be a name of 1 to 128 characters without / \\ # ? % and :. "

@@ -9,8 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Lt
 
 from siftclip.errors import InputError
+from siftclip.redaction import begins_as_url
 from siftclip.trainer.settings.fields.marks import AtMost, Example, Late, Needs, Open, Rare, Words
 from siftclip.trainer.settings.fields.reader import read
+from siftclip.trainer.settings.fields.rules import joined
 from siftclip.trainer.settings.fields.section import Pixels, Section, Weights, WholeNumber
 
 _NAME_NEEDS = Needs("must name a model: one of open_clip's, a run directory, or a folder.")
@@ -105,6 +107,16 @@ class LockSettings(Section):
             )
 
 
+def _refuse_urls(model: ModelSettings | OtherModel) -> None:
+    for name in ("name", "pretrained", "pretrained_image", "pretrained_text"):
+        value = getattr(model, name)
+        if value is not None and begins_as_url(value):
+            raise InputError(
+                f"{joined(model.PLACE, name)} must be a name, a tag or a file, and no "
+                f"URL. Got {value!r}."
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings(Section):
     """Any model that open_clip knows, a model folder, or a run directory."""
@@ -138,6 +150,9 @@ class ModelSettings(Section):
     lock: LockSettings = field(default_factory=LockSettings)
     """Weights that keep their values in training."""
 
+    def check(self) -> None:
+        _refuse_urls(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherModel(Section):
@@ -168,6 +183,7 @@ class OtherModel(Section):
     """As model.options."""
 
     def check(self) -> None:
+        _refuse_urls(self)
         if self.options:
             read(ModelOptions, self.options, f"{self.PLACE}.options")
 

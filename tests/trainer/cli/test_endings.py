@@ -16,7 +16,7 @@ import pytest
 
 from siftclip import interrupts
 from siftclip.trainer.cli import main as main_module
-from siftclip.trainer.cli.application import application
+from siftclip.trainer.cli.application import _end_unforeseen, application
 from siftclip.trainer.cli.endings import FULL_ERROR, describe, end_internal, option_of
 from siftclip.trainer.cli.fault_log import write_fault_log
 from siftclip.trainer.settings.commands import PoolSections
@@ -359,3 +359,19 @@ def test_an_interrupt_of_a_caller_in_python_is_told_in_a_line(
         main_module.main()
     assert end.value.code == 130
     assert capsys.readouterr().err == "\nsiftclip index: interrupted\n"
+
+
+def test_an_exception_after_an_interrupt_is_an_interrupt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A second Ctrl-C inside torch.save ends in its RuntimeError about the file."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 14773184 vs 14773076")
+    except RuntimeError as error:
+        with pytest.raises(SystemExit) as stopped:
+            _end_unforeseen("train", error, {})
+    assert stopped.value.code == 130
+    assert "siftclip train: interrupted; the same command continues." in capsys.readouterr().err

@@ -126,6 +126,30 @@ def test_a_parameter_that_nothing_stands_for_names_its_class(module: Any) -> Non
     assert "a lock cannot be a parameter of a selector" in fault
 
 
+@pytest.mark.parametrize(
+    "ending", [SystemExit(0), SystemExit(7), BrokenPipeError(), GeneratorExit()]
+)
+def test_a_plugin_that_ends_the_process_is_told(
+    ending: BaseException,
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stage(_: Any) -> None:
+        module.Words(penalty=9, fraction=0.5)
+
+    exec(compile("def init(self, **rule):\n    raise ending", "words_of.py", "exec"), vars(module))  # noqa: S102
+    module.ending = ending
+    monkeypatch.setattr(module.Words, "__init__", module.init)
+    monkeypatch.setattr("sys.argv", ["siftclip", "index", "pool.root=x"])
+    with pytest.raises(SystemExit) as stopped:
+        application("index", PoolSections)(stage)()
+    assert stopped.value.code == 2
+    assert (
+        f"failed, which is no part of Siftclip: {type(ending).__name__}" in capsys.readouterr().err
+    )
+
+
 def test_our_own_faults_stay(module: Any) -> None:
     assert fault_of_plugin(raised(lambda: int("a")), {}) is None
     assert fault_of_plugin(raised(lambda: CommonSettings(nothing=1)), {}) is None  # type: ignore[call-arg]

@@ -309,3 +309,17 @@ def test_records_of_a_finished_training_stand_once(
     assert len(keys) == len(set(keys))
     assert any(key.startswith("eval/") for _, key in keys)
     assert records(run)[:16] == records(whole)[:16]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_whose_identity_is_lost_answers_for_its_own_options_alone(
+    finished: bool, runs: Any, compose: Any, tmp_path: Path
+) -> None:
+    run = RunDir(path=tmp_path / "run")
+    shutil.copytree(runs[0 if finished else 1].path, run.path)
+    (run.path / "identity.json").unlink()
+    words = [*runs[2], f"run_dir={run.path}"]
+    with pytest.raises(InputError, match=r"identity\.json is lost, and its config.*options: optim"):
+        train_stage(compose("train", [*words, "optim.lr=0.0123"]))
+    train_stage(compose("train", words))
+    assert records(run) == records(runs[0])

@@ -189,6 +189,12 @@ def test_selectors_of_the_loop_read_the_learner() -> None:
         (["features=open_clip"], r"features\.name must be given"),
         (["+logger.group=x"], r"logger\.group is not an option"),
         (["logger.project=a/b"], r"logger\.project must be a name of 1 to 128 char.*Got 'a/b'"),
+        (
+            ["model.name=https://me:hunter22@h/w"],
+            r"model\.name must be a name, .* no URL.*https://\*",
+        ),
+        (["model.pretrained_text=s3://b/w.pt"], r"model\.pretrained_text must be a name"),
+        (["pool.storage_options=hunter22"], r"pool\.storage_options must be a mapping.*'\*\*\*'"),
         (["run_dir=http://h/x"], r"run_dir must be a folder of this machine\. Got"),
         (["+scael=1"], r"scael is not an option\. Did you mean scale\?"),
         (["+zzz=1"], r"zzz is not an option\. The configuration has pool, features, data"),

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from siftclip.trainer.settings.fields.marks import AtMost, Inside, Needs, Words
+from siftclip.redaction import HIDDEN
+from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Needs, Words
 
 Mark = TypeVar("Mark")
 
@@ -264,6 +265,10 @@ def _inner_faults(hint: Any, kind: Type, value: Any, option: str) -> Iterator[Fa
 
 
 def _refusal(hint: Any, value: Any, option: str, element: Any = None) -> str:
+    if mark_of(hint, Credentials) is not None and not isinstance(value, str | int | float):
+        value = type(value).__name__
+    elif mark_of(hint, Credentials) is not None:
+        value = HIDDEN
     if isinstance(value, int | float) and any(kind.plain is str for kind in alternatives(hint)):
         return (
             f"must be {words(hint)}. Got {value!r}, which YAML reads as a number or a truth value: "
