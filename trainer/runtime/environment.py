@@ -6,10 +6,13 @@ on, and `sessions.jsonl` has a line for each session after which something was a
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 import reprlib
 import subprocess
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +31,9 @@ from siftclip.files import (
     read_jsonl,
     write_json,
 )
-from siftclip.writing import delete_file
+from siftclip.writing import delete_file, move
+
+log = logging.getLogger(__name__)
 
 VERSIONS_NAME = "versions.json"
 SESSIONS_NAME = "sessions.jsonl"
@@ -131,7 +136,7 @@ def source_digest() -> str:
 
 
 def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
-    """Write down what a session of a run is computed with.
+    """Write down what a session of a run is computed with. Damaged notes are set aside.
 
     Args:
         folder: of the run.
@@ -143,11 +148,21 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
         first one.
     """
     first = folder / VERSIONS_NAME
+    for path in (first, folder / SESSIONS_NAME):
+        if not path.is_file():
+            _set_aside(path)
     if not has_content(first) or step == 0:
         write_json(first, now)
         delete_file(folder / SESSIONS_NAME)
         return []
-    before = environments(folder)[-1]
+    try:
+        before = environments(folder)[-1]
+    except InputError as error:  # it says nothing that the run needs
+        log.warning("%s It is set aside, and written anew from here on.", error)
+        for name in (VERSIONS_NAME, SESSIONS_NAME):
+            _set_aside(folder / name)
+        write_json(first, now)
+        return []
     changed = [
         f"{name} {now.get(name)}, before {before.get(name)}"
         for name in (*CODE, *MACHINE, TARS)
@@ -156,6 +171,11 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
     if changed:
         append_jsonl(folder / SESSIONS_NAME, {"step": step, "environment": now})
     return changed
+
+
+def _set_aside(path: Path) -> None:
+    if os.path.lexists(path):
+        move(path, path.with_name(f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
 def environments(folder: Path) -> list[Environment]:

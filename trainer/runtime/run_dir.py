@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from siftclip.datamodules.models.load import MODEL_FOLDER
 from siftclip.datamodules.models.weight_needs import CONFIG_NAME
 from siftclip.datamodules.selection.selection import Selection, write_selection
+from siftclip.errors import InputError
 from siftclip.files import has_content, read_json_object, write_json, write_text
 from siftclip.locks import LOCK_NAME
 from siftclip.trainer.runtime.run_records import (
@@ -229,7 +230,11 @@ class RunDir:
     def identity(self) -> dict[str, Any] | None:
         """Read what the run depends on; None if nothing was run here, or by an earlier version."""
         path = self.path / IDENTITY_NAME
-        return read_json_object(path) if has_content(path) else None
+        try:
+            return read_json_object(path) if has_content(path) else None
+        except InputError as error:
+            way_out = "Delete it: what the run is of is then read from its config.yaml."
+            raise InputError(f"{error} {way_out}") from None
 
     def set_aside(self) -> Path:
         """Move all files, so that the run can begin anew; returns the folder that has them now.

@@ -41,7 +41,11 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing or damaged, or a number in it cannot be.
     """
-    return _checked(path, read_json(path))
+    try:
+        record = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error} {_WAY_OUT}") from None
+    return _checked(path, record)
 
 
 def require_shown(path: Path, summary: Mapping[str, Any]) -> None:

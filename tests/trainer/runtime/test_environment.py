@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,26 @@ def test_damaged_records_are_one_line(tmp_path: Path, name: str, text: str) -> N
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=rf"{name} must "):
         environments(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["versions.json", "sessions.jsonl"])
+@pytest.mark.parametrize("damage", ["half", "list", "folder", "pipe", "loop"])
+def test_damaged_notes_of_sessions_end_no_run(name: str, damage: str, tmp_path: Path) -> None:
+    keep_environment(tmp_path, {"git": "a"}, step=0)
+    keep_environment(tmp_path, {"git": "b"}, step=5)
+    path = tmp_path / name
+    path.unlink()
+    makers: dict[str, Callable[[], object]] = {
+        "half": lambda: path.write_text('{"git": "a'),
+        "list": lambda: path.write_text("[1]\n"),
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "loop": lambda: path.symlink_to(path.name),
+    }
+    makers[damage]()
+    keep_environment(tmp_path, {"git": "c"}, step=10)
+    assert environments(tmp_path)[-1] == {"git": "c"}
+    assert keep_environment(tmp_path, {"git": "c"}, step=20) == []
 
 
 def test_runs_that_were_computed_differently_are_told_apart() -> None:
