@@ -121,7 +121,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """
     make_folder(path.parent)
     line = json.dumps(record, allow_nan=False) + "\n"
-    if path.exists():
+    if path.exists() and not path.is_dir():  # of a folder the writing itself says so
         require_file(path)
     with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file, path)
@@ -136,7 +136,8 @@ def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """
     if not path.exists():
         return
-    require_file(path)
+    if not path.is_dir():
+        require_file(path)
     with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file, path)
     records = read_jsonl(path)
