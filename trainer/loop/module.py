@@ -272,7 +272,7 @@ class ClipTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = float(self.meter.skipped)
-        if not is_sharded(self):
+        if "optimizer_states" in checkpoint and not is_sharded(self):  # not of weights alone
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [
                 number_by_model(state, optimizer, self) for state, optimizer in states

@@ -158,6 +158,18 @@ def test_run_in_a_strangers_trainer_resumes_in_the_middle_of_a_pass(
     assert_same_weights(fit(pairs, ckpt_path=kept, **options()), whole)
 
 
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_a_strangers_checkpoint_may_be_of_weights_alone(
+    fit: Callable[..., ClipTraining], pairs: SelectedPairs, tmp_path: Path
+) -> None:
+    saver = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=4, save_weights_only=True)
+    fit(pairs, max_steps=STEPS, callbacks=[saver], enable_checkpointing=True)
+    (path,) = (tmp_path / "kept").iterdir()
+    kept = torch.load(path, weights_only=True)
+    assert kept["state_dict"]
+    assert "optimizer_states" not in kept
+
+
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 def test_records_go_to_the_trainers_loggers_as_often_as_it_says(
     fit: Callable[..., ClipTraining], pairs: SelectedPairs, tmp_path: Path
