@@ -327,7 +327,8 @@ def _resolve(name: str, pretrained: str | None) -> str:
     folder = Path(name.removeprefix("local-dir:"))
     for candidate in (folder / MODEL_FOLDER, folder):
         if (candidate / CONFIG_NAME).is_file():
-            if not _has_weights(candidate) and pretrained is None:
+            has_weights = _has_weights(candidate)
+            if pretrained is None and not has_weights:
                 raise InputError(f"The model folder {candidate} holds no weights ({WEIGHTS_NAME}).")
             return f"local-dir:{candidate}"
     if name.startswith("local-dir:") or folder.is_dir():

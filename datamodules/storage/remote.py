@@ -53,6 +53,7 @@ from siftclip.datamodules.storage.whole_files import ask, copy_file
 from siftclip.errors import InputError, ParameterError
 from siftclip.files import has_content, write_json
 from siftclip.progress import track
+from siftclip.reading import in_one_line
 from siftclip.records import read_record
 from siftclip.writing import DISK_FULL, WriteError, atomic_path, delete_file, make_folder
 
@@ -139,7 +140,7 @@ class RemoteStorage:
             raise
         except Exception as error:  # every file system raises its own
             raise ParameterError(
-                f"cannot be listed: {_in_one_line(error)}",
+                f"cannot be listed: {type(error).__name__}: {in_one_line(error)}",
                 parameter="root",
                 value=self.root,
                 way_out=hint,
@@ -531,7 +532,9 @@ class RemoteStorage:
         try:
             name, files = self._list_metadata()
         except Exception as error:  # every file system raises its own
-            raise InputError(f"{self.root} cannot be listed: {_in_one_line(error)}.") from None
+            raise InputError(
+                f"{self.root} cannot be listed: {type(error).__name__}: {in_one_line(error)}."
+            ) from None
         folder = self._folder / name
         make_folder(folder)
         known = folder / "copies.json"
@@ -588,10 +591,6 @@ class _SequentialTar:
         if isinstance(answer, StorageError):
             raise _unreadable(self._shard, answer)
         return answer
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _unreadable(file: ShardFile, error: StorageError) -> InputError:

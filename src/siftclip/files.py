@@ -13,7 +13,8 @@ import reprlib
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -121,11 +122,18 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """
     make_folder(path.parent)
     line = json.dumps(record, allow_nan=False) + "\n"
+    with _mended_log(path) as file:
+        file.write(line.encode())
+
+
+@contextmanager
+def _mended_log(path: Path) -> Iterator[IO[bytes]]:
+    """Open a JSONL file to append to it, without what a killed writer left of a last line."""
     if path.exists() and not path.is_dir():  # of a folder the writing itself says so
         require_file(path)
     with writing_to(path), path.open("ab+") as file:
         _mend_last_line(file, path)
-        file.write(line.encode())
+        yield file
 
 
 def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -136,10 +144,8 @@ def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """
     if not path.exists():
         return
-    if not path.is_dir():
-        require_file(path)
-    with writing_to(path), path.open("ab+") as file:
-        _mend_last_line(file, path)
+    with _mended_log(path):
+        pass
     records = read_jsonl(path)
     kept = [record for record in records if keep(record)]
     if len(kept) < len(records):

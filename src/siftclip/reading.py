@@ -107,11 +107,16 @@ def readable(path: Path | str, kind: str) -> Iterator[None]:
         raise InputError(f"{path} is not a readable {kind}: {reason_of(error)}.") from None
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return the text of an exception without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def reason_of(error: Exception) -> str:
     """Say in one line, without a stop at its end, what an error of a library is about."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    words = " ".join(str(error).split()).rstrip(".")
+    words = in_one_line(error).rstrip(".")
     if isinstance(error, MemoryError) and not words:
         words = "it asks for more memory than there is"
     if isinstance(error, RecursionError):

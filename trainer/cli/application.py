@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from siftclip.errors import InputError
+from siftclip.first_rank import is_first_rank
 from siftclip.interrupts import begin_work, end_work
 from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
 from siftclip.trainer.cli.choices import (
@@ -43,6 +44,7 @@ from siftclip.trainer.cli.endings import (
     end_internal,
     end_interrupted,
     end_stopped,
+    follows_interrupt,
     message_of,
 )
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
@@ -181,26 +183,18 @@ def _end_unforeseen(command: str, error: BaseException, plain: Any) -> NoReturn:
     fault = fault_of_plugin(error, plain)
     if fault is not None:
         end_faulty(command, fault)
-    if isinstance(error, SystemExit) or _follows_interrupt(error):
+    if isinstance(error, SystemExit) or follows_interrupt(error):
         end_interrupted(command, error)
     if isinstance(error, BrokenPipeError) or not isinstance(error, Exception):
         raise error
     end_internal(command, error, _folder(plain))
 
 
-def _follows_interrupt(error: BaseException | None) -> bool:
-    """Return whether a second Ctrl-C broke off what an exception is of, such as a file of torch."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__context__
-    return False
-
-
 def _settings(command: str, kind: type[T], config: DictConfig) -> T:
     """Read what the command takes, and say which options it does not read."""
     settings = read_command(kind, config)
-    for override, group in unused_options(kind, HydraConfig.get().overrides.task, config):
+    unused = unused_options(kind, HydraConfig.get().overrides.task, config)
+    for override, group in unused if is_first_rank(os.environ) else ():
         log.warning("%s changes nothing: siftclip %s does not read %s", override, command, group)
     return settings
 

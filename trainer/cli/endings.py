@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from siftclip.errors import InputError
 from siftclip.first_rank import is_first_rank
+from siftclip.reading import in_one_line
 from siftclip.writing import WriteError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """Describe an exception as one sentence in one line."""
-    text = " ".join(str(error).split())
+    text = in_one_line(error)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     sentence = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."
@@ -108,15 +109,21 @@ def end_stopped(command: str, stop: TrainingStopped) -> NoReturn:
     end(message, stop.exit_status)
 
 
+def follows_interrupt(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C led to an exception: a second one may break off a file of torch."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
+
 def end_interrupted(command: str, error: BaseException) -> NoReturn:
     """End the process after Ctrl-C, or as it was going to end.
 
     Lightning turns an interrupt during training into sys.exit(1).
     """
-    causes: list[BaseException] = [error]
-    while (before := causes[-1].__context__) is not None:
-        causes.append(before)
-    if not any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+    if not follows_interrupt(error):
         raise error
     if is_first_rank(os.environ):
         print(f"\nsiftclip {command}: interrupted; the same command continues.", file=sys.stderr)

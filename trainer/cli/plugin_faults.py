@@ -10,6 +10,7 @@ from typing import Any
 
 from siftclip.errors import full_name_of
 from siftclip.plugins import installed_points
+from siftclip.reading import in_one_line
 
 TRACEBACK = "HYDRA_FULL_ERROR=1 in front of the command shows the traceback."
 # What a `_target_` may name beside third parties: their faults are not said to be in a plug-in
@@ -66,7 +67,7 @@ def _owner_of_answer(frames: list[tuple[FrameType, int]], packages: set[str]) ->
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = in_one_line(error)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

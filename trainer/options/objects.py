@@ -29,6 +29,7 @@ from siftclip.errors import (
     name_of,
     takes_name,
 )
+from siftclip.reading import in_one_line
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.description import nested
 from siftclip.trainer.settings.selector import plugin_option
@@ -154,7 +155,7 @@ class BuiltObjects:
         except Exception as error:  # a class of somebody else may fail in any way
             raise InputError(
                 f"{path}: {full_name_of(make.func)} cannot be built: {type(error).__name__}: "
-                f"{_one_line(error)}"
+                f"{in_one_line(error)}"
             ) from error
         self._placed.append((built, place))
         return built
@@ -182,7 +183,7 @@ def _factory(target: object, option: str) -> functools.partial[Any]:
         near = _nearest_target(target)
         raise InputError(
             f"{option} must be the name of a class with its module. Got {target!r}: "
-            f"{_one_line(cause)}.{f' Did you mean {near}?' if near else ''}"
+            f"{in_one_line(cause)}.{f' Did you mean {near}?' if near else ''}"
         ) from error
     return factory
 
@@ -221,10 +222,6 @@ def _raw(item: Any, convert: str) -> Any:
 
 def _config(content: Any) -> Any:
     return OmegaConf.create(content, flags={"allow_objects": True})
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _has(node: Any, keys: Sequence[str]) -> bool:

@@ -151,18 +151,12 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
     for path in (first, folder / SESSIONS_NAME):
         if not path.is_file():
             _set_aside(path)
-    if not has_content(first) or step == 0:
+    earlier = [] if step == 0 else _whole_environments(folder)
+    if not earlier:
         write_json(first, now)
         delete_file(folder / SESSIONS_NAME)
         return []
-    try:
-        before = environments(folder)[-1]
-    except InputError as error:  # it says nothing that the run needs
-        log.warning("%s It is set aside, and written anew from here on.", error)
-        for name in (VERSIONS_NAME, SESSIONS_NAME):
-            _set_aside(folder / name)
-        write_json(first, now)
-        return []
+    before = earlier[-1]
     changed = [
         f"{name} {now.get(name)}, before {before.get(name)}"
         for name in (*CODE, *MACHINE, TARS)
@@ -171,6 +165,17 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
     if changed:
         append_jsonl(folder / SESSIONS_NAME, {"step": step, "environment": now})
     return changed
+
+
+def _whole_environments(folder: Path) -> list[Environment]:
+    """Read `environments`; sets damaged ones aside, which say nothing that the run needs."""
+    try:
+        return environments(folder)
+    except InputError as error:
+        log.warning("%s It is set aside, and written anew from here on.", error)
+        for name in (VERSIONS_NAME, SESSIONS_NAME):
+            _set_aside(folder / name)
+        return []
 
 
 def _set_aside(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from siftclip.datamodules.streaming.loader import LoaderOptions
 from siftclip.errors import InputError
+from siftclip.reading import in_one_line
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.cores import worker_count
 from siftclip.trainer.runtime.extensions import build_plugins
@@ -127,8 +128,7 @@ def _refusal(error: Exception) -> Exception:
     refusals = (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError)
     if isinstance(error, InputError) or not isinstance(error, refusals):
         return error
-    reason = " ".join(str(error).split())
-    return InputError(f"trainer.*: Lightning refuses these settings: {reason}")
+    return InputError(f"trainer.*: Lightning refuses these settings: {in_one_line(error)}")
 
 
 def _lightning_precision(precision: str) -> Any:

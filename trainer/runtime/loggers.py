@@ -119,10 +119,10 @@ def wandb_run_id(folder: Path) -> str:
     same name elsewhere, would be taken for a restart, and its curves would be mixed.
     """
     path = folder / "wandb_id"
-    kept = read_text(path).strip() if has_content(path) else None
-    if kept is not None and _WANDB_ID.fullmatch(kept):
+    kept = read_text(path).strip() if has_content(path) else ""
+    if _WANDB_ID.fullmatch(kept):
         return kept
-    if kept is not None:
+    if kept:
         log.warning("%s holds no id of wandb's: the wandb run begins anew", path)
     name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
     drawn = f"{name}-{uuid.uuid4().hex[:8]}"

@@ -22,7 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
 from siftclip.errors import InputError
-from siftclip.reading import open_file
+from siftclip.reading import in_one_line, open_file
 from siftclip.redaction import shown
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class WandbRun(WandbLogger):
             if not _is_of_wandb(error):
                 raise
             raise InputError(
-                f"logger: wandb cannot begin the run: {' '.join(str(error).split())}. logger=csv "
+                f"logger: wandb cannot begin the run: {in_one_line(error)}. logger=csv "
                 "trains without it, and logger.mode=offline without its server."
             ) from error
         finally:

@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from siftclip.datamodules.identity.identities import (
     differences,
     kept_identity,
@@ -62,6 +60,7 @@ from siftclip.trainer.runtime.lightning_setup import (
     make_trainer,
     resolve_precision,
 )
+from siftclip.trainer.runtime.lost_identity import require_same_config
 from siftclip.trainer.runtime.memory import require_room_for_batch
 from siftclip.trainer.runtime.run_dir import (
     IDENTITY_NAME,
@@ -69,7 +68,6 @@ from siftclip.trainer.runtime.run_dir import (
     RunDir,
     is_rank_zero,
 )
-from siftclip.trainer.runtime.run_records import read_config
 from siftclip.trainer.settings.budget import Budget, budget_from, limit_from
 from siftclip.trainer.settings.commands import EvalSections, TrainCommand
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings
@@ -90,9 +88,6 @@ if TYPE_CHECKING:
     from siftclip.trainer.online.cost_profile import Forecast
 
 log = logging.getLogger(__name__)
-
-# Groups of options that decide about a run
-_DECIDING = ("selector", "model", "loss", "optim", "scale", "online", "budget", "seed")
 
 
 _DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that move weights
@@ -201,30 +196,8 @@ def run_dir_for(
             "delete that one."
         )
     if not run.has_started and (run.latest_checkpoint() is not None or run.summary is not None):
-        _require_same_config(run, settings)
+        require_same_config(run, settings.composed)
     return run
-
-
-def _require_same_config(run: RunDir, settings: TrainCommand) -> None:
-    """Compare a run whose identity.json is lost by what its config.yaml says.
-
-    Raises:
-        InputError: it was begun with other options, or says nothing.
-    """
-    before, now = (
-        json.loads(json.dumps({name: config.get(name) for name in _DECIDING}, default=str))
-        for config in (
-            read_config(run.path / "config.yaml"),
-            yaml.safe_load(settings.composed.to_yaml()),
-        )
-    )
-    if before != now:
-        different = ", ".join(name for name in _DECIDING if before[name] != now[name])
-        raise InputError(
-            f"run_dir={settings.common.run_dir!r} holds a run whose {IDENTITY_NAME} is lost, and "
-            f"its config.yaml has other options: {different}. Name another run_dir, or delete that "
-            "one."
-        )
 
 
 def _run_names(settings: TrainCommand, selected: PoolSelection) -> list[str]:

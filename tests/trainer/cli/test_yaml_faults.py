@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,30 @@ BROKEN = {
 }
 
 
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[], str]:
+    """`refused()`: what a command says that is given `selector/mine.yaml` of the test's folder."""
+    (tmp_path / "selector").mkdir()
+
+    def command() -> str:
+        words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
+        monkeypatch.setattr("sys.argv", ["siftclip", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return command
+
+
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_yaml(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_yaml(name: str, tmp_path: Path, refused: Callable[[], str]) -> None:
     content, reason = BROKEN[name]
     path = tmp_path / "selector" / "mine.yaml"
-    path.parent.mkdir()
     path.write_bytes(content)
-    words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
-    monkeypatch.setattr("sys.argv", ["siftclip", *words])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2
+    said = refused()
     assert f"siftclip select: error: {path} is not a configuration in YAML: " in said
     assert reason in said
     assert "Traceback" not in said
@@ -47,31 +58,16 @@ def test_broken_yaml(
     ],
 )
 def test_broken_defaults(
-    content: str,
-    reason: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    content: str, reason: str, tmp_path: Path, refused: Callable[[], str]
 ) -> None:
-    (tmp_path / "selector").mkdir()
     (tmp_path / "selector" / "mine.yaml").write_text(content)
-    words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
-    monkeypatch.setattr("sys.argv", ["siftclip", *words])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2
+    said = refused()
     assert reason in said
     assert said.count("\n") == 1
 
 
 def test_a_pipe_in_the_place_of_a_yaml_is_no_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Callable[[], str]
 ) -> None:
-    (tmp_path / "selector").mkdir()
     os.mkfifo(tmp_path / "selector" / "mine.yaml")
-    words = ["select", "--config-dir", str(tmp_path), "selector=mine", "pool.root=x"]
-    monkeypatch.setattr("sys.argv", ["siftclip", *words])
-    with pytest.raises(SystemExit):
-        main()
-    assert "selector=mine: there is no such configuration" in capsys.readouterr().err
+    assert "selector=mine: there is no such configuration" in refused()

@@ -265,9 +265,7 @@ def _inner_faults(hint: Any, kind: Type, value: Any, option: str) -> Iterator[Fa
 
 
 def _refusal(hint: Any, value: Any, option: str, element: Any = None) -> str:
-    if mark_of(hint, Credentials) is not None and not isinstance(value, str | int | float):
-        value = type(value).__name__
-    elif mark_of(hint, Credentials) is not None:
+    if mark_of(hint, Credentials) is not None:
         value = HIDDEN
     if isinstance(value, int | float) and any(kind.plain is str for kind in alternatives(hint)):
         return (
