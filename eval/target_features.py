@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from siftclip.damaged import set_aside_if_damaged
 from siftclip.datamodules.features.files import ACTIVATION_ARRAY, MODEL_ARRAY
 from siftclip.datamodules.identity.identities import differences, kept_identity, say_reused, when
 from siftclip.datamodules.models.load import ClipModel
@@ -107,9 +109,13 @@ def _identity(data: TaskData, model: str) -> dict[str, Any]:
 
 def _is_there(path: Path, identity: dict[str, Any]) -> bool:
     """Return whether a file holds these features; says why not, if it holds others."""
-    if not path.is_file():
+    arrays: dict[str, np.ndarray] | None = None
+    if os.path.lexists(path):
+        with set_aside_if_damaged(path):
+            arrays = read_npz_all(path)
+    if arrays is None:
         return False
-    kept = read_npz_all(path).get("identity")
+    kept = arrays.get("identity")
     reasons = differences({} if kept is None else _parsed(str(kept)), identity)
     if reasons:
         log.info("not reused: %s of %s: %s", path, when(path), "; ".join(reasons))

@@ -51,6 +51,12 @@ def test_a_url_shows_no_credentials(url: str, text: str) -> None:
     assert redact(f"cannot read '{url}', a URL") == f"cannot read '{text}', a URL"
 
 
+def test_a_url_without_its_scheme_shows_no_credentials() -> None:
+    assert redact("no folder '//alice:wonderland@host/pool'") == "no folder '//***@host/pool'"
+    for text in ("//host/pool", "a//b:c@d", "x: //alice@host", "http://h//a:b@c", "//${a:b}@h"):
+        assert redact(text) == text
+
+
 @pytest.mark.parametrize(
     "form",
     [

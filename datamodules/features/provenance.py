@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def check_sources(folder: Path, paths: Sequence[Path], pool: Pool) -> None:
         InputError: a tar has been replaced since it was embedded.
     """
     manifest = folder / MANIFEST_NAME
-    if not manifest.is_file() or _pool_of(read_json(manifest)) != pool.fingerprint:
+    if not os.path.lexists(manifest) or _pool_of(read_json(manifest)) != pool.fingerprint:
         return
     shards = {shard.stem: number for number, shard in enumerate(pool.shards)}
     stale = [

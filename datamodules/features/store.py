@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import zipfile
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,7 @@ from siftclip.datamodules.pool.metadata import read_metadata_uids
 from siftclip.datamodules.pool.pool import Coverage, Pool
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, FileIdentity
-from siftclip.files import npz_names, read_json, read_npy_header, read_npz, require_floats
-from siftclip.reading import open_file, readable
+from siftclip.files import npz_headers, read_json, read_npz, require_floats
 from siftclip.selectors.core.source import set_name
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class FeatureStore:
 
     def holds(self, keys: tuple[str, ...]) -> bool:
         """Return whether the first part has all of these arrays."""
-        return set(keys) <= set(_headers(self.parts[0].path))
+        return set(keys) <= set(npz_headers(self.parts[0].path))
 
     def require(self, keys: tuple[str, ...]) -> FeatureStore:
         """Check, from the headers alone, that every part has the arrays, a row for each uid.
@@ -176,7 +175,7 @@ def check_activation(folder: Path) -> None:
         InputError: the folder holds such features, or its manifest is damaged.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     manifest = read_json(path)
     model = manifest.get("model") if isinstance(manifest, dict) else None
@@ -227,7 +226,7 @@ def _read_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
 
 def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> dict[str, int]:
     """Check the arrays' kind, and their rows against the uids; return their widths by key."""
-    headers = _headers(path)
+    headers = npz_headers(path)
     for key in keys:
         if key not in headers:
             raise MissingArrayError(key, path, sorted(headers))
@@ -247,20 +246,7 @@ def _check_arrays(path: Path, keys: tuple[str, ...], samples: int) -> dict[str, 
 def is_readable(path: Path) -> bool:
     """Return whether an npz is whole, as far as its headers and its table of contents tell."""
     try:
-        _headers(path)
+        npz_headers(path)
     except InputError:
         return False
     return True
-
-
-def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Read shape and dtype of each array of an npz, by its key."""
-    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
-        headers = {}
-        for key in npz_names(archive):
-            if f"{key}.npy" in archive.NameToInfo:
-                member = archive.getinfo(f"{key}.npy")
-                with archive.open(member) as values:
-                    shape, _, dtype = read_npy_header(values, member.file_size)
-                headers[key] = (shape, dtype)
-        return headers

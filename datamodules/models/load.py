@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from siftclip.datamodules.models.architecture import check_architecture
 from siftclip.datamodules.models.foreign_code import without_foreign_code
 from siftclip.datamodules.models.options import check_options, check_supported, configured
 from siftclip.datamodules.models.weight_needs import (
@@ -37,9 +39,10 @@ from siftclip.datamodules.models.weights import (
     load_weights,
     portable_weights,
     read_config,
+    require_whole_weights,
 )
 from siftclip.errors import InputError, ParameterError
-from siftclip.files import write_json
+from siftclip.files import read_json_object, write_json
 from siftclip.reading import reason_of, require_file
 from siftclip.writing import atomic_path, make_folder, temporary_folder, writing_to
 
@@ -111,12 +114,13 @@ def load_clip_model(
             write_json(temporary / CONFIG_NAME, config)
             source, pretrained, architecture = f"local-dir:{temporary}", name, config["model_cfg"]
         else:
-            source = _resolve(name, pretrained)
+            source = resolve_name(name, pretrained)
         # Files are loaded below: open_clip ignores them with some sources, and says less.
         tag, file = _tag_or_file(source, pretrained, weights)
         is_random = architecture is not None and file is None
         try:
             model_cfg = open_clip.get_model_config(source)
+            check_architecture(model_cfg, f"The architecture of {name!r}")
             needs = {} if is_random else _needs(source, tag, file, model_cfg)
             for tower, path in towers.items():
                 needs |= _tower_needs(tower, path, model_cfg)
@@ -322,11 +326,16 @@ def _without_needless_warnings(random_weights: bool) -> Iterator[None]:
         logging.disable(before)
 
 
-def _resolve(name: str, pretrained: str | None) -> str:
-    """Return what open_clip calls the model, after checks whose messages open_clip leaves out."""
+def resolve_name(name: str, pretrained: str | None) -> str:
+    """Return what open_clip calls the model, after checks whose messages open_clip leaves out.
+
+    Raises:
+        InputError: there is no such model, or what its folder holds is damaged.
+    """
     folder = Path(name.removeprefix("local-dir:"))
     for candidate in (folder / MODEL_FOLDER, folder):
-        if (candidate / CONFIG_NAME).is_file():
+        if os.path.lexists(candidate / CONFIG_NAME):
+            read_json_object(candidate / CONFIG_NAME)
             has_weights = _has_weights(candidate)
             if pretrained is None and not has_weights:
                 raise InputError(f"The model folder {candidate} holds no weights ({WEIGHTS_NAME}).")
@@ -403,9 +412,11 @@ def _is_tag(source: str, pretrained: str) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Return whether a folder has weights; what is no file raises InputError."""
+    """Return whether a folder has weights; what is no file, or damaged, raises InputError."""
     paths = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
     for path in paths:
+        if path.suffix == ".safetensors":
+            require_whole_weights(path)
         require_file(path)
     return bool(paths)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from siftclip.errors import InputError, ParameterError
-from siftclip.reading import require_file
+from siftclip.reading import readable, require_file
 
 Weights = Literal["auto", "ema", "raw"]
 Tower = Literal["image", "text"]
@@ -185,6 +185,15 @@ def _read_tensors(path: Path) -> Any:
         return load_file(path)
     # Mapped, so that the optimizer's state in a checkpoint takes no memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def require_whole_weights(path: Path) -> None:
+    """Raise InputError unless a safetensors file has all that its header lists."""
+    from safetensors import safe_open
+
+    require_file(path)
+    with readable(path, "safetensors file"), safe_open(path, "pt"):
+        pass
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

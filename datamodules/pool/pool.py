@@ -56,7 +56,7 @@ from siftclip.datamodules.storage.local import (
     identify_shards,
     is_url,
 )
-from siftclip.errors import InputError, ParameterError, require_int
+from siftclip.errors import InputError, ParameterError, require_int, require_path
 from siftclip.files import identity_hash, write_json, write_npy
 from siftclip.locks import locked
 from siftclip.progress import show_progress
@@ -183,8 +183,10 @@ class Pool:
             InputError: there is no pool, a tar cannot be read, or too many samples are bad.
         """
         given = PoolOptions(
-            root=os.fspath(root),
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            root=require_path("root", root, owner="Pool"),
+            cache_dir=None
+            if cache_dir is None
+            else require_path("cache_dir", cache_dir, owner="Pool"),
             max_bad_fraction=max_bad_fraction,
             key_split=key_split,
             index_workers=index_workers,

@@ -133,13 +133,20 @@ def read_column(
     log.info("%s: %d of %d uids are in the pool", path, int(present.sum()), len(uids))
     if must_match and not present.any():
         raise InputError(f"None of the {len(uids)} uids in {path} is in the pool {pool.root}.")
+    again = int(np.maximum(np.bincount(rows[present]) - 1, 0).sum())
+    if again:
+        log.warning("%s has %d uids again: the first number of each counts", path, again)
     column = np.full(len(pool), np.nan)
     column[rows[present][::-1]] = values[present][::-1]  # numpy keeps the last of equal indices
     return column
 
 
 def _read_parquet(path: Path, name: str, owner: object) -> tuple[np.ndarray, np.ndarray]:
+    import pyarrow as pa
+
     uids, valid, faults, _, columns = _with_column(path, name, owner)
+    if pa.types.is_temporal(columns[name].type):  # which numpy turns into numbers
+        raise _column_error(f"must hold numbers in {path}: {columns[name].type}", owner, name)
     try:
         values = columns[name].to_numpy().astype(np.float64)
     except Exception as error:  # as many kinds as there are types of pyarrow and numpy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.damaged import set_aside_if_damaged
 from siftclip.datamodules.features.files import feature_file_stamp, read_feature_file
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.features.store import FeatureStore, join_features
@@ -34,7 +36,14 @@ from siftclip.datamodules.selection.columns import column_stamp, read_pool_colum
 from siftclip.datamodules.selection.selection import UNSCORED_KEY
 from siftclip.errors import InputError
 from siftclip.file_identity import START_AGAIN, has_changed
-from siftclip.files import identity_hash, read_npz_all, write_json, write_npz
+from siftclip.files import (
+    identity_hash,
+    npz_headers,
+    read_json_object,
+    read_npz_all,
+    write_json,
+    write_npz,
+)
 from siftclip.progress import show_progress
 from siftclip.ranks import OneRank, Ranks
 from siftclip.selectors.core.base import Choice, ScoreSelector, Selector
@@ -243,21 +252,29 @@ class PoolSource(Source):
             folder = self.scores_root / name
             if self.ranks.rank == 0:
                 self._open_folder(folder, identity)
-            if not self.reuse:
-                self.ranks.barrier()  # before any rank writes to it
+            self.ranks.barrier()  # before any rank reads it, or writes to it
             self._caches[name] = FolderCache(folder)
         return self._caches[name]
 
     def _open_folder(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Say what stands for the answers in a folder, and empty it if they shall not be reused."""
+        """Say what stands for the answers in a folder, and empty it if they shall not be reused.
+
+        Of answers that are reused, damaged ones are set aside, before any rank reads them.
+        """
         path = folder / IDENTITY_NAME
-        if not path.is_file():
+        if os.path.lexists(path):
+            with set_aside_if_damaged(path):
+                read_json_object(path)
+        if not os.path.lexists(path):
             kept = self.scores_root.glob(f"*/{IDENTITY_NAME}")
             say_why_not("scores", identity, kept, like="selector")
             write_json(path, identity)
-        elif not self.reuse:
-            for old in folder.glob("*.npz"):
-                delete_file(old)
+        for answer in sorted(folder.glob("*.npz")):
+            if self.reuse:
+                with set_aside_if_damaged(answer):
+                    npz_headers(answer)
+            else:
+                delete_file(answer)
 
     def say_what_was_reused(self) -> None:
         """Say in a line for each selector how much of its work was there already, and since when.

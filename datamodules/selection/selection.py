@@ -24,7 +24,7 @@ from siftclip.datamodules.index.uids import (
     to_structured,
 )
 from siftclip.datamodules.pool.pool import Coverage, Pool
-from siftclip.errors import InputError
+from siftclip.errors import InputError, require_path
 from siftclip.files import read_json_object, read_npy, write_json, write_npy
 from siftclip.selectors.core.rules import can_be_kept
 from siftclip.uid_texts import UID_RULE, plain_uid
@@ -107,7 +107,7 @@ class Selection:
             ...     np.load(selection.to_datacomp(f"{folder}/subset.npy")).tolist()
             [(0, 4), (0, 9), (0, 9)]
         """
-        path = Path(path)
+        path = Path(require_path("path", path, owner="to_datacomp"))
         if self.weights is not None:
             log.warning("%s lacks the weights of the selection: DataComp's format has none", path)
         write_npy(path, self.to_subset())
@@ -267,7 +267,7 @@ def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
     Raises:
         InputError: the file is damaged, or is about other uids.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     table = read_npy(path, kind="file of weights")
     if table.dtype != _WEIGHTS_DTYPE or table.shape != (len(uids),):
@@ -288,7 +288,7 @@ def _read_scores(path: Path, uids: np.ndarray) -> np.ndarray | None:
     Raises:
         InputError: the file is damaged, or is of another number of samples.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     scores = read_npy(path)
     if scores.dtype != np.float32 or scores.shape != (len(uids),):

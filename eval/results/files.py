@@ -256,7 +256,7 @@ def _same(value: float | None, other: float | None, tolerance: float) -> bool:
 def _read_outcomes(
     path: Path, main_metric: float | None
 ) -> tuple[Outcomes | None, np.ndarray | None]:
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None, None
     try:
         arrays = read_npz_all(path)

@@ -140,7 +140,7 @@ def _features(
         arrays = {key: values for key, values in both.items() if values is not None}
     for key in requires.features:
         if key not in arrays:
-            there = [words.get(name, name) for name in arrays]
+            there = [str(words.get(name, name)) for name in arrays]
             raise ParameterError(
                 f"must be given: the selector reads {words.get(key, 'that array')}",
                 owner=owner,

@@ -19,6 +19,8 @@ UNIT_TOLERANCE = 4e-3
 
 def kind_of(values: Any) -> str:
     """Say what a value is: dtype and shape of an array, of numpy or torch, else its class."""
+    if isinstance(values, Tensor) and values.is_nested:
+        return "a nested tensor"
     if isinstance(values, np.ndarray | Tensor):
         return f"{values.dtype} {list(values.shape)}"
     return type(values).__name__
@@ -53,6 +55,8 @@ def vectors(values: Any, name: str, owner: object = None) -> Tensor:
     """
     rule = "must be a float array [samples, dim], of numpy or torch"
     tensor = _tensor(values) if isinstance(values, np.ndarray) else values
+    if isinstance(tensor, Tensor) and tensor.is_nested:
+        _refuse(rule, name, values, owner)
     if not isinstance(tensor, Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
         _refuse(rule, name, values, owner)
     if not tensor.shape[1]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from siftclip.redaction import shown
+from siftclip.redaction import begins_as_url, shown
 
 T = TypeVar("T")
 C = TypeVar("C", bound=str)
@@ -16,6 +18,7 @@ C = TypeVar("C", bound=str)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LONGEST_LINE = 2000  # characters; of a longer line the begin and the end are told
 _LINE_BEGIN, _LINE_END = 1500, 400
+MAX_PART_BYTES = 255  # of a name between two slashes: the most that file systems take
 _NOTHING: Any = object()  # no value belongs to the message
 
 
@@ -233,8 +236,40 @@ def _signature(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 # ---- checks of one value: `parameter` is its name, `owner` as in `ParameterError` ----------------
+def plain(value: Any) -> Any:
+    """Return a number of numpy as Python's own, and others unchanged."""
+    is_of_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_of_numpy else value
+
+
+def require_path(parameter: str, value: object, *, owner: object = None) -> str:
+    """Return `value` as text if it can be the name of a file or a folder."""
+    if not isinstance(value, str | os.PathLike):
+        rule = "must be a path, as text or a pathlib.Path"
+        got = type(value).__name__
+        raise ParameterError(rule, owner=owner, parameter=parameter, got=got)
+    path = os.fspath(value)
+    if not isinstance(path, str) or "\0" in path:
+        rule = "must be a path in text, without a zero byte"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=path)
+    longest = longest_part_bytes(path)
+    if longest > MAX_PART_BYTES and not begins_as_url(path):
+        rule = (
+            f"has a name of {longest:,} bytes, and names of files and folders have at most "
+            f"{MAX_PART_BYTES}"
+        )
+        raise ParameterError(rule, owner=owner, parameter=parameter, got=reprlib.repr(path))
+    return path
+
+
+def longest_part_bytes(path: str) -> int:
+    """Return the length of the longest name in a path, in bytes."""
+    return max(len(part.encode(errors="surrogatepass")) for part in path.split("/"))
+
+
 def require_fraction(parameter: str, value: object, *, owner: object = None) -> float:
     """Return `value` as a float in (0, 1]."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
         rule = "must be a number in the range (0, 1], for example 0.3"
         raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
@@ -253,6 +288,7 @@ def require_int(
 
     `maximum` is far above what anybody wants: more of it would never end.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         rule = f"must be an integer of at least {minimum}"
         raise ParameterError(rule, owner=owner, parameter=parameter, value=value)
@@ -276,6 +312,7 @@ def require_int_or_auto(
 
 def require_finite(parameter: str, value: object, *, owner: object = None) -> float:
     """Return `value` as a finite float."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ParameterError(
             "must be a finite number", owner=owner, parameter=parameter, value=value
@@ -312,6 +349,9 @@ def require_suffix(
     if value is None:
         return None
     path = require_text(parameter, value, owner=owner)
+    if begins_as_url(path):
+        rule = "must be a file on this machine, and no URL"
+        raise ParameterError(rule, owner=owner, parameter=parameter, value=path)
     if not path.endswith(suffixes):
         rule = f"must end in {' or '.join(suffixes)}, or be null"
         raise ParameterError(rule, owner=owner, parameter=parameter, value=path)
@@ -331,6 +371,7 @@ def require_choice(
 
 def require_bool(parameter: str, value: object, *, owner: object = None) -> bool:
     """Return `value` if it is true or false."""
+    value = plain(value)
     if not isinstance(value, bool):
         raise ParameterError("must be true or false", owner=owner, parameter=parameter, value=value)
     return value

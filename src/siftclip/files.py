@@ -273,6 +273,23 @@ def read_npz_all(path: Path) -> dict[str, np.ndarray]:
         return {key: _read_member(archive, key) for key in npz_names(archive)}
 
 
+def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Read shape and dtype of each array of an npz, by its key.
+
+    Raises:
+        InputError: the file is missing, or damaged as far as these and its table of contents tell.
+    """
+    with open_file(path) as file, readable(path, "npz file"), zipfile.ZipFile(file) as archive:
+        headers = {}
+        for key in npz_names(archive):
+            if f"{key}.npy" in archive.NameToInfo:
+                member = archive.getinfo(f"{key}.npy")
+                with archive.open(member) as values:
+                    shape, _, dtype = read_npy_header(values, member.file_size)
+                headers[key] = (shape, dtype)
+        return headers
+
+
 def npz_names(archive: zipfile.ZipFile) -> list[str]:
     """List the keys of an npz, sorted.
 

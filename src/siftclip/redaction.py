@@ -58,6 +58,7 @@ def names_credentials(name: str, *, of_access: bool = False) -> bool:
 # ---- URLs ---------------------------------------------------------------------------------------
 _IN_QUERY = re.compile(r"([?&;#][^=&;#?\s\"'<>]+=)([^&;#\s\"'<>]+)")
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s\"'<>]+")
+_WITHOUT_SCHEME = re.compile(r"(?<![:\w/])//([^\s\"'<>/@:${]+:[^\s\"'<>@]+)@")
 _BEGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PORT = re.compile(r"\d*")
 _NO_PASSWORDS = ("github", "git")  # have a repository there
@@ -107,7 +108,10 @@ def hide_in_url(url: str, *, by: Callable[[str], str] = lambda credential: HIDDE
 
 def hide_in_text(text: str, *, by: Callable[[str], str] = lambda credential: HIDDEN) -> str:
     """Replace as `hide_in_url` does in all URLs of a text."""
-    return _URL.sub(lambda match: hide_in_url(match[0], by=by), text) if "://" in text else text
+    if "//" not in text:
+        return text
+    text = _WITHOUT_SCHEME.sub(lambda match: f"//{by(match[1])}@", text)
+    return _URL.sub(lambda match: hide_in_url(match[0], by=by), text)
 
 
 def query_credentials(url: str) -> list[str]:

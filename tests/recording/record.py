@@ -344,8 +344,11 @@ def machine() -> dict[str, Any]:
     """Where values are the same to the bit: processor, Python, and the packages that compute."""
     import torch
 
+    from siftclip.selectors.kernels.hardware import int8_is_fast
+
     return {
         "processor": torch.backends.cpu.get_cpu_capability(),
+        "int8": int8_is_fast(),
         "model": _cpu_model(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -70,6 +70,9 @@ def test_names_and_choices_of_selectors(now: dict[str, Any], before: dict[str, A
 def test_scores_of_selectors(now: dict[str, Any], before: dict[str, Any]) -> None:
     for name, record in now["selectors"].items():
         earlier = before["selectors"][name]
+        # what negCLIPLoss keeps is of 8-bit products first, where a processor has them
+        if "negclip" in name and now["machine"]["int8"] != before["machine"]["int8"]:
+            continue
         assert record["first_scores"] == pytest.approx(
             earlier["first_scores"], abs=1e-5, nan_ok=True
         ), name

@@ -183,6 +183,7 @@ def test_faults_show_no_secret(
         "sftp": f"pool.root=sftp://{USER}:{PASSWORD}@127.0.0.1:1/x",
         "a list": f"pool.root=[http://{USER}:{PASSWORD}@{place}]",
         "no port": f"pool.root=http://{USER}:{unquote(PASSWORD)}@{place}",
+        "no scheme": f"pool.root=//{USER}:{PASSWORD}@{place}",
         "ftp": f"pool.root=ftp://{USER}:{PASSWORD}@127.0.0.1:1/x",
     }
     for name, root in pools.items():
@@ -193,6 +194,7 @@ def test_faults_show_no_secret(
         f"+pool.storage_options.client_kwargs.no_such={TOKEN}",
         f"pool.storage_options={TOKEN}",
         f"+pool.storage_options.{TOKEN[:0]}key={TOKEN},{PASSWORD}",
+        f"pool.storage_options={{key:{TOKEN}=,secret:{PASSWORD}}}",
     ]
     for option in options_of_storage:
         result = cli("index", *options, option)
@@ -244,6 +246,12 @@ def test_a_file_of_the_user_is_not_copied_with_its_secrets(
         assert leaks(tmp_path, result.stdout + result.stderr) == []
     assert list(tmp_path.rglob("multirun.yaml"))
     assert list(tmp_path.rglob("overrides.yaml"))
+    for part in ((), *(("--package", f"pool{rest}") for rest in ("", ".root", ".storage_options"))):
+        for flags in (["--cfg", "job"], ["--cfg=job", "--resolve"]):
+            result = cli("index", *words, *flags, *part)
+            assert result.returncode == 0, result.stderr[-3000:]
+            assert leaks(tmp_path, result.stdout + result.stderr) == [], (flags, part)
+            assert "***" in result.stdout
 
 
 def test_a_signature_goes_with_every_request(

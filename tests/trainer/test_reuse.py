@@ -169,13 +169,19 @@ def test_files_of_a_model_are_those_that_are_loaded(tmp_path: Path) -> None:
     assert model_files(model) != first
 
 
-def test_a_damaged_selection_says_what_to_do(base: list[str], compose: Compose) -> None:
+def test_a_damaged_selection_is_set_aside_and_made_again(
+    base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
     config = compose("select", [*base, "selector=random", "selector.fraction=0.5"])
-    folder = select_stage(config).folder
-    for text in ("[]", "null", "{"):
-        (folder / "selection.json").write_text(text)
-        with pytest.raises(InputError, match=r"Delete the folder .* and select again"):
-            select_stage(config)
+    first = select_stage(config)
+    contents = {path.name: path.read_bytes() for path in first.folder.glob("*.npy")}
+    for number, text in enumerate(("[]", "null", "{"), start=1):
+        (first.folder / "selection.json").write_text(text)
+        caplog.clear()
+        assert select_stage(config).selection.digest == first.selection.digest
+        assert "It is made again; what was there is now selection.json.damaged" in caplog.text
+        assert len(list(first.folder.glob("selection.json.damaged*"))) == number
+    assert {path.name: path.read_bytes() for path in first.folder.glob("*.npy")} == contents
 
 
 def test_results_are_reused_in_a_line(

@@ -15,6 +15,7 @@ from siftclip.trainer.api.sections import (
     PathLike,
     require_known,
     require_pool,
+    require_type,
 )
 from siftclip.trainer.api.selecting import select_settings
 from siftclip.trainer.api.training import TrainArguments, train_settings
@@ -71,6 +72,8 @@ def compare(
             all of this before the first run.
     """
     require_known(compare, others, TrainArguments)
+    require_type("compare", "arms", arms, Mapping, 'Such as {"half": ClipScore()}.')  # type: ignore[type-abstract]  # mypy 4717
+    require_type("compare", "seeds", seeds, Sequence, "Such as (0, 1, 2).")  # type: ignore[type-abstract]  # mypy 4717
     if not arms:
         raise ParameterError("must name at least one arm", owner="compare", parameter="arms")
     opened = require_pool("compare", pool)

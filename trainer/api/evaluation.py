@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from siftclip.datamodules.models.load import ClipModel
-from siftclip.errors import ParameterError
+from siftclip.errors import ParameterError, require_path
 from siftclip.eval.reports.report import Summary
 from siftclip.ranks import Ranks
 from siftclip.trainer.api.sections import (
@@ -123,7 +122,7 @@ def _model(model: Any, pretrained: str | None) -> ModelSettings:
 def _eval_settings(
     tasks: PathLike, suite: str | None, names: list[str] | None, evaluation: Options
 ) -> EvalSettings:
-    given: dict[str, Any] = {"root": os.fspath(tasks)}
+    given: dict[str, Any] = {"root": require_path("tasks", tasks, owner="evaluate")}
     if names is not None:
         given["tasks"] = [*names]
     if isinstance(evaluation, Mapping):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, get_type_hints
 
 from siftclip.datamodules.pool.pool import Pool
-from siftclip.errors import InputError, ParameterError
+from siftclip.errors import InputError, ParameterError, require_path
 from siftclip.selectors.core.base import Selector
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.common import CommonSettings
@@ -118,9 +118,9 @@ def common_settings(
     """Return what all commands share, from `CommonArguments`."""
     given = {name: arguments[name] for name in ("progress", "reuse") if name in arguments}
     if "output_dir" in arguments:
-        given["output_dir"] = os.fspath(arguments["output_dir"])
+        given["output_dir"] = require_path("output_dir", arguments["output_dir"])
     if run_dir is not None:
-        given["run_dir"] = os.fspath(run_dir)
+        given["run_dir"] = require_path("run_dir", run_dir)
     return CommonSettings(seed=seed, **given)
 
 
@@ -168,7 +168,7 @@ def require_type(owner: str, parameter: str, value: Any, kind: type[T], way_out:
             f"must be a {kind.__name__}",
             owner=owner,
             parameter=parameter,
-            got=type(value).__name__,
+            got=f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__,
             way_out=way_out,
         )
     return value

@@ -197,6 +197,9 @@ def _of_arrays(
     selector: Selector, features: Any, *, name: str | None, **others: Any
 ) -> SelectedSamples:
     """Select among samples in memory."""
+    if isinstance(features, tuple) and len(features) != 2:
+        rule = f"must be images and texts, two arrays. Got {len(features)}"
+        raise ParameterError(rule, owner="select", parameter="features")
     images, texts = features if isinstance(features, tuple) else (features, None)
     bound = bind_features(selector, GIVEN)
     requires = bound.requires

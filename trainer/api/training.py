@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from siftclip.errors import InputError, ParameterError
+from siftclip.errors import InputError, ParameterError, require_path
 from siftclip.selectors.core.base import Selector
 from siftclip.trainer.api.nodes import node_of_selector
 from siftclip.trainer.api.sections import (
@@ -286,7 +285,8 @@ def _evaluation(others: Mapping[str, Any]) -> EvalSettings:
     if isinstance(given, EvalSettings):
         rule = "must be given in evaluation, as its root, where that is a whole EvalSettings"
         raise ParameterError(rule, owner="train", parameter="tasks", value=tasks)
-    settings = given_group(EvalSettings, "eval", {"root": os.fspath(tasks), **(given or {})})
+    root = require_path("tasks", tasks, owner="train")
+    settings = given_group(EvalSettings, "eval", {"root": root, **(given or {})})
     return settings
 
 

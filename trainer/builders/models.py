@@ -15,6 +15,7 @@ from siftclip.datamodules.models.load import (
     ClipModel,
     holds_weights,
     load_clip_model,
+    resolve_name,
 )
 from siftclip.datamodules.models.weight_needs import activation_name, needs_of_tag, wrong_activation
 from siftclip.errors import InputError
@@ -71,6 +72,9 @@ def clip_model_from(model: AnyModel, *, trained: bool = False) -> ClipModel:
     )
     towers = {"image": model.pretrained_image, "text": model.pretrained_text}
     if trained and not has_weights and None in towers.values():
+        if model.architecture is None:  # what is no model has no weights either
+            with options_of(under(option, "name")):
+                resolve_name(name, None)
         raise InputError(
             f"No weights given: {option}.name={name!r} has none of its own, and "
             f"{option}.pretrained is not set. Set it to an open_clip tag or a checkpoint file."

@@ -7,13 +7,15 @@ calls the part of siftclip that does the work.
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+import os
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from siftclip.damaged import set_aside_if_damaged
 from siftclip.datamodules.identity.identities import say_reused, say_why_not
 from siftclip.datamodules.pool.pool import (
     Coverage,
@@ -24,7 +26,11 @@ from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.selection.run import read_run_selection, run_selection, score_pool
 from siftclip.datamodules.selection.selection import (
     MANIFEST_NAME,
+    SCORES_NAME,
+    SUBSET_NAME,
+    WEIGHTS_NAME,
     SelectedSamples,
+    Selection,
     expand_rows,
     write_selection,
 )
@@ -215,31 +221,20 @@ def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) 
     identity = source.identity(selector, with_rule=True)
     folder = root / f"{name}-{identity_hash(identity)}"
     ranks, path = source.ranks, folder / MANIFEST_NAME
-    there = of_first_rank(ranks, source.reuse and path.is_file())
-    if not there and ranks.rank == 0 and not path.is_file():
-        kept = root.glob(f"{name}-*/{MANIFEST_NAME}")
-        say_why_not("the selection", identity, kept, like="selector")
-    with nullcontext() if there else _once(folder, "The selection", ranks):
-        if there or of_first_rank(ranks, source.reuse and path.is_file()):
-            selection = read_run_selection(folder)
+    selection = _kept_selection(folder, source) if source.reuse else None
+    with nullcontext() if selection is not None else _once(folder, "The selection", ranks):
+        if selection is None and source.reuse:
+            selection = _kept_selection(folder, source, mends=True)
+        if selection is None:
+            if ranks.rank == 0 and not os.path.lexists(path):
+                kept = root.glob(f"{name}-*/{MANIFEST_NAME}")
+                say_why_not("the selection", identity, kept, like="selector")
+            selection = _new_selection(built, source, folder)
+        else:
             if ranks.rank == 0:
                 say_reused("the selection", path)
             for text in selection.manifest.get("warnings", ()):
                 source.warn(text)
-        else:
-            selection = run_selection(selector, name, built.parameters, source)
-            available = metadata_coverage(pool)
-            if available is not None:
-                selection.manifest["pool"]["metadata_samples"] = available.named
-                selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
-            require_same(
-                ranks,
-                [rows_digest(selection.uids, selection.multiplicities, selection.weights)],
-                ["samples for the selection"],
-            )
-            if ranks.rank == 0:
-                write_selection(selection, folder, scores=True)
-            ranks.barrier()
     rows, coverage = expand_rows(selection, pool)
     return PoolSelection(
         pool=pool,
@@ -250,3 +245,40 @@ def _select(built: BuiltSelector, source: PoolSource, settings: SelectSections) 
         coverage=coverage,
         settings=settings,
     )
+
+
+def _kept_selection(folder: Path, source: PoolSource, *, mends: bool = False) -> Selection | None:
+    """Read a kept selection, the same answer on all ranks; None if there is none, or a damaged one.
+
+    Args:
+        folder: of the selection.
+        source: whose ranks call this together.
+        mends: whether a damaged one is set aside, which takes the folder's lock.
+    """
+    ranks, selection = source.ranks, None
+    if ranks.rank == 0 and os.path.lexists(folder / MANIFEST_NAME):
+        files = (folder / name for name in (MANIFEST_NAME, SUBSET_NAME, WEIGHTS_NAME, SCORES_NAME))
+        with set_aside_if_damaged(*files) if mends else suppress(InputError):
+            selection = read_run_selection(folder)
+    if not of_first_rank(ranks, selection is not None):
+        return None
+    return read_run_selection(folder) if selection is None else selection
+
+
+def _new_selection(built: BuiltSelector, source: PoolSource, folder: Path) -> Selection:
+    """Select, and write the selection with its manifest."""
+    ranks, pool = source.ranks, source.pool
+    selection = run_selection(built.selector, built.name, built.parameters, source)
+    available = metadata_coverage(pool)
+    if available is not None:
+        selection.manifest["pool"]["metadata_samples"] = available.named
+        selection.manifest["pool"]["metadata_present_fraction"] = available.fraction
+    require_same(
+        ranks,
+        [rows_digest(selection.uids, selection.multiplicities, selection.weights)],
+        ["samples for the selection"],
+    )
+    if ranks.rank == 0:
+        write_selection(selection, folder, scores=True)
+    ranks.barrier()
+    return selection

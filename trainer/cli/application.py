@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import os
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,22 +18,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     CompactHydraException,
     HydraException,
-    MissingConfigException,
-    OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from siftclip.errors import InputError
-from siftclip.first_rank import is_first_rank
+from siftclip.first_rank import fault_of_launch, is_first_rank
 from siftclip.interrupts import begin_work, end_work
-from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
 from siftclip.trainer.cli.choices import (
-    chosen_group,
     list_of_choices,
-    near_choice,
     positional_model,
-    several_choices,
 )
 from siftclip.trainer.cli.endings import (
     FAILURE,
@@ -44,14 +37,25 @@ from siftclip.trainer.cli.endings import (
     end_internal,
     end_interrupted,
     end_stopped,
+    fault_of_path,
     follows_interrupt,
     message_of,
 )
+from siftclip.trainer.cli.explanations import (
+    PARAMETERS,
+    PLUGIN_PLACES,
+    command_options,
+    explain,
+    hydras_words,
+    quoted,
+)
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
-from siftclip.trainer.cli.typed_credentials import without_credentials
+from siftclip.trainer.cli.typed_credentials import (
+    safe_config,
+    without_credentials,
+)
 from siftclip.trainer.cli.yaml_faults import YAML_FAULTS, fault_of_yaml
 from siftclip.trainer.runtime.launch import TrainingStopped
-from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.describing.help import register_resolvers
 from siftclip.trainer.settings.read_command import read_command
 from siftclip.trainer.settings.store import composing, register
@@ -66,14 +70,10 @@ _TAKE_A_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
-PLUGIN_GROUPS = {"selector": SELECTOR_GROUP, "loss": LOSS_GROUP}  # by the group of configurations
-# Where a plug-in can stand, and the mapping below it with the parameters of its own
-PLUGIN_PLACES = ("loss", "selector", "online.selector", "online.first_stage.selector")
-PARAMETERS = "parameters"
-_ARMS = "compare.arms"
+_NESTED_MAPPING = "pool.storage_options"  # whose mappings hold others: dots are no part of names
 # Mappings whose names are the user's own, and what no configuration lists: no `+` is needed
 OPEN_MAPPINGS = (
-    *("eval.classnames", "eval.templates", "eval.groups", "compare.arms"),
+    *("eval.classnames", "eval.templates", "eval.groups", "compare.arms", _NESTED_MAPPING),
     *(f"{place}.{PARAMETERS}" for place in PLUGIN_PLACES),
     *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
     *("trainer.profiler", "trainer.options"),
@@ -107,6 +107,9 @@ def application(
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             # A log that a library cannot write, such as wandb's, is no reason for a traceback.
             logging.raiseExceptions = False
+            of_launch = fault_of_launch(os.environ)
+            if of_launch is not None:
+                end_faulty(command, of_launch)
             arguments = list(sys.argv)
             full_error = os.environ.get(FULL_ERROR)
             register()
@@ -160,7 +163,7 @@ def _job(
             # Those of an evaluation are the same on all ranks; a rank that trains may
             # be the only one to meet a fault.
             known = isinstance(error, InputError)
-            message = message_of(error, plain) if known else _in_one_line(error)
+            message = message_of(error, plain) if known else hydras_words(error)
             if error.__cause__ is not None and fault_of_plugin(error.__cause__, plain):
                 message = f"{message} {TRACEBACK}"
             end_faulty(command, message, quiet=command.startswith("eval"))
@@ -180,7 +183,7 @@ def _job(
 
 def _end_unforeseen(command: str, error: BaseException, plain: Any) -> NoReturn:
     """End the process for an exception of a plug-in, after an interrupt, or of Siftclip itself."""
-    fault = fault_of_plugin(error, plain)
+    fault = fault_of_plugin(error, plain) or fault_of_path(error, plain)
     if fault is not None:
         end_faulty(command, fault)
     if isinstance(error, SystemExit) or follows_interrupt(error):
@@ -226,10 +229,12 @@ def _hydra_main(
 def _run_hydra(
     run: Callable[[], None], command: str, typed: Mapping[str, str], full_error: str | None
 ) -> None:
-    """Run, and tell faults of the options in one message; `typed` as for `_explain`."""
+    """Run, and tell faults of the options in one message; `typed` as for `explain`."""
     _set_full_error("1")  # until the job begins: faults of the options come to here
+    shows_config = any(re.match(r"(--cfg|-c)(=|$)", word) for word in typed)
     try:
-        run()
+        with safe_config([*typed]) if shows_config else nullcontext():
+            run()
     except (HydraException, OmegaConfBaseException, *YAML_FAULTS) as error:
         of_yaml = fault_of_yaml(error)
         if of_yaml is not None:
@@ -240,7 +245,7 @@ def _run_hydra(
         is_explained = isinstance(error, (HydraException, OmegaConfBaseException))
         if not is_explained and not str(error).startswith(_VALUE_ERRORS):
             raise
-        end_faulty(command, _explain(error, command, typed), quiet=True)
+        end_faulty(command, explain(error, command, typed), quiet=True)
     finally:
         _set_full_error(full_error)
 
@@ -313,7 +318,7 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
             overrides.append(argument)
             continue
         if not positional or _is_override(argument, command):
-            overrides.append(_opened(_with_quoted_path(argument)))
+            overrides.append(opened(_with_quoted_path(argument)))
             continue
         name = next(names, None)
         if name is None:
@@ -323,8 +328,8 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
                 FAILURE,
             )
         model = positional_model(argument) if name == "model.name" else None
-        is_model = model is not None and not Path(argument).exists()
-        overrides.append(str(model) if is_model else f"{name}={_quoted(argument)}")
+        is_model = model is not None and not _exists(argument)
+        overrides.append(str(model) if is_model else f"{name}={quoted(argument)}")
     return overrides
 
 
@@ -343,28 +348,29 @@ def _is_override(word: str, command: str) -> bool:
     if re.fullmatch(r"[\w./@:$~+-]+", key) is None:
         return False
     # a folder named seed=0 must not change what seed=0 means
-    return not Path(word).exists() or key.lstrip("~+") in _options(command, [])
+    return not _exists(word) or key.lstrip("~+") in command_options(command, [])
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # too long for a path
+        return False
 
 
 def _with_quoted_path(override: str) -> str:
     """Quote the path of an override if it exists; without quotes Hydra misreads it."""
     key, _, value = override.partition("=")
+    if not value or not _exists(value):
+        return override
     try:
-        if not value or not Path(value).exists():
-            return override
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        return f"{key}={_quoted(value)}"
-    except (OSError, ValueError):  # too long for a path
-        return override
-    return f"{key}={_quoted(value)}" if parsed.is_sweep_override() else override
+        return f"{key}={quoted(value)}"
+    return f"{key}={quoted(value)}" if parsed.is_sweep_override() else override
 
 
-def _opened(override: str) -> str:
+def opened(override: str) -> str:
     """Add `++` to an override that adds to one of `OPEN_MAPPINGS`, or makes a file of a null.
 
     Hydra's keys take no slash and nest at dots, so that such names are written as a mapping, which
@@ -374,202 +380,16 @@ def _opened(override: str) -> str:
     plain = key.lstrip("+")
     file = _NULL_FILE.fullmatch(plain)
     if equals and file is not None:
-        text = value if value[:1] in ("'", '"', "") or value == "null" else _quoted(value)
+        text = value if value[:1] in ("'", '"', "") or value == "null" else quoted(value)
         target = "_target_:siftclip.selectors.FeatureFile"
-        return f"++{file['node']}={{{target},{file['name']}:{text or _quoted('')}}}"
+        return f"++{file['node']}={{{target},{file['name']}:{text or quoted('')}}}"
     plus = key[: len(key) - len(plain)] or "++"
     mapping = next((name for name in OPEN_MAPPINGS if f"{plain}.".startswith(f"{name}.")), None)
     if not equals or mapping is None:
         return override
     name = plain[len(mapping) + 1 :]
-    if not name or re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
+    is_nested = mapping == _NESTED_MAPPING
+    if not name or is_nested or re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
         return f"{plus}{plain}={value}"
     name = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)
-    return f"{plus}{mapping}={{{name}:{value or _quoted('')}}}"
-
-
-# ---- faults of the options ----------------------------------------------------------------------
-def _explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
-    """Explain what is wrong with the options, and the way out.
-
-    Args:
-        error: Hydra's.
-        typed: what was typed, by what Hydra was given.
-    """
-    cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.options:
-        return _no_configuration(str(error.missing_cfg_file), error.options, typed.values())
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return f"Cannot find primary config {error.missing_cfg_file!r}."
-    if isinstance(error, OverrideParseException):
-        return _unreadable(typed.get(error.override, error.override))
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
-        return _not_an_option(_typed_key(cause.full_key, typed), typed, command)
-    return _by_its_words(error, command, typed) or _in_one_line(error)
-
-
-def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> str | None:
-    """Explain one of Hydra's messages that says by its words alone what it is about.
-
-    `ConfigCompositionException` has no fields, and of these faults no cause that has any.
-    """
-    text = str(error)
-    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
-        if chosen_group(match[1]) is not None:
-            return several_choices(match[1], match[1])
-        key, _, value = match[1].partition("=")
-        as_list = "" if "(" in value else f"A list is written {key}=[{value}]; "
-        return (
-            f"{match[1]} names several values of one option. {as_list}--multirun runs one job for "
-            "each."
-        )
-    unknown = re.match(r"Could not override '(.*?)'|Could not delete .* '(.*?)'\s+does not", text)
-    if unknown:
-        return _not_an_option(unknown[1] or unknown[2] or "", typed, command)
-    merged = re.match(r"Error merging override \+*(.+?)=(.*)", text, re.DOTALL)
-    if merged and "Cannot merge DictConfig" in str(error.__cause__):
-        return f"{merged[1]} must be a mapping, {_shape(merged[1])}. Got {merged[2]}."
-    if text.startswith("Could not append to config. An item is already at"):
-        given = next((w for w in typed.values() if re.match(r"\+(?!\+)", w) and w in text), "+")
-        return f"{given} would add what is there already. Leave the + out: {given[1:]}"
-    return None
-
-
-def _typed_key(full_key: str, typed: Iterable[str]) -> str:
-    """Find the whole key that was typed; OmegaConf names only the part up to the first fault."""
-    keys = (word.partition("=")[0].lstrip("+~") for word in typed)
-    return next((key for key in keys if key.startswith(f"{full_key}.")), full_key)
-
-
-def _in_one_line(error: BaseException) -> str:
-    """Shorten Hydra's or OmegaConf's message and its cause's, without what is for programmers."""
-    # both append what they know to their messages, below: the search path, the fields of the error
-    text = re.split(r"Config search path:|\s*full_key: ", str(error).strip())[0]
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        text += "" if error.full_key in text else f" ({error.full_key})"
-    cause = error.__cause__
-    if cause is not None and not isinstance(error, OmegaConfBaseException):
-        reason = _in_one_line(cause)
-        text = f"{text}: {reason}" if text and reason not in text else text or reason
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
-    """Say that a key is none of the options, and name the one that was meant, if it is close."""
-    if not key:
-        return "there is no name in front of a '='; options are written NAME=VALUE."
-    typed = list(typed)
-    deleted = (word for word in typed if word[:1] == "~" and f"{key}.".startswith(f"{word[1:]}."))
-    if (word := next(deleted, None)) not in (None, f"~{key}"):
-        return (
-            f"{key} is not an option once {word} has taken {word[1:]} away. Leave one of them out."
-        )
-    choices = [word for word in typed if re.fullmatch(r"[\w/]+(@[\w.]+)?=[\w-]+", word)]
-    way_out = _way_out(key, _options(command, choices))
-    return f"{key} is not an option.{way_out} List all options: siftclip {command} --cfg job"
-
-
-def _way_out(key: str, options: Mapping[str, bool]) -> str:
-    """Say what may have been meant, with a blank in front; empty if nothing is near."""
-    parent, _, last = key.rpartition(".")
-    siblings = {name.rpartition(".")[2]: name for name in options if _parent(name) == parent}
-    close = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
-    if not close and parent in PLUGIN_PLACES and f"{parent}.{PARAMETERS}" in options:
-        return f" A parameter of a plug-in is written {parent}.{PARAMETERS}.{last}=VALUE."
-    if not options.get(parent):
-        close += difflib.get_close_matches(key, options, n=1, cutoff=0.8)
-    close += [parent] if parent in options and not options[parent] else []
-    same = [name for name in options if name.rpartition(".")[2] == last]
-    close += same if len(same) == 1 else []
-    if close:
-        return f" Did you mean {close[0]}?"
-    if options.get(parent) and takes_more(parent):
-        return f" Unknown options of {parent} need a plus: +{key}=VALUE."
-    return ""
-
-
-def _no_configuration(missing: str, options: Sequence[str], typed: Iterable[str]) -> str:
-    group, _, name = missing.rpartition("/")
-    words = (word for word in typed if re.match(rf"\+*{re.escape(group)}(@[^=]*)?=", word))
-    given = next((word for word in words if name in word), f"{group}={name}")
-    if group in PLUGIN_GROUPS and name in installed_names(PLUGIN_GROUPS[group]):
-        choice = given.partition("=")[0].lstrip("+")
-        place = choice.partition("@")[2] or group
-        return (
-            f"{given}: {name} is an installed plug-in, and no configuration. Write {choice}=plugin "
-            f"{place}.plugin={name}"
-        )
-    close = near_choice(name, options)
-    hint = f" Did you mean {given.partition('=')[0]}={close}?" if close else ""
-    if group == "model":
-        hint += " Any other model of open_clip is written model=open_clip model.name=NAME."
-    return (
-        f"{given}: there is no such configuration{'' if name in given else f' {name}'}. There are "
-        f"{', '.join(options)}.{hint}"
-    )
-
-
-def _unreadable(override: str) -> str:
-    key, equals, value = override.partition("=")
-    if not equals:
-        return f"{override!r} has no '='; options are written NAME=VALUE."
-    if re.fullmatch(r"[\w./@:$~+-]+", key) is None:
-        return f"{key!r} cannot be the name of an option. Got {override!r}."
-    if key == _ARMS and value[:1] == "[":
-        return f"{key} must be a mapping, {_shape(key)}. Got {value}."
-    in_brackets = _quoted_items(value)
-    if in_brackets is not None:
-        if key == _ARMS:  # each arm has a list
-            in_brackets = re.sub(r':("[^"]*")', r":[\1]", in_brackets)
-        inner = shlex.quote(f"{key}={in_brackets}")
-        return (
-            f"the value of {key} cannot be read. Got {value!r}; texts with a = stand in double "
-            f"quotes: {inner}"
-        )
-    escaped = value.replace('"', '\\"')
-    quoted = shlex.quote(f'{key}="{escaped}"')
-    return f"the value of {key} cannot be read. Got {value!r}; quoted for the shell it is {quoted}"
-
-
-def _shape(mapping: str) -> str:
-    """Show how a mapping of options is written."""
-    return 'such as {half: ["selector.fraction=0.5"]}' if mapping == _ARMS else "{NAME: VALUE}"
-
-
-def _quoted_items(value: str) -> str | None:
-    """Quote what has a = in a list or mapping; None if the value cannot be read then either."""
-    if value[:1] not in ("[", "{"):
-        return None
-    quoted = re.sub(r"(?<=[\[{,:])\s*([^\[\]{},:\"']+=[^\[\]{},\"']*)", r'"\1"', value)
-    try:
-        OverridesParser.create().parse_override(f"key={quoted}")
-    except HydraException:
-        return None
-    return quoted
-
-
-def _options(command: str, choices: list[str]) -> dict[str, bool]:
-    """List all options of a command by their dotted names, with whether they hold others.
-
-    Args:
-        choices: overrides that choose configurations; left out if they do not compose.
-    """
-    name = command.replace(" ", "_")
-    with composing():
-        try:
-            config = hydra.compose(name, overrides=choices, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, ValueError):
-            config = hydra.compose(name, return_hydra_config=True)
-    groups = [str(group) for group in config.hydra.runtime.choices]
-    return {**dict.fromkeys(groups, False), **dict(_keys(OmegaConf.to_container(config)))}
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    for key, value in node.items():
-        yield f"{prefix}{key}", isinstance(value, dict)
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{key}.")
-
-
-def _parent(key: str) -> str:
-    return key.rpartition(".")[0]
+    return f"{plus}{mapping}={{{name}:{value or quoted('')}}}"

@@ -11,7 +11,9 @@ Python callers get the exceptions themselves.
 
 from __future__ import annotations
 
+import errno
 import os
+import reprlib
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from siftclip.errors import InputError
 from siftclip.first_rank import is_first_rank
-from siftclip.reading import in_one_line
+from siftclip.reading import in_one_line, reason_of
 from siftclip.writing import WriteError
 
 if TYPE_CHECKING:
@@ -37,8 +39,15 @@ _OUTPUTS = (
     *("output_dir", "run_dir", "pool.cache_dir", "features.root", "eval.cache_dir"),
     *("target.folder", "compact.output", "diff.output", "download.folder", "export.path"),
 )
+_FILES = ("export.path", "diff.output")  # beside which temporary ones and locks are written
 _CACHE_OPTION = "pool.cache_dir"
+# What the operating system says of a name, and not of a machine that fails
+_OF_NAMES = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM),
+)
 _LONGEST = 500  # characters of an exception's text
+_LOOP = "Symlink loop from"  # what pathlib says of links that lead in a circle
 
 
 def end(message: str, status: int) -> NoReturn:
@@ -77,6 +86,24 @@ def end_internal(command: str, error: BaseException, folder: Path | None) -> NoR
     if is_of_the_machine(error):
         end(f"{name}: error: {describe(error)} ({at})", INTERNAL)
     end(f"{name}: internal error: {describe(error)} Please report it with the {at}", INTERNAL)
+
+
+def fault_of_path(error: BaseException, config: Any) -> str | None:
+    """Say what is wrong with a file that somebody has named; None for an exception of another kind.
+
+    Args:
+        error: as it was caught.
+        config: the configuration, as plain values.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith(_LOOP):
+        return f"{error}."
+    if not isinstance(error, OSError) or error.errno not in _OF_NAMES or not error.filename:
+        return None
+    name = os.fsdecode(error.filename)
+    options = [option for option, place in _places(config) if place and place in name]
+    longest = max(options, key=lambda option: len(dict(_places(config))[option]), default=None)
+    given = f" It comes from {longest}." if longest else ""
+    return f"{reprlib.repr(name)} cannot be opened: {reason_of(error)}.{given}"
 
 
 def is_of_the_machine(error: BaseException) -> bool:
@@ -147,9 +174,11 @@ def message_of(error: InputError, config: Any) -> str:
 def option_of(path: Path, config: Any) -> str:
     """Find what names the folder of a path: "output_dir=FOLDER"; "" if nothing does."""
     places = dict(_places(config))
+    places |= {name: os.path.dirname(places[name]) or "." for name in _FILES if name in places}
     found = [name for name in _OUTPUTS if _holds(places.get(name), path)]
     if found:
-        return f"{max(found, key=lambda name: len(os.path.abspath(places[name])))}=FOLDER"
+        name = max(found, key=lambda name: len(os.path.abspath(places[name])))
+        return f"{name}=FOLDER{'/NAME' if name in _FILES else ''}"
     if _holds(places.get("pool.root"), path) or Path.home() / ".cache" / "siftclip" in path.parents:
         return f"{_CACHE_OPTION}=FOLDER"
     return "TMPDIR=FOLDER in front of the command" if _is_temporary(path) else ""

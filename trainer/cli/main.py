@@ -92,9 +92,13 @@ def main() -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         # Here, since its import takes a moment, which a command that ends well need not cost.
-        from siftclip.trainer.cli.endings import end_internal
+        from siftclip.trainer.cli.endings import end_faulty, end_internal, fault_of_path
 
-        end_internal(_name().removeprefix("siftclip").strip(), error, None)
+        command = _name().removeprefix("siftclip").strip()
+        fault_of_name = fault_of_path(error, {})
+        if fault_of_name is not None:
+            end_faulty(command, fault_of_name)
+        end_internal(command, error, None)
     fault = fault_of_output()
     if fault is not None:
         print(f"{_name()}: error: standard output: {fault.strerror}", file=sys.stderr)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from itertools import count, pairwise
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
@@ -21,7 +24,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from siftclip.redaction import (
+    HIDDEN,
     begins_as_url,
+    hidden,
     hide_in_url,
     is_reference,
     names_credentials,
@@ -30,6 +35,7 @@ from siftclip.redaction import (
 
 VARIABLE = "SIFTCLIP_SECRET_{}"
 OPTIONS = "storage_options"  # all values in it count
+_PACKAGE = ("--package", "-p")  # of a configuration, which Hydra prints alone
 
 
 def without_credentials(word: str) -> str:
@@ -50,6 +56,41 @@ def without_credentials(word: str) -> str:
         remember_all({names[-1]: value})
         return word
     return f"{key}={written}" if _moved_parts(written) > _moved_parts(value) else word
+
+
+def holds_credentials(key: str, value: str) -> bool:
+    """Return whether what is typed for an option may be, or name, credentials."""
+    names = key.lstrip("+~").split(".")
+    return OPTIONS in names or any(map(names_credentials, names)) or _may_have_some(value)
+
+
+@contextmanager
+def safe_config(words: Sequence[str]) -> Iterator[None]:
+    """Hide the credentials of a configuration that Hydra prints in the block, for `--cfg`.
+
+    Args:
+        words: of the command line.
+    """
+    text = StringIO()
+    with redirect_stdout(text):
+        yield
+    whole = text.getvalue().rstrip()
+    of_access = any(map(_is_secret, _package(words).split(".")))
+    if not isinstance(yaml.safe_load(whole), dict | list):
+        print(HIDDEN if of_access else whole)
+        return
+    tree = OmegaConf.to_container(OmegaConf.create(whole))
+    safe = hidden(tree, of_access=of_access)
+    print(whole if safe == tree else OmegaConf.to_yaml(OmegaConf.create(safe)).rstrip())
+
+
+def _package(words: Sequence[str]) -> str:
+    """Return the part of a configuration that shall be printed; "" for all of it."""
+    for word, following in pairwise([*words, ""]):
+        flag, equals, value = word.partition("=")
+        if flag in _PACKAGE:
+            return value if equals else following
+    return ""
 
 
 class MovesCredentials(Callback):  # type: ignore[misc]  # Hydra has no types

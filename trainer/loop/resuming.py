@@ -7,7 +7,9 @@ it to continue from.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from siftclip.damaged import set_aside
 from siftclip.datamodules.models.weights import LIGHTNING_PREFIX, fault_of, require_same_keys
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
 from siftclip.trainer.runtime.environment import Environment, keep_environment
 from siftclip.trainer.runtime.loggers import drop_repeated
 from siftclip.trainer.runtime.run_dir import RunDir, checkpoints_in, is_rank_zero, step_of
-from siftclip.writing import move
 
 _PARTS = ("state_dict", "optimizer_states", "loops", "global_step", "skipped_steps")
 _NONE, _FAILED = -1, -2  # in place of a step
@@ -57,20 +59,22 @@ def whole_checkpoint(run: RunDir, model: nn.Module, ranks: Ranks) -> Path | None
 
 def _first_whole(run: RunDir, shapes: Mapping[str, torch.Size]) -> int:
     """Return the highest step whose checkpoint is whole, and set aside those above it."""
+    if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
+        aside = set_aside(run.checkpoints)
+        log.warning("%s is no folder: it is now %s", run.checkpoints, aside)
     damaged: dict[Path, str] = {}
     checkpoints = checkpoints_in(run.checkpoints)
     for step, path in reversed(checkpoints.items()):
         fault = checkpoint_fault(path, shapes)
         if fault is None:
             for other, reason in damaged.items():
-                aside = other.with_name(f"{other.name}.damaged")
-                move(other, aside)
+                aside = set_aside(other)
                 log.warning(
                     "%s cannot be continued from: %s. It is now %s, and the run continues from the "
                     "checkpoint before, of step %d.",
                     other,
                     reason,
-                    aside.name,
+                    other.name if aside is None else aside.name,
                     step,
                 )
             return step
@@ -108,6 +112,8 @@ def checkpoint_fault(path: Path, shapes: Mapping[str, torch.Size]) -> str | None
     except zipfile.BadZipFile:
         return "it is cut off, or no checkpoint"
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            return f"it is no file ({error.strerror})"
         raise InputError(
             f"{path} cannot be read: {error.strerror or error}. Once it can, the same command "
             "continues; if it never can, delete it to continue from the one before."

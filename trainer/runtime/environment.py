@@ -7,12 +7,10 @@ on, and `sessions.jsonl` has a line for each session after which something was a
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import reprlib
 import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 
 import siftclip
+from siftclip.damaged import set_aside
 from siftclip.errors import InputError
 from siftclip.files import (
     append_jsonl,
@@ -31,7 +30,7 @@ from siftclip.files import (
     read_jsonl,
     write_json,
 )
-from siftclip.writing import delete_file, move
+from siftclip.writing import delete_file
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ def keep_environment(folder: Path, now: Environment, *, step: int) -> list[str]:
     first = folder / VERSIONS_NAME
     for path in (first, folder / SESSIONS_NAME):
         if not path.is_file():
-            _set_aside(path)
+            set_aside(path)
     earlier = [] if step == 0 else _whole_environments(folder)
     if not earlier:
         write_json(first, now)
@@ -174,13 +173,8 @@ def _whole_environments(folder: Path) -> list[Environment]:
     except InputError as error:
         log.warning("%s It is set aside, and written anew from here on.", error)
         for name in (VERSIONS_NAME, SESSIONS_NAME):
-            _set_aside(folder / name)
+            set_aside(folder / name)
         return []
-
-
-def _set_aside(path: Path) -> None:
-    if os.path.lexists(path):
-        move(path, path.with_name(f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
 def environments(folder: Path) -> list[Environment]:

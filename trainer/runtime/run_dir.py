@@ -24,12 +24,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siftclip.datamodules.models.load import MODEL_FOLDER
+from siftclip.damaged import set_aside_if_damaged
+from siftclip.datamodules.models.load import MODEL_FOLDER, WEIGHTS_NAME
 from siftclip.datamodules.models.weight_needs import CONFIG_NAME
+from siftclip.datamodules.models.weights import require_whole_weights
 from siftclip.datamodules.selection.selection import Selection, write_selection
 from siftclip.errors import InputError
 from siftclip.files import has_content, read_json_object, write_json, write_text
 from siftclip.locks import LOCK_NAME
+from siftclip.redaction import begins_as_url
 from siftclip.trainer.runtime.run_records import (
     read_budget,
     read_metrics,
@@ -76,6 +79,23 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("-")[1])
 
 
+def require_own_folder(run_dir: str, pool_root: str) -> None:
+    """Refuse a folder that holds more than a run, which may be moved as a whole.
+
+    Raises:
+        InputError: it holds the pool, the home folder or the folder in which one is.
+    """
+    place, here = Path(run_dir).resolve(), Path.cwd()
+    held = {"all there is": Path(place.anchor), "the home folder": Path.home()}
+    held |= {} if place == here else {"the folder in which this was typed": here}
+    held |= {} if begins_as_url(pool_root) else {"the pool": Path(pool_root).resolve()}
+    for what, folder in held.items():
+        if folder.is_relative_to(place):
+            raise InputError(
+                f"run_dir must be a folder of the run alone. Got {run_dir!r}, which holds {what}."
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunDir:
     """Paths and small files of one run."""
@@ -109,6 +129,27 @@ class RunDir:
         """What the run says about itself; None while it is not finished."""
         path = self.path / SUMMARY_NAME
         return read_summary(path) if has_content(path) else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is finished, and its weights, where they are kept, are whole."""
+        try:
+            finished = self.summary is not None
+            if finished and os.path.lexists(self.model / WEIGHTS_NAME):
+                require_whole_weights(self.model / WEIGHTS_NAME)
+        except InputError:
+            return False
+        return finished
+
+    def set_damaged_aside(self) -> None:
+        """Set aside what the end of the run writes again, where it is damaged."""
+        summary, weights = self.path / SUMMARY_NAME, self.model / WEIGHTS_NAME
+        if os.path.lexists(summary):
+            with set_aside_if_damaged(summary):
+                read_summary(summary)
+        if os.path.lexists(weights):
+            with set_aside_if_damaged(weights, self.model / CONFIG_NAME):
+                require_whole_weights(weights)
 
     @property
     def shown_summary(self) -> dict[str, Any]:
@@ -241,7 +282,8 @@ class RunDir:
 
         The lock stays where it is.
         """
-        aside = self.path.with_name(f"{self.path.name}.replaced-{datetime.now():%Y%m%d-%H%M%S}")
+        path = Path(os.path.abspath(self.path))  # which has a name, unlike "."
+        aside = path.with_name(f"{path.name}.replaced-{datetime.now():%Y%m%d-%H%M%S}")
         make_folder(aside)
         for path in self.path.iterdir():
             if path != self.lock:

@@ -11,6 +11,7 @@ from siftclip.trainer.settings.fields.marks import Example, Open, Words
 from siftclip.trainer.settings.fields.section import (
     Count,
     KeySplit,
+    LocalPath,
     Name,
     NotNegative,
     Resamples,
@@ -65,7 +66,7 @@ class EvalSettings(Section):
 
     PLACE: ClassVar[str] = "eval"
 
-    root: Annotated[str | None, Example("/data/tasks")] = None
+    root: Annotated[LocalPath | None, Example("/data/tasks")] = None
     """Folder of tasks in clip_benchmark's webdataset layout; null: no evaluation."""
 
     suite: str | None = None
@@ -109,7 +110,7 @@ class EvalSettings(Section):
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     """What linear probes are fitted on, and how."""
 
-    cache_dir: str | None = None
+    cache_dir: LocalPath | None = None
     """Keep features of images and classes here for later runs, found by content."""
 
     details: bool = False

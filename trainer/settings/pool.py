@@ -13,6 +13,7 @@ from siftclip.trainer.settings.fields.section import (
     Auto,
     Count,
     KeySplit,
+    LocalPath,
     Name,
     Samples,
     Section,
@@ -36,7 +37,7 @@ class PoolSettings(Section):
     ]
     """Folder of the pool, or a URL that fsspec reads: s3://..., gs://..., hf://..., http://..."""
 
-    cache_dir: str | None = None
+    cache_dir: LocalPath | None = None
     """Indices and features; null: ROOT/.siftclip, or ~/.cache/siftclip if read-only or a URL."""
 
     max_bad_fraction: Share = 0.01
@@ -73,7 +74,7 @@ class FeaturesSettings(Section):
     name: Annotated[Name, Example("l14")]
     """The arrays are NAME_img and NAME_txt; DataComp has l14 and b32."""
 
-    root: str | None = None
+    root: LocalPath | None = None
     """Folder of the npz files; null: the pool's metadata, or features/NAME in the pool's cache."""
 
     model: EmbeddingModel | None
@@ -82,7 +83,7 @@ class FeaturesSettings(Section):
     batch_size: Samples = 256
     """Samples that the model embeds at once."""
 
-    more: tuple[str | None, ...] = ()
+    more: tuple[LocalPath | None, ...] = ()
     """Folders of further feature sets to look for arrays in; null among them: the metadata."""
 
     chunk_samples: Annotated[int, Ge(1), AtMost(2**30)] = 65536

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,9 @@ class SelectorNode(Recorded):
                 yield Fault(name, value.reason)
         unfit = _NO_NAME.search(self.name) or not is_inside(self.name)
         if unfit or isinstance(self.written.get("name"), Mapping | list):
-            rule = "must be a name that a folder can have, without a slash. "
-            yield Fault(joined(option, "name"), f"{rule}Got {self.written.get('name')!r}.")
+            rule = "must be a name that a folder can have, without a slash, of at most 200 bytes. "
+            given = reprlib.repr(self.written.get("name"))
+            yield Fault(joined(option, "name"), f"{rule}Got {given}.")
         for name, fraction in _fractions(self.written, option):
             try:
                 require_fraction("fraction", fraction)

@@ -13,6 +13,7 @@ from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs, Open,
 from siftclip.trainer.settings.fields.section import (
     Count,
     KeySplit,
+    LocalPath,
     Name,
     Samples,
     Section,
@@ -81,7 +82,7 @@ class CompactSettings(Section):
     PLACE: ClassVar[str] = "compact"
 
     output: Annotated[
-        str, Needs("must name the folder of the copy, such as compact.output=/data/copy.")
+        LocalPath, Needs("must name the folder of the copy, such as compact.output=/data/copy.")
     ]
     """A new folder, or one where an interrupted call began."""
 
@@ -110,7 +111,7 @@ class DiffSettings(Section):
     resamples: Annotated[int, Ge(1), AtMost(10**6)] = 10000
     """Resamples of the test sets."""
 
-    output: str | None = None
+    output: LocalPath | None = None
     """A .csv file for the differences; null: none."""
 
 
@@ -120,7 +121,7 @@ class DownloadSettings(Section):
 
     PLACE: ClassVar[str] = "download"
 
-    folder: Annotated[str, Needs("must name a folder: siftclip eval download FOLDER.")]
+    folder: Annotated[LocalPath, Needs("must name a folder: siftclip eval download FOLDER.")]
     """The folder that eval.root is to be."""
 
     repositories: tuple[Name, ...] = ()
@@ -142,7 +143,7 @@ class WatchSettings(Section):
 
     PLACE: ClassVar[str] = "watch"
 
-    run: Annotated[str, Needs("must name a run directory: siftclip eval watch RUN.")]
+    run: Annotated[LocalPath, Needs("must name a run directory: siftclip eval watch RUN.")]
     """A run directory; it need not be finished."""
 
     weights: Weights = "auto"
@@ -161,13 +162,13 @@ class ExportSettings(Section):
 
     PLACE: ClassVar[str] = "export"
 
-    source: Annotated[str, Needs("must be given, such as export.source=outputs/train/RUN.")]
+    source: Annotated[LocalPath, Needs("must be given, such as export.source=outputs/train/RUN.")]
     """A run directory, a model folder, or a .ckpt file in a run directory."""
 
     format: Literal["open_clip", "local_dir", "datacomp"] = "open_clip"
     """The layout to write."""
 
-    path: Annotated[str, Needs("must be given, such as export.path=model.pt.")]
+    path: Annotated[LocalPath, Needs("must be given, such as export.path=model.pt.")]
     """A .pt file for open_clip, else a folder."""
 
     weights: Weights = "auto"
@@ -183,7 +184,7 @@ class TargetSettings(Section):
 
     PLACE: ClassVar[str] = "target"
 
-    root: Annotated[str, Example("/data/tasks")]
+    root: Annotated[LocalPath, Example("/data/tasks")]
     """A folder of tasks in clip_benchmark's webdataset layout, or one task."""
 
     tasks: Names | None = None
@@ -195,5 +196,5 @@ class TargetSettings(Section):
     key_split: KeySplit = "first_dot"
     """The dot that ends a sample's key in its members' names: first_dot is webdataset's rule."""
 
-    folder: str | None = None
+    folder: LocalPath | None = None
     """Where to write; null: targets/NAME in output_dir."""

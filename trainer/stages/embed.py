@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from siftclip.damaged import set_aside
 from siftclip.datamodules.features.provenance import (
     MANIFEST_NAME,
     SOURCE,
@@ -35,7 +36,7 @@ from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.streaming.batches import Request
 from siftclip.datamodules.streaming.loader import make_loader
 from siftclip.errors import InputError
-from siftclip.files import has_content, read_json, write_json, write_npz
+from siftclip.files import has_content, read_json_object, write_json, write_npz
 from siftclip.locks import LOCK_NAME, locked
 from siftclip.progress import show_progress
 from siftclip.ranks import Ranks, of_first_rank
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
     from lightning import Fabric
 
 _State = Literal["missing", "damaged", "stale", "kept"]  # stale: of what a tar held before
+
+_WAY_OUT = (
+    "Choose another features.name or features.root, or replace the features with reuse=false."
+)
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +200,8 @@ def _shards_to_embed(folder: Path, pool: Pool, share: list[int]) -> list[int]:
             len(damaged),
             _names(pool, damaged),
         )
+        for shard in damaged:
+            set_aside(feature_path(folder, pool, shard))
     if stale:
         log.warning(
             "%d tars hold other members than when they were embedded (such as %s): they are "
@@ -272,13 +279,16 @@ def _claim(folder: Path, manifest: dict[str, Any], ranks: Ranks, *, reuse: bool)
             "them, or choose another features.name or features.root."
         )
     if kept and reuse:
-        check_activation(folder)
-        reasons = differences_of_features(read_json(path), manifest)
+        try:
+            check_activation(folder)
+            found = read_json_object(path)
+        except InputError as error:
+            raise InputError(f"{error} {_WAY_OUT}") from None
+        reasons = differences_of_features(found, manifest)
         if reasons:
             raise InputError(
                 f"{folder} holds features that differ in {' and '.join(reasons)} (see "
-                f"{MANIFEST_NAME} there). Choose another features.name or features.root, or "
-                "replace them with reuse=false."
+                f"{MANIFEST_NAME} there). {_WAY_OUT}"
             )
         return
     if ranks.rank == 0:
@@ -288,10 +298,8 @@ def _claim(folder: Path, manifest: dict[str, Any], ranks: Ranks, *, reuse: bool)
     ranks.barrier()  # the others look for features
 
 
-def differences_of_features(kept: Any, manifest: dict[str, Any]) -> list[str]:
+def differences_of_features(kept: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     """Say in what kept features differ from those that a manifest describes."""
-    if not isinstance(kept, dict):
-        return ["all that they are of, which it does not say"]
     identity = kept.get("identity")
     if isinstance(identity, dict):
         return differences(identity, manifest["identity"])

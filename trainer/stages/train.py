@@ -67,6 +67,7 @@ from siftclip.trainer.runtime.run_dir import (
     SUMMARY_NAME,
     RunDir,
     is_rank_zero,
+    require_own_folder,
 )
 from siftclip.trainer.settings.budget import Budget, budget_from, limit_from
 from siftclip.trainer.settings.commands import EvalSections, TrainCommand
@@ -237,10 +238,10 @@ def train_stage(
     identity = run_identity(settings, selected, loss_data)
     run, ranks = run_dir_for(settings, selected, identity), selected.source.ranks
     reuse = settings.common.reuse
-    if not of_first_rank(ranks, reuse and run.summary is not None):
+    if not of_first_rank(ranks, reuse and run.is_finished):
         with _alone(run, ranks, wait=wait):
             run_dir_for(settings, selected, identity)  # again: another may have begun it since
-            if not of_first_rank(ranks, reuse and run.summary is not None):
+            if not of_first_rank(ranks, reuse and run.is_finished):
                 _train(settings, run, selected, loss_data, identity)
                 return run
     if ranks.rank == 0:
@@ -280,6 +281,7 @@ def _train(
     if is_rank_zero():
         if not reuse and run.has_started:
             log.info("reuse=false: the run of before is now %s", run.set_aside())
+        run.set_damaged_aside()
         run.start(composed.to_yaml(), selected.selection, identity)
     ranks.barrier()  # none looks at the run before the first has begun it
     # without reuse, other ranks may look before the first has set the old run aside
@@ -337,6 +339,8 @@ def check_training(settings: TrainCommand) -> None:
         InputError: a selector does not go with the other settings, or a task is missing.
     """
     strategy = settings.trainer.strategy
+    if settings.common.run_dir is not None:
+        require_own_folder(settings.common.run_dir, settings.pool.root)
     check_hardware(settings.trainer)
     with options_of({"global_batch": "scale.global_batch_size"}):
         world_size = expected_world_size(settings.trainer)

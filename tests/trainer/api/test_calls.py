@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,7 +132,7 @@ def test_a_pool_and_its_arrays_give_the_same(
     assert np.array_equal(scores, ClipScore(fraction=1.0).scores(*features.arrays()))
     again = siftclip.select(pool, features, ClipScore(fraction=0.25), **outputs)
     assert again.folder == of_pool.folder
-    assert np.array_equal(again.scores, of_pool.scores)  # type: ignore[arg-type]
+    assert np.array_equal(again.scores, of_pool.scores)
     assert len(siftclip.select(features=features, selector=Uniform(fraction=0.5), **outputs)) == 120
 
 
@@ -278,7 +279,7 @@ def test_wrong_arguments_of_train(
 
 def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"arrays come as features="):
-        siftclip.select(PAIRS, ClipScore(fraction=0.5))  # type: ignore[call-overload]
+        siftclip.select(PAIRS, ClipScore(fraction=0.5))
     with pytest.raises(InputError, match=r"features must be given: ClipScore reads features"):
         siftclip.select(pool, None, ClipScore(fraction=0.5))
     with pytest.raises(InputError, match=r"features must be what siftclip\.embed returns.*/data/x"):
@@ -291,24 +292,68 @@ def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="eval must be one of"):
         siftclip.evaluate("ViT-B-32", tmp_path, "openai", suite="fest")
     with pytest.raises(InputError, match=r"select: selector must be a Selector. Got str"):
-        siftclip.select(pool, None, "clip_score")  # type: ignore[call-overload]
+        siftclip.select(pool, None, "clip_score")
     with pytest.raises(InputError, match=r"select: features must be what siftclip\.embed returns"):
-        siftclip.select(pool, np.eye(3), ClipScore(fraction=0.5))  # type: ignore[call-overload]
+        siftclip.select(pool, np.eye(3), ClipScore(fraction=0.5))
     with pytest.raises(InputError, match="select: captions has no place beside a pool"):
-        siftclip.select(pool, None, ClipScore(fraction=0.5), captions=["a"])  # type: ignore[call-overload]
+        siftclip.select(pool, None, ClipScore(fraction=0.5), captions=["a"])
     with pytest.raises(InputError, match="select: output_dir has no place without a pool"):
-        siftclip.select(features=PAIRS, selector=ClipScore(fraction=0.5), output_dir=tmp_path)  # type: ignore[call-overload]
+        siftclip.select(features=PAIRS, selector=ClipScore(fraction=0.5), output_dir=tmp_path)
     with pytest.raises(InputError, match="train: selection must be a PoolSelection"):
-        siftclip.train("a folder", VIT_TINY, samples_seen=9)  # type: ignore[arg-type]
+        siftclip.train("a folder", VIT_TINY, samples_seen=9)
     with pytest.raises(InputError, match="model must be a run, a folder"):
-        siftclip.evaluate(3, tmp_path)  # type: ignore[arg-type]
+        siftclip.evaluate(3, tmp_path)
     with pytest.raises(InputError, match=r"compare: arms\.a must be a selector"):
-        siftclip.compare(pool, None, {"a": 3}, VIT_TINY, tasks=tmp_path, samples_seen=9)  # type: ignore[dict-item]
+        siftclip.compare(pool, None, {"a": 3}, VIT_TINY, tasks=tmp_path, samples_seen=9)
     with pytest.raises(InputError, match="Pool: max_bad_fraction must be in the range"):
         siftclip.Pool(tmp_path, max_bad_fraction=2)
 
 
 # ---- groups and nodes --------------------------------------------------------------------------
+def test_arguments_of_a_wrong_kind_are_named(pool: siftclip.Pool, tmp_path: Path) -> None:
+    images = np.eye(4, dtype=np.float32)
+    clip_score = ClipScore(fraction=0.5)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    selected = siftclip.select(pool, None, Uniform(fraction=0.5), output_dir=tmp_path)
+    calls: dict[str, Callable[[], Any]] = {
+        "Pool: root must be a path": lambda: siftclip.Pool(3),
+        "Pool: root must be a path in text, without a zero": lambda: siftclip.Pool("a\0b"),
+        "Pool: root has a name of 300 bytes": lambda: siftclip.Pool("a" * 300),
+        "must be images and texts, two arrays. Got 1": lambda: siftclip.select(
+            features=(images,),
+            selector=clip_score,
+        ),
+        "Got the arrays 1": lambda: siftclip.select(features={1: images}, selector=clip_score),
+        "Got a nested tensor": lambda: clip_score.scores(nested, nested),
+        "Got the class ClipScore": lambda: siftclip.select(pool, None, ClipScore),
+        "run_dir must be a path": lambda: siftclip.train(
+            selected, "vit_tiny", run_dir=3, **TRAINING
+        ),
+        "evaluate: tasks must be a path": lambda: siftclip.evaluate("ViT-B-32", None),
+        "to_datacomp: path must be a path": lambda: selected.to_datacomp(3),
+        "arms must be a Mapping. Got list": lambda: siftclip.compare(pool, None, [3]),
+        "seeds must be a Sequence. Got int": lambda: siftclip.compare(
+            pool,
+            None,
+            {"a": clip_score},
+            seeds=3,
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(InputError, match=re.escape(message)):
+            call()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = given_group(
+        OptimSettings, "optim", {"lr": np.float32(0.5), "warmup_steps": np.int32(3)}
+    )
+    assert (settings.lr, settings.warmup_steps) == (0.5, 3)
+    assert type(settings.warmup_steps) is int
+    assert OptimSettings(warmup_steps=np.int64(4)).warmup_steps == 4
+    assert Uniform(fraction=np.float32(0.5), seed=np.int64(3)).seed == 3
+
+
 def test_groups_as_objects_mappings_and_names() -> None:
     assert given_group(OptimSettings, "optim") == OptimSettings()
     assert given_group(OptimSettings, "optim", {"lr": 1e-3}) == OptimSettings(lr=1e-3)

@@ -141,7 +141,7 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
             "logger.entity=me",
             "logger.entity is not an option. List all options: siftclip eval --cfg job",
         ),
-        ("pool.storage_options.anon=true", "need a plus: +pool.storage_options.anon=VALUE."),
+        ("pool.storage_options={a:SECRET=x}", "the value of pool.storage_options cannot be read, "),
         ("+seed=1", "Leave the + out: seed=1"),
         ("eval=3", "Config group override must be a string"),
         ("eval.groups=[1]", "eval.groups must be a mapping, {NAME: VALUE}. Got [1]."),
@@ -158,7 +158,7 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ("--shell-completion", "there is no option --shell-completion."),
         ("-sc", "there is no option -sc."),
         ("eval.root='a\0b'", "eval.root must not hold a zero byte. Got 'a\\x00b'."),
-        ("output_dir=s3://me:hunter22@bucket/x", "output_dir must be a folder of this machine."),
+        ("output_dir=s3://me:hunter22@bucket/x", "output_dir must be a path on this machine, a"),
         ("--config-name=nope", "Cannot find primary config 'nope'."),
     ],
 )
@@ -169,6 +169,29 @@ def test_a_wrong_option_is_one_message(word: str, message: str, run: Run) -> Non
     assert message in errors
     assert errors.count("\n") == 1
     assert not any(word in errors for word in ("HYDRA", "Traceback", "pkg://", "_type"))
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("pool.storage_options.anon=true", "++pool.storage_options.anon=true"),
+        ("pool.storage_options={anon:true}", "++pool.storage_options={anon:true}"),
+        ("+pool.storage_options.a.b.X-C=d", "+pool.storage_options.a.b.X-C=d"),
+        ("eval.groups.a.b=[c]", "++eval.groups={a.b:[c]}"),
+    ],
+)
+def test_names_of_open_mappings_are_the_users_own(word: str, read: str) -> None:
+    assert _named("index", [word], ()) == [read]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"])
+def test_what_launchers_set_is_a_number(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    status, errors, _ = run("model")
+    assert status == 2
+    assert f"the environment variable {name}, which torchrun, srun or Lightning sets" in errors
 
 
 def test_an_option_without_a_name(run: Run) -> None:
@@ -337,7 +360,7 @@ def test_a_configuration_that_is_a_plugin_is_told(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = {"siftclip.selectors": ["words"], "siftclip.losses": ["focal"]}
-    place = "siftclip.trainer.cli.application.installed_names"
+    place = "siftclip.trainer.cli.explanations.installed_names"
     monkeypatch.setattr(place, installed.__getitem__)
     for word, way_out in (
         ("selector=words", "Write selector=plugin selector.plugin=words"),

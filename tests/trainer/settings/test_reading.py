@@ -23,8 +23,9 @@ from siftclip.trainer.settings.commands import (
 )
 from siftclip.trainer.settings.composed import plain_tree
 from siftclip.trainer.settings.describing.describe import Option, all_options
+from siftclip.trainer.settings.fields.marks import Local
 from siftclip.trainer.settings.fields.reader import Reader
-from siftclip.trainer.settings.fields.rules import faults, required
+from siftclip.trainer.settings.fields.rules import faults, mark_of, required
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.online import EveryStepSettings
 from siftclip.trainer.settings.read_command import compose, groups, read_command
@@ -195,11 +196,15 @@ def test_selectors_of_the_loop_read_the_learner() -> None:
         ),
         (["model.pretrained_text=s3://b/w.pt"], r"model\.pretrained_text must be a name"),
         (["pool.storage_options=hunter22"], r"pool\.storage_options must be a mapping.*'\*\*\*'"),
-        (["run_dir=http://h/x"], r"run_dir must be a folder of this machine\. Got"),
+        (["run_dir=http://h/x"], r"run_dir must be a path on this machine, and no URL, or n"),
+        ([f"features.name={'n' * 201}"], r"features\.name must be a name, .* at most 200 bytes"),
+        ([f"output_dir={'n' * 256}"], r"output_dir has a name of 256 bytes\. Names of f.* 255"),
+        ([f"pool.root='{'ä' * 128}'"], r"pool\.root has a name of 256 bytes"),
+        ([f"selector.name={'n' * 201}"], r"selector\.name must be a name .* at most 200 bytes"),
         (["+scael=1"], r"scael is not an option\. Did you mean scale\?"),
         (["+zzz=1"], r"zzz is not an option\. The configuration has pool, features, data"),
         (["progress='true'"], r"progress must be true or false\. Got 'true'"),
-        (["output_dir=2026"], r"output_dir must be text.*quote it, as in 'output_dir=\"2026\"'"),
+        (["output_dir=2026"], r"output_dir must be a path.*quote it, as in 'output_dir=\"2026\"'"),
         (["optim.lr='1e-3'"], r"optim\.lr must be a finite number above 0\. Got '1e-3'"),
         (["eval.groups.g=3"], r"eval\.groups\.g must be a name"),
         (["scale.samples_seen=99999999999"], r"samples_seen=99999999999 would be .* steps of 256"),
@@ -210,6 +215,27 @@ def test_faults_of_a_command(overrides: list[str], message: str) -> None:
     overrides = [f"+{word}" if word.startswith("eval.groups") else word for word in overrides]
     with pytest.raises(InputError, match=message):
         compose(TrainCommand, "train", [POOL, *overrides])
+
+
+def test_long_credentials_are_no_names_of_files() -> None:
+    url, token = f"https://host/pool?sig={'s' * 300}", "t" * 300
+    settings = compose(
+        TrainCommand, "train", [f"pool.root='{url}'", f"+pool.storage_options.token={token}"]
+    )
+    assert settings.pool.root.reveal() == url
+    assert settings.pool.storage_options.reveal() == {"token": token}
+
+
+def test_no_folder_is_a_url() -> None:
+    """Of one a folder would be made whose name has the password."""
+    marked = [
+        option for option in all_options().values() if mark_of(option.hint, Local) is not None
+    ]
+    assert len(marked) >= 14
+    for option in marked:
+        found = list(faults(option.hint, "https://u:hunter22@h/x", option.name))
+        assert len(found) == 1
+        assert str(found[0]).startswith(f"{option.name} must be a path on this machine, and no URL")
 
 
 def test_all_faults_are_told_at_once() -> None:

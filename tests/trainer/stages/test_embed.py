@@ -263,7 +263,7 @@ def test_features_that_say_nothing_or_are_damaged_are_not_taken(
     assert "are damaged (such as of" in caplog.text
     assert path.read_bytes() == content
     (folder / "features.json").write_text("[]")
-    with pytest.raises(InputError, match="which it does not say"):
+    with pytest.raises(InputError, match=r"a JSON object\. Got .* replace .* with reuse=false"):
         embed_stage(config)
     (folder / "features.json").unlink()
     for options in (embed_options, [*embed_options, "reuse=false"]):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hydra.core.hydra_config import HydraConfig
 
-from siftclip.trainer.cli.application import application
+from siftclip.trainer.cli.application import application, opened
+from siftclip.trainer.cli.explanations import composed
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
-from siftclip.trainer.settings.read_command import compose
 
 
 @application("compare", CompareCommand)
@@ -19,7 +19,7 @@ def main(settings: CompareCommand) -> None:
     arms = arms_of_overrides(
         settings,
         list(HydraConfig.get().overrides.task),
-        lambda overrides: compose(TrainCommand, "compare", overrides),
+        lambda overrides: composed(TrainCommand, "compare", [*map(opened, overrides)]),
     )
     outcome = compare_stage(settings, arms)
     if not is_rank_zero():

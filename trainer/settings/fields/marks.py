@@ -62,6 +62,11 @@ class Inside:
 
 
 @dataclass(frozen=True, slots=True)
+class Local:
+    """A path on this machine: of a URL a folder would be made, its password in its name."""
+
+
+@dataclass(frozen=True, slots=True)
 class Credentials:
     """May hold passwords or keys: kept as what never prints, see `siftclip.confidential`."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from siftclip.errors import InputError
+from siftclip.errors import InputError, plain
 from siftclip.plugins import installed_in_words
 from siftclip.trainer.settings.fields.marks import Late, Needs, Rare
 from siftclip.trainer.settings.fields.rules import (
@@ -63,6 +63,7 @@ class Reader:
 
     def read(self, hint: Any, value: Any, option: str) -> Any:
         """Read the value of an option as its annotation has it; None after a fault."""
+        value = plain(value)
         if isinstance(value, Unset):
             self._missing(hint, value, option)
             return None

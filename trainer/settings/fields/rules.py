@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -18,8 +19,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from siftclip.redaction import HIDDEN
-from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Needs, Words
+from siftclip.errors import MAX_PART_BYTES, longest_part_bytes
+from siftclip.redaction import HIDDEN, begins_as_url
+from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Local, Needs, Words
 
 Mark = TypeVar("Mark")
 
@@ -121,12 +123,16 @@ def _words_of(kind: Type) -> str:
         return f"a list of {_PLURALS.get(alternatives(get_args(kind.plain)[0])[0].plain, 'values')}"
     if kind.plain is int:
         return _integer(kind.marks)
+    if kind.plain is str and _is_marked(kind.marks, Local):
+        return _LOCAL
     if kind.plain is float:
         span = _span(kind.marks)
         return f"a finite number {span}" if span else "a finite number"
     return _NAMES.get(kind.origin, "a group of options")
 
 
+_NAME_BYTES = 200  # of what gets an ending before it is the name of a file
+_LOCAL = "a path on this machine"
 _PLURALS: dict[Any, str] = {str: "texts", int: "integers", float: "numbers"}
 _NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -147,8 +153,10 @@ def _integer(marks: Sequence[Any]) -> str:
 
 def _span(marks: Sequence[Any]) -> str:
     """Say the range that marks allow a number: "above 0", "in the range [0, 1)"."""
-    if any(isinstance(mark, Inside) for mark in marks):
-        return "a name, without .. and without / in front"
+    if _is_marked(marks, Inside):
+        return f"a name, without .. and without / in front, of at most {_NAME_BYTES} bytes"
+    if _is_marked(marks, Local):
+        return f"{_LOCAL}, and no URL"
     low = high = ""
     for mark in marks:
         if isinstance(mark, Ge | Gt):
@@ -207,20 +215,41 @@ def _holds(mark: Any, value: Any) -> bool:
             return not isinstance(value, int | float) or value <= limit
         case Inside():
             return is_inside(value)
+        case Local():
+            return not begins_as_url(value)
     return True
 
 
 def is_inside(text: str) -> bool:
     """Return whether a part of a path stays in the folder that it is in, and can be shown."""
     parts = PurePath(text).parts
-    return bool(parts) and ".." not in parts and not text.startswith("/") and text.isprintable()
+    stays = bool(parts) and ".." not in parts and not text.startswith("/")
+    return stays and text.isprintable() and longest_part_bytes(text) <= _NAME_BYTES
+
+
+def _fault_of_text(hint: Any, text: str) -> str | None:
+    """Say what is wrong with a text whatever it is for; None if nothing is."""
+    if "\0" in text:
+        return f"must not hold a zero byte. Got {text!r}."
+    may_be_path = any(kind.plain is str for kind in alternatives(hint)) and not begins_as_url(text)
+    if may_be_path and longest_part_bytes(text) > MAX_PART_BYTES:
+        return (
+            f"has a name of {longest_part_bytes(text):,} bytes. Names of files and folders have "
+            f"at most {MAX_PART_BYTES}. Got {reprlib.repr(text)}."
+        )
+    return None
+
+
+def _is_marked(marks: Sequence[Any], kind: type) -> bool:
+    return any(isinstance(mark, kind) for mark in marks)
 
 
 def faults(hint: Any, value: Any, option: str) -> Iterator[Fault]:
     """Yield what is wrong with a value, which holds groups of options as objects."""
     fitting = [kind for kind in alternatives(hint) if _is_of(kind, value)]
-    if isinstance(value, str) and "\0" in value:
-        yield Fault(option, f"must not hold a zero byte. Got {value!r}.")
+    of_text = _fault_of_text(hint, value) if isinstance(value, str) else None
+    if of_text is not None:
+        yield Fault(option, of_text)
         return
     if not fitting:
         yield Fault(option, _refusal(hint, value, option))

@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Gt, Le
 
 from siftclip.confidential import ConfidentialUrl, confidential
-from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Rare
+from siftclip.errors import InputError, plain
+from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Local, Rare
 from siftclip.trainer.settings.fields.rules import faults, hints, joined, mark_of
 
 _LARGEST = AtMost(10**15)  # products of two such numbers are still told from infinity
@@ -34,6 +34,7 @@ NotNegative: TypeAlias = Annotated[float, Ge(0)]
 Fraction: TypeAlias = Annotated[float, Gt(0), Le(1)]
 Share: TypeAlias = Annotated[float, Ge(0), Le(1)]
 Name: TypeAlias = Annotated[str, Inside()]
+LocalPath: TypeAlias = Annotated[str, Local()]
 Auto: TypeAlias = Literal["auto"]
 KeySplit: TypeAlias = Literal["first_dot", "last_dot"]
 Weights: TypeAlias = Literal["auto", "ema", "raw"]
@@ -55,6 +56,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
+            object.__setattr__(self, name, plain(getattr(self, name)))
             for fault in faults(hint, getattr(self, name), joined(self.PLACE, name)):
                 raise InputError(str(fault))
             if mark_of(hint, Credentials) is not None:
