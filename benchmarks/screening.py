@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from siftclip.selectors.core.base import Chunk
 from siftclip.selectors.core.memory_source import MemorySource
+from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.methods.negcliploss import screening
 from siftclip.selectors.methods.negcliploss.negcliploss import NegCLIPLoss
 
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if not int8_is_fast():
+        parser.error("this processor has no 8-bit products (VNNI): all sides would be float32")
     torch.set_num_threads(1)
     print(f"{describe_machine()}; one thread; {options.samples:,} samples, {options.dim} numbers")
     looks_from = screening.PROBE_FROM

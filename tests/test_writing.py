@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -371,8 +372,12 @@ def test_what_killed_processes_left_is_deleted(tmp_path: Path) -> None:
     left, living = (tmp_path / name for name in names)
     elsewhere = tmp_path / f".a.npy.00000000-{dead.pid}.tmp"  # another machine's
     others = tmp_path / ".thesis.tex.1.tmp"
-    for path in (left, living, elsewhere, others):
+    long_ago = tmp_path / f".b.npy.00000000-{dead.pid}.tmp"
+    for path in (left, living, elsewhere, others, long_ago):
         path.touch()
+    week_ago = time.time() - 8 * 86_400
+    for path in (long_ago, others):
+        os.utime(path, (week_ago, week_ago))
     folder = tmp_path / left.name.replace("a.npy", "table")
     folder.mkdir()
     writing._swept.clear()

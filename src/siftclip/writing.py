@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -113,13 +114,15 @@ def writing_to(path: Path, owner: str = "") -> Iterator[None]:
 
 
 _LEFT = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)\.tmp")
+_ABANDONED_SECONDS = 7 * 86_400  # of another machine, whose processes cannot be asked for
 _swept: set[Path] = set()
 
 
 def temporary_beside(path: Path) -> Path:
     """Return the name of this process for a temporary file or folder beside `path`.
 
-    What killed processes of this machine have left in that folder is deleted, once in a process.
+    What killed processes of this machine have left in that folder is deleted, once in a process;
+    what those of other machines have left, a week after they last wrote to it.
     """
     if path.parent not in _swept:
         _swept.add(path.parent)
@@ -131,7 +134,11 @@ def temporary_beside(path: Path) -> Path:
 
 def _is_left(path: Path) -> bool:
     match = _LEFT.fullmatch(path.name)
-    if match is None or match["host"] != _host():
+    if match is None:
+        return False
+    if match["host"] != _host():
+        with suppress(OSError):
+            return time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
         return False
     try:
         os.kill(int(match["process"]), 0)

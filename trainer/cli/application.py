@@ -42,6 +42,7 @@ from siftclip.trainer.cli.endings import (
     message_of,
 )
 from siftclip.trainer.cli.explanations import (
+    NO_NAME_OF_CHOICE,
     PARAMETERS,
     PLUGIN_PLACES,
     command_options,
@@ -49,6 +50,7 @@ from siftclip.trainer.cli.explanations import (
     hydras_words,
     quoted,
 )
+from siftclip.trainer.cli.flags import TAKE_A_VALUE, fault_of_flags, flags_first
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.cli.typed_credentials import (
     safe_config,
@@ -65,11 +67,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONFIGS = "pkg://siftclip.configs"
-# Hydra's options whose value is the next word
-_TAKE_A_VALUE = (
-    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
-    *("--package", "-p", "--experimental-rerun"),
-)
 _NESTED_MAPPING = "pool.storage_options"  # whose mappings hold others: dots are no part of names
 # Mappings whose names are the user's own, and what no configuration lists: no `+` is needed
 OPEN_MAPPINGS = (
@@ -85,7 +82,7 @@ _NULL_FILE = re.compile(
 )
 
 # What Hydra says, in words alone, as a plain ValueError of `eval=3`, or of options of its own
-_VALUE_ERRORS = ("Config group override must be", "Only one of --run", "The --resolve flag")
+_VALUE_ERRORS = (NO_NAME_OF_CHOICE, "Only one of --run", "The --resolve flag")
 
 
 def application(
@@ -115,9 +112,9 @@ def application(
             register()
             register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
-            typed = _flags_first(_overrides(arguments, command))
-            _refuse_flags(typed, command)
-            _refuse_lists(typed, command)
+            given = _overrides(arguments, command)
+            _refuse(given, command)
+            typed = flags_first(given)
             words, typed = _without_credentials(_named(command, typed, positional), typed)
             arguments[len(arguments) - len(typed) :] = typed
             sys.argv = [f"siftclip {command}", *words]
@@ -264,33 +261,9 @@ def _overrides(arguments: list[str], command: str) -> list[str]:
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
 
 
-def _flags_first(words: list[str]) -> list[str]:
-    """Put Hydra's own options in front: between overrides its parser would lose what follows."""
-    flags: list[str] = []
-    others: list[str] = []
-    value_follows = False
-    for word in words:
-        (flags if value_follows or word[:1] == "-" else others).append(word)
-        value_follows = word in _TAKE_A_VALUE
-    return flags + others
-
-
-def _refuse_flags(typed: list[str], command: str) -> None:
-    """End the command for options of Hydra that load a pickle, or serve shells alone.
-
-    Hydra also knows each by its first letters.
-    """
-    for word in typed:
-        if re.match(r"--e|--s|-sc", word):
-            flag = word.partition("=")[0]
-            way_out = "Type options themselves, or put them into a file for --config-dir."
-            end_faulty(command, f"there is no option {flag}. {way_out}", quiet=True)
-
-
-def _refuse_lists(typed: list[str], command: str) -> None:
-    """End the command where several configurations of a group are given as a list."""
-    for word in typed:
-        fault = list_of_choices(word)
+def _refuse(typed: list[str], command: str) -> None:
+    """End the command for options of Hydra that are none, or several configurations of a group."""
+    for fault in (fault_of_flags(typed), *map(list_of_choices, typed)):
         if fault is not None:
             end_faulty(command, fault, quiet=True)
 
@@ -313,7 +286,7 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
     overrides, value_follows = [], False
     for argument in arguments:
         of_hydra = value_follows or argument[:1] == "-"
-        value_follows = argument in _TAKE_A_VALUE
+        value_follows = argument in TAKE_A_VALUE
         if of_hydra:
             overrides.append(argument)
             continue

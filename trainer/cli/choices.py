@@ -44,6 +44,13 @@ def several_choices(word: str, swept: str) -> str:
     )
 
 
+def no_choice(word: str) -> str:
+    """Say what a group takes where a word gives it something else, such as null."""
+    group = chosen_group(word) or "GROUP"
+    names = ", ".join(configuration_names(group)) if group in configuration_groups() else "names"
+    return f"{word}: {group} takes the name of a configuration, one of {names}."
+
+
 def near_choice(name: str, names: Sequence[str]) -> str | None:
     """Return the configuration that was meant, whether small letters and underscores were typed."""
     plain = {re.sub(r"[-.]", "_", known.lower()): known for known in names}

@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from siftclip.errors import InputError
 from siftclip.plugins import LOSS_GROUP, SELECTOR_GROUP, installed_names
-from siftclip.trainer.cli.choices import chosen_group, near_choice, several_choices
+from siftclip.trainer.cli.choices import chosen_group, near_choice, no_choice, several_choices
 from siftclip.trainer.cli.typed_credentials import holds_credentials
 from siftclip.trainer.settings.describing.describe import takes_more
 from siftclip.trainer.settings.read_command import compose
@@ -35,6 +35,8 @@ PLUGIN_GROUPS = {"selector": SELECTOR_GROUP, "loss": LOSS_GROUP}  # by the group
 PLUGIN_PLACES = ("loss", "selector", "online.selector", "online.first_stage.selector")
 PARAMETERS = "parameters"
 ARMS = "compare.arms"
+_NO_NAME = "there is no name in front of a '=', or behind a '~'; options are written NAME=VALUE."
+NO_NAME_OF_CHOICE = "Config group override must be"  # of Hydra, in words alone
 
 
 def explain(error: Exception, command: str, typed: Mapping[str, str]) -> str:
@@ -63,6 +65,11 @@ def _by_its_words(error: Exception, command: str, typed: Mapping[str, str]) -> s
     `ConfigCompositionException` has no fields, and of these faults no cause that has any.
     """
     text = str(error)
+    if "~" in typed.values():
+        return _NO_NAME
+    if text.startswith(NO_NAME_OF_CHOICE):
+        word = next((word for word in typed.values() if chosen_group(word) is not None), "")
+        return no_choice(word)
     if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
         if chosen_group(match[1]) is not None:
             return several_choices(match[1], match[1])
@@ -106,7 +113,7 @@ def hydras_words(error: BaseException) -> str:
 def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
     """Say that a key is none of the options, and name the one that was meant, if it is close."""
     if not key:
-        return "there is no name in front of a '='; options are written NAME=VALUE."
+        return _NO_NAME
     typed = list(typed)
     deleted = (word for word in typed if word[:1] == "~" and f"{key}.".startswith(f"{word[1:]}."))
     if (word := next(deleted, None)) not in (None, f"~{key}"):
@@ -162,7 +169,7 @@ def _unreadable(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override!r} has no '='; options are written NAME=VALUE."
-    if re.fullmatch(r"[\w./@:$~+-]+", key) is None:
+    if re.fullmatch(r"[+~]*[\w/@:$-]+(\.[\w/@:$-]+)*", key) is None:
         return f"{key!r} cannot be the name of an option. Got {override!r}."
     if holds_credentials(key, value):
         return (

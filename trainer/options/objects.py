@@ -180,10 +180,10 @@ def _factory(target: object, option: str) -> functools.partial[Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # Hydra's own texts are about importing, and long
             cause = cause.__cause__
-        near = _nearest_target(target)
+        near, reason = _nearest_target(target), in_one_line(cause).rstrip(".")
+        hint = f" Did you mean {near}?" if near not in (None, target) else ""
         raise InputError(
-            f"{option} must be the name of a class with its module. Got {target!r}: "
-            f"{in_one_line(cause)}.{f' Did you mean {near}?' if near else ''}"
+            f"{option} must be the name of a class with its module. Got {target!r}: {reason}.{hint}"
         ) from error
     return factory
 

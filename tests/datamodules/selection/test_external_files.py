@@ -106,6 +106,26 @@ def test_first_of_repeated_uids_counts(pool: Pool, uids: list[str], tmp_path: Pa
     assert kept(selection) == {uids[0]: 1}
 
 
+def test_repeated_uids_are_counted(
+    pool: Pool, uids: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_table(tmp_path / "c.parquet", uid=[*uids, *uids[:3]], v=np.arange(15.0))
+    select(pool, tmp_path, path=path, column="v", fraction=0.5)
+    assert "has 3 uids again: the first number of each counts" in caplog.text
+
+
+def test_times_are_no_numbers(pool: Pool, uids: list[str], tmp_path: Path) -> None:
+    times = pa.array(np.arange(12), pa.timestamp("us"))
+    path = write_table(tmp_path / "c.parquet", uid=uids, v=times)
+    with pytest.raises(InputError, match=r"column must hold numbers in .*: timestamp\[us\]"):
+        select(pool, tmp_path, path=path, column="v", fraction=0.5)
+
+
+def test_a_file_is_no_url() -> None:
+    with pytest.raises(InputError, match="path must be a file on this machine, and no URL"):
+        External(path="http://host/x.parquet", column="v", fraction=0.5)
+
+
 def test_bad_uids_are_left_out_and_named(
     make_samples: Make,
     write_pool: Make,

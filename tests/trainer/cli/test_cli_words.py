@@ -17,9 +17,12 @@ from siftclip.errors import InputError
 from siftclip.first_rank import is_first_rank
 from siftclip.trainer.cli.application import _named, application
 from siftclip.trainer.cli.endings import FULL_ERROR
+from siftclip.trainer.cli.explanations import composed
+from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.model import ModelSettings
+from siftclip.trainer.settings.store import composing
 from siftclip.trainer.settings.tools import CompareSettings
 
 POSITIONAL = ["model.name", "model.pretrained"]
@@ -143,7 +146,14 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         ("pool.storage_options={a:SECRET=x}", "the value of pool.storage_options cannot be read, "),
         ("+seed=1", "Leave the + out: seed=1"),
-        ("eval=3", "Config group override must be a string"),
+        ("eval=3", "eval=3: eval takes the name of a configuration, one of datacomp, default"),
+        ("model=null", "model=null: model takes the name of a configuration, one of"),
+        ("~", "there is no name in front of a '=', or behind a '~'"),
+        ("pool..root=x", "'pool..root' cannot be the name of an option."),
+        ("--foo", "there is no option --foo. Did you mean --info?"),
+        ("-x", "there is no option -x. Type options themselves"),
+        ("--config-dir", "--config-dir needs a value behind it."),
+        ("--cfg=nope", "--cfg must be one of job, hydra, all. Got 'nope'."),
         ("eval.groups=[1]", "eval.groups must be a mapping, {NAME: VALUE}. Got [1]."),
         ("compare.arms=[a]", 'compare.arms must be a mapping, such as {half: ["selector.fra'),
         ("compare.arms=[a=b,c=d]", 'compare.arms must be a mapping, such as {half: ["sele'),
@@ -198,8 +208,8 @@ def test_an_option_without_a_name(run: Run) -> None:
     status, errors, _ = run("=", name="select")
     assert status == 2
     assert errors == (
-        "siftclip select: error: there is no name in front of a '='; options are written "
-        "NAME=VALUE.\n"
+        "siftclip select: error: there is no name in front of a '=', or behind a '~'; options are "
+        "written NAME=VALUE.\n"
     )
 
 
@@ -242,6 +252,22 @@ def test_arms_without_quotes_are_told_with_them(
     [word] = shlex.split(errors.partition("in double quotes: ")[2])
     _, _, [config] = run("model", word)
     assert config.compare.arms == arms
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("selector=nope", "selector=nope: there is no such configuration. There are a_opti"),
+        ("selector.alhpa=1", "Unknown options of selector need a plus: +selector.alhpa=VALUE."),
+        ("foo", "'foo' has no '='; options are written NAME=VALUE."),
+        ("optim.lrr=1", "optim.lrr is not an option. Did you mean optim.lr?"),
+    ],
+)
+def test_faults_of_an_arm_are_told_as_those_of_the_command(word: str, message: str) -> None:
+    with composing(), pytest.raises(InputError) as raised:
+        composed(TrainCommand, "compare", ["pool.root=pool", word])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_several_configurations_are_run_one_after_the_other(run: Run) -> None:

@@ -132,6 +132,25 @@ def test_long_messages_are_cut() -> None:
     assert describe(KeyError()) == "KeyError."
 
 
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP])
+def test_a_name_that_cannot_be_opened_is_no_fault_of_ours(
+    number: int, fail: Fail, tmp_path: Path
+) -> None:
+    status, errors = fail(OSError(number, os.strerror(number), f"{tmp_path}/x"))
+    assert status == 2
+    reason = f"cannot be opened: {os.strerror(number)}. It comes from pool.root.\n"
+    assert errors.startswith("siftclip index: error: ")
+    assert errors.endswith(reason)
+
+
+def test_links_that_lead_in_a_circle_are_no_fault_of_ours(fail: Fail, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(RuntimeError) as raised:
+        loop.resolve(strict=False)
+    assert fail(raised.value) == (2, f"siftclip index: error: Symlink loop from '{loop}'.\n")
+
+
 # ---- what cannot be written ----------------------------------------------------------------------
 def test_the_option_that_names_another_folder_is_said(tmp_path: Path) -> None:
     config = {
@@ -140,12 +159,14 @@ def test_the_option_that_names_another_folder_is_said(tmp_path: Path) -> None:
         "seed": 1,
         "pool": {"root": f"{tmp_path}/pool", "cache_dir": None},
         "features": {"root": "s3://bucket/features"},
+        "export": {"path": f"{tmp_path}/files/x.pt"},
     }
     for path, option in {
         "out/scores/a.npz": "output_dir=FOLDER",
         "out/runs/a/model": "run_dir=FOLDER",
         "out": "output_dir=FOLDER",
         "pool/.siftclip/index": "pool.cache_dir=FOLDER",
+        "files/.x.pt.lock": "export.path=FOLDER/NAME",
         "outer/a": "",
     }.items():
         expected = option or "TMPDIR=FOLDER in front of the command"  # pytest's own is below it

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from omegaconf import DictConfig
 
-from siftclip.datamodules.models.load import load_clip_model
+from siftclip.datamodules.models.load import WEIGHTS_NAME, load_clip_model
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.selection.selection import read_selection
 from siftclip.datamodules.streaming.batches import SampleDataset
@@ -25,7 +25,7 @@ from siftclip.trainer.builders.selection import select_stage
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.optim.optimizer import parameter_groups
 from siftclip.trainer.optim.schedules import lr_factor
-from siftclip.trainer.runtime.run_dir import RunDir
+from siftclip.trainer.runtime.run_dir import RunDir, require_own_folder
 from siftclip.trainer.settings.budget import Budget
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.stages.train import train_stage
@@ -133,6 +133,50 @@ def test_finished_run_is_reused(base: list[str], compose: Compose) -> None:
     assert (again.path / "summary.json").stat().st_mtime_ns == written
     other = train_stage(compose("train", [*base, "seed=1"]))
     assert other.path != first.path
+
+
+@pytest.mark.parametrize("damaged", ["model/open_clip_model.safetensors", "summary.json"])
+def test_a_finished_run_whose_end_is_damaged_is_finished_again(
+    damaged: str, base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = train_stage(compose("train", base))
+    content = (run.model / WEIGHTS_NAME).read_bytes()
+    log = run.records()
+    (run.path / damaged).write_bytes((run.path / damaged).read_bytes()[:50])
+    assert not run.is_finished
+    again = train_stage(compose("train", base))
+    assert again.is_finished
+    assert "It is made again; what was there is now" in caplog.text
+    assert (run.model / WEIGHTS_NAME).read_bytes() == content
+    assert [record["step"] for record in run.records()] == [record["step"] for record in log]
+
+
+def test_weights_that_were_taken_away_leave_a_run_finished(
+    base: list[str], compose: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = train_stage(compose("train", base))
+    (run.model / WEIGHTS_NAME).unlink()
+    assert train_stage(compose("train", base)).is_finished
+    assert "reused the finished run" in caplog.text
+
+
+def test_a_run_dir_is_a_folder_of_the_run_alone(
+    base: list[str], compose: Compose, demo_data: DemoData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(demo_data.root / "features")
+    for place, held in {
+        "/": "all there is",
+        "..": "the folder in which this was typed",
+        str(Path.home()): "the home folder",
+        str(demo_data.pool): "the pool",
+        str(demo_data.pool / "shards" / ".."): "the pool",
+    }.items():
+        settings = compose("train", [*base, f"run_dir={place}"])
+        with pytest.raises(InputError, match=f"of the run alone.* which holds {held}"):
+            train_stage(settings)
+    require_own_folder(".", str(demo_data.pool))
+    require_own_folder(str(demo_data.pool / "runs"), str(demo_data.pool))
+    require_own_folder("runs", "s3://bucket/pool")
 
 
 def test_same_seed_same_weights(base: list[str], compose: Compose, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Hydra's own options, which begin with a dash: which of them there are, and where they stand."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+# Those whose value is the next word, or stands behind a `=`
+TAKE_A_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
+    *("--package", "-p"),
+)
+_OTHERS = (
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"),
+    *("--multirun", "-m", "--info", "-i"),
+)
+# Load a pickle, or serve shells alone; Hydra also knows each by its first letters
+_REFUSED = re.compile(r"--e|--s|-sc")
+_PRINTED = ("job", "hydra", "all")  # configurations
+_WRITTEN = "Type options themselves, or put them into a file for --config-dir."
+
+
+def flags_first(words: Sequence[str]) -> list[str]:
+    """Put Hydra's own options in front: between overrides its parser would lose what follows."""
+    flags: list[str] = []
+    others: list[str] = []
+    value_follows = False
+    for word in words:
+        (flags if value_follows or word[:1] == "-" else others).append(word)
+        value_follows = word in TAKE_A_VALUE
+    return flags + others
+
+
+def fault_of_flags(words: Sequence[str]) -> str | None:
+    """Say which of Hydra's own options there is not, or lacks its value; None if all are right.
+
+    Args:
+        words: of the command line, as they were typed.
+    """
+    value_follows = False
+    for word, following in pairwise([*words, ""]):
+        flag, equals, value = word.partition("=")
+        is_flag = word[:1] == "-" and not value_follows
+        value_follows = is_flag and word in TAKE_A_VALUE
+        if not is_flag:
+            continue
+        fault = _fault_of(flag, value if equals else following)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault_of(flag: str, value: str) -> str | None:
+    if _REFUSED.match(flag) or flag not in (*TAKE_A_VALUE, *_OTHERS):
+        known = [name for name in (*TAKE_A_VALUE, *_OTHERS) if name[:2] == "--"]
+        close = [] if _REFUSED.match(flag) else difflib.get_close_matches(flag, known, n=1)
+        return f"there is no option {flag}. {f'Did you mean {close[0]}?' if close else _WRITTEN}"
+    if flag in TAKE_A_VALUE and (not value or value[:1] == "-"):
+        return f"{flag} needs a value behind it."
+    if flag in ("--cfg", "-c") and value not in _PRINTED:
+        return f"{flag} must be one of {', '.join(_PRINTED)}. Got {value!r}."
+    return None
