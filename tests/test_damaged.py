@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from siftclip import damaged
 from siftclip.damaged import set_aside, set_aside_if_damaged
-from siftclip.errors import InputError
+from siftclip.errors import DamagedError, InputError
 from siftclip.files import read_json
 
 
@@ -51,6 +52,19 @@ def test_a_damaged_file_is_said_and_made_again(
     assert "what was there is now kept.json.damaged, beside.npy.damaged" in caplog.text
     assert not path.exists()
     assert not other.exists()
+
+
+def test_who_makes_it_again_need_not_be_told_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "kept.json"
+    path.touch()
+    error = DamagedError(f"{path} is empty.", "Delete it.")
+    assert str(error) == f"{path} is empty. Delete it."
+    assert str(copy.copy(error)) == str(error)
+    with caplog.at_level(logging.WARNING), set_aside_if_damaged(path):
+        raise error
+    assert "is empty. It is made again; what was there is now kept.json.damaged" in caplog.text
 
 
 def test_a_whole_file_stays(tmp_path: Path) -> None:

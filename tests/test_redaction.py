@@ -51,7 +51,18 @@ def test_a_url_shows_no_credentials(url: str, text: str) -> None:
     assert redact(f"cannot read '{url}', a URL") == f"cannot read '{text}', a URL"
 
 
+def test_a_part_behind_a_url_without_a_name_is_hidden() -> None:
+    assert hide_in_url("http://host/x?wonderland#looking-glass") == "http://host/x?***#***"
+    for url in ("http://host/0000?.tar", "http://host/x?{0..9}.tar", "s3://b/a?b/c", "s3://b/a?.*"):
+        assert hide_in_url(url) == url
+
+
 def test_a_url_without_its_scheme_shows_no_credentials() -> None:
+    assert redact("got 'alice:wonderland@127.0.0.1:80/x'") == "got '***@127.0.0.1:80/x'"
+    assert redact("alice:wonderland@host/x") == "***@host/x"
+    arm = "{a:selector@online.selector=jest,b:model@x.y=3}"
+    for text in (arm, "a: b@c/d", "12:30:15 me@host/x", "git@github.com:org/repo"):
+        assert redact(text) == text
     assert redact("no folder '//alice:wonderland@host/pool'") == "no folder '//***@host/pool'"
     for text in ("//host/pool", "a//b:c@d", "x: //alice@host", "http://h//a:b@c", "//${a:b}@h"):
         assert redact(text) == text

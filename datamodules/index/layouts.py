@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from annotated_types import MaxLen, MinLen
 
 from siftclip.errors import InputError
+
+if TYPE_CHECKING:
+    from siftclip.datamodules.index.tar_walk import KeySplit
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # open_clip's order of preference
 TEXT_SUFFIX = "txt"
@@ -34,6 +38,15 @@ _DEPTH = 3  # of objects inside a JSON
 
 WRITE_BOTH = (
     "A sample needs both, with these suffixes: docs/pools.md has commands that write such tars."
+)
+
+ANOTHER_SPLIT = (
+    "These are several samples each: webdataset's rule ends a key at the first dot of a name. Read "
+    "the pool with last_dot as the key split."
+)
+# The names that webdataset shall see, which ends keys at the first dot
+_WITHOUT_DOTS = (
+    ', rename_files = lambda n: n.rpartition(".")[0].replace(".", "_") + "." + n.rpartition(".")[2]'
 )
 
 COPY_AGAIN = "Copy these tars again, remove them, or allow more with max_bad_fraction."
@@ -114,13 +127,16 @@ class MemberKinds:
             for lack, shown in by_lack.items()
         )
 
-    def way_out(self, tars: str) -> str:
+    def way_out(self, tars: str, key_split: KeySplit) -> str:
         """Return the command that writes the most frequent kind with the names that are read.
 
         Args:
             tars: a pattern of the shell for the tars, quoted.
+            key_split: with which they were read.
         """
         kind, _ = max(self.counts.items(), key=lambda item: item[1], default=(_OTHERS, 0))
+        if key_split == "first_dot" and _has_several(kind):
+            return ANOTHER_SPLIT
         image, text = _image_of(kind), _text_of(kind)
         if image is None or text is None:
             return WRITE_BOTH
@@ -130,15 +146,16 @@ class MemberKinds:
         sample = ", ".join(f'"{name}": {value}' for name, value in parts.items())
         program = (
             "import json, sys, webdataset as w; o = w.TarWriter(sys.argv[2]); "
-            f"[o.write({{{sample}}}) for s in w.WebDataset(sys.argv[1], shardshuffle = False)]; "
-            "o.close()"
+            f"[o.write({{{sample}}}) for s in w.WebDataset(sys.argv[1], shardshuffle = False"
+            f"{'' if key_split == 'first_dot' else _WITHOUT_DOTS})]; o.close()"
         )
-        return f"This writes them as .jpg and .txt: {for_each_tar(tars, program)}"
+        command = for_each_tar(tars, program)
+        return f"This writes them as .jpg and .txt into the folder new, a pool then: {command}"
 
 
 def for_each_tar(tars: str, program: str) -> str:
     """Return the command that runs a Python program with each tar and the path of its new one."""
-    run = f'python -c {shlex.quote(program)} "$t" "new/${{t##*/}}"'
+    run = f'{shlex.quote(sys.executable)} -c {shlex.quote(program)} "$t" "new/${{t##*/}}"'
     return f"mkdir new; for t in {tars}; do {run}; done"
 
 
@@ -207,6 +224,13 @@ def _last_name(path: Field) -> str:
 
 def _is_caption(path: Field) -> bool:
     return _last_name(path) in _TEXT_FIELDS
+
+
+def _has_several(kind: MemberKind) -> bool:
+    """Return whether several images are in one sample, whose suffixes all have dots inside."""
+    endings = Counter(suffix.rpartition(".")[2] for suffix in kind.suffixes)
+    images = sum(endings[known] for known in (*IMAGE_SUFFIXES, *_OTHER_IMAGES))
+    return images > 1 and all("." in suffix for suffix in kind.suffixes)
 
 
 def _lack(kind: MemberKind) -> str:

@@ -28,6 +28,7 @@ _AHEAD_BYTES = 8 << 20  # asked of the system in advance: a cold disk is read at
 _HEADERS_A_BLOCK = 1024
 _LENGTH_DIGITS = 10  # of the length of a pax record, with the blank behind it
 _ZEROS = bytes(BLOCK_BYTES)
+_LOOKED_BEHIND_BYTES = 1 << 16  # of what follows an end mark; writers fill up to 10 KB with zeros
 _MAX_END_BYTES = 1 << 20  # of the zeros that a tar without members is; more are a lost file
 _FILE_KINDS = b"0\x007"  # regular, regular in old tars, contiguous
 _EXTENDED_KINDS = b"LxXg"
@@ -68,6 +69,14 @@ class NoTarError(TruncatedTarError):
         """Take the `name` of the file and what it is, such as "a web page"."""
         super().__init__(f"{name} must be an uncompressed tar file. It is {found}")
         self.cause = f"lost with a tar that is {found} (at least)"
+
+
+class JoinedTarError(TruncatedTarError):
+    """Something follows the end mark of a tar, behind which no reader goes; all before is whole."""
+
+    cause = (
+        "lost with what is behind the end mark of their tar, as where cat joined tars (at least)"
+    )
 
 
 class Member(NamedTuple):
@@ -224,7 +233,8 @@ def walk_tar(
     except TruncatedTarError as error:
         cut = error
     cut_key = "" if cut is None or cut.member is None else split(cut.member)[0]
-    if members and (cut is None or cut_key not in ("", key)):
+    is_whole = cut is None or isinstance(cut, JoinedTarError)
+    if members and (is_whole or cut_key not in ("", key)):
         yield TarSample(key, members, first, last)
     if cut is not None:
         raise cut
@@ -322,10 +332,17 @@ class _HeaderWalk:
         self.ended = False
         self.problem: str | None = None  # why the tar ends too early
         self.cut: str | None = None  # the member that is not whole
+        self.joined = False  # there is something behind the end mark
 
     def stop(self, problem: str | None, *, cut: str | None = None) -> None:
         """Read no further; `problem` says why, unless this is the end."""
         self.ended, self.problem, self.cut = True, problem, cut
+
+    def _stop_at_end_mark(self) -> None:
+        """Stop where a tar says that it ends; another archive may follow, which no reader sees."""
+        size = min(self._total - self._position, _LOOKED_BEHIND_BYTES)
+        self.joined = bool(self._content(self._position, size).strip(b"\0"))
+        self.stop(None)
 
     def read_block(self) -> tuple[list[bytes], list[_File], list[int]]:
         """Return the next headers, the files among them, and the number of headers up to each.
@@ -345,7 +362,7 @@ class _HeaderWalk:
             header = self._window[at : at + BLOCK_BYTES]
             kind = header[156]
             if kind == 0 and header == _ZEROS:
-                self.stop(None)
+                self._stop_at_end_mark()
                 break
             headers.append(header)
             try:
@@ -455,6 +472,8 @@ def _walk_files(source: TarSource, ending: str) -> Iterator[list[_File]]:
             _require_tar(source, walk)
         is_first = False
         yield files[: bisect_right(counts, valid)]
+    if walk.joined:
+        raise JoinedTarError(f"{source.name} goes on behind its end mark")
     if walk.problem is not None:
         raise TruncatedTarError(
             f"{source.name} ends after {source.size_bytes} bytes: {walk.problem}", walk.cut

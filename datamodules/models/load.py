@@ -39,6 +39,7 @@ from siftclip.datamodules.models.weights import (
     load_weights,
     portable_weights,
     read_config,
+    read_weights,
     require_whole_weights,
 )
 from siftclip.errors import InputError, ParameterError
@@ -233,6 +234,8 @@ def _config_in(file: str) -> dict[str, Any]:
         InputError: nothing, or something else.
     """
     config = read_config(Path(file))
+    if config is None:
+        read_weights(file)  # which says what is wrong with a damaged one
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         folder = Path(file).parent
         known = (folder / CONFIG_NAME).is_file()

@@ -8,17 +8,12 @@ comes from them, see `weight_needs`.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from siftclip.errors import ParameterError
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+from siftclip.errors import ParameterError, is_finite
 
 
 def _is_count(value: object) -> bool:
@@ -30,17 +25,17 @@ def _is_list(value: object, length: int, rule: Callable[[object], bool]) -> bool
 
 
 def _is_deviation(value: object) -> bool:
-    return _is_number(value) and float(value) > 0  # type: ignore[arg-type]  # a number by now
+    return is_finite(value) and float(value) > 0
 
 
 # Rules and their wording. open_clip would accept some other values and fail at the first image.
 _BOOL = (lambda value: isinstance(value, bool), "true or false")
-_NUMBER = (_is_number, "a finite number")
+_NUMBER = (is_finite, "a finite number")
 OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "force_quick_gelu": _BOOL,
     "force_custom_text": _BOOL,
     "force_patch_dropout": (
-        lambda value: _is_number(value) and 0 <= value < 1,
+        lambda value: is_finite(value) and 0 <= value < 1,
         "a number in the range [0, 1)",
     ),
     "force_image_size": (
@@ -48,7 +43,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number of pixels, or [height, width]",
     ),
     "force_context_length": (_is_count, "a number of tokens, at least 1"),
-    "image_mean": (lambda value: _is_list(value, 3, _is_number), "three numbers, for R, G and B"),
+    "image_mean": (lambda value: _is_list(value, 3, is_finite), "three numbers, for R, G and B"),
     "image_std": (
         lambda value: _is_list(value, 3, _is_deviation),
         "three numbers above 0, for R, G and B",

@@ -403,7 +403,7 @@ def _explain_faults(pool: Pool, total: int) -> tuple[str, str]:
             tars, drop_folders=cause == OTHER_FOLDERS
         ) if is_local else WRITE_BOTH
     if cause in (WITHOUT_IMAGE, WITHOUT_CAPTION):
-        return found, incomplete.way_out(tars) if is_local else WRITE_BOTH
+        return found, incomplete.way_out(tars, pool.options.key_split) if is_local else WRITE_BOTH
     return found, WAY_OUT
 
 

@@ -20,7 +20,7 @@ from siftclip.datamodules.selection.selection import (
     make_selection,
     read_selection,
 )
-from siftclip.errors import InputError
+from siftclip.errors import DamagedError, InputError
 from siftclip.records import Count, Number, Text, checked
 from siftclip.redaction import hidden
 from siftclip.selectors.core.base import ScoreSelector, Selector, run, score_faults
@@ -87,7 +87,7 @@ def read_run_selection(folder: Path) -> Selection:
     try:
         checked(selection.manifest, RunManifest, owner=str(folder / MANIFEST_NAME))
     except InputError as error:
-        raise InputError(f"{error} Delete the folder {folder} and select again.") from None
+        raise DamagedError(error, f"Delete the folder {folder} and select again.") from None
     return selection
 
 

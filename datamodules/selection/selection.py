@@ -24,7 +24,7 @@ from siftclip.datamodules.index.uids import (
     to_structured,
 )
 from siftclip.datamodules.pool.pool import Coverage, Pool
-from siftclip.errors import InputError, require_path
+from siftclip.errors import DamagedError, InputError, require_path
 from siftclip.files import read_json_object, read_npy, write_json, write_npy
 from siftclip.selectors.core.rules import can_be_kept
 from siftclip.uid_texts import UID_RULE, plain_uid
@@ -243,7 +243,7 @@ def read_selection(folder: Path) -> Selection:
         weights = _read_weights(folder / WEIGHTS_NAME, uids)
         scores = _read_scores(folder / SCORES_NAME, uids)
     except InputError as error:
-        raise InputError(f"{error} Delete the folder {folder} and select again.") from None
+        raise DamagedError(error, f"Delete the folder {folder} and select again.") from None
     digest = manifest.pop("digest", None)
     selection = Selection(
         uids=uids,
@@ -254,9 +254,10 @@ def read_selection(folder: Path) -> Selection:
     )
     if selection.digest != digest:
         parts = "" if manifest.get("weights") is None else f", with the weights of {WEIGHTS_NAME},"
-        raise InputError(
+        raise DamagedError(
             f"{folder / SUBSET_NAME}{parts} is not the subset that {MANIFEST_NAME} describes: its "
-            f"SHA-256 is {selection.digest}, not {digest}. Delete the folder and select again."
+            f"SHA-256 is {selection.digest}, not {digest}.",
+            "Delete the folder and select again.",
         )
     return selection
 
@@ -334,7 +335,9 @@ class SelectedSamples:
     """A selection of samples in some place: a pool, or arrays."""
 
     selection: Selection
-    rows: np.ndarray  # int64, where its samples are there, ascending, repetitions repeated
+    # int64, where its samples are there, ascending, repetitions repeated: not in the order of `ids`
+    # and `scores`, which is that of the uids
+    rows: np.ndarray
 
     def __len__(self) -> int:
         """Count all samples, with repetitions."""

@@ -218,7 +218,8 @@ class SampleDataset(Dataset[Batch]):
         cause, place = faults[-1]
         raise InputError(
             f"{SUBSTITUTE_ATTEMPTS + 1} samples of the pool {self.reader.pool.root} in a row are "
-            f"bad; the last one is {place}, one of those {cause}. Is this the right pool?"
+            f"bad; the last one is {place}, one of those {cause}. docs/pools.md says which images "
+            "and captions are read, and how to write a pool anew."
         )
 
 

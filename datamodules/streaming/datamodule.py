@@ -264,9 +264,11 @@ def require_order(kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         InputError: it does not.
     """
     if kept != now:
+        differing = [name for name in now if kept.get(name) != now[name]]
         raise InputError(
-            "The checkpoint was written with another selection, seed, global batch or window "
-            f"of tars: its order is {kept}, this one {now}. Start a new run."
+            "The checkpoint was written with another selection, seed, global batch or window of "
+            f"tars: its order of samples differs in {', '.join(differing) or 'what it holds'}. "
+            "Put the run's own checkpoint back, or start a new run."
         )
 
 

@@ -279,6 +279,7 @@ def _read_outcomes(
         if main_metric is None or not abs(value - main_metric) <= _SAME_OUTCOMES:
             raise InputError(
                 f"{path} is not of the result that it lies beside: its main metric is {value}, not "
-                f"{main_metric}. Delete it."
+                f"{main_metric}. Delete it and the line of that result in the file of the results, "
+                "and siftclip eval evaluates the task again."
             )
     return outcomes, arrays["units"]

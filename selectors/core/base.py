@@ -57,6 +57,7 @@ __all__ = [
 
 S = TypeVar("S", bound="Selector")
 
+_MANY_TIES = 0.1  # of what is kept: so many of one score at the cut, and uids decide, are told
 _NEARLY_ALL = 0.99  # of the samples: a selector that keeps so many, or drops so many, says so
 
 
@@ -192,13 +193,13 @@ def oddities(selector: Selector, choice: Choice, pool_samples: int) -> list[str]
 
 
 def _ties_at_cut(scores: np.ndarray, kept: np.ndarray) -> list[str]:
-    """Say whether the order of uids, not the scores, float [n], has decided about most samples."""
+    """Say whether the order of uids, not the scores, float [n], has decided about many samples."""
     lowest = scores[kept].min()
     equal = scores == lowest
     if np.nanmax(scores[~kept], initial=-np.inf) > lowest:  # random draws: no cut
         return []
-    above, ties, dropped = kept & ~equal, int(equal.sum()), int((equal & ~kept).sum())
-    if not dropped or 2 * int(above.sum()) >= int(kept.sum()):
+    ties, dropped = int(equal.sum()), int((equal & ~kept).sum())
+    if not dropped or ties - dropped < _MANY_TIES * int(kept.sum()):
         return []
     return [
         f"{ties} of {len(scores)} samples have the same score, {lowest:g}, of which "

@@ -8,7 +8,7 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from siftclip.redaction import begins_as_url, shown
 
@@ -33,6 +33,19 @@ class InputError(ValueError):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_told(part) if isinstance(part, str) else part for part in args))
+
+
+class DamagedError(InputError):
+    """A file that was kept cannot be used, and must go.
+
+    Attributes:
+        fault: what is wrong with it, as one or more sentences.
+    """
+
+    def __init__(self, fault: object, way_out: str = "") -> None:
+        """Set what is wrong, and what a person has to do where nothing makes the file again."""
+        self.fault = str(fault)
+        super().__init__(f"{self.fault} {way_out}".rstrip())
 
 
 class ParameterError(InputError):
@@ -267,6 +280,16 @@ def longest_part_bytes(path: str) -> int:
     return max(len(part.encode(errors="surrogatepass")) for part in path.split("/"))
 
 
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number that a float can hold, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
 def require_fraction(parameter: str, value: object, *, owner: object = None) -> float:
     """Return `value` as a float in (0, 1]."""
     value = plain(value)
@@ -313,7 +336,7 @@ def require_int_or_auto(
 def require_finite(parameter: str, value: object, *, owner: object = None) -> float:
     """Return `value` as a finite float."""
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_finite(value):
         raise ParameterError(
             "must be a finite number", owner=owner, parameter=parameter, value=value
         )

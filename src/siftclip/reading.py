@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from siftclip.errors import InputError
 
 MAX_RECORD_BYTES = 1 << 26  # of a text or JSON; those of pools of billions are smaller
+_ADDRESS = re.compile(r"<([\w.]+) object at 0x[0-9a-f]+>")
 _MAX_REASON = 300  # characters of what a library says
 
 
@@ -116,7 +118,7 @@ def reason_of(error: Exception) -> str:
     """Say in one line, without a stop at its end, what an error of a library is about."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    words = in_one_line(error).rstrip(".")
+    words = _ADDRESS.sub(r"<\1>", in_one_line(error).rstrip("."))
     if isinstance(error, MemoryError) and not words:
         words = "it asks for more memory than there is"
     if isinstance(error, RecursionError):

@@ -42,7 +42,9 @@ _SIGNED = {
     *("sv", "ss", "srt", "sr", "sp", "st", "se", "spr", "sip", "ses", "saoid", "suoid"),
     *("skoid", "sktid", "skt", "ske", "sks", "skv"),
 }
-_IN_ENVIRONMENT = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)S?$")
+_IN_ENVIRONMENT = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(^|_)(PASS|PW)|API_?KEY|ACCESS_KEY)S?$"
+)
 
 
 def names_credentials(name: str, *, of_access: bool = False) -> bool:
@@ -57,8 +59,12 @@ def names_credentials(name: str, *, of_access: bool = False) -> bool:
 
 # ---- URLs ---------------------------------------------------------------------------------------
 _IN_QUERY = re.compile(r"([?&;#][^=&;#?\s\"'<>]+=)([^&;#\s\"'<>]+)")
+# A part behind a `?` or a `#` without a name, such as a signature alone; no end of a name of a file
+_BARE = re.compile(r"([?&;#])([\w%+~-]{6,})(?=[&;#]|$)")
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s\"'<>]+")
 _WITHOUT_SCHEME = re.compile(r"(?<![:\w/])//([^\s\"'<>/@:${]+:[^\s\"'<>@]+)@")
+# "user:password@host:80" or "user:password@host/path", whose scheme was forgotten altogether
+_WITHOUT_SLASHES = re.compile(r"(?<![\w/:@.%-])([\w.+-]+:[^\s\"'<>@/:{}=,]{4,})@(?=[\w.-]+(:\d|/))")
 _BEGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PORT = re.compile(r"\d*")
 _NO_PASSWORDS = ("github", "git")  # have a repository there
@@ -101,6 +107,7 @@ def hide_in_url(url: str, *, by: Callable[[str], str] = lambda credential: HIDDE
     front, user, rest = split_url(url)
     stays = is_reference(user) or is_reference(user.partition(":")[2])
     front += f"{user if stays else by(user)}@" if user else ""
+    rest = _BARE.sub(lambda match: match[1] + by(match[2]), rest)
     return front + _IN_QUERY.sub(
         lambda match: match[1] + (match[2] if is_reference(match[2]) else by(match[2])), rest
     )
@@ -108,6 +115,8 @@ def hide_in_url(url: str, *, by: Callable[[str], str] = lambda credential: HIDDE
 
 def hide_in_text(text: str, *, by: Callable[[str], str] = lambda credential: HIDDEN) -> str:
     """Replace as `hide_in_url` does in all URLs of a text."""
+    if "@" in text:
+        text = _WITHOUT_SLASHES.sub(lambda match: f"{by(match[1])}@", text)
     if "//" not in text:
         return text
     text = _WITHOUT_SCHEME.sub(lambda match: f"//{by(match[1])}@", text)

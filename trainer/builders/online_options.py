@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
 from siftclip.errors import InputError, require_fraction
+from siftclip.first_rank import is_first_rank
 from siftclip.selectors.core.base import Selector
 from siftclip.selectors.core.plugins import takes_fraction
 from siftclip.selectors.core.source import Logits
@@ -30,6 +34,8 @@ from siftclip.trainer.settings.online import (
     OnlineSettings,
 )
 from siftclip.trainer.settings.selector import SelectorNode, is_plugin
+
+log = logging.getLogger(__name__)
 
 
 def loop_selector(online: LoopSettings, node: SelectorNode | None = None) -> BuiltSelector:
@@ -147,6 +153,15 @@ def _check_every_step(online: EveryStepSettings, selector: Selector, needs: Need
         )
     if online.first_stage.selector is not None:
         _check_first_stage(online, online.first_stage.selector, selector)
+    named = {SCORER: online.scorer.name, REFERENCE: online.reference.model.name}
+    for model, name in named.items():
+        if name is not None and not needs.of_model(model) and is_first_rank(os.environ):
+            log.warning(
+                "the %s %r changes nothing: online.selector=%s does not read its features",
+                model,
+                name,
+                online.selector.name,
+            )
 
 
 def _check_first_stage(online: EveryStepSettings, node: SelectorNode, selector: Selector) -> None:

@@ -11,7 +11,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +50,9 @@ from siftclip.trainer.runtime.selection_ranks import selection_ranks
 from siftclip.trainer.settings.commands import SelectSections
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
 from siftclip.trainer.settings.selector import SelectorNode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def pool_from(pool: PoolSettings, *, progress: bool) -> Pool:
@@ -191,6 +194,20 @@ class PoolSelection(SelectedSamples):
     folder: Path  # where it is kept
     coverage: Coverage  # of the selection in the pool
     settings: SelectSections  # by which it was made
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per distinct sample, see `Selection`, with its row, tar and key in the pool.
+
+        The row is -1, and tar and key are empty, where the pool lacks it.
+        """
+        rows, pool = self.pool.table.find(self.selection.uids), self.pool
+        there = rows >= 0
+        tars, keys = np.full((2, len(rows)), "", dtype=object)
+        names = np.array([shard.name for shard in pool.shards], dtype=object)
+        tars[there] = names[pool.shard_of_row[rows[there]]]
+        keys[there] = [key.decode(errors="replace") for key in pool.keys[rows[there]].tolist()]
+        return self.selection.frame.assign(row=rows, tar=tars, key=keys)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._summary()} of {self.pool.root!r})"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -46,6 +47,8 @@ _OF_NAMES = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
     *(errno.EACCES, errno.EPERM),
 )
+# Parameters of the lower floors, which know no options, and what these are called
+_OF_POOL = re.compile(r"(?<![\w.])(max_bad_fraction|max_caption_bytes)(?!\w)")
 _LONGEST = 500  # characters of an exception's text
 _LOOP = "Symlink loop from"  # what pathlib says of links that lead in a circle
 
@@ -97,11 +100,13 @@ def fault_of_path(error: BaseException, config: Any) -> str | None:
     """
     if isinstance(error, RuntimeError) and str(error).startswith(_LOOP):
         return f"{error}."
-    if not isinstance(error, OSError) or error.errno not in _OF_NAMES or not error.filename:
+    if not isinstance(error, OSError) or not error.filename:
         return None
     name = os.fsdecode(error.filename)
     options = [option for option, place in _places(config) if place and place in name]
     longest = max(options, key=lambda option: len(dict(_places(config))[option]), default=None)
+    if error.errno not in _OF_NAMES and not (longest and error.errno == errno.ENOENT):
+        return None
     given = f" It comes from {longest}." if longest else ""
     return f"{reprlib.repr(name)} cannot be opened: {reason_of(error)}.{given}"
 
@@ -166,7 +171,7 @@ def message_of(error: InputError, config: Any) -> str:
         config: the configuration, as plain values.
     """
     if not isinstance(error, WriteError):
-        return str(error)
+        return _OF_POOL.sub(r"pool.\1", str(error))
     option = option_of(error.path, config)
     return error.told_with(option)
 

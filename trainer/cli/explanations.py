@@ -128,6 +128,8 @@ def _not_an_option(key: str, typed: Iterable[str], command: str) -> str:
 def _way_out(key: str, options: Mapping[str, bool]) -> str:
     """Say what may have been meant, with a blank in front; empty if nothing is near."""
     parent, _, last = key.rpartition(".")
+    if key in options:
+        return f" A configuration of your own has something else in the place of {parent}."
     siblings = {name.rpartition(".")[2]: name for name in options if _parent(name) == parent}
     close = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
     if not close and parent in PLUGIN_PLACES and f"{parent}.{PARAMETERS}" in options:

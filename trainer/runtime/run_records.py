@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from siftclip.errors import InputError
+from siftclip.errors import DamagedError, InputError
 from siftclip.eval.results.result_checks import (
     require_count,
     require_number,
@@ -44,7 +44,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         record = read_json(path)
     except InputError as error:
-        raise InputError(f"{error} {_WAY_OUT}") from None
+        raise DamagedError(error, _WAY_OUT) from None
     return _checked(path, record)
 
 
@@ -175,7 +175,7 @@ def _checked(path: Path, record: object) -> dict[str, Any]:
             else:
                 _check_amount(name, value)
     except ValueError as error:
-        raise InputError(f"{path} cannot be: {error}. {_WAY_OUT}") from None
+        raise DamagedError(f"{path} cannot be: {error}.", _WAY_OUT) from None
     return record
 
 

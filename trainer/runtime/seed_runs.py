@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def other_seeds(run: RunDir) -> list[RunDir]:
     One of each seed, the first by name. What cannot be read is left out with a warning.
     """
     pattern = _RUN_NAME.fullmatch(run.path.resolve().name)
-    runs: dict[Any, RunDir] = {read_config(run.path / "config.yaml").get(_SEED): run}
+    runs: dict[int, RunDir] = {_seed_of(run): run}
     for folder in sorted(run.path.resolve().parent.iterdir()):
         name = _RUN_NAME.fullmatch(folder.name)
         if pattern is not None and (name is None or name[1] != pattern[1]):
@@ -57,10 +58,24 @@ def other_seeds(run: RunDir) -> list[RunDir]:
             other = run_of(RunDir(path=folder).results)
             if other is None or not other.results.is_file() or not same_method(run, other):
                 continue
-            runs.setdefault(read_config(other.path / "config.yaml").get(_SEED), other)
+            runs.setdefault(_seed_of(other), other)
         except (InputError, OSError) as error:
             log.warning("%s is not looked at as another seed of %s: %s", folder, run.path, error)
-    return [runs[seed] for seed in sorted(runs, key=str) if runs[seed] is not run]
+    return [runs[seed] for seed in sorted(runs) if runs[seed] is not run]
+
+
+def _seed_of(run: RunDir) -> int:
+    """Return the seed of a run.
+
+    Raises:
+        InputError: its configuration is damaged, or has none.
+    """
+    path = run.path / "config.yaml"
+    seed = read_config(path).get(_SEED)
+    if not isinstance(seed, int):
+        rule = "is not the configuration of a run: seed must be a whole number"
+        raise InputError(f"{path} {rule}. Got {reprlib.repr(seed)}.")
+    return seed
 
 
 def _part(config: Mapping[str, Any], name: str) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
-from siftclip.errors import InputError
+from siftclip.errors import InputError, is_finite
 from siftclip.reading import in_one_line, open_file
 from siftclip.redaction import shown
 
@@ -167,8 +167,7 @@ def _row(history: Any) -> dict[str, Any] | None:
     except (ValueError, RecursionError, IndexError):
         return None
     numbers = (row[key] for key in ("_step", STEP_KEY) if key in row)
-    is_whole = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
-    return row if is_whole else None
+    return row if all(map(is_finite, numbers)) else None
 
 
 def _content_of(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from siftclip.errors import InputError
 from siftclip.files import write_text
+from siftclip.plugins import installed_names
 from siftclip.trainer.scaffold.example_task import write_example_task
 from siftclip.writing import new_folder_whole
 
@@ -75,6 +76,12 @@ def write_package(kind: str, name: str, folder: Path) -> tuple[Path, ...]:
     if kind not in KINDS:
         raise InputError(f"KIND must be one of {', '.join(KINDS)}. Got {kind!r}.")
     _check_name(name)
+    taken = installed_names(KINDS[kind].group)
+    if name in taken:
+        raise InputError(
+            f"NAME must not be that of a plug-in which is installed: {', '.join(taken)}. "
+            f"Got {name!r}."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} must be a new folder, or an empty one: nothing is overwritten.")
     plugin = KINDS[kind]

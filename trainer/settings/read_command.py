@@ -15,8 +15,8 @@ from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed, composed, plain_tree, references
 from siftclip.trainer.settings.fields.reader import Reader
-from siftclip.trainer.settings.fields.rules import Unset, hints, unknown
-from siftclip.trainer.settings.store import register
+from siftclip.trainer.settings.fields.rules import Fault, Unset, hints, unknown
+from siftclip.trainer.settings.store import configuration_groups, register
 
 T = TypeVar("T")
 
@@ -96,4 +96,11 @@ def _strangers(tree: Mapping[str, Any], config: DictConfig) -> list[Any]:
     known = [*groups(), *top_level()]
     strangers = [name for name in tree if name not in known]
     used = references(config) if strangers else set()
-    return [unknown(name, "", known) for name in strangers if name not in used]
+    return [_stranger(str(name), known) for name in strangers if name not in used]
+
+
+def _stranger(name: str, known: Sequence[str]) -> Fault:
+    if name in configuration_groups():
+        first = "# @package _global_"
+        return Fault(name, f"is a group of files, each of which begins with the line {first!r}.")
+    return unknown(name, "", known)

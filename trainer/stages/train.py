@@ -64,6 +64,7 @@ from siftclip.trainer.runtime.lost_identity import require_same_config
 from siftclip.trainer.runtime.memory import require_room_for_batch
 from siftclip.trainer.runtime.run_dir import (
     IDENTITY_NAME,
+    METRICS_NAME,
     SUMMARY_NAME,
     RunDir,
     is_rank_zero,
@@ -552,8 +553,14 @@ def _conclude(
     online: str,
 ) -> None:
     """Log statistics of the selection, and mark the run as finished."""
-    manifest = selected.selection.manifest
-    drawn = run.costs().get("drawn_samples", budget.trained_samples)
+    manifest, costs = selected.selection.manifest, run.costs()
+    if "loaded_samples" not in costs:
+        raise InputError(
+            f"{run.path / METRICS_NAME} has no record of what the run has cost, and no step is "
+            "left to train. Put a copy of that file back; or train again from the first step with "
+            f"reuse=false, which moves what there is to {run.path}.replaced-TIME."
+        )
+    drawn = costs.get("drawn_samples", budget.trained_samples)
     statistics = {
         "selection/samples": len(selected.selection),
         "selection/distinct": len(selected.selection.uids),
@@ -575,7 +582,7 @@ def _conclude(
             "trained_samples": budget.trained_samples,
             "requested_samples": budget.samples_seen,
             "online": online,
-            **run.costs(),
+            **costs,
             "passes": drawn / len(selected.rows),
             "selected_samples": len(selected.selection),
             "coverage": selected.coverage.fraction,

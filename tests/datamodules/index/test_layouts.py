@@ -174,6 +174,21 @@ def test_message_says_what_is_there_and_its_command_makes_a_pool(
     assert pool.derived_uids == (0 if has_uids else COUNT)
 
 
+def test_what_the_messages_advise_about_dots_in_names_makes_a_pool(
+    tmp_path: Path, write_tar: Make, load_pool: Make, run: Callable[[str], None]
+) -> None:
+    root = tmp_path / "pool"
+    write_tar(root / "s.tar", samples(("img.v2.KEY.tif", tiff), ("img.v2.KEY.json", record))())
+    with pytest.raises(InputError, match=r"Read the pool with last_dot as the key split\."):
+        load_pool(root)
+    with pytest.raises(InputError, match=r"into the folder new, a pool then") as caught:
+        Pool(root, cache_dir=tmp_path / "c", key_split="last_dot", progress=False)
+    run(str(caught.value).partition("a pool then: ")[2])
+    pool = load_pool(tmp_path / "new")
+    assert pool.keys.tolist() == [f"img_v2_{number:05d}".encode() for number in range(COUNT)]
+    assert pool.derived_uids == 0
+
+
 @pytest.mark.parametrize(
     ("parts", "found"),
     [
@@ -264,7 +279,7 @@ def test_names_in_a_command_cannot_leave_it(
         MemberKind((image_suffix, text_suffix)),
         MemberKind(("jpg", "json"), (("'; touch pwned; '", "caption"),)),
     ):
-        command = MemberKinds(Counter([kind])).way_out("pool/*.tar")
+        command = MemberKinds(Counter([kind])).way_out("pool/*.tar", "first_dot")
         with pytest.raises(subprocess.CalledProcessError):  # KeyError: each is half of the tar
             run(command[command.index("mkdir") :])
         shutil.rmtree(tmp_path / "new")

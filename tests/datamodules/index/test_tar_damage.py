@@ -84,6 +84,21 @@ def test_only_the_sample_which_the_cut_runs_through_is_lost(
     assert index.truncated
 
 
+@pytest.mark.parametrize("behind", [b"more", b"\0" * 9_000 + b"more"], ids=["at once", "later"])
+def test_what_is_behind_the_end_mark_is_not_lost_silently(
+    index_tar: Callable[[Path], ShardIndex], small_tar: Path, behind: bytes
+) -> None:
+    """Tars that were joined by cat: no reader goes on behind the first one's end."""
+    data = small_tar.read_bytes()
+    whole = index_tar(small_tar)
+    small_tar.write_bytes(data + bytes(1 << 15))
+    assert not index_tar(small_tar).truncated
+    for joined in (data + data, data + behind):
+        small_tar.write_bytes(joined)
+        index = index_tar(small_tar)
+        assert (len(index), index.truncated, index.faults.samples) == (len(whole), True, 1)
+
+
 def test_member_of_negative_size_counts_as_cut(
     index_tar: Callable[[Path], ShardIndex], tmp_path: Path, write_tar: Callable[..., Path]
 ) -> None:

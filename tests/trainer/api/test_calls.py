@@ -310,6 +310,19 @@ def test_wrong_arguments_elsewhere(pool: siftclip.Pool, tmp_path: Path) -> None:
 
 
 # ---- groups and nodes --------------------------------------------------------------------------
+def test_the_frame_of_a_pool_says_where_its_samples_are(
+    pool: siftclip.Pool, features: siftclip.Features, tmp_path: Path
+) -> None:
+    selector = ClipScore(fraction=0.3)
+    selection = siftclip.select(pool, features, selector, output_dir=tmp_path)
+    frame, scores = selection.frame, siftclip.score(pool, features, selector, output_dir=tmp_path)
+    assert list(frame.columns) == ["uid", "multiplicity", "score", "row", "tar", "key"]
+    assert np.array_equal(frame["score"], scores[frame["row"]])
+    assert sorted(frame["row"]) == selection.rows.tolist()
+    for row, tar, key in frame[["row", "tar", "key"]].itertuples(index=False):
+        assert pool.place(row) == f"{tar}:{key}"
+
+
 def test_arguments_of_a_wrong_kind_are_named(pool: siftclip.Pool, tmp_path: Path) -> None:
     images = np.eye(4, dtype=np.float32)
     clip_score = ClipScore(fraction=0.5)

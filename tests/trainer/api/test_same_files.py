@@ -167,7 +167,7 @@ def test_a_selection_can_be_looked_at(
     assert len(selection) == len(selection.ids) == len(python_pool) // 2
     assert selection.scores is not None
     assert selection.scores.shape == (len(selection),)
-    assert list(selection.frame.columns) == ["uid", "multiplicity", "score"]
+    assert list(selection.frame.columns) == ["uid", "multiplicity", "score", "row", "tar", "key"]
     written = selection.to_datacomp(tmp_path / "subset.npy")
     assert written.read_bytes() == (selection.folder / "selection.npy").read_bytes()
     shown = repr(selection)

@@ -71,3 +71,29 @@ def test_a_pipe_in_the_place_of_a_yaml_is_no_configuration(
 ) -> None:
     os.mkfifo(tmp_path / "selector" / "mine.yaml")
     assert "selector=mine: there is no such configuration" in refused()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("# @package _global_\n3: 5\n", "3 is not an option. The configuration has"),
+        ("# @package _global_\npool: {true: 5}\n", "pool.True is not an option"),
+        ("seed: 1\n", "experiment is a group of files, each of which begins with the line '# @pa"),
+        ("# @package _global_\npool: null\n", "something else in the place of pool."),
+    ],
+)
+def test_an_experiment_that_fits_nothing(
+    content: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(content)
+    words = ["index", "--config-dir", str(tmp_path), "experiment=mine", "pool.root=x"]
+    monkeypatch.setattr("sys.argv", ["siftclip", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err

@@ -206,6 +206,32 @@ def test_without_a_whole_checkpoint_one_line_says_what_to_do(
     assert (aside / "metrics.jsonl").is_file()
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 4}\n', None])
+def test_a_run_whose_log_is_lost_at_its_end_says_what_to_do(
+    content: str | None, runs: Any, compose: Any, tmp_path: Path
+) -> None:
+    whole, _, options = runs
+    run = RunDir(path=tmp_path / "run")
+    shutil.copytree(whole.path, run.path)
+    (run.path / "summary.json").unlink()
+    shutil.rmtree(run.model)
+    log = run.path / "metrics.jsonl"
+    log.unlink() if content is None else log.write_text(content)
+    for _ in range(2):  # the same each time, and no summary that nobody can read
+        with pytest.raises(InputError, match=r"metrics\.jsonl has no record of .* reuse=false"):
+            train_stage(compose("train", [*options, f"run_dir={run.path}"]))
+        assert not (run.path / "summary.json").exists()
+    shutil.copy(whole.path / "metrics.jsonl", log)
+    assert train_stage(compose("train", [*options, f"run_dir={run.path}"])).is_finished
+
+
+def test_a_log_with_a_number_as_text_is_told(runs: Any, compose: Any, run: RunDir) -> None:
+    _, _, options = runs
+    (run.path / "metrics.jsonl").write_text('{"step": "4"}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, record 1, cannot be: step"):
+        train_stage(compose("train", [*options, f"run_dir={run.path}"]))
+
+
 def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from siftclip.errors import InputError, ParameterError, require_int
-from siftclip.selectors import NegCLIPLoss, NormSimD
+from siftclip.selectors import ClipScore, NegCLIPLoss, NormSimD
 from siftclip.trainer.runtime.launch import resolve_devices
 from siftclip.trainer.runtime.memory import memory_bytes, require_room_for_batch
 from siftclip.trainer.settings.commands import COMMANDS
@@ -21,8 +21,8 @@ from siftclip.trainer.settings.fields.rules import alternatives, faults, hints, 
 LATER = {"trainer.devices", "trainer.num_nodes", "compare.seeds", "scale.samples_seen"}
 
 
-def integers() -> Iterator[tuple[str, Any]]:
-    """Yield each option that takes integers, with its annotation."""
+def numbers(kind_of_number: type) -> Iterator[tuple[str, Any]]:
+    """Yield each option that takes integers, or floats, with its annotation."""
 
     def walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, hint in hints(kind).items():
@@ -31,14 +31,14 @@ def integers() -> Iterator[tuple[str, Any]]:
                 inner = [*alternatives(get_args(part.plain)[0])] if part.origin is tuple else [part]
                 if part.is_group and hasattr(part.plain, "PLACE"):
                     yield from walk(part.plain, f"{part.plain.PLACE or name}.")
-                elif any(one.plain is int for one in inner):
+                elif any(one.plain is kind_of_number for one in inner):
                     yield option, hint
 
     for kind in COMMANDS.values():
         yield from walk(kind, "")
 
 
-OPTIONS = {option: hint for option, hint in integers() if option not in LATER}
+OPTIONS = {option: hint for option, hint in numbers(int) if option not in LATER}
 
 
 def test_there_are_options() -> None:
@@ -50,6 +50,20 @@ def test_numbers_that_would_overflow_are_refused(option: str) -> None:
     hint = OPTIONS[option]
     for value in (2**63, [2**63], -1):
         assert next(faults(hint, value, option), None) is not None, value
+
+
+FLOATS = dict(numbers(float))
+
+
+def test_whole_numbers_that_no_float_can_hold_are_refused() -> None:
+    assert len(FLOATS) > 30
+    for option, hint in FLOATS.items():
+        for value in (10**400, [10**400]):
+            (found,) = list(faults(hint, value, option))[:1]
+            assert str(found).startswith(option)
+    for parameters in ({"fraction": 10**400}, {"threshold": 10**400}):
+        with pytest.raises(InputError, match=f"{next(iter(parameters))} must be a"):
+            ClipScore(**parameters)
 
 
 def test_the_message_says_the_bound_and_no_list_does() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from siftclip.errors import InputError
@@ -181,6 +182,15 @@ def seeds(tmp_path: Path) -> tuple[list[Path], list[Path]]:
     )
     finish(write_run(tmp_path / "random-s1-99999999", "xy", 9), 1)  # on another machine, say
     return random, clip
+
+
+@pytest.mark.parametrize("seed", [[], {"a": 1}, "1", None])
+def test_a_seed_that_is_none_is_told(seed: Any, tmp_path: Path) -> None:
+    run = RunDir(path=finish(write_run(tmp_path / "random-s1-00000001", "xy", 1), 1))
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    (run.path / "config.yaml").write_text(yaml.safe_dump({**config, "seed": seed}))
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        other_seeds(run)
 
 
 def test_other_seeds_are_the_runs_beside_it(seeds: tuple[list[Path], list[Path]]) -> None:

@@ -19,7 +19,7 @@ FOLDER is NAME unless it is given."""
 def main() -> None:
     """Write the package, and say what to do with it."""
     words = sys.argv[2:]
-    if not words or words[0] in ("-h", "--help"):
+    if not words or any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return
     # Here, since importing it takes a moment, which `--help` need not cost.

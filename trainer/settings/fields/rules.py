@@ -8,7 +8,6 @@ one of `siftclip.trainer.settings.fields.marks`.
 from __future__ import annotations
 
 import functools
-import math
 import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from siftclip.errors import MAX_PART_BYTES, longest_part_bytes
+from siftclip.errors import MAX_PART_BYTES, is_finite, longest_part_bytes
 from siftclip.redaction import HIDDEN, begins_as_url
 from siftclip.trainer.settings.fields.marks import AtMost, Credentials, Inside, Local, Needs, Words
 
@@ -169,11 +168,6 @@ def _span(marks: Sequence[Any]) -> str:
 
 
 # ---- values -------------------------------------------------------------------------------------
-def is_finite(value: object) -> bool:
-    """Return whether a value is a finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_of(kind: Type, value: object) -> bool:
     """Return whether a value is of a type, whatever its range; a list may hold anything."""
     if kind.plain is Any:
