@@ -258,7 +258,7 @@ def test_arms_without_quotes_are_told_with_them(
     ("word", "message"),
     [
         ("selector=nope", "selector=nope: there is no such configuration. There are a_opti"),
-        ("selector.alhpa=1", "Unknown options of selector need a plus: +selector.alhpa=VALUE."),
+        ("selector.beta=1", "Unknown options of selector need a plus: +selector.beta=VALUE."),
         ("foo", "'foo' has no '='; options are written NAME=VALUE."),
         ("optim.lrr=1", "optim.lrr is not an option. Did you mean optim.lr?"),
     ],
