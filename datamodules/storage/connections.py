@@ -22,6 +22,7 @@ from siftclip.confidential import ConfidentialOptions, ConfidentialUrl
 from siftclip.datamodules.storage.hedging import Progress, answers_within
 from siftclip.datamodules.storage.local import ChangedError, ShardFile, Span, StorageError
 from siftclip.errors import ParameterError
+from siftclip.reading import in_one_line
 from siftclip.redaction import HIDDEN, remember_all, split_url
 from siftclip.writing import DISK_FULL
 
@@ -113,8 +114,9 @@ def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
         first = root.authorized(next(iter(braceexpand(root.place))))
         filesystem, _ = fsspec.core.url_to_fs(first, skip_instance_cache=True, **options)
     except (ImportError, ValueError, TypeError) as error:
+        given = f" with the storage options {sorted(storage_options)}" if storage_options else ""
         raise ParameterError(
-            f"cannot be read by fsspec with the storage options {sorted(storage_options)}: {error}",
+            f"cannot be read by fsspec{given}: {error}",
             parameter="root",
             value=root,
         ) from None
@@ -125,6 +127,27 @@ def connect(root: ConfidentialUrl, storage_options: ConfidentialOptions) -> Any:
         filesystem.encode_url = lambda url: encode(root.authorized(url))
     _connections[id(filesystem)] = filesystem
     return filesystem
+
+
+def fault_of_listing(error: Exception, root: ConfidentialUrl, way_out: str) -> ParameterError:
+    """Return what to raise where the tars behind a URL cannot be listed.
+
+    Args:
+        error: of the file system.
+        root: the URL.
+        way_out: where a server has answered, and may have no listings.
+    """
+    unknown = re.search(r"unexpected keyword argument '([^']+)'", str(error))
+    if unknown is not None:
+        rule = f"has {unknown[1]!r}, which the file system of this URL does not take"
+        return ParameterError(rule, parameter="storage_options")
+    is_away = isinstance(error, ConnectionError | TimeoutError | aiohttp.ClientConnectionError)
+    return ParameterError(
+        f"cannot be listed: {type(error).__name__}: {in_one_line(error)}",
+        parameter="root",
+        value=root,
+        way_out="" if is_away else way_out,
+    )
 
 
 def _given(name: str, options: Mapping[str, Any], *protocols: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from siftclip.datamodules.storage.connections import (
     WholeFileError,
     connect,
     describe_error,
+    fault_of_listing,
     is_permanent,
     read_ranges,
     real_error,
@@ -139,12 +140,7 @@ class RemoteStorage:
         except InputError:
             raise
         except Exception as error:  # every file system raises its own
-            raise ParameterError(
-                f"cannot be listed: {type(error).__name__}: {in_one_line(error)}",
-                parameter="root",
-                value=self.root,
-                way_out=hint,
-            ) from None
+            raise fault_of_listing(error, self.root, hint) from None
         if not shards:
             raise ParameterError(
                 "must hold webdataset tars (*.tar), in this folder or its shards/",

@@ -272,7 +272,9 @@ def test_selectors_without_effect_say_so(
     [
         ([0.0] * 10, [1] * 3 + [0] * 7, "10 of 10 samples have the same score, 0, of which 3"),
         ([5.0] + [0.0] * 9, [1] * 3 + [0] * 7, "9 of 10 samples have the same score, 0, of"),
-        ([5.0, 4.0] + [0.0] * 8, [1] * 3 + [0] * 7, None),  # most are decided by their scores
+        ([5.0, 4.0] + [0.0] * 8, [1] * 3 + [0] * 7, "8 of 10 samples have the same score, 0, of"),
+        # nearly all are decided by their scores
+        ([*range(20, 9, -1)] + [0.0] * 9, [1] * 12 + [0] * 8, None),
         ([9.0, 8.0, 7.0, 0.0, math.nan], [1, 1, 0, 0, 0], None),
         ([0.0, 0.0, -math.inf, math.nan], [1, 1, 0, 0], None),  # all that can be kept
         ([0.0, 0.0, 5.0, 0.0], [1, 0, 0, 1], None),  # drawn at random

@@ -5,6 +5,7 @@
     2    a fault of the input, or of what it is run on
     130  Ctrl-C (SIGINT)
     143  SIGTERM
+    129  SIGHUP
 
 Python callers get the exceptions themselves.
 """
@@ -18,7 +19,7 @@ import reprlib
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from siftclip.errors import InputError
@@ -103,8 +104,12 @@ def fault_of_path(error: BaseException, config: Any) -> str | None:
     if not isinstance(error, OSError) or not error.filename:
         return None
     name = os.fsdecode(error.filename)
-    options = [option for option, place in _places(config) if place and place in name]
-    longest = max(options, key=lambda option: len(dict(_places(config))[option]), default=None)
+    places = {
+        option: place
+        for option, place in _places(config)
+        if _holds(place, Path(name)) or place in PurePath(name).parts
+    }
+    longest = max(places, key=lambda option: len(places[option]), default=None)
     if error.errno not in _OF_NAMES and not (longest and error.errno == errno.ENOENT):
         return None
     given = f" It comes from {longest}." if longest else ""
@@ -126,10 +131,10 @@ def describe(error: BaseException) -> str:
 
 def end_stopped(command: str, stop: TrainingStopped) -> NoReturn:
     """End the process as the signal would have done, which also ends a comparison or a sweep."""
-    from siftclip.trainer.runtime.launch import find_launch
+    from siftclip.trainer.runtime.launch import STOPS, find_launch
     from siftclip.trainer.runtime.run_dir import is_rank_zero  # imports torch, as all that trains
 
-    by_submitit = stop.signal not in (signal.SIGINT, signal.SIGTERM)
+    by_submitit = stop.signal not in STOPS
     if not is_rank_zero():
         # Lightning's own launcher kills rank 0 when another rank fails, and submitit's rank 0 has
         # to queue the job again.

@@ -161,7 +161,7 @@ def _written(value: Any, is_secret: bool) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):
-        return f"${{oc.decode:{_reference(str(value))}}}" if is_secret else str(value)
+        return f"'${{oc.decode:{_reference(str(value))}}}'" if is_secret else str(value)
     if isinstance(value, str | QuotedString):
         text = value if isinstance(value, str) else value.text
         return str(QuotedString(_moved(text, is_secret), Quote.single).with_quotes())

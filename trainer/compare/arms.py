@@ -10,6 +10,7 @@ import html
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,17 @@ def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool)
             bar.set_postfix_str(f"{arm}, seed {seed}")
             if is_rank_zero():
                 log.info("compare: run %d of %d, %s, seed %d", number + 1, len(plan), arm, seed)
+            start = time.monotonic()
             runs[number] = train_stage(arm_settings, wait=wait)
+            if is_rank_zero():
+                losses = [r["train/loss"] for r in runs[number].records() if r.get("train/loss")]
+                log.info(
+                    "compare: run %d of %d is done after %.0f s%s",
+                    number + 1,
+                    len(plan),
+                    time.monotonic() - start,
+                    f", loss {losses[-1]:.3f}" if losses else "",
+                )
             bar.update()
 
         for number, (arm, seed, _) in enumerate(plan):

@@ -41,6 +41,9 @@ class Launch:
         return self.devices * self.num_nodes
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what people, launchers, terminals send
+
+
 class TrainingStopped(Exception):
     """Training ended early because of a signal; its last step is in a checkpoint.
 
@@ -214,11 +217,13 @@ def cluster_plugins(environment: Mapping[str, str]) -> list[ClusterEnvironment]:
 
 
 def stop_signals(environment: Mapping[str, str]) -> tuple[signal.Signals, ...]:
-    """Return signals that ask training to stop: SIGINT, SIGTERM, and submitit's if it started us.
+    """Return signals that ask training to stop.
 
-    submitit has Slurm send that one before the time is over, and its handler requeues the job.
+    SIGINT, SIGTERM, SIGHUP where it is not ignored, as under nohup: a terminal was closed, and
+    submitit's if it started us. submitit has Slurm send that one before the time is over, and its
+    handler requeues the job.
     """
-    asked = (signal.SIGINT, signal.SIGTERM)
+    asked = STOPS if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else STOPS[:2]
     if "SUBMITIT_EXECUTOR" not in environment:
         return asked
     return (*asked, signal.Signals["SIG" + environment.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")])

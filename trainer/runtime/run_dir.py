@@ -210,6 +210,21 @@ class RunDir:
             costs.update({k[5:]: v for k, v in record.items() if k.startswith("cost/")})
         return costs
 
+    def final_costs(self) -> dict[str, float]:
+        """Read `costs` of a run that has no step left to train.
+
+        Raises:
+            InputError: the log does not say them.
+        """
+        costs = self.costs()
+        if "loaded_samples" not in costs:
+            raise InputError(
+                f"{self.path / METRICS_NAME} has no record of what the run has cost, and no step "
+                "is left to train. Put a copy of that file back; or train again from the first "
+                f"step with reuse=false, which moves what there is to {self.path}.replaced-TIME."
+            )
+        return costs
+
     def copies_fraction(self) -> float:
         """Return the share of batches that held a sample twice, of the worst selection."""
         shares = (record.get("data/copies_fraction", 0.0) for record in self.records())

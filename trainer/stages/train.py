@@ -64,7 +64,6 @@ from siftclip.trainer.runtime.lost_identity import require_same_config
 from siftclip.trainer.runtime.memory import require_room_for_batch
 from siftclip.trainer.runtime.run_dir import (
     IDENTITY_NAME,
-    METRICS_NAME,
     SUMMARY_NAME,
     RunDir,
     is_rank_zero,
@@ -283,6 +282,7 @@ def _train(
         if not reuse and run.has_started:
             log.info("reuse=false: the run of before is now %s", run.set_aside())
         run.set_damaged_aside()
+        log.info("the run is kept in %s", run.path)
         run.start(composed.to_yaml(), selected.selection, identity)
     ranks.barrier()  # none looks at the run before the first has begun it
     # without reuse, other ranks may look before the first has set the old run aside
@@ -553,13 +553,7 @@ def _conclude(
     online: str,
 ) -> None:
     """Log statistics of the selection, and mark the run as finished."""
-    manifest, costs = selected.selection.manifest, run.costs()
-    if "loaded_samples" not in costs:
-        raise InputError(
-            f"{run.path / METRICS_NAME} has no record of what the run has cost, and no step is "
-            "left to train. Put a copy of that file back; or train again from the first step with "
-            f"reuse=false, which moves what there is to {run.path}.replaced-TIME."
-        )
+    manifest, costs = selected.selection.manifest, run.final_costs()
     drawn = costs.get("drawn_samples", budget.trained_samples)
     statistics = {
         "selection/samples": len(selected.selection),

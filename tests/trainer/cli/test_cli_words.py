@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from siftclip.errors import InputError
 from siftclip.first_rank import is_first_rank
 from siftclip.trainer.cli.application import _named, application
 from siftclip.trainer.cli.endings import FULL_ERROR
 from siftclip.trainer.cli.explanations import composed
+from siftclip.trainer.cli.typed_credentials import without_credentials
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
@@ -192,6 +195,18 @@ def test_a_wrong_option_is_one_message(word: str, message: str, run: Run) -> Non
 )
 def test_names_of_open_mappings_are_the_users_own(word: str, read: str) -> None:
     assert _named("index", [word], ()) == [read]
+
+
+def test_numbers_among_storage_options_stay_numbers() -> None:
+    words = [
+        without_credentials(word)
+        for word in ("++pool.storage_options.port=8080", "+pool.storage_options.a={b:0.5,c:true}")
+    ]
+    assert not any("8080" in word or "0.5" in word for word in words)
+    with composing():
+        config = hydra.compose("index", overrides=["pool.root=s3://b/p", *words])
+        options = OmegaConf.to_container(config.pool.storage_options, resolve=True)
+    assert options == {"port": 8080, "a": {"b": 0.5, "c": True}}
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"])

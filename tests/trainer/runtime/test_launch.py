@@ -190,7 +190,10 @@ def test_idle_gpus_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_signals() -> None:
+    assert stop_signals({}) == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     assert stop_signals({}) == (signal.SIGINT, signal.SIGTERM)
+    signal.signal(signal.SIGHUP, before)
     assert stop_signals({"SUBMITIT_EXECUTOR": "slurm"})[-1] == signal.SIGUSR2
     other = {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_PREEMPT_SIGNAL": "USR1"}
     assert stop_signals(other)[-1] == signal.SIGUSR1

@@ -6,7 +6,7 @@ from siftclip.trainer.cli.application import application
 from siftclip.trainer.settings.commands import ExportCommand
 
 
-@application("export", ExportCommand)
+@application("export", ExportCommand, positional=("export.source", "export.path"))
 def main(settings: ExportCommand) -> None:
     """Export, and say what was written and how to load it."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
