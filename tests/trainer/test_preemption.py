@@ -109,7 +109,7 @@ def command(training: Any, folder: Path) -> Callable[[], None]:
 
 
 # ---- one process -------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_group_ends_with_a_checkpoint(
     number: signal.Signals, fork: Any, tiny_training: Tiny, tmp_path: Path
 ) -> None:
@@ -188,7 +188,7 @@ def test_forked_children_are_not_told_to_stop(tiny_training: Tiny) -> None:
     assert stop.stopped_by is None
 
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def raise_at(step: int, number: signal.Signals, times: int = 1) -> Callable[[int
 
 
 @pytest.mark.parametrize("batches_a_step", [1, 3])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_training_ends_after_the_step_of_the_signal(
     number: signal.Signals,
     batches_a_step: int,

@@ -20,7 +20,7 @@ import torch
 
 import siftclip
 from siftclip.damaged import set_aside
-from siftclip.errors import InputError
+from siftclip.errors import DamagedError, InputError
 from siftclip.files import (
     append_jsonl,
     content_digest,
@@ -171,7 +171,8 @@ def _whole_environments(folder: Path) -> list[Environment]:
     try:
         return environments(folder)
     except InputError as error:
-        log.warning("%s It is set aside, and written anew from here on.", error)
+        fault = error.fault if isinstance(error, DamagedError) else error
+        log.warning("%s It is set aside, and written anew from here on.", fault)
         for name in (VERSIONS_NAME, SESSIONS_NAME):
             set_aside(folder / name)
         return []
@@ -186,16 +187,24 @@ def environments(folder: Path) -> list[Environment]:
     first = folder / VERSIONS_NAME
     if not has_content(first):
         return []
-    later: list[Environment] = []
-    for record in read_jsonl(folder / SESSIONS_NAME):
-        session = record.get("environment")
-        if not isinstance(session, dict):
-            raise InputError(
-                f"{folder / SESSIONS_NAME} must have an environment in each line. "
-                f"Got {reprlib.repr(session)}."
-            )
-        later.append(session)
-    return [read_json_object(first), *later]
+    try:
+        return [read_json_object(first), *map(_environment_of, read_jsonl(folder / SESSIONS_NAME))]
+    except InputError as error:
+        raise DamagedError(
+            error,
+            f"Delete {VERSIONS_NAME} and {SESSIONS_NAME} in {folder}: what the run was computed "
+            "with is then not known.",
+        ) from None
+
+
+def _environment_of(session: Mapping[str, Any]) -> Environment:
+    environment = session.get("environment")
+    if not isinstance(environment, dict):
+        raise InputError(
+            f"{SESSIONS_NAME} must have an environment in each line. "
+            f"Got {reprlib.repr(environment)}."
+        )
+    return environment
 
 
 def mixed(runs: Mapping[str, Sequence[Environment]]) -> dict[str, dict[str, list[str]]]:
