@@ -148,8 +148,8 @@ class NegCLIPLoss(ReadsFeatures, ScoreSelector):
         if pass_number == 1 and max(map(len, parts.values()), default=0) <= self.batch_size:
             source.warn(
                 f"NegCLIPLoss: batch_size={self.batch_size} holds every file whole, so that all "
-                f"{self.passes} passes compare the same pairs: passes=1 gives the same scores for "
-                "less"
+                f"{self.passes} passes compare the same pairs. One pass (the parameter passes) "
+                "gives the same scores for less"
             )
         step = max(1, TASK_SAMPLES // self.batch_size) * self.batch_size
         tasks = []
