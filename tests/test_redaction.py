@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,19 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_url_shows_no_credentials(url: str, text: str) -> None:
     assert hide_in_url(url) == text
     assert redact(f"cannot read '{url}', a URL") == f"cannot read '{text}', a URL"
+
+
+@pytest.mark.parametrize("part", ["a+", "//a:b", "a:bbbb ", "http://a:b", "a.-+"])
+def test_long_texts_take_a_time_in_proportion_to_their_length(part: str) -> None:
+    """What others print passes through here; a square would be minutes."""
+    start = time.perf_counter()
+    redact(part * 60_000 + ":@x/")
+    assert time.perf_counter() - start < 10
+
+
+def test_a_name_behind_a_plus_is_hidden_wherever_it_stands() -> None:
+    assert redact("see /b+alice:wonderland@host/x") == "see /b+***@host/x"
+    assert redact("b+alice:wonderland@host:80") == "***@host:80"
 
 
 def test_a_part_behind_a_url_without_a_name_is_hidden() -> None:

@@ -418,9 +418,7 @@ def _has_weights(folder: Path) -> bool:
     """Return whether a folder has weights; what is no file, or damaged, raises InputError."""
     paths = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
     for path in paths:
-        if path.suffix == ".safetensors":
-            require_whole_weights(path)
-        require_file(path)
+        (require_whole_weights if path.suffix == ".safetensors" else require_file)(path)
     return bool(paths)
 
 

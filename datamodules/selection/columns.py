@@ -133,7 +133,9 @@ def read_column(
     log.info("%s: %d of %d uids are in the pool", path, int(present.sum()), len(uids))
     if must_match and not present.any():
         raise InputError(f"None of the {len(uids)} uids in {path} is in the pool {pool.root}.")
-    again = int(np.maximum(np.bincount(rows[present]) - 1, 0).sum())
+    covered = np.zeros(len(pool), dtype=bool)
+    covered[rows[present]] = True
+    again = int(present.sum() - covered.sum())
     if again:
         log.warning("%s has %d uids again: the first number of each counts", path, again)
     column = np.full(len(pool), np.nan)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from siftclip.errors import DamagedError, InputError
+from siftclip.errors import InputError
 from siftclip.writing import move
 
 # A file that cannot be opened for one of these may be whole
@@ -42,8 +42,7 @@ def set_aside_if_damaged(*paths: Path) -> Iterator[None]:
         if any(map(_is_withheld, paths)):
             raise
         names = [aside.name for aside in map(set_aside, paths) if aside is not None]
-        fault = error.fault if isinstance(error, DamagedError) else error
-        log.warning("%s It is made again; what was there is now %s", fault, ", ".join(names))
+        log.warning("%s It is made again; what was there is now %s", error.fault, ", ".join(names))
 
 
 def set_aside(path: Path) -> Path | None:

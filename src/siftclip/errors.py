@@ -34,18 +34,24 @@ class InputError(ValueError):
     def __init__(self, *args: object) -> None:
         super().__init__(*(_told(part) if isinstance(part, str) else part for part in args))
 
+    @property
+    def fault(self) -> str:
+        """What is wrong, without a way out that not everybody needs, see `DamagedError`."""
+        return str(self)
+
 
 class DamagedError(InputError):
-    """A file that was kept cannot be used, and must go.
-
-    Attributes:
-        fault: what is wrong with it, as one or more sentences.
-    """
+    """A file that was kept cannot be used, and must go."""
 
     def __init__(self, fault: object, way_out: str = "") -> None:
         """Set what is wrong, and what a person has to do where nothing makes the file again."""
-        self.fault = str(fault)
-        super().__init__(f"{self.fault} {way_out}".rstrip())
+        self._fault = str(fault)
+        super().__init__(f"{self._fault} {way_out}".rstrip())
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the file, as one or more sentences."""
+        return self._fault
 
 
 class ParameterError(InputError):

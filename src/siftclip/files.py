@@ -136,8 +136,18 @@ def _mended_log(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+def keep_records(
+    path: Path,
+    keep: Callable[[Mapping[str, Any]], bool],
+    *,
+    read: Callable[[Path], list[dict[str, Any]]] | None = None,
+) -> None:
     """Keep some records of a JSONL file and drop the others, atomically.
+
+    Args:
+        path: of the file.
+        keep: whether a record stays.
+        read: reads the records, and may refuse some; None: `read_jsonl`.
 
     Raises:
         InputError: see `read_jsonl`.
@@ -146,7 +156,7 @@ def keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
         return
     with _mended_log(path):
         pass
-    records = read_jsonl(path)
+    records = (read or read_jsonl)(path)
     kept = [record for record in records if keep(record)]
     if len(kept) < len(records):
         write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))

@@ -64,7 +64,12 @@ _BARE = re.compile(r"([?&;#])([\w%+~-]{6,})(?=[&;#]|$)")
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s\"'<>]+")
 _WITHOUT_SCHEME = re.compile(r"(?<![:\w/])//([^\s\"'<>/@:${]+:[^\s\"'<>@]+)@")
 # "user:password@host:80" or "user:password@host/path", whose scheme was forgotten altogether
-_WITHOUT_SLASHES = re.compile(r"(?<![\w/:@.%-])([\w.+-]+:[^\s\"'<>@/:{}=,]{4,})@(?=[\w.-]+(:\d|/))")
+# It is looked for from the beginning of a name only, or of what follows the first plus in one: from
+# everywhere, long texts would take the square of their length.
+_WITHOUT_SLASHES = re.compile(
+    r"(?:(?<![\w.+/:@%-])|(?<=[/:@%])(?P<kept>[\w.-]*\+))"
+    r"(?P<login>[\w.+-]+:[^\s\"'<>@/:{}=,]{4,})@(?=[\w.-]+(:\d|/))"
+)
 _BEGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PORT = re.compile(r"\d*")
 _NO_PASSWORDS = ("github", "git")  # have a repository there
@@ -116,7 +121,9 @@ def hide_in_url(url: str, *, by: Callable[[str], str] = lambda credential: HIDDE
 def hide_in_text(text: str, *, by: Callable[[str], str] = lambda credential: HIDDEN) -> str:
     """Replace as `hide_in_url` does in all URLs of a text."""
     if "@" in text:
-        text = _WITHOUT_SLASHES.sub(lambda match: f"{by(match[1])}@", text)
+        text = _WITHOUT_SLASHES.sub(
+            lambda match: f"{match['kept'] or ''}{by(match['login'])}@", text
+        )
     if "//" not in text:
         return text
     text = _WITHOUT_SCHEME.sub(lambda match: f"//{by(match[1])}@", text)

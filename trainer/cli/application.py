@@ -15,20 +15,14 @@ from typing import Any, NoReturn, TypeVar
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import (
-    CompactHydraException,
-    HydraException,
-)
+from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from siftclip.errors import InputError
 from siftclip.first_rank import fault_of_launch, is_first_rank
 from siftclip.interrupts import begin_work, end_work
-from siftclip.trainer.cli.choices import (
-    list_of_choices,
-    positional_model,
-)
+from siftclip.trainer.cli.choices import list_of_choices, positional_model
 from siftclip.trainer.cli.endings import (
     FAILURE,
     FULL_ERROR,
@@ -50,12 +44,9 @@ from siftclip.trainer.cli.explanations import (
     hydras_words,
     quoted,
 )
-from siftclip.trainer.cli.flags import TAKE_A_VALUE, fault_of_flags, flags_first
+from siftclip.trainer.cli.flags import fault_of_flags, flags_first, marked
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
-from siftclip.trainer.cli.typed_credentials import (
-    safe_config,
-    without_credentials,
-)
+from siftclip.trainer.cli.typed_credentials import safe_config, without_credentials
 from siftclip.trainer.cli.yaml_faults import YAML_FAULTS, fault_of_yaml
 from siftclip.trainer.runtime.launch import TrainingStopped
 from siftclip.trainer.settings.describing.help import register_resolvers
@@ -283,11 +274,9 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
     such as the folder behind `--config-dir`, stays as it is.
     """
     names = iter(positional)
-    overrides, value_follows = [], False
-    for argument in arguments:
-        of_hydra = value_follows or argument[:1] == "-"
-        value_follows = argument in TAKE_A_VALUE
-        if of_hydra:
+    overrides = []
+    for argument, is_hydras in marked(arguments):
+        if is_hydras:
             overrides.append(argument)
             continue
         if not positional or _is_override(argument, command):

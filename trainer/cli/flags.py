@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 # Those whose value is the next word, or stands behind a `=`
-TAKE_A_VALUE = (
+_TAKE_A_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p"),
 )
@@ -26,11 +26,17 @@ def flags_first(words: Sequence[str]) -> list[str]:
     """Put Hydra's own options in front: between overrides its parser would lose what follows."""
     flags: list[str] = []
     others: list[str] = []
+    for word, is_hydras in marked(words):
+        (flags if is_hydras else others).append(word)
+    return flags + others
+
+
+def marked(words: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yield each word, and whether it is one of Hydra's own options or the value of one."""
     value_follows = False
     for word in words:
-        (flags if value_follows or word[:1] == "-" else others).append(word)
-        value_follows = word in TAKE_A_VALUE
-    return flags + others
+        yield word, value_follows or word[:1] == "-"
+        value_follows = word in _TAKE_A_VALUE
 
 
 def fault_of_flags(words: Sequence[str]) -> str | None:
@@ -43,7 +49,7 @@ def fault_of_flags(words: Sequence[str]) -> str | None:
     for word, following in pairwise([*words, ""]):
         flag, equals, value = word.partition("=")
         is_flag = word[:1] == "-" and not value_follows
-        value_follows = is_flag and word in TAKE_A_VALUE
+        value_follows = is_flag and word in _TAKE_A_VALUE
         if not is_flag:
             continue
         fault = _fault_of(flag, value if equals else following)
@@ -53,11 +59,11 @@ def fault_of_flags(words: Sequence[str]) -> str | None:
 
 
 def _fault_of(flag: str, value: str) -> str | None:
-    if _REFUSED.match(flag) or flag not in (*TAKE_A_VALUE, *_OTHERS):
-        known = [name for name in (*TAKE_A_VALUE, *_OTHERS) if name[:2] == "--"]
+    if _REFUSED.match(flag) or flag not in (*_TAKE_A_VALUE, *_OTHERS):
+        known = [name for name in (*_TAKE_A_VALUE, *_OTHERS) if name[:2] == "--"]
         close = [] if _REFUSED.match(flag) else difflib.get_close_matches(flag, known, n=1)
         return f"there is no option {flag}. {f'Did you mean {close[0]}?' if close else _WRITTEN}"
-    if flag in TAKE_A_VALUE and (not value or value[:1] == "-"):
+    if flag in _TAKE_A_VALUE and (not value or value[:1] == "-"):
         return f"{flag} needs a value behind it."
     if flag in ("--cfg", "-c") and value not in _PRINTED:
         return f"{flag} must be one of {', '.join(_PRINTED)}. Got {value!r}."

@@ -45,7 +45,7 @@ def without_credentials(word: str) -> str:
     """
     key, equals, value = word.partition("=")
     names = key.lstrip("+~").split(".")
-    is_secret = OPTIONS in names or any(map(names_credentials, names))
+    is_secret = any(map(_is_secret, names))
     if not equals or not (is_secret or "://" in value or _may_have_some(value)):
         return word
     try:
@@ -60,8 +60,7 @@ def without_credentials(word: str) -> str:
 
 def holds_credentials(key: str, value: str) -> bool:
     """Return whether what is typed for an option may be, or name, credentials."""
-    names = key.lstrip("+~").split(".")
-    return OPTIONS in names or any(map(names_credentials, names)) or _may_have_some(value)
+    return any(map(_is_secret, key.lstrip("+~").split("."))) or _may_have_some(value)
 
 
 @contextmanager

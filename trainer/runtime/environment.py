@@ -171,8 +171,7 @@ def _whole_environments(folder: Path) -> list[Environment]:
     try:
         return environments(folder)
     except InputError as error:
-        fault = error.fault if isinstance(error, DamagedError) else error
-        log.warning("%s It is set aside, and written anew from here on.", fault)
+        log.warning("%s It is set aside, and written anew from here on.", error.fault)
         for name in (VERSIONS_NAME, SESSIONS_NAME):
             set_aside(folder / name)
         return []

@@ -79,13 +79,11 @@ def drop_repeated(folder: Path, *, step: int | None) -> None:
     That is what it logged behind this step, and after its training; None: that training is done.
     """
 
-    read_metrics(folder / METRICS_NAME)  # which says what is wrong with a record
-
     def stays(record: Mapping[str, Any]) -> bool:
         is_repeated = step is not None and record.get("step", 0) > step
         return not is_repeated and not any(key.startswith(_AFTER_TRAINING) for key in record)
 
-    keep_records(folder / METRICS_NAME, stays)
+    keep_records(folder / METRICS_NAME, stays, read=read_metrics)
 
 
 def wandb_is_offline(mode: WandbMode) -> bool:
