@@ -350,7 +350,7 @@ class ThreadRanks:
 
 def _run_on_ranks(size: int, function: Callable[[Ranks], T]) -> list[T]:
     """Call `function(ranks)` on `size` ranks at once; the answers by rank."""
-    barrier, board = threading.Barrier(size, timeout=60), [None] * size
+    barrier, board = threading.Barrier(size, timeout=300), [None] * size
 
     def run(rank: int) -> T:
         try:
@@ -360,7 +360,12 @@ def _run_on_ranks(size: int, function: Callable[[Ranks], T]) -> list[T]:
             raise
 
     with ThreadPoolExecutor(size) as executor:
-        return list(executor.map(run, range(size)))
+        runs = [executor.submit(run, rank) for rank in range(size)]
+    faults = [error for at in runs if (error := at.exception()) is not None]
+    for error in faults:  # the rank that failed first, not those that waited for it
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return [at.result() for at in runs]
 
 
 @pytest.fixture(scope="session")
