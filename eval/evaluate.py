@@ -423,7 +423,7 @@ class _Evaluator:
             if in_train and self.ranks.rank == 0:
                 text = "%s: %d of %d test images are in the train split, too: its value is too high"
                 log.warning(text, task.name, in_train, len(ids))
-        result = self._result(task, scores, unit_ids(data.samples, ids), start)
+        result = self._result(data.samples, scores, unit_ids(data.samples, ids), start)
         return result, ScoredTask(samples=data.samples, scores=scores)
 
     def _take(self, features: ImageFeatures, rows: np.ndarray, wanted: np.ndarray) -> Tensor:
@@ -431,8 +431,9 @@ class _Evaluator:
         return torch.from_numpy(chosen).to(self.device)
 
     def _result(
-        self, task: Task, scores: TaskScores, units: np.ndarray, start: float
+        self, samples: TaskSamples, scores: TaskScores, units: np.ndarray, start: float
     ) -> TaskResult:
+        task = samples.task
         metrics = {
             name: None if math.isnan(value) else float(value)
             for name, value in scores.metrics.items()
@@ -442,7 +443,6 @@ class _Evaluator:
                 f"The main metric of {task.name} must be one of {sorted(metrics)}. "
                 f"Got {task.main_metric!r}."
             )
-        kind = find_kind(task.kind)
         main = None if task.main_metric is None else metrics[task.main_metric]
         outcomes = None if main is None else scores.outcomes.get(str(task.main_metric))
         return TaskResult(
@@ -457,9 +457,14 @@ class _Evaluator:
             task=self.identities[task.name],
             tars=self.stamps[task.name],
             family=task.family,
-            chance=kind.chance if task.main_metric == kind.main_metric else None,
+            chances=find_kind(task.kind).chances(samples),
             outcomes=outcomes,
             units=units,
+            other_outcomes={
+                name: of_metric
+                for name, of_metric in scores.outcomes.items()
+                if outcomes is not None and metrics[name] is not None and name != task.main_metric
+            },
         )
 
 

@@ -11,7 +11,6 @@ from siftclip.eval.reports.report import (
     FAMILY_TITLES,
     by_family,
     interval_text,
-    main_member,
     number_text,
     p_text,
     results_by_key,
@@ -26,7 +25,7 @@ from siftclip.eval.reports.seed_texts import (
     seed_table,
     within_seeds,
 )
-from siftclip.eval.results.aggregates import averages, group_members, named_values
+from siftclip.eval.results.aggregates import averages, group_members, member_outcomes, named_values
 from siftclip.eval.results.files import MAIN_METRIC, TaskResult
 from siftclip.eval.significance.paired_tests import (
     PAIRED_RESAMPLES,
@@ -290,6 +289,8 @@ def compare_results(
             if any(member.partition(":")[0] in shared for member in members)
         },
         {difference.key: difference.test for difference in tasks if difference.test is not None},
+        resamples,
+        seed,
     )
     by_seed = compare_seeds(
         [a, *([b] if same_method else []), *seeds_a],
@@ -365,6 +366,8 @@ def _compare_averages(
     b: Mapping[str, TaskResult],
     groups: Mapping[str, Sequence[str]],
     tests: Mapping[str, PairedTest],
+    resamples: int,
+    seed: int,
 ) -> tuple[list[Difference], dict[str, tuple[str, ...]]]:
     """Compare averages over the tasks that can be compared, and return their members by key."""
     metrics_a, metrics_b = _shared_metrics(a, b), _shared_metrics(b, a)
@@ -384,11 +387,38 @@ def _compare_averages(
             value_b=of_b[average.name].value,
             comparable=average.value is not None,
             note=f"{len(average.present)} of {len(average.present) + len(average.missing)}",
-            test=compare_average(tests, [main_member(member, a) for member in average.present]),
+            test=_average_test(average.present, a, b, tests, resamples, seed),
         )
         for key, average in by_key.items()
     ]
     return differences, {key: item.present for key, item in by_key.items() if item.present}
+
+
+def _average_test(
+    members: Sequence[str],
+    a: Mapping[str, TaskResult],
+    b: Mapping[str, TaskResult],
+    of_tasks: Mapping[str, PairedTest],
+    resamples: int,
+    seed: int,
+) -> PairedTest | None:
+    """Test an average; None where it is not kept what a member is made of."""
+    tests: dict[str, PairedTest] = {}
+    for member in members:
+        key, _, metric = member.partition(":")
+        if metric in ("", a[key].main_metric_name) and key in of_tasks:
+            tests[member] = of_tasks[key]
+            continue
+        (of_a, units_a), (of_b, units_b) = (member_outcomes(member, of) for of in (a, b))
+        if of_a is None or of_b is None or units_a is None or units_b is None:
+            return None
+        try:
+            tests[member] = compare_task(
+                of_a, of_b, units_a, units_b, resamples=resamples, seed=seed
+            )
+        except InputError:  # the difference of the task says what
+            return None
+    return compare_average(tests, members)
 
 
 def _shared_metrics(

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from siftclip.errors import InputError, require_int
 from siftclip.eval.probes.probe_scores import IN_TRAIN
-from siftclip.eval.results.aggregates import Average, group_members, named_values, result_averages
+from siftclip.eval.results.aggregates import (
+    Average,
+    group_members,
+    member_outcomes,
+    named_values,
+    result_averages,
+)
 from siftclip.eval.results.files import MAIN_METRIC, TaskResult
 from siftclip.eval.significance.resampling import average_interval, replicates
 from siftclip.eval.tasks.kinds.values import OWN_FAMILY
@@ -24,6 +30,7 @@ from siftclip.tables import (
     NARROW,
     NOTHING,
     cut,
+    listed,
     table_width,
     text_table,
     wrapped,
@@ -64,6 +71,8 @@ class Summary:
     results: tuple[TaskResult, ...]
     averages: Mapping[str, Average]  # by group
     average_intervals: Mapping[str, Interval | None]  # 95 %, by group
+    average_chances: Mapping[str, float | None]  # what guessing scores, by group
+    average_notes: Mapping[str, str]  # why an average has no interval, by group
     missing: tuple[str, ...]  # tasks without a result that have not failed
     failures: tuple[TaskFailure, ...]
 
@@ -77,11 +86,18 @@ class Summary:
         lines = _task_lines(self.results, self.failures) if rows else ["no results"]
         if self.averages:
             of_averages = [
-                (name, average.text(), interval_text(self.average_intervals[name]))
+                (
+                    name,
+                    average.text(),
+                    interval_text(self.average_intervals[name]),
+                    number_text(self.average_chances[name]),
+                )
                 for name, average in self.averages.items()
             ]
-            lines += ["", *text_table(("average", "value", "95 % interval"), of_averages)]
+            header = ("average", "value", "95 % interval", "chance")
+            lines += ["", *text_table(header, of_averages, right=(3,))]
         notes = [(result.key, note) for result in self.results if (note := result_note(result))]
+        notes += [(name, note) for name, note in self.average_notes.items() if note]
         if self.missing or self.failures or notes:
             lines.append("")
         for key, note in notes:
@@ -139,6 +155,8 @@ class Summary:
                     "value": average.value,
                     "low": low,
                     "high": high,
+                    "chance": self.average_chances[group],
+                    "note": self.average_notes[group] or None,
                     "tasks_present": len(average.present),
                     "tasks_total": len(average.present) + len(average.missing),
                 }
@@ -158,9 +176,8 @@ def summarise(
     """Summarise results with averages and their intervals.
 
     An interval of an average stands for the test sets that could have been drawn, as those of the
-    tasks do; a partial average has that of the tasks which it is of. There is none where the
-    outcomes of a task are not kept, or where a member is `task:metric` with a metric that is not
-    the main one.
+    tasks do; a partial average has that of the tasks which it is of. There is none where it is not
+    kept what a member is made of; a note says so.
 
     Args:
         results: of one model, each task once.
@@ -178,10 +195,7 @@ def summarise(
     groups = group_members(groups)
     by_key = results_by_key(results)
     averages = result_averages(by_key.values(), groups)
-    members = {
-        name: [main_member(member, by_key) for member in average.present]
-        for name, average in averages.items()
-    }
+    members = {name: average.present for name, average in averages.items()}
     intervals = _average_intervals(members, by_key, resamples, seed) if resamples else {}
     wanted = [*missing, *(m.partition(":")[0] for group in groups.values() for m in group)]
     accounted = by_key.keys() | {failure.key for failure in failures}
@@ -189,6 +203,10 @@ def summarise(
         results=tuple(results),
         averages=averages,
         average_intervals={name: intervals.get(name) for name in averages},
+        average_chances={name: average_chance(of, by_key) for name, of in members.items()},
+        average_notes={
+            name: interval_note(of, by_key) if resamples else "" for name, of in members.items()
+        },
         missing=tuple(name for name in dict.fromkeys(wanted) if name not in accounted),
         failures=tuple(failures),
     )
@@ -216,12 +234,6 @@ def results_by_key(results: Iterable[TaskResult]) -> dict[str, TaskResult]:
     return by_key
 
 
-def main_member(member: str, by_key: Mapping[str, TaskResult]) -> str:
-    """Return a member of a group; `task` for `task:metric` where this is the main metric."""
-    key, _, metric = member.partition(":")
-    return key if key in by_key and metric == by_key[key].main_metric_name else member
-
-
 def result_note(result: TaskResult) -> str:
     """Say what is wrong with a result, if anything: why it has no value, or why it is too high."""
     if result.note:
@@ -232,19 +244,32 @@ def result_note(result: TaskResult) -> str:
     return ""
 
 
-def chance_level(result: TaskResult) -> float | None:
-    """Return what guessing scores on the main metric, where its kind or DataComp's list says so.
+def chance_level(result: TaskResult, metric: str = MAIN_METRIC) -> float | None:
+    """Return what guessing scores on a metric, where its kind or DataComp's list says so.
 
     In the list it depends on the frequency of the classes: a set of another size has another level.
     """
-    if result.chance is not None:
-        return result.chance
+    name = result.main_metric_name if metric == MAIN_METRIC else metric
+    if name is not None and name in result.chances:
+        return result.chances[name]
     known = KNOWN_TASKS.get(result.key)
-    if known is None or result.main_metric_name not in (known.main_metric, MAIN_METRIC):
+    if known is None or name not in (known.main_metric, MAIN_METRIC):
         return None
     if result.samples and result.samples != known.samples:  # files of DataComp's do not say
         return None
     return known.chance
+
+
+def average_chance(members: Sequence[str], by_key: Mapping[str, TaskResult]) -> float | None:
+    """Return what guessing scores on the average of members; None where one is not known."""
+    levels = []
+    for member in members:
+        key, _, metric = member.partition(":")
+        if key not in by_key:
+            return None
+        levels.append(chance_level(by_key[key], metric or MAIN_METRIC))
+    known = [level for level in levels if level is not None]
+    return sum(known) / len(known) if known and len(known) == len(levels) else None
 
 
 def by_family(families: Iterable[str]) -> list[str]:
@@ -316,15 +341,25 @@ def _average_intervals(
     resamples: int,
     seed: int,
 ) -> dict[str, Interval | None]:
-    """Compute intervals of averages over tasks of which all outcomes are kept, by group."""
-    kept = {key for key, result in by_key.items() if result.outcomes is not None}
-    possible = {name: group for name, group in members.items() if group and kept >= set(group)}
+    """Compute intervals of averages over members of which all outcomes are kept, by group."""
+    possible = {name: group for name, group in members.items() if not _unkept(group, by_key)}
     drawn = {}
-    for key in dict.fromkeys(key for group in possible.values() for key in group):
-        outcomes, units = by_key[key].outcomes, by_key[key].units
+    for member in dict.fromkeys(member for group in possible.values() for member in group):
+        outcomes, units = member_outcomes(member, by_key)
         if outcomes is not None and units is not None:
-            drawn[key] = replicates(outcomes, units, resamples=resamples, seed=seed)
+            drawn[member] = replicates(outcomes, units, resamples=resamples, seed=seed)
     return {name: average_interval(drawn, group) for name, group in possible.items()}
+
+
+def _unkept(members: Iterable[str], by_key: Mapping[str, TaskResult]) -> list[str]:
+    """List the members of which it is not kept what they are made of."""
+    return [member for member in members if member_outcomes(member, by_key)[0] is None]
+
+
+def interval_note(members: Sequence[str], by_key: Mapping[str, TaskResult]) -> str:
+    """Say why an average of members has no interval, if it has none."""
+    unkept = _unkept(members, by_key)
+    return f"no interval: what {listed(unkept)} is made of is not kept" if unkept else ""
 
 
 def _task_record(result: TaskResult) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+import numpy as np
+
 from siftclip.errors import ParameterError
-from siftclip.eval.results.files import TaskResult
+from siftclip.eval.metrics.outcomes import Outcomes
+from siftclip.eval.results.files import MAIN_METRIC, TaskResult
 from siftclip.eval.tasks.known_tasks import KNOWN_TASKS
 from siftclip.eval.tasks.task import require_names
 
@@ -190,3 +193,19 @@ def named_values(results: Mapping[str, Average]) -> dict[str, float | None]:
         result.name if result.complete else f"{result.name}{PARTIAL_SUFFIX}": result.value
         for result in results.values()
     }
+
+
+def member_outcomes(
+    member: str, by_key: Mapping[str, TaskResult]
+) -> tuple[Outcomes | None, np.ndarray | None]:
+    """Return what a member of a group is made of and its units, uint64 [n], where they are kept.
+
+    Args:
+        member: `task`, or `task:metric`.
+        by_key: results by task.
+    """
+    key, _, metric = member.partition(":")
+    if key not in by_key:
+        return None, None
+    outcomes = by_key[key].outcomes_of(metric or MAIN_METRIC)
+    return outcomes, None if outcomes is None else by_key[key].units

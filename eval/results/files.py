@@ -1,17 +1,18 @@
 """Results of tasks: what one holds, and the files they are kept in.
 
 `eval_results.jsonl` has DataComp's format, one line per task with `key`, `dataset` and `metrics`,
-plus fields of ours; a task that failed has a line with `error`. What the main metric is made of
-lies beside it: `eval_results_outcomes/<key>.npz`. All that is read back passes `result_checks`.
+plus fields of ours; a task that failed has a line with `error`. What its metrics are made of lies
+beside it: `eval_results_outcomes/<key>.npz`. All that is read back passes `result_checks`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,17 +57,25 @@ class TaskResult:
     task: str | None = None  # identities.task_identity of the task and how it was scored
     tars: str | None = None  # identities.tars_stamp of the files that it was read from
     family: str = OWN_FAMILY
-    chance: float | None = None  # what guessing scores on the main metric, where the kind says so
+    chances: Mapping[str, float] = field(default_factory=dict)  # see `TaskKind.chances`
     # What the main metric is made of, and which image or instance each unit is, uint64 [n]. None
     # where there is no main metric, and where the file is gone.
     outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
     units: np.ndarray | None = field(default=None, compare=False, repr=False)
+    # Of other metrics, by name, of the same units
+    other_outcomes: Mapping[str, Outcomes] = field(default_factory=dict, compare=False, repr=False)
     note: str = ""  # why there is no value, where the file that it was read from is wrong
 
     @property
     def main_metric(self) -> float | None:
         """The value of the main metric."""
         return self.metrics[MAIN_METRIC]
+
+    def outcomes_of(self, metric: str) -> Outcomes | None:
+        """Return what a metric is made of, where that is kept."""
+        if metric in (MAIN_METRIC, self.main_metric_name):
+            return self.outcomes
+        return self.other_outcomes.get(metric)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +91,17 @@ def append_result(path: Path, result: TaskResult) -> None:
     if result.outcomes is None or result.units is None:
         delete_file(outcomes_path(path, result.key))  # those of an earlier result
     else:
+        others = result.other_outcomes
         arrays = {f"{_ARRAY}{name}": array for name, array in result.outcomes.arrays.items()}
+        for number, outcomes in enumerate(others.values()):
+            arrays[f"{number}_statistic"] = np.asarray(outcomes.statistic)
+            for name, array in outcomes.arrays.items():
+                arrays[f"{number}_{_ARRAY}{name}"] = array
         write_npz(
             outcomes_path(path, result.key),
             statistic=np.asarray(result.outcomes.statistic),
             units=result.units,
+            others=np.asarray([*others], dtype=np.str_),
             **arrays,
         )
     append_jsonl(path, _to_record(result))  # last: the line says that the arrays are there
@@ -169,7 +184,6 @@ def outcomes_path(path: Path, key: str) -> Path:
 
 
 def _to_record(result: TaskResult) -> dict[str, Any]:
-    chance = {} if result.chance is None else {"chance": result.chance}
     return {
         "key": result.key,
         "dataset": result.dataset,
@@ -182,7 +196,7 @@ def _to_record(result: TaskResult) -> dict[str, Any]:
         "model": result.model,
         "task": result.task,
         "tars": result.tars,
-        **chance,
+        **({"chances": dict(result.chances)} if result.chances else {}),
     }
 
 
@@ -221,11 +235,10 @@ def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[
         main = metrics[MAIN_METRIC] = None
     elif name in metrics and not _same(main, metrics[name], _SAME):
         raise ValueError(f"main_metric is {main}, but {name} is {metrics[name]}")
-    outcomes, units = (None, None) if note else _read_outcomes(outcomes_path(path, key), main)
+    kept = _NO_OUTCOMES if note else _read_outcomes(outcomes_path(path, key), main, metrics)
     samples = require_count("samples", record.get("samples", 0))
-    if units is not None and samples != len(units):
-        raise ValueError(f"samples is {samples}, but its outcomes are of {len(units)}")
-    chance = record.get("chance")
+    if kept.units is not None and samples != len(kept.units):
+        raise ValueError(f"samples is {samples}, but its outcomes are of {len(kept.units)}")
     known = KNOWN_TASKS.get(key)  # files of DataComp's do not say
     result = TaskResult(
         key=key,
@@ -239,12 +252,21 @@ def _from_record(path: Path, record: dict[str, Any]) -> tuple[TaskResult, tuple[
         task=_optional_text("task", record),
         tars=_optional_text("tars", record),
         family=_optional_text("family", record) or (known.family if known else OWN_FAMILY),
-        chance=None if chance is None else require_share("chance", chance),
-        outcomes=outcomes,
-        units=units,
+        chances=_chances(record, name),
+        outcomes=kept.main,
+        units=kept.units,
+        other_outcomes=kept.others,
         note=note,
     )
     return result, undefined
+
+
+def _chances(record: dict[str, Any], main_name: str | None) -> dict[str, float]:
+    earlier = record.get("chance")  # an earlier version kept the main metric's alone
+    chances = record.get("chances", {} if earlier is None else {str(main_name): earlier})
+    if not isinstance(chances, dict):
+        raise ValueError("chances must be numbers by metric")
+    return {name: float(require_share(f"chances.{name}", at)) for name, at in chances.items()}
 
 
 def _same(value: float | None, other: float | None, tolerance: float) -> bool:
@@ -253,33 +275,61 @@ def _same(value: float | None, other: float | None, tolerance: float) -> bool:
     return abs(value - other) <= tolerance
 
 
+class _KeptOutcomes(NamedTuple):
+    main: Outcomes | None = None
+    units: np.ndarray | None = None
+    others: Mapping[str, Outcomes] = {}
+
+
+_NO_OUTCOMES = _KeptOutcomes()
+
+
 def _read_outcomes(
-    path: Path, main_metric: float | None
-) -> tuple[Outcomes | None, np.ndarray | None]:
+    path: Path, main_metric: float | None, metrics: Mapping[str, float | None]
+) -> _KeptOutcomes:
     if not path.exists() and not path.is_symlink():
-        return None, None
+        return _NO_OUTCOMES
     try:
         arrays = read_npz_all(path)
     except InputError as error:
         raise InputError(f"{error} Delete it: the task keeps its result.") from None
     if not {"statistic", "units"} <= arrays.keys():
         raise InputError(f"{path} must hold the arrays 'statistic' and 'units'. Delete it.")
-    values = {
-        name.removeprefix(_ARRAY): array
-        for name, array in arrays.items()
-        if name.startswith(_ARRAY)
-    }
     try:
-        outcomes = check_outcomes(str(arrays["statistic"]), values, arrays["units"])
+        main = _outcomes_in(arrays, "")
+        # an earlier version kept the main metric's alone
+        names = [str(name) for name in arrays.get("others", np.empty(0, np.str_)).ravel()]
+        others = {name: _outcomes_in(arrays, f"{at}_") for at, name in enumerate(names)}
+    except KeyError as error:
+        raise InputError(f"{path} must hold the array {error}. Delete it.") from None
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}. Delete it.") from None
+    _require_same(path, MAIN_METRIC, main, main_metric)
+    for name, outcomes in others.items():
+        _require_same(path, name, outcomes, metrics.get(name))
+    return _KeptOutcomes(main, arrays["units"], others)
+
+
+def _outcomes_in(arrays: Mapping[str, np.ndarray], prefix: str) -> Outcomes:
+    """Take the outcomes whose arrays have a prefix, and check them."""
+    beginning = f"{prefix}{_ARRAY}"
+    values = {
+        name.removeprefix(beginning): array
+        for name, array in arrays.items()
+        if name.startswith(beginning)
+    }
+    return check_outcomes(str(arrays[f"{prefix}statistic"]), values, arrays["units"])
+
+
+def _require_same(path: Path, name: str, outcomes: Outcomes, metric: float | None) -> None:
+    """Refuse outcomes that do not make the metric that the line of the result has."""
     # Ties make another average precision of equal scores, and it takes seconds
-    if outcomes.statistic != "average_precision":
-        value = point_value(outcomes)
-        if main_metric is None or not abs(value - main_metric) <= _SAME_OUTCOMES:
-            raise InputError(
-                f"{path} is not of the result that it lies beside: its main metric is {value}, not "
-                f"{main_metric}. Delete it and the line of that result in the file of the results, "
-                "and siftclip eval evaluates the task again."
-            )
-    return outcomes, arrays["units"]
+    if outcomes.statistic == "average_precision":
+        return
+    value = point_value(outcomes)
+    if metric is None or not abs(value - metric) <= _SAME_OUTCOMES:
+        raise InputError(
+            f"{path} is not of the result that it lies beside: its {name.replace('_', ' ')} is "
+            f"{value}, not {metric}. Delete it and the line of that result in the file of the "
+            "results, and siftclip eval evaluates the task again."
+        )

@@ -42,3 +42,4 @@ class GeneratorPurpose(IntEnum):
     SCORING = 6  # dropout while a super-batch is scored
     VALIDATION = 11  # the samples that a linear probe holds out of train
     SHOTS = 12  # the samples of few-shot probes
+    ARM_MEANS = 13  # the true means of arms of a comparison, to count how often each is best

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from siftclip.selectors.core.memory_source import MemorySource
 from siftclip.selectors.core.source import Chunk
+from siftclip.selectors.kernels import hardware
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
 RECORD = "SIFTCLIP_CONFORMANCE_RECORD"  # a file that gets one JSON line a case
@@ -104,3 +105,20 @@ def _reference_source(
 def reference_source() -> Callable[..., MemorySource]:
     """Makes the pool of a reference input: `(inputs, "l14", part_samples=None)`."""
     return _reference_source
+
+
+@pytest.fixture
+def int8_where_exact() -> Iterator[bool]:
+    """Take this CPU for one with int8 instructions, if its products are exact: they are slow."""
+    exact, has = hardware._int8_is_exact(), hardware._cpu_has
+    with pytest.MonkeyPatch.context() as patch:
+        if exact:
+            patch.setattr(hardware, "_cpu_has", lambda name: name == "vnni" or has(name))
+        yield exact
+
+
+@pytest.fixture
+def int8(int8_where_exact: bool) -> None:
+    """Skip a test where int8 products are not exact."""
+    if not int8_where_exact:
+        pytest.skip("int8 products of this CPU are not exact")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -308,3 +309,11 @@ class TinyTraining(LightningModule):
 @pytest.fixture
 def tiny_training() -> type[TinyTraining]:
     return TinyTraining
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Let SIGHUP come, which is ignored where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

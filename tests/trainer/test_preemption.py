@@ -109,6 +109,7 @@ def command(training: Any, folder: Path) -> Callable[[], None]:
 
 
 # ---- one process -------------------------------------------------------------------------------
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_group_ends_with_a_checkpoint(
     number: signal.Signals, fork: Any, tiny_training: Tiny, tmp_path: Path
@@ -332,7 +333,7 @@ def test_a_stop_ends_the_sweep(
     @application("train", DemoCommand)
     def main(settings: DemoCommand) -> None:
         started.append(settings.common.seed)
-        raise TrainingStopped(signal.SIGTERM, step=3, total_steps=9)
+        raise TrainingStopped(signal.SIGTERM, place="at step 3 of 9")
 
     GlobalHydra.instance().clear()
     sweep = ["--multirun", "seed=0,1,2", f"output_dir={tmp_path}"]
@@ -352,7 +353,7 @@ def test_a_stop_ends_the_comparison(
 
     def stopped(settings: TrainCommand, *, wait: bool) -> RunDir:
         started.append(settings.common.seed)
-        raise TrainingStopped(signal.SIGINT, step=3, total_steps=9)
+        raise TrainingStopped(signal.SIGINT, place="at step 3 of 9")
 
     monkeypatch.setattr(arms, "train_stage", stopped)
     overrides = [*base, "eval.root=tasks", "experiment=random_clip_score"]

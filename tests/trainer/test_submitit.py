@@ -39,7 +39,7 @@ def stage(settings):
     if seed == 1:
         raise InputError("pool.root is wrong.")
     if seed == 2 and not again:
-        raise TrainingStopped(signal.SIGUSR2, step=3, total_steps=9)
+        raise TrainingStopped(signal.SIGUSR2, place="at step 3 of 9")
 """
 
 

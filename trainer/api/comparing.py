@@ -41,6 +41,8 @@ def compare(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     name: str = "compare",
+    baseline: str | None = None,
+    aa: bool = False,
     truth: PathLike | None = None,
     columns: Sequence[str] = (),
     samples_seen: int | None = None,
@@ -61,6 +63,8 @@ def compare(
         pretrained: see `train`.
         seeds: one run for each arm and seed.
         name: of the folder of the report, in `output_dir`/compare.
+        baseline: the arm that the others are compared with; None: the first one.
+        aa: whether to train the baseline with as many other seeds, too.
         truth: parquet file with uid and kind: the report counts kinds among the selected.
         columns: of the printed table: averages or tasks; none: all.
         samples_seen: see `train`.
@@ -97,6 +101,8 @@ def compare(
             name=name,
             seeds=tuple(seeds),
             arms=dict.fromkeys(arms, ()),
+            baseline=baseline,
+            aa=aa,
             truth=None if truth is None else str(truth),
             columns=tuple(columns),
         ),

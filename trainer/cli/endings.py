@@ -82,7 +82,7 @@ def end_internal(command: str, error: BaseException, folder: Path | None) -> NoR
         folder: for the log, if it is there.
     """
     # Here, since its imports take a moment, which a command that ends well need not cost.
-    from siftclip.trainer.cli.fault_log import write_fault_log
+    from siftclip.trainer.runtime.fault_log import write_fault_log
 
     log = write_fault_log(error, folder)
     name = f"siftclip {command}".strip()

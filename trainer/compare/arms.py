@@ -1,7 +1,8 @@
 """The compare stage: every arm with every seed, trained and evaluated at one budget, then a report.
 
 An arm is a name with settings of its own. Runs are content-addressed, so that what is finished is
-reused, whoever made it, and an interrupted comparison continues where it was.
+reused, whoever made it, and an interrupted comparison continues where it was. A run that fails
+stops no other one.
 """
 
 from __future__ import annotations
@@ -9,25 +10,21 @@ from __future__ import annotations
 import html
 import logging
 import os
-import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from siftclip.errors import InputError
-from siftclip.locks import LOCK_NAME, HeldError, locked
-from siftclip.progress import show_progress
-from siftclip.trainer.builders.losses import check_loss_options
-from siftclip.trainer.builders.online_options import check_online
-from siftclip.trainer.runtime.hardware import check_hardware
+from siftclip.locks import LOCK_NAME, locked
+from siftclip.trainer.compare.plan import ComposeArm, Plan, chosen_runs, plan_comparison
+from siftclip.trainer.compare.run_notes import RunNotes
+from siftclip.trainer.compare.running import train_all
+from siftclip.trainer.compare.workers import shares_of, train_in_parallel, visible_gpus
 from siftclip.trainer.runtime.launch import require_launcher
-from siftclip.trainer.runtime.run_dir import RunDir, is_rank_zero
-from siftclip.trainer.settings.budget import Budget, Limit, budget_from, limit_from
+from siftclip.trainer.runtime.run_dir import is_rank_zero
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 from siftclip.trainer.stages.evaluation import tasks_from
-from siftclip.trainer.stages.train import train_stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,10 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FAILED_SHOWN = 3
-
-ComposeArm: TypeAlias = Callable[[str, int], TrainCommand]  # the settings of an arm and a seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -103,128 +97,92 @@ def arms_of_overrides(
     return composed
 
 
-def compare_stage(settings: CompareCommand, compose: ComposeArm) -> CompareOutcome:
+def compare_stage(
+    settings: CompareCommand, compose: ComposeArm, *, words: Sequence[str] = ()
+) -> CompareOutcome:
     """Run all arms with all seeds and write the report.
 
     Args:
         settings: of the command.
         compose: makes the settings of an arm with a seed.
+        words: of the command line that this is, for processes that each train a run; empty: there
+            is none, and no process can be started.
 
     Raises:
         InputError: an arm is not a valid configuration, the arms differ in budget, or there is
             nothing to evaluate on; all of this before the first run.
     """
-    require_launcher("compare", settings.trainer, os.environ)
+    compare = settings.compare
+    if compare.parallel > 1 and not words:
+        raise InputError("compare.parallel is for siftclip compare alone: its processes are that.")
+    if compare.parallel == 1:
+        require_launcher("compare", settings.trainer, os.environ)
     tasks_from(settings.eval)
-    plan = _plan(settings, compose)
-    runs = _train_all(plan, progress=settings.common.progress)
-    folder = settings.common.output_root / "compare" / settings.compare.name
+    plan = plan_comparison(settings, compose)
+    runs = chosen_runs(plan, only=compare.only, part=compare.part)
+    notes = RunNotes(folder=settings.common.output_root / "compare" / compare.name)
+    if is_rank_zero():
+        _set_aside_another(notes, plan)
+    if compare.parallel > 1:
+        shares = shares_of(
+            compare.parallel,
+            settings.trainer,
+            sorted(os.sched_getaffinity(0)),
+            visible_gpus(os.environ),
+        )
+        train_in_parallel(runs, notes, shares, words, progress=settings.common.progress)
+    else:
+        train_all(runs, notes, progress=settings.common.progress)
     if not is_rank_zero():
-        return CompareOutcome(folder=folder, table="")
+        return CompareOutcome(folder=notes.folder, table="")
+    found = {run.name: notes.read(run) for run in plan.runs}
+    done = sum(note is not None and note.state != "running" for note in found.values())
+    if compare.only or (compare.part is not None and done < len(plan.runs)):
+        own = [note for run in runs if (note := found[run.name]) is not None]
+        return CompareOutcome(
+            folder=notes.folder,
+            table=f"{done} of {len(plan.runs)} runs of the comparison are done.",
+            failed=tuple(note.failure() for note in own if note.state == "failed"),
+        )
+    return _report(settings, plan, notes)
+
+
+def _report(settings: CompareCommand, plan: Plan, notes: RunNotes) -> CompareOutcome:
+    """Read all runs back, and write the report."""
     # Here, since importing pandas and jinja2 takes a second.
     from siftclip.trainer.compare.collect import ArmRun, collect
     from siftclip.trainer.compare.report import mixed_notes, write_report
     from siftclip.trainer.compare.tables import format_main_table
 
-    arm_runs = [
-        ArmRun(arm=arm, seed=seed, run=run) for (arm, seed, _), run in zip(plan, runs, strict=True)
-    ]
-    comparison = collect(settings, arm_runs)
-    for note in mixed_notes(comparison):
-        log.warning(note)
-    with locked(folder / LOCK_NAME, owner=str(folder), wait=True):
-        write_report(comparison, folder)
+    runs = []
+    for run in plan.runs:
+        note = notes.read(run)
+        at = None if note is None else note.run_dir(notes.folder)
+        failure = note.reason if note is not None and note.state == "failed" else ""
+        runs.append(ArmRun(arm=run.arm, seed=run.seed, run=at, failure=failure))
+    comparison = collect(settings, runs)
+    for text in mixed_notes(comparison):
+        log.warning(text)
+    with locked(notes.folder / LOCK_NAME, owner=str(notes.folder), wait=True):
+        write_report(comparison, notes.folder)
     return CompareOutcome(
-        folder=folder,
+        folder=notes.folder,
         table=format_main_table(comparison),
         comparison=comparison,
         failed=tuple(missing.text() for missing in comparison.missing if missing.failed),
     )
 
 
-def _train_all(plan: Sequence[tuple[str, int, TrainCommand]], *, progress: bool) -> list[RunDir]:
-    """Train all runs, in the order of the plan.
-
-    What another command is training at the moment comes last: it may be finished by then, and if
-    not, there is nothing left to do but to wait for it.
-    """
-    runs: dict[int, RunDir] = {}
-    later: list[int] = []
-    with show_progress(total=len(plan), label="compare", unit="run", bar=progress) as bar:
-
-        def train(number: int, *, wait: bool) -> None:
-            arm, seed, arm_settings = plan[number]
-            bar.set_postfix_str(f"{arm}, seed {seed}")
-            if is_rank_zero():
-                log.info("compare: run %d of %d, %s, seed %d", number + 1, len(plan), arm, seed)
-            start = time.monotonic()
-            runs[number] = train_stage(arm_settings, wait=wait)
-            if is_rank_zero():
-                losses = [r["train/loss"] for r in runs[number].records() if r.get("train/loss")]
-                log.info(
-                    "compare: run %d of %d is done after %.0f s%s",
-                    number + 1,
-                    len(plan),
-                    time.monotonic() - start,
-                    f", loss {losses[-1]:.3f}" if losses else "",
+def _set_aside_another(notes: RunNotes, plan: Plan) -> None:
+    """Move the report of another comparison under this name, and say so."""
+    if notes.is_of_another(plan):
+        with locked(
+            notes.folder.with_name(f".{notes.folder.name}.lock"), owner=str(notes.folder), wait=True
+        ):
+            if notes.is_of_another(plan):
+                log.warning(
+                    "%s holds another comparison of this name, with other arms, seeds or options: "
+                    "it is now %s",
+                    notes.folder,
+                    notes.set_aside(),
                 )
-            bar.update()
-
-        for number, (arm, seed, _) in enumerate(plan):
-            try:
-                train(number, wait=False)
-            except HeldError as error:
-                later.append(number)
-                if is_rank_zero():
-                    log.warning("%s, seed %d, comes after the others. %s", arm, seed, error)
-        for number in later:
-            train(number, wait=True)
-    return [runs[number] for number in range(len(plan))]
-
-
-def _plan(settings: CompareCommand, compose: ComposeArm) -> list[tuple[str, int, TrainCommand]]:
-    """List the settings of all runs, seed by seed, so that what is done first is comparable."""
-    arms, seeds = settings.compare.arms, settings.compare.seeds
-    if not arms or not seeds:
-        raise InputError(
-            "compare.arms and compare.seeds must not be empty. "
-            f"Got arms={list(arms)} and seeds={list(seeds)}."
-        )
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"compare.seeds must be distinct. Got {list(seeds)}.")
-    plan = []
-    budget = _budget(settings)
-    for seed in seeds:
-        for arm in arms:
-            if not ARM_NAME.fullmatch(arm):
-                raise InputError(f"compare.arms: {arm!r} must consist of letters, digits, _ . -")
-            arm_settings = _composed(compose, arm, seed)
-            if _budget(arm_settings) != budget:
-                raise InputError(
-                    f"compare.arms.{arm} has the budget {_budget(arm_settings)[0]}, the others "
-                    f"have {budget[0]}. All arms must have the same, in the same unit and with one "
-                    "batch size."
-                )
-            check_hardware(arm_settings.trainer)
-            check_loss_options(arm_settings.loss)
-            check_online(
-                arm_settings.online,
-                arm_settings.selector,
-                arm_settings.loss,
-                arm_settings.trainer.strategy,
-            )
-            plan.append((arm, seed, arm_settings))
-    return plan
-
-
-def _budget(settings: TrainCommand) -> tuple[Limit | Budget, int]:
-    """Return how long a run is, and its batch."""
-    limit = limit_from(settings.budget) or budget_from(settings.scale)
-    return limit, settings.scale.global_batch_size
-
-
-def _composed(compose: ComposeArm, arm: str, seed: int) -> TrainCommand:
-    try:
-        return compose(arm, seed)
-    except InputError as error:
-        raise InputError(f"compare.arms.{arm}: {error}") from error

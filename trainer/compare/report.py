@@ -9,21 +9,23 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from siftclip.eval.reports.seed_comparison import SIGNIFICANCE, least_p_value
+from siftclip.eval.significance.arm_tests import chance_of_best
 from siftclip.files import write_text
 from siftclip.redaction import shown
+from siftclip.trainer.compare.answer import aa_sentence, answer, column_title, model_note
 from siftclip.trainer.compare.collect import ArmComparison
+from siftclip.trainer.compare.run_notes import RESULTS_NAME
 from siftclip.trainer.compare.tables import (
     MISSING_NOTE,
     as_markdown,
     cost_rows,
+    difference_rows,
     main_rows,
     missing_lines,
     number,
     percent,
     selection_rows,
     spread,
-    title,
 )
 from siftclip.trainer.runtime.environment import CODE, MACHINE, mixed
 from siftclip.writing import atomic_path
@@ -34,27 +36,13 @@ COST_NOTE = (
     "of training contain those of waiting for data, scoring and selecting; those of the "
     "selection before training come on top, without the embedding of the pool."
 )
+DIFFERENCE_NOTE = (
+    "Least resolved: the smallest difference that would have been. Chance to be best: how often "
+    "the arm is the highest of all if true means are drawn as these data allow, each as likely "
+    "before. Seeds needed: of each arm, for a true difference of this size to be resolved with a "
+    "chance of 80 %. * marks what is resolved."
+)
 TEMPLATE_NAME = "report.html.j2"
-
-
-def resolution_note(comparison: ArmComparison) -> str:
-    """Say what the numbers of the tables are, and which differences they can show."""
-    count = len(comparison.seeds)
-    if count == 1:
-        return (
-            "Values are percent, from one seed: no estimate of the variance. This compares models, "
-            "not methods: another seed of the same method moves the values too."
-        )
-    least = least_p_value(count, count)
-    note = (
-        f"Values are percent, mean ± standard deviation over {count} seeds. Differences below "
-        "about two standard deviations may be noise: another seed of the same method moves the "
-        f"values as much. An exact test of two arms, with {count} seeds of each, has no p value "
-        f"below {least:.2g}"
-    )
-    return (
-        f"{note}, so no difference is significant at 5 %." if least > SIGNIFICANCE else f"{note}."
-    )
 
 
 def run_rows(comparison: ArmComparison) -> list[list[str]]:
@@ -76,11 +64,58 @@ def run_rows(comparison: ArmComparison) -> list[list[str]]:
 
 
 def write_report(comparison: ArmComparison, folder: Path) -> None:
-    """Write the three files into `folder`, each atomically."""
-    with atomic_path(folder / "results.csv") as temporary:
+    """Write the report and its numbers into `folder`, each file atomically."""
+    with atomic_path(folder / RESULTS_NAME) as temporary:
         comparison.results.to_csv(temporary, index=False)
+    with atomic_path(folder / "differences.csv") as temporary:
+        difference_frame(comparison).to_csv(temporary, index=False)
     write_text(folder / "report.md", shown(markdown(comparison)))
     write_text(folder / "report.html", shown(html(comparison)))
+
+
+def difference_frame(comparison: ArmComparison) -> pd.DataFrame:
+    """Return all statistics, one row per column and arm; shares, not percent.
+
+    `variance` is that of the difference, seed_variance (1 / seeds + 1 / seeds of the baseline) +
+    image_variance; the interval is the difference ± `least`. p_holm is that of tasks.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, tested in comparison.tests.items():
+        tests = tested.tests
+        chances = None if tests is None else chance_of_best(tests.model)
+        for at, arm in enumerate(tested.arms if tests is not None else ()):
+            if tests is None:
+                continue
+            model, difference = tests.model, tests.of(at)
+            row: dict[str, Any] = {
+                "column": name,
+                "arm": arm,
+                "baseline": tested.baseline,
+                "seeds": int(model.seeds[at]),
+                "mean": float(model.means[at]),
+                "chance_of_best": None if chances is None else float(chances[at]),
+            }
+            rows.append(row)
+            if difference is None:
+                continue
+            variance, freedom = model.variance(at, tests.baseline)
+            shares = 1 / model.seeds[at] + 1 / model.seeds[tests.baseline]
+            low, high = difference.interval or (None, None)
+            row |= {
+                "difference": difference.value,
+                "low": low,
+                "high": high,
+                "p_value": difference.p_value,
+                "p_single": difference.p_single,
+                "p_holm": tested.p_holm.get(arm),
+                "resolved": tested.resolved(arm),
+                "least": difference.least,
+                "least_with_power": difference.least_with_power,
+                "seed_variance": model.seed_variance,
+                "image_variance": variance - model.seed_variance * shares,
+                "freedom": freedom,
+            }
+    return pd.DataFrame(rows)
 
 
 def _tasks(comparison: ArmComparison) -> list[str]:
@@ -91,8 +126,9 @@ def budget_sentence(comparison: ArmComparison) -> str:
     """Say what all arms had in common."""
     runs = comparison.runs
     trained = int(runs["trained_samples"].iloc[0])
-    seeds = ", ".join(str(seed) for seed in comparison.seeds)
-    word = "seed" if len(comparison.seeds) == 1 else "seeds"
+    of_arms = dict.fromkeys(comparison.seeds.values())
+    seeds = " or ".join(", ".join(map(str, of_arm)) for of_arm in of_arms)
+    word = "seed" if seeds.isdecimal() else "seeds"
     batch = comparison.settings["scale"]["global_batch_size"]
     limits = {k: v for k, v in comparison.settings["budget"].items() if v is not None}
     if limits:
@@ -101,17 +137,22 @@ def budget_sentence(comparison: ArmComparison) -> str:
     else:
         steps = int(runs["steps"].iloc[0])
         budget = f"trained on {trained:,} samples in {steps:,} steps of batch {batch}"
-    return f"{len(comparison.arms)} selectors, {word} {seeds}; every run {budget}."
+    return f"{len(comparison.arms)} arms, {word} {seeds}; every run {budget}."
 
 
 def markdown(comparison: ArmComparison) -> str:
     """Format the report as Markdown."""
     header, *runs = run_rows(comparison)
+    first = comparison.columns[0]
     parts = [
         f"# {comparison.name}",
+        f"**{answer(comparison, first)}**",
+        *filter(None, [aa_sentence(comparison, first)]),
         budget_sentence(comparison),
         as_markdown(main_rows(comparison, comparison.columns)),
-        resolution_note(comparison),
+        *filter(None, [model_note(comparison, first)]),
+        *(as_markdown(difference_rows(comparison, column)) for column in comparison.columns),
+        DIFFERENCE_NOTE,
         *mixed_notes(comparison),
         *_missing_part(comparison),
         "## All tasks",
@@ -148,7 +189,11 @@ def html(comparison: ArmComparison) -> str:
     return environment.get_template(TEMPLATE_NAME).render(
         name=comparison.name,
         budget=budget_sentence(comparison),
-        note=resolution_note(comparison),
+        answer=answer(comparison, comparison.columns[0]),
+        aa=aa_sentence(comparison, comparison.columns[0]),
+        note=model_note(comparison, comparison.columns[0]),
+        differences=[difference_rows(comparison, column) for column in comparison.columns],
+        difference_note=DIFFERENCE_NOTE,
         main=main_rows(comparison, comparison.columns),
         tasks=main_rows(comparison, _tasks(comparison)),
         cost=cost_rows(comparison),
@@ -223,7 +268,7 @@ def plot(comparison: ArmComparison, task: str) -> dict[str, Any]:
                 "end": min(1.0, (mean + whisker - low) / (high - low)),
             }
         )
-    return {"title": title(task), "low": f"{low:g}", "high": f"{high:g}", "arms": arms}
+    return {"title": column_title(task), "low": f"{low:g}", "high": f"{high:g}", "arms": arms}
 
 
 def _axis(values: pd.Series[float]) -> tuple[float, float]:

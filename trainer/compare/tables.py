@@ -1,4 +1,4 @@
-"""The tables of a comparison: mean and standard deviation over seeds, as text."""
+"""The tables of a comparison as text: means over seeds, and differences to the baseline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from siftclip.eval.reports.report import p_text
+from siftclip.eval.significance.arm_tests import chance_of_best
 from siftclip.redaction import printable
-from siftclip.tables import ruled_table
+from siftclip.tables import ruled_table, wrapped
+from siftclip.trainer.compare.answer import (
+    aa_sentence,
+    answer,
+    column_title,
+    interval_points,
+    more_seeds,
+    points,
+)
 from siftclip.trainer.compare.collect import ArmComparison
 
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
@@ -24,12 +34,15 @@ def spread(comparison: ArmComparison, tasks: Sequence[str]) -> pd.DataFrame:
     """
     frame = comparison.results
     main = frame[frame["metric"] == "main_metric"]
-    places = pd.MultiIndex.from_product([comparison.arms, comparison.seeds])
+    places = pd.MultiIndex.from_tuples(
+        [(arm, seed) for arm in comparison.arms for seed in comparison.seeds[arm]]
+    )
+    wanted = pd.Series({arm: len(comparison.seeds[arm]) for arm in comparison.arms})
     columns = {}
     for task in tasks:
         rows = main[main["task"] == task].set_index(["arm", "seed"])
         groups = rows["value"].astype(float).reindex(places).groupby(level=0)
-        complete = groups.count() == len(comparison.seeds)
+        complete = groups.count().eq(wanted)
         columns[task, "mean"] = groups.mean().where(complete)
         columns[task, "sd"] = groups.std(ddof=1).where(complete)
     return pd.DataFrame(columns).loc[list(comparison.arms)]
@@ -41,7 +54,7 @@ def run_means(comparison: ArmComparison, arm: str, name: str) -> float:
     if name not in runs:
         return float("nan")
     values = runs[runs["arm"] == arm][name].dropna()
-    return float(values.mean()) if len(values) == len(comparison.seeds) else float("nan")
+    return float(values.mean()) if len(values) == len(comparison.seeds[arm]) else float("nan")
 
 
 def number(value: float, form: str) -> str:
@@ -51,7 +64,7 @@ def number(value: float, form: str) -> str:
 
 def seed_count(comparison: ArmComparison, arm: str) -> str:
     """Count the seeds of an arm: `3`, or `2 of 3`."""
-    count, wanted = int((comparison.runs["arm"] == arm).sum()), len(comparison.seeds)
+    count, wanted = int((comparison.runs["arm"] == arm).sum()), len(comparison.seeds[arm])
     return str(count) if count == wanted else f"{count} of {wanted}"
 
 
@@ -63,16 +76,11 @@ def percent(mean: float, deviation: float) -> str:
     return text if pd.isna(deviation) else f"{text} ± {100 * deviation:.1f}"
 
 
-def title(task: str) -> str:
-    """Return what a table calls a task or an average."""
-    return task.removeprefix("average/")
-
-
 def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]]:
     """Return header and one row per arm: seeds, kept, passes, tasks in percent, training time."""
     table = spread(comparison, tasks)
     cells = [(table[task, "mean"], table[task, "sd"]) for task in tasks]
-    rows = [["selector", "seeds", "kept", "passes", *(title(task) for task in tasks), "train s"]]
+    rows = [["arm", "seeds", "kept", "passes", *(column_title(task) for task in tasks), "train s"]]
     for arm in comparison.arms:
         rows.append(
             [
@@ -90,6 +98,43 @@ def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]
     return rows
 
 
+def difference_rows(comparison: ArmComparison, column: str) -> list[list[str]]:
+    """Return header and one row per arm: its mean and its difference to the baseline, in percent.
+
+    Args:
+        comparison: of all arms.
+        column: a task, or `average/NAME`.
+    """
+    tested = comparison.tests[column]
+    rows = [
+        [
+            *("arm", column_title(column), "difference", "95 % interval", "p", "least resolved"),
+            *("chance to be best", "seeds needed"),
+        ]
+    ]
+    chances = None if tested.tests is None else chance_of_best(tested.tests.model)
+    for arm in comparison.arms:
+        row = [arm] + ["-"] * (len(rows[0]) - 1)
+        rows.append(row)
+        if tested.tests is None or arm not in tested.arms:
+            continue
+        at, tests = tested.arms.index(arm), tested.tests
+        row[1] = points(float(tests.model.means[at]))
+        if chances is not None:
+            row[6] = f"{100 * float(chances[at]):.0f} %"
+        difference = tests.of(at)
+        if difference is None:
+            row[2] = "baseline"
+            continue
+        row[2] = points(difference.value, "+") + ("*" if tested.resolved(arm) else "")
+        if difference.interval is not None:
+            row[3] = interval_points(difference.interval)
+            row[4] = p_text(difference.p_value)
+            row[5] = points(difference.least or 0.0)
+            row[7] = more_seeds(tested, arm)
+    return rows
+
+
 def cost_rows(comparison: ArmComparison) -> list[list[str]]:
     """Return header and one row per arm, means over seeds: samples, FLOPs, the time breakdown.
 
@@ -98,7 +143,7 @@ def cost_rows(comparison: ArmComparison) -> list[list[str]]:
     """
     rows = [
         [
-            *("selector", "seeds", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
+            *("arm", "seeds", "in the loop", "steps", "drawn", "loaded", "scored", "trained"),
             *("training TFLOP", "scoring TFLOP"),
             *("selection before training s", "train s", "waiting s", "scoring s"),
             "selection during training s",
@@ -140,7 +185,7 @@ def _online(name: str) -> str:
 
 def selection_rows(comparison: ArmComparison) -> list[list[str]]:
     """Return header and one row per arm: Jaccard overlap with the others, kinds if known."""
-    rows = [["selector", *(f"overlap with {arm}" for arm in comparison.arms)]]
+    rows = [["arm", *(f"overlap with {arm}" for arm in comparison.arms)]]
     for arm in comparison.arms:
         rows.append(
             [arm, *(number(share, ".2f") for share in np.asarray(comparison.overlap.loc[arm]))]
@@ -167,7 +212,12 @@ def missing_lines(comparison: ArmComparison) -> list[str]:
 
 def format_main_table(comparison: ArmComparison) -> str:
     """Format what the command prints: results, costs of online selection, missing values."""
-    parts = [ruled_table(main_rows(comparison, comparison.columns))]
+    first = comparison.columns[0]
+    sentences = [answer(comparison, first), aa_sentence(comparison, first)]
+    parts = ["\n".join(line for text in sentences if text for line in wrapped(text))]
+    parts.append(ruled_table(main_rows(comparison, comparison.columns)))
+    if len(comparison.arms) > 1:
+        parts.append(ruled_table(difference_rows(comparison, first)))
     if (comparison.runs["online"] != "once").any():
         parts.append(ruled_table(cost_rows(comparison)))
     if comparison.missing:

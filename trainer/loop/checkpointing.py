@@ -160,7 +160,7 @@ class StopOnSignal(Callback):
             TrainingStopped: a signal has ended it.
         """
         if self.stopped_by is not None:
-            raise TrainingStopped(self.stopped_by, step=step, total_steps=total_steps)
+            raise TrainingStopped(self.stopped_by, place=f"at step {step} of {total_steps}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: Lightning puts its own handlers in place just before.

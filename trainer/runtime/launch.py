@@ -50,12 +50,16 @@ class TrainingStopped(Exception):
     `exit_status` is what a shell reports for a process that the signal ended.
     """
 
-    def __init__(self, by: signal.Signals, *, step: int, total_steps: int) -> None:
-        super().__init__(
-            f"stopped by {by.name} at step {step} of {total_steps}; the same command continues."
-        )
+    def __init__(self, by: signal.Signals, *, place: str) -> None:
+        """Say what was stopped.
+
+        Args:
+            by: what asked for it.
+            place: where training was, such as "at step 3 of 10".
+        """
+        super().__init__(f"stopped by {by.name} {place}; the same command continues.")
         self.signal = by
-        self.step = step
+        self.place = place
         self.exit_status = 128 + by
 
 

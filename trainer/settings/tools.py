@@ -42,6 +42,21 @@ class CompareSettings(Section):
     ] = field(default_factory=dict)
     """NAME: a list of overrides, which come after those of the command line."""
 
+    baseline: Name | None = None
+    """Arm that the others are compared with; null: the first one."""
+
+    aa: bool = False
+    """Train the baseline with as many other seeds, too, from which it does not truly differ."""
+
+    parallel: Annotated[int, Ge(1), AtMost(1024)] = 1
+    """Runs that are trained at once, each in a process of its own with its share of the devices."""
+
+    only: tuple[str, ...] = ()
+    """Train these alone, as ARM or ARM/SEED, and write no report; empty: all."""
+
+    part: str | None = None
+    """i/n: train every n-th run from the i-th on, for jobs that share a folder; null: all."""
+
     truth: str | None = None
     """Parquet file with uid and kind: the report counts kinds among the selected."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,7 @@ from siftclip.trainer.settings.lightning import TrainerSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
 from siftclip.trainer.stages.evaluation import eval_share, eval_stage, log_records, tasks_from
 
-# What imports Lightning or builds models is imported where it is needed: that takes seconds, in
-# which the options have been checked and the selection made.
+# What imports Lightning or builds models is imported where options are checked: it takes seconds.
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger
@@ -89,7 +89,6 @@ if TYPE_CHECKING:
     from siftclip.trainer.online.cost_profile import Forecast
 
 log = logging.getLogger(__name__)
-
 
 _DATA = ("shuffle_window_shards", "resize", "max_image_pixels")  # options that move weights
 
@@ -214,7 +213,11 @@ def _run_names(settings: TrainCommand, selected: PoolSelection) -> list[str]:
 
 
 def train_stage(
-    settings: TrainCommand, *, wait: bool = False, selected: PoolSelection | None = None
+    settings: TrainCommand,
+    *,
+    wait: bool = False,
+    selected: PoolSelection | None = None,
+    found: Callable[[RunDir], None] | None = None,
 ) -> RunDir:
     """Train one model on one selection, and evaluate it if `eval.root` is set.
 
@@ -225,6 +228,7 @@ def train_stage(
         settings: of the command.
         wait: for another process that trains this very run, instead of raising.
         selected: what `settings` select, where that is known already.
+        found: called with the run's directory before it is worked on.
 
     Raises:
         HeldError: another process trains this run.
@@ -237,6 +241,8 @@ def train_stage(
     loss_data = _loss_data(settings, selected)
     identity = run_identity(settings, selected, loss_data)
     run, ranks = run_dir_for(settings, selected, identity), selected.source.ranks
+    if found is not None:
+        found(run)
     reuse = settings.common.reuse
     if not of_first_rank(ranks, reuse and run.is_finished):
         with _alone(run, ranks, wait=wait):

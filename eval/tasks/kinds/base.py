@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -48,7 +48,7 @@ class TaskKind(ABC):
         images: what images a sample has: "one" (`key.png`, or another suffix of images),
             "numbered" (`key.0.png`, `key.1.png`, ...) or "one_or_numbered".
         chance: what guessing scores on the main metric, in [0, 1], where that is the same for all
-            tasks of the kind; the table of results shows it.
+            tasks of the kind, see `chances`; the table of results shows it.
         has_classes: whether the task folder has class names and templates for prompts.
         one_class: whether a label is the number of a class, int64 [n], so that linear probes and
             few-shot can be fitted. They give the metrics of classification, and the main metric
@@ -106,6 +106,13 @@ class TaskKind(ABC):
         Raises:
             InputError: labels or features are wrong.
         """
+
+    def chances(self, samples: TaskSamples) -> Mapping[str, float]:
+        """Return what guessing scores on these samples, by metric, where that is known.
+
+        Unless overridden: `chance` for the main metric.
+        """
+        return {} if self.chance is None else {self.main_metric: self.chance}
 
     def check_samples(self, samples: TaskSamples) -> None:  # noqa: B027 - most have nothing
         """Check what no sample shows by itself, once all are read; may warn.

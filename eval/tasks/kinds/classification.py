@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from siftclip.errors import InputError
+from siftclip.eval.metrics.chance import class_chances
 from siftclip.eval.metrics.class_metrics import (
     ClassPredictions,
     classification_metrics,
@@ -87,6 +89,11 @@ class Classification(TaskKind):
             more = special(predictions, labels, samples.require_metadata())
             metrics, outcomes = {**metrics, **more[0]}, {**outcomes, **more[1]}
         return TaskScores(metrics=metrics, outcomes=outcomes, predictions=predictions)
+
+    def chances(self, samples: TaskSamples) -> Mapping[str, float]:
+        if samples.labels is None:  # of faces
+            return {}
+        return class_chances(samples.labels, len(samples.task.classnames))
 
     def columns(self, samples: TaskSamples, scores: TaskScores) -> Columns | None:
         if samples.labels is None:  # of faces

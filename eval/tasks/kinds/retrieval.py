@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
+from siftclip.eval.metrics.chance import retrieval_chances
 from siftclip.eval.metrics.retrieval_metrics import retrieval_metrics
 from siftclip.eval.tasks.kinds.base import TaskKind, TextFeatures
 from siftclip.eval.tasks.kinds.parts import caption_lists, read_captions
@@ -38,6 +40,9 @@ class Retrieval(TaskKind):
             images, features, rows.cpu().numpy(), np.repeat(np.arange(len(counts)), counts)
         )
         return TaskScores(metrics=metrics, outcomes=outcomes)
+
+    def chances(self, samples: TaskSamples) -> Mapping[str, float]:
+        return retrieval_chances(np.asarray([len(captions) for captions in samples.captions]))
 
     def columns(self, samples: TaskSamples, scores: TaskScores) -> Columns:
         columns: Columns = {"captions": caption_lists(samples)}

@@ -43,7 +43,11 @@ def test_folder_without_tars(tmp_path: Path, load_pool: Load) -> None:
     ("root", "options", "message"),
     [
         ("/data", {"anon": True}, r"options is for pools behind a URL"),
-        ("nope://a/b", {}, r"root cannot be read by fsspec: Protocol not known: nope. Got 'nope://a/b'"),
+        (
+            "nope://a/b",
+            {},
+            r"root cannot be read by fsspec: Protocol not known: nope. Got 'nope://a/b'",
+        ),
         ("memory://nothing", {}, r"root must hold webdataset tars .* Got 'memory://nothing'"),
     ],
 )

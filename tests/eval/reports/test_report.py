@@ -86,10 +86,10 @@ Other
 Custom tasks
   birds                     3  acc1            0.6667  [0.1000, 0.8000]       -
 
-average       value                           95 % interval
-  imagenet1k  0.5000                          FIRST
-  mine        0.7222 (partial: 3 of 5 tasks)  INTERVAL
-  none        - (partial: 0 of 1 tasks)       -
+average       value                           95 % interval     chance
+  imagenet1k  0.5000                          FIRST       -
+  mine        0.7222 (partial: 3 of 5 tasks)  INTERVAL       -
+  none        - (partial: 0 of 1 tasks)       -                      -
 
 missing: gtsrb, mnist
 failed: wilds/fmow: 0.tar ends in the middle of a file.\x1b[2J
@@ -176,7 +176,9 @@ def test_chance_is_of_the_main_metric_of_the_task_list() -> None:
 
 
 def test_chance_is_what_the_kind_says() -> None:
-    results = [replace(make_result(key, [1, 0]), chance=0.25) for key in ("counts", "vtab/pets")]
+    results = [
+        replace(make_result(key, [1, 0]), chances={"acc1": 0.25}) for key in ("counts", "vtab/pets")
+    ]
     assert [row["chance"] for row in summarise(results, {}).records()[:2]] == [0.25, 0.25]
 
 

@@ -48,7 +48,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_results(path) == []
     cells = {"value": np.full(4, 0.25, dtype=np.float32), "cell": np.arange(4, dtype=np.int32)}
     written = [
-        result("mnist", chance=0.1),
+        result("mnist", chances={"acc1": 0.1}),
         result("cells", outcomes=Outcomes(statistic="worst_cell", arrays=cells)),
         result("none", None, outcomes=None, units=None, interval=None, main_metric_name=None),
     ]

@@ -31,11 +31,10 @@ from siftclip.selectors.fitting.covariance import (
     rows_of,
     second_moment,
 )
-from siftclip.selectors.kernels.hardware import int8_is_fast
 
 IMAGE = Requirements(features=("a_img",))
 
-needs_int8 = pytest.mark.skipif(not int8_is_fast(), reason="this CPU has no int8 products")
+needs_int8 = pytest.mark.usefixtures("int8")
 
 
 def unit(samples: int, dim: int, seed: int = 0) -> torch.Tensor:

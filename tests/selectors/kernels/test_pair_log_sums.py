@@ -15,7 +15,8 @@ from siftclip.selectors.kernels import pair_log_sums as module
 from siftclip.selectors.kernels.hardware import int8_is_fast
 from siftclip.selectors.kernels.pair_log_sums import pair_log_sums, screened_log_sums
 
-needs_int8 = pytest.mark.skipif(not int8_is_fast(), reason="this CPU has no int8 products")
+needs_int8 = pytest.mark.usefixtures("int8")
+pytestmark = pytest.mark.usefixtures("int8_where_exact")
 
 
 def slow_log_sums(query: Tensor, keys: Tensor, temperature: float) -> np.ndarray:

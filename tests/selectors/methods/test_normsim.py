@@ -27,7 +27,8 @@ from siftclip.selectors.kernels.largest_product import (
 from siftclip.selectors.methods.normsim import NormSim, normsim, normsim_2
 
 FILE = FeatureFile(path="t.npz")
-needs_int8 = pytest.mark.skipif(not int8_is_fast(), reason="this CPU has no int8 products")
+needs_int8 = pytest.mark.usefixtures("int8")
+pytestmark = pytest.mark.usefixtures("int8_where_exact")
 
 
 @pytest.mark.parametrize("p", [1, 2, 3.5, "inf"])

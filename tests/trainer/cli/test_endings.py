@@ -18,7 +18,7 @@ from siftclip import interrupts
 from siftclip.trainer.cli import main as main_module
 from siftclip.trainer.cli.application import _end_unforeseen, application
 from siftclip.trainer.cli.endings import FULL_ERROR, describe, end_internal, option_of
-from siftclip.trainer.cli.fault_log import write_fault_log
+from siftclip.trainer.runtime.fault_log import write_fault_log
 from siftclip.trainer.settings.commands import PoolSections
 from siftclip.writing import WriteError
 

@@ -12,8 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from siftclip.eval.significance.arm_model import ArmValues, fit_arms
+from siftclip.eval.significance.arm_tests import compare_with_baseline
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.report import html, plot
+from siftclip.trainer.compare.significance import ColumnTests
 from siftclip.trainer.compare.tables import cost_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -63,7 +66,20 @@ def comparison() -> ArmComparison:
     return ArmComparison(
         name="a comparison",
         arms=tuple(values),
-        seeds=(0, 1),
+        seeds=dict.fromkeys(values, (0, 1)),
+        baseline="random",
+        again=None,
+        tests={
+            task: ColumnTests(
+                column=task,
+                arms=tuple(values),
+                tests=compare_with_baseline(
+                    fit_arms([ArmValues(values=np.asarray(own)) for own in values.values()]), 0
+                ),
+                p_holm={},
+            )
+            for task in ("average/on6", "digit")
+        },
         columns=("average/on6", "digit"),
         results=pd.DataFrame(records),
         runs=pd.DataFrame(runs),

@@ -189,6 +189,7 @@ def test_idle_gpus_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "16 GPUs a node, but srun started 8" in record.getMessage()
 
 
+@pytest.mark.usefixtures("hangups")
 def test_signals() -> None:
     assert stop_signals({}) == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from hydra.core.hydra_config import HydraConfig
 
 from siftclip.trainer.cli.application import application, opened
@@ -21,11 +23,13 @@ def main(settings: CompareCommand) -> None:
         list(HydraConfig.get().overrides.task),
         lambda overrides: composed(TrainCommand, "compare", [*map(opened, overrides)]),
     )
-    outcome = compare_stage(settings, arms)
+    outcome = compare_stage(settings, arms, words=sys.argv[1:])
     if not is_rank_zero():
         return
     print(outcome.table)
-    print(f"\nreport     {outcome.folder / 'report.md'}")
-    print(f"           {outcome.folder / 'report.html'}")
-    print(f"results    {outcome.folder / 'results.csv'}")
+    if outcome.comparison is not None:
+        print(f"\nreport     {outcome.folder / 'report.md'}")
+        print(f"           {outcome.folder / 'report.html'}")
+        print(f"results    {outcome.folder / 'results.csv'}")
+        print(f"           {outcome.folder / 'differences.csv'}")
     outcome.require_complete()

@@ -25,7 +25,8 @@ from siftclip.selectors.methods.negcliploss import screening
 from siftclip.selectors.methods.negcliploss.negcliploss import NegCLIPLoss, block_order, negcliploss
 from siftclip.selectors.methods.negcliploss.screening import undecided
 
-needs_int8 = pytest.mark.skipif(not int8_is_fast(), reason="this CPU has no int8 products")
+needs_int8 = pytest.mark.usefixtures("int8")
+pytestmark = pytest.mark.usefixtures("int8_where_exact")
 
 
 def slow_score(image: Tensor, text: Tensor, temperature: float) -> np.ndarray:
