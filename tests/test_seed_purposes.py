@@ -145,7 +145,7 @@ def test_purposes_keep_their_numbers() -> None:
         "BOOTSTRAP": 0x0B007572A9000001,
         "PERMUTATION": 0x0B007572A9000002,
     }
-    assert [int(purpose) for purpose in GeneratorPurpose] == [1, 2, 3, 4, 5, 6, 11, 12]
+    assert [int(purpose) for purpose in GeneratorPurpose] == [1, 2, 3, 4, 5, 6, 11, 12, 13]
 
 
 @pytest.mark.parametrize(

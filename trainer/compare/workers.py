@@ -224,7 +224,7 @@ def _ended(worker: _Worker, status: int, notes: RunNotes) -> bool:
     run, path = worker.run, notes.log_of(worker.run)
     note = notes.read(run)
     seconds = time.monotonic() - worker.start
-    if note is not None and note.state == "finished":
+    if status == 0 and note is not None and note.state == "finished":
         log.info("compare: %s, seed %d, is done after %.0f s", run.arm, run.seed, seconds)
         return True
     if note is None or note.state != "failed":
