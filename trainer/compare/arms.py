@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from siftclip.errors import InputError
 from siftclip.locks import LOCK_NAME, locked
+from siftclip.trainer.compare.forecast import forecast_arms, plan_table
 from siftclip.trainer.compare.plan import ComposeArm, Plan, chosen_runs, plan_comparison
 from siftclip.trainer.compare.run_notes import RunNotes
 from siftclip.trainer.compare.running import train_all
@@ -121,6 +122,11 @@ def compare_stage(
     plan = plan_comparison(settings, compose)
     runs = chosen_runs(plan, only=compare.only, part=compare.part)
     notes = RunNotes(folder=settings.common.output_root / "compare" / compare.name)
+    if settings.common.plan:
+        forecasts = forecast_arms(plan, notes, progress=settings.common.progress)
+        return CompareOutcome(
+            folder=notes.folder, table=plan_table(forecasts, parallel=compare.parallel)
+        )
     if is_rank_zero():
         _set_aside_another(notes, plan)
     if compare.parallel > 1:

@@ -186,6 +186,21 @@ def test_the_last_part_writes_the_report(compose: Compose, options: list[str]) -
     assert (last.folder / "report.md").exists()
 
 
+def test_a_plan_says_what_is_there_and_what_is_left(
+    compose: Compose, options: list[str], tmp_path: Path
+) -> None:
+    run_compare(compose, [*options, "compare.only=[random]"])
+    planned = run_compare(compose, [*options, "plan=true", "compare.seeds=[0,1,2]"])
+    assert planned.comparison is None
+    rows = [" ".join(line.split()) for line in planned.table.splitlines()]
+    assert any(row.startswith("random 2 of 3 1 0:00:0") for row in rows), planned.table
+    assert any(row.startswith("clip_score 0 of 3 3 0:00:0") for row in rows), planned.table
+    assert any("its finished runs" in row for row in rows)
+    assert any("measured steps" in row for row in rows)
+    assert "4 runs are left to train" in planned.table
+    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 2
+
+
 def test_shares_of_a_machine() -> None:
     trainer = TrainerSettings(devices=1)
     shares = shares_of(2, trainer, [0, 1, 2, 5, 6], [])
