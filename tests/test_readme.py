@@ -42,6 +42,10 @@ POSITIONAL = {
     "subset show": ["subset_show.name"],
     "subset combine": [f"subset_combine.{word}" for word in ("name", "operation", "a", "b")],
     "subset verify": ["subset_verify.subset"],
+    "runs list": ["runs_list.kinds"],
+    "runs show": ["runs_show.run"],
+    "runs rm": ["runs_rm.run"],
+    "runs gc": ["runs_gc.kinds"],
 }
 SMALL_RUN = (
     "model=vit_tiny scale=tiny scale.samples_seen=64 scale.global_batch_size=16 logger=csv "
@@ -183,7 +187,7 @@ def test_commands_of_the_guide_to_evaluation_compose() -> None:
             assert not list(unused_options(reads, overrides, compose(name, overrides=overrides)))
 
 
-@pytest.mark.parametrize(("guide", "least"), [("subsets", 9)])
+@pytest.mark.parametrize(("guide", "least"), [("subsets", 9), ("runs", 6)])
 def test_commands_of_other_guides_compose(guide: str, least: int) -> None:
     lines = commands((ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8"))
     assert len(lines) >= least

@@ -40,6 +40,10 @@ COMMANDS = {
     "subset show": "describe a subset, with what made it",
     "subset combine": "union, intersection or difference of subsets, or a sample of one",
     "subset verify": "check that a subset is whole, and of a pool as it is now",
+    "runs list": "list runs, scores, selections and the like, with size and state",
+    "runs show": "describe one of them, with what it uses and what uses it",
+    "runs rm": "remove one of them",
+    "runs gc": "free what no result needs",
     "demo": "run all of it on handwritten digits, in a few minutes on a CPU",
 }
 # Commands without a configuration

@@ -18,6 +18,13 @@ from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
+from siftclip.trainer.settings.runs import (
+    RunsGcSettings,
+    RunsListSettings,
+    RunsRmSettings,
+    RunsSettings,
+    RunsShowSettings,
+)
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.settings.subsets import (
     SubsetCombineSettings,
@@ -211,6 +218,40 @@ class SubsetVerifyCommand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunsListCommand:
+    """`siftclip runs list`."""
+
+    common: CommonSettings
+    runs_list: RunsListSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsShowCommand:
+    """`siftclip runs show`."""
+
+    common: CommonSettings
+    runs_show: RunsShowSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsRmCommand:
+    """`siftclip runs rm`."""
+
+    common: CommonSettings
+    runs: RunsSettings
+    runs_rm: RunsRmSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsGcCommand:
+    """`siftclip runs gc`."""
+
+    common: CommonSettings
+    runs: RunsSettings
+    runs_gc: RunsGcSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainCommand(SelectSections):
     """`siftclip train`."""
 
@@ -305,5 +346,9 @@ COMMANDS: dict[str, type] = {
     "subset show": SubsetShowCommand,
     "subset combine": SubsetCombineCommand,
     "subset verify": SubsetVerifyCommand,
+    "runs list": RunsListCommand,
+    "runs show": RunsShowCommand,
+    "runs rm": RunsRmCommand,
+    "runs gc": RunsGcCommand,
     "demo": DemoCommand,
 }

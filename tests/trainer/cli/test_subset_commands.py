@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from siftclip.datamodules.selection.selection import read_selection
 from siftclip.errors import InputError
 from siftclip.trainer.builders.selection import select_stage
-from siftclip.trainer.cli import main
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.settings.commands import SubsetVerifyCommand
 
@@ -34,26 +32,6 @@ def selected(base: list[str], composing: Callable[..., Any]) -> Path:
 @pytest.fixture
 def pool_words(demo_data: DemoData) -> list[str]:
     return [f"pool.root={demo_data.pool}", f"pool.cache_dir={demo_data.root / 'cache'}"]
-
-
-@pytest.fixture
-def typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Cli:
-    """Run `siftclip ...` in `tmp_path` and in this process, which takes no second to start."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["siftclip", *words])
-        status: Any = 0
-        try:
-            main._run([*words])
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, out, err)
-
-    return run
 
 
 def printed(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
