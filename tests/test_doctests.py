@@ -34,12 +34,16 @@ EXAMPLES = {
     "siftclip.selectors.methods.negcliploss.negcliploss": ["negcliploss"],
     "siftclip.datamodules": ["Selection.frame", "Selection.to_datacomp", "make_selection"],
     "siftclip.datamodules.index.content": ["describe_content"],
-    "siftclip.datamodules.index.uids": ["derive_uid", "format_uid", "parse_uids"],
+    "siftclip.datamodules.index.uids": ["derive_uid", "distinct_uids", "format_uid", "parse_uids"],
+    "siftclip.datamodules.selection.algebra": ["combine"],
+    "siftclip.datamodules.selection.shard_lists": ["list_of_tars"],
     "siftclip.datamodules.pool.image_formats": ["describe_formats"],
     "siftclip.eval": ["averages", "check_task_kind", "example_image"],
     "siftclip.eval.metrics.outcomes": ["mean_metrics"],
     "siftclip.trainer": ["Budget", "ContrastiveLoss", "Schedule"],
     "siftclip.trainer.optim.schedules": ["lr_factor"],
+    "siftclip.trainer.outputs.garbage": ["size_in_words"],
+    "siftclip.trainer.outputs.kinds": ["plain_name"],
 }
 NAMES = [f"{module}:{name}" for module, names in EXAMPLES.items() for name in names]
 MOST_LINES = 8  # of an example: a reader takes it in at a glance

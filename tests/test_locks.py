@@ -25,6 +25,7 @@ from siftclip.locks import (
     HeldError,
     describe_holder,
     lock_beside,
+    lock_holder,
     locked,
 )
 from siftclip.ranks import Ranks
@@ -238,3 +239,49 @@ def test_any_content_of_the_file_is_survived(content: bytes, tmp_path: Path) -> 
 
 def test_names() -> None:
     assert lock_beside(Path("a/eval_results.jsonl")) == Path("a/.eval_results.jsonl.lock")
+
+
+# ---- looking, without taking --------------------------------------------------------------------
+def test_who_holds_a_lock_is_told_without_taking_it(hold: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run" / LOCK_NAME
+    assert lock_holder(path) is None
+    assert not path.parent.exists()
+    process = hold(path, "train")
+    for _ in range(3):
+        holder = lock_holder(path)
+        assert holder is not None
+        assert holder.startswith(f"by process {process.pid} on")
+    with pytest.raises(HeldError), locked(path, owner="it"):
+        pass
+    process.kill()
+    process.wait()
+    assert path.exists()  # it holds nothing
+    assert lock_holder(path) is None
+
+
+def test_looking_at_ones_own_lock_does_not_give_it_up(
+    tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    path = tmp_path / LOCK_NAME
+    with locked(path, owner="it"):
+        assert f"by process {os.getpid()} on" in str(lock_holder(path))
+        look = "from siftclip.locks import *; import sys; from pathlib import Path; "
+        look += "print(lock_holder(Path(sys.argv[1])))"
+        answer = subprocess.run(
+            [sys.executable, "-c", look, str(path)],
+            env=child_environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert f"by process {os.getpid()} on" in answer
+    assert lock_holder(path) is None
+
+
+def test_what_cannot_be_asked_counts_as_held(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_NAME
+    path.mkdir()
+    assert lock_holder(path) == "by another process"
+    path.rmdir()
+    os.mkfifo(path)
+    assert lock_holder(path) == "by another process"

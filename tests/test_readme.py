@@ -19,6 +19,7 @@ from siftclip.selectors.core.checks import check_selector
 from siftclip.trainer.builders.online_options import check_online
 from siftclip.trainer.builders.selection import selector_from
 from siftclip.trainer.cli.application import _named
+from siftclip.trainer.cli.main import GROUPS
 from siftclip.trainer.demo.pool import DemoData, write_demo_data
 from siftclip.trainer.settings.budget import limit_from
 from siftclip.trainer.settings.commands import COMMANDS, TrainCommand
@@ -34,6 +35,18 @@ ONLINE = (ROOT / "docs" / "online.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 # What is too large or not there on a test machine, and what stands in for it.
 MSCOCO = "retrieval-mscoco_2014_5k_test_image_text_retrieval"
+# What words without = stand for
+POSITIONAL = {
+    "subset import": ["subset_import.path", "subset_import.name"],
+    "subset export": ["subset_export.subset", "subset_export.path"],
+    "subset show": ["subset_show.name"],
+    "subset combine": [f"subset_combine.{word}" for word in ("name", "operation", "a", "b")],
+    "subset verify": ["subset_verify.subset"],
+    "runs list": ["runs_list.kinds"],
+    "runs show": ["runs_show.run"],
+    "runs rm": ["runs_rm.run"],
+    "runs gc": ["runs_gc.kinds"],
+}
 SMALL_RUN = (
     "model=vit_tiny scale=tiny scale.samples_seen=64 scale.global_batch_size=16 logger=csv "
     "progress=false data.num_workers=0"
@@ -172,6 +185,26 @@ def test_commands_of_the_guide_to_evaluation_compose() -> None:
             overrides = [word for word in words if "=" in word]
             reads = COMMANDS[name.replace("_", " ")]
             assert not list(unused_options(reads, overrides, compose(name, overrides=overrides)))
+
+
+@pytest.mark.parametrize(("guide", "least"), [("subsets", 9), ("runs", 6)])
+def test_commands_of_other_guides_compose(guide: str, least: int) -> None:
+    lines = commands((ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8"))
+    assert len(lines) >= least
+    with composing():
+        for line in lines:
+            program, *words = shlex.split(line)
+            assert program == "siftclip"
+            command = " ".join(words[:2] if words[0] in GROUPS else words[:1])
+            module = importlib.import_module(
+                f"siftclip.trainer.cli.commands.{command.replace(' ', '_')}_command"
+            )
+            assert module.main
+            positional = POSITIONAL.get(command, ())
+            overrides = _named(command, words[len(command.split()) :], positional)
+            config = compose(command.replace(" ", "_"), overrides=overrides)
+            assert not list(unused_options(COMMANDS[command], overrides, config)), line
+            read_command(COMMANDS[command], config)
 
 
 def test_guide_names_every_selector() -> None:

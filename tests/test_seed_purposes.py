@@ -17,6 +17,7 @@ import pytest
 
 import siftclip
 from siftclip import hashing
+from siftclip.datamodules.selection.algebra import CountedUids, sample
 from siftclip.datamodules.streaming import order
 from siftclip.eval.metrics.outcomes import Outcomes
 from siftclip.eval.significance.paired_tests import swapped_differences
@@ -35,6 +36,7 @@ from siftclip.selectors.methods.uniform import Uniform
 SEED = 7
 UNITS = np.arange(60, dtype=np.uint64)
 CHUNK = synthetic_chunk(Requirements(features=("l14_img",)))
+UIDS = CHUNK.uids
 
 
 def swap() -> None:
@@ -60,6 +62,9 @@ HASHED: dict[str, Callable[[], object]] = {
     ).drawn(CHUNK.rows, CHUNK.uids, 0),
     "bootstrap": lambda: poisson_weights(UNITS, 4, seed=SEED),
     "permutation test": swap,
+    "samples of a subset": lambda: sample(
+        CountedUids(UIDS, np.ones(len(UIDS), dtype=np.int64)), 3, seed=SEED
+    ),
 }
 
 
@@ -144,6 +149,7 @@ def test_purposes_keep_their_numbers() -> None:
         "STEP": int.from_bytes(b"super", "big"),
         "BOOTSTRAP": 0x0B007572A9000001,
         "PERMUTATION": 0x0B007572A9000002,
+        "SUBSET_SAMPLE": int.from_bytes(b"subset", "big"),
     }
     assert [int(purpose) for purpose in GeneratorPurpose] == [1, 2, 3, 4, 5, 6, 11, 12, 13]
 

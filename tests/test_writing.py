@@ -33,8 +33,11 @@ from siftclip.trainer.online.record import ChosenRows
 from siftclip.writing import (
     WriteError,
     atomic_path,
+    delete_empty_folders,
     delete_file,
     delete_folder,
+    delete_inside,
+    is_abandoned,
     make_folder,
     move,
     new_folder_whole,
@@ -385,3 +388,63 @@ def test_what_killed_processes_left_is_deleted(tmp_path: Path) -> None:
         temporary.write_text("b")
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"b.npy", living.name, elsewhere.name, others.name}
+
+
+# ---- deleting inside a folder -------------------------------------------------------------------
+def test_a_file_inside_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "a" / "b").mkdir(parents=True)
+    for name in ("a/b/x", "a/b/y"):
+        (root / name).write_text(name)
+    assert delete_inside(root, "a/b/x")
+    assert not delete_inside(root, "a/b/x")
+    assert not delete_inside(root, "nowhere/x")
+    assert [path.name for path in (root / "a" / "b").iterdir()] == ["y"]
+    delete_empty_folders(root, "a")
+    assert (root / "a" / "b" / "y").exists()
+    delete_inside(root, "a/b/y")
+    delete_empty_folders(root, "a")
+    assert root.is_dir()
+    assert not list(root.iterdir())
+    delete_empty_folders(root, "a")
+
+
+def test_no_link_is_followed_on_the_way(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    (outside / "deep").mkdir(parents=True)
+    (outside / "x").write_text("x")
+    (root / "link").symlink_to(outside)
+    (root / "file").symlink_to(outside / "x")
+    with pytest.raises(WriteError):
+        delete_inside(root, "link/x")
+    for place in ("link", "link/deep"):  # a link is no empty folder
+        delete_empty_folders(root, place)
+    assert (outside / "x").exists()
+    assert (outside / "deep").exists()
+    assert (root / "link").is_symlink()
+    assert delete_inside(root, "file")  # the link itself
+    assert not (root / "file").is_symlink()
+    assert (outside / "x").exists()
+
+
+@pytest.mark.parametrize("place", ["../x", "a/../../x", "/x", "a//x", "./x", ""])
+def test_no_path_leads_out(place: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (tmp_path / "x").write_text("x")
+    with pytest.raises((ValueError, WriteError)):
+        delete_inside(root, place)
+    assert (tmp_path / "x").exists()
+
+
+def test_which_temporary_files_are_abandoned(tmp_path: Path) -> None:
+    own = temporary_beside(tmp_path / "a")
+    own.touch()
+    assert not is_abandoned(own)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead = own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{process.pid}."))
+    dead.touch()
+    assert is_abandoned(dead)
+    assert not is_abandoned(tmp_path / ".a.tmp")

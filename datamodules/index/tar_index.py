@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from typing_extensions import NotRequired
@@ -358,7 +358,7 @@ def load_shard_index(
     """
     if path.is_dir():
         raise InputError(f"{path} must be a file, which an index is kept in. Delete that folder.")
-    version = f"{INDEX_VERSION} {key_split} {stamp}"
+    version = _version(stamp, key_split)
     index = _read_cached(path, version)
     if index is not None:
         return index
@@ -376,6 +376,28 @@ def load_shard_index(
     arrays = {field: getattr(index, field) for field in ARRAY_FIELDS}
     write_npz(path, notes=np.asarray(json.dumps(notes)), **arrays)
     return index
+
+
+def _version(stamp: str, key_split: KeySplit) -> str:
+    return f"{INDEX_VERSION} {key_split} {stamp}"
+
+
+def index_state(path: Path, stamp: str, key_split: KeySplit) -> Literal["same", "other", "none"]:
+    """Say whether a kept index is of a tar as it is now, of another one, or not there at all.
+
+    Args:
+        path: as for `load_shard_index`.
+        stamp: the tar's, as there.
+        key_split: see `build_shard_index`.
+    """
+    if not path.is_file():
+        return "none"
+    try:
+        (notes,) = read_npz(path, ["notes"])
+        version = checked(parse_json(str(notes).encode()), _Notes, owner=str(path))["version"]
+    except ValueError:
+        return "none"  # damaged: it is built again
+    return "same" if version == _version(stamp, key_split) else "other"
 
 
 def _read_cached(path: Path, version: str) -> ShardIndex | None:

@@ -56,8 +56,13 @@ def format_uid(uid: np.ndarray) -> str:
 
 def format_uids(uids: np.ndarray) -> np.ndarray:
     """Format uids, uint64 [n, 2], as 32 hexadecimal digits each: str [n]."""
+    return uid_digits(uids).view("S32").reshape(-1).astype("U32")
+
+
+def uid_digits(uids: np.ndarray) -> np.ndarray:
+    """Format uids, uint64 [n, 2], as 32 hexadecimal digits each: uint8 [n, 32], ASCII."""
     digits = np.ascontiguousarray(uids, dtype=">u8").tobytes().hex()
-    return np.frombuffer(digits.encode(), dtype="S32").astype("U32")
+    return np.frombuffer(digits.encode(), dtype=np.uint8).reshape(-1, 32)
 
 
 def derive_uid(shard_name: str, key: str) -> str:
@@ -75,7 +80,58 @@ def derive_uid(shard_name: str, key: str) -> str:
 
 def sort_uids(uids: np.ndarray) -> np.ndarray:
     """Return the int64 permutation [n] that sorts uids, uint64 [n, 2], by (high, low); stable."""
-    return np.lexsort((uids[:, 1], uids[:, 0]))
+    high = np.ascontiguousarray(uids[:, 0])
+    order = np.argsort(high, kind="stable")  # of sorted runs, such as two selections, a merge
+    tied = np.flatnonzero(_with_equal_neighbour(high[order]))  # rare, but legal
+    if len(tied):
+        among = order[tied]
+        order[tied] = among[np.lexsort((uids[among, 1], uids[among, 0]))]
+    return order
+
+
+def _with_equal_neighbour(values: np.ndarray) -> np.ndarray:
+    """Find the values, sorted [n], that the one before or behind equals: bool [n]."""
+    equal = values[1:] == values[:-1]
+    found = np.zeros(len(values), dtype=bool)
+    found[1:] = equal
+    found[:-1] |= equal
+    return found
+
+
+def distinct_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count uids, uint64 [n, 2]: the distinct ones, [m, 2], ascending, and how often, int64 [m].
+
+    Example:
+        >>> import numpy as np
+        >>> from siftclip.datamodules.index.uids import distinct_uids
+        >>> distinct_uids(np.array([[1, 10], [0, 3], [1, 10]], dtype=np.uint64))
+        (array([[ 0,  3],
+               [ 1, 10]], dtype=uint64), array([1, 2]))
+    """
+    ordered = uids[sort_uids(uids)]
+    starts = np.flatnonzero(_differs_from_last(ordered))
+    return ordered[starts], np.diff(np.append(starts, len(uids)))
+
+
+def group_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the distinct uids among uids, uint64 [n, 2], and which of them each is.
+
+    Returns:
+        The distinct ones, uint64 [m, 2], ascending, and of each row which of them it is, int64 [n].
+    """
+    order = sort_uids(uids)
+    ordered = uids[order]
+    is_first = _differs_from_last(ordered)
+    groups = np.empty(len(uids), dtype=np.int64)
+    groups[order] = np.cumsum(is_first) - 1
+    return ordered[is_first], groups
+
+
+def _differs_from_last(uids: np.ndarray) -> np.ndarray:
+    """Find the uids, sorted [n, 2], that the one before does not equal: bool [n]."""
+    differs = np.ones(len(uids), dtype=bool)
+    differs[1:] = (uids[1:] != uids[:-1]).any(axis=1)
+    return differs
 
 
 def to_structured(uids: np.ndarray) -> np.ndarray:
@@ -103,7 +159,7 @@ class UidTable:
 
     def duplicates(self) -> int:
         """Count the rows that repeat the uid of an earlier row."""
-        return int((self.sorted_uids[1:] == self.sorted_uids[:-1]).all(axis=1).sum())
+        return int((~_differs_from_last(self.sorted_uids)).sum())
 
     def find(self, uids: np.ndarray) -> np.ndarray:
         """Find the rows of uids, uint64 [m, 2], as int64 [m]; -1 where a uid is absent."""
@@ -115,8 +171,22 @@ class UidTable:
         hit = np.flatnonzero(single)
         hit = hit[low[start[hit]] == uids[hit, 1]]
         matched[hit] = self.rows[start[hit]]
-        for i in np.flatnonzero(end - start > 1):  # equal high halves: rare but legal
-            at = int(start[i] + np.searchsorted(low[start[i] : end[i]], uids[i, 1]))
-            if at < end[i] and low[at] == uids[i, 1]:
-                matched[i] = self.rows[at]
+        several = np.flatnonzero(end - start > 1)  # equal high halves: rare, but legal
+        if len(several):
+            matched[several] = self._find_among_equal(uids[several])
+        return matched
+
+    def _find_among_equal(self, uids: np.ndarray) -> np.ndarray:
+        """Find rows as `find`, of uids whose high halves several rows have, by merging."""
+        several = _with_equal_neighbour(self.sorted_uids[:, 0])
+        places = np.flatnonzero(several & _differs_from_last(self.sorted_uids))
+        both = np.concatenate([self.sorted_uids[places], uids])
+        order = sort_uids(both)  # of equal ones, that of the table is the first
+        is_ours = order < len(places)
+        before = np.maximum.accumulate(np.where(is_ours, np.arange(len(order)), -1))
+        asked = ~is_ours & (before >= 0)
+        ours, theirs = order[before[asked]], order[asked]
+        same = (both[ours] == both[theirs]).all(axis=1)
+        matched = np.full(len(uids), -1, dtype=np.int64)
+        matched[theirs[same] - len(places)] = self.rows[places[ours[same]]]
         return matched

@@ -120,12 +120,17 @@ def read_metadata_uids(path: Path) -> tuple[np.ndarray, np.ndarray, FaultLog]:
     return read_metadata(path)[:3]
 
 
-def _parse_uids(texts: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray, FaultLog]:
+def parse_uid_array(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Parse an array of large binary values: uint64 [n, 2], and a bool [n] of which are uids."""
     data = np.zeros((len(texts), 32), dtype=np.uint8)
     for length in (32, 32 + len(DASHES)):
         rows, characters = _of_length(texts, length)
         data[rows] = characters if length == 32 else _without_dashes(characters)
-    uids, valid = parse_uid_bytes(data)
+    return parse_uid_bytes(data)
+
+
+def _parse_uids(texts: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray, FaultLog]:
+    uids, valid = parse_uid_array(texts)
     faults = FaultLog()
     for i in np.flatnonzero(~valid):
         faults.add("with a uid that is not 32 hexadecimal digits", f"{name}, row {i}")

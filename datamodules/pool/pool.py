@@ -37,7 +37,6 @@ from siftclip.datamodules.index.layouts import (
 from siftclip.datamodules.index.tar_index import (
     APART,
     ARRAY_FIELDS,
-    INDEX_VERSION,
     OTHER_FOLDERS,
     WITHOUT_CAPTION,
     WITHOUT_IMAGE,
@@ -47,13 +46,18 @@ from siftclip.datamodules.index.tar_index import (
 from siftclip.datamodules.index.tar_walk import KeySplit, require_key_split
 from siftclip.datamodules.index.uids import UidTable
 from siftclip.datamodules.pool.metadata import read_metadata_uids
-from siftclip.datamodules.pool.table_files import NOTES_NAME, TableNotes, read_table
+from siftclip.datamodules.pool.table_files import (
+    NOTES_NAME,
+    TableNotes,
+    index_path,
+    read_table,
+    table_place,
+)
 from siftclip.datamodules.storage.local import (
     LocalStorage,
     ShardFile,
     Storage,
     default_cache,
-    identify_shards,
     is_url,
 )
 from siftclip.errors import InputError, ParameterError, require_int, require_path
@@ -308,13 +312,7 @@ def _open_table(storage: Storage, options: PoolOptions, *, progress: bool) -> di
         InputError: there is no pool, a tar cannot be read, or too many samples are bad.
     """
     key_split = require_key_split("key_split", options.key_split)
-    # each rule in a folder of its own, so that runs with different ones leave each other's alone
-    index = "index" if key_split == "first_dot" else f"index_{key_split}"
-    places = options.cache_folder / index
-    shards = identify_shards(storage.shards(), places)
-    stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
-    name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
-    folder = places / f"table-{name}"
+    shards, folder = table_place(storage, options.cache_folder, key_split)
 
     def kept() -> dict[str, Any] | None:
         is_complete = (folder / NOTES_NAME).is_file()
@@ -417,7 +415,7 @@ def _index_shards(
 ) -> list[ShardIndex]:
     """Index all tars. Each index is written when it is ready: a killed run continues there."""
     total = sum(shard.size_bytes for shard in shards)
-    todo = sum(s.size_bytes for s in shards if not _index_path(folder, s).exists())
+    todo = sum(s.size_bytes for s in shards if not index_path(folder, s).exists())
     bar = show_progress(total=total, label="index", unit="B", bar=progress)
     indices = []
     with bar, _executor(storage, workers, todo) as executor:
@@ -448,13 +446,9 @@ def _index_shard(job: tuple[Storage, ShardFile, Path, KeySplit]) -> ShardIndex:
         shard.name,
         shard.stamp,
         lambda: storage.open_tar(shard),
-        _index_path(folder, shard),
+        index_path(folder, shard),
         key_split,
     )
-
-
-def _index_path(folder: Path, shard: ShardFile) -> Path:
-    return folder / f"{shard.stem}.npz"
 
 
 def _write_table(

@@ -1,7 +1,8 @@
-"""Reads the files of a pool's table, and refuses those that cannot be of it."""
+"""Where the files of a pool's table are; reads them, and refuses those that cannot be of it."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from siftclip.datamodules.index.faults import FaultState
 from siftclip.datamodules.index.layouts import KindsState
+from siftclip.datamodules.index.tar_index import INDEX_VERSION
 from siftclip.datamodules.index.tar_walk import KeySplit
+from siftclip.datamodules.storage.local import ShardFile, Storage, identify_shards
 from siftclip.errors import InputError
 from siftclip.files import read_npy
 from siftclip.records import Count, Text, read_record
@@ -32,6 +35,34 @@ class TableNotes(TypedDict):
     hidden: FaultState
     faults: FaultState
     incomplete: NotRequired[KindsState]  # an older table has none
+
+
+def table_place(
+    storage: Storage, cache: Path, key_split: KeySplit
+) -> tuple[tuple[ShardFile, ...], Path]:
+    """Find the tars of a pool as they are now, and the folder for the table of just these.
+
+    The tars' own indices are beside that folder, see `index_path`.
+
+    Args:
+        storage: of the pool.
+        cache: the folder that keeps what is derived from the pool.
+        key_split: how keys are told in the tars.
+
+    Raises:
+        InputError: there is no pool, or a tar cannot be read.
+    """
+    # each rule in a folder of its own, so that runs with different ones leave each other's alone
+    places = cache / ("index" if key_split == "first_dot" else f"index_{key_split}")
+    shards = identify_shards(storage.shards(), places)
+    stamps = "".join(f"{shard.name}\0{shard.stamp}\0" for shard in shards)
+    name = hashlib.sha256(f"{INDEX_VERSION}\0{key_split}\0{stamps}".encode()).hexdigest()[:16]
+    return shards, places / f"table-{name}"
+
+
+def index_path(folder: Path, shard: ShardFile) -> Path:
+    """Return where the index of a tar is kept."""
+    return folder / f"{shard.stem}.npz"
 
 
 def read_table(

@@ -17,6 +17,7 @@ import numpy as np
 
 from siftclip.datamodules.index.uids import (
     UID_DTYPE,
+    distinct_uids,
     format_uids,
     from_structured,
     parse_uids,
@@ -179,8 +180,7 @@ def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     else:
         listed = from_structured(array)
-    uids, counts = np.unique(listed, axis=0, return_counts=True)
-    return uids, counts.astype(np.int64)
+    return distinct_uids(listed)
 
 
 def _uids_of_texts(texts: np.ndarray, path: Path) -> np.ndarray:
@@ -240,7 +240,7 @@ def read_selection(folder: Path) -> Selection:
     try:
         manifest = read_json_object(folder / MANIFEST_NAME)
         uids, multiplicities = read_subset(folder / SUBSET_NAME)
-        weights = _read_weights(folder / WEIGHTS_NAME, uids)
+        weights = read_weights(folder / WEIGHTS_NAME, uids)
         scores = _read_scores(folder / SCORES_NAME, uids)
     except InputError as error:
         raise DamagedError(error, f"Delete the folder {folder} and select again.") from None
@@ -262,7 +262,7 @@ def read_selection(folder: Path) -> Selection:
     return selection
 
 
-def _read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
+def read_weights(path: Path, uids: np.ndarray) -> np.ndarray | None:
     """Read the weights of distinct uids, uint64 [n, 2]: float32 [n]; None if there is no such file.
 
     Raises:

@@ -17,6 +17,7 @@ import os
 import shlex
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from typing_extensions import TypedDict
 
 from siftclip.errors import InputError
 from siftclip.ranks import OneRank, Ranks
+from siftclip.reading import open_handle
 from siftclip.records import Count, Text, read_record
 from siftclip.writing import WriteError, writing_to
 
@@ -38,6 +40,7 @@ LOCK_NAME = ".lock"  # of a folder
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 3.0  # before a word is said about waiting
 _FREE, _HELD, _FAULT = 0, 1, 2
+_FLOCK = "hhqqi"  # the structure flock of fcntl, on 64-bit Linux
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 
 log = logging.getLogger(__name__)
@@ -144,6 +147,32 @@ def describe_holder(path: Path) -> str:
         return str(Holder(**read_record(path, _HolderRecord)))
     except (InputError, TypeError):  # it is just writing it, or just gone
         return "by another process"
+
+
+def lock_holder(path: Path) -> str | None:
+    """Say which process holds a lock, without touching it: see `describe_holder`; None: nobody.
+
+    A lock that cannot be asked for, as where its file cannot be read, counts as held.
+    """
+    path = path.parent.resolve() / path.name
+    name = str(path)
+    if name in _own and _own[name].pid == os.getpid():
+        return str(_own[name])
+    try:
+        handle = open_handle(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return "by another process"
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(handle, fcntl.F_GETLK, asked)
+        is_free = struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK
+    except OSError as error:
+        is_free = error.errno in WITHOUT_LOCKS
+    finally:
+        os.close(handle)
+    return None if is_free else describe_holder(path)
 
 
 def _take(path: Path, owner: str) -> tuple[int | None, int, str]:

@@ -28,6 +28,7 @@ class HashPurpose(IntEnum):
     STEP = 0x7375706572  # names of the samples of each super-batch, from the step
     BOOTSTRAP = 0x0B00_7572_A900_0001  # how often each unit is in a resample
     PERMUTATION = 0x0B00_7572_A900_0002  # which paired outcomes are swapped
+    SUBSET_SAMPLE = 0x7375_6273_6574  # the draws, with replacement, of a sample of a subset
 
 
 @unique

@@ -15,7 +15,7 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -126,13 +126,14 @@ def temporary_beside(path: Path) -> Path:
     """
     if path.parent not in _swept:
         _swept.add(path.parent)
-        for left in filter(_is_left, path.parent.glob(".*.tmp")):
+        for left in filter(is_abandoned, path.parent.glob(".*.tmp")):
             with suppress(WriteError):  # it may be another user's
                 (delete_folder if left.is_dir() else delete_file)(left)
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
 
 
-def _is_left(path: Path) -> bool:
+def is_abandoned(path: Path) -> bool:
+    """Return whether a temporary file or folder is left behind by a process that is no more."""
     match = _LEFT.fullmatch(path.name)
     if match is None:
         return False
@@ -224,6 +225,88 @@ def delete_folder(path: Path) -> None:
     """
     with writing_to(path), suppress(FileNotFoundError):
         shutil.rmtree(path)
+
+
+def delete_inside(root: Path, place: str) -> bool:
+    """Delete a file below a folder without following any link on the way to it.
+
+    A link in its own place is deleted itself, and what it leads to stays.
+
+    Args:
+        root: the folder.
+        place: the path of the file in there, with slashes.
+
+    Returns:
+        Whether there was something to delete.
+
+    Raises:
+        WriteError: it cannot be deleted, or a link or a file is on the way.
+    """
+    *parents, name = _parts(place)
+    with writing_to(root / place), suppress(FileNotFoundError), _told_of(root / place):
+        with _opened_inside(root, parents) as folder:
+            os.unlink(name, dir_fd=folder)
+        return True
+    return False
+
+
+def delete_empty_folders(root: Path, place: str) -> None:
+    """Delete a folder below another one, and those in it, as far as they are empty.
+
+    No link is followed.
+
+    Args:
+        root: the other one, which stays.
+        place: the path of the folder in there, with slashes.
+
+    Raises:
+        WriteError: one cannot be deleted.
+    """
+    *parents, last = _parts(place)
+    absent = suppress(FileNotFoundError, NotADirectoryError)
+    with writing_to(root / place), absent, _told_of(root / place):
+        with _opened_inside(root, [*parents, last]) as folder, os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for name in names:
+            delete_empty_folders(root, f"{place}/{name}")
+        with _opened_inside(root, parents) as folder:
+            try:
+                os.rmdir(last, dir_fd=folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+
+def _parts(place: str) -> list[str]:
+    """Split a path inside a folder, which does not lead out of it."""
+    parts = place.split("/")
+    if {"", ".", ".."} & {*parts}:
+        raise ValueError(f"{place!r} is no path inside a folder")
+    return parts
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Name a path in faults of the operating system, which else name a part of it alone."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _opened_inside(root: Path, parts: Sequence[str]) -> Iterator[int]:
+    """Open a folder below another one, through no link; yields its descriptor."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    folder = os.open(root, flags)
+    try:
+        for part in parts:
+            inner = os.open(part, flags | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def move(source: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ from siftclip.datamodules.pool.pool import open_pool
 from siftclip.datamodules.storage.local import LocalStorage
 from siftclip.datamodules.streaming.loader_process import leave_process_group
 from siftclip.files import write_npz
+from siftclip.trainer.cli import main
 from siftclip.trainer.demo.pool import DemoData, write_demo_data
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.read_command import compose as read_composed
@@ -159,6 +160,26 @@ def cli(run_python: Completed, tmp_path: Path) -> Completed:
 
     def run(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
         return run_python("-m", "siftclip.trainer.cli", *arguments, cwd=tmp_path, ranks=ranks)
+
+    return run
+
+
+@pytest.fixture
+def typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Completed:
+    """Run `siftclip ...` in `tmp_path` and in this process, which takes no second to start."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["siftclip", *words])
+        status: Any = 0
+        try:
+            main._run([*words])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, out, err)
 
     return run
 

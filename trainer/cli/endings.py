@@ -40,8 +40,10 @@ FULL_ERROR = "HYDRA_FULL_ERROR"  # if 1, nothing here takes the place of an exce
 _OUTPUTS = (
     *("output_dir", "run_dir", "pool.cache_dir", "features.root", "eval.cache_dir"),
     *("target.folder", "compact.output", "diff.output", "download.folder", "export.path"),
+    "subset_export.path",
 )
-_FILES = ("export.path", "diff.output")  # beside which temporary ones and locks are written
+# Files, beside which temporary ones and locks are written
+_FILES = ("export.path", "diff.output", "subset_export.path")
 _CACHE_OPTION = "pool.cache_dir"
 # What the operating system says of a name, and not of a machine that fails
 _OF_NAMES = (

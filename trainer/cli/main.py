@@ -34,6 +34,16 @@ COMMANDS = {
     "compare": "compare selectors x seeds at one budget, with a report",
     "data compact": "copy a selection into tars of its own",
     "data bench": "measure how fast samples come, and whether a copy would pay",
+    "subset import": "keep a file of uids, or a selection, under a name",
+    "subset export": "write a subset as npy, parquet, text or a list of tars",
+    "subset list": "list the subsets, with what made them",
+    "subset show": "describe a subset, with what made it",
+    "subset combine": "union, intersection or difference of subsets, or a sample of one",
+    "subset verify": "check that a subset is whole, and of a pool as it is now",
+    "runs list": "list runs, scores, selections and the like, with size and state",
+    "runs show": "describe one of them, with what it uses and what uses it",
+    "runs rm": "remove one of them",
+    "runs gc": "free what no result needs",
     "demo": "run all of it on handwritten digits, in a few minutes on a CPU",
 }
 # Commands without a configuration
@@ -60,7 +70,7 @@ HELP = ("-h", "--help", "help")
 def usage(group: str = "") -> str:
     """Return what `siftclip --help` prints, or `siftclip GROUP --help`."""
     commands = "\n".join(
-        f"  {name:<14}{what}"
+        f"  {name:<16}{what}"
         for name, what in (COMMANDS | PLAIN_COMMANDS).items()
         if name.startswith(group)
     )

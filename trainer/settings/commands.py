@@ -18,7 +18,21 @@ from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
+from siftclip.trainer.settings.runs import (
+    RunsGcSettings,
+    RunsListSettings,
+    RunsRmSettings,
+    RunsSettings,
+    RunsShowSettings,
+)
 from siftclip.trainer.settings.selector import SelectorNode
+from siftclip.trainer.settings.subsets import (
+    SubsetCombineSettings,
+    SubsetExportSettings,
+    SubsetImportSettings,
+    SubsetShowSettings,
+    SubsetVerifySettings,
+)
 from siftclip.trainer.settings.tools import (
     BenchSettings,
     CompactSettings,
@@ -154,6 +168,90 @@ class ExportCommand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetImportCommand:
+    """`siftclip subset import`."""
+
+    common: CommonSettings
+    pool: PoolSettings | None
+    subset_import: SubsetImportSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetExportCommand:
+    """`siftclip subset export`."""
+
+    common: CommonSettings
+    pool: PoolSettings | None
+    subset_export: SubsetExportSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetListCommand:
+    """`siftclip subset list`."""
+
+    common: CommonSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetShowCommand:
+    """`siftclip subset show`."""
+
+    common: CommonSettings
+    subset_show: SubsetShowSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetCombineCommand:
+    """`siftclip subset combine`."""
+
+    common: CommonSettings
+    subset_combine: SubsetCombineSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetVerifyCommand:
+    """`siftclip subset verify`."""
+
+    common: CommonSettings
+    pool: PoolSettings | None
+    subset_verify: SubsetVerifySettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsListCommand:
+    """`siftclip runs list`."""
+
+    common: CommonSettings
+    runs_list: RunsListSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsShowCommand:
+    """`siftclip runs show`."""
+
+    common: CommonSettings
+    runs_show: RunsShowSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsRmCommand:
+    """`siftclip runs rm`."""
+
+    common: CommonSettings
+    runs: RunsSettings
+    runs_rm: RunsRmSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunsGcCommand:
+    """`siftclip runs gc`."""
+
+    common: CommonSettings
+    runs: RunsSettings
+    runs_gc: RunsGcSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainCommand(SelectSections):
     """`siftclip train`."""
 
@@ -242,5 +340,15 @@ COMMANDS: dict[str, type] = {
     "compare": CompareCommand,
     "data compact": CompactCommand,
     "data bench": BenchCommand,
+    "subset import": SubsetImportCommand,
+    "subset export": SubsetExportCommand,
+    "subset list": SubsetListCommand,
+    "subset show": SubsetShowCommand,
+    "subset combine": SubsetCombineCommand,
+    "subset verify": SubsetVerifyCommand,
+    "runs list": RunsListCommand,
+    "runs show": RunsShowCommand,
+    "runs rm": RunsRmCommand,
+    "runs gc": RunsGcCommand,
     "demo": DemoCommand,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, TypeVar
 
 import hydra
@@ -15,7 +16,14 @@ from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.composed import Composed, composed, plain_tree, references
 from siftclip.trainer.settings.fields.reader import Reader
-from siftclip.trainer.settings.fields.rules import Fault, Unset, hints, unknown
+from siftclip.trainer.settings.fields.rules import (
+    Fault,
+    Unset,
+    alternatives,
+    hints,
+    required,
+    unknown,
+)
 from siftclip.trainer.settings.store import configuration_groups, register
 
 T = TypeVar("T")
@@ -28,9 +36,9 @@ def groups() -> dict[str, Any]:
     """Return all groups of options by their names, and the annotations of what they are."""
     hints_of: dict[str, Any] = {}
     for kind in COMMANDS.values():
-        hints_of |= {
-            name: hint for name, hint in hints(kind).items() if hint not in (*_TOP, Composed)
-        }
+        for name, hint in hints(kind).items():
+            if hint not in (*_TOP, Composed):
+                hints_of.setdefault(name, hint)  # later commands may do without some
     return hints_of
 
 
@@ -42,7 +50,8 @@ def top_level() -> dict[str, Any]:
 def read_command(kind: type[T], config: DictConfig) -> T:
     """Read what a command takes, from its configuration.
 
-    What the command does not need may lack values, and must be right otherwise.
+    What the command does not need may lack values, and must be right otherwise. A group that may be
+    None is None where a value is missing that it would need.
 
     Raises:
         InputError: values are wrong, missing or unknown; all of them are told.
@@ -57,6 +66,9 @@ def read_command(kind: type[T], config: DictConfig) -> T:
         elif hint in _TOP:
             values = {option: tree[option] for option in hints(hint) if option in tree}
             given[name] = reader.read(hint, values, "")
+        elif _is_left_out(hint, tree.get(name)):
+            given[name] = None
+            needed = {other: needed[other] for other in needed if other != name}
         else:
             given[name] = reader.read(hint, tree.get(name, Unset()), name)
     others = Reader(needed=False)
@@ -67,6 +79,15 @@ def read_command(kind: type[T], config: DictConfig) -> T:
     reader.faults += _strangers(tree, config)
     reader.raise_if_faulty()
     return kind(**given)
+
+
+def _is_left_out(hint: Any, value: Any) -> bool:
+    """Return whether a group may be None, and lacks a value that it would need."""
+    kinds = alternatives(hint)
+    if not any(kind.plain is NoneType for kind in kinds) or not isinstance(value, Mapping):
+        return False
+    group = next(kind.plain for kind in kinds if kind.is_group)
+    return any(isinstance(value.get(name, Unset()), Unset) for name in required(group))
 
 
 def compose(kind: type[T], command: str, overrides: Sequence[str]) -> T:

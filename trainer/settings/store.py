@@ -12,7 +12,16 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 
-from siftclip.trainer.settings import data, evaluation, lightning, loss, online, tools
+from siftclip.trainer.settings import (
+    data,
+    evaluation,
+    lightning,
+    loss,
+    online,
+    runs,
+    subsets,
+    tools,
+)
 from siftclip.trainer.settings.common import CommonSettings, SelectOptions
 from siftclip.trainer.settings.fields.marks import Follows, Late, Rare
 from siftclip.trainer.settings.fields.rules import alternatives, hints, mark_of
@@ -62,6 +71,10 @@ STORED = (
             *(data.BudgetSettings, tools.CompareSettings, tools.DemoSettings, tools.BenchSettings),
             *(tools.CompactSettings, tools.DiffSettings, tools.DownloadSettings),
             *(tools.WatchSettings, tools.ExportSettings, tools.TargetSettings),
+            *(subsets.SubsetImportSettings, subsets.SubsetExportSettings),
+            *(subsets.SubsetShowSettings, subsets.SubsetCombineSettings),
+            *(subsets.SubsetVerifySettings, runs.RunsSettings, runs.RunsListSettings),
+            *(runs.RunsShowSettings, runs.RunsRmSettings, runs.RunsGcSettings),
         )
     ),
     Stored(group="pool", name="local", kind=PoolSettings),

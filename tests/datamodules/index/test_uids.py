@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from siftclip.datamodules.index.uids import (
     UidTable,
     derive_uid,
+    distinct_uids,
     format_uid,
     from_structured,
     parse_uids,
@@ -58,6 +60,32 @@ def test_sorting_is_that_of_numbers(pairs: list[tuple[int, int]]) -> None:
     uids = as_uids(pairs)
     assert [tuple(uid.tolist()) for uid in uids[sort_uids(uids)]] == sorted(pairs)
     assert np.array_equal(np.sort(to_structured(uids)), to_structured(uids[sort_uids(uids)]))
+
+
+@given(PAIRS)
+def test_sorting_is_stable(pairs: list[tuple[int, int]]) -> None:
+    uids = as_uids(pairs)
+    assert np.array_equal(sort_uids(uids), np.lexsort((uids[:, 1], uids[:, 0])))
+
+
+@given(PAIRS)
+def test_distinct_uids_are_counted(pairs: list[tuple[int, int]]) -> None:
+    uids, counts = distinct_uids(as_uids(pairs))
+    counter = dict(sorted(Counter(pairs).items()))
+    assert (uids.dtype, counts.dtype) == (np.uint64, np.int64)
+    assert [tuple(uid) for uid in uids.tolist()] == list(counter)
+    assert counts.tolist() == list(counter.values())
+
+
+def test_a_million_uids_with_one_high_half_are_found() -> None:
+    """Numbers as uids, which a pool may have: a loop over them would take minutes."""
+    numbers = np.random.default_rng(0).permutation(2**20).astype(np.uint64)
+    table = UidTable.build(np.stack([np.zeros_like(numbers), numbers], axis=1))
+    asked = np.array([[0, 5], [0, 2**20], [1, 5]], dtype=np.uint64)
+    rows = table.find(np.concatenate([table.sorted_uids, asked]))
+    assert np.array_equal(numbers[rows[:-3]], np.arange(2**20))
+    assert numbers[rows[-3]] == 5
+    assert rows[-2:].tolist() == [-1, -1]
 
 
 @given(PAIRS, PAIRS)

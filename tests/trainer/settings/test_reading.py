@@ -47,6 +47,19 @@ COMMAND_OF = {
     "watch": ("eval_watch", ["watch.run=x"]),
     "export": ("export", ["export.source=x", "export.path=y"]),
     "target": ("target", ["target.root=x", "features.name=mine"]),
+    "runs": ("runs_rm", ["runs_rm.run=a"]),
+    "runs_list": ("runs_list", []),
+    "runs_show": ("runs_show", ["runs_show.run=a"]),
+    "runs_rm": ("runs_rm", ["runs_rm.run=a"]),
+    "runs_gc": ("runs_gc", []),
+    "subset_import": ("subset_import", ["subset_import.path=x"]),
+    "subset_export": ("subset_export", ["subset_export.subset=a", "subset_export.path=x"]),
+    "subset_show": ("subset_show", ["subset_show.name=a"]),
+    "subset_verify": ("subset_verify", ["subset_verify.subset=a"]),
+    "subset_combine": (
+        "subset_combine",
+        [f"subset_combine.{word}" for word in ("name=c", "operation=union", "a=a", "b=b")],
+    ),
 }
 POOL = "pool.root=/data/pool"
 WRONG: list[Any] = ["wrong", -1.5, True, ["a"], {"a": 1}, [[["a"]]], None, 3, float("nan"), ""]
