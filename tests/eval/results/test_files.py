@@ -11,6 +11,7 @@ import pytest
 
 from siftclip.errors import InputError
 from siftclip.eval.metrics.outcomes import Outcomes
+from siftclip.eval.reports.report import summarise
 from siftclip.eval.results.files import (
     KeptResults,
     TaskResult,
@@ -41,6 +42,34 @@ def result(key: str, value: float | None = 0.25, **changes: Any) -> TaskResult:
         units=UNITS,
     )
     return replace(base, **changes)
+
+
+def test_outcomes_of_other_metrics_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "eval_results.jsonl"
+    top = Outcomes(statistic="mean", arrays={"value": np.asarray([1, 1, 0, 0], dtype=np.float32)})
+    metrics = {"acc1": 0.25, "acc5": 0.5, "main_metric": 0.25}
+    append_result(path, result("mnist", metrics=metrics, other_outcomes={"acc5": top}))
+    (read,) = read_results(path)
+    found = read.outcomes_of("acc5")
+    assert found is not None
+    assert np.array_equal(found.arrays["value"], top.arrays["value"])
+    assert read.outcomes_of("acc1") is read.outcomes_of("main_metric") is read.outcomes
+    assert read.outcomes_of("acc9") is None
+    summary = summarise([read], {"top": ["mnist:acc5"], "none": ["mnist:acc1"]})
+    low, high = summary.average_intervals["top"] or (1.0, 0.0)
+    assert 0 <= low < 0.5 < high <= 1
+    assert not any(summary.average_notes.values())
+    line = path.read_text().replace('"acc5": 0.5', '"acc5": 0.75')
+    path.write_text(line)
+    with pytest.raises(InputError, match=r"its acc5 is 0\.5, not 0\.75\. Delete it"):
+        read_results(path)
+
+
+def test_an_average_without_an_interval_says_why() -> None:
+    lacking = result("mnist", metrics={"acc1": 0.25, "acc5": 0.5, "main_metric": 0.25})
+    summary = summarise([lacking], {"top": ["mnist:acc5"]})
+    assert summary.average_intervals["top"] is None
+    assert "top: no interval: what mnist:acc5 is made of is not kept" in summary.table()
 
 
 def test_round_trip(tmp_path: Path) -> None:
