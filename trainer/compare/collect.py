@@ -143,7 +143,7 @@ def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> ArmComparison:
         drawn = member_replicates(
             by_run, [*names, *(m for group in members.values() for m in group)]
         )
-        tests = compare_columns(by_run, drawn, seeds, baseline, names, members)
+        tests = compare_columns(by_run, drawn, seeds, baseline, names, members, first=columns[0])
         results, missing = _results(seeds, runs, kept, drawn, names, members)
     selections = {(run.arm, run.seed): read_selection(at.path) for run, at in finished}
     truth = None

@@ -36,6 +36,7 @@ class ColumnTests:
     arms: tuple[str, ...]
     tests: ArmTests | None  # None: the baseline has no values
     p_holm: Mapping[str, float | None]  # of a task, by arm: corrected for all arms and tasks
+    is_first: bool = False  # what the answer is about: one of many tasks, but chosen before
 
     def resolved(self, arm: str) -> bool | None:
         """Return whether an arm differs from the baseline; None where that is not known."""
@@ -44,7 +45,7 @@ class ColumnTests:
         difference = self.tests.of(self.arms.index(arm))
         if difference is None or difference.p_value is None:
             return None
-        if self.p_holm:
+        if self.p_holm and not self.is_first:
             p_value = self.p_holm.get(arm)
             return p_value is not None and p_value <= LEVEL
         return difference.resolved
@@ -107,11 +108,13 @@ def compare_columns(
     baseline: str,
     tasks: Sequence[str],
     groups: Mapping[str, Sequence[str]],
+    *,
+    first: str,
 ) -> dict[str, ColumnTests]:
     """Compare the arms on all averages and tasks, by `average/NAME` and task.
 
-    An arm counts where all of its runs have a value. Averages are corrected for the number of
-    arms, each average by itself; tasks for the number of arms and tasks together.
+    An arm counts where all of its runs have a value. Averages, and what the answer is about, are
+    corrected for the number of arms, each by itself; other tasks for arms and tasks together.
 
     Args:
         results: of each run.
@@ -120,6 +123,7 @@ def compare_columns(
         baseline: the arm that the others are compared with.
         tasks: whose main metrics are compared.
         groups: members by name of the average.
+        first: the column that the answer is about.
     """
     averages = {
         place: result_averages(by_key.values(), groups) for place, by_key in results.items()
@@ -145,7 +149,9 @@ def compare_columns(
         if baseline in arms:
             model = fit_arms([*arms.values()], units)
             tests = compare_with_baseline(model, [*arms].index(baseline))
-        found[column] = ColumnTests(column=column, arms=tuple(arms), tests=tests, p_holm={})
+        found[column] = ColumnTests(
+            column=column, arms=tuple(arms), tests=tests, p_holm={}, is_first=column == first
+        )
     return _corrected(found, tasks)
 
 
