@@ -22,7 +22,8 @@ from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import read_jsonl
 from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
 from siftclip.trainer.compare.collect import ArmComparison, ArmRun, _truth, collect
-from siftclip.trainer.compare.report import html, markdown
+from siftclip.trainer.compare.page.page import html
+from siftclip.trainer.compare.report import markdown
 from siftclip.trainer.compare.tables import (
     as_markdown,
     cost_rows,
