@@ -153,6 +153,7 @@ def _report(
     """Read all runs back, and write the report."""
     # Here, since importing pandas and jinja2 takes a second.
     from siftclip.trainer.compare.collect import ArmRun, collect
+    from siftclip.trainer.compare.page.pool_view import open_view
     from siftclip.trainer.compare.report import write_report
     from siftclip.trainer.compare.sentences import mixed_notes
     from siftclip.trainer.compare.tables import format_main_table
@@ -166,8 +167,10 @@ def _report(
     comparison = collect(settings, runs)
     for text in mixed_notes(comparison):
         log.warning(text)
+    arms = {run.arm: run.settings for run in reversed(plan.runs)}  # of the first seed
+    samples = open_view(settings, comparison, arms)
     with locked(notes.folder / LOCK_NAME, owner=str(notes.folder), wait=True):
-        write_report(comparison, notes.folder, words=words)
+        write_report(comparison, notes.folder, samples=samples, words=words)
     return CompareOutcome(
         folder=notes.folder,
         table=format_main_table(comparison),

@@ -16,6 +16,8 @@ from siftclip.trainer.compare.answer import aa_sentence, answer, model_note
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.curves import curve_frame
 from siftclip.trainer.compare.page.page import html
+from siftclip.trainer.compare.page.pool_view import PoolView
+from siftclip.trainer.compare.page.samples import sample_frames
 from siftclip.trainer.compare.run_notes import RESULTS_NAME
 from siftclip.trainer.compare.sentences import (
     COST_NOTE,
@@ -41,12 +43,19 @@ from siftclip.writing import atomic_path
 TABLES = "tables"
 
 
-def write_report(comparison: ArmComparison, folder: Path, *, words: Sequence[str] = ()) -> None:
+def write_report(
+    comparison: ArmComparison,
+    folder: Path,
+    *,
+    samples: PoolView | str = "",
+    words: Sequence[str] = (),
+) -> None:
     """Write the report and its numbers into `folder`, each file atomically.
 
     Args:
         comparison: of all arms.
         folder: of the comparison.
+        samples: the pool, or why it is not shown.
         words: of the command line that made it; empty: there was none.
     """
     curves = curve_frame(comparison)
@@ -56,13 +65,19 @@ def write_report(comparison: ArmComparison, folder: Path, *, words: Sequence[str
         f"{TABLES}/runs.csv": comparison.runs,
         f"{TABLES}/curves.csv": curves,
         f"{TABLES}/overlap.csv": overlap_frame(comparison),
+        **{
+            f"{TABLES}/{name}.csv": frame
+            for name, frame in sample_frames(samples, comparison).items()
+        },
     }
     for name, frame in frames.items():
         with atomic_path(folder / name) as temporary:
             frame.to_csv(temporary, index=False)
     write_text(folder / "report.md", shown(markdown(comparison)))
     # The page is redacted where its texts are: what it embeds must stay as it is.
-    write_text(folder / "report.html", html(comparison, curves=curves, words=words))
+    write_text(
+        folder / "report.html", html(comparison, curves=curves, samples=samples, words=words)
+    )
 
 
 def overlap_frame(comparison: ArmComparison) -> pd.DataFrame:

@@ -120,7 +120,7 @@ def marked_best(
 
 def cost_summary_rows(comparison: ArmComparison) -> list[list[str]]:
     """Return header and one row per arm: what `cost_rows` says, in short."""
-    rows = [["arm", "samples trained", "TFLOP", "train s", "selection before s"]]
+    rows = [["arm", "trained", "TFLOP", "train s", "selection s"]]
     for arm in comparison.arms:
         flops = [run_means(comparison, arm, f"{name}_flops") for name in ("training", "scoring")]
         rows.append(

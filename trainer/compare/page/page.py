@@ -13,7 +13,9 @@ from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.axes import arm_classes
 from siftclip.trainer.compare.page.curves import curve_frame, learning_charts, online_charts
 from siftclip.trainer.compare.page.dots import difference_facets, mean_plot
+from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.compare.page.render import render
+from siftclip.trainer.compare.page.samples import samples_part
 from siftclip.trainer.compare.sentences import (
     COST_NOTE,
     DIFFERENCE_NOTE,
@@ -44,6 +46,7 @@ def html(
     comparison: ArmComparison,
     *,
     curves: pd.DataFrame | None = None,
+    samples: PoolView | str = "",
     words: Sequence[str] = (),
 ) -> str:
     """Format the report as one HTML page that asks the network for nothing.
@@ -51,6 +54,7 @@ def html(
     Args:
         comparison: of all arms.
         curves: of `curve_frame`; None: read here.
+        samples: the pool, or why it is not shown.
         words: of the command line that made it; empty: there was none.
     """
     curves = curve_frame(comparison) if curves is None else curves
@@ -60,6 +64,7 @@ def html(
     parts = {
         "results": "Results",
         "tasks": "Every task",
+        "samples": "Kept and dropped",
         **({"training": "Learning curves"} if learning else {}),
         **({"loop": "Chosen in the loop"} if online else {}),
         "costs": "Costs",
@@ -86,6 +91,7 @@ def html(
         tasks=task_rows(comparison, tasks),
         differences=all_difference_rows(comparison),
         difference_note=DIFFERENCE_NOTE,
+        **samples_part(comparison, samples),
         learning=learning,
         online=online,
         cost=transposed(cost_rows(comparison)),
