@@ -10,6 +10,7 @@ integrals.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -97,5 +98,12 @@ def _deviations(freedom: float) -> tuple[np.ndarray, np.ndarray]:
 
     if np.isinf(freedom):
         return np.ones(1), np.ones(1)
-    nodes, weights = np.polynomial.legendre.leggauss(_CHI_NODES)
+    nodes, weights = _nodes()
     return np.sqrt(chi2.ppf((nodes + 1) / 2, freedom) / freedom), weights / 2
+
+
+@cache
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    """Return the nodes and weights of that integral in [-1, 1]: float64 [s] each."""
+    nodes, weights = np.polynomial.legendre.leggauss(_CHI_NODES)
+    return nodes, weights

@@ -150,14 +150,18 @@ def compare_stage(
             table=f"{done} of {len(plan.runs)} runs of the comparison are done.",
             failed=tuple(note.failure() for note in own if note.state == "failed"),
         )
-    return _report(settings, plan, notes)
+    return _report(settings, plan, notes, words)
 
 
-def _report(settings: CompareCommand, plan: Plan, notes: RunNotes) -> CompareOutcome:
+def _report(
+    settings: CompareCommand, plan: Plan, notes: RunNotes, words: Sequence[str]
+) -> CompareOutcome:
     """Read all runs back, and write the report."""
     # Here, since importing pandas and jinja2 takes a second.
     from siftclip.trainer.compare.collect import ArmRun, collect
-    from siftclip.trainer.compare.report import mixed_notes, write_report
+    from siftclip.trainer.compare.page.pool_view import open_view
+    from siftclip.trainer.compare.report import write_report
+    from siftclip.trainer.compare.sentences import mixed_notes
     from siftclip.trainer.compare.tables import format_main_table
 
     runs = []
@@ -169,8 +173,10 @@ def _report(settings: CompareCommand, plan: Plan, notes: RunNotes) -> CompareOut
     comparison = collect(settings, runs)
     for text in mixed_notes(comparison):
         log.warning(text)
+    arms = {run.arm: run.settings for run in reversed(plan.runs)}  # of the first seed
+    samples = open_view(settings, comparison, arms)
     with locked(notes.folder / LOCK_NAME, owner=str(notes.folder), wait=True):
-        write_report(comparison, notes.folder)
+        write_report(comparison, notes.folder, samples=samples, words=words)
     return CompareOutcome(
         folder=notes.folder,
         table=format_main_table(comparison),

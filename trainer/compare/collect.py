@@ -7,7 +7,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,7 @@ class ArmComparison:
     `main_metric`. Each arm has a row for each seed and task, without a value where there is none,
     and with the reason as its note. `runs` has one row per finished run: arm, seed, and what its
     summary says. `truth` has one row per arm and one column per kind of sample: its share of the
-    selected
-    samples, mean over seeds, NaN where a run is missing.
+    selected samples, mean over seeds, NaN where a run is missing.
     """
 
     name: str
@@ -103,6 +102,8 @@ class ArmComparison:
     environments: dict[str, list[Environment]]  # of the sessions of each run, by arm and seed
     tests: Mapping[str, ColumnTests]  # by task and `average/NAME`
     missing: tuple[Missing, ...] = ()
+    logs: Mapping[Place, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    selections: Mapping[str, Selection] = field(default_factory=dict)  # by arm, of the first seed
 
 
 def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> ArmComparison:
@@ -174,6 +175,8 @@ def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> ArmComparison:
         },
         tests=tests,
         missing=missing,
+        logs={(run.arm, run.seed): at.records() for run, at in finished},
+        selections=first,
     )
 
 

@@ -21,6 +21,8 @@ from siftclip.trainer.compare.answer import (
 )
 from siftclip.trainer.compare.collect import ArmComparison
 
+BEST = " ★"
+BEST_NOTE = "★: better than every other arm, where that is resolved."
 MISSING_NOTE = "A mean that lacks a seed is not shown (-). Missing:"
 
 
@@ -93,6 +95,41 @@ def main_rows(comparison: ArmComparison, tasks: Sequence[str]) -> list[list[str]
                     for means, deviations in cells
                 ),
                 number(run_means(comparison, arm, "train_seconds"), ".0f"),
+            ]
+        )
+    return rows
+
+
+def marked_best(
+    rows: Sequence[Sequence[str]], comparison: ArmComparison, columns: Sequence[str]
+) -> list[list[str]]:
+    """Mark the best arm of each column in the rows of `main_rows`, where that is resolved.
+
+    Args:
+        rows: their last column but the tasks' is the training time.
+        comparison: of all arms.
+        columns: those of the rows.
+    """
+    marked = [[*row] for row in rows]
+    for number, column in enumerate(columns, start=len(rows[0]) - len(columns) - 1):
+        best = comparison.tests[column].best if column in comparison.tests else None
+        for row in marked[1:]:
+            row[number] += BEST if row[0] == best else ""
+    return marked
+
+
+def cost_summary_rows(comparison: ArmComparison) -> list[list[str]]:
+    """Return header and one row per arm: what `cost_rows` says, in short."""
+    rows = [["arm", "trained", "TFLOP", "train s", "selection s"]]
+    for arm in comparison.arms:
+        flops = [run_means(comparison, arm, f"{name}_flops") for name in ("training", "scoring")]
+        rows.append(
+            [
+                arm,
+                number(run_means(comparison, arm, "trained_samples"), ",.0f"),
+                number(sum(flops) / 1e12, ".3g"),
+                number(run_means(comparison, arm, "train_seconds"), ",.0f"),
+                number(run_means(comparison, arm, "offline_selection_seconds"), ",.1f"),
             ]
         )
     return rows
@@ -223,3 +260,21 @@ def format_main_table(comparison: ArmComparison) -> str:
     if comparison.missing:
         parts.append("\n".join([MISSING_NOTE, *missing_lines(comparison)]))
     return "\n\n".join(parts)
+
+
+def run_rows(comparison: ArmComparison) -> list[list[str]]:
+    """Return the header and one row per finished run."""
+    rows = [["run", "arm", "seed", "selected", "coverage", "passes", "train s"]]
+    for run in comparison.runs.to_dict("records"):
+        rows.append(
+            [
+                str(run["run"]),
+                str(run["arm"]),
+                str(run["seed"]),
+                number(run["selected_samples"], ".0f"),
+                f"{number(100 * run['coverage'], '.1f')} %",
+                number(run["passes"], ".2f"),
+                number(run["train_seconds"], ".1f"),
+            ]
+        )
+    return rows

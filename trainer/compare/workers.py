@@ -7,6 +7,7 @@ share of the GPUs and cores, and a log file. What becomes of its run it notes it
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -22,13 +23,14 @@ from typing import IO
 from siftclip.errors import InputError
 from siftclip.files import has_content
 from siftclip.progress import Progress, show_progress
+from siftclip.reading import open_file
 from siftclip.trainer.compare.plan import PlannedRun
 from siftclip.trainer.compare.run_notes import RunNotes
 from siftclip.trainer.compare.running import ATTEMPTS
 from siftclip.trainer.runtime.launch import STOPS, TrainingStopped, device_count, find_launch
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, RunDir
 from siftclip.trainer.settings.lightning import TrainerSettings
-from siftclip.writing import make_folder
+from siftclip.writing import make_folder, writing_to
 
 POLL_SECONDS = 0.5
 _INPUT_FAULT = 2  # the exit status of a fault of the input
@@ -188,7 +190,7 @@ def _start(
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, share.cores)  # which the child inherits
     try:
-        with path.open("ab") as output:
+        with writing_to(path), path.open("ab") as output:
             process = _open(command, environment, output)
     finally:
         os.sched_setaffinity(0, before)
@@ -230,7 +232,8 @@ def _ended(worker: _Worker, status: int, notes: RunNotes) -> bool:
     if note is None or note.state != "failed":
         at = None if note is None else note.run_dir(notes.folder)
         ended = f"signal {-status}" if status < 0 else f"exit status {status}"
-        reason = _last_line(path) or f"its process ended with {ended}"
+        errors = (line.strip() for line in _tail(path) if "rror" in line)
+        reason = next(errors, f"its process ended with {ended}")
         note = notes.write(run, "failed", at=at, reason=reason, log=str(path))
     if status != _INPUT_FAULT and worker.attempt < ATTEMPTS:
         log.warning("%s failed and is tried again: %s", run.name, note.reason)
@@ -239,14 +242,13 @@ def _ended(worker: _Worker, status: int, notes: RunNotes) -> bool:
     return True
 
 
-def _last_line(path: Path) -> str:
-    """Return the last line of a log, of those that name an error."""
+def _tail(path: Path) -> list[str]:
+    """Return the last lines of a file, from the last one on; none if there is no file."""
     if not has_content(path):
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if "rror" in line), "")
+        return []
+    with open_file(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()[::-1]
 
 
 def _show(worker: _Worker, notes: RunNotes) -> None:
@@ -262,16 +264,8 @@ def _show(worker: _Worker, notes: RunNotes) -> None:
 
 
 def _last_step(run: RunDir) -> int:
-    """Return the last step in a run's log, from its end; 0 if there is none."""
-    import json
-
-    path = run.path / METRICS_NAME
-    if not has_content(path):
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
+    """Return the last step in a run's log; 0 if there is none."""
+    for line in _tail(run.path / METRICS_NAME):
         try:
             record = json.loads(line)
         except ValueError:  # it is just being written, or begins before what was read

@@ -63,6 +63,9 @@ class CompareSettings(Section):
     columns: tuple[str, ...] = ()
     """Columns of the printed table: averages of eval.groups or tasks; empty: all."""
 
+    images: bool = True
+    """Put small copies of some images into the report, blurred until clicked; else captions."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +23,10 @@ from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import read_jsonl
 from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
 from siftclip.trainer.compare.collect import ArmComparison, ArmRun, _truth, collect
-from siftclip.trainer.compare.report import html, markdown
+from siftclip.trainer.compare.page.galleries import choose_galleries, read_galleries
+from siftclip.trainer.compare.page.page import html
+from siftclip.trainer.compare.page.pool_view import open_view
+from siftclip.trainer.compare.report import markdown
 from siftclip.trainer.compare.tables import (
     as_markdown,
     cost_rows,
@@ -104,6 +108,89 @@ def test_comparison_of_three_arms_and_two_seeds(compared: Compared) -> None:
         assert f"| {arm} |" in report
     assert "± " in outcome.table
     assert "96 samples in 6 steps of batch 16" in report
+
+
+def test_report_shows_what_is_kept_and_dropped(compared: Compared, demo_data: DemoData) -> None:
+    folder = compared.outcome.folder
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/webp;base64,") > 50
+    assert len(page) < 20e6
+    composition = pd.read_csv(folder / "tables" / "composition.csv")
+    kinds = composition[composition["property"] == "kind"]
+    truth = pd.read_parquet(demo_data.truth)["kind"].value_counts()
+    oracle = kinds[kinds["arm"] == "oracle"].set_index("part")
+    assert oracle["pool_samples"].to_dict() == truth.to_dict()
+    assert oracle["recall"].gt(0).to_dict() == {kind: kind == "clean" for kind in truth.index}
+    for _, rows in composition.groupby(["property", "arm"]):
+        assert rows["kept_share"].sum() == pytest.approx(1)
+        assert rows["pool_share"].sum() == pytest.approx(1)
+        assert rows["ratio"].between(rows["low"] - 1e-9, rows["high"] + 1e-9).all()
+    scores = pd.read_csv(folder / "tables" / "scores.csv").groupby("arm")[["pool", "kept"]].sum()
+    runs = [RunDir(path=Path(path)) for path in pd.read_csv(folder / "tables" / "runs.csv")["run"]]
+    of_score = next(run for run in runs if "clip_score-s0" in run.path.name)
+    assert scores.loc["clip_score", "kept"] == len(read_selection(of_score.path).uids)
+    samples = pd.read_csv(folder / "tables" / "samples.csv")
+    kept = set(read_selection(of_score.path).ids)
+    shown = samples[samples["gallery"] == "kept by clip_score, dropped by random"]
+    assert 0 < len(shown) <= 24
+    assert set(shown["uid"]) <= kept
+    other = samples[samples["gallery"] == "kept by random, dropped by clip_score"]
+    assert not set(other["uid"]) & kept
+
+
+def test_report_without_a_pool_or_without_images(
+    compared: Compared, copied: Copied, compose: Compose, options: list[str], tmp_path: Path
+) -> None:
+    comparison = collect(copied.config, copied.runs)
+    arms = {arm: compose("train", options_of_train(options)) for arm in comparison.arms}
+    without = compose("compare", [*options, "compare.images=false"])
+    view = open_view(without, comparison, arms)
+    assert not isinstance(view, str)
+    page = html(comparison, samples=view)
+    assert "data:image" not in page
+    assert 'class="caption"' in page
+    gone = compose("compare", [*options, f"pool.root={tmp_path / 'gone'}"])
+    why = open_view(gone, comparison, arms)
+    assert isinstance(why, str)
+    assert "no samples are shown" in html(comparison, samples=why)
+
+
+def test_samples_that_cannot_be_read_are_placeholders(
+    copied: Copied, compose: Compose, options: list[str], demo_data: DemoData, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_data.pool, tmp_path / "pool")
+    own = [*options, f"pool.root={tmp_path / 'pool'}", f"pool.cache_dir={tmp_path / 'cache'}"]
+    comparison = collect(copied.config, copied.runs)
+    arms = {arm: compose("train", options_of_train(own)) for arm in comparison.arms}
+    view = open_view(compose("compare", own), comparison, arms)
+    assert not isinstance(view, str)
+    galleries = choose_galleries(comparison, view)
+    row = galleries[0].rows[0]
+    shard = Path(view.pool.shards[view.pool.shard_of_row[row]].path)
+    stat = shard.stat()
+    with shard.open("r+b") as file:
+        file.seek(int(view.pool.image_offsets_bytes[row]))
+        file.write(b"\0" * int(view.pool.image_sizes_bytes[row]))
+        file.seek(int(view.pool.text_offsets_bytes[row]))
+        caption = "<b>\u202e\x1b[31m".encode()
+        file.write(
+            caption.ljust(int(view.pool.text_sizes_bytes[row]))[: view.pool.text_sizes_bytes[row]]
+        )
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    first = read_galleries(view, galleries)[0].samples
+    assert first[0].image is None
+    assert "cannot be decoded" in first[0].fault
+    assert all(sample.image is not None for sample in first[1:])
+    page = html(comparison, samples=view)
+    assert "<b>" not in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "could not be read" in page
+
+
+def options_of_train(options: list[str]) -> list[str]:
+    """Those of a comparison that `train` has, too."""
+    return [each for each in options if "compare." not in each]
 
 
 def test_budgets_are_equal_and_random_draws_differ_by_seed(compared: Compared) -> None:

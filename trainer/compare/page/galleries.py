@@ -1,0 +1,241 @@
+"""Galleries: samples that say most about what the arms keep and drop, few and always the same."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from PIL import Image
+
+from siftclip.datamodules.index.uids import format_uids
+from siftclip.datamodules.pool.reader import (
+    BadSampleError,
+    SampleReader,
+    decode_caption,
+    decode_image,
+)
+from siftclip.trainer.compare.collect import ArmComparison
+from siftclip.trainer.compare.page.pool_view import PoolView
+
+SIDE = 96  # pixels of a thumbnail
+MOST_SAMPLES = 24  # of a gallery
+MOST_SHOWN = 1200  # of a page, some 4 KB each
+MOST_LETTERS = 400  # of a caption
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """Rows of a pool with what is said of each."""
+
+    title: str
+    note: str
+    rows: tuple[int, ...]
+    notes: tuple[str, ...]  # of each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A sample as the page shows it."""
+
+    caption: str
+    image: Markup | None  # a data URL; None: it was not read, or could not be
+    fault: str  # why not; "" where nothing is wrong
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownGallery:
+    """A gallery with its samples."""
+
+    title: str
+    note: str
+    samples: tuple[Shown, ...]
+
+
+def choose_galleries(comparison: ArmComparison, view: PoolView) -> list[Gallery]:
+    """Choose galleries: disagreements with the baseline, scores, and repetitions."""
+    found = [*_disagreements(comparison, view), *_of_scores(comparison, view)]
+    for arm, times in view.kept.items():
+        if times.max() > 1:
+            rows = _top(times.astype(np.float64), MOST_SAMPLES // 2)
+            found.append(
+                Gallery(
+                    title=f"{arm}: most repeated",
+                    note="Samples that are kept most often.",
+                    rows=rows,
+                    notes=tuple(f"{times[row]} times" for row in rows),
+                )
+            )
+    shown, limited = 0, []
+    for gallery in found:
+        if gallery.rows and shown + len(gallery.rows) <= MOST_SHOWN:
+            shown += len(gallery.rows)
+            limited.append(gallery)
+    return limited
+
+
+def gallery_frame(view: PoolView, galleries: Sequence[Gallery]) -> pd.DataFrame:
+    """Return the uids of all galleries, one row per sample that is shown."""
+    rows = [
+        {"gallery": gallery.title, "row": row, "note": note}
+        for gallery in galleries
+        for row, note in zip(gallery.rows, gallery.notes, strict=True)
+    ]
+    frame = pd.DataFrame(rows, columns=["gallery", "row", "note"])
+    uids = format_uids(view.pool.uids[frame["row"].to_numpy(dtype=np.int64)])
+    return frame.assign(uid=uids)
+
+
+def read_galleries(view: PoolView, galleries: Sequence[Gallery]) -> list[ShownGallery]:
+    """Read captions and thumbnails; what cannot be read says why, and loses nothing else."""
+    rows = np.unique([row for gallery in galleries for row in gallery.rows]).astype(np.int64)
+    reader = SampleReader(pool=view.pool, max_image_pixels=view.max_image_pixels)
+    try:
+        read = dict(_read(reader, rows, images=view.images))
+    finally:
+        reader.close()
+    return [
+        ShownGallery(
+            title=gallery.title,
+            note=gallery.note,
+            samples=tuple(
+                Shown(caption=read[row][0], image=read[row][1], fault=read[row][2], note=note)
+                for row, note in zip(gallery.rows, gallery.notes, strict=True)
+            ),
+        )
+        for gallery in galleries
+    ]
+
+
+def _read(
+    reader: SampleReader, rows: np.ndarray, *, images: bool
+) -> Iterator[tuple[int, tuple[str, Markup | None, str]]]:
+    """Yield each row with its caption, its thumbnail and what is wrong with it."""
+    if not images:
+        for row, raw in zip(rows.tolist(), reader.read_captions(rows), strict=True):
+            yield row, (*_caption(raw, reader.max_caption_bytes)[:1], None, "")
+        return
+    for at, sample in reader.read(rows):
+        row = int(rows[at])
+        if isinstance(sample, BadSampleError):
+            yield row, ("", None, str(sample))
+            continue
+        caption, fault = _caption(sample.caption, reader.max_caption_bytes)
+        try:
+            image = thumbnail(decode_image(sample.image, reader.max_image_pixels))
+        except BadSampleError as error:
+            yield row, (caption, None, str(error))
+        else:
+            yield row, (caption, image, fault)
+
+
+def _caption(raw: bytes | BadSampleError, most_bytes: int) -> tuple[str, str]:
+    try:
+        if isinstance(raw, BadSampleError):
+            raise raw
+        caption = decode_caption(raw, most_bytes)
+    except BadSampleError as error:
+        return f"(a sample {error})", ""
+    cut = f"{caption[:MOST_LETTERS]} ..." if len(caption) > MOST_LETTERS else caption
+    return cut.replace("\n", " "), ""
+
+
+def thumbnail(image: Image.Image) -> Markup:
+    """Return a small copy of an image as a data URL of WebP."""
+    image = image.copy()
+    image.thumbnail((SIDE, SIDE))
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=70)
+    return Markup(f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}")
+
+
+def _disagreements(comparison: ArmComparison, view: PoolView) -> Iterator[Gallery]:
+    """Yield what an arm keeps and the baseline drops, and the other way round.
+
+    Those of which the ranks of the two scores differ most, or any, where there are not two.
+    """
+    baseline = comparison.baseline
+    for other in comparison.arms:
+        for arm, against in ((other, baseline), (baseline, other)):
+            if other == baseline or not {arm, against} <= view.kept.keys():
+                continue
+            rows = np.flatnonzero((view.kept[arm] > 0) & (view.kept[against] == 0))
+            if len(rows) == 0:
+                continue
+            how, gap = "a random sample", None
+            if {arm, against} <= view.scores.keys():
+                how = "those whose ranks by the two scores differ most"
+                gap = _ranks(view.scores[arm])[rows] - _ranks(view.scores[against])[rows]
+            few = MOST_SAMPLES // 2
+            chosen = _drawn(rows, few) if gap is None else rows[list(_top(gap, few))]
+            yield Gallery(
+                title=f"kept by {arm}, dropped by {against}",
+                note=f"{len(rows):,} samples; {how}.",
+                rows=tuple(chosen.tolist()),
+                notes=tuple(_note(view, int(row), arm) for row in chosen),
+            )
+
+
+def _of_scores(comparison: ArmComparison, view: PoolView) -> Iterator[Gallery]:
+    """Yield two samples of each tenth of the scores, and the best and the worst."""
+    for arm in comparison.arms:
+        scores = view.scores.get(arm)
+        known = np.flatnonzero(np.isfinite(scores)) if scores is not None else np.empty(0, np.int64)
+        if scores is None or len(known) < 20:
+            continue
+        order = known[np.argsort(-scores[known], kind="stable")]
+        tenths = np.array_split(order, 10)
+        rows = np.concatenate([_drawn(tenth, 2) for tenth in tenths])
+        names = [f"tenth {number}" for number in range(1, 11) for _ in range(2)]
+        yield Gallery(
+            title=f"{arm}: from the best to the worst tenth",
+            note="Two samples of each tenth of the pool by score, drawn at random.",
+            rows=tuple(rows.tolist()),
+            notes=tuple(
+                f"{name}, {_note(view, int(row), arm)}"
+                for name, row in zip(names, rows, strict=True)
+            ),
+        )
+        few = min(MOST_SAMPLES // 2, len(order) // 2)
+        for title, ends in (("best", order[:few]), ("worst", order[::-1][:few])):
+            yield Gallery(
+                title=f"{arm}: {title} by score",
+                note="",
+                rows=tuple(ends.tolist()),
+                notes=tuple(_note(view, int(row), arm) for row in ends),
+            )
+
+
+def _note(view: PoolView, row: int, arm: str) -> str:
+    """Say the score of a sample, whether it is kept, and its kind."""
+    parts = []
+    if arm in view.scores:
+        parts.append(f"{view.scores[arm][row]:.3g}")
+    parts.append("kept" if view.kept[arm][row] else "dropped")
+    if view.kinds is not None and view.kinds[row]:
+        parts.append(str(view.kinds[row]))
+    return ", ".join(parts)
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """Return ranks in [0, 1], the lowest score first; float64 [n], NaN counts as the lowest."""
+    values = np.where(np.isnan(scores), -np.inf, scores)
+    ranks = np.empty(len(values))
+    ranks[np.argsort(values, kind="stable")] = np.linspace(0, 1, len(values))
+    return ranks
+
+
+def _top(values: np.ndarray, count: int) -> tuple[int, ...]:
+    return tuple(np.argsort(-values, kind="stable")[:count].tolist())
+
+
+def _drawn(rows: np.ndarray, count: int) -> np.ndarray:
+    """Draw some of the rows, always the same."""
+    generator = np.random.default_rng([_SEED, len(rows)])
+    return np.sort(generator.choice(rows, size=min(count, len(rows)), replace=False))

@@ -1,0 +1,102 @@
+"""The pool of a comparison as its report needs it: which samples the arms keep, by which scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from siftclip.datamodules.index.uids import UidTable
+from siftclip.datamodules.pool.image_sizes import read_image_sizes
+from siftclip.datamodules.pool.metadata import read_labels
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.selection.run import score_pool
+from siftclip.errors import InputError
+from siftclip.files import identity_hash
+from siftclip.selectors.core.base import ScoreSelector
+from siftclip.trainer.builders.selection import pool_from, selector_from, source_from
+from siftclip.trainer.compare.collect import ArmComparison
+from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolView:
+    """A pool of n samples, and what the arms of the first seed keep of it."""
+
+    pool: Pool
+    kept: Mapping[str, np.ndarray]  # by arm: int64 [n], how often a sample is kept
+    scores: Mapping[str, np.ndarray]  # by arm: float32 [n], NaN where there is none
+    kinds: np.ndarray | None  # str [n], what the truth file calls a sample; "" for none
+    sizes: np.ndarray | None  # int64 [n, 2], width and height of the original; -1 where unknown
+    max_image_pixels: int
+    images: bool  # whether the report shows images
+
+
+def open_view(
+    settings: CompareCommand, comparison: ArmComparison, arms: Mapping[str, TrainCommand]
+) -> PoolView | str:
+    """Open the pool of a comparison.
+
+    Args:
+        settings: of the comparison.
+        comparison: of all arms.
+        arms: the settings of the first run of each arm.
+
+    Returns:
+        Why there is none, in a sentence, where it cannot be opened.
+    """
+    try:
+        pool = pool_from(settings.pool, progress=settings.common.progress)
+    except InputError as error:
+        log.warning("the report shows no samples: %s", error)
+        return f"The pool could not be opened, so that no samples are shown: {error}"
+    kept = {}
+    for arm, selection in comparison.selections.items():
+        rows = pool.table.find(selection.uids)
+        times = np.zeros(len(pool), dtype=np.int64)
+        times[rows[rows >= 0]] = selection.multiplicities[rows >= 0]
+        kept[arm] = times
+    if not any(times.any() for times in kept.values()):
+        return f"The pool {pool.root} holds nothing of what was selected."
+    sizes = None
+    with suppress(InputError):  # its metadata may say nothing of them
+        sizes = read_image_sizes(pool, progress=settings.common.progress)
+    truth = settings.compare.truth
+    scores = {arm: _kept_scores(arms[arm], pool) for arm in kept if arm in arms}
+    return PoolView(
+        pool=pool,
+        kept=kept,
+        scores={arm: own for arm, own in scores.items() if own is not None},
+        kinds=None if truth is None else _kinds(Path(truth), pool),
+        sizes=sizes,
+        max_image_pixels=settings.data.max_image_pixels,
+        images=settings.compare.images,
+    )
+
+
+def _kept_scores(settings: TrainCommand, pool: Pool) -> np.ndarray | None:
+    """Read the scores that an arm has selected by; None without any, or where they are gone."""
+    try:
+        selector = selector_from(settings.selector).selector
+        if not isinstance(selector, ScoreSelector):
+            return None
+        source = source_from(settings, may_launch=False, pool=pool)
+        folder = source.scores_root / identity_hash(source.identity(selector))
+        return score_pool(selector, source) if any(folder.glob("*.npz")) else None
+    except InputError as error:
+        log.warning("the report shows no scores of %s: %s", settings.selector.name, error)
+        return None
+
+
+def _kinds(path: Path, pool: Pool) -> np.ndarray:
+    """Return what a truth file calls the samples of a pool: str [n]."""
+    uids, labels = read_labels(path, "kind")
+    rows = UidTable.build(uids).find(pool.uids)
+    texts = labels.astype(str).to_numpy(dtype=str)
+    return np.where(rows >= 0, texts[np.maximum(rows, 0)], "")
