@@ -54,6 +54,7 @@ VALUES = {
     "subset_combine.operation": "union",
     "subset_combine.a": "best",
     "subset_verify.subset": "best",
+    "reproduce.run": "outputs/train/run",
     "runs_show.run": "outputs/train/run",
     "runs_rm.run": "outputs/train/run",
     "export.source": "outputs/train/run",
@@ -82,6 +83,7 @@ POSITIONAL = {
     "subset show": ["subset_show.name"],
     "subset combine": [f"subset_combine.{word}" for word in ("name", "operation", "a", "b")],
     "subset verify": ["subset_verify.subset"],
+    "reproduce": ["reproduce.run"],
     "runs list": ["runs_list.kinds"],
     "runs show": ["runs_show.run"],
     "runs rm": ["runs_rm.run"],
@@ -92,7 +94,7 @@ OF_FEW_OPTIONS = ("subset list", "subset show", "runs list", "runs show")
 WITHOUT_POOL = (
     *("eval", "eval watch", "eval diff", "eval download", "demo", "export", "target"),
     *("subset import", "subset export", "subset list", "subset show", "subset combine"),
-    *("subset verify", "runs list", "runs show", "runs rm", "runs gc"),
+    *("subset verify", "runs list", "runs show", "runs rm", "runs gc", "reproduce"),
 )  # these do without pool.root
 
 # Numbers that files of selectors set otherwise than the classes do by themselves.

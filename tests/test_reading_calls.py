@@ -25,6 +25,7 @@ ALLOWED = {
     "trainer/runtime/environment.py:cpu_model": "a file of Linux",
     "trainer/runtime/memory.py": "a file of Linux",
     "trainer/settings/describing/selector_parameters.py": "files of this package",
+    "trainer/settings/kept_config.py:_restore_references": "a file of this package",
 }
 
 

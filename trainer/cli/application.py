@@ -77,7 +77,11 @@ _VALUE_ERRORS = (NO_NAME_OF_CHOICE, "Only one of --run", "The --resolve flag")
 
 
 def application(
-    command: str, kind: type[T], *, positional: Sequence[str] = ()
+    command: str,
+    kind: type[T],
+    *,
+    positional: Sequence[str] = (),
+    prepare: Callable[[Sequence[str]], Sequence[str]] | None = None,
 ) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Turn `stage(settings)` into the main function of a command, configured by `<command>.yaml`.
 
@@ -87,6 +91,8 @@ def application(
         command: as it is typed.
         kind: what the stage takes.
         positional: the options that words without `=` stand for, in order.
+        prepare: is given the words as Hydra reads them, before it does, and returns more, which
+            come in front of what was typed. It may raise InputError.
     """
 
     def decorate(stage: Callable[[T], None]) -> Callable[[], None]:
@@ -108,6 +114,7 @@ def application(
             typed = flags_first(given)
             words, typed = _without_credentials(_named(command, typed, positional), typed)
             arguments[len(arguments) - len(typed) :] = typed
+            words, typed = _prepared(command, prepare, words, typed)
             sys.argv = [f"siftclip {command}", *words]
             run = _hydra_main(command, words, _job(command, kind, stage, arguments, full_error))
             if full_error == "1":
@@ -118,6 +125,23 @@ def application(
         return main
 
     return decorate
+
+
+def _prepared(
+    command: str,
+    prepare: Callable[[Sequence[str]], Sequence[str]] | None,
+    words: list[str],
+    typed: list[str],
+) -> tuple[list[str], list[str]]:
+    """Add what a command itself puts in front of the overrides, see `application`."""
+    if prepare is None or "--help" in words:
+        return words, typed
+    try:
+        more = [*prepare(words)]
+    except InputError as error:
+        end_faulty(command, str(error), quiet=True)
+    first = sum(is_hydras for _, is_hydras in marked(words))  # Hydra's own options come first
+    return [*words[:first], *more, *words[first:]], [*typed[:first], *more, *typed[first:]]
 
 
 def _job(

@@ -40,6 +40,7 @@ COMMANDS = {
     "subset show": "describe a subset, with what made it",
     "subset combine": "union, intersection or difference of subsets, or a sample of one",
     "subset verify": "check that a subset is whole, and of a pool as it is now",
+    "reproduce": "repeat a run from its directory, and say what came out the same",
     "runs list": "list runs, scores, selections and the like, with size and state",
     "runs show": "describe one of them, with what it uses and what uses it",
     "runs rm": "remove one of them",

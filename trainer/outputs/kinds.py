@@ -121,7 +121,7 @@ def kind_of(place: str, names: Collection[str]) -> Kind | None:
         place: its path in the folder of outputs.
         names: of what is in it.
     """
-    parent = place.rpartition("/")[0].removeprefix(f"{NESTED}/")
+    parent = re.sub(rf"^(?:{NESTED}/)+", "", place).rpartition("/")[0]
     if parent in BY_FOLDER:
         return KINDS[BY_FOLDER[parent]]
     if "config.yaml" in names and (

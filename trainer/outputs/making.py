@@ -30,7 +30,7 @@ def state_of(entry: Entry) -> str:
     if entry.holders():
         return "being written"
     if entry.kind.name == "runs":
-        return _state_of_run(RunDir(path=entry.path))
+        return state_of_run(RunDir(path=entry.path))
     last = _COMPLETE.get(entry.kind.name)
     return "finished" if last is None or entry.has_file(last) else "not finished"
 
@@ -43,7 +43,8 @@ _COMPLETE: Mapping[KindName, str] = {
 }
 
 
-def _state_of_run(run: RunDir) -> str:
+def state_of_run(run: RunDir) -> str:
+    """Say how far a run is."""
     try:
         if run.summary is not None:
             return "finished" if run.is_finished else "damaged weights"

@@ -19,6 +19,7 @@ from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, On
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
 from siftclip.trainer.settings.runs import (
+    ReproduceSettings,
     RunsGcSettings,
     RunsListSettings,
     RunsRmSettings,
@@ -303,6 +304,13 @@ class BenchCommand(TrainCommand):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReproduceCommand(TrainCommand):
+    """`siftclip reproduce`."""
+
+    reproduce: ReproduceSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompareCommand(TrainCommand):
     """`siftclip compare`."""
 
@@ -346,6 +354,7 @@ COMMANDS: dict[str, type] = {
     "subset show": SubsetShowCommand,
     "subset combine": SubsetCombineCommand,
     "subset verify": SubsetVerifyCommand,
+    "reproduce": ReproduceCommand,
     "runs list": RunsListCommand,
     "runs show": RunsShowCommand,
     "runs rm": RunsRmCommand,

@@ -1,4 +1,4 @@
-"""The options of `siftclip runs`, a group for each of its commands and one that two share."""
+"""The options of `siftclip runs` and `siftclip reproduce`: a group for each command, one of two."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from siftclip.trainer.settings.fields.marks import Example, Needs, Words
-from siftclip.trainer.settings.fields.section import NotNegative, Section
+from siftclip.trainer.settings.fields.section import LocalPath, NotNegative, Section
 
 _KINDS = Words("a kind, or a list of kinds such as [checkpoints,scores]")
 _RUN = "must name a run, or what else siftclip runs list shows: siftclip runs"
@@ -71,3 +71,13 @@ class RunsGcSettings(Section):
 
     older_than_hours: NotNegative = 24
     """Younger scores, selections and features stay: a command may be about to use them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReproduceSettings(Section):
+    """The run that siftclip reproduce repeats."""
+
+    PLACE: ClassVar[str] = "reproduce"
+
+    run: Annotated[LocalPath, Needs("must name a run directory: siftclip reproduce RUN.")]
+    """A run directory, also a copy of one from another machine."""

@@ -75,6 +75,7 @@ STORED = (
             *(subsets.SubsetShowSettings, subsets.SubsetCombineSettings),
             *(subsets.SubsetVerifySettings, runs.RunsSettings, runs.RunsListSettings),
             *(runs.RunsShowSettings, runs.RunsRmSettings, runs.RunsGcSettings),
+            runs.ReproduceSettings,
         )
     ),
     Stored(group="pool", name="local", kind=PoolSettings),

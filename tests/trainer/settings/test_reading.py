@@ -47,6 +47,7 @@ COMMAND_OF = {
     "watch": ("eval_watch", ["watch.run=x"]),
     "export": ("export", ["export.source=x", "export.path=y"]),
     "target": ("target", ["target.root=x", "features.name=mine"]),
+    "reproduce": ("reproduce", ["reproduce.run=a"]),
     "runs": ("runs_rm", ["runs_rm.run=a"]),
     "runs_list": ("runs_list", []),
     "runs_show": ("runs_show", ["runs_show.run=a"]),
