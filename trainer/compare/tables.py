@@ -253,7 +253,8 @@ def format_main_table(comparison: ArmComparison) -> str:
     sentences = [answer(comparison, first), aa_sentence(comparison, first)]
     parts = ["\n".join(line for text in sentences if text for line in wrapped(text))]
     parts.append(ruled_table(main_rows(comparison, comparison.columns)))
-    if len(comparison.arms) > 1:
+    tests = comparison.tests[first].tests
+    if tests is not None and tests.model.freedom and len(comparison.arms) > 1:
         parts.append(ruled_table(difference_rows(comparison, first)))
     if (comparison.runs["online"] != "once").any():
         parts.append(ruled_table(cost_rows(comparison)))
