@@ -46,6 +46,17 @@ REFUSED: Mapping[str, tuple[list[str], str]] = {
     "compare": (["pool.root=nowhere"], "eval.root must name"),
     "data compact": ([], "compact.output must name"),
     "data bench": (["bench.samples=0"], "bench.samples must be"),
+    "reproduce": ([], "reproduce.run must name"),
+    "subset import": ([], "subset_import.path must name"),
+    "subset export": ([], "subset_export.path must name"),
+    "subset list": (["output_dir=https://x/y"], "output_dir must be a path"),
+    "subset show": ([], "subset_show.name must name"),
+    "subset combine": ([], "subset_combine.a must name"),
+    "subset verify": ([], "subset_verify.subset must name"),
+    "runs list": ([], "must be a folder that commands have written"),
+    "runs show": ([], "runs_show.run must name"),
+    "runs rm": ([], "runs_rm.run must name"),
+    "runs gc": ([], "must be a folder that commands have written"),
     "demo": (["demo.pool_samples=0"], "pool_samples must be"),
 }
 

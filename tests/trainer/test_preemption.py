@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
-from siftclip.trainer.compare import arms
+from siftclip.trainer.compare import arms, running
 from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.runtime.launch import TrainingStopped
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -351,11 +351,11 @@ def test_a_stop_ends_the_comparison(
 ) -> None:
     started: list[int] = []
 
-    def stopped(settings: TrainCommand, *, wait: bool) -> RunDir:
+    def stopped(settings: TrainCommand, **_: Any) -> RunDir:
         started.append(settings.common.seed)
         raise TrainingStopped(signal.SIGINT, place="at step 3 of 9")
 
-    monkeypatch.setattr(arms, "train_stage", stopped)
+    monkeypatch.setattr(running, "train_stage", stopped)
     overrides = [*base, "eval.root=tasks", "experiment=random_clip_score"]
     monkeypatch.setattr(arms, "tasks_from", lambda config: [])
     settings = compose("compare", overrides)

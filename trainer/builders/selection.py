@@ -46,7 +46,7 @@ from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.options.objects import BuiltObjects
 from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.rank_agreement import require_same
-from siftclip.trainer.runtime.selection_ranks import selection_ranks
+from siftclip.trainer.runtime.selection_ranks import selection_ranks, this_process_alone
 from siftclip.trainer.settings.commands import SelectSections
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
 from siftclip.trainer.settings.selector import SelectorNode
@@ -117,7 +117,7 @@ def selector_from(node: SelectorNode) -> BuiltSelector:
 
 
 def source_from(
-    settings: SelectSections, *, may_launch: bool, pool: Pool | None = None
+    settings: SelectSections, *, may_launch: bool, pool: Pool | None = None, alone: bool = False
 ) -> PoolSource:
     """Open the pool as selectors see it, shared among the ranks, see `selection_ranks`.
 
@@ -125,11 +125,15 @@ def source_from(
         settings: of the command.
         may_launch: whether ranks may be started here.
         pool: that `settings` name, where it is open already.
+        alone: whether this rank calls it without the others, to read what they have made.
     """
     common, features = settings.common, settings.features
     check_hardware(settings.trainer)
     pool = pool_from(settings.pool, progress=common.progress) if pool is None else pool
-    ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
+    if alone:
+        ranks, device = this_process_alone(settings.trainer)
+    else:
+        ranks, device = selection_ranks(settings.trainer, may_launch=may_launch)
     folder = features_folder(features, pool)
     return PoolSource(
         pool,

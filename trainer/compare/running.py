@@ -18,7 +18,7 @@ from siftclip.trainer.runtime.fault_log import write_fault_log
 from siftclip.trainer.runtime.launch import TrainingStopped, find_launch
 from siftclip.trainer.runtime.run_dir import RunDir, is_rank_zero
 from siftclip.trainer.stages.train import train_stage
-from siftclip.writing import make_folder
+from siftclip.writing import DISK_FULL, WriteError, make_folder
 
 ATTEMPTS = 2  # of what is no fault of the input
 
@@ -73,7 +73,8 @@ def _train(run: PlannedRun, notes: RunNotes, *, number: int, of: int, wait: bool
             raise TrainingStopped(stop.signal, place=f"{stop.place} of {run.name}") from None
         except Exception as error:
             faulty = isinstance(error, InputError)
-            if several:
+            full = isinstance(error, WriteError) and error.number in DISK_FULL  # every run fails
+            if several or full:
                 raise
             if not faulty and attempt < ATTEMPTS:
                 log.warning("%s failed and is tried again: %s", run.name, in_one_line(error))

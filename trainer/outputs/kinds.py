@@ -88,7 +88,13 @@ KINDS: Mapping[KindName, Kind] = {
             patterns=(*_SELECTION, "tars.json"),
             first=("selection.json",),
         ),
-        Kind(name="reports", patterns=("report*.*", "results*.*", "comparison*.*")),
+        Kind(
+            name="reports",
+            patterns=(
+                *("report*.*", "results*.*", "comparison*.*", "differences.csv", "tables/*.csv"),
+                *("runs/*.json", "logs/*.log"),
+            ),
+        ),
         Kind(name="results", patterns=_RESULTS),
         Kind(
             name="copies",

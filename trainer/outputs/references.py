@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,8 @@ _RECORDS: Mapping[KindName, tuple[str, ...]] = {
     "subsets": (MANIFEST_NAME,),
     "copies": ("compact.json",),
 }
+# The tables of samples and scores name none, and hold captions
+_TABLES_OF_REPORT = re.compile(r"[^/]+\.(csv|json)|tables/runs\.csv|runs/[^/]+\.json")
 _RULE = "rule"  # of a selector, on which its scores do not depend
 
 
@@ -141,7 +144,7 @@ def _record_files(entry: Entry) -> Iterator[Path]:
     """Yield the files of an entry that may name others."""
     names = _RECORDS.get(entry.kind.name, ())
     for file in entry.files:
-        is_report = entry.kind.name == "reports" and file.path.endswith((".csv", ".json"))
+        is_report = entry.kind.name == "reports" and _TABLES_OF_REPORT.fullmatch(file.path)
         if file.is_ours and (file.path in names or is_report):
             yield entry.path / file.path
 

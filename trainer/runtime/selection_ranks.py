@@ -24,10 +24,9 @@ def selection_ranks(settings: TrainerSettings, *, may_launch: bool) -> tuple[Ran
     they find what the first has written.
     """
     devices, nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
-    gpus = torch.cuda.device_count() if settings.accelerator != "cpu" else 0
-    wanted = (device_count(devices) or max(1, gpus)) * nodes
+    wanted = (device_count(devices) or max(1, _gpus(settings))) * nodes
     if find_launch(os.environ) is None and (wanted == 1 or not may_launch):
-        return OneRank(), torch.device("cuda" if gpus else "cpu")
+        return this_process_alone(settings)
     from siftclip.trainer.runtime.lightning_setup import (
         make_fabric,  # seconds, which one process saves
     )
@@ -35,6 +34,15 @@ def selection_ranks(settings: TrainerSettings, *, may_launch: bool) -> tuple[Ran
     fabric = make_fabric(settings)
     fabric.launch()
     return ranks_of(fabric), fabric.device
+
+
+def this_process_alone(settings: TrainerSettings) -> tuple[Ranks, torch.device]:
+    """Return one rank and its device: for what one process reads, whatever others there are."""
+    return OneRank(), torch.device("cuda" if _gpus(settings) else "cpu")
+
+
+def _gpus(settings: TrainerSettings) -> int:
+    return torch.cuda.device_count() if settings.accelerator != "cpu" else 0
 
 
 def ranks_of(fabric: Fabric) -> Ranks:

@@ -230,7 +230,7 @@ def newly_imported(code: str) -> str:
 def test_commands_start_without_large_packages() -> None:
     """Importing them takes up to 8 seconds, which every `--help` and wrong option would cost."""
     names = [command.replace(" ", "_") for command in COMMANDS]
-    modules = ", ".join(f"siftclip.trainer.cli.{name}_command" for name in names)
+    modules = ", ".join(f"siftclip.trainer.cli.commands.{name}_command" for name in names)
     assert newly_imported(f"import sys, {modules}") == "set()"
 
 

@@ -102,7 +102,7 @@ def test_the_packages_work_in_the_commands(
     )
     assert "counting" in printed
     (result,) = read_results(path / "eval_results.jsonl")
-    assert (result.samples, result.chance) == (4, 0.1)
+    assert (result.samples, result.chances) == (4, {"acc": 0.1})
     assert set(result.metrics) >= {"acc", "acc_within_1"}
 
 

@@ -17,15 +17,15 @@ def words_of_run(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: there is no run, or it names what must be typed.
     """
+    named = [word for word in words if word.startswith(f"{_RUN}=")]
+    if not named:
+        return []
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     from siftclip.trainer.stages.reproduce import read_kept
 
-    named = [word for word in words if word.startswith(f"{_RUN}=")]
-    if not named:
-        return []
     try:
         run = OverridesParser.create().parse_override(named[-1]).value()
     except HydraException:

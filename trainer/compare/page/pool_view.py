@@ -86,7 +86,7 @@ def _kept_scores(settings: TrainCommand, pool: Pool) -> np.ndarray | None:
         selector = selector_from(settings.selector).selector
         if not isinstance(selector, ScoreSelector):
             return None
-        source = source_from(settings, may_launch=False, pool=pool)
+        source = source_from(settings, may_launch=False, pool=pool, alone=True)  # rank 0 alone
         folder = source.scores_root / identity_hash(source.identity(selector))
         return score_pool(selector, source) if any(folder.glob("*.npz")) else None
     except InputError as error:
