@@ -38,8 +38,8 @@ from .runtime.run_dir import RunDir as RunDir
 from .settings.budget import Budget as Budget
 from .settings.data import DataSettings as DataSettings
 from .settings.evaluation import EvalSettings as EvalSettings
-from .settings.lightning import LoggerSettings as LoggerSettings
 from .settings.lightning import TrainerSettings as TrainerSettings
+from .settings.logger import LoggerSettings as LoggerSettings
 from .settings.loss import ObjectLoss as ObjectLoss
 from .settings.model import EmbeddingModel as EmbeddingModel
 from .settings.model import ModelSettings as ModelSettings

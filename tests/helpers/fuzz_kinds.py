@@ -70,7 +70,7 @@ from siftclip.selectors.core.source import ExternalColumn, FeatureFile
 from siftclip.trainer.runtime.environment import environments
 from siftclip.trainer.runtime.loggers import wandb_run_id
 from siftclip.trainer.runtime.run_dir import RunDir
-from siftclip.trainer.runtime.wandb_runs import logged_rows
+from siftclip.trainer.runtime.tracking.wandb_files import logged_rows
 from siftclip.trainer.stages.export import _run_settings
 
 ARCHITECTURE: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import re
 import subprocess
 import threading
@@ -127,7 +128,10 @@ def test_a_full_run_leaves_no_secret(
 ) -> None:
     tasks = [f"eval.root={demo_data.tasks}", "eval.tasks=[digit]"]
     run = tmp_path / "run"
-    wandb = "logger=wandb"
+    wandb, there = "logger=wandb", importlib.util.find_spec
+    loggers = [f"logger.{name}=true" for name in ("tensorboard", "mlflow") if there(name)]
+    loggers += [wandb, "logger.samples=2", "logger.artifacts=[selection,model,evaluation]"]
+    loggers += [f"logger.notes=from http://{USER}:{PASSWORD}@{TOKEN}"]
     model = f"features.model.name={model_folder}"
     embedding = ["features=open_clip", "features.root=null", "features.name=own", model]
     arm = '+compare.arms.mine=["selector=random","+pool.storage_options.headers.X-Token=' + TOKEN
@@ -137,7 +141,7 @@ def test_a_full_run_leaves_no_secret(
         ["score", *options],
         ["select", *options],
         ["select", "--multirun", *options, "seed=0,1", "hydra.output_subdir=.hydra"],
-        ["train", *options, *tasks, wandb, f"run_dir={run}", "data.num_workers=1"],
+        ["train", *options, *tasks, *loggers, f"run_dir={run}", "data.num_workers=1"],
         ["train", *options, wandb, f"run_dir={run}"],
         ["eval", str(run), *tasks, f"output_dir={tmp_path / 'outputs'}"],
         ["eval", "watch", str(run), *tasks, "watch.once=true", wandb],

@@ -20,7 +20,7 @@ from siftclip.datamodules.models.load import load_clip_model
 from siftclip.files import read_jsonl
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.runtime.run_dir import RunDir
-from siftclip.trainer.runtime.wandb_runs import history
+from siftclip.trainer.runtime.tracking.wandb_files import history
 from siftclip.trainer.stages.train import train_stage
 
 LONG_RUN = ["scale.samples_seen=1600", "trainer.checkpoint_every_n_steps=7"]
@@ -141,7 +141,8 @@ def test_a_run_that_is_killed_again_and_again_logs_each_step_once(
     assert logged(continued) == logged(whole)
     assert losses(continued) == losses(whole)
     paths = sorted(continued.path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(paths) == 5
+    begun_too_late = [*continued.path.glob("wandb/empty-offline-run-*")]  # to have written anything
+    assert len(paths) + len(begun_too_late) == 5
     deadline = time.monotonic() + 60
     while True:  # wandb's own process writes the files
         rows = [row for path in paths for row in history(path)]

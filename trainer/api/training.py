@@ -31,7 +31,7 @@ from siftclip.trainer.settings.data import BudgetSettings, ScaleSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.given import given_group, named_group
-from siftclip.trainer.settings.lightning import LoggerSettings
+from siftclip.trainer.settings.logger import LoggerSettings
 from siftclip.trainer.settings.loss import LossSettings, ObjectLoss
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import OnlineSettings

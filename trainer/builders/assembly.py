@@ -29,7 +29,13 @@ def new_model(model: ModelSettings, *, seed: int, grad_checkpointing: bool) -> C
     return clip
 
 
-def training_module(parts: RunParts, budget: Budget, online: Online | None = None) -> ClipTraining:
+def training_module(
+    parts: RunParts,
+    budget: Budget,
+    online: Online | None = None,
+    *,
+    log_gradients_every_n_steps: int | None = None,
+) -> ClipTraining:
     """Build what a run of this budget trains: a model of `new_model`."""
     clip, trainer = parts.clip, parts.trainer
     if trainer.compile:
@@ -45,6 +51,7 @@ def training_module(parts: RunParts, budget: Budget, online: Online | None = Non
         max_skipped_fraction=trainer.max_skipped_fraction,
         online=online,
         model_config=clip.config,
+        log_gradients_every_n_steps=log_gradients_every_n_steps,
     )
 
 

@@ -26,6 +26,7 @@ from siftclip.trainer.runtime.launch import require_launcher
 from siftclip.trainer.runtime.run_dir import is_rank_zero
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 from siftclip.trainer.stages.evaluation import tasks_from
+from siftclip.trainer.stages.tracking import log_report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,6 +178,13 @@ def _report(
     samples = open_view(settings, comparison, arms)
     with locked(notes.folder / LOCK_NAME, owner=str(notes.folder), wait=True):
         write_report(comparison, notes.folder, samples=samples, words=words)
+        log_report(
+            settings.logger,
+            notes.folder,
+            comparison=settings.compare.name,
+            runs=[run.run for run in runs if run.run is not None],
+            results=comparison.results.to_dict("records"),  # type: ignore[arg-type]
+        )
     return CompareOutcome(
         folder=notes.folder,
         table=format_main_table(comparison),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from siftclip.errors import InputError
@@ -17,7 +17,7 @@ from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 
 ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 # Options that say how a command works, and not what a run is
-_OF_THE_COMMAND = ("compare", "output_dir", "plan", "progress", "reuse")
+_OF_THE_COMMAND = ("compare", "logger", "output_dir", "plan", "progress", "reuse")
 AGAIN_SUFFIX = "_again"  # of the second group of the baseline's seeds
 
 ComposeArm: TypeAlias = Callable[[str, int], TrainCommand]  # the settings of an arm and a seed
@@ -96,7 +96,11 @@ def plan_comparison(settings: CompareCommand, compose: ComposeArm) -> Plan:
         places += [(again, baseline, seed) for seed in others]
     budget = _budget(settings)
     runs = tuple(
-        PlannedRun(arm=arm, seed=seed, settings=_arm_settings(compose, of, seed, budget))
+        PlannedRun(
+            arm=arm,
+            seed=seed,
+            settings=_logged_as(_arm_settings(compose, of, seed, budget), compare.name, arm, seed),
+        )
         for arm, of, seed in places
     )
     return Plan(runs=runs, baseline=baseline, again=again)
@@ -148,6 +152,11 @@ def _arm_settings(
     check_loss_options(settings.loss)
     check_online(settings.online, settings.selector, settings.loss, settings.trainer.strategy)
     return settings
+
+
+def _logged_as(settings: TrainCommand, comparison: str, arm: str, seed: int) -> TrainCommand:
+    """Give a run the group and the name that loggers know it by."""
+    return replace(settings, logger=settings.logger.of_arm(comparison, arm=arm, seed=seed))
 
 
 def _budget(settings: TrainCommand) -> tuple[Limit | Budget, int]:

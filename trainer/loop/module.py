@@ -23,6 +23,7 @@ from siftclip.datamodules.streaming.order import derive_generator
 from siftclip.errors import InputError, ParameterError, require_finite, require_int
 from siftclip.purposes import GeneratorPurpose
 from siftclip.ranks import OneRank, ProcessGroup
+from siftclip.trainer.loop.gradient_log import gradient_histograms
 from siftclip.trainer.loop.meter import WindowMeter, peak_memory_gb
 from siftclip.trainer.loop.plain_batches import step_batch_of
 from siftclip.trainer.losses import SoftmaxLoss
@@ -49,7 +50,9 @@ from siftclip.trainer.optim.update import (
     restore_unless,
     step_if_finite,
 )
+from siftclip.trainer.runtime.loggers import log_histograms
 from siftclip.trainer.runtime.rank_agreement import RankAgreement
+from siftclip.trainer.runtime.tracking.continued import Histogram
 from siftclip.trainer.settings.optim import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -84,6 +87,7 @@ class ClipTraining(LightningModule):
         max_skipped_fraction: float = 0.01,
         online: Online | None = None,
         model_config: Mapping[str, Any] | None = None,
+        log_gradients_every_n_steps: int | None = None,
     ) -> None:
         """Set what is trained.
 
@@ -99,6 +103,8 @@ class ClipTraining(LightningModule):
             online: selection while training.
             model_config: of the model, kept in its checkpoints: a file of weights alone does not
                 say its activation or preprocessing.
+            log_gradients_every_n_steps: steps between two histograms of the gradient of each
+                weight, before it is clipped; None: none.
 
         Raises:
             InputError: a number is out of its range.
@@ -118,6 +124,10 @@ class ClipTraining(LightningModule):
         if log_every_n_steps is not None:
             require_int("log_every_n_steps", log_every_n_steps, minimum=1, owner=self)
         self._log_every_n_steps = log_every_n_steps
+        if log_gradients_every_n_steps is not None:
+            name = "log_gradients_every_n_steps"
+            require_int(name, log_gradients_every_n_steps, minimum=1, owner=self)
+        self._log_gradients_every_n_steps = log_gradients_every_n_steps
         if not 0 <= require_finite("max_skipped_fraction", max_skipped_fraction, owner=self) <= 1:
             raise ParameterError(
                 "must be in the range [0, 1]",
@@ -134,6 +144,7 @@ class ClipTraining(LightningModule):
         self._skipped_before = 0.0  # in the processes before this one
         self.meter = WindowMeter(torch.device("cpu"))
         self._statistics: list[Tensor] = []
+        self._gradients: dict[str, Histogram] = {}  # of the step, to be logged behind its record
         # In each step DDP would send these from rank 0 to the others, where they are equal anyway.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.startswith(("loss.", "ema."))
@@ -266,6 +277,9 @@ class ClipTraining(LightningModule):
         every = self._logs_every
         if (every and step % every == 0) or step == self.total_steps:
             self._log_window(step)
+        if self._gradients:
+            log_histograms(self.trainer.loggers, self._gradients, step=step)
+            self._gradients = {}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.meter.stepped()
@@ -316,6 +330,9 @@ class ClipTraining(LightningModule):
         parameters = [parameter for group in bare.param_groups for parameter in group["params"]]
         norm = gradient_norm(parameters)
         finite = torch.isfinite(norm)
+        every = self._log_gradients_every_n_steps
+        if every is not None and (self.global_step + 1) % every == 0 and finite:
+            self._gradients = gradient_histograms(self.model.named_parameters())
         if self.optim.grad_clip_norm is not None:
             clip_gradients(parameters, norm, self.optim.grad_clip_norm)
         if scaler is not None:

@@ -6,11 +6,15 @@ import logging
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 
 from siftclip.progress import LINE_SECONDS, Progress, draws_bars, pace, show_progress
+from siftclip.redaction import printable
 
 log = logging.getLogger(__name__)
+
+_RATE = "train/samples_per_second"
 
 
 class TrainingProgress(ProgressBar):
@@ -48,10 +52,14 @@ class TrainingProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(numbers_of(pl_module)), refresh=False)
+            numbers = numbers_of(pl_module)
+            if _RATE in pl_module.latest:  # last, as a narrow terminal cuts it off
+                rate = pl_module.latest[_RATE] / trainer.world_size
+                numbers.append(rate_of_device(rate, pl_module.device))
+            self._bar.set_postfix_str(", ".join(numbers), refresh=False)
             self._bar.update(pl_module.global_batch_size)
         elif self._logs_lines:
-            self._log_line(trainer.global_step, pl_module)
+            self._log_line(trainer, pl_module)
 
     def on_train_end(self, *args: Any) -> None:
         self._close()
@@ -59,8 +67,8 @@ class TrainingProgress(ProgressBar):
     def on_exception(self, *args: Any) -> None:
         self._close()
 
-    def _log_line(self, step: int, module: Any) -> None:
-        now = time.monotonic()
+    def _log_line(self, trainer: Any, module: Any) -> None:
+        now, step = time.monotonic(), trainer.global_step
         parts = [f"step {step:,} of {module.total_steps:,}", *numbers_of(module)]
         if self._last_line is not None:  # the first step also waits for the first samples
             last_step, last_seconds = self._last_line
@@ -68,6 +76,7 @@ class TrainingProgress(ProgressBar):
                 return
             size = module.global_batch_size
             rate = (step - last_step) * size / (now - last_seconds)
+            parts.append(rate_of_device(rate / trainer.world_size, module.device))
             parts.append(pace(rate, (module.total_steps - step) * size, "sample"))
         log.info("train: %s", ", ".join(parts))
         self._last_line = step, now
@@ -80,13 +89,19 @@ class TrainingProgress(ProgressBar):
 
 
 def numbers_of(module: Any) -> list[str]:
-    """Return what was logged last, in words: loss, share of waiting for data, an evaluation."""
+    """Return what was logged last, in words: loss, learning rate, data wait, an evaluation."""
     latest, evaluated = module.latest, module.evaluated
     numbers = []
     if "train/loss" in latest:
-        numbers += [f"loss {latest['train/loss']:.3f}"]
+        numbers += [f"loss {latest['train/loss']:.3f}", f"lr {latest['train/lr']:.2g}"]
         numbers += [f"waiting for data {latest['train/data_wait_fraction']:.0%}"]
     names = sorted(evaluated, key=lambda name: "/average/" not in name)  # stable
     if names:  # the first average, or the first task
-        numbers += [f"{names[0].rpartition('/')[2]} {evaluated[names[0]]:.3f}"]
+        numbers += [f"{printable(names[0].rpartition('/')[2])} {evaluated[names[0]]:.3f}"]
     return numbers
+
+
+def rate_of_device(rate: float, device: torch.device) -> str:
+    """Say how many samples a second each device does, on average."""
+    kind = "process" if device.type == "cpu" else "GPU"
+    return f"{pace(rate, None, 'sample')} per {kind}"

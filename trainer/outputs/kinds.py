@@ -31,6 +31,7 @@ _MODEL = (
 _RUN = (
     *("summary.json", "config.yaml", "identity.json", "identity", "budget.json", "model.json"),
     *("versions.json", "sessions.jsonl", "metrics.jsonl", "metrics.csv", "chosen.npy", "wandb_id"),
+    *("mlflow_id", "tensorboard/**"),
     *_SELECTION,
     *("checkpoints/step-*.ckpt", "selections/v*/*.npy", "selections/v*/*.json"),
     *("selections/v*/features/*.npz", "wandb/**"),
@@ -92,7 +93,7 @@ KINDS: Mapping[KindName, Kind] = {
             name="reports",
             patterns=(
                 *("report*.*", "results*.*", "comparison*.*", "differences.csv", "tables/*.csv"),
-                *("runs/*.json", "logs/*.log"),
+                *("runs/*.json", "logs/*.log", "wandb/**", "wandb_id"),
             ),
         ),
         Kind(name="results", patterns=_RESULTS),

@@ -1,4 +1,4 @@
-"""Loggers of a run: JSONL and CSV always, wandb when asked for (offline unless logged in)."""
+"""The loggers of a run: files always, and those that its settings ask for beside them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,48 @@ import math
 import netrc
 import os
 import re
-import time
+import time as clock
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from siftclip.errors import InputError
 from siftclip.files import append_jsonl, has_content, keep_records, write_text
 from siftclip.reading import read_text
-from siftclip.trainer.runtime.run_dir import METRICS_NAME, is_rank_zero
+from siftclip.redaction import shown
+from siftclip.trainer.runtime.launch import TrainingStopped
+from siftclip.trainer.runtime.run_dir import METRICS_NAME, WANDB_ID_NAME, is_rank_zero
 from siftclip.trainer.runtime.run_records import read_metrics
-from siftclip.trainer.runtime.wandb_runs import LoggedRows, WandbRun, logged_rows
-from siftclip.trainer.settings.lightning import WandbMode
+from siftclip.trainer.runtime.tracking.continued import ContinuedLogger, Histogram, Records
+from siftclip.trainer.runtime.tracking.packages import mlflow_uri
+from siftclip.trainer.runtime.tracking.wandb_files import LoggedRows, logged_rows, mend_parts
+from siftclip.trainer.runtime.tracking.wandb_runs import (
+    WandbRun,
+    wandb_histograms,
+    wandb_table,
+)
+from siftclip.trainer.settings.logger import WANDB_ID, LoggerSettings, WandbMode
 from siftclip.writing import atomic_path
 
 log = logging.getLogger(__name__)
 
-_WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _AFTER_TRAINING = ("eval/", "selection/")  # names of what is logged when the model is written
 WANDB_MODES: tuple[WandbMode, ...] = get_args(WandbMode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunKind:
+    """What a run is called where its settings are silent."""
+
+    name: str
+    job_type: str
 
 
 class FileLogger(Logger):
@@ -55,7 +73,7 @@ class FileLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # JSON has neither NaN nor infinity, and a metric without a value must not end a training.
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        record = {"step": step, "time": round(time.time(), 3), **values}
+        record = {"step": step, "time": round(clock.time(), 3), **values}
         append_jsonl(self.folder / METRICS_NAME, record)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +104,7 @@ def drop_repeated(folder: Path, *, step: int | None) -> None:
     keep_records(folder / METRICS_NAME, stays, read=read_metrics)
 
 
+# ---- Weights & Biases ---------------------------------------------------------------------------
 def wandb_is_offline(mode: WandbMode) -> bool:
     """Return whether wandb must not use the network: in mode `auto`, unless the user is logged in.
 
@@ -112,58 +131,55 @@ def _logged_in() -> bool:
         return False
 
 
-def wandb_run_id(folder: Path) -> str:
+def wandb_run_id(folder: Path, given: str | None = None) -> str:
     """Return the id of the folder's wandb run, drawn once and kept in its file `wandb_id`.
 
     A name alone would not do: in wandb a run that was deleted here and trained again, or one of the
     same name elsewhere, would be taken for a restart, and its curves would be mixed.
+
+    Args:
+        folder: of the run.
+        given: an id that takes the place of what is kept.
     """
-    path = folder / "wandb_id"
+    path = folder / WANDB_ID_NAME
     kept = read_text(path).strip() if has_content(path) else ""
-    if _WANDB_ID.fullmatch(kept):
+    if kept == given or (given is None and WANDB_ID.fullmatch(kept)):
         return kept
     if kept:
-        log.warning("%s holds no id of wandb's: the wandb run begins anew", path)
-    name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
-    drawn = f"{name}-{uuid.uuid4().hex[:8]}"
-    write_text(path, f"{drawn}\n")
-    return drawn
+        reason = "holds no id of wandb's" if given is None else f"holds another id, {shown(kept)}"
+        log.warning("%s %s: the wandb run begins anew", path, reason)
+    if given is None:
+        name = re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII)[:64]
+        given = f"{name}-{uuid.uuid4().hex[:8]}"
+    write_text(path, f"{given}\n")
+    return given
 
 
-def make_loggers(
-    folder: Path,
-    *,
-    name: str,
-    wandb_enabled: bool,
-    mode: WandbMode = "auto",
-    project: str = "siftclip",
-    config: Mapping[str, Any] | None = None,
-) -> list[Logger]:
-    """Build the loggers of the run in `folder`. After a restart wandb continues that folder's run.
-
-    Online it appends what the server lacks. Offline each start leaves a folder of its own with the
-    id of the run, and `wandb sync` sends them one after the other.
-    """
-    loggers: list[Logger] = [FileLogger(folder)]
-    if wandb_enabled:
-        offline, run_id, before = wandb_is_offline(mode), None, LoggedRows()
-        if is_rank_zero():  # the others log nothing
-            run_id = wandb_run_id(folder)
-            before = logged_rows(folder, run_id)
-        wandb = WandbRun(
-            before=before,
-            save_dir=folder,
-            project=project,
-            name=name,
-            id=run_id,
-            offline=offline,
-            config=dict(config or {}),
-            settings=_quiet_settings(),
-        )
-        if before.parts:
-            wandb.catch_up(read_metrics(folder / METRICS_NAME))
-        loggers.append(wandb)
-    return loggers
+def wandb_run(
+    folder: Path, settings: LoggerSettings, kind: RunKind, config: Mapping[str, Any]
+) -> WandbRun:
+    """Build the run of a folder in Weights & Biases; see `make_loggers`."""
+    run_id, before = None, LoggedRows()
+    if is_rank_zero():  # the others log nothing
+        run_id = wandb_run_id(folder, settings.id)
+        mend_parts(folder, run_id)
+        before = logged_rows(folder, run_id)
+    return WandbRun(
+        before=before,
+        x_axis=settings.x_axis,
+        save_dir=folder,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        job_type=settings.job_type or kind.job_type,
+        name=shown(settings.name or kind.name),
+        notes=None if settings.notes is None else shown(settings.notes),
+        tags=[*map(shown, settings.tags)] or None,
+        id=run_id,
+        offline=wandb_is_offline(settings.mode),
+        config=dict(config),
+        settings=_quiet_settings(),
+    )
 
 
 def _quiet_settings() -> Any:
@@ -172,23 +188,144 @@ def _quiet_settings() -> Any:
     return wandb.Settings(console="off", silent=True)
 
 
-def log_tables(
-    loggers: list[Logger], tables: Mapping[str, list[dict[str, Any]]], *, step: int
+# ---- all of them --------------------------------------------------------------------------------
+def make_loggers(
+    folder: Path,
+    settings: LoggerSettings,
+    *,
+    kind: RunKind,
+    output_root: Path,
+    config: Mapping[str, Any] | None = None,
+) -> list[Logger]:
+    """Build the loggers of the run in `folder`. After a restart they continue that folder's run.
+
+    Online wandb appends what the server lacks. Offline each start leaves a folder of its own with
+    the id of the run, and `wandb sync` sends them one after the other.
+
+    Args:
+        folder: of the run.
+        settings: which loggers.
+        kind: what the run is called where the settings are silent.
+        output_root: where the database of MLflow is, if no other is named.
+        config: nested, without credentials.
+
+    Raises:
+        InputError: a service cannot be asked, or refuses.
+    """
+    config = config or {}
+    loggers: list[Logger] = [FileLogger(folder)]
+    if settings.wandb:
+        loggers.append(wandb_run(folder, settings, kind, config))
+    if not is_rank_zero():
+        return loggers
+    if settings.tensorboard:
+        from siftclip.trainer.runtime.tracking.tensorboard_runs import FOLDER, TensorBoardRun
+
+        loggers.append(TensorBoardRun(folder / FOLDER))
+    if settings.mlflow:
+        loggers.append(_mlflow_run(folder, settings, kind, output_root, config))
+    return loggers
+
+
+def _mlflow_run(
+    folder: Path,
+    settings: LoggerSettings,
+    kind: RunKind,
+    output_root: Path,
+    config: Mapping[str, Any],
+) -> Logger:
+    from siftclip.trainer.runtime.tracking.mlflow_runs import MlflowRun, default_uri
+
+    uri = mlflow_uri(settings)
+    tags = {
+        "job_type": settings.job_type or kind.job_type,
+        "group": settings.group,
+        "mlflow.note.content": settings.notes,
+        **dict.fromkeys(settings.tags, "true"),
+    }
+    return MlflowRun(
+        folder,
+        uri=default_uri(output_root) if uri is None else uri.reveal(),
+        experiment=settings.project,
+        name=shown(settings.name or kind.name),
+        tags={key: shown(value) for key, value in tags.items() if value is not None},
+        parameters=config,
+    )
+
+
+def catch_up(loggers: Sequence[Logger], records: Records) -> None:
+    """Give each logger what the log of the run has, and the logger lacks."""
+    for logger in loggers:
+        if isinstance(logger, ContinuedLogger):
+            logger.catch_up(records)
+
+
+def log_tables(loggers: Sequence[Logger], tables: Mapping[str, Records], *, step: int) -> None:
+    """Log tables, lists of equally keyed records, where a logger has them."""
+    for logger in loggers:
+        for key, records in tables.items():
+            if isinstance(logger, ContinuedLogger):
+                logger.log_records(key, records, step)
+            elif isinstance(logger, WandbLogger) and records:
+                logger.log_metrics({key: wandb_table(records)}, step=step)
+
+
+def log_histograms(
+    loggers: Sequence[Logger], histograms: Mapping[str, Histogram], *, step: int
 ) -> None:
-    """Send tables, lists of equally keyed records, to wandb; the other loggers have no tables."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            for key, records in tables.items():
-                if not records:
-                    continue
-                columns = list(records[0])
-                rows = [[record[column] for column in columns] for record in records]
-                logger.log_table(key=key, columns=columns, data=rows, step=step)
+    """Log how values are distributed, where a logger has a place for that: on the first rank."""
+    for logger in loggers if is_rank_zero() else ():
+        if isinstance(logger, ContinuedLogger):
+            logger.log_histograms(histograms, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_metrics(wandb_histograms(histograms), step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            from siftclip.trainer.runtime.tracking.tensorboard_runs import add_histograms
+
+            add_histograms(logger.experiment, histograms, step)
 
 
-def finish(loggers: list[Logger]) -> None:
-    """Close the loggers, so that another run of this process starts a new wandb run."""
+def log_summary(loggers: Sequence[Logger], records: Records) -> None:
+    """Set what Weights & Biases shows of a run in a table: the last value of each key of its log.
+
+    Of a run in several parts the last one would show its own values alone.
+    """
+    last: dict[str, Any] = {}
+    for record in records:
+        last |= {key: value for key, value in record.items() if key not in ("step", "time")}
     for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger) and is_rank_zero():
+        if isinstance(logger, WandbRun):
+            logger.log_summary(last)
+
+
+def finish(loggers: Sequence[Logger], *, status: str = "finished") -> None:
+    """Close the loggers, so that another run of this process begins with new ones.
+
+    Args:
+        loggers: of the run.
+        status: "finished", "stopped" of one that is to be continued, or "failed".
+    """
+    for logger in loggers:
+        logger.finalize("failed" if status == "failed" else "success")
+        if isinstance(logger, ContinuedLogger):
+            logger.end(status)
+        elif isinstance(logger, WandbLogger) and is_rank_zero():
             logger.experiment.finish()
+
+
+@contextmanager
+def closed_after(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Close the loggers after the block, as failed where it raises an error.
+
+    A training that a signal stops has closed them itself.
+    """
+    try:
+        yield
+    except TrainingStopped:
+        raise
+    except Exception:
+        for logger in loggers:
+            with suppress(Exception):  # the error that is raised says more
+                finish([logger], status="failed")
+        raise
+    finish(loggers)

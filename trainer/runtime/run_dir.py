@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METRICS_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb_id"
 RESULTS_NAME = "eval_results.jsonl"
 _SHARE = "online/share_"
 IDENTITY_NAME = "identity.json"

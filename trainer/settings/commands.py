@@ -12,7 +12,8 @@ from siftclip.trainer.settings.composed import Composed
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings, ScaleSettings
 from siftclip.trainer.settings.evaluation import EvalSettings
 from siftclip.trainer.settings.fields.marks import Needs
-from siftclip.trainer.settings.lightning import LoggerSettings, TrainerSettings
+from siftclip.trainer.settings.lightning import TrainerSettings
+from siftclip.trainer.settings.logger import LoggerSettings
 from siftclip.trainer.settings.loss import LossSettings
 from siftclip.trainer.settings.model import ModelSettings
 from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings

@@ -31,7 +31,7 @@ from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.composed import Composed
 from siftclip.trainer.settings.data import BudgetSettings
 from siftclip.trainer.settings.fields.rules import alternatives, hints, joined
-from siftclip.trainer.settings.lightning import LoggerSettings
+from siftclip.trainer.settings.logger import LoggerSettings
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.settings.store import STORED, node_of
 

@@ -1,8 +1,7 @@
-"""The trainer and the loggers."""
+"""The trainer."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -16,7 +15,6 @@ Precision: TypeAlias = Literal[
     "auto", "bf16-mixed", "16-mixed", "32-true", "tf32", "bf16-true", "64-true"
 ]
 Strategy: TypeAlias = Literal["auto", "ddp", "fsdp"]
-WandbMode: TypeAlias = Literal["auto", "online", "offline"]
 _Node: TypeAlias = Mapping[str, Any]
 _NODES = Words("a list of nodes with a _target_ and its arguments")
 _DEVICES = Words("auto, a number of devices on each node, or a list of them")
@@ -135,26 +133,3 @@ class TrainerSettings(Section):
         faults = [str(fault) for fault in option_faults(self.options or {}, "trainer.options")]
         if faults:
             raise InputError("\n  ".join(faults))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggerSettings(Section):
-    """Weights & Biases beside the files that are always written (metrics.jsonl, metrics.csv)."""
-
-    PLACE: ClassVar[str] = "logger"
-
-    wandb: bool = True
-    """Log to Weights & Biases, too."""
-
-    mode: WandbMode = "auto"
-    """auto: online if you are logged in, else offline."""
-
-    project: str = "siftclip"
-    """Project in Weights & Biases."""
-
-    def check(self) -> None:
-        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
-            raise InputError(
-                "logger.project must be a name of 1 to 128 characters without / \\ # ? % and :. "
-                f"Got {self.project!r}."
-            )

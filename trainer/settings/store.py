@@ -16,6 +16,7 @@ from siftclip.trainer.settings import (
     data,
     evaluation,
     lightning,
+    logger,
     loss,
     online,
     runs,
@@ -123,12 +124,21 @@ STORED = (
         defaults=["_self_", {"/selector@selector": "infobatch"}],
     ),
     Stored(group="eval", name="default", kind=evaluation.EvalSettings),
-    Stored(group="logger", name="wandb", kind=lightning.LoggerSettings),
+    Stored(group="logger", name="wandb", kind=logger.LoggerSettings),
     Stored(
         group="logger",
         name="csv",
-        kind=lightning.LoggerSettings,
+        kind=logger.LoggerSettings,
         changes={"wandb": False, "mode": "offline"},
+    ),
+    *(
+        Stored(
+            group="logger",
+            name=name,
+            kind=logger.LoggerSettings,
+            changes={"wandb": False, name: True},
+        )
+        for name in ("tensorboard", "mlflow")
     ),
 )
 

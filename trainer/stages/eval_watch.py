@@ -17,6 +17,7 @@ from siftclip.locks import LOCK_NAME, locked
 from siftclip.trainer.builders.models import checkpoint_options, clip_model_from
 from siftclip.trainer.runtime.run_dir import METRICS_NAME, RunDir, checkpoints_in
 from siftclip.trainer.runtime.run_records import read_config, read_metrics
+from siftclip.trainer.runtime.tracking.packages import check_packages
 from siftclip.trainer.settings.commands import WatchCommand
 from siftclip.trainer.settings.fields.reader import read, read_kept
 from siftclip.trainer.settings.fields.section import Weights
@@ -53,6 +54,7 @@ def watch_stage(settings: WatchCommand) -> Iterator[tuple[int, Summary]]:
         raise InputError(
             f"watch.run={watch.run!r} must be the directory of a run. It has no config.yaml."
         )
+    check_packages(settings.logger)
     folder = watch_folder(watch)
     names = {task.name for task in tasks_from(settings.eval).tasks}  # before any waiting
     with locked(folder / LOCK_NAME, owner=str(folder)):
@@ -62,20 +64,27 @@ def watch_stage(settings: WatchCommand) -> Iterator[tuple[int, Summary]]:
 def _watch(
     settings: WatchCommand, run: RunDir, folder: Path, names: set[str]
 ) -> Iterator[tuple[int, Summary]]:
-    from siftclip.trainer.runtime.loggers import finish, log_tables, make_loggers
+    from siftclip.trainer.runtime.loggers import (
+        RunKind,
+        catch_up,
+        finish,
+        log_summary,
+        log_tables,
+        make_loggers,
+    )
 
-    watch, logger = settings.watch, settings.logger
+    watch = settings.watch
     logged = {record["step"] for record in read_metrics(folder / METRICS_NAME)}
     done: set[int] = set()  # by this call, with or without success
     faults: list[InputError] = []  # of checkpoints that cannot be loaded
     loggers = make_loggers(
         folder,
-        name=f"{run.path.name}-eval",
-        wandb_enabled=logger.wandb,
-        mode=logger.mode,
-        project=logger.project,
+        settings.logger,
+        kind=RunKind(name=f"{run.path.name}-eval", job_type="eval"),
+        output_root=settings.common.output_root,
         config=settings.composed.values,
     )
+    catch_up(loggers, read_metrics(folder / METRICS_NAME))
     try:
         while True:
             finished = run.summary is not None  # looked at before the checkpoints: none can follow
@@ -98,6 +107,7 @@ def _watch(
                 log_tables(loggers, log_records(summary), step=step)
                 yield step, summary
             if finished or watch.once:
+                log_summary(loggers, read_metrics(folder / METRICS_NAME))
                 if faults:
                     raise faults[0]
                 return

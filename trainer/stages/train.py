@@ -70,13 +70,16 @@ from siftclip.trainer.runtime.run_dir import (
     is_rank_zero,
     require_own_folder,
 )
+from siftclip.trainer.runtime.tracking.packages import check_packages
 from siftclip.trainer.settings.budget import Budget, budget_from, limit_from
 from siftclip.trainer.settings.commands import EvalSections, TrainCommand
 from siftclip.trainer.settings.data import BudgetSettings, DataSettings
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.trainer.settings.lightning import TrainerSettings
-from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, OnlineSettings
+from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings
 from siftclip.trainer.stages.evaluation import eval_share, eval_stage, log_records, tasks_from
+from siftclip.trainer.stages.run_summary import conclude_run, online_name
+from siftclip.trainer.stages.tracking import begin_tracking, end_tracking
 
 # What imports Lightning or builds models is imported where options are checked: it takes seconds.
 if TYPE_CHECKING:
@@ -279,7 +282,8 @@ def _train(
 ) -> None:
     """Do all that a run is, from where it is."""
     from siftclip.trainer.loop.resuming import continue_files, whole_checkpoint
-    from siftclip.trainer.runtime.loggers import finish, make_loggers
+    from siftclip.trainer.runtime.loggers import RunKind, closed_after, make_loggers
+    from siftclip.trainer.runtime.tracking.own_loggers import adapted
 
     now = run_environment(settings.trainer, settings.data, selected.pool)
     reuse, composed, logger = settings.common.reuse, settings.composed, settings.logger
@@ -302,21 +306,24 @@ def _train(
     ranks.barrier()  # none reads the log before that
     loggers = make_loggers(
         run.path,
-        name=run.path.name,
-        wandb_enabled=logger.wandb,
-        mode=logger.mode,
-        project=logger.project,
+        logger,
+        kind=RunKind(name=run.path.name, job_type="train"),
+        output_root=settings.common.output_root,
         config=composed.values,
-    ) + build_loggers(settings.trainer)
-    if parts is not None:
-        _fit(settings, run, parts, checkpoint, loggers)
-    budget = run.budget() or budget_from(settings.scale)
-    if settings.eval.root is not None:
-        _evaluate(settings.evaluation, run, budget, loggers)
-    if is_rank_zero():
-        seed, online = settings.common.seed, online_name(settings.online)
-        _conclude(run, selected, budget, loggers, seed=seed, online=online)
-    finish(loggers)
+    ) + adapted(build_loggers(settings.trainer), run.records())
+    with closed_after(loggers):
+        if is_rank_zero():
+            limit = settings.data.max_image_pixels
+            begin_tracking(loggers, logger, run, selected, max_image_pixels=limit)
+        if parts is not None:
+            _fit(settings, run, parts, checkpoint, loggers)
+        budget = run.budget() or budget_from(settings.scale)
+        if settings.eval.root is not None:
+            _evaluate(settings.evaluation, run, budget, loggers)
+        if is_rank_zero():
+            seed, online = settings.common.seed, online_name(settings.online)
+            conclude_run(run, selected, budget, loggers, seed=seed, online=online)
+            end_tracking(loggers, logger, run)
 
 
 def plan_stage(settings: TrainCommand, *, selected: PoolSelection | None = None) -> Forecast:
@@ -354,6 +361,7 @@ def check_training(settings: TrainCommand) -> None:
         rank_slice(settings.scale.global_batch_size, rank=0, world_size=world_size)
     check_loss_options(settings.loss)
     check_extensions(settings.trainer)
+    check_packages(settings.logger)
     check_online(settings.online, settings.selector, settings.loss, strategy)
     loader_options(settings.data)
     if limit_from(settings.budget) is None:
@@ -453,7 +461,8 @@ def _fit(
         warn_of_rounding(parts, parts.online, online.plan)
     stop = StopOnSignal()
     callbacks = _callbacks(settings, parts, run, stop)
-    module = training_module(parts, budget, online)
+    every = settings.logger.gradients_every_n_steps
+    module = training_module(parts, budget, online, log_gradients_every_n_steps=every)
     trainer = make_trainer(
         parts.trainer,
         folder=run.path,
@@ -470,7 +479,7 @@ def _fit(
     with options_of(under("trainer", "max_skipped_fraction")):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stop.stopped_by is not None:
-        finish(loggers)
+        finish(loggers, status="stopped")
         trainer.strategy.barrier()  # or the launcher ends rank 0 while it still writes
         stop.raise_if_stopped(trainer.global_step, budget.total_steps)
     if trainer.global_step < budget.total_steps:
@@ -547,54 +556,3 @@ def _evaluate(settings: EvalSections, run: RunDir, budget: Budget, loggers: list
     for logger in loggers:
         logger.log_metrics(summary.metrics(), step=budget.total_steps)
     log_tables(loggers, log_records(summary), step=budget.total_steps)
-
-
-def _conclude(
-    run: RunDir,
-    selected: PoolSelection,
-    budget: Budget,
-    loggers: list[Logger],
-    *,
-    seed: int,
-    online: str,
-) -> None:
-    """Log statistics of the selection, and mark the run as finished."""
-    manifest, costs = selected.selection.manifest, run.final_costs()
-    drawn = costs.get("drawn_samples", budget.trained_samples)
-    statistics = {
-        "selection/samples": len(selected.selection),
-        "selection/distinct": len(selected.selection.uids),
-        "selection/fraction": manifest["kept_fraction"],
-        "selection/coverage": selected.coverage.fraction,
-        "train/passes": drawn / len(selected.rows),
-    }
-    for name, value in manifest["score_quantiles_kept"].items():
-        statistics[f"selection/score_{name}"] = value
-    for logger in loggers:
-        logger.log_metrics(statistics, step=budget.total_steps)
-    run.finish(
-        {
-            "selector": manifest["selector"],
-            "seed": seed,
-            "selection": selected.selection.digest,
-            "pool": selected.pool.fingerprint,
-            "steps": budget.total_steps,
-            "trained_samples": budget.trained_samples,
-            "requested_samples": budget.samples_seen,
-            "online": online,
-            **costs,
-            "passes": drawn / len(selected.rows),
-            "selected_samples": len(selected.selection),
-            "coverage": selected.coverage.fraction,
-            "copies_fraction": run.copies_fraction(),
-            "offline_selection_seconds": round(manifest["cost"]["seconds"], 3),
-            **{name: round(value, 3) for name, value in run.seconds().items()},
-        }
-    )
-
-
-def online_name(online: OnlineSettings) -> str:
-    """Say in a few words what selects in the loop."""
-    if isinstance(online, OnceSettings):
-        return "once"
-    return f"{online.cadence} {online.selector.name}"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
+from wandb_offline import read_parts
 
 from siftclip.datamodules.selection.selection import make_selection, read_selection
 from siftclip.errors import InputError
@@ -488,3 +489,25 @@ def test_cells() -> None:
     assert percent(0.517, float("nan")) == "51.7"
     assert percent(float("nan"), float("nan")) == "-"
     assert as_markdown([["a|b", "c"], ["d", "e"]]).splitlines()[0] == "| a\\|b | c |"
+
+
+@pytest.mark.slow
+def test_runs_and_report_are_one_group_of_wandb(
+    options: list[str], compose: Compose, tmp_path: Path
+) -> None:
+    more = ["compare.seeds=[0]", "eval.tasks=[digit]", "logger=wandb", "logger.mode=offline"]
+    options = [word for word in options if "+eval.groups" not in word] + more
+    outcome = run_compare(compose, options)
+    folders = sorted((tmp_path / "outputs" / "train").iterdir())
+    runs = [read_parts(folder)[-1] for folder in folders]
+    assert {(part.run.run_group, part.run.display_name) for part in runs} == {
+        ("small", f"{arm}-s0") for arm in ("random", "clip_score", "oracle")
+    }
+    (report,) = read_parts(outcome.folder)
+    assert (report.run.run_group, report.run.job_type) == ("small", "report")
+    assert len(report.table("report/results")["data"]) == len(outcome.frame)
+    assert {artifact.type for artifact in report.artifacts} >= {"evaluation", "report"}
+    # other loggers are no other comparison
+    again = run_compare(compose, [*options, "logger.group=mine"])
+    assert again.folder == outcome.folder
+    assert [path.name for path in (tmp_path / "outputs" / "compare").iterdir()] == ["small"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from siftclip.trainer.loop import progress
 from siftclip.trainer.loop.progress import TrainingProgress
@@ -54,11 +55,24 @@ def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     return caplog.messages
 
 
-TRAINER = SimpleNamespace(global_step=3)
+TRAINER = SimpleNamespace(global_step=3, world_size=2)
+LATEST = {
+    "train/loss": 1.23456,
+    "train/lr": 0.00049,
+    "train/data_wait_fraction": 0.104,
+    "train/samples_per_second": 250.0,
+}
+NUMBERS = "loss 1.235, lr 0.00049, waiting for data 10%"
 
 
-def make_module() -> SimpleNamespace:
-    return SimpleNamespace(total_steps=10, global_batch_size=16, latest={}, evaluated={})
+def make_module(device: str = "cpu") -> SimpleNamespace:
+    return SimpleNamespace(
+        total_steps=10,
+        global_batch_size=16,
+        latest={},
+        evaluated={},
+        device=torch.device(device),
+    )
 
 
 def test_the_bar_counts_samples_and_tells_what_was_logged_last(shown: list[Shown]) -> None:
@@ -68,15 +82,25 @@ def test_the_bar_counts_samples_and_tells_what_was_logged_last(shown: list[Shown
     assert (found.total, found.samples) == (160, 48)
     bar.on_train_batch_end(TRAINER, module)
     assert (found.samples, found.postfix) == (64, "")
-    module.latest = {"train/loss": 1.23456, "train/data_wait_fraction": 0.104}
+    module.latest = LATEST
     bar.on_train_batch_end(TRAINER, module)
-    assert (found.samples, found.postfix) == (80, "loss 1.235, waiting for data 10%")
+    of_device = "125 samples/s per process"
+    assert (found.samples, found.postfix) == (80, f"{NUMBERS}, {of_device}")
     module.evaluated = {"eval/digit": 0.5}
     bar.on_train_batch_end(TRAINER, module)
-    assert found.postfix == "loss 1.235, waiting for data 10%, digit 0.500"
+    assert found.postfix == f"{NUMBERS}, digit 0.500, {of_device}"
     module.evaluated |= {"eval/average/all": 0.25, "eval/average/other": 0.75}
     bar.on_train_batch_end(TRAINER, module)
-    assert found.postfix == "loss 1.235, waiting for data 10%, all 0.250"
+    assert found.postfix == f"{NUMBERS}, all 0.250, {of_device}"
+
+
+def test_what_a_terminal_would_obey_is_escaped(shown: list[Shown]) -> None:
+    """A task has the name of a folder, which may be anything."""
+    bar, module = TrainingProgress(), make_module("cuda")
+    module.latest, module.evaluated = LATEST, {"eval/\x1b[2Jx\r": 0.5}
+    bar.on_train_start(TRAINER, module)
+    bar.on_train_batch_end(TRAINER, module)
+    assert shown[0].postfix == f"{NUMBERS}, \\x1b[2Jx\\r 0.500, 125 samples/s per GPU"
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
@@ -105,16 +129,17 @@ def test_a_log_gets_a_line_after_the_first_step_and_every_thirty_seconds(
     lines: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     shows, module = TrainingProgress(bar=False), make_module()
-    shows.on_train_start(SimpleNamespace(global_step=3), module)
+    shows.on_train_start(TRAINER, module)
     for step in range(4, 11):
         if step == 6:
-            module.latest = {"train/loss": 1.23456, "train/data_wait_fraction": 0.104}
-        shows.on_train_batch_end(SimpleNamespace(global_step=step), module)
+            module.latest = LATEST
+        shows.on_train_batch_end(SimpleNamespace(global_step=step, world_size=2), module)
     shows.on_train_end()
+    rate = "0.8 samples/s per process, 1.6 samples/s"
     assert caplog.messages == [
         "train: step 4 of 10",
-        "train: step 7 of 10, loss 1.235, waiting for data 10%, 1.6 samples/s, 0:00:30 left",
-        "train: step 10 of 10, loss 1.235, waiting for data 10%, 1.6 samples/s, 0:00:00 left",
+        f"train: step 7 of 10, {NUMBERS}, {rate}, 0:00:30 left",
+        f"train: step 10 of 10, {NUMBERS}, {rate}, 0:00:00 left",
     ]
-    shows.on_train_batch_end(SimpleNamespace(global_step=11), module)
+    shows.on_train_batch_end(SimpleNamespace(global_step=11, world_size=2), module)
     assert len(caplog.messages) == 3

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
+from wandb_offline import read_part, read_parts, wait_until_written
 
 from siftclip.errors import InputError
 from siftclip.files import read_jsonl
@@ -21,70 +20,16 @@ from siftclip.redaction import remember
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.runtime.loggers import (
     FileLogger,
+    RunKind,
+    catch_up,
     drop_repeated,
     finish,
     make_loggers,
     wandb_is_offline,
     wandb_run_id,
 )
+from siftclip.trainer.settings.logger import LoggerSettings
 from siftclip.trainer.stages.train import train_stage
-
-
-def offline_records(path: Path) -> Iterator[bytes]:
-    """The records of a `.wandb` file: a 7 byte header, then a log in LevelDB's format.
-
-    Blocks of 32 KiB hold chunks with a header of checksum (4 bytes), length (2) and type (1: whole,
-    2: first, 3: middle, 4: last); the rest of a block that cannot hold a header is padding.
-    """
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        room = 32768 - at % 32768
-        if room < 7:
-            at += room
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        if at + 7 + length > len(data) or not kind:
-            return  # still being written, or cut off
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield parts
-            parts = b""
-
-
-def read_offline_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """History records and configuration of the one offline wandb run in `folder`."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    return read_offline_file(path)
-
-
-def read_offline_file(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """History records and configuration in a `.wandb` file."""
-    from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2
-
-    history, config = [], {}
-    for data in offline_records(path):
-        record = wandb_internal_pb2.Record()
-        try:
-            record.ParseFromString(data)
-        except DecodeError:  # the end of a file that was cut off
-            break
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            items = record.history.item
-            history.append(
-                {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                    for item in items
-                }
-            )
-        elif kind in ("run", "config"):
-            updates = record.run.config.update if kind == "run" else record.config.update
-            config.update({item.key: json.loads(item.value_json) for item in updates})
-    return history, config
 
 
 def test_offline_run_holds_metrics_config_statistics_and_tables(
@@ -96,13 +41,8 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = ["logger=wandb", f"eval.root={demo_data.tasks}", "eval.during.every_n_steps=3"]
     run = train_stage(compose("train", [*base, *options]))
-    deadline = time.monotonic() + 60
-    while True:  # wandb's own process writes the file, and on a full machine it takes its time
-        history, config = read_offline_run(run.path)
-        if any("eval/tasks/path" in record for record in history) or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    keys = {key for record in history for key in record}
+    (part,) = read_parts(run.path)
+    keys = {key for record in part.rows for key in record}
     assert {
         "train/loss",
         "train/contrastive_loss",
@@ -121,13 +61,10 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
         "eval/retrieval/mean_recall@1",
         "eval/tasks/path",
     } <= keys
-    steps = [r["trainer/global_step"] for r in history if "train/loss" in r]
-    assert steps == [1, 2, 3, 4, 5, 6]
-    assert config["selector"]["fraction"] == 0.3
-    assert config["scale"]["samples_seen"] == 96
-    (logged,) = (r["eval/tasks/path"] for r in history if "eval/tasks/path" in r)
-    (found,) = run.path.glob(f"wandb/offline-run-*/files/{logged}")
-    content = json.loads(found.read_text())
+    assert part.steps_with("train/loss") == [1, 2, 3, 4, 5, 6]
+    assert part.config["selector"]["fraction"] == 0.3
+    assert part.config["scale"]["samples_seen"] == 96
+    content = part.table("eval/tasks")
     assert content["columns"][:5] == ["task", "title", "family", "metric", "value"]
     assert {row[0] for row in content["data"]} == {"digit", "colour", "count", "retrieval"}
 
@@ -135,7 +72,13 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
 def log_steps(folder: Path, steps: list[int], *, continued_at: int) -> None:
     """What a start of a run does, without training."""
     drop_repeated(folder, step=continued_at)
-    loggers = make_loggers(folder, name="a run", wandb_enabled=True, mode="offline")
+    loggers = make_loggers(
+        folder,
+        LoggerSettings(mode="offline"),
+        kind=RunKind(name="a run", job_type="train"),
+        output_root=folder,
+    )
+    catch_up(loggers, read_jsonl(folder / "metrics.jsonl"))
     for step in steps:
         for logger in loggers:
             logger.log_metrics({"train/loss": 10.0 - step}, step=step)
@@ -145,25 +88,9 @@ def log_steps(folder: Path, steps: list[int], *, continued_at: int) -> None:
     wait_until_written(max(folder.glob("wandb/offline-run-*/*.wandb")))
 
 
-def wait_until_written(path: Path) -> None:
-    """Wait for wandb's own process, which writes the end of the run last."""
-    deadline = time.monotonic() + 60
-    while "exit" not in kinds_of_records(path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def kinds_of_records(path: Path) -> set[str]:
-    from wandb.proto import wandb_internal_pb2
-
-    records = map(wandb_internal_pb2.Record.FromString, offline_records(path))
-    return {str(record.WhichOneof("record_type")) for record in records}
-
-
-def offline_parts(folder: Path) -> list[list[dict[str, Any]]]:
+def rows_of(folder: Path) -> list[list[dict[str, Any]]]:
     """The rows of all parts of the run in a folder, in the order of their starts."""
-    run_id = wandb_run_id(folder)
-    paths = sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
-    return [read_offline_file(path)[0] for path in paths]
+    return [part.rows for part in read_parts(folder)]
 
 
 def steps_with(key: str, rows: list[dict[str, Any]]) -> list[int]:
@@ -175,7 +102,7 @@ def test_a_restart_continues_the_wandb_run(tmp_path: Path) -> None:
     for steps, at in (([1, 2, 3], 0), ([3, 4], 2), ([4, 5], 3), ([6], 5)):
         log_steps(tmp_path, steps, continued_at=at)
         time.sleep(1.1)  # wandb's folders are named by the second
-    parts = offline_parts(tmp_path)
+    parts = rows_of(tmp_path)
     assert [steps_with("train/loss", part) for part in parts] == [[1, 2, 3], [4], [5], [6]]
     assert [steps_with("eval_during/digit", part) for part in parts] == [[2], [4], [], [6]]
     assert [row["_step"] for part in parts for row in part] == list(range(9))
@@ -196,12 +123,12 @@ def test_rows_that_a_part_has_lost_are_in_the_next_one(
     ends = [match.end() for match in re.finditer(b"trainer/global_step", whole)]
     for end in ends:
         path.write_bytes(whole[:end] + tail)
-        if len(read_offline_file(path)[0]) == kept_rows:
+        if len(read_part(path).rows) == kept_rows:
             break
-    assert len(read_offline_file(path)[0]) == kept_rows
+    assert len(read_part(path).rows) == kept_rows
     time.sleep(1.1)
     log_steps(tmp_path, [4], continued_at=3)
-    rows = [row for part in offline_parts(tmp_path) for row in part]
+    rows = [row for part in rows_of(tmp_path) for row in part]
     assert steps_with("train/loss", rows) == [1, 2, 3, 4]
     assert steps_with("eval_during/digit", rows) == [2, 4]
     assert [row["_step"] for row in rows] == list(range(6))

@@ -202,7 +202,7 @@ def test_selectors_of_the_loop_read_the_learner() -> None:
             r"selector\.features refers to what is not there: \${nope}",
         ),
         (["features=open_clip"], r"features\.name must be given"),
-        (["+logger.group=x"], r"logger\.group is not an option"),
+        (["+logger.groups=x"], r"logger\.groups is not an option\. Did you mean logger\.group\?"),
         (["logger.project=a/b"], r"logger\.project must be a name of 1 to 128 char.*Got 'a/b'"),
         (
             ["model.name=https://me:hunter22@h/w"],

@@ -1,0 +1,1 @@
+"""Where people look at runs: files of the run, Weights & Biases, TensorBoard, MLflow, their own."""
