@@ -55,6 +55,7 @@ VALUES = {
     "subset_combine.a": "best",
     "subset_verify.subset": "best",
     "reproduce.run": "outputs/train/run",
+    "report.runs": ["outputs/train/run"],
     "runs_show.run": "outputs/train/run",
     "runs_rm.run": "outputs/train/run",
     "export.source": "outputs/train/run",
@@ -83,6 +84,7 @@ POSITIONAL = {
     "subset show": ["subset_show.name"],
     "subset combine": [f"subset_combine.{word}" for word in ("name", "operation", "a", "b")],
     "subset verify": ["subset_verify.subset"],
+    "report": ["report.runs"],
     "reproduce": ["reproduce.run"],
     "runs list": ["runs_list.kinds"],
     "runs show": ["runs_show.run"],
@@ -94,7 +96,7 @@ OF_FEW_OPTIONS = ("subset list", "subset show", "runs list", "runs show")
 WITHOUT_POOL = (
     *("eval", "eval watch", "eval diff", "eval download", "demo", "export", "target"),
     *("subset import", "subset export", "subset list", "subset show", "subset combine"),
-    *("subset verify", "runs list", "runs show", "runs rm", "runs gc", "reproduce"),
+    *("subset verify", "runs list", "runs show", "runs rm", "runs gc", "report", "reproduce"),
 )  # these do without pool.root
 
 # Numbers that files of selectors set otherwise than the classes do by themselves.

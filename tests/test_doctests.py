@@ -42,6 +42,7 @@ EXAMPLES = {
     "siftclip.eval.metrics.chance": ["class_chances"],
     "siftclip.eval.metrics.outcomes": ["mean_metrics"],
     "siftclip.eval.significance.arm_model": ["fit_arms"],
+    "siftclip.eval.significance.savings": ["cost_to_reach", "pareto_front"],
     "siftclip.trainer": ["Budget", "ContrastiveLoss", "Schedule"],
     "siftclip.trainer.optim.schedules": ["lr_factor"],
     "siftclip.trainer.outputs.garbage": ["size_in_words"],

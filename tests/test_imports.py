@@ -46,6 +46,7 @@ REFUSED: Mapping[str, tuple[list[str], str]] = {
     "compare": (["pool.root=nowhere"], "eval.root must name"),
     "data compact": ([], "compact.output must name"),
     "data bench": (["bench.samples=0"], "bench.samples must be"),
+    "report": ([], "report.runs must name"),
     "reproduce": ([], "reproduce.run must name"),
     "subset import": ([], "subset_import.path must name"),
     "subset export": ([], "subset_export.path must name"),

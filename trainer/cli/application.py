@@ -81,6 +81,7 @@ def application(
     kind: type[T],
     *,
     positional: Sequence[str] = (),
+    rest: str | None = None,
     prepare: Callable[[Sequence[str]], Sequence[str]] | None = None,
 ) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Turn `stage(settings)` into the main function of a command, configured by `<command>.yaml`.
@@ -91,6 +92,7 @@ def application(
         command: as it is typed.
         kind: what the stage takes.
         positional: the options that words without `=` stand for, in order.
+        rest: the option that all words without `=` stand for, as a list.
         prepare: is given the words as Hydra reads them, before it does, and returns more, which
             come in front of what was typed. It may raise InputError.
     """
@@ -112,8 +114,10 @@ def application(
             given = _overrides(arguments, command)
             _refuse(given, command)
             typed = flags_first(given)
+            if rest is not None:
+                typed = _gathered(command, typed, rest)
             words, typed = _without_credentials(_named(command, typed, positional), typed)
-            arguments[len(arguments) - len(typed) :] = typed
+            arguments[len(arguments) - len(given) :] = typed
             words, typed = _prepared(command, prepare, words, typed)
             sys.argv = [f"siftclip {command}", *words]
             run = _hydra_main(command, words, _job(command, kind, stage, arguments, full_error))
@@ -317,6 +321,16 @@ def _named(command: str, arguments: list[str], positional: Sequence[str]) -> lis
         is_model = model is not None and not _exists(argument)
         overrides.append(str(model) if is_model else f"{name}={quoted(argument)}")
     return overrides
+
+
+def _gathered(command: str, arguments: list[str], option: str) -> list[str]:
+    """Put all bare words into one override, a list."""
+    bare: list[str] = []
+    others: list[str] = []
+    for argument, is_hydras in marked(arguments):
+        is_option = is_hydras or _is_override(argument, command)
+        (others if is_option else bare).append(argument)
+    return [*others, f"{option}=[{','.join(map(quoted, bare))}]"] if bare else others
 
 
 def _without_credentials(words: list[str], typed: list[str]) -> tuple[list[str], list[str]]:

@@ -32,6 +32,7 @@ COMMANDS = {
     "eval download": "download DataComp's evaluation sets, or clip-benchmark's",
     "export": "export a trained model for open_clip, the Hugging Face hub or DataComp",
     "compare": "compare selectors x seeds at one budget, with a report",
+    "report": "write the report of runs that are there, wherever they lie",
     "data compact": "copy a selection into tars of its own",
     "data bench": "measure how fast samples come, and whether a copy would pay",
     "subset import": "keep a file of uids, or a selection, under a name",

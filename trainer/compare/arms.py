@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from siftclip.errors import InputError
 from siftclip.locks import LOCK_NAME, locked
 from siftclip.trainer.compare.forecast import forecast_arms, plan_table
+from siftclip.trainer.compare.found_runs import runs_of_plan, write_comparison_record
 from siftclip.trainer.compare.plan import ComposeArm, Plan, chosen_runs, plan_comparison
-from siftclip.trainer.compare.run_notes import RunNotes
+from siftclip.trainer.compare.run_notes import ArmRun, RunNotes
 from siftclip.trainer.compare.running import train_all
 from siftclip.trainer.compare.workers import shares_of, train_in_parallel, visible_gpus
 from siftclip.trainer.runtime.launch import require_launcher
@@ -130,6 +131,8 @@ def compare_stage(
         )
     if is_rank_zero():
         _set_aside_another(notes, plan)
+        if not compare.only:
+            write_comparison_record(notes.folder, plan, compare, words)
     if compare.parallel > 1:
         shares = shares_of(
             compare.parallel,
@@ -151,42 +154,54 @@ def compare_stage(
             table=f"{done} of {len(plan.runs)} runs of the comparison are done.",
             failed=tuple(note.failure() for note in own if note.state == "failed"),
         )
-    return _report(settings, plan, notes, words)
+    arms = {run.arm: run.settings for run in reversed(plan.runs)}  # of the first seed
+    runs_now = runs_of_plan(plan, notes)
+    outcome = report_runs(settings, runs_now, arms, notes.folder, words)
+    with locked(notes.folder / LOCK_NAME, owner=str(notes.folder), wait=True):
+        log_report(
+            settings.logger,
+            notes.folder,
+            comparison=compare.name,
+            runs=[run.run for run in runs_now if run.run is not None],
+            results=outcome.frame.to_dict("records"),  # type: ignore[arg-type]
+        )
+    return outcome
 
 
-def _report(
-    settings: CompareCommand, plan: Plan, notes: RunNotes, words: Sequence[str]
+def report_runs(
+    settings: CompareCommand,
+    runs: Sequence[ArmRun],
+    arms: Mapping[str, TrainCommand],
+    folder: Path,
+    words: Sequence[str],
 ) -> CompareOutcome:
-    """Read all runs back, and write the report."""
+    """Read runs back, and write their report.
+
+    Args:
+        settings: of the comparison.
+        runs: all that there should be, also unfinished and failed ones.
+        arms: the settings of a run of each arm; without them its scores are not shown.
+        folder: of the report.
+        words: of the command line that made the runs; empty: there was none.
+
+    Raises:
+        InputError: no run is finished, or a file of a run is damaged.
+    """
     # Here, since importing pandas and jinja2 takes a second.
-    from siftclip.trainer.compare.collect import ArmRun, collect
+    from siftclip.trainer.compare.collect import collect
     from siftclip.trainer.compare.page.pool_view import open_view
     from siftclip.trainer.compare.report import write_report
     from siftclip.trainer.compare.sentences import mixed_notes
     from siftclip.trainer.compare.tables import format_main_table
 
-    runs = []
-    for run in plan.runs:
-        note = notes.read(run)
-        at = None if note is None else note.run_dir(notes.folder)
-        failure = note.reason if note is not None and note.state == "failed" else ""
-        runs.append(ArmRun(arm=run.arm, seed=run.seed, run=at, failure=failure))
     comparison = collect(settings, runs)
     for text in mixed_notes(comparison):
         log.warning(text)
-    arms = {run.arm: run.settings for run in reversed(plan.runs)}  # of the first seed
     samples = open_view(settings, comparison, arms)
-    with locked(notes.folder / LOCK_NAME, owner=str(notes.folder), wait=True):
-        write_report(comparison, notes.folder, samples=samples, words=words)
-        log_report(
-            settings.logger,
-            notes.folder,
-            comparison=settings.compare.name,
-            runs=[run.run for run in runs if run.run is not None],
-            results=comparison.results.to_dict("records"),  # type: ignore[arg-type]
-        )
+    with locked(folder / LOCK_NAME, owner=str(folder), wait=True):
+        write_report(comparison, folder, samples=samples, words=words)
     return CompareOutcome(
-        folder=notes.folder,
+        folder=folder,
         table=format_main_table(comparison),
         comparison=comparison,
         failed=tuple(missing.text() for missing in comparison.missing if missing.failed),

@@ -28,6 +28,7 @@ from siftclip.eval.results.aggregates import group_members, result_averages
 from siftclip.eval.results.files import MAIN_METRIC, KeptResults, TaskResult, read_kept
 from siftclip.eval.significance.resampling import average_interval
 from siftclip.tables import listed
+from siftclip.trainer.compare.run_notes import ArmRun
 from siftclip.trainer.compare.significance import (
     ColumnTests,
     Place,
@@ -38,22 +39,7 @@ from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.environment import Environment, environments
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import CompareCommand
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmRun:
-    """One run of a comparison."""
-
-    arm: str
-    seed: int
-    run: RunDir | None  # None: it is not known where it is
-    failure: str = ""  # why it has failed
-
-    @property
-    def finished(self) -> RunDir | None:
-        """The run, if it is finished."""
-        there = self.run is not None and self.run.summary is not None and not self.failure
-        return self.run if there else None
+from siftclip.trainer.settings.kept_config import OF_THE_MACHINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +151,8 @@ def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> ArmComparison:
         overlap=_overlap(first).reindex(index=list(arms), columns=list(arms)),
         truth=truth,
         settings={
-            key: settings.composed.values[key]
-            for key in ("pool", "features", "model", "optim", "scale", "budget")
+            group: _of_no_machine(group, settings.composed.values[group])
+            for group in ("pool", "features", "model", "optim", "scale", "budget")
         },
         environments={
             f"{run.arm} s{run.seed}": environments(run.run.path)
@@ -178,6 +164,11 @@ def collect(settings: CompareCommand, runs: Sequence[ArmRun]) -> ArmComparison:
         logs={(run.arm, run.seed): at.records() for run, at in finished},
         selections=first,
     )
+
+
+def _of_no_machine(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says where something is written, or how this machine works."""
+    return {k: v for k, v in values.items() if f"{group}.{k}" not in OF_THE_MACHINE}
 
 
 def _results(

@@ -19,12 +19,19 @@ from siftclip.trainer.compare.page.page import html
 from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.compare.page.samples import sample_frames
 from siftclip.trainer.compare.run_notes import RESULTS_NAME
+from siftclip.trainer.compare.savings import (
+    SAVING_NOTE,
+    front_sentences,
+    saving_frame,
+    saving_rows,
+)
 from siftclip.trainer.compare.sentences import (
     COST_NOTE,
     DIFFERENCE_NOTE,
     budget_sentence,
     made_with,
     mixed_notes,
+    partial_sentence,
 )
 from siftclip.trainer.compare.tables import (
     BEST_NOTE,
@@ -64,6 +71,7 @@ def write_report(
         "differences.csv": difference_frame(comparison),
         f"{TABLES}/runs.csv": comparison.runs,
         f"{TABLES}/curves.csv": curves,
+        f"{TABLES}/savings.csv": saving_frame(comparison, curves),
         f"{TABLES}/overlap.csv": overlap_frame(comparison),
         **{
             f"{TABLES}/{name}.csv": frame
@@ -73,7 +81,7 @@ def write_report(
     for name, frame in frames.items():
         with atomic_path(folder / name) as temporary:
             frame.to_csv(temporary, index=False)
-    write_text(folder / "report.md", shown(markdown(comparison)))
+    write_text(folder / "report.md", shown(markdown(comparison, curves=curves)))
     # The page is redacted where its texts are: what it embeds must stay as it is.
     write_text(
         folder / "report.html", html(comparison, curves=curves, samples=samples, words=words)
@@ -140,13 +148,20 @@ def _tasks(comparison: ArmComparison) -> list[str]:
     return list(dict.fromkeys(comparison.results["task"]))
 
 
-def markdown(comparison: ArmComparison) -> str:
-    """Format the report as Markdown."""
+def markdown(comparison: ArmComparison, *, curves: pd.DataFrame | None = None) -> str:
+    """Format the report as Markdown.
+
+    Args:
+        comparison: of all arms.
+        curves: of `curve_frame`; None: read here.
+    """
+    saved = saving_rows(comparison, curve_frame(comparison) if curves is None else curves)
     header, *runs = run_rows(comparison)
     first = comparison.columns[0]
     main = main_rows(comparison, comparison.columns)
     parts = [
         f"# {comparison.name}",
+        *filter(None, [partial_sentence(comparison)]),
         f"**{answer(comparison, first)}**",
         *filter(None, [aa_sentence(comparison, first)]),
         budget_sentence(comparison),
@@ -162,6 +177,8 @@ def markdown(comparison: ArmComparison) -> str:
         "## What it cost",
         as_markdown(cost_rows(comparison)),
         COST_NOTE,
+        *front_sentences(comparison),
+        *(["## Compute saved", as_markdown(saved), SAVING_NOTE] if len(saved) > 1 else []),
         "## What was selected",
         as_markdown(selection_rows(comparison)),
         "Overlap is the Jaccard index of the distinct samples, for the first seed.",

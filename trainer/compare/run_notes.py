@@ -65,6 +65,22 @@ class RunNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArmRun:
+    """One run of a comparison."""
+
+    arm: str
+    seed: int
+    run: RunDir | None  # None: it is not known where it is
+    failure: str = ""  # why it has failed
+
+    @property
+    def finished(self) -> RunDir | None:
+        """The run, if it is finished."""
+        there = self.run is not None and self.run.summary is not None and not self.failure
+        return self.run if there else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunNotes:
     """The notes of a comparison."""
 

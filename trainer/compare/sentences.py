@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from siftclip.tables import listed
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.runtime.environment import CODE, MACHINE, mixed
 
@@ -22,19 +23,33 @@ DIFFERENCE_NOTE = (
 def budget_sentence(comparison: ArmComparison) -> str:
     """Say what all arms had in common."""
     runs = comparison.runs
-    trained = int(runs["trained_samples"].iloc[0])
+    trained = sorted({int(samples) for samples in runs["trained_samples"]})
     of_arms = dict.fromkeys(comparison.seeds.values())
     seeds = " or ".join(", ".join(map(str, of_arm)) for of_arm in of_arms)
     word = "seed" if seeds.isdecimal() else "seeds"
     batch = comparison.settings["scale"]["global_batch_size"]
     limits = {k: v for k, v in comparison.settings["budget"].items() if v is not None}
-    if limits:
+    if len(trained) > 1 and not limits:
+        budget = f"trained on {trained[0]:,} to {trained[-1]:,} samples: budgets differ"
+    elif limits:
         ((unit, amount),) = limits.items()
         budget = f"had {amount:,g} {unit.replace('_', ' ')}, in steps of batch {batch}"
     else:
         steps = int(runs["steps"].iloc[0])
-        budget = f"trained on {trained:,} samples in {steps:,} steps of batch {batch}"
+        budget = f"trained on {trained[0]:,} samples in {steps:,} steps of batch {batch}"
     return f"{len(comparison.arms)} arms, {word} {seeds}; every run {budget}."
+
+
+def partial_sentence(comparison: ArmComparison) -> str:
+    """Say that runs have no results yet, or failed; empty if all have."""
+    planned = sum(map(len, comparison.seeds.values()))
+    lacking = [missing.reason for missing in comparison.missing if missing.task is None]
+    if not lacking:
+        return ""
+    failed = sum(reason.startswith("failed") for reason in lacking)
+    parts = [f"{failed} failed"] if failed else []
+    parts += [f"{len(lacking) - failed} not finished"] if failed < len(lacking) else []
+    return f"Partial: of {planned} runs {listed(parts)}; what is missing is listed below."
 
 
 def made_with(comparison: ArmComparison) -> str:

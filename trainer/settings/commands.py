@@ -20,6 +20,7 @@ from siftclip.trainer.settings.online import EveryStepSettings, OnceSettings, On
 from siftclip.trainer.settings.optim import OptimSettings
 from siftclip.trainer.settings.pool import FeaturesSettings, PoolSettings
 from siftclip.trainer.settings.runs import (
+    ReportSettings,
     ReproduceSettings,
     RunsGcSettings,
     RunsListSettings,
@@ -319,6 +320,13 @@ class CompareCommand(TrainCommand):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReportCommand(CompareCommand):
+    """`siftclip report`."""
+
+    report: ReportSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoCommand:
     """`siftclip demo`."""
 
@@ -355,6 +363,7 @@ COMMANDS: dict[str, type] = {
     "subset show": SubsetShowCommand,
     "subset combine": SubsetCombineCommand,
     "subset verify": SubsetVerifyCommand,
+    "report": ReportCommand,
     "reproduce": ReproduceCommand,
     "runs list": RunsListCommand,
     "runs show": RunsShowCommand,

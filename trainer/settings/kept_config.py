@@ -64,6 +64,15 @@ class KeptConfig:
         """What the command line calls the configurations of this run."""
         return f"{_NAME}{identity_hash(self.groups)}"
 
+    def part(self, names: Sequence[str]) -> KeptConfig:
+        """Return some groups alone, with the budget."""
+        return KeptConfig(
+            groups={name: self.groups[name] for name in names if name in self.groups},
+            values={name: value for name, value in self.values.items() if name != "seed"},
+            left_out=self.left_out,
+            refused={o: why for o, why in self.refused.items() if o.partition(".")[0] in names},
+        )
+
     def words(self, typed: Sequence[str]) -> list[str]:
         """Return the overrides that choose what the run has, in front of what was typed.
 

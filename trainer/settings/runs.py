@@ -1,12 +1,14 @@
-"""The options of `siftclip runs` and `siftclip reproduce`: a group for each command, one of two."""
+"""The options of `siftclip runs`, `report` and `reproduce`: a group for each command or two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from siftclip.trainer.settings.fields.marks import Example, Needs, Words
-from siftclip.trainer.settings.fields.section import LocalPath, NotNegative, Section
+from annotated_types import Ge
+
+from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs, Words
+from siftclip.trainer.settings.fields.section import LocalPath, NotNegative, Positive, Section
 
 _KINDS = Words("a kind, or a list of kinds such as [checkpoints,scores]")
 _RUN = "must name a run, or what else siftclip runs list shows: siftclip runs"
@@ -81,3 +83,29 @@ class ReproduceSettings(Section):
 
     run: Annotated[LocalPath, Needs("must name a run directory: siftclip reproduce RUN.")]
     """A run directory, also a copy of one from another machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportSettings(Section):
+    """The runs that siftclip report describes."""
+
+    PLACE: ClassVar[str] = "report"
+
+    runs: Annotated[
+        tuple[str, ...],
+        Needs("must name a comparison's folder or run directories: siftclip report RUNS."),
+        Words("a list of folders: [RUN,RUN]"),
+    ]
+    """A comparison's folder, run directories, or folders of them; also copies from elsewhere."""
+
+    folder: LocalPath | None = None
+    """Where the report is written; null: the comparison's folder, or compare/NAME in output_dir."""
+
+    serve: bool = False
+    """Show it at http://127.0.0.1:PORT, and write it anew while runs train."""
+
+    port: Annotated[int, Ge(0), AtMost(65535)] = 8765
+    """Of serve; 0: any that is free."""
+
+    interval_seconds: Positive = 30
+    """Of serve: seconds between two reports."""

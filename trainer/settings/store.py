@@ -76,7 +76,7 @@ STORED = (
             *(subsets.SubsetShowSettings, subsets.SubsetCombineSettings),
             *(subsets.SubsetVerifySettings, runs.RunsSettings, runs.RunsListSettings),
             *(runs.RunsShowSettings, runs.RunsRmSettings, runs.RunsGcSettings),
-            runs.ReproduceSettings,
+            *(runs.ReportSettings, runs.ReproduceSettings),
         )
     ),
     Stored(group="pool", name="local", kind=PoolSettings),

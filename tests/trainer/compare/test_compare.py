@@ -23,11 +23,12 @@ from siftclip.eval.results.files import append_failure
 from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import read_jsonl
 from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
-from siftclip.trainer.compare.collect import ArmComparison, ArmRun, _truth, collect
+from siftclip.trainer.compare.collect import ArmComparison, _truth, collect
 from siftclip.trainer.compare.page.galleries import choose_galleries, read_galleries
 from siftclip.trainer.compare.page.page import html
 from siftclip.trainer.compare.page.pool_view import open_view
 from siftclip.trainer.compare.report import markdown
+from siftclip.trainer.compare.run_notes import ArmRun
 from siftclip.trainer.compare.tables import (
     as_markdown,
     cost_rows,

@@ -49,7 +49,7 @@ def test_an_option_in_full() -> None:
         "  type     number\n"
         "  default  0.0\n"
         "  allowed  a finite number in the range [0, 1]\n"
-        "  used by  train, compare, data bench, reproduce\n"
+        "  used by  train, compare, data bench, report, reproduce\n"
         "  with     online=every_n_steps, online=every_epoch\n"
         "  example  online.start=0.0"
     )

@@ -16,12 +16,14 @@ from siftclip.trainer.compare.page.dots import difference_facets, mean_plot
 from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.compare.page.render import render
 from siftclip.trainer.compare.page.samples import samples_part
+from siftclip.trainer.compare.savings import SAVING_NOTE, front_sentences, saving_rows
 from siftclip.trainer.compare.sentences import (
     COST_NOTE,
     DIFFERENCE_NOTE,
     budget_sentence,
     made_with,
     mixed_notes,
+    partial_sentence,
 )
 from siftclip.trainer.compare.tables import (
     BEST_NOTE,
@@ -75,6 +77,7 @@ def html(
         name=comparison.name,
         baseline=comparison.baseline,
         colours=arm_classes(comparison.arms, comparison.baseline),
+        partial=partial_sentence(comparison),
         answer=answer(comparison, first),
         aa=aa_sentence(comparison, first),
         budget=budget_sentence(comparison),
@@ -93,6 +96,9 @@ def html(
         difference_note=DIFFERENCE_NOTE,
         **samples_part(comparison, samples),
         learning=learning,
+        saved=saving_rows(comparison, curves),
+        saving_note=SAVING_NOTE,
+        front=front_sentences(comparison),
         online=online,
         cost=transposed(cost_rows(comparison)),
         cost_note=COST_NOTE,
