@@ -84,6 +84,8 @@ POSITIONAL = {
     "subset show": ["subset_show.name"],
     "subset combine": [f"subset_combine.{word}" for word in ("name", "operation", "a", "b")],
     "subset verify": ["subset_verify.subset"],
+    "show": ["show.selection"],
+    "diff": ["show.selection", "show.other"],
     "report": ["report.runs"],
     "reproduce": ["reproduce.run"],
     "runs list": ["runs_list.kinds"],
@@ -96,7 +98,17 @@ OF_FEW_OPTIONS = ("subset list", "subset show", "runs list", "runs show")
 WITHOUT_POOL = (
     *("eval", "eval watch", "eval diff", "eval download", "demo", "export", "target"),
     *("subset import", "subset export", "subset list", "subset show", "subset combine"),
-    *("subset verify", "runs list", "runs show", "runs rm", "runs gc", "report", "reproduce"),
+    *(
+        "subset verify",
+        "runs list",
+        "runs show",
+        "runs rm",
+        "runs gc",
+        "report",
+        "show",
+        "diff",
+        "reproduce",
+    ),
 )  # these do without pool.root
 
 # Numbers that files of selectors set otherwise than the classes do by themselves.

@@ -43,6 +43,7 @@ EXAMPLES = {
     "siftclip.eval.metrics.outcomes": ["mean_metrics"],
     "siftclip.eval.significance.arm_model": ["fit_arms"],
     "siftclip.eval.significance.savings": ["cost_to_reach", "pareto_front"],
+    "siftclip.eval.significance.words": ["telling_words"],
     "siftclip.trainer": ["Budget", "ContrastiveLoss", "Schedule"],
     "siftclip.trainer.optim.schedules": ["lr_factor"],
     "siftclip.trainer.outputs.garbage": ["size_in_words"],

@@ -46,6 +46,8 @@ REFUSED: Mapping[str, tuple[list[str], str]] = {
     "compare": (["pool.root=nowhere"], "eval.root must name"),
     "data compact": ([], "compact.output must name"),
     "data bench": (["bench.samples=0"], "bench.samples must be"),
+    "show": (["show.selection=nowhere"], "must be the name of a subset"),
+    "diff": ([], "show.selection and show.other must be given"),
     "report": ([], "report.runs must name"),
     "reproduce": ([], "reproduce.run must name"),
     "subset import": ([], "subset_import.path must name"),

@@ -151,7 +151,7 @@ def test_purposes_keep_their_numbers() -> None:
         "PERMUTATION": 0x0B007572A9000002,
         "SUBSET_SAMPLE": int.from_bytes(b"subset", "big"),
     }
-    assert [int(purpose) for purpose in GeneratorPurpose] == [1, 2, 3, 4, 5, 6, 11, 12, 13]
+    assert [int(purpose) for purpose in GeneratorPurpose] == [1, 2, 3, 4, 5, 6, 11, 12, 13, 14]
 
 
 @pytest.mark.parametrize(

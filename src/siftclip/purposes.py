@@ -44,3 +44,4 @@ class GeneratorPurpose(IntEnum):
     VALIDATION = 11  # the samples that a linear probe holds out of train
     SHOTS = 12  # the samples of few-shot probes
     ARM_MEANS = 13  # the true means of arms of a comparison, to count how often each is best
+    GALLERY = 14  # the samples that a page shows

@@ -41,6 +41,8 @@ COMMANDS = {
     "subset show": "describe a subset, with what made it",
     "subset combine": "union, intersection or difference of subsets, or a sample of one",
     "subset verify": "check that a subset is whole, and of a pool as it is now",
+    "show": "look at a selection, or at a pool: a page with samples, scores and what is kept",
+    "diff": "look at what two selections differ in",
     "reproduce": "repeat a run from its directory, and say what came out the same",
     "runs list": "list runs, scores, selections and the like, with size and state",
     "runs show": "describe one of them, with what it uses and what uses it",

@@ -30,6 +30,7 @@ from siftclip.trainer.settings.runs import (
 )
 from siftclip.trainer.settings.selector import SelectorNode
 from siftclip.trainer.settings.subsets import (
+    ShowSettings,
     SubsetCombineSettings,
     SubsetExportSettings,
     SubsetImportSettings,
@@ -221,6 +222,16 @@ class SubsetVerifyCommand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShowCommand:
+    """`siftclip show` and `siftclip diff`."""
+
+    common: CommonSettings
+    pool: PoolSettings | None
+    data: DataSettings
+    show: ShowSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunsListCommand:
     """`siftclip runs list`."""
 
@@ -363,6 +374,8 @@ COMMANDS: dict[str, type] = {
     "subset show": SubsetShowCommand,
     "subset combine": SubsetCombineCommand,
     "subset verify": SubsetVerifyCommand,
+    "show": ShowCommand,
+    "diff": ShowCommand,
     "report": ReportCommand,
     "reproduce": ReproduceCommand,
     "runs list": RunsListCommand,

@@ -74,6 +74,7 @@ STORED = (
             *(tools.WatchSettings, tools.ExportSettings, tools.TargetSettings),
             *(subsets.SubsetImportSettings, subsets.SubsetExportSettings),
             *(subsets.SubsetShowSettings, subsets.SubsetCombineSettings),
+            subsets.ShowSettings,
             *(subsets.SubsetVerifySettings, runs.RunsSettings, runs.RunsListSettings),
             *(runs.RunsShowSettings, runs.RunsRmSettings, runs.RunsGcSettings),
             *(runs.ReportSettings, runs.ReproduceSettings),

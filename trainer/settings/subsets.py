@@ -1,12 +1,14 @@
-"""The options of `siftclip subset`, a group for each of its commands."""
+"""The options of `siftclip subset`, a group for each of its commands, of `show` and of `diff`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge
+
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Example, Needs
+from siftclip.trainer.settings.fields.marks import AtMost, Example, Needs
 from siftclip.trainer.settings.fields.section import Count, LocalPath, Name, Section
 
 _SUBSET = Needs("must name a subset, or a file or folder with one.")
@@ -119,3 +121,46 @@ class SubsetCombineSettings(Section):
             raise InputError(
                 f"{place}.samples must be null: {self.operation} draws nothing. Got {self.samples}."
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowSettings(Section):
+    """What siftclip show and siftclip diff look at."""
+
+    PLACE: ClassVar[str] = "show"
+
+    selection: Annotated[str | None, Example("best")] = None
+    """A subset's name, a run, or a file or folder with a selection; null: the whole pool."""
+
+    other: Annotated[str | None, Example("other")] = None
+    """Of siftclip diff: the selection that it is compared with."""
+
+    scores: LocalPath | None = None
+    """Parquet file with a column uid and scores; null: those of a run's selector, or its own."""
+
+    column: Annotated[str | None, Example("clip_l14_similarity_score")] = None
+    """Column of show.scores, by default score; or, without a file, of the pool's metadata."""
+
+    text: Annotated[str | None, Example("dog")] = None
+    """Only samples whose caption holds this, whatever its case."""
+
+    min_score: float | None = None
+    """Only samples with at least this score."""
+
+    max_score: float | None = None
+    """Only samples with at most this score."""
+
+    samples: Annotated[int, Ge(1), AtMost(1000)] = 96
+    """How many samples a page shows at most, drawn from those that pass; seed decides which."""
+
+    export: Name | None = None
+    """Keep all samples that pass, shown or not, as a subset of this name."""
+
+    images: bool = True
+    """Put small copies of images into the page, blurred until clicked; else captions."""
+
+    truth: LocalPath | None = None
+    """Parquet file with uid and kind: the page counts kinds."""
+
+    page: LocalPath | None = None
+    """Where the page is written; null: show/NAME.html in output_dir."""

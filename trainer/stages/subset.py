@@ -320,7 +320,7 @@ def verify_stage(settings: SubsetVerifyCommand) -> Verified:
     file, given = find_subset(root, reference)
     noted = pool_of_manifest(file.manifest)
     tars = _known_tars(root, [given])
-    wanted = settings.pool if settings.pool is not None else _noted_pool(noted, reference)
+    wanted = settings.pool if settings.pool is not None else noted_pool(noted, reference)
     with options_of(under("pool", "root", "key_split")):
         index = index_changes(
             PoolOptions(
@@ -336,8 +336,12 @@ def verify_stage(settings: SubsetVerifyCommand) -> Verified:
     return Verified(subset=reference, pool=pool, findings=findings)
 
 
-def _noted_pool(noted: SubsetPool | None, reference: str) -> PoolSettings:
+def noted_pool(noted: SubsetPool | None, reference: str) -> PoolSettings:
     """Return the pool that a subset was made for.
+
+    Args:
+        noted: what its manifest says.
+        reference: what it was called, for messages.
 
     Raises:
         InputError: it is not noted, or is not a folder of this machine: a manifest does not decide

@@ -311,3 +311,35 @@ def test_a_damaged_note_is_told(compose: Compose, options: list[str], tmp_path: 
     shutil.rmtree(outcome.folder / "runs")
     with pytest.raises(InputError, match="is not the folder of a comparison"):
         read_notes(notes.folder)
+
+
+READY = ("datacomp_filtering", "fraction_sweep", "budget_sweep", "selector_loss", "loop_flops")
+
+
+@pytest.mark.parametrize("name", [*READY, "loop_seconds"])
+def test_ready_experiments_can_be_planned(
+    name: str, compose: Compose, base: list[str], demo_data: DemoData
+) -> None:
+    """Every arm with every seed is a valid configuration, at one budget."""
+    kept = [word for word in base if word.startswith(("pool.", "features.", "output_dir"))]
+    words = [f"experiment={name}", *kept, f"eval.root={demo_data.tasks}"]
+    settings = compose("compare", words)
+    plan = plan_comparison(
+        settings, arms_of_overrides(settings, words, lambda own: compose("compare", own))
+    )
+    assert len(plan.runs) == 3 * len(plan.arms) >= 12
+    assert plan.baseline in plan.arms
+    assert settings.compare.name == name or name == "budget_sweep"
+
+
+@pytest.mark.slow
+def test_budgets_are_swept_by_a_comparison_each(
+    cli: Callable[..., Any], base: list[str], demo_data: DemoData, tmp_path: Path
+) -> None:
+    words = ["experiment=budget_sweep", "scale.samples_seen=32,64", "compare.seeds=[0]"]
+    tasks = [f"eval.root={demo_data.tasks}", "eval.tasks=[digit]"]
+    kept = [word for word in base if not word.startswith(("scale.samples", "experiment"))]
+    result = cli("compare", "--multirun", *words, *kept, *tasks)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = {path.parent.name for path in (tmp_path / "outputs/compare").glob("*/report.html")}
+    assert found == {"budget_32", "budget_64"}

@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 
 from siftclip.eval.significance.resampling import wilson_interval
-from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.axes import Axis, arm_classes, ratio_axis, short
 from siftclip.trainer.compare.page.dots import DotRow, Mark
-from siftclip.trainer.compare.page.pool_view import PoolView
+from siftclip.trainer.compare.page.pool_view import Arms, PoolView
 
 KIND = "kind"  # of a truth file
 _BINS = 6
@@ -70,11 +69,11 @@ def composition_frame(view: PoolView) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def composition_plots(comparison: ArmComparison, frame: pd.DataFrame) -> list[CompositionPlot]:
+def composition_plots(arms: Arms, frame: pd.DataFrame) -> list[CompositionPlot]:
     """Plot the ratios of `composition_frame`, a plot for each property."""
     if frame.empty:
         return []
-    colours = arm_classes(comparison.arms, comparison.baseline)
+    colours = arm_classes(arms.arms, arms.baseline)
     plots = []
     for name, rows in frame.groupby("property", sort=False):
         axis = ratio_axis(rows["ratio"])
@@ -103,29 +102,29 @@ def composition_plots(comparison: ArmComparison, frame: pd.DataFrame) -> list[Co
     return plots
 
 
-def recall_rows(comparison: ArmComparison, frame: pd.DataFrame) -> list[list[str]]:
+def recall_rows(arms: Arms, frame: pd.DataFrame) -> list[list[str]]:
     """Return header and one row per kind of the truth file: how much of it each arm keeps."""
-    rows = [["kind", "in the pool", *comparison.arms]]
+    rows = [["kind", "in the pool", *arms.arms]]
     if frame.empty:
         return rows
     of_kinds = frame[frame["property"] == KIND]
     for kind, own in of_kinds.groupby("part", sort=False):
         recall = dict(zip(own["arm"], own["recall"], strict=True))
-        cells = [f"{100 * recall[arm]:.1f} %" if arm in recall else "-" for arm in comparison.arms]
+        cells = [f"{100 * recall[arm]:.1f} %" if arm in recall else "-" for arm in arms.arms]
         rows.append([str(kind), f"{own['pool_samples'].iloc[0]:,}", *cells])
     return rows
 
 
-def repetition_rows(comparison: ArmComparison, view: PoolView) -> list[list[str]]:
+def repetition_rows(arms: Arms, view: PoolView) -> list[list[str]]:
     """Return header and one row per number of times that samples are kept: how many are."""
     edges = [0, 1, 2, 3, 5, 9, 17, 33]
     most = max(int(times.max()) for times in view.kept.values())
     edges = [edge for edge in edges if edge <= most]
-    rows = [["times kept", *comparison.arms]]
+    rows = [["times kept", *arms.arms]]
     for first, after in zip(edges, [*edges[1:], most + 1], strict=True):
         name = f"{first}" if after - first == 1 else f"{first} to {after - 1}"
         cells = []
-        for arm in comparison.arms:
+        for arm in arms.arms:
             times = view.kept.get(arm)
             there = None if times is None else int(((times >= first) & (times < after)).sum())
             cells.append("-" if there is None else f"{there:,}")

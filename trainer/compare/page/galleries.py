@@ -19,8 +19,8 @@ from siftclip.datamodules.pool.reader import (
     decode_caption,
     decode_image,
 )
-from siftclip.trainer.compare.collect import ArmComparison
-from siftclip.trainer.compare.page.pool_view import PoolView
+from siftclip.purposes import GeneratorPurpose
+from siftclip.trainer.compare.page.pool_view import Arms, PoolView
 
 SIDE = 96  # pixels of a thumbnail
 MOST_SAMPLES = 24  # of a gallery
@@ -58,9 +58,9 @@ class ShownGallery:
     samples: tuple[Shown, ...]
 
 
-def choose_galleries(comparison: ArmComparison, view: PoolView) -> list[Gallery]:
+def choose_galleries(arms: Arms, view: PoolView) -> list[Gallery]:
     """Choose galleries: disagreements with the baseline, scores, and repetitions."""
-    found = [*_disagreements(comparison, view), *_of_scores(comparison, view)]
+    found = [*_disagreements(arms, view), *_of_scores(arms, view)]
     for arm, times in view.kept.items():
         if times.max() > 1:
             rows = _top(times.astype(np.float64), MOST_SAMPLES // 2)
@@ -155,13 +155,13 @@ def thumbnail(image: Image.Image) -> Markup:
     return Markup(f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}")
 
 
-def _disagreements(comparison: ArmComparison, view: PoolView) -> Iterator[Gallery]:
+def _disagreements(arms: Arms, view: PoolView) -> Iterator[Gallery]:
     """Yield what an arm keeps and the baseline drops, and the other way round.
 
     Those of which the ranks of the two scores differ most, or any, where there are not two.
     """
-    baseline = comparison.baseline
-    for other in comparison.arms:
+    baseline = arms.baseline
+    for other in arms.arms:
         for arm, against in ((other, baseline), (baseline, other)):
             if other == baseline or not {arm, against} <= view.kept.keys():
                 continue
@@ -178,13 +178,13 @@ def _disagreements(comparison: ArmComparison, view: PoolView) -> Iterator[Galler
                 title=f"kept by {arm}, dropped by {against}",
                 note=f"{len(rows):,} samples; {how}.",
                 rows=tuple(chosen.tolist()),
-                notes=tuple(_note(view, int(row), arm) for row in chosen),
+                notes=tuple(note_of(view, int(row), arm) for row in chosen),
             )
 
 
-def _of_scores(comparison: ArmComparison, view: PoolView) -> Iterator[Gallery]:
+def _of_scores(arms: Arms, view: PoolView) -> Iterator[Gallery]:
     """Yield two samples of each tenth of the scores, and the best and the worst."""
-    for arm in comparison.arms:
+    for arm in arms.arms:
         scores = view.scores.get(arm)
         known = np.flatnonzero(np.isfinite(scores)) if scores is not None else np.empty(0, np.int64)
         if scores is None or len(known) < 20:
@@ -198,7 +198,7 @@ def _of_scores(comparison: ArmComparison, view: PoolView) -> Iterator[Gallery]:
             note="Two samples of each tenth of the pool by score, drawn at random.",
             rows=tuple(rows.tolist()),
             notes=tuple(
-                f"{name}, {_note(view, int(row), arm)}"
+                f"{name}, {note_of(view, int(row), arm)}"
                 for name, row in zip(names, rows, strict=True)
             ),
         )
@@ -208,11 +208,11 @@ def _of_scores(comparison: ArmComparison, view: PoolView) -> Iterator[Gallery]:
                 title=f"{arm}: {title} by score",
                 note="",
                 rows=tuple(ends.tolist()),
-                notes=tuple(_note(view, int(row), arm) for row in ends),
+                notes=tuple(note_of(view, int(row), arm) for row in ends),
             )
 
 
-def _note(view: PoolView, row: int, arm: str) -> str:
+def note_of(view: PoolView, row: int, arm: str) -> str:
     """Say the score of a sample, whether it is kept, and its kind."""
     parts = []
     if arm in view.scores:
@@ -237,5 +237,5 @@ def _top(values: np.ndarray, count: int) -> tuple[int, ...]:
 
 def _drawn(rows: np.ndarray, count: int) -> np.ndarray:
     """Draw some of the rows, always the same."""
-    generator = np.random.default_rng([_SEED, len(rows)])
+    generator = np.random.default_rng([_SEED, GeneratorPurpose.GALLERY, len(rows)])
     return np.sort(generator.choice(rows, size=min(count, len(rows)), replace=False))

@@ -73,6 +73,8 @@ def html(
         "provenance": "Runs and provenance",
     }
     return render(
+        what="Comparison",
+        title="comparison",
         parts=parts,
         name=comparison.name,
         baseline=comparison.baseline,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,18 @@ from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 
 log = logging.getLogger(__name__)
+
+
+class Arms(Protocol):
+    """Names of what keeps samples of a pool: arms of a comparison, or single selections."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All of them, in their order."""
+
+    @property
+    def baseline(self) -> str:
+        """The one that the others are compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +81,34 @@ def open_view(
     with suppress(InputError):  # its metadata may say nothing of them
         sizes = read_image_sizes(pool, progress=settings.common.progress)
     truth = settings.compare.truth
-    scores = {arm: _kept_scores(arms[arm], pool) for arm in kept if arm in arms}
+    scores = {arm: kept_scores(arms[arm], pool) for arm in kept if arm in arms}
     return PoolView(
         pool=pool,
         kept=kept,
         scores={arm: own for arm, own in scores.items() if own is not None},
-        kinds=None if truth is None else _kinds(Path(truth), pool),
+        kinds=None if truth is None else kinds_of(Path(truth), pool),
         sizes=sizes,
         max_image_pixels=settings.data.max_image_pixels,
         images=settings.compare.images,
     )
 
 
-def _kept_scores(settings: TrainCommand, pool: Pool) -> np.ndarray | None:
-    """Read the scores that an arm has selected by; None without any, or where they are gone."""
+def kept_scores(
+    settings: TrainCommand, pool: Pool, *, output_root: Path | None = None
+) -> np.ndarray | None:
+    """Read the scores that a run has selected by; None without any, or where they are gone.
+
+    Args:
+        settings: of the run.
+        pool: that it has selected from.
+        output_root: the folder of outputs with the scores; None: that of `settings`.
+
+    Returns:
+        float32 [n], NaN where there is none.
+    """
+    if output_root is not None:
+        common = replace(settings.common, output_dir=str(output_root))
+        settings = replace(settings, common=common)
     try:
         selector = selector_from(settings.selector).selector
         if not isinstance(selector, ScoreSelector):
@@ -94,7 +121,7 @@ def _kept_scores(settings: TrainCommand, pool: Pool) -> np.ndarray | None:
         return None
 
 
-def _kinds(path: Path, pool: Pool) -> np.ndarray:
+def kinds_of(path: Path, pool: Pool) -> np.ndarray:
     """Return what a truth file calls the samples of a pool: str [n]."""
     uids, labels = read_labels(path, "kind")
     rows = UidTable.build(uids).find(pool.uids)

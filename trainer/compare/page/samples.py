@@ -22,6 +22,10 @@ from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.compare.page.scores import score_frame, score_plots
 
 SHADES = 9  # of the heat map, in page.css
+OVERLAP_NOTE = (
+    "Jaccard index of the distinct samples that two arms select before training, for the first "
+    "seed."
+)
 
 
 def sample_frames(view: PoolView | str, comparison: ArmComparison) -> dict[str, pd.DataFrame]:
@@ -42,7 +46,11 @@ def samples_part(comparison: ArmComparison, view: PoolView | str) -> dict[str, A
         comparison: of all arms.
         view: of the pool, or why there is none.
     """
-    common = {"overlap": heat_rows(comparison), "shares": share_rows(comparison)}
+    common = {
+        "overlap": heat_rows(comparison),
+        "overlap_note": OVERLAP_NOTE,
+        "shares": share_rows(comparison),
+    }
     if isinstance(view, str):
         names = ("recall", "repetitions", "composition", "scores", "galleries")
         empty: dict[str, Any] = {name: [] for name in names}

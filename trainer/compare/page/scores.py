@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.axes import Axis, arm_classes, linear_axis
-from siftclip.trainer.compare.page.pool_view import PoolView
+from siftclip.trainer.compare.page.pool_view import Arms, PoolView
 
 _BINS = 40
 
@@ -54,9 +53,9 @@ def score_frame(view: PoolView) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "low", "high", "pool", "kept"])
 
 
-def score_plots(comparison: ArmComparison, view: PoolView, frame: pd.DataFrame) -> list[ScorePlot]:
+def score_plots(arms: Arms, view: PoolView, frame: pd.DataFrame) -> list[ScorePlot]:
     """Plot the histograms of `score_frame`, pool and kept, and the lowest kept score."""
-    colours = arm_classes(comparison.arms, comparison.baseline)
+    colours = arm_classes(arms.arms, arms.baseline)
     plots = []
     for arm, rows in frame.groupby("arm", sort=False):
         scores = view.scores[str(arm)]

@@ -1,0 +1,19 @@
+"""`siftclip diff`: what two selections differ in, as a page and in a few lines."""
+
+from __future__ import annotations
+
+from siftclip.trainer.cli.application import application
+from siftclip.trainer.settings.commands import ShowCommand
+
+
+@application("diff", ShowCommand, positional=("show.selection", "show.other"))
+def main(settings: ShowCommand) -> None:
+    """Write the page, print the lines and say where the page is."""
+    # Here, since importing torch takes seconds, which `--help` need not cost.
+    from siftclip.trainer.cli.explanations import composed
+    from siftclip.trainer.settings.commands import TrainCommand
+    from siftclip.trainer.stages.show import diff_stage
+
+    looked = diff_stage(settings, lambda words: composed(TrainCommand, "train", words))
+    print(looked.text)
+    print(f"\npage       {looked.page}")

@@ -1,0 +1,317 @@
+"""The stages of `siftclip show` and `siftclip diff`: selections that one can look at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from siftclip.datamodules.pool.image_sizes import read_image_sizes
+from siftclip.datamodules.pool.pool import Pool
+from siftclip.datamodules.pool.reader import BadSampleError, SampleReader, decode_caption
+from siftclip.datamodules.selection.algebra import CountedUids
+from siftclip.datamodules.selection.columns import read_pool_column
+from siftclip.datamodules.selection.registry import (
+    SubsetInput,
+    find_subset,
+    pool_of_manifest,
+    pool_record,
+    tar_records,
+    write_named,
+)
+from siftclip.datamodules.selection.selection import MANIFEST_NAME, read_selection
+from siftclip.datamodules.selection.subset_files import SubsetFile
+from siftclip.errors import InputError
+from siftclip.files import has_content, write_text
+from siftclip.progress import show_progress
+from siftclip.purposes import GeneratorPurpose
+from siftclip.selectors.core.source import ExternalColumn
+from siftclip.trainer.builders.selection import pool_from
+from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.run_records import read_config
+from siftclip.trainer.settings.commands import ShowCommand, TrainCommand
+from siftclip.trainer.settings.kept_config import kept_config
+from siftclip.trainer.stages.subset import noted_pool, subsets_root
+
+# What imports pandas is imported where it is needed: that takes a second.
+if TYPE_CHECKING:
+    from siftclip.trainer.compare.page.pool_view import PoolView
+
+log = logging.getLogger(__name__)
+
+Compose = Callable[[Sequence[str]], TrainCommand]
+_CHUNK = 4096  # captions that are read at once
+_MOST_CAPTIONS = 20_000  # of a set whose words are counted
+_CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """What was looked at."""
+
+    text: str  # lines for a terminal
+    page: Path
+    view: PoolView
+    passing: np.ndarray  # int64 [m], rows that pass the filters
+    shown: np.ndarray  # int64 [k], those of them that the page shows
+
+
+def show_stage(settings: ShowCommand, compose: Compose) -> Looked:
+    """Look at a selection, or at a pool.
+
+    Args:
+        settings: of the command.
+        compose: makes the settings of a run from overrides, for the scores of its selector.
+
+    Raises:
+        InputError: there is no such selection, none of it is in the pool, or nothing passes.
+    """
+    if settings.show.other is not None:
+        raise InputError("show.other is for siftclip diff: siftclip diff A B.")
+    return _look(settings, [settings.show.selection], compose)
+
+
+def diff_stage(settings: ShowCommand, compose: Compose) -> Looked:
+    """Look at what two selections differ in; see `show_stage`."""
+    show = settings.show
+    if show.selection is None or show.other is None:
+        raise InputError("show.selection and show.other must be given: siftclip diff A B.")
+    filters = ("text", "min_score", "max_score", "export")
+    typed = [name for name in filters if getattr(show, name) is not None]
+    if typed:
+        raise InputError(f"show.{typed[0]} is for siftclip show, which looks at one selection.")
+    return _look(settings, [show.selection, show.other], compose)
+
+
+def _look(settings: ShowCommand, references: Sequence[str | None], compose: Compose) -> Looked:
+    show, common = settings.show, settings.common
+    root = subsets_root(common)
+    with options_of(under("show", "selection", "other")):
+        found = [None if name is None else find_subset(root, name) for name in references]
+    pool = _pool(settings, found, references)
+    from siftclip.trainer.compare.page.pool_view import PoolView, kinds_of
+    from siftclip.trainer.compare.page.selection_page import describe, selection_page
+
+    kept: dict[str, np.ndarray] = {}
+    scores: dict[str, np.ndarray] = {}
+    names = _names(pool, references)
+    for name, reference, subset in zip(names, references, found, strict=True):
+        kept[name] = np.ones(len(pool), dtype=np.int64)
+        if subset is not None and reference is not None:
+            kept[name] = _times(pool, subset[0], reference)
+        own = _scores(settings, pool, reference, compose)
+        if own is not None:
+            scores[name] = own
+    sizes = None
+    with suppress(InputError):  # its metadata may say nothing of them
+        sizes = read_image_sizes(pool, progress=common.progress)
+    view = PoolView(
+        pool=pool,
+        kept=kept,
+        scores=scores,
+        kinds=None if show.truth is None else kinds_of(Path(show.truth), pool),
+        sizes=sizes,
+        max_image_pixels=settings.data.max_image_pixels,
+        images=show.images,
+    )
+    passing = _passing(settings, view, names[0])
+    generator = np.random.default_rng([common.seed, GeneratorPurpose.GALLERY])
+    count = min(show.samples, len(passing))
+    shown = np.sort(passing[generator.permutation(len(passing))[:count]])
+    if show.export is not None:
+        inputs = [subset[1] for subset in found if subset is not None]
+        _export(settings, view, names[0], passing, inputs)
+    words: list[list[str]] = []
+    if len(names) == 2:
+        words = [_captions(settings, view, *pair) for pair in (names, names[::-1])]
+    page = Path(show.page) if show.page is not None else _page(common.output_root, names)
+    write_text(page, selection_page(view, shown, words))
+    text = describe(view, passing, words, exported=show.export)
+    return Looked(text=text, page=page, view=view, passing=passing, shown=shown)
+
+
+def _pool(
+    settings: ShowCommand,
+    found: Iterable[tuple[SubsetFile, SubsetInput] | None],
+    references: Sequence[str | None],
+) -> Pool:
+    wanted = settings.pool
+    if wanted is None:
+        first = next(iter(found))
+        if first is None:
+            raise InputError("pool.root must name the pool: siftclip show pool.root=/data/pool.")
+        wanted = noted_pool(pool_of_manifest(first[0].manifest), str(references[0]))
+    return pool_from(wanted, progress=settings.common.progress)
+
+
+def _names(pool: Pool, references: Sequence[str | None]) -> list[str]:
+    """Return what the page calls the selections: the last part of each, told apart."""
+    names = [Path(str(pool.root) if name is None else name).name or "pool" for name in references]
+    return (
+        [f"{name} ({'AB'[at]})" for at, name in enumerate(names)]
+        if len({*names}) < len(names)
+        else names
+    )
+
+
+def _times(pool: Pool, subset: SubsetFile, reference: str) -> np.ndarray:
+    """Return how often each row is kept: int64 [n]."""
+    rows = pool.table.find(subset.counted.uids)
+    there = rows >= 0
+    if not there.any():
+        raise InputError(
+            f"None of the {len(rows)} uids of {reference} is in the pool {pool.root}. Is this the "
+            "pool that they are of?"
+        )
+    if not there.all():
+        log.warning("%s: %d of %d uids are not in the pool", reference, (~there).sum(), len(rows))
+    times = np.zeros(len(pool), dtype=np.int64)
+    times[rows[there]] = subset.counted.multiplicities[there]
+    return times
+
+
+def _scores(
+    settings: ShowCommand, pool: Pool, reference: str | None, compose: Compose
+) -> np.ndarray | None:
+    """Return the scores of a selection, float32 [n]; None where there are none."""
+    show = settings.show
+    if show.scores is not None or show.column is not None:
+        column = ExternalColumn(path=show.scores, column=show.column or "score")
+        with options_of({"path": "show.scores", "column": "show.column"}):
+            return read_pool_column(pool, column).astype(np.float32)
+    if reference is None:
+        return None
+    folder = Path(reference)
+    if has_content(folder / _CONFIG_NAME):
+        found = _scores_of_run(settings, folder, pool, compose)
+        if found is not None:
+            return found
+    if not has_content(folder / MANIFEST_NAME):
+        return None
+    selection = read_selection(folder)
+    if selection.scores is None:
+        return None
+    rows = pool.table.find(selection.uids)
+    scores = np.full(len(pool), np.nan, dtype=np.float32)
+    scores[rows[rows >= 0]] = selection.scores[rows >= 0]
+    return scores
+
+
+def _scores_of_run(
+    settings: ShowCommand, run: Path, pool: Pool, compose: Compose
+) -> np.ndarray | None:
+    """Read the scores of a run's selector, where they are kept and its classes are known."""
+    from siftclip.trainer.compare.page.pool_view import kept_scores
+
+    config = kept_config(read_config(run / _CONFIG_NAME), owner=str(run / _CONFIG_NAME))
+    try:
+        config.register()
+        words = [*config.words([]), f"progress={str(settings.common.progress).lower()}"]
+        composed = compose(words)
+    except InputError as error:
+        log.warning("no scores of %s are shown: %s", run, error)
+        return None
+    roots = [settings.common.output_root]
+    if run.absolute().parent.name == "train":
+        roots.append(run.absolute().parents[1])
+    return next(
+        (
+            found
+            for root in roots
+            if (found := kept_scores(composed, pool, output_root=root)) is not None
+        ),
+        None,
+    )
+
+
+def _passing(settings: ShowCommand, view: PoolView, name: str) -> np.ndarray:
+    """Return the rows that are kept and pass the filters: int64, ascending."""
+    show = settings.show
+    rows = np.flatnonzero(view.kept[name] > 0)
+    if show.min_score is not None or show.max_score is not None:
+        scores = view.scores.get(name)
+        if scores is None:
+            raise InputError(
+                "show.min_score and show.max_score need scores: show.scores=FILE, or show.column "
+                "of the pool's metadata."
+            )
+        low = -np.inf if show.min_score is None else show.min_score
+        high = np.inf if show.max_score is None else show.max_score
+        rows = rows[(scores[rows] >= low) & (scores[rows] <= high)]
+    if show.text is not None:
+        wanted = show.text.lower()
+        captions = _read_captions(settings, view, rows)
+        has = [text is not None and wanted in text.lower() for text in captions]
+        rows = rows[np.array(has, dtype=bool)]
+    if not len(rows):
+        raise InputError(
+            f"Nothing of {name} passes show.text={show.text!r}, show.min_score={show.min_score} "
+            f"and show.max_score={show.max_score}."
+        )
+    return rows
+
+
+def _read_captions(settings: ShowCommand, view: PoolView, rows: np.ndarray) -> list[str | None]:
+    """Read captions of rows; None of a sample that cannot be read."""
+    texts: list[str | None] = []
+    reader = SampleReader(pool=view.pool, max_image_pixels=view.max_image_pixels)
+    bar = settings.common.progress
+    try:
+        with show_progress(total=len(rows), label="captions", unit="caption", bar=bar) as progress:
+            for start in range(0, len(rows), _CHUNK):
+                part = rows[start : start + _CHUNK]
+                texts += [
+                    _text(raw, reader.max_caption_bytes) for raw in reader.read_captions(part)
+                ]
+                progress.update(len(part))
+    finally:
+        reader.close()
+    return texts
+
+
+def _text(raw: bytes | BadSampleError, most_bytes: int) -> str | None:
+    try:
+        return None if isinstance(raw, BadSampleError) else decode_caption(raw, most_bytes)
+    except BadSampleError:
+        return None
+
+
+def _captions(settings: ShowCommand, view: PoolView, own: str, other: str) -> list[str]:
+    """Read captions of what one selection keeps alone: all, or as many as are counted."""
+    rows = np.flatnonzero((view.kept[own] > 0) & (view.kept[other] == 0))
+    if len(rows) > _MOST_CAPTIONS:
+        generator = np.random.default_rng([settings.common.seed, GeneratorPurpose.GALLERY, 1])
+        rows = np.sort(rows[generator.permutation(len(rows))[:_MOST_CAPTIONS]])
+    return [text for text in _read_captions(settings, view, rows) if text is not None]
+
+
+def _export(
+    settings: ShowCommand,
+    view: PoolView,
+    name: str,
+    rows: np.ndarray,
+    inputs: Sequence[SubsetInput],
+) -> None:
+    """Keep what passes as a subset."""
+    uids, times = view.pool.uids[rows], view.kept[name][rows]
+    order = np.lexsort((uids[:, 1], uids[:, 0]))
+    with options_of({"name": "show.export"}):
+        write_named(
+            subsets_root(settings.common),
+            str(settings.show.export),
+            CountedUids(uids[order], times[order]),
+            operation="show",
+            inputs=inputs,
+            pool=pool_record(view.pool),
+            tars=tar_records(view.pool),
+        )
+
+
+def _page(output_root: Path, names: Iterable[str]) -> Path:
+    safe = ["".join(c if c.isalnum() or c in "_.-" else "_" for c in name) for name in names]
+    return output_root / "show" / f"{'-against-'.join(safe)}.html"
