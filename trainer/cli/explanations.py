@@ -254,5 +254,22 @@ def composed(kind: type[T], command: str, overrides: Sequence[str]) -> T:
         raise InputError(message) from None
 
 
+def typed_value(words: Sequence[str], option: str) -> Any:
+    """Return the value of an option as Hydra reads it; None if it is not typed, or typed wrong.
+
+    What is wrong with it is told when all words are read.
+    """
+    named = [word for word in words if word.startswith(f"{option}=")]
+    if not named:
+        return None
+    try:
+        value = OverridesParser.create().parse_override(named[-1]).value()
+    except HydraException:
+        return None
+    if isinstance(value, list):
+        return [str(getattr(item, "text", item)) for item in value]
+    return str(getattr(value, "text", value))
+
+
 def quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -64,6 +64,15 @@ class CompareOutcome:
         """The report as a page that a browser shows."""
         return self.folder / "report.html"
 
+    @property
+    def files(self) -> str:
+        """The files of the report, in lines for a terminal."""
+        names = ("report.md", "report.html", "results.csv", "differences.csv")
+        heads = ("report     ", "           ", "results    ", "           ")
+        return "\n".join(
+            f"{head}{self.folder / name}" for head, name in zip(heads, names, strict=True)
+        )
+
     def __repr__(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return f"CompareOutcome({str(self.folder)!r}{failed})\n{self.table}"

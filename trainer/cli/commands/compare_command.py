@@ -28,8 +28,5 @@ def main(settings: CompareCommand) -> None:
         return
     print(outcome.table)
     if outcome.comparison is not None:
-        print(f"\nreport     {outcome.folder / 'report.md'}")
-        print(f"           {outcome.folder / 'report.html'}")
-        print(f"results    {outcome.folder / 'results.csv'}")
-        print(f"           {outcome.folder / 'differences.csv'}")
+        print(f"\n{outcome.files}")
     outcome.require_complete()

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from siftclip.trainer.cli.application import application, opened
-from siftclip.trainer.cli.explanations import composed
+from siftclip.trainer.cli.explanations import composed, quoted, typed_value
 from siftclip.trainer.settings.commands import ReportCommand, TrainCommand
 
 _RUNS = "report.runs"
@@ -22,31 +22,21 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: there are no runs.
     """
-    named = [word for word in words if word.startswith(f"{_RUNS}=")]
-    if not named:
+    runs = typed_value(words, _RUNS)
+    if not isinstance(runs, list):
         return []
     # Here, since importing torch takes seconds, which `--help` need not cost.
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     from siftclip.trainer.compare.found_runs import find_runs
     from siftclip.trainer.stages.report import kept_of_report
 
-    try:
-        value = OverridesParser.create().parse_override(named[-1]).value()
-    except HydraException:
-        return []  # what is wrong with it is told when all words are read
-    if not isinstance(value, list):
-        return []
-    paths = [Path(str(getattr(run, "text", run))) for run in value]
+    paths = [Path(run) for run in runs]
     kept, folder = kept_of_report(paths), find_runs(paths).folder
     more = []
     if kept is not None:
         kept.register()
         more += kept.words(words)
     if folder is not None:  # of outputs, with the scores of its runs
-        root = str(folder.parent.parent).replace("\\", "\\\\").replace("'", "\\'")
-        more.append(f"output_dir='{root}'")
+        more.append(f"output_dir={quoted(str(folder.parent.parent))}")
     return more
 
 
@@ -76,7 +66,4 @@ def main(settings: ReportCommand) -> None:
         )
     outcome = report_stage(settings, composed_of)
     print(outcome.table)
-    print(f"\nreport     {outcome.folder / 'report.md'}")
-    print(f"           {outcome.report}")
-    print(f"results    {outcome.folder / 'results.csv'}")
-    print(f"           {outcome.folder / 'differences.csv'}")
+    print(f"\n{outcome.files}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.cli.explanations import typed_value
 from siftclip.trainer.settings.commands import ReproduceCommand
 
 _RUN = "reproduce.run"
@@ -17,20 +18,13 @@ def words_of_run(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: there is no run, or it names what must be typed.
     """
-    named = [word for word in words if word.startswith(f"{_RUN}=")]
-    if not named:
+    run = typed_value(words, _RUN)
+    if not isinstance(run, str):
         return []
     # Here, since importing torch takes seconds, which `--help` need not cost.
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     from siftclip.trainer.stages.reproduce import read_kept
 
-    try:
-        run = OverridesParser.create().parse_override(named[-1]).value()
-    except HydraException:
-        return []  # what is wrong with it is told when all words are read
-    _, kept = read_kept(Path(str(getattr(run, "text", run))))
+    _, kept = read_kept(Path(run))
     kept.register()
     return kept.words(words)
 
