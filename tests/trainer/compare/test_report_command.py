@@ -21,8 +21,8 @@ from siftclip.errors import InputError
 from siftclip.files import read_json, write_json, write_text
 from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
 from siftclip.trainer.compare.found_runs import RECORD_NAME, find_runs
+from siftclip.trainer.compare.serving import ReportServer, serve_report
 from siftclip.trainer.demo.pool import DemoData
-from siftclip.trainer.stages.serving import ReportServer, serve_report
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ def main(settings: ShowCommand) -> None:
     """Write the page, print the lines and say where the page is."""
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.cli.explanations import composed
+    from siftclip.trainer.compare.show import diff_stage
     from siftclip.trainer.settings.commands import TrainCommand
-    from siftclip.trainer.stages.show import diff_stage
 
     looked = diff_stage(settings, lambda words: composed(TrainCommand, "train", words))
     print(looked.text)

@@ -27,7 +27,7 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
         return []
     # Here, since importing torch takes seconds, which `--help` need not cost.
     from siftclip.trainer.compare.found_runs import find_runs
-    from siftclip.trainer.stages.report import kept_of_report
+    from siftclip.trainer.compare.runs_report import kept_of_report
 
     paths = [Path(run) for run in runs]
     kept, folder = kept_of_report(paths), find_runs(paths).folder
@@ -43,8 +43,8 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
 @application("report", ReportCommand, rest=_RUNS, prepare=words_of_runs)
 def main(settings: ReportCommand) -> None:
     """Write the report, print its table and say where it is; or serve it until Ctrl-C."""
-    from siftclip.trainer.stages.report import report_stage
-    from siftclip.trainer.stages.serving import serve_report
+    from siftclip.trainer.compare.runs_report import report_stage
+    from siftclip.trainer.compare.serving import serve_report
 
     typed = [
         word

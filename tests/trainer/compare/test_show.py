@@ -16,8 +16,8 @@ from siftclip.datamodules.selection.selection import read_selection, read_subset
 from siftclip.errors import InputError
 from siftclip.eval.significance.words import telling_words
 from siftclip.trainer.builders.selection import select_stage
+from siftclip.trainer.compare.show import Looked, diff_stage, show_stage
 from siftclip.trainer.demo.pool import DemoData
-from siftclip.trainer.stages.show import Looked, diff_stage, show_stage
 from siftclip.trainer.stages.subset import verify_stage
 from siftclip.trainer.stages.train import train_stage
 
