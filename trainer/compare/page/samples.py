@@ -49,6 +49,8 @@ def samples_part(comparison: ArmComparison, view: PoolView | str) -> dict[str, A
     common = {
         "overlap": heat_rows(comparison),
         "overlap_note": OVERLAP_NOTE,
+        "counted": "distinct samples of the first seed",
+        "keeper": "arm",
         "shares": share_rows(comparison),
     }
     if isinstance(view, str):

@@ -76,6 +76,8 @@ def selection_page(view: PoolView, shown: np.ndarray, captions: Sequence[Sequenc
         no_pool="",
         overlap=_overlap(view) if len(selections.arms) > 1 else [],
         overlap_note="Jaccard index of the distinct samples.",
+        counted="distinct samples",
+        keeper="selection",
         shares=[],
         recall=recall_rows(selections, composition),
         repetitions=repetition_rows(selections, view),
