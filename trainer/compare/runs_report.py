@@ -74,7 +74,8 @@ def _as_compared(settings: ReportCommand, found: FoundRuns) -> ReportCommand:
     compare = replace(
         compare,
         arms={arm: () for arm in arms if arm != again},
-        seeds=tuple(dict.fromkeys(run.seed for run in found.runs if run.arm != again)),
+        seeds=(),  # each arm has those of its runs
+        name=compare.name if found.folder is None else found.folder.name,
     )
     if record is not None:
         compare = replace(

@@ -157,6 +157,22 @@ def test_what_is_not_finished_is_said_on_top(copy: Path, typed: Callable[..., An
     assert "none of 4 runs is finished" in result.stderr
 
 
+def test_arms_have_seeds_of_their_own(
+    compared: Compared, copy: Path, typed: Callable[..., Any]
+) -> None:
+    """As the second group of a baseline's seeds; nothing is missing, with a record or without."""
+    (run,) = (copy / "train").glob("random-s1-*")
+    text = (run / "config.yaml").read_text()
+    write_text(run / "config.yaml", re.sub(r"(?m)^( *)seed: 1$", r"\1seed: 7", text))
+    (copy / "compare" / "small" / RECORD_NAME).unlink()
+    shutil.rmtree(copy / "compare" / "small" / "runs")
+    words = ["compare.baseline=random", "compare.columns=[both]", "report.folder=mine"]
+    result = typed("report", str(copy / "train"), *words, "progress=false")
+    assert result.returncode == 0, result.stderr
+    assert "Missing" not in result.stdout
+    assert "clip_score      2" in result.stdout
+
+
 def test_arms_differ_in_more_than_the_seed(copy: Path) -> None:
     runs = sorted((copy / "train").iterdir())
     other = Path(shutil.copytree(runs[0], copy / "train" / "other"))

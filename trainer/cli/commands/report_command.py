@@ -31,7 +31,7 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
 
     paths = [Path(run) for run in runs]
     kept, folder = kept_of_report(paths), find_runs(paths).folder
-    more = []
+    more = ["compare.name=report"]
     if kept is not None:
         kept.register()
         more += kept.words(words)
