@@ -30,7 +30,12 @@ def interval_points(interval: tuple[float, float]) -> str:
 
 
 def answer(comparison: ArmComparison, column: str) -> str:
-    """Say which arm is best on a task or average, and how sure that is.
+    """Say which arm is best on a task or average, and how sure that is, see `answer_parts`."""
+    return " ".join(filter(None, answer_parts(comparison, column)))
+
+
+def answer_parts(comparison: ArmComparison, column: str) -> tuple[str, str]:
+    """Say in short which arm is best on a task or average, and then what differs from the baseline.
 
     Args:
         comparison: of all arms.
@@ -38,16 +43,19 @@ def answer(comparison: ArmComparison, column: str) -> str:
     """
     tested, title = comparison.tests[column], column_title(column)
     if tested.tests is None:
-        return f"{comparison.baseline}, the baseline, has no value of {title}: nothing is compared."
+        none = f"{comparison.baseline}, the baseline, has no value of {title}"
+        return f"{none}: nothing is compared.", ""
     arms = [arm for arm in tested.arms if arm != comparison.again]
     if len(arms) < 2:
-        return f"Only {listed(arms)} has a value of {title}: there is nothing to compare it with."
+        only = f"Only {listed(arms)} has a value of {title}"
+        return f"{only}: there is nothing to compare it with.", ""
     means = dict(zip(tested.arms, tested.tests.model.means.tolist(), strict=True))
     top = max(arms, key=lambda arm: means[arm])
     if not tested.tests.model.freedom:
         return (
             f"Not resolved: one seed of each arm cannot tell arms from seeds. {top} has the "
-            f"highest value of {title}, {points(means[top])} %."
+            f"highest value of {title}, {points(means[top])} %.",
+            "",
         )
     better, worse = (
         [
@@ -58,14 +66,14 @@ def answer(comparison: ArmComparison, column: str) -> str:
         ]
         for up in (True, False)
     )
-    sentences = [_of_the_best(tested, title, means, top, arms)]
+    sentences: list[str] = []
     if tested.best != tested.baseline:
         sentences.append(_of_differences(tested, comparison.baseline, better, "better"))
     if worse or not better:
         sentences.append(_of_differences(tested, comparison.baseline, worse, "worse"))
     if not better and not worse:
         sentences.append(_of_the_least(tested))
-    return " ".join(filter(None, sentences))
+    return _of_the_best(tested, title, means, top, arms), " ".join(filter(None, sentences))
 
 
 def aa_sentence(comparison: ArmComparison, column: str) -> str:

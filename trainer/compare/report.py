@@ -12,7 +12,7 @@ import yaml
 from siftclip.eval.significance.arm_tests import chance_of_best
 from siftclip.files import write_text
 from siftclip.redaction import shown
-from siftclip.trainer.compare.answer import aa_sentence, answer, model_note
+from siftclip.trainer.compare.answer import aa_sentence, answer_parts, model_note
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.curves import curve_frame
 from siftclip.trainer.compare.page.page import html
@@ -158,11 +158,13 @@ def markdown(comparison: ArmComparison, *, curves: pd.DataFrame | None = None) -
     saved = saving_rows(comparison, curve_frame(comparison) if curves is None else curves)
     header, *runs = run_rows(comparison)
     first = comparison.columns[0]
+    headline, differing = answer_parts(comparison, first)
     main = main_rows(comparison, comparison.columns)
     parts = [
         f"# {comparison.name}",
         *filter(None, [partial_sentence(comparison)]),
-        f"**{answer(comparison, first)}**",
+        f"**{headline}**",
+        *filter(None, [differing]),
         *filter(None, [aa_sentence(comparison, first)]),
         budget_sentence(comparison),
         as_markdown(marked_best(main, comparison, comparison.columns)),

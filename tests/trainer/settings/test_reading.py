@@ -47,6 +47,8 @@ COMMAND_OF = {
     "watch": ("eval_watch", ["watch.run=x"]),
     "export": ("export", ["export.source=x", "export.path=y"]),
     "target": ("target", ["target.root=x", "features.name=mine"]),
+    "report": ("report", ["report.runs=[a]"]),
+    "show": ("show", []),
     "reproduce": ("reproduce", ["reproduce.run=a"]),
     "runs": ("runs_rm", ["runs_rm.run=a"]),
     "runs_list": ("runs_list", []),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import yaml
 
-from siftclip.trainer.compare.answer import aa_sentence, answer, column_title, model_note
+from siftclip.trainer.compare.answer import aa_sentence, answer_parts, column_title, model_note
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.axes import arm_classes
 from siftclip.trainer.compare.page.curves import curve_frame, learning_charts, online_charts
@@ -61,6 +61,7 @@ def html(
     """
     curves = curve_frame(comparison) if curves is None else curves
     first = comparison.columns[0]
+    headline, differing = answer_parts(comparison, first)
     tasks = list(dict.fromkeys(comparison.results["task"]))
     learning, online = learning_charts(comparison, curves), online_charts(comparison, curves)
     parts = {
@@ -80,7 +81,8 @@ def html(
         baseline=comparison.baseline,
         colours=arm_classes(comparison.arms, comparison.baseline),
         partial=partial_sentence(comparison),
-        answer=answer(comparison, first),
+        answer=headline,
+        differing=differing,
         aa=aa_sentence(comparison, first),
         budget=budget_sentence(comparison),
         main=marked_best(main_rows(comparison, comparison.columns), comparison, comparison.columns),

@@ -72,6 +72,7 @@ def selection_page(view: PoolView, shown: np.ndarray, captions: Sequence[Sequenc
         partial="",
         aa="",
         answer=headline(view),
+        differing="",
         budget=f"Of the pool {view.pool.root}, {len(view.pool):,} samples.",
         no_pool="",
         overlap=_overlap(view) if len(selections.arms) > 1 else [],
