@@ -37,7 +37,7 @@ def build(
 ) -> Build:
     """`build(options)`: what selects in a run."""
 
-    def stop(parts: Any, budget: Any, online: Online) -> None:
+    def stop(parts: Any, budget: Any, online: Online, **_: Any) -> None:
         raise BuiltError(online)
 
     monkeypatch.setattr(assembly, "training_module", stop)

@@ -144,8 +144,8 @@ def test_a_folder_does_not_hide_an_option(tmp_path: Path, monkeypatch: pytest.Mo
         ("eval=datacmp", "eval=datacmp: there is no such configuration. There are datacomp, def"),
         ("eval.tasks=a,b", "A list is written eval.tasks=[a,b]; --multirun runs one job for each."),
         (
-            "logger.entity=me",
-            "logger.entity is not an option. List all options: siftclip eval --cfg job",
+            "logger.owner=me",
+            "logger.owner is not an option. List all options: siftclip eval --cfg job",
         ),
         ("pool.storage_options={a:SECRET=x}", "the value of pool.storage_options cannot be read, "),
         ("+seed=1", "Leave the + out: seed=1"),
