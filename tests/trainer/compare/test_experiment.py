@@ -239,18 +239,11 @@ def _failing_words(options: list[str], tmp_path: Path, times: int, *, kill: bool
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_processes_train_at_once_and_a_killed_one_is_tried_again(
-    options: list[str], tmp_path: Path
+    options: list[str], tmp_path: Path, typed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = _failing_words(options, tmp_path, 1, kill=True)
-    helpers = {**os.environ, "PYTHONPATH": str(HELPERS)}
-    done = subprocess.run(
-        [sys.executable, "-m", "siftclip.trainer.cli", *words],
-        env=helpers,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))  # of the processes that train
+    done = typed(*words)
     assert done.returncode == 0, done.stderr
     assert "failing/0 failed and is tried again" in done.stderr
     folder = tmp_path / "outputs" / "compare" / "small"
