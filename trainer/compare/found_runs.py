@@ -26,7 +26,6 @@ from siftclip.trainer.runtime.run_records import read_config
 from siftclip.trainer.settings.tools import CompareSettings
 
 RECORD_NAME = "comparison.json"
-CONFIG_NAME = "config.yaml"
 # What a configuration decides about a run, but for its seed
 _DECIDES = (
     *("pool", "features", "selector", "data", "model", "loss", "optim", "online", "scale"),
@@ -59,13 +58,13 @@ class FoundRuns:
     folder: Path | None  # of the comparison
 
     @property
-    def first(self) -> dict[str, Path]:
-        """The configuration of a run of each arm, where there is one."""
-        paths: dict[str, Path] = {}
+    def first(self) -> dict[str, RunDir]:
+        """A run of each arm that has its configuration, where there is one."""
+        runs: dict[str, RunDir] = {}
         for run in self.runs:
-            if run.run is not None and (path := run.run.path / CONFIG_NAME).is_file():
-                paths.setdefault(run.arm, path)
-        return paths
+            if run.run is not None and run.run.config.is_file():
+                runs.setdefault(run.arm, run.run)
+        return runs
 
 
 def write_comparison_record(
@@ -109,7 +108,7 @@ def find_runs(paths: Sequence[Path]) -> FoundRuns:
             f"report.runs must name a comparison's folder or run directories. Got "
             f"{', '.join(map(str, paths))}, in which no run lies."
         )
-    return FoundRuns(runs=tuple(_named(dict.fromkeys(found))), record=None, folder=None)
+    return FoundRuns(runs=tuple(_named([*dict.fromkeys(found)])), record=None, folder=None)
 
 
 def _of_comparison(folder: Path) -> FoundRuns:
@@ -122,13 +121,8 @@ def _of_comparison(folder: Path) -> FoundRuns:
     if record is not None:
         order = _order(record)
         places = [*order, *(place for place in places if place not in order)]
-    runs = []
-    for arm, seed in places:
-        note = notes.get((arm, seed))
-        at = None if note is None else note.run_dir(folder)
-        failure = note.reason if note is not None and note.state == "failed" else ""
-        runs.append(ArmRun(arm=arm, seed=seed, run=at, failure=failure))
-    return FoundRuns(runs=tuple(runs), record=record, folder=folder)
+    runs = tuple(ArmRun.of_note(*place, notes.get(place), folder) for place in places)
+    return FoundRuns(runs=runs, record=record, folder=folder)
 
 
 def _order(record: ComparisonRecord) -> list[tuple[str, int]]:
@@ -142,33 +136,28 @@ def _order(record: ComparisonRecord) -> list[tuple[str, int]]:
 
 def runs_of_plan(plan: Plan, notes: RunNotes) -> list[ArmRun]:
     """Return the runs of a plan as far as they are known."""
-    runs = []
-    for run in plan.runs:
-        note = notes.read(run)
-        at = None if note is None else note.run_dir(notes.folder)
-        failure = note.reason if note is not None and note.state == "failed" else ""
-        runs.append(ArmRun(arm=run.arm, seed=run.seed, run=at, failure=failure))
-    return runs
+    return [ArmRun.of_note(run.arm, run.seed, notes.read(run), notes.folder) for run in plan.runs]
 
 
-def _runs_below(path: Path, depth: int) -> Iterator[Path]:
+def _runs_below(path: Path, depth: int) -> Iterator[RunDir]:
     """Yield the run directories at a path and some folders below it, in the order of names."""
-    if (path / CONFIG_NAME).is_file():
-        yield path
+    run = RunDir(path=path)
+    if run.config.is_file():
+        yield run
     elif depth and path.is_dir():
         for name in sorted(os.listdir(path)):
             if not (path / name).is_symlink():
                 yield from _runs_below(path / name, depth - 1)
 
 
-def _named(paths: Iterator[Path] | Mapping[Path, Any]) -> Iterator[ArmRun]:
+def _named(runs: Sequence[RunDir]) -> Iterator[ArmRun]:
     """Yield runs with the arms that they belong to: runs of one arm differ in their seed alone."""
-    configs = {path: read_config(path / CONFIG_NAME) for path in paths}
-    kinds = {path: identity_hash(_without_seed(config)) for path, config in configs.items()}
+    configs = {run: read_config(run.config) for run in runs}
+    kinds = {run: identity_hash(_without_seed(config)) for run, config in configs.items()}
     names: dict[str, str] = {}  # by kind
-    for path, kind in kinds.items():
-        match = _RUN_NAME.fullmatch(path.name)
-        names.setdefault(kind, _ARM_CHARACTERS.sub("-", match["arm"] if match else path.name))
+    for run, kind in kinds.items():
+        match = _RUN_NAME.fullmatch(run.path.name)
+        names.setdefault(kind, _ARM_CHARACTERS.sub("-", match["arm"] if match else run.path.name))
     times = Counter(names.values())
     numbers: Counter[str] = Counter()
     for kind, name in names.items():
@@ -176,16 +165,16 @@ def _named(paths: Iterator[Path] | Mapping[Path, Any]) -> Iterator[ArmRun]:
         if times[name] > 1:
             names[kind] = f"{name}-{numbers[name]}"
     taken: set[tuple[str, int]] = set()
-    for path, config in configs.items():
+    for run, config in configs.items():
         seed = config.get("seed")
-        place = (names[kinds[path]], seed if type(seed) is int else 0)
+        place = (names[kinds[run]], seed if type(seed) is int else 0)
         if place in taken:
             raise InputError(
                 f"report.runs names two runs of {place[0]} with seed {place[1]}; one of them is "
-                f"{path}. Name one alone."
+                f"{run.path}. Name one alone."
             )
         taken.add(place)
-        yield ArmRun(arm=place[0], seed=place[1], run=RunDir(path=path))
+        yield ArmRun(arm=place[0], seed=place[1], run=run)
 
 
 def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:

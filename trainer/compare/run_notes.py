@@ -73,6 +73,13 @@ class ArmRun:
     run: RunDir | None  # None: it is not known where it is
     failure: str = ""  # why it has failed
 
+    @classmethod
+    def of_note(cls, arm: str, seed: int, note: RunNote | None, folder: Path) -> ArmRun:
+        """Return the run of a note in the folder of a comparison; None: nothing is known of it."""
+        at = None if note is None else note.run_dir(folder)
+        failure = note.reason if note is not None and note.state == "failed" else ""
+        return cls(arm=arm, seed=seed, run=at, failure=failure)
+
     @property
     def finished(self) -> RunDir | None:
         """The run, if it is finished."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from siftclip.errors import InputError
 from siftclip.trainer.compare.arms import CompareOutcome, report_runs
 from siftclip.trainer.compare.found_runs import FoundRuns, find_runs
-from siftclip.trainer.runtime.run_records import read_config
 from siftclip.trainer.settings.commands import ReportCommand, TrainCommand
-from siftclip.trainer.settings.kept_config import KeptConfig, kept_config
+from siftclip.trainer.settings.kept_config import KeptConfig
+from siftclip.trainer.stages.reproduce import read_kept
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 SHOWN_GROUPS = ("pool", "features", "data", "model", "optim", "scale", "eval")
 
 
-def kept_of_report(paths: Sequence[Path]) -> KeptConfig | None:
+def kept_of_report(found: FoundRuns) -> KeptConfig | None:
     """Read what the first run that is found says of pool, model, budget and tasks; None without it.
 
     Raises:
-        InputError: there are no runs, or a file of them is damaged.
+        InputError: its configuration is damaged.
     """
-    path = next(iter(find_runs(paths).first.values()), None)
-    return None if path is None else _kept(path).part(SHOWN_GROUPS)
+    run = next(iter(found.first.values()), None)
+    return None if run is None else read_kept(run.path)[1].part(SHOWN_GROUPS)
 
 
 def report_stage(
@@ -44,18 +44,14 @@ def report_stage(
     """
     found = find_runs([Path(path) for path in settings.report.runs])
     arms: dict[str, TrainCommand] = {}
-    for arm, path in found.first.items():
+    for arm, run in found.first.items():
         try:
-            arms[arm] = compose(_kept(path))
+            arms[arm] = compose(read_kept(run.path)[1])
         except InputError as error:  # a class of somebody else: its scores are not shown
             log.warning("the report shows no scores of %s: %s", arm, error)
     folder = _folder(settings, found)
     words = () if found.record is None else found.record["words"]
     return report_runs(_as_compared(settings, found), found.runs, arms, folder, words)
-
-
-def _kept(path: Path) -> KeptConfig:
-    return kept_config(read_config(path), owner=str(path))
 
 
 def _folder(settings: ReportCommand, found: FoundRuns) -> Path:

@@ -33,9 +33,9 @@ from siftclip.purposes import GeneratorPurpose
 from siftclip.selectors.core.source import ExternalColumn
 from siftclip.trainer.builders.selection import pool_from
 from siftclip.trainer.options.faults import options_of, under
-from siftclip.trainer.runtime.run_records import read_config
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import ShowCommand, TrainCommand
-from siftclip.trainer.settings.kept_config import kept_config
+from siftclip.trainer.stages.reproduce import read_kept
 from siftclip.trainer.stages.subset import noted_pool, subsets_root
 
 # What imports pandas is imported where it is needed: that takes a second.
@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 Compose = Callable[[Sequence[str]], TrainCommand]
 _CHUNK = 4096  # captions that are read at once
 _MOST_CAPTIONS = 20_000  # of a set whose words are counted
-_CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +94,7 @@ def _look(settings: ShowCommand, references: Sequence[str | None], compose: Comp
         found = [None if name is None else find_subset(root, name) for name in references]
     pool = _pool(settings, found, references)
     from siftclip.trainer.compare.page.pool_view import PoolView, kinds_of
-    from siftclip.trainer.compare.page.selection_page import describe, selection_page
+    from siftclip.trainer.compare.page.selection_page import describe, selection_page, summarise
 
     kept: dict[str, np.ndarray] = {}
     scores: dict[str, np.ndarray] = {}
@@ -130,8 +129,9 @@ def _look(settings: ShowCommand, references: Sequence[str | None], compose: Comp
     if len(names) == 2:
         words = [_captions(settings, view, *pair) for pair in (names, names[::-1])]
     page = Path(show.page) if show.page is not None else _page(common.output_root, names)
-    write_text(page, selection_page(view, shown, words))
-    text = describe(view, passing, words, exported=show.export)
+    summary = summarise(view, words)
+    write_text(page, selection_page(view, summary, shown))
+    text = describe(view, summary, passing, exported=show.export)
     return Looked(text=text, page=page, view=view, passing=passing, shown=shown)
 
 
@@ -161,6 +161,8 @@ def _names(pool: Pool, references: Sequence[str | None]) -> list[str]:
 
 def _times(pool: Pool, subset: SubsetFile, reference: str) -> np.ndarray:
     """Return how often each row is kept: int64 [n]."""
+    from siftclip.trainer.compare.page.pool_view import times_kept
+
     rows = pool.table.find(subset.counted.uids)
     there = rows >= 0
     if not there.any():
@@ -170,9 +172,7 @@ def _times(pool: Pool, subset: SubsetFile, reference: str) -> np.ndarray:
         )
     if not there.all():
         log.warning("%s: %d of %d uids are not in the pool", reference, (~there).sum(), len(rows))
-    times = np.zeros(len(pool), dtype=np.int64)
-    times[rows[there]] = subset.counted.multiplicities[there]
-    return times
+    return times_kept(rows, subset.counted.multiplicities, len(pool))
 
 
 def _scores(
@@ -187,7 +187,7 @@ def _scores(
     if reference is None:
         return None
     folder = Path(reference)
-    if has_content(folder / _CONFIG_NAME):
+    if has_content(RunDir(path=folder).config):
         found = _scores_of_run(settings, folder, pool, compose)
         if found is not None:
             return found
@@ -208,7 +208,7 @@ def _scores_of_run(
     """Read the scores of a run's selector, where they are kept and its classes are known."""
     from siftclip.trainer.compare.page.pool_view import kept_scores
 
-    config = kept_config(read_config(run / _CONFIG_NAME), owner=str(run / _CONFIG_NAME))
+    _, config = read_kept(run)
     try:
         config.register()
         words = [*config.words([]), f"progress={str(settings.common.progress).lower()}"]

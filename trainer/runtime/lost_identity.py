@@ -23,7 +23,7 @@ def require_same_config(run: RunDir, composed: Composed) -> None:
     """
     before, now = (
         json.loads(json.dumps({name: config.get(name) for name in _DECIDING}, default=str))
-        for config in (read_config(run.path / "config.yaml"), yaml.safe_load(composed.to_yaml()))
+        for config in (read_config(run.config), yaml.safe_load(composed.to_yaml()))
     )
     if before != now:
         different = ", ".join(name for name in _DECIDING if before[name] != now[name])

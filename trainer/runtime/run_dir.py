@@ -117,6 +117,11 @@ class RunDir:
         return self.path / LOCK_NAME
 
     @property
+    def config(self) -> Path:
+        """Its configuration, as it was composed."""
+        return self.path / "config.yaml"
+
+    @property
     def results(self) -> Path:
         return self.path / RESULTS_NAME
 
@@ -308,7 +313,7 @@ class RunDir:
 
     def start(self, config: str, selection: Selection, identity: dict[str, Any]) -> None:
         """Write down what the run is, before its first step; `config` goes into config.yaml."""
-        write_text(self.path / "config.yaml", config)
+        write_text(self.config, config)
         write_selection(selection, self.path)
         write_json(self.path / IDENTITY_NAME, identity)
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def run_of(results: Path) -> RunDir | None:
     """Find the finished run whose own model a results file is of, if it is of one."""
     run = RunDir(path=results.parent)
-    is_run = results == run.results and (run.path / "config.yaml").is_file()
+    is_run = results == run.results and run.config.is_file()
     return run if is_run and run.summary is not None else None
 
 
@@ -38,7 +38,7 @@ def same_method(first: RunDir, second: RunDir) -> bool:
         InputError: a run's configuration or summary is damaged.
     """
     pools = [(run.summary or {}).get("pool") for run in (first, second)]
-    configs = [read_config(run.path / "config.yaml") for run in (first, second)]
+    configs = [read_config(run.config) for run in (first, second)]
     methods = [{name: _part(config, name) for name in _METHOD} for config in configs]
     return pools[0] == pools[1] and _equal(*methods, *(config.get(_SEED) for config in configs))
 
@@ -70,7 +70,7 @@ def _seed_of(run: RunDir) -> int:
     Raises:
         InputError: its configuration is damaged, or has none.
     """
-    path = run.path / "config.yaml"
+    path = run.config
     seed = read_config(path).get(_SEED)
     if not isinstance(seed, int):
         rule = "is not the configuration of a run: seed must be a whole number"

@@ -50,7 +50,7 @@ def watch_stage(settings: WatchCommand) -> Iterator[tuple[int, Summary]]:
     """
     watch = settings.watch
     run = RunDir(path=Path(watch.run))
-    if not (run.path / "config.yaml").is_file():
+    if not run.config.is_file():
         raise InputError(
             f"watch.run={watch.run!r} must be the directory of a run. It has no config.yaml."
         )
@@ -124,7 +124,7 @@ def watch_folder(watch: WatchSettings) -> Path:
 
 def _load(run: RunDir, checkpoint: Path, weights: Weights) -> ClipModel | None:
     """Load the model of a checkpoint; None if the training has removed the file in between."""
-    path = run.path / "config.yaml"
+    path = run.config
     kept = read_config(path).get("model")
     if not isinstance(kept, dict) or "name" not in kept or "${" in str(kept):
         raise InputError(  # a run's configuration is written with all references resolved

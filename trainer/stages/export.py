@@ -202,7 +202,7 @@ def _source_of_checkpoint(path: Path, weights: Weights) -> ExportSource:
 
 
 def _run_settings(run: RunDir) -> RunSettings:
-    path = run.path / "config.yaml"
+    path = run.config
     config = read_config(path)
     parts = {name: config.get(name) for name in ("model", "optim", "scale", "pool")}
     for name, part in parts.items():

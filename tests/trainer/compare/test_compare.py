@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from compared import run_compare
 from omegaconf import DictConfig
 from wandb_offline import read_parts
 
@@ -22,7 +23,7 @@ from siftclip.errors import InputError
 from siftclip.eval.results.files import append_failure
 from siftclip.eval.tasks.preparation import TaskFailure
 from siftclip.files import read_jsonl
-from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
+from siftclip.trainer.compare.arms import CompareOutcome
 from siftclip.trainer.compare.collect import ArmComparison, _truth, collect
 from siftclip.trainer.compare.page.galleries import choose_galleries, read_galleries
 from siftclip.trainer.compare.page.page import html
@@ -58,12 +59,6 @@ def options_of(base: list[str], demo_data: DemoData) -> list[str]:
         f"compare.truth={demo_data.truth}",
         f'+compare.arms.oracle=["selector=external","selector.path={demo_data.oracle}"]',
     ]
-
-
-def run_compare(compose: Compose, options: list[str]) -> CompareOutcome:
-    settings = compose("compare", options)
-    arms = arms_of_overrides(settings, options, lambda own: compose("compare", own))
-    return compare_stage(settings, arms)
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from compared import run_compare
 
 from siftclip.errors import InputError
-from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
+from siftclip.trainer.compare.arms import arms_of_overrides
 from siftclip.trainer.compare.plan import chosen_runs, plan_comparison
 from siftclip.trainer.compare.run_notes import RunNotes, read_notes
 from siftclip.trainer.compare.workers import shares_of
@@ -41,12 +42,6 @@ def options(base: list[str], demo_data: DemoData) -> list[str]:
         "compare.name=small",
         "compare.seeds=[0,1]",
     ]
-
-
-def run_compare(compose: Compose, options: list[str]) -> CompareOutcome:
-    settings = compose("compare", options)
-    arms = arms_of_overrides(settings, options, lambda own: compose("compare", own))
-    return compare_stage(settings, arms)
 
 
 def failing_arm(counter: Path, times: int) -> str:

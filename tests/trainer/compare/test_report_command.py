@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from compared import run_compare
 
 from siftclip.errors import InputError
 from siftclip.files import read_json, write_json, write_text
-from siftclip.trainer.compare.arms import CompareOutcome, arms_of_overrides, compare_stage
+from siftclip.trainer.compare.arms import CompareOutcome
 from siftclip.trainer.compare.found_runs import RECORD_NAME, find_runs
 from siftclip.trainer.compare.serving import ReportServer, serve_report
 from siftclip.trainer.demo.pool import DemoData
@@ -48,9 +49,7 @@ def compared(
         *("eval.during.every_n_steps=1", "eval.during.max_samples=20"),
     ]
     with composing() as compose:
-        settings = compose("compare", options)
-        arms = arms_of_overrides(settings, options, lambda own: compose("compare", own))
-        outcome = compare_stage(settings, arms, words=["compare.name=small"])
+        outcome = run_compare(compose, options, words=["compare.name=small"])
     return Compared(folder / "outputs", outcome)
 
 

@@ -29,8 +29,8 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
     from siftclip.trainer.compare.found_runs import find_runs
     from siftclip.trainer.compare.runs_report import kept_of_report
 
-    paths = [Path(run) for run in runs]
-    kept, folder = kept_of_report(paths), find_runs(paths).folder
+    found = find_runs([Path(run) for run in runs])
+    kept, folder = kept_of_report(found), found.folder
     more = ["compare.name=report"]
     if kept is not None:
         kept.register()

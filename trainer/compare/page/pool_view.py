@@ -72,9 +72,7 @@ def open_view(
     kept = {}
     for arm, selection in comparison.selections.items():
         rows = pool.table.find(selection.uids)
-        times = np.zeros(len(pool), dtype=np.int64)
-        times[rows[rows >= 0]] = selection.multiplicities[rows >= 0]
-        kept[arm] = times
+        kept[arm] = times_kept(rows, selection.multiplicities, len(pool))
     if not any(times.any() for times in kept.values()):
         return f"The pool {pool.root} holds nothing of what was selected."
     sizes = None
@@ -119,6 +117,19 @@ def kept_scores(
     except InputError as error:
         log.warning("the report shows no scores of %s: %s", settings.selector.name, error)
         return None
+
+
+def times_kept(rows: np.ndarray, multiplicities: np.ndarray, length: int) -> np.ndarray:
+    """Return how often each row of a pool is kept: int64 [length].
+
+    Args:
+        rows: int64 [k], of distinct samples; -1 of those that the pool lacks.
+        multiplicities: int64 [k], how often they are kept.
+        length: samples of the pool.
+    """
+    times = np.zeros(length, dtype=np.int64)
+    times[rows[rows >= 0]] = multiplicities[rows >= 0]
+    return times
 
 
 def kinds_of(path: Path, pool: Pool) -> np.ndarray:

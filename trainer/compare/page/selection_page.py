@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 import siftclip
@@ -48,21 +49,43 @@ class ShownSelections:
         return self.arms[0]
 
 
-def selection_page(view: PoolView, shown: np.ndarray, captions: Sequence[Sequence[str]]) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What page and terminal both say of one or two selections."""
+
+    headline: str
+    composition: pd.DataFrame  # of `composition_frame`
+    words: list[list[str]]  # header and rows; empty for one selection
+
+
+def summarise(view: PoolView, captions: Sequence[Sequence[str]]) -> Summary:
+    """Count what page and terminal both show.
+
+    Args:
+        view: of the pool, with the selections.
+        captions: of what the first keeps alone, and of what the second does; empty for one.
+    """
+    return Summary(
+        headline=headline(view),
+        composition=composition_frame(view),
+        words=_word_rows(view, captions),
+    )
+
+
+def selection_page(view: PoolView, summary: Summary, shown: np.ndarray) -> str:
     """Format a page of one or two selections.
 
     Args:
         view: of the pool, with the selections.
+        summary: of them.
         shown: int64 [k], rows that a gallery of its own shows; of one selection.
-        captions: of what the first keeps alone, and of what the second does; empty for one.
     """
     selections = ShownSelections(arms=tuple(view.kept))
-    composition = composition_frame(view)
     galleries = choose_galleries(selections, view)
     if len(selections.arms) == 1:
         galleries.insert(0, _own_gallery(view, selections.baseline, shown))
     read = read_galleries(view, galleries)
-    parts = {"samples": "Samples", **({"words": "Words"} if captions else {})}
+    parts = {"samples": "Samples", **({"words": "Words"} if summary.words else {})}
     return render(
         what="Selection" if len(selections.arms) == 1 else "Selections",
         title="selection",
@@ -71,7 +94,7 @@ def selection_page(view: PoolView, shown: np.ndarray, captions: Sequence[Sequenc
         colours=arm_classes(selections.arms, selections.baseline),
         partial="",
         aa="",
-        answer=headline(view),
+        answer=summary.headline,
         differing="",
         budget=f"Of the pool {view.pool.root}, {len(view.pool):,} samples.",
         no_pool="",
@@ -80,14 +103,14 @@ def selection_page(view: PoolView, shown: np.ndarray, captions: Sequence[Sequenc
         counted="distinct samples",
         keeper="selection",
         shares=[],
-        recall=recall_rows(selections, composition),
+        recall=recall_rows(selections, summary.composition),
         repetitions=repetition_rows(selections, view),
-        composition=composition_plots(selections, composition),
+        composition=composition_plots(selections, summary.composition),
         scores=score_plots(selections, view, score_frame(view)),
         galleries=read,
         with_images=view.images,
         faults=sum(bool(sample.fault) for each in read for sample in each.samples),
-        words=_word_rows(view, captions),
+        words=summary.words,
         words_note=WORDS_NOTE,
         made_with=f"Made with siftclip {siftclip.__version__}.",
     )
@@ -110,18 +133,16 @@ def headline(view: PoolView) -> str:
     return f"{text}."
 
 
-def describe(
-    view: PoolView, passing: np.ndarray, captions: Sequence[Sequence[str]], *, exported: str | None
-) -> str:
+def describe(view: PoolView, summary: Summary, passing: np.ndarray, *, exported: str | None) -> str:
     """Format what the command prints.
 
     Args:
         view: of the pool, with the selections.
+        summary: of them.
         passing: int64 [m], rows that pass the filters; of one selection.
-        captions: see `selection_page`.
         exported: the subset that they are kept as.
     """
-    parts = [headline(view)]
+    parts = [summary.headline]
     if len(view.kept) == 1:
         (times,) = view.kept.values()
         kept = int((times > 0).sum())
@@ -136,11 +157,9 @@ def describe(
             ["both", f"{int((first & second).sum()):,}"],
         ]
         parts.append(ruled_table(rows))
-    composition = composition_frame(view)
-    recall = recall_rows(ShownSelections(arms=tuple(view.kept)), composition)
+    recall = recall_rows(ShownSelections(arms=tuple(view.kept)), summary.composition)
     parts += [ruled_table(recall)] if len(recall) > 1 else []
-    words = _word_rows(view, captions)
-    parts += [ruled_table(words)] if len(words) > 1 else []
+    parts += [ruled_table(summary.words)] if len(summary.words) > 1 else []
     parts += [f"subset     {exported}"] if exported is not None else []
     return "\n\n".join(parts)
 
