@@ -361,7 +361,8 @@ def test_examples_compose(command: str) -> None:
     assert len(found) >= 2
     for words in found:
         arguments = arguments_of(words, command)
-        assert {word for word in arguments if word.startswith("-")} <= {"--multirun", "-m"}
+        flags = {"--multirun", "-m", "--serve"}
+        assert {word for word in arguments if word.startswith("-")} <= flags
         named = _named(command, arguments, POSITIONAL.get(command, []))
         overrides = [word for word in named if not word.startswith("-")]
         for job in jobs(overrides):

@@ -130,7 +130,11 @@ def test_a_full_run_leaves_no_secret(
     run = tmp_path / "run"
     wandb, there = "logger=wandb", importlib.util.find_spec
     loggers = [f"logger.{name}=true" for name in ("tensorboard", "mlflow") if there(name)]
-    loggers += [wandb, "logger.samples=2", "logger.artifacts=[selection,model,evaluation]"]
+    loggers += [
+        wandb,
+        "logger.samples=2",
+        "logger.artifacts=[selection,model,evaluation,report,tables]",
+    ]
     loggers += [f"logger.notes=from http://{USER}:{PASSWORD}@{TOKEN}"]
     model = f"features.model.name={model_folder}"
     embedding = ["features=open_clip", "features.root=null", "features.name=own", model]

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from siftclip.trainer.cli.application import application
+from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.settings.commands import DemoCommand
 
 pytest.importorskip(
@@ -85,3 +87,29 @@ def test_a_fault_of_the_user_reaches_the_waiting_command_as_one_message(
     errors = capfd.readouterr().err
     assert "siftclip select: error: pool.root is wrong.\n" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_parts_of_a_comparison_are_jobs(
+    cli: Callable[..., Any], base: list[str], demo_data: DemoData, tmp_path: Path
+) -> None:
+    """As an array of Slurm would run it: the part that finishes last writes the report."""
+    tasks = [
+        f"eval.root={demo_data.tasks}",
+        "eval.tasks=[digit]",
+        "compare.seeds=[0]",
+        "compare.name=jobs",
+    ]
+    jobs = ["--multirun", "compare.part=1/2,2/2", "hydra/launcher=submitit_local"]
+    result = cli("compare", *base, *tasks, *jobs)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "outputs" / "compare" / "jobs"
+    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 2
+    results = pd.read_csv(folder / "results.csv")
+    assert set(results["arm"]) == {"random", "clip_score"}
+    assert results["value"].notna().all()
+    assert (folder / "report.html").exists()
+    again = cli("compare", *base, *tasks)  # of all, here: nothing is left to train
+    assert again.returncode == 0, again.stderr
+    assert "replaced" not in again.stderr
+    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 2

@@ -61,6 +61,7 @@ def test_a_killed_run_is_one_run_everywhere(
     options = [
         *("scale.samples_seen=960", "trainer.checkpoint_every_n_steps=7", "logger=wandb"),
         *("logger.mode=offline", "logger.samples=2", "logger.gradients_every_n_steps=20"),
+        "logger.artifacts=[selection,evaluation]",  # tables come with logger.samples
         *(f"logger.{name}=true" for name in WHERE),
         *(f"eval.root={demo_data.tasks}", "eval.tasks=[digit]", "eval.during.every_n_steps=10"),
     ]

@@ -7,9 +7,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
@@ -44,7 +45,7 @@ from siftclip.trainer.cli.explanations import (
     hydras_words,
     quoted,
 )
-from siftclip.trainer.cli.flags import fault_of_flags, flags_first, marked
+from siftclip.trainer.cli.flags import fault_of_flags, flags_first, marked, spelled_out
 from siftclip.trainer.cli.plugin_faults import TRACEBACK, fault_of_plugin
 from siftclip.trainer.cli.typed_credentials import safe_config, without_credentials
 from siftclip.trainer.cli.yaml_faults import YAML_FAULTS, fault_of_yaml
@@ -83,6 +84,7 @@ def application(
     positional: Sequence[str] = (),
     rest: str | None = None,
     prepare: Callable[[Sequence[str]], Sequence[str]] | None = None,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Turn `stage(settings)` into the main function of a command, configured by `<command>.yaml`.
 
@@ -95,6 +97,7 @@ def application(
         rest: the option that all words without `=` stand for, as a list.
         prepare: is given the words as Hydra reads them, before it does, and returns more, which
             come in front of what was typed. It may raise InputError.
+        flags: words with dashes and what they stand for, see `spelled_out`.
     """
 
     def decorate(stage: Callable[[T], None]) -> Callable[[], None]:
@@ -111,13 +114,14 @@ def application(
             register()
             register_resolvers()
             # Hydra reads sys.argv itself; it must not take the command for an override.
-            given = _overrides(arguments, command)
-            _refuse(given, command)
+            raw = _overrides(arguments, command)
+            given = spelled_out(raw, flags)
+            _refuse(given, command, flags)
             typed = flags_first(given)
             if rest is not None:
                 typed = _gathered(command, typed, rest)
             words, typed = _without_credentials(_named(command, typed, positional), typed)
-            arguments[len(arguments) - len(given) :] = typed
+            arguments[len(arguments) - len(raw) :] = typed
             words, typed = _prepared(command, prepare, words, typed)
             sys.argv = [f"siftclip {command}", *words]
             run = _hydra_main(command, words, _job(command, kind, stage, arguments, full_error))
@@ -280,9 +284,9 @@ def _overrides(arguments: list[str], command: str) -> list[str]:
     return ["--help" if argument == "-h" else argument for argument in arguments[at:]]
 
 
-def _refuse(typed: list[str], command: str) -> None:
+def _refuse(typed: list[str], command: str, flags: Iterable[str]) -> None:
     """End the command for options of Hydra that are none, or several configurations of a group."""
-    for fault in (fault_of_flags(typed), *map(list_of_choices, typed)):
+    for fault in (fault_of_flags(typed, flags), *map(list_of_choices, typed)):
         if fault is not None:
             end_faulty(command, fault, quiet=True)
 

@@ -1,4 +1,4 @@
-"""Asks on the terminal before something is removed."""
+"""Asks on the terminal before something is removed, or takes long."""
 
 from __future__ import annotations
 
@@ -20,9 +20,23 @@ def confirmed(question: str, *, yes: bool, option: str) -> bool:
     """
     if yes:
         return True
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not at_terminal():
         raise InputError(
             f"Nothing was removed: there is no terminal to ask on. {option}=true removes it."
         )
+    return asked(question)
+
+
+def at_terminal() -> bool:
+    """Return whether somebody can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def asked(question: str) -> bool:
+    """Ask on the terminal, and return whether the answer is yes.
+
+    Args:
+        question: without its question mark.
+    """
     print(f"{question}? [y/N] ", end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from siftclip.errors import InputError
 from siftclip.locks import LOCK_NAME, locked
-from siftclip.trainer.compare.forecast import forecast_arms, plan_table
+from siftclip.trainer.compare.forecast import forecast_arms, plan_table, seconds_left
 from siftclip.trainer.compare.found_runs import runs_of_plan, write_comparison_record
 from siftclip.trainer.compare.plan import ComposeArm, Plan, chosen_runs, plan_comparison
 from siftclip.trainer.compare.run_notes import ArmRun, RunNotes
@@ -47,6 +47,7 @@ class CompareOutcome:
     table: str  # empty on other ranks than 0
     comparison: ArmComparison | None = None  # on rank 0
     failed: tuple[str, ...] = ()  # runs and tasks that should be there, each in a line
+    seconds_left: float = 0.0  # of training, with compare.parallel runs at once: of a plan alone
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -136,7 +137,9 @@ def compare_stage(
     if settings.common.plan:
         forecasts = forecast_arms(plan, notes, progress=settings.common.progress)
         return CompareOutcome(
-            folder=notes.folder, table=plan_table(forecasts, parallel=compare.parallel)
+            folder=notes.folder,
+            table=plan_table(forecasts, parallel=compare.parallel),
+            seconds_left=seconds_left(forecasts) / compare.parallel,
         )
     if is_rank_zero():
         _set_aside_another(notes, plan)

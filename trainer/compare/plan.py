@@ -17,7 +17,7 @@ from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 
 ARM_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 # Options that say how a command works, and not what a run is
-_OF_THE_COMMAND = ("compare", "logger", "output_dir", "plan", "progress", "reuse")
+OF_THE_COMMAND = ("compare", "logger", "output_dir", "plan", "progress", "reuse")
 AGAIN_SUFFIX = "_again"  # of the second group of the baseline's seeds
 
 ComposeArm: TypeAlias = Callable[[str, int], TrainCommand]  # the settings of an arm and a seed
@@ -40,7 +40,7 @@ class PlannedRun:
     def digest(self) -> str:
         """A hash of the options: another comparison under the same name has other ones."""
         values = self.settings.composed.values
-        return identity_hash({k: v for k, v in values.items() if k not in _OF_THE_COMMAND})[:16]
+        return identity_hash({k: v for k, v in values.items() if k not in OF_THE_COMMAND})[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,7 @@ class Forecast:
     plan: StepPlan
     cost: dict[str, float]
     versions: int
+    parameters: int  # of the model
 
     def record(self) -> dict[str, Any]:
         """Return plain values, for `plan.json`."""
@@ -95,6 +96,7 @@ class Forecast:
             "train_seconds": seconds,
             "plain_seconds": self.profile.plain.total * self.plan.steps,
             "saving_to_break_even": self.profile.saving_to_break_even(self.plan, self.versions),
+            "parameters": self.parameters,
             **self.cost,
         }
 

@@ -167,6 +167,7 @@ def wandb_run(
     return WandbRun(
         before=before,
         x_axis=settings.x_axis,
+        tables="tables" in settings.artifacts or settings.samples > 0,
         save_dir=folder,
         project=settings.project,
         entity=settings.entity,

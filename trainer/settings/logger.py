@@ -14,7 +14,7 @@ from siftclip.trainer.settings.fields.section import Count, Section
 
 WandbMode: TypeAlias = Literal["auto", "online", "offline"]
 XAxis: TypeAlias = Literal["step", "samples", "flops", "seconds"]
-Artifact: TypeAlias = Literal["selection", "model", "evaluation"]
+Artifact: TypeAlias = Literal["selection", "model", "evaluation", "report", "tables"]
 
 WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 MOST_CHARACTERS = 128  # of a name, in Weights & Biases
@@ -72,10 +72,10 @@ class LoggerSettings(Section):
 
     artifacts: Annotated[
         tuple[Artifact, ...],
-        Words("a list of some of [selection, model, evaluation]"),
-        Example("[selection,model,evaluation]"),
-    ] = ("selection", "evaluation")
-    """Files that go to Weights & Biases, with where they come from; model: the trained weights."""
+        Words("a list of some of [selection, model, evaluation, report, tables]"),
+        Example("[selection,evaluation,report,tables]"),
+    ] = ()
+    """Files that go to Weights & Biases, with where they come from; tables: those of its runs."""
 
     samples: Annotated[int, Ge(0), AtMost(10_000)] = 0
     """Samples of the pool in a table, with image and caption: so many kept, so many left out."""

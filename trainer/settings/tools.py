@@ -57,6 +57,9 @@ class CompareSettings(Section):
     part: str | None = None
     """i/n: train every n-th run from the i-th on, for jobs that share a folder; null: all."""
 
+    ask_above_hours: Annotated[float, Gt(0)] | None = 1.0
+    """At a terminal, ask before training for longer than this by the plan; null: never ask."""
+
     truth: str | None = None
     """Parquet file with uid and kind: the report counts kinds among the selected."""
 

@@ -52,6 +52,7 @@ def forecast(parts: RunParts, budget: Budget) -> Forecast:
         plan=online.plan,
         cost=replace(online.cost, embedded=lambda step: embedded).at(steps),
         versions=versions,
+        parameters=sum(weight.numel() for weight in parts.clip.model.parameters()),
     )
 
 

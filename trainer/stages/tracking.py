@@ -106,6 +106,8 @@ def log_report(
 ) -> None:
     """Log the report of a comparison to Weights & Biases, as a run in the group of its runs.
 
+    Where `logger.artifacts` has it, since the page holds images and captions of the pool.
+
     The page, the table of results, and an artifact that is made from the evaluations of the runs.
     A report that is written again is added to the same run of wandb. Call it on the first rank.
 
@@ -116,33 +118,38 @@ def log_report(
         runs: that it is of.
         results: the rows of `results.csv`, all with the same keys.
     """
-    if not settings.wandb:
+    if not settings.wandb or "report" not in settings.artifacts:
         return
     from siftclip.trainer.runtime.loggers import RunKind, wandb_run
     from siftclip.trainer.runtime.tracking.wandb_artifacts import Lineage, log_lineage
 
     name = f"{settings.name or comparison}-report"[:MOST_CHARACTERS]
     group = settings.group or comparison[:MOST_CHARACTERS]
-    settings = replace(settings, group=group, job_type="report", name=name, id=None)
+    artifacts = (*settings.artifacts, "tables")
+    settings = replace(
+        settings, group=group, job_type="report", name=name, id=None, artifacts=artifacts
+    )
     logger = wandb_run(folder, settings, RunKind(name=name, job_type="report"), config={})
     files = [folder / name for name in ("report.html", "report.md", "results.csv")]
     logger.log_page("report/page", files[0])
     logger.log_records("report/results", results, step=None)
-    if settings.artifacts:
-        ids = {run: read_text(run.path / WANDB_ID_NAME).strip() for run in runs
-               if (run.path / WANDB_ID_NAME).is_file()}  # fmt: skip
-        evaluations = [evaluation_lineage(run, run_id) for run, run_id in ids.items()]
-        evaluations = [each for each in evaluations if each.files]
-        record = {"comparison": comparison, "runs": [run.path.name for run in runs]}
-        report = Lineage(
-            kind="report",
-            identity=comparison,
-            record=record,
-            files=files,
-            copies=True,
-            sources=evaluations,
-        )
-        log_lineage(logger, inputs=evaluations, outputs=[report])
+    ids = {
+        run: read_text(run.path / WANDB_ID_NAME).strip()
+        for run in runs
+        if (run.path / WANDB_ID_NAME).is_file()
+    }
+    evaluations = [evaluation_lineage(run, run_id) for run, run_id in ids.items()]
+    evaluations = [each for each in evaluations if each.files]
+    record = {"comparison": comparison, "runs": [run.path.name for run in runs]}
+    report = Lineage(
+        kind="report",
+        identity=comparison,
+        record=record,
+        files=files,
+        copies=True,
+        sources=evaluations,
+    )
+    log_lineage(logger, inputs=evaluations, outputs=[report])
     logger.end("finished")
 
 

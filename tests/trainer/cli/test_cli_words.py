@@ -20,6 +20,7 @@ from siftclip.first_rank import is_first_rank
 from siftclip.trainer.cli.application import _named, application
 from siftclip.trainer.cli.endings import FULL_ERROR
 from siftclip.trainer.cli.explanations import composed
+from siftclip.trainer.cli.flags import spelled_out
 from siftclip.trainer.cli.typed_credentials import without_credentials
 from siftclip.trainer.settings.commands import TrainCommand
 from siftclip.trainer.settings.common import CommonSettings
@@ -415,3 +416,19 @@ def test_a_configuration_that_is_a_plugin_is_told(
             f"is an installed plug-in, and no configuration. {way_out}"
             in run(word, name="train")[1]
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "spelled"),
+    [
+        (["a=1", "--part", "1/2", "b=2"], ["a=1", "compare.part=1/2", "b=2"]),
+        (["--part=1/2"], ["compare.part=1/2"]),
+        (["--part"], ["compare.part="]),
+        (["--serve", "runs"], ["report.serve=true", "runs"]),
+        (["--serve=no"], ["--serve=no"]),  # which is refused with the words of an unknown option
+        (["--cfg", "job", "--parts"], ["--cfg", "job", "--parts"]),
+    ],
+)
+def test_flags_stand_for_options(words: list[str], spelled: list[str]) -> None:
+    flags = {"--part": "compare.part", "--serve": "report.serve=true"}
+    assert spelled_out(words, flags) == spelled

@@ -492,6 +492,7 @@ def test_runs_and_report_are_one_group_of_wandb(
     options: list[str], compose: Compose, tmp_path: Path
 ) -> None:
     more = ["compare.seeds=[0]", "eval.tasks=[digit]", "logger=wandb", "logger.mode=offline"]
+    more.append("logger.artifacts=[evaluation,report]")
     options = [word for word in options if "+eval.groups" not in word] + more
     outcome = run_compare(compose, options)
     folders = sorted((tmp_path / "outputs" / "train").iterdir())

@@ -15,11 +15,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from compared import run_compare
+from compared import planned, run_compare
 
 from siftclip.errors import InputError
-from siftclip.trainer.compare.arms import arms_of_overrides
-from siftclip.trainer.compare.plan import chosen_runs, plan_comparison
+from siftclip.trainer.compare.plan import chosen_runs
 from siftclip.trainer.compare.run_notes import RunNotes, read_notes
 from siftclip.trainer.compare.workers import shares_of
 from siftclip.trainer.demo.pool import DemoData
@@ -156,10 +155,7 @@ def test_another_comparison_does_not_replace_a_report(
 
 
 def test_parts_and_names_of_runs(compose: Compose, options: list[str]) -> None:
-    settings = compose("compare", options)
-    plan = plan_comparison(
-        settings, arms_of_overrides(settings, options, lambda own: compose("compare", own))
-    )
+    plan = planned(compose, options)
     names = [run.name for run in plan.runs]
     assert names == ["random/0", "clip_score/0", "random/1", "clip_score/1"]
     parts = [chosen_runs(plan, only=(), part=f"{number}/3") for number in (1, 2, 3)]
@@ -179,21 +175,6 @@ def test_the_last_part_writes_the_report(compose: Compose, options: list[str]) -
     last = run_compare(compose, [*options, "compare.part=1/2"])
     assert last.comparison is not None
     assert (last.folder / "report.md").exists()
-
-
-def test_a_plan_says_what_is_there_and_what_is_left(
-    compose: Compose, options: list[str], tmp_path: Path
-) -> None:
-    run_compare(compose, [*options, "compare.only=[random]"])
-    planned = run_compare(compose, [*options, "plan=true", "compare.seeds=[0,1,2]"])
-    assert planned.comparison is None
-    rows = [" ".join(line.split()) for line in planned.table.splitlines()]
-    assert any(row.startswith("random 2 of 3 1 0:00:0") for row in rows), planned.table
-    assert any(row.startswith("clip_score 0 of 3 3 0:00:0") for row in rows), planned.table
-    assert any("its finished runs" in row for row in rows)
-    assert any("measured steps" in row for row in rows)
-    assert "4 runs are left to train" in planned.table
-    assert len(list((tmp_path / "outputs" / "train").iterdir())) == 2
 
 
 def test_shares_of_a_machine() -> None:
@@ -311,13 +292,9 @@ def test_ready_experiments_can_be_planned(
     """Every arm with every seed is a valid configuration, at one budget."""
     kept = [word for word in base if word.startswith(("pool.", "features.", "output_dir"))]
     words = [f"experiment={name}", *kept, f"eval.root={demo_data.tasks}", "compare.seeds=[0]"]
-    settings = compose("compare", words)
-    plan = plan_comparison(
-        settings, arms_of_overrides(settings, words, lambda own: compose("compare", own))
-    )
+    plan = planned(compose, words)
     assert len(plan.runs) == len(plan.arms) >= 4
     assert plan.baseline in plan.arms
-    assert settings.compare.name == name or name == "budget_sweep"
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_offline_run_holds_metrics_config_statistics_and_tables(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = ["logger=wandb", f"eval.root={demo_data.tasks}", "eval.during.every_n_steps=3"]
+    options.append("logger.artifacts=[tables]")
     run = train_stage(compose("train", [*base, *options]))
     (part,) = read_parts(run.path)
     keys = {key for record in part.rows for key in record}

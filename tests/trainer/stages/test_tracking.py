@@ -90,7 +90,7 @@ def test_what_is_not_wanted_has_a_record_alone(
     select: Callable[..., PoolSelection], tmp_path: Path
 ) -> None:
     selected, run = select("selector=clip_score"), RunDir(path=tmp_path / "run")
-    whole = selection_lineage(selected, LoggerSettings(), run)
+    whole = selection_lineage(selected, LoggerSettings(artifacts=("selection",)), run)
     assert [path.name for path in whole.files] == ["selection.npy", "selection.json"]
     bare = selection_lineage(selected, LoggerSettings(artifacts=["model"]), run)
     assert (bare.files, bare.name) == ([], whole.name)

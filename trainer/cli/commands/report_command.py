@@ -8,8 +8,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from siftclip.errors import InputError
 from siftclip.trainer.cli.application import application, opened
 from siftclip.trainer.cli.explanations import composed, quoted, typed_value
+from siftclip.trainer.cli.flags import marked
 from siftclip.trainer.settings.commands import ReportCommand, TrainCommand
 
 _RUNS = "report.runs"
@@ -20,9 +22,13 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
     """Return the overrides that compose what the named runs have, in front of those that are typed.
 
     Raises:
-        InputError: there are no runs.
+        InputError: no runs are named, or there are none.
     """
     runs = typed_value(words, _RUNS)
+    if not runs and not any(is_hydras for _, is_hydras in marked(words)):
+        raise InputError(
+            f"{_RUNS} must name a comparison's folder or run directories: siftclip report RUNS."
+        )
     if not isinstance(runs, list):
         return []
     # Here, since importing torch takes seconds, which `--help` need not cost.
@@ -40,7 +46,13 @@ def words_of_runs(words: Sequence[str]) -> list[str]:
     return more
 
 
-@application("report", ReportCommand, rest=_RUNS, prepare=words_of_runs)
+@application(
+    "report",
+    ReportCommand,
+    rest=_RUNS,
+    prepare=words_of_runs,
+    flags={"--serve": "report.serve=true"},
+)
 def main(settings: ReportCommand) -> None:
     """Write the report, print its table and say where it is; or serve it until Ctrl-C."""
     from siftclip.trainer.compare.runs_report import report_stage

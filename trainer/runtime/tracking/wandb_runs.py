@@ -51,18 +51,22 @@ class WandbRun(ContinuedLogger, WandbLogger):
     It shows wandb, which records the command line, one without credentials.
     """
 
-    def __init__(self, *, before: LoggedRows, x_axis: XAxis = "step", **options: Any) -> None:
+    def __init__(
+        self, *, before: LoggedRows, x_axis: XAxis = "step", tables: bool = False, **options: Any
+    ) -> None:
         """Set what the parts before hold, and what charts count by.
 
         Args:
             before: read by `logged_rows`.
             x_axis: of all charts that are not set otherwise in wandb.
+            tables: whether it takes tables, each of which is an artifact for wandb.
             **options: those of Lightning's logger.
         """
         super().__init__(**options)
         self._wandb_init.pop("anonymous", None)  # wandb warns of it, whatever it is
         self._before = before
         self._x_axis = x_axis
+        self._takes_tables = tables
         self._axes = Axes()
         self._first_row: int | None = (before.next_row or None) if self._offline else None
         self._is_new = True
@@ -139,7 +143,9 @@ class WandbRun(ContinuedLogger, WandbLogger):
 
     @rank_zero_only
     def log_records(self, key: str, records: Records, step: int | None) -> None:
-        if not records or (step is not None and not self.lacks(key, step)):
+        if not (self._takes_tables and records):
+            return
+        if step is not None and not self.lacks(key, step):
             return
         with self.staging(), _forgiven(f"the table {key}"):
             self.log_metrics({key: wandb_table(records)}, step)

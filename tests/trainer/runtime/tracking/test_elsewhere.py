@@ -52,7 +52,10 @@ RESULTS = [
 
 
 def test_a_report_is_a_run_in_the_group_of_its_runs(tmp_path: Path, runs: list[RunDir]) -> None:
-    folder, settings = tmp_path / "compare" / "c1", LoggerSettings(mode="offline")
+    folder, settings = (
+        tmp_path / "compare" / "c1",
+        LoggerSettings(mode="offline", artifacts=("report",)),
+    )
     write_report(folder, "first")
     log_report(settings, folder, comparison="c1", runs=runs, results=RESULTS)
     (part,) = read_parts(folder)
@@ -77,7 +80,9 @@ def test_a_report_that_is_written_again_is_a_new_version(
     tmp_path: Path, runs: list[RunDir]
 ) -> None:
     folder = tmp_path / "compare" / "c1"
-    settings = LoggerSettings(mode="offline", group="all", name="mine", tags=("a",))
+    settings = LoggerSettings(
+        mode="offline", group="all", name="mine", tags=("a",), artifacts=("report",)
+    )
     for text in ("first", "first", "second"):
         write_report(folder, text)
         log_report(settings, folder, comparison="c1", runs=runs, results=RESULTS)
@@ -91,8 +96,18 @@ def test_a_report_that_is_written_again_is_a_new_version(
     assert steps == list(range(6))
 
 
-def test_without_wandb_a_report_is_files_alone(tmp_path: Path, runs: list[RunDir]) -> None:
-    settings = LoggerSettings(wandb=False)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoggerSettings(wandb=False, artifacts=("report",)),
+        LoggerSettings(mode="offline"),
+        LoggerSettings(mode="offline", artifacts=("selection", "evaluation", "tables")),
+    ],
+)
+def test_a_report_that_nobody_wants_in_wandb_is_files_alone(
+    tmp_path: Path, runs: list[RunDir], settings: LoggerSettings
+) -> None:
+    """Its page holds images and captions of the pool."""
     log_report(settings, tmp_path / "c1", comparison="c1", runs=runs, results=RESULTS)
     assert not (tmp_path / "c1").exists()
 

@@ -39,7 +39,7 @@ OPTIONS = [
     *("logger.entity=team", "logger.project=tests", "logger.group=ablation", "logger.tags=[a,b]"),
     *("logger.job_type=sweep", "logger.name=a name", "logger.id=own-id.1"),
     *("logger.notes='so, why'", "eval.tasks=[digit,retrieval]", "eval.during.every_n_steps=3"),
-    *("logger.artifacts=[selection,model,evaluation]", "logger.gradients_every_n_steps=4"),
+    *("logger.artifacts=[selection,model,evaluation,tables]", "logger.gradients_every_n_steps=4"),
 ]  # fmt: skip
 OF_TASKS = {
     "eval/digit/acc1",
