@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 
-import numpy as np
 import torch
 from common import alternate, describe_machine
 from make_features import make_part
@@ -66,7 +65,7 @@ def main() -> None:
     _, other_image, other_text = make_part(candidates, options.dim, seed=0)
     other_image = other_image.flip(1)  # other features of as good a model
     other_text = other_text.flip(1)
-    usable = np.ones(candidates, dtype=bool)
+    usable = torch.ones(candidates, dtype=torch.bool)
     sub_batch = SubBatch(samples=samples, groups=options.groups)
     added = sum(chunk_sizes(samples, options.chunks)[:-1]) * options.groups
     flop = 8 * candidates * added * options.dim  # two directions of two models

@@ -55,10 +55,16 @@ class Batch:
     formats: tuple[str, ...] = ()  # of the images that are none of JPEG, PNG and WEBP
     retries: int = 0  # reads that had to be repeated
     failure: str = ""  # why the run cannot continue; the rest means nothing then
+    host_rows: Tensor | None = None  # `rows` of a batch that was moved to a device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Move the batch to another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Move the batch to another device; its rows stay known on the CPU."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, host_rows=self.rows if self.rows.is_cpu else self.host_rows)
+
+    def rows_on_cpu(self) -> Tensor:
+        """Return the rows, int64 [b], without waiting for a device where they are known."""
+        return self.rows.cpu() if self.host_rows is None else self.host_rows
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory. The DataLoader calls this."""
@@ -237,9 +243,17 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
     """Pick samples of several batches as one: int64 [m] into the samples of all, ascending."""
     bounds = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0)
     cuts = torch.searchsorted(index, bounds).tolist()
+    places = [
+        index[cuts[number] : cuts[number + 1]] - bounds[number] for number in range(len(parts))
+    ]
     chosen = [
-        (part, (index[cuts[number] : cuts[number + 1]] - bounds[number]).to(part.rows.device))
-        for number, part in enumerate(parts)
+        (part, at.to(part.rows.device, non_blocking=True))
+        for part, at in zip(parts, places, strict=True)
+    ]
+    known = [
+        part.host_rows[at]
+        for part, at in zip(parts, places, strict=True)
+        if part.host_rows is not None
     ]
 
     def joined(get: Callable[[Batch], Tensor]) -> Tensor:
@@ -256,6 +270,7 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
         },
         weights=None if parts[0].weights is None else joined(lambda part: part.weights),  # type: ignore[arg-type,return-value]  # all have them
         copies=parts[0].copies,
+        host_rows=torch.cat(known) if len(known) == len(parts) else None,
     )
 
 

@@ -90,13 +90,14 @@ class Logits:
     """How a CLIP model turns a cosine into a logit: scale * cosine + bias.
 
     Attributes:
-        scale: the inverse of the temperature.
-        bias: 0 of models without one.
+        scale: the inverse of the temperature; a float64 scalar of torch on a GPU whose model still
+            trains, since reading it would wait for the device.
+        bias: 0 of models without one; as `scale`.
         has_bias: False: the model was trained without one, and not for a sigmoid loss.
     """
 
-    scale: float
-    bias: float = 0.0
+    scale: float | Tensor
+    bias: float | Tensor = 0.0
     has_bias: bool = True
 
 
@@ -470,7 +471,10 @@ def take(chunk: Chunk, index: np.ndarray) -> Chunk:
     return Chunk(
         rows=chunk.rows[index],
         uids=chunk.uids[index],
-        features={key: values[at.to(values.device)] for key, values in chunk.features.items()},
+        features={
+            key: values[at.to(values.device, non_blocking=True)]
+            for key, values in chunk.features.items()
+        },
         captions=None if chunk.captions is None else [chunk.captions[i] for i in index],
         sizes=None if chunk.sizes is None else chunk.sizes[index],
         column=None if chunk.column is None else chunk.column[index],

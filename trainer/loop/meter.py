@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from siftclip.trainer.runtime.step_clock import Mark
+
 
 class WindowMeter:
     """Sums the terms of the loss over a window of steps, on the device until it ends.
@@ -30,8 +32,20 @@ class WindowMeter:
         self._sums = torch.zeros(len(self.names) + 1, device=self.device)
         self._steps = 0
         self.data_seconds = 0.0
-        self.scoring_seconds = 0.0
-        self.selection_seconds = 0.0
+        self._version_seconds = (0.0, 0.0)  # of new selections: embedding, choosing
+        self._choices: list[tuple[Mark, Mark, Mark]] = []
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Seconds of scoring in this window, once the device has done its steps."""
+        own = sum(scored.seconds_since(start) for start, scored, _ in self._choices)
+        return own + self._version_seconds[0]
+
+    @property
+    def selection_seconds(self) -> float:
+        """Seconds of choosing in this window, once the device has done its steps."""
+        own = sum(chosen.seconds_since(scored) for _, scored, chosen in self._choices)
+        return own + self._version_seconds[1]
 
     def waited(self, *, scoring_seconds: float = 0.0, selection_seconds: float = 0.0) -> None:
         """Note that the batch has come: the time since the last step was spent waiting for data.
@@ -40,12 +54,12 @@ class WindowMeter:
         """
         spent = scoring_seconds + selection_seconds
         self.data_seconds += time.perf_counter() - self.step_end - spent
-        self.chose(scoring_seconds, selection_seconds)
+        before = self._version_seconds
+        self._version_seconds = (before[0] + scoring_seconds, before[1] + selection_seconds)
 
-    def chose(self, scoring_seconds: float, selection_seconds: float) -> None:
-        """Note that a sub-batch was chosen from a super-batch, in so many seconds."""
-        self.scoring_seconds += scoring_seconds
-        self.selection_seconds += selection_seconds
+    def chose(self, start: Mark, scored: Mark, chosen: Mark) -> None:
+        """Note when a super-batch was begun with, scored, and chosen from."""
+        self._choices.append((start, scored, chosen))
 
     def pause(self, seconds: float) -> None:
         """Leave out so many seconds up to now, which were no training."""

@@ -313,7 +313,8 @@ class ClipTraining(LightningModule):
             rank=self.global_rank,
             world_size=self._world_size,
         )
-        self.meter.chose(chosen.scoring_seconds, chosen.selection_seconds)
+        if chosen.marks is not None:
+            self.meter.chose(*chosen.marks)
         return chosen
 
     @property

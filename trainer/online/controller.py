@@ -19,7 +19,12 @@ from siftclip.ranks import OneRank, ProcessGroup
 from siftclip.trainer.losses.collectives import gather_features
 from siftclip.trainer.online.cost import CostModel
 from siftclip.trainer.online.diagnostics import Diagnostics
-from siftclip.trainer.online.in_loop import CachedFirstStage, Chosen, InLoopSelection
+from siftclip.trainer.online.in_loop import (
+    CachedFirstStage,
+    Chosen,
+    InLoopSelection,
+    gathered_rows,
+)
 from siftclip.trainer.online.losses_seen import LossesSeen
 from siftclip.trainer.online.record import ChosenRows
 from siftclip.trainer.online.reselection import Reselection
@@ -88,8 +93,7 @@ class Online:
     ) -> None:
         """Take note of a step: the losses of its samples; a scorer learns from them."""
         if self.losses is not None or self.diagnostics is not None:
-            of_rank = torch.cat([batch.rows for batch in batches])
-            rows = gather_features(of_rank, rank=rank, world_size=world_size).cpu().numpy()
+            rows = gathered_rows(batches, rank=rank, world_size=world_size)
             self._trained_rows = rows
             if self.diagnostics is not None:
                 self.diagnostics.saw(rows)

@@ -23,7 +23,7 @@ from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_models import LiveFeatures, Pair, carried
 from siftclip.trainer.online.super_batch import PoolData, SuperBatchSource
 from siftclip.trainer.options.objects import BuiltObjects
-from siftclip.trainer.runtime.step_clock import device_seconds
+from siftclip.trainer.runtime.step_clock import Mark
 
 # Scores float32 [n] or None, kept int64 [n], rows of the pool int64 [n]: of a super-batch.
 Described = tuple[np.ndarray | None, np.ndarray, np.ndarray]
@@ -38,8 +38,7 @@ class Chosen:
     digest: int = (
         0  # of what all ranks train on, for them to compare; 0 where that is all they read
     )
-    scoring_seconds: float = 0.0
-    selection_seconds: float = 0.0
+    marks: tuple[Mark, Mark, Mark] | None = None  # when it began, had scored, and had chosen
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,7 +96,7 @@ class InLoopSelection:
         makes the same choice, in which each group of the super-batch has the same share.
         """
         device = parts[0].images.device
-        start = device_seconds(device)
+        start = Mark.now(device)
         seeds = self._seeds(parts, step, rank)
         of_rank = {
             f"{live.name}_{kind}": values
@@ -111,8 +110,8 @@ class InLoopSelection:
             return gather_features(values, rank=rank, world_size=world_size)
 
         features = {key: gathered(values) for key, values in of_rank.items()}
-        rows = gathered(torch.cat([part.rows for part in parts])).cpu().numpy()
-        scored = device_seconds(device)
+        scored = Mark.now(device)
+        rows = gathered_rows(parts, rank=rank, world_size=world_size)
         ranks: Ranks = OneRank() if world_size == 1 else ProcessGroup(device)
         source = SuperBatchSource(
             rows,
@@ -137,17 +136,16 @@ class InLoopSelection:
                     for batch, index in zip(batches, indices, strict=True)
                 ]
         self.latest = (choice.scores, kept, rows)
-        selected = device_seconds(device)
+        chosen = Mark.now(device)
         reused = None
         if self.reuses_forward:
-            at = mine.to(device)
+            at = mine.to(device, non_blocking=True)
             reused = (of_rank["learner_img"][at], of_rank["learner_txt"][at])
         return Chosen(
             batches=batches,
             learner_features=reused,
             digest=0 if world_size == 1 else rows_digest(kept, choice.weights),
-            scoring_seconds=scored - start,
-            selection_seconds=selected - scored,
+            marks=(start, scored, chosen),
         )
 
     def _seeds(self, parts: Sequence[Batch], step: int, rank: int) -> list[int]:
@@ -186,7 +184,15 @@ class CachedFirstStage:
         return np.flatnonzero(self.draw(source, step, wanted).multiplicities)
 
 
+def gathered_rows(parts: Sequence[Batch], *, rank: int, world_size: int) -> np.ndarray:
+    """Return the rows of all parts and ranks, int64 [n]; those of a single one without waiting."""
+    if world_size == 1:
+        return torch.cat([part.rows_on_cpu() for part in parts]).numpy()
+    of_rank = torch.cat([part.rows for part in parts])
+    return gather_features(of_rank, rank=rank, world_size=world_size).cpu().numpy()
+
+
 def weighted(batch: Batch, weights: Tensor) -> Batch:
     """Multiply weights of its samples, float [b], into those that the batch has."""
-    weights = weights.to(batch.rows.device)
+    weights = weights.to(batch.rows.device, non_blocking=True)
     return replace(batch, weights=weights if batch.weights is None else batch.weights * weights)

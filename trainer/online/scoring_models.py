@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.streaming.batches import Batch
@@ -45,13 +46,19 @@ class LiveFeatures(Protocol):
 
 
 def model_logits(model: nn.Module) -> Logits:
-    """Return scale and bias of an open_clip model. Waits for its device."""
+    """Return scale and bias of an open_clip model: on a GPU as tensors, which need no waiting."""
     bias = getattr(model, "logit_bias", None)
     return Logits(
-        scale=float(as_clip(model).logit_scale.detach().exp()),
-        bias=0.0 if bias is None else float(bias.detach()),
+        scale=_scalar(as_clip(model).logit_scale.detach().exp()),
+        bias=0.0 if bias is None else _scalar(bias.detach()),
         has_bias=bias is not None,
     )
+
+
+def _scalar(value: Tensor) -> float | Tensor:
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.double() if value.is_cuda else float(value)
 
 
 @dataclass(slots=True, kw_only=True)

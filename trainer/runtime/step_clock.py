@@ -1,4 +1,4 @@
-"""The clock of training steps, which waits for the device."""
+"""The clock of training steps: one that waits for the device, and marks that do not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,29 @@ def device_seconds(device: torch.device) -> float:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
     return time.perf_counter()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A moment in the work of a device, which is known when the device has come to it."""
+
+    seconds: float = 0.0  # of the CPU
+    event: Any = None  # of torch.cuda
+
+    @classmethod
+    def now(cls, device: torch.device) -> Mark:
+        """Mark what the device has been given so far, without waiting for it."""
+        if device.type == "cpu":
+            return cls(seconds=time.perf_counter())
+        event = torch.get_device_module(device).Event(enable_timing=True)
+        event.record()
+        return cls(event=event)
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Return the seconds between two moments that the device has come to."""
+        if self.event is None:
+            return self.seconds - earlier.seconds
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

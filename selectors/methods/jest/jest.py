@@ -76,15 +76,13 @@ class JEST(Selector):
         requires = self.requires
         parts = [part.rows for part in source.parts(requires)]
         rows = np.sort(np.concatenate([*parts, np.empty(0, dtype=np.int64)]))
-        chunk, at = source.take(rows, requires), torch.from_numpy(source.index_of(rows))
-        usable = np.zeros(len(source), dtype=bool)
-        usable[at.numpy()] = chunk.usable().cpu().numpy()
-        features = chunk.features
+        chunk = source.take(rows, requires)
+        usable, features = chunk.usable(), chunk.features
         if len(rows) < len(source):  # samples without features are not usable, and stay zero
+            at = torch.from_numpy(source.index_of(rows)).to(usable.device, non_blocking=True)
+            usable = usable.new_zeros(len(source)).index_copy_(0, at, usable)
             features = {
-                key: values.new_zeros((len(source), values.shape[1])).index_copy_(
-                    0, at.to(values.device), values
-                )
+                key: values.new_zeros((len(source), values.shape[1])).index_copy_(0, at, values)
                 for key, values in features.items()
             }
         judges = [

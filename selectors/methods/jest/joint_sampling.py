@@ -7,7 +7,7 @@ of the learner less that of the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from siftclip.selectors.core.noise import gumbel, noise_state
 from siftclip.selectors.core.rules import keep_top
 from siftclip.selectors.core.source import Logits
 from siftclip.selectors.core.sub_batch import SubBatch
-from siftclip.selectors.methods.jest.pair_losses import PairLosses
+from siftclip.selectors.methods.jest.pair_losses import PairLosses, known_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def chunk_sizes(samples: int, chunks: int) -> list[int]:
 
 def joint_sample(
     judges: Sequence[Judge],
-    usable: np.ndarray,
+    usable: Tensor,
     uids: np.ndarray,
     sub_batch: SubBatch,
     *,
@@ -67,12 +67,13 @@ def joint_sample(
     exists: a chunk costs two products of a rank's candidates with the chunk's samples per model.
     Products are made group by group, so that the answer does not depend on the number of ranks. A
     sample that is not usable is no candidate, but fills up a group that lacks others, in the order
-    of uids. The public code for CLIP that follows the paper (an ablation of arXiv 2505.06699) draws
-    its first chunk with weights S_ii - min S_ii, and takes exponentials that can overflow.
+    of uids. A single rank waits for its device once, at the end. The public code for CLIP that
+    follows the paper (an ablation of arXiv 2505.06699) draws its first chunk with weights S_ii -
+    min S_ii, and takes exponentials that can overflow.
 
     Args:
         judges: learner, reference or both, on one device. Rows that are usable are finite.
-        usable: bool [n].
+        usable: bool [n], on that device.
         uids: uint64 [n, 2], which decide about the noise and between equal keys.
         sub_batch: how many of how many groups; the temperature is 1 where it has none.
         losses: whose learnability it is.
@@ -84,66 +85,124 @@ def joint_sample(
         samples that are not usable.
     """
     ranks = ranks or OneRank()
-    groups = sub_batch.group_slices(len(uids))
-    begin, end = (rank * len(groups) // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    slices = sub_batch.group_slices(len(uids))
+    begin, end = (rank * len(slices) // ranks.size for rank in (ranks.rank, ranks.rank + 1))
     temperature = 1.0 if sub_batch.temperature is None else sub_batch.temperature
-    terms = {
-        number: [
-            (judge.sign, losses(judge.image[at], judge.text[at], judge.logits)) for judge in judges
-        ]
-        for number, at in enumerate(groups[begin:end], start=begin)
+    state = noise_state(uids, sub_batch.seed)
+    groups = {
+        number: _Candidates.of(at, judges, losses, uids=uids[at], state=state[at])
+        for number, at in enumerate(slices[begin:end], start=begin)
     }
-    logits = {
-        number: _signed([(sign, x.alone()) for sign, x in of_judges])
-        for number, of_judges in terms.items()
-    }
-    first = np.zeros(len(uids), dtype=np.float32)
+    logits = {number: group.logits(lambda terms: terms.alone()) for number, group in groups.items()}
+    first = usable.new_zeros(len(uids), dtype=torch.float64)
     for number, values in logits.items():
-        first[groups[number]] = np.where(usable[groups[number]], values, np.nan)
-    able, state = usable.copy(), noise_state(uids, sub_batch.seed)
+        at = slices[number]
+        first[at] = torch.where(usable[at], values, torch.nan)
+    # Places count from 1: 0 stands for a sample that a group lacks, and is never able.
+    able = torch.cat([usable.new_zeros(1), usable])
+    finite = [(_finite(judge.image, usable), _finite(judge.text, usable)) for judge in judges]
     quotas = sub_batch.quotas.tolist()
     sizes = [chunk_sizes(quota, chunks) for quota in quotas]  # of the chunks of each group
     count = max(map(len, sizes))
     for chunk in range(count):
         widths = [of_group[chunk] if chunk < len(of_group) else 0 for of_group in sizes]
-        # positions + 1; 0 where none is
-        chosen = np.zeros((len(groups), max(widths)), dtype=np.int64)
+        places = usable.new_zeros((len(slices), max(widths)), dtype=torch.int64)
         for number, keys in logits.items():
-            at = groups[number]
+            group = groups[number]
             if temperature:
-                keys = keys / temperature + gumbel(state[at], chunk)
-            drawn = np.flatnonzero(
-                keep_top(np.where(able[at], keys, np.nan), uids[at], widths[number])
-            )
-            chosen[number, : len(drawn)] = at.start + drawn + 1
-        chosen = sum_arrays(ranks, chosen)  # a single rank has filled each row
-        new = chosen[chosen > 0] - 1
-        able[new] = False
+                keys = keys / temperature + group.noise(chunk)
+            mine = able[1:][group.at]
+            places[number, : widths[number]] = group.best(keys, mine, widths[number])
+        if ranks.size > 1:
+            places = ranks.sum(places)  # a single rank has filled each row
+        new = places.flatten()
+        able = able.index_fill(0, new, False)
         if chunk + 1 < count:
-            _add(terms.values(), judges, torch.from_numpy(new))
+            _add(groups.values(), finite, new)
             logits = {
-                number: _signed([(sign, x.increases()) for sign, x in of_judges])
-                for number, of_judges in terms.items()
+                number: group.logits(lambda terms: terms.increases())
+                for number, group in groups.items()
             }
-    kept = (usable & ~able).astype(np.int64)
-    for at, quota in zip(groups, quotas, strict=True):
+    drawn = usable & ~able[1:]
+    told, scores = torch.stack([drawn.double(), first]).cpu().numpy()  # the only one that waits
+    kept = told.astype(np.int64)
+    for at, quota in zip(slices, quotas, strict=True):
         missing = quota - int(kept[at].sum())
         if missing:  # too few are usable
             kept[at] += keep_top(np.where(kept[at], np.nan, 0.0), uids[at], missing)
-    return kept, sum_arrays(ranks, first)
+    return kept, sum_arrays(ranks, scores.astype(np.float32))
 
 
-def _signed(parts: Sequence[tuple[float, Tensor]]) -> np.ndarray:
-    """Sum (sign, float64 [m]) into an array."""
-    return torch.stack([sign * values for sign, values in parts]).sum(0).cpu().numpy()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidates:
+    """The m samples of a group, with what the models say of them."""
+
+    at: slice  # of the super-batch
+    terms: Sequence[tuple[float, PairLosses]]  # (sign, losses) of each judge
+    state: np.ndarray  # uint64 [m], of the noise
+    by_uid: Tensor  # int64 [m], the order of uids, which decides between equal keys
+
+    @classmethod
+    def of(
+        cls,
+        at: slice,
+        judges: Sequence[Judge],
+        losses: type[PairLosses],
+        *,
+        uids: np.ndarray,
+        state: np.ndarray,
+    ) -> _Candidates:
+        order = torch.from_numpy(np.lexsort((uids[:, 1], uids[:, 0])))
+        return cls(
+            at=at,
+            terms=[
+                (judge.sign, losses(judge.image[at], judge.text[at], judge.logits))
+                for judge in judges
+            ],
+            state=state,
+            by_uid=order.to(judges[0].image.device, non_blocking=True),
+        )
+
+    def logits(self, of: Callable[[PairLosses], Tensor]) -> Tensor:
+        """Sum the signed answers of the judges: float64 [m]."""
+        return torch.stack([sign * of(terms) for sign, terms in self.terms]).sum(0)
+
+    def noise(self, chunk: int) -> Tensor:
+        """Draw Gumbel noise for a chunk: float64 [m]."""
+        drawn = torch.from_numpy(gumbel(self.state, chunk))
+        return drawn.to(self.by_uid.device, non_blocking=True)
+
+    def best(self, keys: Tensor, able: Tensor, count: int) -> Tensor:
+        """Return places + 1 of the `count` largest keys above -inf; 0 where there are fewer.
+
+        Args:
+            keys: float64 [m]; NaN is no key.
+            able: bool [m], which samples may be drawn.
+            count: how many, at most m.
+        """
+        keys = torch.where(able & (keys > -torch.inf), keys, -torch.inf)[self.by_uid]
+        values, order = keys.sort(descending=True, stable=True)
+        places = self.by_uid[order[:count]] + (self.at.start + 1)
+        return torch.where(values[:count] > -torch.inf, places, 0)
+
+
+def _finite(values: Tensor, usable: Tensor) -> Tensor:
+    """Return vectors, float [n, d], with zeros where one is not usable."""
+    return values if known_whole(usable) else torch.where(usable[:, None], values, 0)
 
 
 def _add(
-    groups: Iterable[Sequence[tuple[float, PairLosses]]], judges: Sequence[Judge], new: Tensor
+    groups: Iterable[_Candidates], finite: Sequence[tuple[Tensor, Tensor]], places: Tensor
 ) -> None:
-    """Judge the candidates of groups, by each of the judges, against the samples at int64 [m]."""
-    for number, judge in enumerate(judges):
-        at = new.to(judge.image.device)
-        image, text = judge.image[at], judge.text[at]
-        for terms in groups:
-            terms[number][1].add(image, text)
+    """Judge the candidates of groups, by each of the judges, against what was drawn.
+
+    Args:
+        groups: of this rank.
+        finite: image and text features of each judge, float [n, d].
+        places: int64 [m], from 1; 0 is none.
+    """
+    present, at = places > 0, (places - 1).clamp_min(0)
+    for number, (image, text) in enumerate(finite):
+        of_image, of_text = image[at], text[at]
+        for group in groups:
+            group.terms[number][1].add(of_image, of_text, present=present)

@@ -59,7 +59,8 @@ class ModelFeatures:
             InputError: the source does not know them, and they are not set; or a bias is needed
                 and the model has none.
         """
-        scale, bias = self.logit_scale, self.logit_bias
+        scale: float | Tensor | None = self.logit_scale
+        bias: float | Tensor | None = self.logit_bias
         if bias is None and not biased:
             bias = 0.0
         if scale is None or bias is None:
@@ -149,11 +150,10 @@ class Learnability(ScoreSelector):
         requires, models = self.requires, self._models
         chunks = list(source.chunks(task.rows, requires))
         usable = torch.cat([chunk.usable() for chunk in chunks])
-        values = usable.new_full((len(usable),), torch.nan, dtype=torch.float64)
         judged, alone = [], []
         for _, model in models:
             image, text = (
-                torch.cat([chunk.features[key] for chunk in chunks])[usable] for key in model.keys
+                torch.cat([chunk.features[key] for chunk in chunks]) for key in model.keys
             )
             logits = model.logits(source, biased=self.loss == "sigmoid")
             if self.loss == "pair":
@@ -161,20 +161,22 @@ class Learnability(ScoreSelector):
             else:
                 judged.append(LOSSES[self.loss](image, text, logits))
         if judged:
-            self._add_negatives(source, judged, task.rows[usable.cpu().numpy()])
+            self._add_negatives(source, judged, task.rows)
         losses = alone or [terms.losses() for terms in judged]
         signed = [sign * x for (sign, _), x in zip(models, losses, strict=True)]
-        values[usable] = torch.stack(signed).sum(0)
-        return values
+        return torch.where(usable, torch.stack(signed).sum(0), torch.nan)
 
     def _add_negatives(
         self, source: Source, judged: list[PairLosses], own_rows: np.ndarray
     ) -> None:
-        """Judge consecutive pairs, int64 [m], against all others that are usable."""
+        """Judge consecutive pairs, int64 [m], against all others that are usable.
+
+        What is not usable is absent, and not left out: how many there are, a GPU would have to be
+        asked.
+        """
         rows = np.concatenate([part.rows for part in source.parts(self.requires)])
         for chunk in source.chunks(rows, self.requires):
-            usable = chunk.usable()
-            keys = chunk.rows[usable.cpu().numpy()]
+            usable, keys = chunk.usable(), chunk.rows
             # Own rows are a run of all rows, which a chunk may have cut: the partner of own row i
             # is row i + skip of the chunk, if it is in there.
             both = np.flatnonzero(np.isin(keys, own_rows))
@@ -182,5 +184,7 @@ class Learnability(ScoreSelector):
             if len(both):
                 skip = int(both[0] - np.flatnonzero(own_rows == keys[both[0]])[0])
             for terms, (_, model) in zip(judged, self._models, strict=True):
-                image, text = (chunk.features[key][usable] for key in model.keys)
-                terms.add(image, text, skip=skip)
+                image, text = (
+                    torch.where(usable[:, None], chunk.features[key], 0) for key in model.keys
+                )
+                terms.add(image, text, skip=skip, present=usable)

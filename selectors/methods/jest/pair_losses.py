@@ -29,7 +29,14 @@ def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
     return products.double() * logits.scale + logits.bias
 
 
-def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None = None) -> Tensor:
+def row_log_sums(
+    left: Tensor,
+    right: Tensor,
+    scale: float | Tensor,
+    *,
+    skip: int | None = None,
+    present: Tensor | None = None,
+) -> Tensor:
     """Compute log sum_j exp(scale * <l_i, r_j>) of each row i: float64 [m], -inf without any j.
 
     Products are float32, of float64 vectors float64; of equal 16-bit types a GPU multiplies what is
@@ -41,9 +48,10 @@ def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None 
         right: float [n, d], finite.
         scale: finite.
         skip: leave out j = i + skip, the partner of row i.
+        present: bool [n], which j there are; None: all. What is absent must be finite.
     """
     sums = left.new_full((len(left),), -torch.inf, dtype=torch.float64)
-    for rows, terms in _tiles(left, right, scale * LOG2_E, 0.0, skip):
+    for rows, terms in _tiles(left, right, Logits(scale=scale * LOG2_E), skip, present):
         # A row may be skipped as a whole, where the tile has a single column.
         top = terms.amax(1).clamp_min_(torch.finfo(terms.dtype).min)
         terms.sub_(top[:, None]).exp2_()
@@ -53,7 +61,12 @@ def row_log_sums(left: Tensor, right: Tensor, scale: float, *, skip: int | None 
 
 
 def row_softplus_sums(
-    left: Tensor, right: Tensor, logits: Logits, *, skip: int | None = None
+    left: Tensor,
+    right: Tensor,
+    logits: Logits,
+    *,
+    skip: int | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Compute sum_j log(1 + exp(scale * <l_i, r_j> + bias)) of each row i: float64 [m].
 
@@ -61,7 +74,7 @@ def row_softplus_sums(
     precision are those of `row_log_sums`.
     """
     sums = left.new_zeros((len(left),), dtype=torch.float64)
-    for rows, terms in _tiles(left, right, logits.scale, logits.bias, skip):
+    for rows, terms in _tiles(left, right, logits, skip, present):
         sums[rows] += functional.softplus(terms, threshold=_LINEAR).sum(1)
     return sums
 
@@ -84,8 +97,22 @@ class PairLosses(ABC):
         self.own = pair_logits(self.image, self.text, logits)
 
     @abstractmethod
-    def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
-        """Judge against n more pairs, float [n, d] both; `skip`: all but i + skip for pair i."""
+    def add(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        skip: int | None = None,
+        present: Tensor | None = None,
+    ) -> None:
+        """Judge against n more pairs.
+
+        Args:
+            image: float [n, d], finite.
+            text: float [n, d], finite.
+            skip: all but i + skip for pair i.
+            present: bool [n], which of them there are; None: all.
+        """
 
     @abstractmethod
     def alone(self) -> Tensor:
@@ -110,9 +137,18 @@ class SigmoidLosses(PairLosses):
         super().__init__(image, text, logits)
         self.negatives = torch.zeros_like(self.own)  # sum_j of l_ij + l_ji
 
-    def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
-        self.negatives += row_softplus_sums(self.image, text, self.logits, skip=skip)
-        self.negatives += row_softplus_sums(self.text, image, self.logits, skip=skip)
+    def add(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        skip: int | None = None,
+        present: Tensor | None = None,
+    ) -> None:
+        for own, others in ((self.image, text), (self.text, image)):
+            self.negatives += row_softplus_sums(
+                own, others, self.logits, skip=skip, present=present
+            )
 
     def alone(self) -> Tensor:
         """Return l_ii."""
@@ -144,11 +180,18 @@ class SoftmaxLosses(PairLosses):
         self.of_image = torch.full_like(self.own, -torch.inf)
         self.of_text = torch.full_like(self.own, -torch.inf)
 
-    def add(self, image: Tensor, text: Tensor, *, skip: int | None = None) -> None:
+    def add(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        skip: int | None = None,
+        present: Tensor | None = None,
+    ) -> None:
         scale = self.logits.scale
-        added = row_log_sums(self.image, text, scale, skip=skip)
+        added = row_log_sums(self.image, text, scale, skip=skip, present=present)
         self.of_image = torch.logaddexp(self.of_image, added)
-        added = row_log_sums(self.text, image, scale, skip=skip)
+        added = row_log_sums(self.text, image, scale, skip=skip, present=present)
         self.of_text = torch.logaddexp(self.of_text, added)
 
     def alone(self) -> Tensor:
@@ -189,11 +232,12 @@ def _wide(values: Tensor) -> torch.dtype:
 
 
 def _tiles(
-    left: Tensor, right: Tensor, scale: float, bias: float, skip: int | None
+    left: Tensor, right: Tensor, logits: Logits, skip: int | None, present: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield tiles of scale * left @ right.T + bias, with their rows; skipped columns are -inf.
+    """Yield tiles of logits of left @ right.T, with their rows; -inf where skipped or absent.
 
     They depend on the shapes alone. Wider where there are few columns, so that a product is large.
+    Nothing waits for a GPU.
     """
     left, right = _operand(left), _operand(right)
     if left.dtype != right.dtype:
@@ -203,7 +247,11 @@ def _tiles(
         return
     tile = GPU_TILE if left.is_cuda else CPU_TILE
     height, width = max(tile, tile * tile // len(right)), max(tile, tile * tile // len(left))
-    offset = torch.tensor(bias, dtype=_wide(left), device=left.device)
+    offset = _offset(left, logits.bias)
+    if present is not None and known_whole(present):
+        present = None
+    if present is not None:
+        offset = torch.where(present, offset, -torch.inf)
     for i in range(0, len(left), height):
         for j in range(0, len(right), width):
             rows, columns = left[i : i + height], right[j : j + width]
@@ -211,8 +259,24 @@ def _tiles(
                 terms = torch.mm(rows, columns.T, out_dtype=torch.float32)
             else:
                 terms = rows @ columns.T
-            torch.add(offset, terms, alpha=scale, out=terms)
+            of_columns = offset if present is None else offset[j : j + width]
+            if isinstance(logits.scale, Tensor):
+                torch.addcmul(of_columns, terms, logits.scale.to(terms.dtype), out=terms)
+            else:
+                torch.add(of_columns, terms, alpha=logits.scale, out=terms)
             if skip is not None:
                 # out of the tile's range it is empty
                 terms.diagonal(i + skip - j).fill_(-torch.inf)
             yield slice(i, i + height), terms
+
+
+def known_whole(mask: Tensor) -> bool:
+    """Return whether a mask, bool [n], is true everywhere; a GPU is not asked, which would wait."""
+    return mask.is_cpu and bool(mask.all())
+
+
+def _offset(like: Tensor, bias: float | Tensor) -> Tensor:
+    """Return the bias as a scalar of the type of sums of products, on the device of `like`."""
+    if isinstance(bias, Tensor):
+        return bias.to(_wide(like))
+    return torch.full((), bias, dtype=_wide(like), device=like.device)

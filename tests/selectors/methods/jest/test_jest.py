@@ -67,7 +67,7 @@ def test_draw_is_the_joint_sample_of_the_source(loss: str) -> None:
             ("l14", Logits(scale=20.0, bias=-6.0), -1.0),
         )
     ]
-    usable = np.ones(40, dtype=bool)
+    usable = torch.ones(40, dtype=torch.bool)
     expected, first = joint_sample(
         judges, usable, chunk.uids, sub_batch, losses=LOSSES[loss], chunks=3
     )

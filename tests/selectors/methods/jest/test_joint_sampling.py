@@ -62,7 +62,13 @@ def sample(
     uids = options.pop("uids", make_uids(count))
     usable = options.pop("usable", np.ones(count, dtype=bool))
     return joint_sample(
-        judges, usable, uids, sub_batch, losses=LOSSES[loss], chunks=chunks, **options
+        judges,
+        torch.from_numpy(usable),
+        uids,
+        sub_batch,
+        losses=LOSSES[loss],
+        chunks=chunks,
+        **options,
     )[0]
 
 
@@ -260,7 +266,7 @@ def test_any_number_of_ranks_gives_the_same_answer(
             size,
             lambda ranks: joint_sample(
                 judges,
-                usable,
+                torch.from_numpy(usable),
                 uids,
                 SubBatch(samples=9, groups=4),
                 losses=LOSSES[loss],
@@ -324,7 +330,7 @@ def test_extreme_logits(loss: str) -> None:
     )
     kept, first = joint_sample(
         judges,
-        np.ones(50, dtype=bool),
+        torch.ones(50, dtype=torch.bool),
         make_uids(50),
         SubBatch(samples=20),
         losses=LOSSES[loss],
@@ -340,7 +346,7 @@ def test_one_model_alone(loss: str, which: int) -> None:
     judges = make_judges(30)[which : which + 1]
     kept, first = joint_sample(
         judges,
-        np.ones(30, dtype=bool),
+        torch.ones(30, dtype=torch.bool),
         make_uids(30),
         SubBatch(samples=5, temperature=0.0),
         losses=LOSSES[loss],
