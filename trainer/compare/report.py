@@ -14,6 +14,7 @@ from siftclip.files import write_text
 from siftclip.redaction import shown
 from siftclip.trainer.compare.answer import aa_sentence, answer_parts, model_note
 from siftclip.trainer.compare.collect import ArmComparison
+from siftclip.trainer.compare.frames import write_frame
 from siftclip.trainer.compare.page.composition import RATIO_NOTE, ratio_tables
 from siftclip.trainer.compare.page.curves import curve_frame
 from siftclip.trainer.compare.page.page import html
@@ -46,7 +47,6 @@ from siftclip.trainer.compare.tables import (
     run_rows,
     selection_rows,
 )
-from siftclip.writing import atomic_path
 
 TABLES = "tables"
 
@@ -68,21 +68,17 @@ def write_report(
     """
     curves = curve_frame(comparison)
     frames: Mapping[str, pd.DataFrame] = {
-        RESULTS_NAME: comparison.results,
-        "differences.csv": difference_frame(comparison),
-        f"{TABLES}/runs.csv": comparison.runs,
-        f"{TABLES}/curves.csv": curves,
-        f"{TABLES}/savings.csv": saving_frame(comparison, curves),
-        f"{TABLES}/overlap.csv": overlap_frame(comparison),
-        **{
-            f"{TABLES}/{name}.csv": frame
-            for name, frame in sample_frames(samples, comparison).items()
-        },
+        Path(RESULTS_NAME).stem: comparison.results,
+        "differences": difference_frame(comparison),
+        f"{TABLES}/runs": comparison.runs,
+        f"{TABLES}/curves": curves,
+        f"{TABLES}/savings": saving_frame(comparison, curves),
+        f"{TABLES}/overlap": overlap_frame(comparison),
+        **{f"{TABLES}/{name}": frame for name, frame in sample_frames(samples, comparison).items()},
     }
     for name, frame in frames.items():
-        with atomic_path(folder / name) as temporary:
-            frame.to_csv(temporary, index=False)
-    composition = frames.get(f"{TABLES}/composition.csv")
+        write_frame(folder / name, frame)
+    composition = frames.get(f"{TABLES}/composition")
     text = markdown(comparison, curves=curves, composition=composition)
     write_text(folder / "report.md", shown(text))
     # The page is redacted where its texts are: what it embeds must stay as it is.

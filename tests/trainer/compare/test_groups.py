@@ -128,7 +128,7 @@ def test_damaged_features_lose_nothing_else(pool: Pool, features: Path) -> None:
     )
     assert [each.title for each in groups.groupings] == [LANGUAGE]
     assert "There are no clusters of images: " in groups.notes[0]
-    assert "has 3 columns" in groups.notes[0]
+    assert "Features of one model have one width" in groups.notes[0]
 
 
 def test_few_captions_of_a_large_pool_are_read(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

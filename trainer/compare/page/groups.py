@@ -124,13 +124,8 @@ def _by_images(
 ) -> list[tuple[Grouping | None, str]]:
     """Find clusters and near duplicates; why there are none, where there are none."""
     if features is None:
-        return [
-            (
-                None,
-                "There are no clusters of images, since there are no features of the pool: siftclip "
-                "embed makes them.",
-            )
-        ]
+        why = "since there are no features of the pool: siftclip embed makes them."
+        return [(None, f"There are no clusters of images, {why}")]
     try:
         return [_clusters(features, rows, texts), _near_duplicates(features, samples)]
     except InputError as error:  # damaged features lose nothing else of a report
