@@ -29,6 +29,8 @@ from siftclip.trainer.builders.selection import (
 from siftclip.trainer.compare.collect import ArmComparison
 from siftclip.trainer.compare.page.grouping import Groups
 from siftclip.trainer.compare.page.groups import first_features, group_samples
+from siftclip.trainer.compare.page.in_loop import ChosenInLoop, chosen_in_loop
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class PoolView:
     max_image_pixels: int
     images: bool  # whether the report shows images
     groups: Groups = field(default_factory=Groups)
+    in_loop: Mapping[str, ChosenInLoop] = field(default_factory=dict)  # by arm
 
 
 def open_view(
@@ -100,7 +103,20 @@ def open_view(
         max_image_pixels=settings.data.max_image_pixels,
         images=settings.compare.images,
         groups=group_samples(pool, features, progress=settings.common.progress),
+        in_loop=_in_loop(comparison, pool),
     )
+
+
+def _in_loop(comparison: ArmComparison, pool: Pool) -> dict[str, ChosenInLoop]:
+    """Count what the first run of each arm has chosen in the loop, where it has kept that."""
+    found = {}
+    runs = comparison.runs.set_index(["arm", "seed"])["run"]
+    for arm, selection in comparison.selections.items():
+        run = RunDir(path=Path(runs[arm, comparison.seeds[arm][0]]))
+        chosen = chosen_in_loop(run, selection, pool)
+        if chosen is not None:
+            found[arm] = chosen
+    return found
 
 
 def feature_places(settings: TrainCommand, pool: Pool) -> list[tuple[Path | None, str | None]]:
