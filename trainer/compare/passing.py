@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from siftclip.errors import InputError
-from siftclip.selectors.methods.captions.languages import Gcld3
 from siftclip.tables import listed
 from siftclip.trainer.compare.page.captions import read_captions
 from siftclip.trainer.compare.page.grouping import CLUSTER, language_name
+from siftclip.trainer.compare.page.languages import SureLanguages
 from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.settings.subsets import ShowSettings
 
@@ -58,12 +58,12 @@ def passing_rows(
 
 
 def written_in(captions: Sequence[str], language: str) -> np.ndarray:
-    """Find the captions in a language, as CLD3 tells: bool [k].
+    """Find the captions in a language, see `SureLanguages`: bool [k].
 
     Raises:
         InputError: there are captions, and none is in that language; or CLD3 is not installed.
     """
-    names = [language_name(code) for code in Gcld3()(captions)]
+    names = [language_name(code) for code in SureLanguages()(captions)]
     found = np.array([name == language for name in names], dtype=bool)
     if names and not found.any():
         counts = Counter(names).most_common()

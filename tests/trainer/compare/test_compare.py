@@ -113,7 +113,7 @@ def test_report_shows_what_is_kept_and_dropped(compared: Compared, demo_data: De
     assert page.count("data:image/webp;base64,") > 50
     assert len(page) < 20e6
     composition = pd.read_csv(folder / "tables" / "composition.csv")
-    assert {"cluster of images", "near duplicates", "kind"} <= {*composition["property"]}
+    assert {"cluster of images", "kind"} <= {*composition["property"]}
     kinds = composition[composition["property"] == "kind"]
     truth = pd.read_parquet(demo_data.truth)["kind"].value_counts()
     oracle = kinds[kinds["arm"] == "oracle"].set_index("part")

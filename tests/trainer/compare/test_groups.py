@@ -34,6 +34,7 @@ from siftclip.trainer.compare.page.grouping import (
     near_duplicates,
 )
 from siftclip.trainer.compare.page.groups import first_features, group_samples, sampled_rows
+from siftclip.trainer.compare.page.languages import SureLanguages
 from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.compare.page.selection_page import ShownSelections
 from siftclip.trainer.compare.passing import find_cluster
@@ -240,6 +241,19 @@ def test_near_duplicates_are_counted(pool: Pool, tmp_path: Path) -> None:
     assert np.flatnonzero(duplicates.labels == 0).tolist() == [3, 7]
     assert np.flatnonzero(duplicates.labels == -1).tolist() == [9]
     assert first_features(pool, [(tmp_path / "two", "other_img")]) is None
+
+
+def test_languages_are_told_where_they_can_be() -> None:
+    pytest.importorskip("gcld3", reason="needs the extra: pip install siftclip[text]")
+    captions = {
+        "a dog runs after a ball in the park": "en",
+        "ein Hund läuft im Park hinter dem Ball her": "de",
+        "a red circle": None,  # CLD3 is sure of Javanese
+        "IMG_0032.jpg 1234567890 1234567890": None,
+        "": None,
+        "<script>\x1b[31m\u202e\ud800": None,
+    }
+    assert SureLanguages()([*captions]) == [*captions.values()]
 
 
 def test_clusters_need_some_samples_each() -> None:

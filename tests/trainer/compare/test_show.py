@@ -116,8 +116,8 @@ def test_clusters_and_languages_are_filters(
     tmp_path: Path,
 ) -> None:
     """Against the groups of the page, and a loop over all captions."""
-    monkeypatch.setattr(groups, "Gcld3", _Identifier)
-    monkeypatch.setattr(passing, "Gcld3", _Identifier)
+    monkeypatch.setattr(groups, "SureLanguages", _Identifier)
+    monkeypatch.setattr(passing, "SureLanguages", _Identifier)
     features = f"show.features={demo_data.root / 'features'}"
     everything = look("show", features, "show.images=false")
     clusters = everything.view.groups.find(CLUSTER)

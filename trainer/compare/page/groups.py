@@ -18,7 +18,7 @@ from siftclip.purposes import GeneratorPurpose
 from siftclip.selectors.core.source import IMAGE, Requirements
 from siftclip.selectors.fitting.kmeans import assign, fit_kmeans
 from siftclip.selectors.kernels.blocks import usable_rows
-from siftclip.selectors.methods.captions.languages import Gcld3, LanguageIdentifier
+from siftclip.selectors.methods.captions.languages import LanguageIdentifier
 from siftclip.trainer.compare.page.captions import read_captions
 from siftclip.trainer.compare.page.grouping import (
     CLUSTER,
@@ -34,6 +34,7 @@ from siftclip.trainer.compare.page.grouping import (
     grouped_languages,
     near_duplicates,
 )
+from siftclip.trainer.compare.page.languages import LEAST_LETTERS, SureLanguages
 
 MOST_CAPTIONS = 20_000  # of a pool, whose languages are told and which name clusters
 _MOST_COMPARED = 10_000  # samples, each with all others
@@ -74,7 +75,7 @@ def group_samples(
     ]
     found = [
         *_by_images(features, len(pool), rows, texts),
-        _languages(len(pool), rows, texts, identifier or Gcld3()),
+        _languages(len(pool), rows, texts, identifier or SureLanguages()),
     ]
     return Groups(
         groupings=tuple(grouping for grouping, _ in found if grouping is not None),
@@ -171,17 +172,19 @@ def _near_duplicates(features: ImageFeatures, samples: int) -> tuple[Grouping | 
     values = source.take_features(rows, (key,))[key]
     usable = usable_rows(values).cpu().numpy()
     rows, values = rows[usable], values[usable]
+    near = near_duplicates(values)
     labels = np.full(samples, -1, dtype=np.int64)
-    labels[rows] = np.where(near_duplicates(values), 0, 1)
+    labels[rows] = np.where(near, 0, 1)
     sampled = (
         f"{len(rows):,} samples that were drawn at random"
         if len(rows) < len(all_rows)
         else ("all samples with features")
     )
-    return Grouping(title=DUPLICATE, labels=labels, names=("with a near duplicate", "without")), (
-        f"A near duplicate is another image at a cosine of at least {NEAR} in {key}, among "
-        f"{sampled}."
-    )
+    about = f"another image at a cosine of at least {NEAR} in {key}, among {sampled}"
+    if not near.any():
+        return None, f"There are no near duplicates: {about}."
+    names = ("with a near duplicate", "without")
+    return Grouping(title=DUPLICATE, labels=labels, names=names), f"A near duplicate is {about}."
 
 
 def _languages(
@@ -198,5 +201,6 @@ def _languages(
     labels[rows[there]] = own
     sampled = f" of {len(rows):,} captions that were drawn at random" if len(rows) < samples else ""
     return Grouping(title=LANGUAGE, labels=labels, names=tuple(names)), (
-        f"Languages{sampled} are told by CLD3, which errs on short captions."
+        f"Languages{sampled} are told by CLD3; those of captions of fewer than {LEAST_LETTERS} "
+        "letters, and those that it is not sure of, are unknown."
     )
