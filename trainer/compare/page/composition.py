@@ -17,7 +17,7 @@ from siftclip.trainer.compare.page.pool_view import Arms, PoolView
 KIND = "kind"  # of a truth file
 RATIO_NOTE = (
     "Share among the distinct samples that are kept, divided by the share of the pool: 2 is twice "
-    "as often as by chance. *: the 95 % interval leaves out 1."
+    "as often as by chance. *: the 95 % interval leaves out 1, uncorrected for the number of parts."
 )
 _BINS = 6
 _MOST_KINDS = 20
