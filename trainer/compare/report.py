@@ -14,6 +14,8 @@ from siftclip.files import write_text
 from siftclip.redaction import shown
 from siftclip.trainer.compare.answer import aa_sentence, answer_parts, model_note
 from siftclip.trainer.compare.collect import ArmComparison
+from siftclip.trainer.compare.frames import write_frame
+from siftclip.trainer.compare.page.composition import RATIO_NOTE, ratio_tables
 from siftclip.trainer.compare.page.curves import curve_frame
 from siftclip.trainer.compare.page.page import html
 from siftclip.trainer.compare.page.pool_view import PoolView
@@ -45,7 +47,6 @@ from siftclip.trainer.compare.tables import (
     run_rows,
     selection_rows,
 )
-from siftclip.writing import atomic_path
 
 TABLES = "tables"
 
@@ -67,21 +68,19 @@ def write_report(
     """
     curves = curve_frame(comparison)
     frames: Mapping[str, pd.DataFrame] = {
-        RESULTS_NAME: comparison.results,
-        "differences.csv": difference_frame(comparison),
-        f"{TABLES}/runs.csv": comparison.runs,
-        f"{TABLES}/curves.csv": curves,
-        f"{TABLES}/savings.csv": saving_frame(comparison, curves),
-        f"{TABLES}/overlap.csv": overlap_frame(comparison),
-        **{
-            f"{TABLES}/{name}.csv": frame
-            for name, frame in sample_frames(samples, comparison).items()
-        },
+        Path(RESULTS_NAME).stem: comparison.results,
+        "differences": difference_frame(comparison),
+        f"{TABLES}/runs": comparison.runs,
+        f"{TABLES}/curves": curves,
+        f"{TABLES}/savings": saving_frame(comparison, curves),
+        f"{TABLES}/overlap": overlap_frame(comparison),
+        **{f"{TABLES}/{name}": frame for name, frame in sample_frames(samples, comparison).items()},
     }
     for name, frame in frames.items():
-        with atomic_path(folder / name) as temporary:
-            frame.to_csv(temporary, index=False)
-    write_text(folder / "report.md", shown(markdown(comparison, curves=curves)))
+        write_frame(folder / name, frame)
+    composition = frames.get(f"{TABLES}/composition")
+    text = markdown(comparison, curves=curves, composition=composition)
+    write_text(folder / "report.md", shown(text))
     # The page is redacted where its texts are: what it embeds must stay as it is.
     write_text(
         folder / "report.html", html(comparison, curves=curves, samples=samples, words=words)
@@ -148,12 +147,18 @@ def _tasks(comparison: ArmComparison) -> list[str]:
     return list(dict.fromkeys(comparison.results["task"]))
 
 
-def markdown(comparison: ArmComparison, *, curves: pd.DataFrame | None = None) -> str:
+def markdown(
+    comparison: ArmComparison,
+    *,
+    curves: pd.DataFrame | None = None,
+    composition: pd.DataFrame | None = None,
+) -> str:
     """Format the report as Markdown.
 
     Args:
         comparison: of all arms.
         curves: of `curve_frame`; None: read here.
+        composition: of `composition_frame`; None: without a pool.
     """
     saved = saving_rows(comparison, curve_frame(comparison) if curves is None else curves)
     header, *runs = run_rows(comparison)
@@ -184,6 +189,7 @@ def markdown(comparison: ArmComparison, *, curves: pd.DataFrame | None = None) -
         "## What was selected",
         as_markdown(selection_rows(comparison)),
         "Overlap is the Jaccard index of the distinct samples, for the first seed.",
+        *_composition_part(comparison, composition),
         "## Runs",
         as_markdown([header, *([f"`{run}`", *cells] for run, *cells in runs)]),
         "## Settings",
@@ -191,6 +197,13 @@ def markdown(comparison: ArmComparison, *, curves: pd.DataFrame | None = None) -
         made_with(comparison),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _composition_part(comparison: ArmComparison, frame: pd.DataFrame | None) -> list[str]:
+    tables = {} if frame is None else ratio_tables(comparison, frame)
+    if not tables:
+        return []
+    return ["### Kept against the pool", RATIO_NOTE, *map(as_markdown, tables.values())]
 
 
 def _missing_part(comparison: ArmComparison) -> list[str]:

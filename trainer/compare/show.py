@@ -13,7 +13,6 @@ import numpy as np
 
 from siftclip.datamodules.pool.image_sizes import read_image_sizes
 from siftclip.datamodules.pool.pool import Pool
-from siftclip.datamodules.pool.reader import BadSampleError, SampleReader, decode_caption
 from siftclip.datamodules.selection.algebra import CountedUids
 from siftclip.datamodules.selection.columns import read_pool_column
 from siftclip.datamodules.selection.registry import (
@@ -28,10 +27,10 @@ from siftclip.datamodules.selection.selection import MANIFEST_NAME, read_selecti
 from siftclip.datamodules.selection.subset_files import SubsetFile
 from siftclip.errors import InputError
 from siftclip.files import has_content, write_text
-from siftclip.progress import show_progress
 from siftclip.purposes import GeneratorPurpose
 from siftclip.selectors.core.source import ExternalColumn
 from siftclip.trainer.builders.selection import pool_from
+from siftclip.trainer.compare.page.captions import read_captions
 from siftclip.trainer.options.faults import options_of, under
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import ShowCommand, TrainCommand
@@ -40,12 +39,12 @@ from siftclip.trainer.stages.subset import noted_pool, subsets_root
 
 # What imports pandas is imported where it is needed: that takes a second.
 if TYPE_CHECKING:
+    from siftclip.trainer.compare.page.groups import ImageFeatures
     from siftclip.trainer.compare.page.pool_view import PoolView
 
 log = logging.getLogger(__name__)
 
 Compose = Callable[[Sequence[str]], TrainCommand]
-_CHUNK = 4096  # captions that are read at once
 _MOST_CAPTIONS = 20_000  # of a set whose words are counted
 
 
@@ -80,8 +79,9 @@ def diff_stage(settings: ShowCommand, compose: Compose) -> Looked:
     show = settings.show
     if show.selection is None or show.other is None:
         raise InputError("show.selection and show.other must be given: siftclip diff A B.")
-    filters = ("text", "min_score", "max_score", "export")
-    typed = [name for name in filters if getattr(show, name) is not None]
+    from siftclip.trainer.compare.passing import FILTERS
+
+    typed = [name for name in (*FILTERS, "export") if getattr(show, name) is not None]
     if typed:
         raise InputError(f"show.{typed[0]} is for siftclip show, which looks at one selection.")
     return _look(settings, [show.selection, show.other], compose)
@@ -93,17 +93,20 @@ def _look(settings: ShowCommand, references: Sequence[str | None], compose: Comp
     with options_of(under("show", "selection", "other")):
         found = [None if name is None else find_subset(root, name) for name in references]
     pool = _pool(settings, found, references)
+    from siftclip.trainer.compare.page.groups import group_samples
     from siftclip.trainer.compare.page.pool_view import PoolView, kinds_of
     from siftclip.trainer.compare.page.selection_page import describe, selection_page, summarise
+    from siftclip.trainer.compare.passing import passing_rows
 
     kept: dict[str, np.ndarray] = {}
     scores: dict[str, np.ndarray] = {}
     names = _names(pool, references)
-    for name, reference, subset in zip(names, references, found, strict=True):
+    runs = [_composed_run(settings, reference, compose) for reference in references]
+    for name, reference, subset, run in zip(names, references, found, runs, strict=True):
         kept[name] = np.ones(len(pool), dtype=np.int64)
         if subset is not None and reference is not None:
             kept[name] = _times(pool, subset[0], reference)
-        own = _scores(settings, pool, reference, compose)
+        own = _scores(settings, pool, reference, run)
         if own is not None:
             scores[name] = own
     sizes = None
@@ -117,8 +120,11 @@ def _look(settings: ShowCommand, references: Sequence[str | None], compose: Comp
         sizes=sizes,
         max_image_pixels=settings.data.max_image_pixels,
         images=show.images,
+        groups=group_samples(
+            pool, _features(settings, pool, runs), progress=settings.common.progress
+        ),
     )
-    passing = _passing(settings, view, names[0])
+    passing = passing_rows(show, view, names[0], progress=common.progress)
     generator = np.random.default_rng([common.seed, GeneratorPurpose.GALLERY])
     count = min(show.samples, len(passing))
     shown = np.sort(passing[generator.permutation(len(passing))[:count]])
@@ -175,8 +181,46 @@ def _times(pool: Pool, subset: SubsetFile, reference: str) -> np.ndarray:
     return times_kept(rows, subset.counted.multiplicities, len(pool))
 
 
+def _composed_run(
+    settings: ShowCommand, reference: str | None, compose: Compose
+) -> TrainCommand | None:
+    """Compose the settings of a run again; None of what is none, or whose classes are not known."""
+    run = Path(reference or "")
+    if reference is None or not has_content(RunDir(path=run).config):
+        return None
+    _, config = read_kept(run)
+    try:
+        config.register()
+        return compose([*config.words([]), f"progress={str(settings.common.progress).lower()}"])
+    except InputError as error:
+        log.warning("no scores of %s are shown: %s", run, error)
+        return None
+
+
+def _features(
+    settings: ShowCommand, pool: Pool, runs: Sequence[TrainCommand | None]
+) -> ImageFeatures | None:
+    """Find features of the images: those that are named, of a run, or of the pool."""
+    from siftclip.trainer.compare.page.groups import first_features
+    from siftclip.trainer.compare.page.pool_view import feature_places
+
+    if settings.show.features is not None:
+        found = first_features(pool, [(Path(settings.show.features), None)])
+        if found is None:
+            raise InputError(
+                f"show.features must name a folder with features of the pool's images, as siftclip "
+                f"embed makes them. Got {settings.show.features!r}."
+            )
+        return found
+    embedded = sorted((pool.options.cache_folder / "features").glob("*"))
+    places: list[tuple[Path | None, str | None]] = []
+    for run in runs:
+        places += [] if run is None else feature_places(run, pool)
+    return first_features(pool, [*places, (None, None), *((path, None) for path in embedded)])
+
+
 def _scores(
-    settings: ShowCommand, pool: Pool, reference: str | None, compose: Compose
+    settings: ShowCommand, pool: Pool, reference: str | None, run: TrainCommand | None
 ) -> np.ndarray | None:
     """Return the scores of a selection, float32 [n]; None where there are none."""
     show = settings.show
@@ -187,8 +231,8 @@ def _scores(
     if reference is None:
         return None
     folder = Path(reference)
-    if has_content(RunDir(path=folder).config):
-        found = _scores_of_run(settings, folder, pool, compose)
+    if run is not None:
+        found = _scores_of_run(settings, folder, pool, run)
         if found is not None:
             return found
     if not has_content(folder / MANIFEST_NAME):
@@ -203,82 +247,22 @@ def _scores(
 
 
 def _scores_of_run(
-    settings: ShowCommand, run: Path, pool: Pool, compose: Compose
+    settings: ShowCommand, folder: Path, pool: Pool, run: TrainCommand
 ) -> np.ndarray | None:
-    """Read the scores of a run's selector, where they are kept and its classes are known."""
+    """Read the scores of a run's selector, where they are kept."""
     from siftclip.trainer.compare.page.pool_view import kept_scores
 
-    _, config = read_kept(run)
-    try:
-        config.register()
-        words = [*config.words([]), f"progress={str(settings.common.progress).lower()}"]
-        composed = compose(words)
-    except InputError as error:
-        log.warning("no scores of %s are shown: %s", run, error)
-        return None
     roots = [settings.common.output_root]
-    if run.absolute().parent.name == "train":
-        roots.append(run.absolute().parents[1])
+    if folder.absolute().parent.name == "train":
+        roots.append(folder.absolute().parents[1])
     return next(
         (
             found
             for root in roots
-            if (found := kept_scores(composed, pool, output_root=root)) is not None
+            if (found := kept_scores(run, pool, output_root=root)) is not None
         ),
         None,
     )
-
-
-def _passing(settings: ShowCommand, view: PoolView, name: str) -> np.ndarray:
-    """Return the rows that are kept and pass the filters: int64, ascending."""
-    show = settings.show
-    rows = np.flatnonzero(view.kept[name] > 0)
-    if show.min_score is not None or show.max_score is not None:
-        scores = view.scores.get(name)
-        if scores is None:
-            raise InputError(
-                "show.min_score and show.max_score need scores: show.scores=FILE, or show.column "
-                "of the pool's metadata."
-            )
-        low = -np.inf if show.min_score is None else show.min_score
-        high = np.inf if show.max_score is None else show.max_score
-        rows = rows[(scores[rows] >= low) & (scores[rows] <= high)]
-    if show.text is not None:
-        wanted = show.text.lower()
-        captions = _read_captions(settings, view, rows)
-        has = [text is not None and wanted in text.lower() for text in captions]
-        rows = rows[np.array(has, dtype=bool)]
-    if not len(rows):
-        raise InputError(
-            f"Nothing of {name} passes show.text={show.text!r}, show.min_score={show.min_score} "
-            f"and show.max_score={show.max_score}."
-        )
-    return rows
-
-
-def _read_captions(settings: ShowCommand, view: PoolView, rows: np.ndarray) -> list[str | None]:
-    """Read captions of rows; None of a sample that cannot be read."""
-    texts: list[str | None] = []
-    reader = SampleReader(pool=view.pool, max_image_pixels=view.max_image_pixels)
-    bar = settings.common.progress
-    try:
-        with show_progress(total=len(rows), label="captions", unit="caption", bar=bar) as progress:
-            for start in range(0, len(rows), _CHUNK):
-                part = rows[start : start + _CHUNK]
-                texts += [
-                    _text(raw, reader.max_caption_bytes) for raw in reader.read_captions(part)
-                ]
-                progress.update(len(part))
-    finally:
-        reader.close()
-    return texts
-
-
-def _text(raw: bytes | BadSampleError, most_bytes: int) -> str | None:
-    try:
-        return None if isinstance(raw, BadSampleError) else decode_caption(raw, most_bytes)
-    except BadSampleError:
-        return None
 
 
 def _captions(settings: ShowCommand, view: PoolView, own: str, other: str) -> list[str]:
@@ -287,7 +271,8 @@ def _captions(settings: ShowCommand, view: PoolView, own: str, other: str) -> li
     if len(rows) > _MOST_CAPTIONS:
         generator = np.random.default_rng([settings.common.seed, GeneratorPurpose.GALLERY, 1])
         rows = np.sort(rows[generator.permutation(len(rows))[:_MOST_CAPTIONS]])
-    return [text for text in _read_captions(settings, view, rows) if text is not None]
+    texts = read_captions(view.pool, rows, progress=settings.common.progress)
+    return [text for text in texts if text is not None]
 
 
 def _export(

@@ -92,7 +92,7 @@ KINDS: Mapping[KindName, Kind] = {
         Kind(
             name="reports",
             patterns=(
-                *("report*.*", "results*.*", "comparison*.*", "differences.csv", "tables/*.csv"),
+                *("report*.*", "results*.*", "comparison*.*", "differences.*", "tables/*.*"),
                 *("runs/*.json", "logs/*.log", "wandb/**", "wandb_id"),
             ),
         ),

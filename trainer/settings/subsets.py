@@ -150,6 +150,15 @@ class ShowSettings(Section):
     max_score: float | None = None
     """Only samples with at most this score."""
 
+    cluster: Annotated[str | Count | None, Example("3")] = None
+    """Only samples of this cluster of images: its number or its words, as the page names it."""
+
+    language: Annotated[str | None, Example("en")] = None
+    """Only samples whose caption is in this language, as CLD3 tells (extra: text)."""
+
+    features: LocalPath | None = None
+    """Folder of features (.npz) to cluster by; null: the run's, else those of the pool."""
+
     samples: Annotated[int, Ge(1), AtMost(1000)] = 96
     """How many samples a page shows at most, drawn from those that pass; seed decides which."""
 

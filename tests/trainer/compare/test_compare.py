@@ -113,6 +113,7 @@ def test_report_shows_what_is_kept_and_dropped(compared: Compared, demo_data: De
     assert page.count("data:image/webp;base64,") > 50
     assert len(page) < 20e6
     composition = pd.read_csv(folder / "tables" / "composition.csv")
+    assert {"cluster of images", "kind"} <= {*composition["property"]}
     kinds = composition[composition["property"] == "kind"]
     truth = pd.read_parquet(demo_data.truth)["kind"].value_counts()
     oracle = kinds[kinds["arm"] == "oracle"].set_index("part")
@@ -126,10 +127,17 @@ def test_report_shows_what_is_kept_and_dropped(compared: Compared, demo_data: De
     runs = [RunDir(path=Path(path)) for path in pd.read_csv(folder / "tables" / "runs.csv")["run"]]
     of_score = next(run for run in runs if "clip_score-s0" in run.path.name)
     assert scores.loc["clip_score", "kept"] == len(read_selection(of_score.path).uids)
+    report = (folder / "report.md").read_text()
+    for row in composition.to_dict("records"):
+        table = report.partition(f"| {row['property']} | of the pool |")[2].splitlines()
+        line = next(line for line in table if line.startswith(f"| {row['part']} | "))
+        place = ["random", "clip_score", "oracle"].index(row["arm"])
+        star = "" if row["low"] <= 1 <= row["high"] else " *"
+        assert line.split(" | ")[2 + place].removesuffix(" |") == f"{row['ratio']:.2f}{star}"
     samples = pd.read_csv(folder / "tables" / "samples.csv")
     kept = set(read_selection(of_score.path).ids)
     shown = samples[samples["gallery"] == "kept by clip_score, dropped by random"]
-    assert 0 < len(shown) <= 24
+    assert 0 < len(shown) <= 48
     assert set(shown["uid"]) <= kept
     other = samples[samples["gallery"] == "kept by random, dropped by clip_score"]
     assert not set(other["uid"]) & kept

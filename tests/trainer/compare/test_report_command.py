@@ -63,8 +63,33 @@ def texts(folder: Path) -> dict[str, str]:
     """The report's files, without the path of the folder of outputs."""
     names = ["report.md", "report.html", "results.csv", "differences.csv"]
     names += [f"tables/{path.name}" for path in (folder / "tables").iterdir()]
+    names += [f"{name}.json" for name in ("results", "differences")]
     outputs = str(folder.parents[1])
-    return {name: (folder / name).read_text().replace(outputs, "OUTPUTS") for name in names}
+    written = {
+        name: (folder / name).read_text().replace(outputs, "OUTPUTS")
+        for name in names
+        if not name.endswith(".parquet")
+    }
+    assert {name for name in names if name.endswith(".parquet")} == {
+        f"tables/{path.stem}.parquet" for path in (folder / "tables").glob("*.csv")
+    }
+    return written
+
+
+def test_numbers_are_there_in_three_forms(compared: Compared) -> None:
+    folder = compared.outcome.folder
+    tables = sorted(folder.rglob("*.csv"))
+    assert {"results", "differences", "runs", "composition"} <= {path.stem for path in tables}
+    for path in tables:
+        rows = pd.read_csv(path)
+        for other in (
+            pd.read_parquet(path.with_suffix(".parquet")),
+            pd.DataFrame(read_json(path.with_suffix(".json")), columns=rows.columns),
+        ):
+            assert list(other.columns) == list(rows.columns)
+            for name in rows.select_dtypes("number"):
+                numbers = (each[name].to_numpy(dtype=float) for each in (rows, other))
+                np.testing.assert_allclose(*numbers, rtol=1e-14, err_msg=f"{path} {name}")
 
 
 def test_a_copy_elsewhere_gives_the_same_report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from siftclip.datamodules.selection.selection import read_selection, read_subset
 from siftclip.errors import InputError
 from siftclip.eval.significance.words import telling_words
 from siftclip.trainer.builders.selection import select_stage
+from siftclip.trainer.compare import passing
+from siftclip.trainer.compare.page import groups
+from siftclip.trainer.compare.page.captions import read_captions
+from siftclip.trainer.compare.page.grouping import CLUSTER
 from siftclip.trainer.compare.show import Looked, diff_stage, show_stage
 from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.stages.subset import verify_stage
@@ -98,6 +102,56 @@ def test_what_passes_can_be_kept(
         look("show", "show.text=no such words")
 
 
+class _Identifier:
+    """English where there is a "the", else Danish."""
+
+    def __call__(self, captions: Sequence[str]) -> list[str | None]:
+        return ["en" if " the " in f" {text} " else "da" for text in captions]
+
+
+def test_clusters_and_languages_are_filters(
+    look: Callable[..., Looked],
+    demo_data: DemoData,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Against the groups of the page, and a loop over all captions."""
+    monkeypatch.setattr(groups, "SureLanguages", _Identifier)
+    monkeypatch.setattr(passing, "SureLanguages", _Identifier)
+    features = f"show.features={demo_data.root / 'features'}"
+    everything = look("show", features, "show.images=false")
+    clusters = everything.view.groups.find(CLUSTER)
+    assert clusters is not None
+    assert len(clusters.names) == 12
+    assert min(clusters.labels) == 0
+    for wanted in (3, clusters.names[2]):
+        found = look("show", features, f"show.cluster='{wanted}'", "show.images=false")
+        assert found.passing.tolist() == np.flatnonzero(clusters.labels == 2).tolist()
+        assert f"{len(found.passing)} of them pass the filters" in found.text
+    for name in clusters.names:
+        assert name in everything.text
+        assert f"<bdi>{name}</bdi>" in everything.page.read_text()
+    texts = read_captions(everything.view.pool, np.arange(240), progress=False)
+    danish = [row for row, text in enumerate(texts) if " the " not in f" {text} "]
+    overrides = [features, "show.language=da", "show.cluster=1", "show.export=danish"]
+    both = look("show", *overrides, "show.images=false")
+    assert both.passing.tolist() == [row for row in danish if clusters.labels[row] == 0] != []
+    uids, _ = read_subset(tmp_path / "outputs" / "subsets" / "danish" / "selection.npy")
+    assert len(uids) == len(both.passing)
+    for overrides, says in (
+        ([features, "show.cluster=13"], r"show.cluster must be .* Got '13'. There are: 1.*; 12"),
+        (["show.cluster=1"], "show.features=FOLDER names a folder"),
+        (["show.features=nowhere"], "show.features must name a folder with features .*nowhere"),
+        (["show.language=xx"], r"Got 'xx'. There are: (da|en) \(\d+\)"),
+        (
+            ["show.text=nosuchword", "show.language=da"],
+            "show.text='nosuchword' and show.language='da'",
+        ),
+    ):
+        with pytest.raises(InputError, match=says):
+            look("show", *overrides)
+
+
 def test_what_two_selections_differ_in(
     look: Callable[..., Looked], selection: Path, demo_data: DemoData
 ) -> None:
@@ -132,6 +186,8 @@ def test_ranks_of_two_scores_are_correlated(
     assert np.isfinite(scores[0]).sum() == 240  # of the whole pool, not of what is kept
     correlation = spearmanr(*scores, nan_policy="omit").statistic
     assert f"correlate by {correlation:.2f}" in found.text
+    assert found.view.groups.find(CLUSTER) is not None  # by the features of the runs
+    assert "cluster of images" in found.text
 
 
 def test_faults_are_told(look: Callable[..., Looked], selection: Path, tmp_path: Path) -> None:
@@ -141,10 +197,13 @@ def test_faults_are_told(look: Callable[..., Looked], selection: Path, tmp_path:
         ("show", ["show.min_score=0.5"], "need scores"),
         ("show", ["show.selection=nowhere"], "must be the name of a subset"),
         ("show", ["show.scores=nowhere.parquet"], "nowhere.parquet"),
-        (
-            "diff",
-            [f"show.selection={selection}", f"show.other={selection}", "show.text=x"],
-            "show.text is for siftclip show",
+        *(
+            (
+                "diff",
+                [f"show.selection={selection}", f"show.other={selection}", f"show.{word}=x"],
+                f"show.{word} is for siftclip show",
+            )
+            for word in ("text", "cluster", "language")
         ),
     ):
         with pytest.raises(InputError, match=says):

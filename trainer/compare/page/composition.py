@@ -15,6 +15,10 @@ from siftclip.trainer.compare.page.dots import DotRow, Mark
 from siftclip.trainer.compare.page.pool_view import Arms, PoolView
 
 KIND = "kind"  # of a truth file
+RATIO_NOTE = (
+    "Share among the distinct samples that are kept, divided by the share of the pool: 2 is twice "
+    "as often as by chance. *: the 95 % interval leaves out 1, uncorrected for the number of parts."
+)
 _BINS = 6
 _MOST_KINDS = 20
 
@@ -102,6 +106,27 @@ def composition_plots(arms: Arms, frame: pd.DataFrame) -> list[CompositionPlot]:
     return plots
 
 
+def ratio_tables(arms: Arms, frame: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """Return, by property of `composition_frame`, header and one row per part: the arms' ratios.
+
+    A ratio whose interval leaves out 1 has an asterisk.
+    """
+    tables: dict[str, list[list[str]]] = {}
+    if frame.empty:
+        return tables
+    for name, rows in frame.groupby("property", sort=False):
+        table = [[str(name), "of the pool", *arms.arms]]
+        for part, of_part in rows.groupby("part", sort=False):
+            cells = {
+                row["arm"]: f"{row['ratio']:.2f}{'' if row['low'] <= 1 <= row['high'] else ' *'}"
+                for row in of_part.to_dict("records")
+            }
+            share = f"{100 * of_part['pool_share'].iloc[0]:.1f} %"
+            table.append([str(part), share, *(cells.get(arm, "-") for arm in arms.arms)])
+        tables[str(name)] = table
+    return tables
+
+
 def recall_rows(arms: Arms, frame: pd.DataFrame) -> list[list[str]]:
     """Return header and one row per kind of the truth file: how much of it each arm keeps."""
     rows = [["kind", "in the pool", *arms.arms]]
@@ -141,6 +166,7 @@ def _properties(view: PoolView) -> list[tuple[str, np.ndarray, list[str]]]:
         renamed = np.full(len(kinds), -1, dtype=np.int64)
         renamed[order] = np.arange(len(order))
         found.append((KIND, renamed[places], [str(kinds[at]) for at in order]))
+    found += [(each.title, each.labels, [*each.names]) for each in view.groups.groupings]
     lengths = np.asarray(view.pool.text_sizes_bytes)
     found.append(("caption length, bytes", *_binned(lengths)))
     if view.sizes is not None and view.sizes.min(axis=1).max() > 0:

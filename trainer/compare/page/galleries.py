@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,9 @@ from siftclip.purposes import GeneratorPurpose
 from siftclip.trainer.compare.page.pool_view import Arms, PoolView
 
 SIDE = 96  # pixels of a thumbnail
-MOST_SAMPLES = 24  # of a gallery
+PAGE = 12  # samples of a gallery that are seen at a time, also in page.js
+MOST_SAMPLES = 48  # of a gallery
+MOST_PAIRS = 12  # of arms without the baseline
 MOST_SHOWN = 1200  # of a page, some 4 KB each
 MOST_LETTERS = 400  # of a caption
 _SEED = 0
@@ -31,12 +34,17 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
-    """Rows of a pool with what is said of each."""
+    """Rows of a pool with what is said of each, those that matter most first."""
 
     title: str
     note: str
     rows: tuple[int, ...]
     notes: tuple[str, ...]  # of each
+    least: int = PAGE  # samples without which it is not shown
+
+    def cut(self, count: int) -> Gallery:
+        """Return a gallery of the first `count` samples."""
+        return replace(self, rows=self.rows[:count], notes=self.notes[:count])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,25 +67,32 @@ class ShownGallery:
 
 
 def choose_galleries(arms: Arms, view: PoolView) -> list[Gallery]:
-    """Choose galleries: disagreements with the baseline, scores, and repetitions."""
-    found = [*_disagreements(arms, view), *_of_scores(arms, view)]
-    for arm, times in view.kept.items():
-        if times.max() > 1:
-            rows = _top(times.astype(np.float64), MOST_SAMPLES // 2)
-            found.append(
-                Gallery(
-                    title=f"{arm}: most repeated",
-                    note="Samples that are kept most often.",
-                    rows=rows,
-                    notes=tuple(f"{times[row]} times" for row in rows),
-                )
-            )
-    shown, limited = 0, []
-    for gallery in found:
-        if gallery.rows and shown + len(gallery.rows) <= MOST_SHOWN:
-            shown += len(gallery.rows)
-            limited.append(gallery)
-    return limited
+    """Choose galleries: disagreements of arms, scores, repetitions, and choices in the loop."""
+    with_baseline, others = _pairs(arms, view)
+    return limited(
+        [
+            *(each for pair in with_baseline for each in _disagreements(view, *pair)),
+            *_of_scores(arms, view),
+            *_repeated(view),
+            *_in_loop(view),
+            *(each for pair in others[:MOST_PAIRS] for each in _disagreements(view, *pair)),
+        ],
+        MOST_SHOWN,
+    )
+
+
+def limited(galleries: Sequence[Gallery], most: int) -> list[Gallery]:
+    """Cut galleries to `most` samples in all: first pages before others, early ones before late."""
+    kept: list[Gallery] = []
+    counts: list[int] = []
+    for gallery in galleries:
+        least = min(len(gallery.rows), gallery.least)
+        if least and least <= most - sum(counts):
+            kept.append(gallery)
+            counts.append(least)
+    for at, gallery in enumerate(kept):
+        counts[at] += min(len(gallery.rows) - counts[at], most - sum(counts))
+    return [gallery.cut(count) for gallery, count in zip(kept, counts, strict=True)]
 
 
 def gallery_frame(view: PoolView, galleries: Sequence[Gallery]) -> pd.DataFrame:
@@ -155,31 +170,75 @@ def thumbnail(image: Image.Image) -> Markup:
     return Markup(f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}")
 
 
-def _disagreements(arms: Arms, view: PoolView) -> Iterator[Gallery]:
-    """Yield what an arm keeps and the baseline drops, and the other way round.
+def _pairs(arms: Arms, view: PoolView) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the pairs with the baseline, and the others; those that disagree most come first."""
+    kept = {arm: view.kept[arm] > 0 for arm in arms.arms if arm in view.kept}
+
+    def agreement(pair: tuple[str, str]) -> float:
+        first, second = (kept[arm] for arm in pair)
+        return float((first & second).sum() / max(1, (first | second).sum()))
+
+    names = sorted(kept, key=lambda arm: arm != arms.baseline)  # the baseline is first of its pairs
+    pairs = sorted(combinations(names, 2), key=agreement)
+    with_baseline = [(arm, baseline) for baseline, arm in pairs if baseline == arms.baseline]
+    return with_baseline, [pair for pair in pairs if arms.baseline not in pair]
+
+
+def _disagreements(view: PoolView, one: str, other: str) -> Iterator[Gallery]:
+    """Yield what an arm keeps and another one drops, and the other way round.
 
     Those of which the ranks of the two scores differ most, or any, where there are not two.
     """
-    baseline = arms.baseline
-    for other in arms.arms:
-        for arm, against in ((other, baseline), (baseline, other)):
-            if other == baseline or not {arm, against} <= view.kept.keys():
-                continue
-            rows = np.flatnonzero((view.kept[arm] > 0) & (view.kept[against] == 0))
-            if len(rows) == 0:
-                continue
-            how, gap = "a random sample", None
-            if {arm, against} <= view.scores.keys():
-                how = "those whose ranks by the two scores differ most"
-                gap = _ranks(view.scores[arm])[rows] - _ranks(view.scores[against])[rows]
-            few = MOST_SAMPLES // 2
-            chosen = _drawn(rows, few) if gap is None else rows[list(_top(gap, few))]
+    for arm, against in ((one, other), (other, one)):
+        rows = np.flatnonzero((view.kept[arm] > 0) & (view.kept[against] == 0))
+        if len(rows) == 0:
+            continue
+        how, gap = "a random sample", None
+        if {arm, against} <= view.scores.keys():
+            how = "those whose ranks by the two scores differ most"
+            gap = _ranks(view.scores[arm])[rows] - _ranks(view.scores[against])[rows]
+        most = MOST_SAMPLES
+        chosen = _drawn(rows, most) if gap is None else rows[list(_top(gap, most))]
+        yield Gallery(
+            title=f"kept by {arm}, dropped by {against}",
+            note=f"{len(rows):,} samples; {how}.",
+            rows=tuple(chosen.tolist()),
+            notes=tuple(note_of(view, int(row), arm) for row in chosen),
+        )
+
+
+def _repeated(view: PoolView) -> Iterator[Gallery]:
+    """Yield what arms keep more than once, most often first."""
+    for arm, times in view.kept.items():
+        if times.max() > 1:
+            rows = _top(times.astype(np.float64), min(MOST_SAMPLES, int((times > 1).sum())))
             yield Gallery(
-                title=f"kept by {arm}, dropped by {against}",
-                note=f"{len(rows):,} samples; {how}.",
-                rows=tuple(chosen.tolist()),
-                notes=tuple(note_of(view, int(row), arm) for row in chosen),
+                title=f"{arm}: most repeated",
+                note="Samples that are kept most often.",
+                rows=rows,
+                notes=tuple(f"{times[row]} times" for row in rows),
             )
+
+
+def _in_loop(view: PoolView) -> Iterator[Gallery]:
+    """Yield what arms have chosen most often while they trained, and what they never chose."""
+    for arm, chosen in view.in_loop.items():
+        times = chosen.times
+        rows = _top(times.astype(np.float64), min(MOST_SAMPLES, int((times > 0).sum())))
+        yield Gallery(
+            title=f"{arm}: chosen most often in the loop",
+            note=f"{int((times > 0).sum()):,} samples were chosen at all, {chosen.of}.",
+            rows=rows,
+            notes=tuple(f"{times[row]} times" for row in rows),
+        )
+        never = np.flatnonzero((times == 0) & (view.kept[arm] > 0))
+        rows = tuple(_drawn(never, MOST_SAMPLES).tolist())
+        yield Gallery(
+            title=f"{arm}: never chosen in the loop",
+            note=f"{len(never):,} samples that it could have chosen; a random sample.",
+            rows=rows,
+            notes=tuple(note_of(view, row, arm) for row in rows),
+        )
 
 
 def _of_scores(arms: Arms, view: PoolView) -> Iterator[Gallery]:
@@ -196,13 +255,14 @@ def _of_scores(arms: Arms, view: PoolView) -> Iterator[Gallery]:
         yield Gallery(
             title=f"{arm}: from the best to the worst tenth",
             note="Two samples of each tenth of the pool by score, drawn at random.",
+            least=len(rows),
             rows=tuple(rows.tolist()),
             notes=tuple(
                 f"{name}, {note_of(view, int(row), arm)}"
                 for name, row in zip(names, rows, strict=True)
             ),
         )
-        few = min(MOST_SAMPLES // 2, len(order) // 2)
+        few = min(MOST_SAMPLES, len(order) // 2)
         for title, ends in (("best", order[:few]), ("worst", order[::-1][:few])):
             yield Gallery(
                 title=f"{arm}: {title} by score",

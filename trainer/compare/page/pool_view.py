@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +19,18 @@ from siftclip.datamodules.selection.run import score_pool
 from siftclip.errors import InputError
 from siftclip.files import identity_hash
 from siftclip.selectors.core.base import ScoreSelector
-from siftclip.trainer.builders.selection import pool_from, selector_from, source_from
+from siftclip.selectors.core.source import IMAGE
+from siftclip.trainer.builders.selection import (
+    features_folder,
+    pool_from,
+    selector_from,
+    source_from,
+)
 from siftclip.trainer.compare.collect import ArmComparison
+from siftclip.trainer.compare.page.grouping import Groups
+from siftclip.trainer.compare.page.groups import first_features, group_samples
+from siftclip.trainer.compare.page.in_loop import ChosenInLoop, chosen_in_loop
+from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.settings.commands import CompareCommand, TrainCommand
 
 log = logging.getLogger(__name__)
@@ -49,6 +59,8 @@ class PoolView:
     sizes: np.ndarray | None  # int64 [n, 2], width and height of the original; -1 where unknown
     max_image_pixels: int
     images: bool  # whether the report shows images
+    groups: Groups = field(default_factory=Groups)
+    in_loop: Mapping[str, ChosenInLoop] = field(default_factory=dict)  # by arm
 
 
 def open_view(
@@ -80,6 +92,8 @@ def open_view(
         sizes = read_image_sizes(pool, progress=settings.common.progress)
     truth = settings.compare.truth
     scores = {arm: kept_scores(arms[arm], pool) for arm in kept if arm in arms}
+    places = [place for each in (settings, *arms.values()) for place in feature_places(each, pool)]
+    features = first_features(pool, places)
     return PoolView(
         pool=pool,
         kept=kept,
@@ -88,7 +102,29 @@ def open_view(
         sizes=sizes,
         max_image_pixels=settings.data.max_image_pixels,
         images=settings.compare.images,
+        groups=group_samples(pool, features, progress=settings.common.progress),
+        in_loop=_in_loop(comparison, pool),
     )
+
+
+def _in_loop(comparison: ArmComparison, pool: Pool) -> dict[str, ChosenInLoop]:
+    """Count what the first run of each arm has chosen in the loop, where it has kept that."""
+    found = {}
+    runs = comparison.runs.set_index(["arm", "seed"])["run"]
+    for arm, selection in comparison.selections.items():
+        run = RunDir(path=Path(runs[arm, comparison.seeds[arm][0]]))
+        chosen = chosen_in_loop(run, selection, pool)
+        if chosen is not None:
+            found[arm] = chosen
+    return found
+
+
+def feature_places(settings: TrainCommand, pool: Pool) -> list[tuple[Path | None, str | None]]:
+    """Return where a run finds features of images, see `first_features`."""
+    features = settings.features
+    folders = [features_folder(features, pool)]
+    folders += [None if more is None else Path(more) for more in features.more]
+    return [(folder, f"{features.name}_{IMAGE}") for folder in folders]
 
 
 def kept_scores(

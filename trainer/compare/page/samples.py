@@ -56,7 +56,8 @@ def samples_part(comparison: ArmComparison, view: PoolView | str) -> dict[str, A
     if isinstance(view, str):
         names = ("recall", "repetitions", "composition", "scores", "galleries")
         empty: dict[str, Any] = {name: [] for name in names}
-        return {**common, **empty, "no_pool": view, "with_images": False, "faults": 0}
+        notes: dict[str, Any] = {"composition_notes": [], "with_images": False, "faults": 0}
+        return {**common, **empty, **notes, "no_pool": view}
     composition = composition_frame(view)
     galleries = read_galleries(view, choose_galleries(comparison, view))
     return {
@@ -65,6 +66,7 @@ def samples_part(comparison: ArmComparison, view: PoolView | str) -> dict[str, A
         "recall": recall_rows(comparison, composition),
         "repetitions": repetition_rows(comparison, view),
         "composition": composition_plots(comparison, composition),
+        "composition_notes": view.groups.notes,
         "scores": score_plots(comparison, view, score_frame(view)),
         "galleries": galleries,
         "with_images": view.images,

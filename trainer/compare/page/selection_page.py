@@ -14,8 +14,10 @@ from siftclip.eval.significance.words import WordShare, telling_words
 from siftclip.tables import ruled_table
 from siftclip.trainer.compare.page.axes import arm_classes
 from siftclip.trainer.compare.page.composition import (
+    RATIO_NOTE,
     composition_frame,
     composition_plots,
+    ratio_tables,
     recall_rows,
     repetition_rows,
 )
@@ -25,6 +27,7 @@ from siftclip.trainer.compare.page.galleries import (
     note_of,
     read_galleries,
 )
+from siftclip.trainer.compare.page.grouping import CLUSTER, LANGUAGE
 from siftclip.trainer.compare.page.pool_view import PoolView
 from siftclip.trainer.compare.page.render import render
 from siftclip.trainer.compare.page.samples import SHADES
@@ -106,6 +109,7 @@ def selection_page(view: PoolView, summary: Summary, shown: np.ndarray) -> str:
         recall=recall_rows(selections, summary.composition),
         repetitions=repetition_rows(selections, view),
         composition=composition_plots(selections, summary.composition),
+        composition_notes=view.groups.notes,
         scores=score_plots(selections, view, score_frame(view)),
         galleries=read,
         with_images=view.images,
@@ -157,8 +161,12 @@ def describe(view: PoolView, summary: Summary, passing: np.ndarray, *, exported:
             ["both", f"{int((first & second).sum()):,}"],
         ]
         parts.append(ruled_table(rows))
-    recall = recall_rows(ShownSelections(arms=tuple(view.kept)), summary.composition)
+    selections = ShownSelections(arms=tuple(view.kept))
+    recall = recall_rows(selections, summary.composition)
     parts += [ruled_table(recall)] if len(recall) > 1 else []
+    ratios = ratio_tables(selections, summary.composition)
+    tables = [ruled_table(ratios[title]) for title in (CLUSTER, LANGUAGE) if title in ratios]
+    parts += [*tables, RATIO_NOTE] if tables else []
     parts += [ruled_table(summary.words)] if len(summary.words) > 1 else []
     parts += [f"subset     {exported}"] if exported is not None else []
     return "\n\n".join(parts)

@@ -1,5 +1,5 @@
 "use strict";
-// Themes, sorting, searching, and showing blurred images. The page is whole without it.
+// Themes, sorting, searching, pages of galleries, and showing blurred images. The page is whole without it.
 (() => {
   const root = document.documentElement;
   const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
@@ -58,6 +58,7 @@
     input.parentElement.hidden = false;
     input.addEventListener("input", () => {
       const wanted = input.value.trim().toLowerCase();
+      place.classList.toggle("searched", wanted !== "");
       let shown = 0;
       for (const item of items) {
         item.hidden = !(item.dataset.text ?? item.textContent).toLowerCase().includes(wanted);
@@ -68,6 +69,43 @@
       }
       count.textContent = wanted ? `${shown} of ${items.length} shown` : "";
     });
+  }
+
+  // ---- galleries page through their samples; a search looks at all of them
+  const perPage = 12;
+  for (const gallery of all(".gallery")) {
+    const items = [...gallery.children];
+    if (items.length <= perPage) continue;
+    const bar = document.createElement("div");
+    const place = document.createElement("span");
+    const title = gallery.closest("details").querySelector("summary").textContent.trim();
+    let first = 0;
+    const show = (start) => {
+      first = start;
+      const end = Math.min(first + perPage, items.length);
+      items.forEach((item, at) => item.classList.toggle("off", at < first || at >= end));
+      place.textContent = `${first + 1} to ${end} of ${items.length}`;
+      back.setAttribute("aria-disabled", String(first === 0));
+      next.setAttribute("aria-disabled", String(end === items.length));
+    };
+    const [back, next] = [["Previous", -perPage], ["Next", perPage]].map(([text, step]) => {
+      const turn = document.createElement("button");
+      turn.type = "button";
+      turn.className = "tool";
+      turn.textContent = text;
+      turn.addEventListener("click", () => {
+        if (turn.getAttribute("aria-disabled") === "false") show(first + step);
+      });
+      return turn;
+    });
+    bar.className = "pages";
+    bar.setAttribute("role", "group");
+    bar.setAttribute("aria-label", `Pages of ${title}`);
+    place.className = "note";
+    place.setAttribute("role", "status");
+    bar.append(back, place, next);
+    gallery.before(bar);
+    show(0);
   }
 
   // ---- images are blurred until somebody wants to see them
