@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,16 @@ class Failing(Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("a callback that fails")
         self.times = -1
+
+
+class Hanging(Callback):
+    """One rank does not come to its second step."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1 and trainer.global_rank == self.rank:
+            time.sleep(600)

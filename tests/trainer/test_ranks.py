@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,17 @@ def test_batch_must_split_evenly(base: list[str], cli: Cli) -> None:
     assert result.returncode != 0
     assert "scale.global_batch_size must be a multiple of the 2 devices" in result.stderr
     assert "Got 15" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others(
+    base: list[str], new_cli: Cli, child_environment: dict[str, str]
+) -> None:
+    child_environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "helpers")
+    hanging = "trainer.callbacks=[{_target_:failing_callbacks.Hanging,rank:1}]"
+    start = time.monotonic()
+    result = new_cli("train", *base, hanging, "trainer.timeout_minutes=0.1", ranks=2)
+    assert result.returncode != 0
+    assert time.monotonic() - start < 100  # of these 30 are torchrun's, for the one that hangs
+    assert "waited for longer than trainer.timeout_minutes" in result.stderr
+    assert "internal error" not in result.stderr

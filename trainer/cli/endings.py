@@ -89,6 +89,12 @@ def end_internal(command: str, error: BaseException, folder: Path | None) -> NoR
     log = write_fault_log(error, folder)
     name = f"siftclip {command}".strip()
     at = f"log {log}" if log else f"traceback, which {FULL_ERROR}=1 in front of the command shows"
+    if is_of_another_rank(error):
+        end(
+            f"{name}: error: another rank has ended, whose own message says why, or was waited for "
+            f"longer than trainer.timeout_minutes. {describe(error)} ({at})",
+            INTERNAL,
+        )
     if is_of_the_machine(error):
         end(f"{name}: error: {describe(error)} ({at})", INTERNAL)
     end(f"{name}: internal error: {describe(error)} Please report it with the {at}", INTERNAL)
@@ -121,6 +127,14 @@ def fault_of_path(error: BaseException, config: Any) -> str | None:
 def is_of_the_machine(error: BaseException) -> bool:
     """Tell whether an exception says what the machine lacks, and not what the code does wrong."""
     return isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def is_of_another_rank(error: BaseException) -> bool:
+    """Tell whether an exchange with other ranks has failed, for which this one is not to blame."""
+    of_torch = {"DistBackendError", "DistNetworkError"}  # of NCCL, and of the store
+    return type(error).__name__ in of_torch or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def describe(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from siftclip.trainer.runtime.extensions import build_plugins
 from siftclip.trainer.runtime.hardware import check_hardware
 from siftclip.trainer.runtime.launch import Devices, cluster_plugins, device_count, resolve_devices
 from siftclip.trainer.settings.data import DataSettings
-from siftclip.trainer.settings.lightning import Precision, Strategy, TrainerSettings
+from siftclip.trainer.settings.lightning import Precision, TrainerSettings
 
 if TYPE_CHECKING:
     from lightning import Fabric, Trainer
@@ -83,7 +84,7 @@ def make_trainer(
             accelerator=settings.accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=_strategy(settings.strategy, devices, num_nodes),
+            strategy=_strategy(settings, devices, num_nodes),
             default_root_dir=folder,
             sync_batchnorm=settings.sync_batchnorm,
             **_plugin_options(settings),
@@ -105,15 +106,18 @@ def make_fabric(settings: TrainerSettings) -> Fabric:
         InputError: Lightning refuses the settings.
     """
     from lightning import Fabric
+    from lightning.fabric.strategies import DDPStrategy
 
     check_hardware(settings)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    waits = settings.timeout_minutes is not None and _are_several(devices, num_nodes)
     try:
         return Fabric(
             accelerator=settings.accelerator,
             devices=devices,
             num_nodes=num_nodes,
+            strategy=DDPStrategy(**_waiting(settings)) if waits else "auto",
             plugins=[*cluster_plugins(os.environ)],
             precision=_lightning_precision(resolve_precision(settings.precision)),
         )
@@ -178,10 +182,12 @@ def expected_world_size(settings: TrainerSettings) -> int:
     return count * num_nodes
 
 
-def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | LightningStrategy:
+def _strategy(
+    settings: TrainerSettings, devices: Devices, num_nodes: int
+) -> str | LightningStrategy:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-    several = num_nodes > 1 or (device_count(devices) or 1) > 1
+    name = settings.strategy
     if name == "fsdp":
         # Devices are told apart by their data alone; a checkpoint is one file that any number of
         # ranks can read.
@@ -189,12 +195,23 @@ def _strategy(name: Strategy, devices: Devices, num_nodes: int) -> str | Lightni
             data_parallel_size=_ranks(devices, num_nodes),
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
+            **_waiting(settings),
         )
     # Not with a static graph, as DataComp has it: that is for checkpointing which enters backward
     # again, and open_clip's does not.
-    if name == "ddp" or several:
-        return DDPStrategy(gradient_as_bucket_view=True)
+    if name == "ddp" or _are_several(devices, num_nodes):
+        return DDPStrategy(gradient_as_bucket_view=True, **_waiting(settings))
     return name
+
+
+def _are_several(devices: Devices, num_nodes: int) -> bool:
+    return num_nodes > 1 or (device_count(devices) or 1) > 1
+
+
+def _waiting(settings: TrainerSettings) -> dict[str, Any]:
+    """Return how long exchanges wait, for Lightning's strategies; nothing where torch says it."""
+    minutes = settings.timeout_minutes
+    return {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
 
 
 def loader_options(data: DataSettings) -> LoaderOptions:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Example, Open, Rare, Words
-from siftclip.trainer.settings.fields.section import Count, Section, Share
+from siftclip.trainer.settings.fields.section import Count, Positive, Section, Share
 from siftclip.trainer.settings.trainer_options import option_faults
 
 Precision: TypeAlias = Literal[
@@ -37,6 +37,9 @@ class TrainerSettings(Section):
 
     strategy: Strategy = "auto"
     """auto: one device unchanged, several with ddp; fsdp shards the weights."""
+
+    timeout_minutes: Positive | None = None
+    """How long a rank waits for the others in an exchange; null: torch's, 10 with NCCL, else 30."""
 
     precision: Precision = "auto"
     """auto: bf16-mixed where a GPU has it, else 32-true."""
