@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.models.load import Tokenizer, Transform
@@ -28,6 +28,7 @@ from siftclip.datamodules.pool.reader import (
     decode_caption,
 )
 from siftclip.datamodules.streaming.order import DrawnRequests, Substitutes, derive_seeds
+from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.errors import InputError
 from siftclip.purposes import GeneratorPurpose
 
@@ -44,7 +45,7 @@ Fault = tuple[str, str]  # (cause, place)
 class Batch:
     """What a training or embedding step gets."""
 
-    images: Tensor  # float32 [b, 3, size, size]
+    images: Tensor  # float32 [b, 3, size, size]; or pixels, uint8, until `finished`
     tokens: Tensor  # int64 [b, context_length]
     rows: Tensor  # int64 [b], the samples' ids: their rows in the pool
     valid: Tensor  # bool [b]; False where a bad sample was not replaced
@@ -55,6 +56,13 @@ class Batch:
     formats: tuple[str, ...] = ()  # of the images that are none of JPEG, PNG and WEBP
     retries: int = 0  # reads that had to be repeated
     failure: str = ""  # why the run cannot continue; the rest means nothing then
+    normalization: Normalization | None = None  # of images that are pixels
+
+    def finished(self) -> Batch:
+        """Return the batch with images that a model takes, float32, on the device it is on."""
+        if self.normalization is None:
+            return self
+        return replace(self, images=self.normalization(self.images), normalization=None)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move the batch to another device."""
@@ -110,6 +118,8 @@ class SampleDataset(Dataset[Batch]):
             bad samples as zeros marked invalid, which embedding wants.
         references: cached features that batches carry along.
         weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
+        finished: whether images are float32 already. Else they are pixels, a quarter of the bytes,
+            where the transform ends as open_clip's do; see `Batch.finished`.
     """
 
     reader: SampleReader
@@ -120,12 +130,18 @@ class SampleDataset(Dataset[Batch]):
     references: Sequence[RowFeatures] = ()
     weights: np.ndarray | None = None
     resize: ResizeBackend = "pillow"
+    finished: bool = False
     _images: ImageTransform = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         from siftclip.datamodules.streaming.image_transform import ImageTransform
 
         self._images = ImageTransform(self.transform, self.resize)
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """What the transform ends with, if it ends as open_clip's do."""
+        return self._images.normalization
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         storage = self.reader.pool.storage
@@ -157,8 +173,8 @@ class SampleDataset(Dataset[Batch]):
                     try:
                         prepared, captions[index], rare = self._decode(raw, seeds[index])
                         if images is None:
-                            images = _empty_batch(len(rows), prepared.shape)
-                        self._images.finish(prepared, images[index])
+                            images = self._empty_batch(len(rows), prepared)
+                        self._images.put(prepared, images[index])
                         rows[index], valid[index] = row, True
                         if rare is not None:
                             formats.append(rare)
@@ -177,7 +193,7 @@ class SampleDataset(Dataset[Batch]):
                     ((_, raw),) = self.reader.read(np.asarray([row]))
         if images is None:
             prepared = self._images.prepare(self._images.blank())
-            images = _empty_batch(len(rows), prepared.shape)
+            images = self._empty_batch(len(rows), prepared)
         images[~valid] = 0
         return Batch(
             images=images,
@@ -193,7 +209,11 @@ class SampleDataset(Dataset[Batch]):
             copies=isinstance(requests, DrawnRequests) and requests.copies,
             faults=tuple(fault for of_sample in faults for fault in of_sample),
             formats=tuple(formats),
+            normalization=self.normalization if images.dtype == torch.uint8 else None,
         )
+
+    def _empty_batch(self, count: int, prepared: Tensor) -> Tensor:
+        return self._images.empty_batch(count, prepared, finished=self.finished)
 
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str, str | None]:
         """Return the image as `ImageTransform.prepare` does, the caption, and a rare format."""
@@ -223,16 +243,6 @@ class SampleDataset(Dataset[Batch]):
         )
 
 
-def _empty_batch(count: int, shape: torch.Size) -> Tensor:
-    """Allocate float32 [count, *shape]; in a loader process, in memory shared with the trainer."""
-    if get_worker_info() is None:
-        return torch.empty(count, *shape)
-    elements = count * shape.numel()
-    # as torch's own collation does; `share_memory_` would copy what is not yet written
-    storage = torch.UntypedStorage._new_shared(4 * elements)  # type: ignore[no-untyped-call]  # torch ships it without types
-    return torch.empty(0).set_(storage).view(count, *shape)
-
-
 def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
     """Pick samples of several batches as one: int64 [m] into the samples of all, ascending."""
     bounds = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0)
@@ -256,6 +266,7 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
         },
         weights=None if parts[0].weights is None else joined(lambda part: part.weights),  # type: ignore[arg-type,return-value]  # all have them
         copies=parts[0].copies,
+        normalization=parts[0].normalization,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,10 +84,6 @@ class Encoder:
         self.options = options
         self.ranks: Ranks = OneRank() if ranks is None else ranks
         self._transform = ImageTransform(clip.eval_transform)
-        self._finisher = copy(self._transform)  # the same, on the device
-        if self._finisher.normalize is not None:
-            self._finisher.mean = self._transform.mean.to(options.device)
-            self._finisher.std = self._transform.std.to(options.device)
 
     def image_sets(self, table: ImageTable, sets: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
         """Yield the features of sets of images, one set after the other, with one loader for all.
@@ -179,23 +174,13 @@ class Encoder:
         return torch.autocast(self.options.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _encode_images(self, images: Tensor) -> np.ndarray:
-        images = self._finish(images)
+        images = images.to(self.options.device, non_blocking=True)
+        if self._transform.normalization is not None:
+            images = self._transform.normalization(images)
         with self._autocast():
             features = as_clip(self.clip.model).encode_image(images, normalize=True)
         array: np.ndarray = features.float().cpu().numpy()
         return array
-
-    def _finish(self, prepared: Tensor) -> Tensor:
-        """Finish prepared images: loaders send them so, at a quarter of the bytes of the result."""
-        device = self.options.device
-        prepared = prepared.to(device, non_blocking=True)
-        images = torch.empty(prepared.shape, dtype=torch.float32, device=device)
-        if device.type == "cpu":  # one by one they stay in the cache
-            for image, out in zip(prepared, images, strict=True):
-                self._finisher.finish(image, out)
-        else:
-            self._finisher.finish(prepared, images)
-        return images
 
     def _gather(
         self, table: ImageTable, rows: np.ndarray, parts: list[tuple[ImageBatch, np.ndarray]]

@@ -156,8 +156,8 @@ def time_stages(
                 prepared = images.prepare(image)
                 transformed = clock()
                 if batch is None:
-                    batch = torch.empty(len(rows), *prepared.shape)
-                images.finish(prepared, batch[len(captions)])
+                    batch = images.empty_batch(len(rows), prepared, finished=dataset.finished)
+                images.put(prepared, batch[len(captions)])
                 captions.append(caption)
                 mark = clock()
                 seconds["decode"] += decoded - now

@@ -205,6 +205,6 @@ class ModelTeacher:
             self.device = batch.images.device
             self.model.to(self.device)
         return (
-            as_clip(self.model).encode_image(batch.images, normalize=True),
+            as_clip(self.model).encode_image(batch.finished().images, normalize=True),
             as_clip(self.model).encode_text(batch.tokens, normalize=True),
         )

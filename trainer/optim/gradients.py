@@ -24,7 +24,7 @@ from siftclip.trainer.losses import (
     caption_tokens,
 )
 
-TeacherFeatures = Callable[[Batch], tuple[Tensor, Tensor] | None]
+TeacherFeatures = Callable[[Batch], tuple[Tensor, Tensor] | None]  # of a batch, `finished` or not
 
 
 def no_teacher(batch: Batch) -> None:
@@ -70,7 +70,8 @@ def compute_gradients(
     Args:
         model: an open_clip model that returns dictionaries.
         objective: the losses.
-        micro_batches: of equal size, on the model's device.
+        micro_batches: of equal size, on the model's device. Images that are still pixels are
+            finished one micro-batch at a time.
         context: of this process.
         features: image and text features of all micro-batches that the model gives now, [b, d]
             each, where they are known; several micro-batches then need one forward instead of two.
@@ -81,7 +82,7 @@ def compute_gradients(
     """
     caption_share = _caption_share(objective, micro_batches, context, model)
     if len(micro_batches) == 1:
-        (batch,) = micro_batches
+        batch = micro_batches[0].finished()
         _seed(context, 0, batch.images.device)
         outputs = model(_cast(model, batch.images), batch.tokens)
         terms: dict[str, Tensor] = objective.loss(
@@ -116,7 +117,8 @@ def _cached_gradients(
     with torch.no_grad(), kept_statistics(model):
         for index, batch in enumerate(micro_batches if features is None else ()):
             _seed(context, index, batch.images.device)
-            images.append(clip.encode_image(_cast(model, batch.images), normalize=True))
+            pixels = _cast(model, batch.finished().images)
+            images.append(clip.encode_image(pixels, normalize=True))
             texts.append(clip.encode_text(batch.tokens, normalize=True))
         teachers = [objective.teacher(batch) for batch in micro_batches]
         scale, bias = clip.logit_scale.exp(), getattr(model, "logit_bias", None)
@@ -135,7 +137,7 @@ def _cached_gradients(
         mine = slice(index * samples, (index + 1) * samples)
         with nullcontext() if last else context.unsynced():
             _seed(context, index, batch.images.device)
-            outputs = model(_cast(model, batch.images), batch.tokens)
+            outputs = model(_cast(model, batch.finished().images), batch.tokens)
             # The gradient of this sum is the chain rule through the features.
             surrogate = _along(outputs["image_features"], gradients["image"][mine]) + _along(
                 outputs["text_features"], gradients["text"][mine]

@@ -99,7 +99,8 @@ def test_batch_holds_what_the_tars_hold(
 ) -> None:
     (first, *_) = load(make_dataset(pool), rows)
     assert first.images.shape == (BATCH, 3, 16, 16)
-    assert first.images.dtype == torch.float32
+    assert first.images.dtype == torch.uint8
+    assert first.finished().images.dtype == torch.float32
     assert first.tokens.dtype == first.rows.dtype == torch.int64
     assert first.valid.tolist() == [True] * BATCH
     assert first.faults == ()
