@@ -81,7 +81,7 @@ class SelectedPairs(LightningDataModule):
             tokenizer: captions -> int64 [n, t], such as open_clip's `get_tokenizer(name)`, or one
                 of Hugging Face.
             seed: of order, augmentation and substitutes of bad samples.
-            num_workers: loader processes per device; None: as many as the cores suggest, at most 4.
+            num_workers: loader processes per device; None: one for each of its cores but one.
             form: what a batch is to the training loop: `as_tuple`, `as_dict`, or a function.
             window_shards: shuffle over so many tars at a time; None: over the whole selection.
             max_image_pixels: larger images are bad samples; checked before decoding.

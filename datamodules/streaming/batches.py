@@ -72,6 +72,12 @@ class Batch:
         """Copy the batch to page-locked memory. The DataLoader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what `to` moves."""
+        yield from (self.images, self.tokens, self.rows, self.valid, *self.references.values())
+        if self.weights is not None:
+            yield self.weights
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
@@ -88,14 +94,25 @@ class StepBatch:
     """The batch of one step on one rank, in the micro-batches that the device takes at a time.
 
     `digest` stands for what all ranks together read at the step, for them to compare; 0 with one.
+    `samples` counts what this rank has read.
 
     Neither a list nor a dataclass, so that Lightning hands it on as it is.
     """
 
-    __slots__ = ("digest", "micro_batches")
+    __slots__ = ("digest", "micro_batches", "samples")
 
     def __init__(self, micro_batches: Sequence[Batch], digest: int = 0) -> None:
         self.micro_batches, self.digest = micro_batches, digest
+        self.samples = sum(len(batch.rows) for batch in micro_batches)
+
+    def keep(self, chosen: Sequence[Batch]) -> None:
+        """Keep what is trained on; the memory of the rest is free when nobody else has it."""
+        self.micro_batches = chosen
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what `to` moves."""
+        for batch in self.micro_batches:
+            yield from batch.tensors()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """Move the batch to another device."""
@@ -120,6 +137,7 @@ class SampleDataset(Dataset[Batch]):
         weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
         finished: whether images are float32 already. Else they are pixels, a quarter of the bytes,
             where the transform ends as open_clip's do; see `Batch.finished`.
+        channels_last: the layout of finished images in memory.
     """
 
     reader: SampleReader
@@ -131,17 +149,20 @@ class SampleDataset(Dataset[Batch]):
     weights: np.ndarray | None = None
     resize: ResizeBackend = "pillow"
     finished: bool = False
-    _images: ImageTransform = field(init=False, repr=False)
+    channels_last: bool = False
+    image_transform: ImageTransform = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         from siftclip.datamodules.streaming.image_transform import ImageTransform
 
-        self._images = ImageTransform(self.transform, self.resize)
+        self.image_transform = ImageTransform(
+            self.transform, self.resize, channels_last=self.channels_last
+        )
 
     @property
     def normalization(self) -> Normalization | None:
         """What the transform ends with, if it ends as open_clip's do."""
-        return self._images.normalization
+        return self.image_transform.normalization
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         storage = self.reader.pool.storage
@@ -174,7 +195,7 @@ class SampleDataset(Dataset[Batch]):
                         prepared, captions[index], rare = self._decode(raw, seeds[index])
                         if images is None:
                             images = self._empty_batch(len(rows), prepared)
-                        self._images.put(prepared, images[index])
+                        self.image_transform.put(prepared, images[index])
                         rows[index], valid[index] = row, True
                         if rare is not None:
                             formats.append(rare)
@@ -192,7 +213,7 @@ class SampleDataset(Dataset[Batch]):
                     row = replacing.row(place, attempt)
                     ((_, raw),) = self.reader.read(np.asarray([row]))
         if images is None:
-            prepared = self._images.prepare(self._images.blank())
+            prepared = self.image_transform.prepare(self.image_transform.blank())
             images = self._empty_batch(len(rows), prepared)
         images[~valid] = 0
         return Batch(
@@ -213,20 +234,20 @@ class SampleDataset(Dataset[Batch]):
         )
 
     def _empty_batch(self, count: int, prepared: Tensor) -> Tensor:
-        return self._images.empty_batch(count, prepared, finished=self.finished)
+        return self.image_transform.empty_batch(count, prepared, finished=self.finished)
 
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str, str | None]:
         """Return the image as `ImageTransform.prepare` does, the caption, and a rare format."""
         if isinstance(raw, BadSampleError):
             raise raw
         caption = decode_caption(raw.caption, self.reader.max_caption_bytes)
-        image = self._images.decode(raw.image, self.reader.max_image_pixels)
-        self._images.require_bounded(image, self.reader.max_image_pixels)
+        image = self.image_transform.decode(raw.image, self.reader.max_image_pixels)
+        self.image_transform.require_bounded(image, self.reader.max_image_pixels)
         # not torch.manual_seed, which also sets the accelerators' states
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
-        return self._images.prepare(image), caption, rare_format(raw.image)
+        return self.image_transform.prepare(image), caption, rare_format(raw.image)
 
     def _replacing(self, distinct: np.ndarray, requests: Sequence[Request]) -> Substitutes:
         if not isinstance(requests, DrawnRequests):  # they are all that is read at a time

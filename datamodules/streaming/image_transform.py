@@ -45,12 +45,19 @@ _LONGEST_ASPECT = 100  # of an image that is resized as a whole whatever the lim
 class ImageTransform:
     """From a decoded image into the batch. Picklable if the transform is."""
 
-    def __init__(self, transform: Transform, resize: ResizeBackend = "pillow") -> None:
+    def __init__(
+        self,
+        transform: Transform,
+        resize: ResizeBackend = "pillow",
+        *,
+        channels_last: bool = False,
+    ) -> None:
         """Take a transform apart.
 
         Args:
             transform: RGB image -> float32 [3, size, size].
             resize: `pillow` for open_clip's own pixels, `torch` for the faster ones.
+            channels_last: the layout of finished images in memory.
 
         Raises:
             InputError: `resize` is unknown, or `torch` does not know a step of this transform.
@@ -59,7 +66,8 @@ class ImageTransform:
             rule = f"must be one of {RESIZE_BACKENDS}"
             raise ParameterError(rule, parameter="resize", value=resize)
         self.transform = transform
-        self.normalization = _last_normalization(transform)
+        self.channels_last = channels_last
+        self.normalization = _last_normalization(transform, channels_last=channels_last)
         self.on_tensors = resize == "torch"
         steps: Sequence[Any] = ()
         if self.normalization is not None and isinstance(transform, Compose):
@@ -138,12 +146,14 @@ class ImageTransform:
 
         Returns:
             uint8 [count, 3, h, w], laid out as images are decoded, channels last, so that nothing
-            is rearranged; or float32 [count, *shape].
+            is rearranged; or float32 [count, *shape], laid out as asked for.
         """
-        if self.normalization is None or finished:
-            return _empty((count, *prepared.shape), torch.float32)
+        as_floats = self.normalization is None or finished
+        dtype = torch.float32 if as_floats else torch.uint8
+        if as_floats and not self.channels_last:
+            return _empty((count, *prepared.shape), dtype)
         channels, height, width = prepared.shape
-        return _empty((count, height, width, channels), torch.uint8).permute(0, 3, 1, 2)
+        return _empty((count, height, width, channels), dtype).permute(0, 3, 1, 2)
 
     def put(self, prepared: Tensor, out: Tensor) -> None:
         """Write what `prepare` gave into a batch of `empty_batch`: pixels, or finished images."""
@@ -162,12 +172,13 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def _last_normalization(transform: Transform) -> Normalization | None:
+def _last_normalization(transform: Transform, *, channels_last: bool) -> Normalization | None:
     if not isinstance(transform, Compose) or len(transform.transforms) < 2:
         return None
     to_tensor, normalize = transform.transforms[-2:]
     if type(to_tensor) in (ToTensor, MaybeToTensor) and type(normalize) is Normalize:
-        return Normalization(mean=tuple(normalize.mean), std=tuple(normalize.std))
+        mean, std = tuple(normalize.mean), tuple(normalize.std)
+        return Normalization(mean=mean, std=std, channels_last=channels_last)
     return None
 
 

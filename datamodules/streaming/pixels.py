@@ -19,10 +19,16 @@ class Normalization:
 
     mean: tuple[float, ...]  # of each channel, of values from 0 to 1
     std: tuple[float, ...]
+    channels_last: bool = False  # of the images in memory
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch: uint8 [b, 3, h, w] to float32 of the same shape, on its device."""
-        images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+        images = torch.empty(
+            pixels.shape,
+            dtype=torch.float32,
+            device=pixels.device,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )
         if pixels.device.type == "cpu":  # one by one they stay in the cache
             for image, out in zip(pixels, images, strict=True):
                 self.write(image, out)

@@ -20,6 +20,7 @@ from siftclip.agreement import share_texts
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.pool.image_formats import describe_formats
+from siftclip.datamodules.streaming.device_copies import on_device
 from siftclip.eval.encoding.texts import (
     check_tokens,
     encode_tokens,
@@ -32,6 +33,7 @@ from siftclip.ranks import OneRank, Ranks, sum_arrays
 
 _ROWS_A_SUM = 65_536  # of features that ranks exchange at once
 _TEXTS_A_TOKENIZING = 16_384
+_NO_IMAGES = torch.empty(0)  # of batches that are encoded
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +99,8 @@ class Encoder:
         cut = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in sets]
         numbered = [(owner, batch) for owner, batches in enumerate(cut) for batch in batches]
         mine = numbered[ranks.rank :: ranks.size]
-        loader: Iterator[ImageBatch] = iter(
-            self._loader(table, [batch for _, batch in mine]) if mine else ()
-        )
+        loader = self._loader(table, [batch for _, batch in mine]) if mine else ()
+        arriving = on_device(loader, self.options.device)
         total = sum(map(len, sets))
         done = counted = images = 0
         formats = Counter[str]()
@@ -107,8 +108,9 @@ class Encoder:
             for owner, rows in enumerate(sets):
                 parts: list[tuple[ImageBatch, np.ndarray]] = []
                 while done < len(mine) and mine[done][0] == owner:
-                    batch = next(loader)
-                    parts.append((batch, self._encode_images(batch.images)))
+                    batch = next(arriving)
+                    features = self._encode_images(batch.images)
+                    parts.append((batch._replace(images=_NO_IMAGES), features))
                     counted, before = min(counted + len(batch.rows) * ranks.size, total), counted
                     bar.update(counted - before)
                     formats.update(batch.formats)
@@ -148,13 +150,13 @@ class Encoder:
         return torch.from_numpy(features).to(device)
 
     def _loader(self, table: ImageTable, batches: Sequence[np.ndarray]) -> DataLoader[ImageBatch]:
-        parallel = self.options.num_workers > 0
+        workers = min(self.options.num_workers, len(batches))
         return DataLoader(
             ImageDataset(table, self._transform, max_image_pixels=self.options.max_image_pixels),
             batch_sampler=_Batches(batches),
-            num_workers=self.options.num_workers,
+            num_workers=workers,
             collate_fn=only_item,  # type: ignore[arg-type]  # it gets no list
-            prefetch_factor=2 if parallel else None,
+            prefetch_factor=2 if workers else None,
             pin_memory=self.options.device.type == "cuda",
             generator=torch.Generator(),  # without one it takes a number from the global generator
         )
@@ -174,7 +176,6 @@ class Encoder:
         return torch.autocast(self.options.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _encode_images(self, images: Tensor) -> np.ndarray:
-        images = images.to(self.options.device, non_blocking=True)
         if self._transform.normalization is not None:
             images = self._transform.normalization(images)
         with self._autocast():

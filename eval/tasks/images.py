@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -227,6 +228,14 @@ class ImageBatch(NamedTuple):
     def pin_memory(self) -> ImageBatch:
         """Copy to page-locked memory, for the loader."""
         return self._replace(images=self.images.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> ImageBatch:
+        """Move the images to another device."""
+        return self._replace(images=self.images.to(device, non_blocking=non_blocking))
+
+    def tensors(self) -> tuple[Tensor]:
+        """Return what `to` moves."""
+        return (self.images,)
 
 
 class ImageDataset(Dataset[ImageBatch]):

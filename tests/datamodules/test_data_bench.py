@@ -16,7 +16,7 @@ import torch
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.streaming import image_transform
-from siftclip.datamodules.streaming.batches import SampleDataset
+from siftclip.datamodules.streaming.batches import Batch, SampleDataset
 from siftclip.datamodules.streaming.datamodule import LoaderOptions, OrderSampler, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
 from siftclip.errors import InputError
@@ -349,5 +349,7 @@ def test_rates_follow_from_the_numbers() -> None:
     seconds = dict(zip(STAGES, [1.0, 2.0, 3.0, 0.5, 0.5], strict=True))
     stages = StageTimes(samples=10, read_bytes=1, seconds=seconds, total_seconds=8.0)
     assert stages.seconds_after_reading == 0.7
-    assert LoaderRate(samples=10, seconds=4.0).samples_per_second == 2.5
+    nothing = torch.empty(0)
+    batch = Batch(images=nothing, tokens=nothing, rows=nothing, valid=nothing)
+    assert LoaderRate(samples=10, seconds=4.0, batch=batch).samples_per_second == 2.5
     assert CopyCost(samples=4, size_bytes=9, seconds=2.0).sample_seconds == 0.5

@@ -238,6 +238,7 @@ class ClipTraining(LightningModule):
             group["lr"] = group["base_lr"] * factor
         bare.zero_grad(set_to_none=True)
         chosen = self._choose(batch)
+        batch.keep(chosen.batches)
         self.agreement.note(self.global_step, read=batch.digest, trained=chosen.digest)
         before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.

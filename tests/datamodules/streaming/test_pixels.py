@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,19 @@ def test_what_is_picked_of_pixels_is_still_to_be_finished(
     assert chosen.images.dtype == torch.uint8
     expected = torch.cat([part.finished().images for part in parts])[[1, 2, 5]]
     assert torch.equal(chosen.finished().images, expected)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_channels_last_is_a_layout_of_the_same_images(
+    pool: Pool, make_dataset: MakeDataset, finished: bool
+) -> None:
+    dataset = make_dataset(pool)
+    expected = dataset.__getitems__(REQUESTS).finished().images
+    other = replace(dataset, channels_last=True, finished=finished)
+    images = other.__getitems__(REQUESTS).finished().images
+    assert expected.is_contiguous()
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, expected)
 
 
 def test_put_writes_pixels_or_floats_as_the_batch_is() -> None:
