@@ -203,10 +203,11 @@ class StepLoader:
         """Yield the step batches of one version, from a step on, where the loader gives them."""
         batches = iter(loader)
         while step < sampler.total_steps:
-            parts = list(islice(batches, len(sampler.parts(step))))
-            if not parts:
+            parts = islice(batches, len(sampler.parts(step)))
+            batch = StepBatch([*parts], sampler.digests.pop(step, 0))
+            if not batch.micro_batches:
                 return
-            yield StepBatch(parts, sampler.digests.pop(step, 0))
+            yield batch  # which alone has the parts, so that it can give them up
             step += 1
 
 
@@ -422,6 +423,8 @@ class StreamDataModule(LightningDataModule):
         self, batch: StepBatch, device: torch.device, dataloader_idx: int
     ) -> StepBatch:
         """Move a batch that the loader has not moved; Lightning does so for tensors only."""
+        if batch.device == device:
+            return batch  # not a copy, which would keep what `StepBatch.keep` gives up
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def state_dict(self) -> dict[str, Any]:

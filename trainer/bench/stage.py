@@ -260,7 +260,7 @@ def describe_bench(outcome: BenchOutcome) -> str:
 def _images(outcome: BenchOutcome) -> str:
     """Say what the loader hands over, and what is left to the device."""
     images = outcome.loader.batch.images
-    size = f"{images.nbytes / len(images) / 1e3:.1f} kB a sample"
+    size = f"{images.nbytes / len(images) / 1e3:.1f} kB per sample"
     if outcome.loader.batch.normalization is None:
         return f"{size}, floats: the transform does not end as open_clip's do"
     microseconds = 1e6 * outcome.finishing_seconds

@@ -82,9 +82,10 @@ def compute_gradients(
     """
     caption_share = _caption_share(objective, micro_batches, context, model)
     if len(micro_batches) == 1:
-        batch = micro_batches[0].finished()
+        (batch,) = micro_batches
+        batch = batch.finished()  # once: a teacher takes it, too
         _seed(context, 0, batch.images.device)
-        outputs = model(_cast(model, batch.images), batch.tokens)
+        outputs = model(_images(model, batch), batch.tokens)
         terms: dict[str, Tensor] = objective.loss(
             _loss_inputs(
                 [batch],
@@ -117,8 +118,7 @@ def _cached_gradients(
     with torch.no_grad(), kept_statistics(model):
         for index, batch in enumerate(micro_batches if features is None else ()):
             _seed(context, index, batch.images.device)
-            pixels = _cast(model, batch.finished().images)
-            images.append(clip.encode_image(pixels, normalize=True))
+            images.append(clip.encode_image(_images(model, batch), normalize=True))
             texts.append(clip.encode_text(batch.tokens, normalize=True))
         teachers = [objective.teacher(batch) for batch in micro_batches]
         scale, bias = clip.logit_scale.exp(), getattr(model, "logit_bias", None)
@@ -137,7 +137,7 @@ def _cached_gradients(
         mine = slice(index * samples, (index + 1) * samples)
         with nullcontext() if last else context.unsynced():
             _seed(context, index, batch.images.device)
-            outputs = model(_cast(model, batch.finished().images), batch.tokens)
+            outputs = model(_images(model, batch), batch.tokens)
             # The gradient of this sum is the chain rule through the features.
             surrogate = _along(outputs["image_features"], gradients["image"][mine]) + _along(
                 outputs["text_features"], gradients["text"][mine]
@@ -245,8 +245,9 @@ def _pad_token(model: nn.Module) -> int:
     return pad_token
 
 
-def _cast(model: nn.Module, images: Tensor) -> Tensor:
-    """Cast images to the type of the model's weights: training in pure bf16 has no autocast."""
+def _images(model: nn.Module, batch: Batch) -> Tensor:
+    """Return finished images in the type of the weights: pure bf16 has no autocast."""
+    images = batch.finished().images
     return images if torch.is_autocast_enabled(images.device.type) else images.to(_dtype(model))
 
 

@@ -131,6 +131,7 @@ def test_what_is_picked_of_pixels_is_still_to_be_finished(
     parts = [dataset.__getitems__(REQUESTS), dataset.__getitems__(REQUESTS[::-1])]
     chosen = pick(parts, torch.tensor([1, 2, 5]))
     assert chosen.images.dtype == torch.uint8
+    assert chosen.images.is_contiguous(memory_format=torch.channels_last)
     expected = torch.cat([part.finished().images for part in parts])[[1, 2, 5]]
     assert torch.equal(chosen.finished().images, expected)
 

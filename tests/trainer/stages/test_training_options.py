@@ -317,13 +317,14 @@ def test_channels_last_is_a_layout_of_the_same_training(
     selecting: bool,
 ) -> None:
     seen: list[bool] = []
-    cast = gradients._cast
+    images_of = gradients._images
 
-    def look(model: Any, images: torch.Tensor) -> torch.Tensor:
+    def look(*arguments: Any) -> torch.Tensor:
+        images = images_of(*arguments)
         seen.append(images.is_contiguous(memory_format=torch.channels_last))
-        return cast(model, images)
+        return images
 
-    monkeypatch.setattr(gradients, "_cast", look)
+    monkeypatch.setattr(gradients, "_images", look)
     online = ["online=every_step", "online.selector.fraction=0.25"] if selecting else []
     found = []
     for channels_last in (False, True):
