@@ -185,6 +185,8 @@ def same_tokens(first: ClipModel, second: ClipModel) -> bool:
 class CachedTeacher:
     """Takes the teacher's features from the batch."""
 
+    reads_images = False
+
     def __init__(self, keys: tuple[str, ...]) -> None:
         self.image_key, self.text_key = keys
 
@@ -205,6 +207,6 @@ class ModelTeacher:
             self.device = batch.images.device
             self.model.to(self.device)
         return (
-            as_clip(self.model).encode_image(batch.finished().images, normalize=True),
+            as_clip(self.model).encode_image(batch.images, normalize=True),
             as_clip(self.model).encode_text(batch.tokens, normalize=True),
         )

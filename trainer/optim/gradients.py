@@ -24,7 +24,7 @@ from siftclip.trainer.losses import (
     caption_tokens,
 )
 
-TeacherFeatures = Callable[[Batch], tuple[Tensor, Tensor] | None]  # of a batch, `finished` or not
+TeacherFeatures = Callable[[Batch], tuple[Tensor, Tensor] | None]
 
 
 def no_teacher(batch: Batch) -> None:
@@ -89,7 +89,7 @@ def compute_gradients(
         terms: dict[str, Tensor] = objective.loss(
             _loss_inputs(
                 [batch],
-                [objective.teacher(batch)],
+                [_taught(objective, batch)],
                 context,
                 image=outputs["image_features"],
                 text=outputs["text_features"],
@@ -120,7 +120,7 @@ def _cached_gradients(
             _seed(context, index, batch.images.device)
             images.append(clip.encode_image(_images(model, batch), normalize=True))
             texts.append(clip.encode_text(batch.tokens, normalize=True))
-        teachers = [objective.teacher(batch) for batch in micro_batches]
+        teachers = [_taught(objective, batch) for batch in micro_batches]
         scale, bias = clip.logit_scale.exp(), getattr(model, "logit_bias", None)
     leaves = {"image": torch.cat(images), "text": torch.cat(texts), "scale": scale}
     if bias is not None:
@@ -153,6 +153,14 @@ def _cached_gradients(
             if surrogate.requires_grad:  # not with locked towers
                 context.backward(surrogate)
     return {**values, "loss": _total(values)}
+
+
+def _taught(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Ask the teacher, with images as models take them unless it says `reads_images = False`."""
+    teacher = objective.teacher
+    if teacher is no_teacher:
+        return None
+    return teacher(batch.finished() if getattr(teacher, "reads_images", True) else batch)
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

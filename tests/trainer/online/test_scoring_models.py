@@ -82,6 +82,21 @@ def test_parts_are_finished_one_at_a_time_while_they_are_scored(
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("micro_batches", [1, PARTS])
+def test_a_teacher_gets_images_as_models_take_them(model: nn.Module, micro_batches: int) -> None:
+    given = [*parts()][:micro_batches]
+    expected = [part.finished().images for part in given]
+    seen: list[Tensor] = []
+
+    def teacher(batch: Batch) -> None:
+        seen.append(batch.images)
+
+    objective = Objective(loss=SoftmaxLoss(), teacher=teacher)
+    compute_gradients(model, objective, given, StepContext())
+    assert all(map(torch.equal, seen, expected))
+    assert len(seen) == micro_batches
+
+
 def test_micro_batches_are_finished_one_at_a_time_while_they_are_trained_on(
     model: nn.Module, finished: Finished
 ) -> None:
