@@ -177,7 +177,7 @@ def _last_normalization(transform: Transform, *, channels_last: bool) -> Normali
         return None
     to_tensor, normalize = transform.transforms[-2:]
     if type(to_tensor) in (ToTensor, MaybeToTensor) and type(normalize) is Normalize:
-        mean, std = tuple(normalize.mean), tuple(normalize.std)
+        mean, std = (tuple(map(float, values)) for values in (normalize.mean, normalize.std))
         return Normalization(mean=mean, std=std, channels_last=channels_last)
     return None
 
