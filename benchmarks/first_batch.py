@@ -62,7 +62,9 @@ def first_batch(pool: Path, output: Path, *, seed: int, share_done: float) -> tu
     sampler = OrderSampler(
         order=order, global_batch=256, start_step=step, total_steps=10**6, rank=0, world_size=1
     )
-    batches = iter(make_loader(dataset, sampler, loader_options(config.data), pin_memory=False))
+    batches = iter(
+        make_loader(dataset, sampler, loader_options(config.data, config.trainer), pin_memory=False)
+    )
     next(batches)
     return selected_at - start, time.perf_counter() - selected_at
 

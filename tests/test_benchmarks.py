@@ -39,6 +39,12 @@ def test_benchmark_pool_and_its_measurements(run: Callable[..., str], tmp_path: 
     assert "| all | 0.3" in run("shuffling.py", pool, "--fractions", "1.0")
 
 
+def test_benchmark_of_handing_over(run: Callable[..., str]) -> None:
+    tables = run("handing_over.py", "--batches", "1", "--rounds", "1")
+    assert tables.count("| uint8 |") == 3
+    assert "the same floats" in tables
+
+
 def test_benchmarks_of_training(run: Callable[..., str], model_folder: Path) -> None:
     alone = ["--threads", "1"]  # the cores are shared with other tests
     step = run("training_step.py", *alone, "--batch", "4", "--steps", "2", "--rounds", "1")

@@ -19,11 +19,11 @@ ALLOWED = {
     "eval/tasks/images.py:_read": "a tar that was found to be a file when the task was read",
     "eval/tasks/images.py:read_images": "the same",
     "eval/tasks/samples.py:read_samples": "the same",
+    "src/siftclip/cores.py:memory_bytes": "a file of Linux",
     "trainer/api/nodes.py:_names_by_target": "files of this package",
     "trainer/bench/measure.py:available_memory_bytes": "a file of Linux",
     "trainer/optim/loss_ranks.py": "checks of plug-ins, run by their authors",
     "trainer/runtime/environment.py:cpu_model": "a file of Linux",
-    "trainer/runtime/memory.py": "a file of Linux",
     "trainer/settings/describing/selector_parameters.py": "files of this package",
     "trainer/settings/kept_config.py:_restore_references": "a file of this package",
 }

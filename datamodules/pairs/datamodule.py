@@ -32,6 +32,7 @@ from siftclip.datamodules.streaming.datamodule import warn_of_copies, warn_of_sm
 from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.loader import LoaderOptions
 from siftclip.datamodules.streaming.order import SampleOrder, require_window
+from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.errors import InputError, ParameterError, require_fraction, require_int
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class SelectedPairs(LightningDataModule):
         max_image_pixels: int = 25_000_000,
         max_bad_fraction: float = 0.01,
         resize: ResizeBackend = "pillow",
+        finished: bool = True,
         loader_options: LoaderOptions | None = None,
     ) -> None:
         """Set what is streamed.
@@ -79,12 +81,15 @@ class SelectedPairs(LightningDataModule):
             tokenizer: captions -> int64 [n, t], such as open_clip's `get_tokenizer(name)`, or one
                 of Hugging Face.
             seed: of order, augmentation and substitutes of bad samples.
-            num_workers: loader processes per device; None: as many as the cores suggest, at most 4.
+            num_workers: loader processes per device; None: one for each of its cores but one.
             form: what a batch is to the training loop: `as_tuple`, `as_dict`, or a function.
             window_shards: shuffle over so many tars at a time; None: over the whole selection.
             max_image_pixels: larger images are bad samples; checked before decoding.
             max_bad_fraction: how many of the samples may be bad. They are replaced by others.
             resize: `torch` takes half the time, and some values differ by 1 of 255.
+            finished: whether images come as float32, for any loop. False: as uint8, a quarter of
+                the bytes for processes and copies to a device, where `normalization` finishes them;
+                `ClipTraining` does so by itself. For transforms that end as open_clip's do.
             loader_options: more about the loader processes, in place of `num_workers`.
 
         Raises:
@@ -127,13 +132,27 @@ class SelectedPairs(LightningDataModule):
             substitutes=np.unique(self.rows),
             weights=weights,
             resize=resize,
+            finished=finished,
         )
+        if not finished and self.normalization is None:
+            raise ParameterError(
+                "needs a transform that ends with ToTensor and Normalize, as open_clip's do",
+                owner=self,
+                parameter="finished",
+                value=finished,
+                way_out="Leave it at True.",
+            )
         warn_of_small_cache(pool, self.rows, self.window_shards)
 
     @property
     def pool(self) -> Pool:
         """The pool that is read."""
         return self.dataset.reader.pool
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """What makes float32 of images that are uint8, by a call; None with other transforms."""
+        return self.dataset.normalization
 
     def uids(self, rows: Any) -> list[str]:
         """Return the uids of samples, such as those of `batch["rows"]`, int64 [b]."""

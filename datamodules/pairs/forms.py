@@ -22,7 +22,7 @@ MOST_TOKENS = 4096  # tokenizers of Hugging Face that know no limit say 10^30
 
 
 def as_tuple(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return images, float32 [b, 3, h, w], and tokens, int64 [b, t]."""
+    """Return images, float32 or uint8 [b, 3, h, w], and tokens, int64 [b, t]."""
     return batch.images, batch.tokens
 
 

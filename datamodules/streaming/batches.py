@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.models.load import Tokenizer, Transform
@@ -28,6 +28,7 @@ from siftclip.datamodules.pool.reader import (
     decode_caption,
 )
 from siftclip.datamodules.streaming.order import DrawnRequests, Substitutes, derive_seeds
+from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.errors import InputError
 from siftclip.purposes import GeneratorPurpose
 
@@ -44,7 +45,7 @@ Fault = tuple[str, str]  # (cause, place)
 class Batch:
     """What a training or embedding step gets."""
 
-    images: Tensor  # float32 [b, 3, size, size]
+    images: Tensor  # float32 [b, 3, size, size]; or pixels, uint8, until `finished`
     tokens: Tensor  # int64 [b, context_length]
     rows: Tensor  # int64 [b], the samples' ids: their rows in the pool
     valid: Tensor  # bool [b]; False where a bad sample was not replaced
@@ -56,6 +57,13 @@ class Batch:
     retries: int = 0  # reads that had to be repeated
     failure: str = ""  # why the run cannot continue; the rest means nothing then
     host_rows: Tensor | None = None  # `rows` of a batch that was moved to a device
+    normalization: Normalization | None = None  # of images that are pixels
+
+    def finished(self) -> Batch:
+        """Return the batch with images that a model takes, float32, on the device it is on."""
+        if self.normalization is None:
+            return self
+        return replace(self, images=self.normalization(self.images), normalization=None)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move the batch to another device; its rows stay known on the CPU."""
@@ -69,6 +77,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory. The DataLoader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what `to` moves."""
+        yield from (self.images, self.tokens, self.rows, self.valid, *self.references.values())
+        if self.weights is not None:
+            yield self.weights
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
@@ -86,14 +100,29 @@ class StepBatch:
     """The batch of one step on one rank, in the micro-batches that the device takes at a time.
 
     `digest` stands for what all ranks together read at the step, for them to compare; 0 with one.
+    `samples` counts what this rank has read.
 
     Neither a list nor a dataclass, so that Lightning hands it on as it is.
     """
 
-    __slots__ = ("digest", "micro_batches")
+    __slots__ = ("digest", "micro_batches", "samples")
 
     def __init__(self, micro_batches: Sequence[Batch], digest: int = 0) -> None:
         self.micro_batches, self.digest = micro_batches, digest
+        self.samples = sum(len(batch.rows) for batch in micro_batches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.micro_batches[0].images.device
+
+    def keep(self, chosen: Sequence[Batch]) -> None:
+        """Keep what is trained on; the memory of the rest is free when nobody else has it."""
+        self.micro_batches = chosen
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what `to` moves."""
+        for batch in self.micro_batches:
+            yield from batch.tensors()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """Move the batch to another device."""
@@ -116,6 +145,9 @@ class SampleDataset(Dataset[Batch]):
             bad samples as zeros marked invalid, which embedding wants.
         references: cached features that batches carry along.
         weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
+        finished: whether images are float32 already. Else they are pixels, a quarter of the bytes,
+            where the transform ends as open_clip's do; see `Batch.finished`.
+        channels_last: the layout of finished images in memory.
     """
 
     reader: SampleReader
@@ -126,12 +158,21 @@ class SampleDataset(Dataset[Batch]):
     references: Sequence[RowFeatures] = ()
     weights: np.ndarray | None = None
     resize: ResizeBackend = "pillow"
-    _images: ImageTransform = field(init=False, repr=False)
+    finished: bool = False
+    channels_last: bool = False
+    image_transform: ImageTransform = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         from siftclip.datamodules.streaming.image_transform import ImageTransform
 
-        self._images = ImageTransform(self.transform, self.resize)
+        self.image_transform = ImageTransform(
+            self.transform, self.resize, channels_last=self.channels_last
+        )
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """What the transform ends with, if it ends as open_clip's do."""
+        return self.image_transform.normalization
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         storage = self.reader.pool.storage
@@ -163,8 +204,8 @@ class SampleDataset(Dataset[Batch]):
                     try:
                         prepared, captions[index], rare = self._decode(raw, seeds[index])
                         if images is None:
-                            images = _empty_batch(len(rows), prepared.shape)
-                        self._images.finish(prepared, images[index])
+                            images = self._empty_batch(len(rows), prepared)
+                        self.image_transform.put(prepared, images[index])
                         rows[index], valid[index] = row, True
                         if rare is not None:
                             formats.append(rare)
@@ -182,8 +223,8 @@ class SampleDataset(Dataset[Batch]):
                     row = replacing.row(place, attempt)
                     ((_, raw),) = self.reader.read(np.asarray([row]))
         if images is None:
-            prepared = self._images.prepare(self._images.blank())
-            images = _empty_batch(len(rows), prepared.shape)
+            prepared = self.image_transform.prepare(self.image_transform.blank())
+            images = self._empty_batch(len(rows), prepared)
         images[~valid] = 0
         return Batch(
             images=images,
@@ -199,20 +240,24 @@ class SampleDataset(Dataset[Batch]):
             copies=isinstance(requests, DrawnRequests) and requests.copies,
             faults=tuple(fault for of_sample in faults for fault in of_sample),
             formats=tuple(formats),
+            normalization=self.normalization if images.dtype == torch.uint8 else None,
         )
+
+    def _empty_batch(self, count: int, prepared: Tensor) -> Tensor:
+        return self.image_transform.empty_batch(count, prepared, finished=self.finished)
 
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str, str | None]:
         """Return the image as `ImageTransform.prepare` does, the caption, and a rare format."""
         if isinstance(raw, BadSampleError):
             raise raw
         caption = decode_caption(raw.caption, self.reader.max_caption_bytes)
-        image = self._images.decode(raw.image, self.reader.max_image_pixels)
-        self._images.require_bounded(image, self.reader.max_image_pixels)
+        image = self.image_transform.decode(raw.image, self.reader.max_image_pixels)
+        self.image_transform.require_bounded(image, self.reader.max_image_pixels)
         # not torch.manual_seed, which also sets the accelerators' states
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
-        return self._images.prepare(image), caption, rare_format(raw.image)
+        return self.image_transform.prepare(image), caption, rare_format(raw.image)
 
     def _replacing(self, distinct: np.ndarray, requests: Sequence[Request]) -> Substitutes:
         if not isinstance(requests, DrawnRequests):  # they are all that is read at a time
@@ -227,16 +272,6 @@ class SampleDataset(Dataset[Batch]):
             f"bad; the last one is {place}, one of those {cause}. docs/pools.md says which images "
             "and captions are read, and how to write a pool anew."
         )
-
-
-def _empty_batch(count: int, shape: torch.Size) -> Tensor:
-    """Allocate float32 [count, *shape]; in a loader process, in memory shared with the trainer."""
-    if get_worker_info() is None:
-        return torch.empty(count, *shape)
-    elements = count * shape.numel()
-    # as torch's own collation does; `share_memory_` would copy what is not yet written
-    storage = torch.UntypedStorage._new_shared(4 * elements)  # type: ignore[no-untyped-call]  # torch ships it without types
-    return torch.empty(0).set_(storage).view(count, *shape)
 
 
 def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
@@ -257,7 +292,7 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
     ]
 
     def joined(get: Callable[[Batch], Tensor]) -> Tensor:
-        return torch.cat([get(part)[at] for part, at in chosen if len(at)])
+        return torch.cat([_take(get(part), at) for part, at in chosen if len(at)])
 
     return Batch(
         images=joined(lambda part: part.images),
@@ -271,7 +306,15 @@ def pick(parts: Sequence[Batch], index: Tensor) -> Batch:
         weights=None if parts[0].weights is None else joined(lambda part: part.weights),  # type: ignore[arg-type,return-value]  # all have them
         copies=parts[0].copies,
         host_rows=torch.cat(known) if len(known) == len(parts) else None,
+        normalization=parts[0].normalization,
     )
+
+
+def _take(values: Tensor, at: Tensor) -> Tensor:
+    """Take samples of [b, ...] as they lie in memory, which is ten times as fast for pixels."""
+    if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        return values.permute(0, 2, 3, 1).index_select(0, at).permute(0, 3, 1, 2)
+    return values.index_select(0, at)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.streaming.batches import Batch, Request, SampleDataset, StepBatch
 from siftclip.datamodules.streaming.copies import count_copies
+from siftclip.datamodules.streaming.device_copies import on_device
 from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.loader import LoaderOptions, StreamLoader, make_loader
 from siftclip.datamodules.streaming.order import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROOM_DRAWS = 4  # a selection has for three attempts at each bad sample, see `Substitutes`
+CPU = torch.device("cpu")
 COUNTED_SAMPLES = 1_000_000  # of an order, for the share of batches that hold copies
 
 
@@ -175,9 +177,11 @@ class StepLoader:
         *,
         start_step: int,
         total_steps: int,
+        device: torch.device = CPU,
     ) -> None:
         self.open_loader, self.find_version = open_loader, find_version
         self.start_step, self.total_steps = start_step, total_steps
+        self.device = device
 
     def __len__(self) -> int:
         return self.total_steps
@@ -186,14 +190,25 @@ class StepLoader:
         step = self.start_step
         while step < self.total_steps:
             loader, sampler = self.open_loader(self.find_version(step), step)
-            batches = iter(loader)
-            while step < sampler.total_steps:
-                parts = list(islice(batches, len(sampler.parts(step))))
-                if not parts:
-                    return
-                yield StepBatch(parts, sampler.digests.pop(step, 0))
+            batches = on_device(self._steps_of(loader, sampler, step), self.device)
+            for batch in batches:
+                yield batch
                 step += 1
+            if step < sampler.total_steps:
+                return
             del batches, loader  # ends its processes before a version may start others
+
+    @staticmethod
+    def _steps_of(loader: StreamLoader, sampler: OrderSampler, step: int) -> Iterator[StepBatch]:
+        """Yield the step batches of one version, from a step on, where the loader gives them."""
+        batches = iter(loader)
+        while step < sampler.total_steps:
+            parts = islice(batches, len(sampler.parts(step)))
+            batch = StepBatch([*parts], sampler.digests.pop(step, 0))
+            if not batch.micro_batches:
+                return
+            yield batch  # which alone has the parts, so that it can give them up
+            step += 1
 
 
 def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None) -> None:
@@ -295,6 +310,7 @@ class StreamDataModule(LightningDataModule):
         weights: np.ndarray | None = None,
         micro_batch_size: int | None = None,
         resize: ResizeBackend = "pillow",
+        channels_last: bool = False,
     ) -> None:
         """Set what is streamed.
 
@@ -316,6 +332,7 @@ class StreamDataModule(LightningDataModule):
             weights: float32 [n] by the pool's rows, of the samples in the loss; None: all alike.
             micro_batch_size: samples that a device takes at a time; None: all of a step.
             resize: see `siftclip.datamodules.streaming.image_transform`.
+            channels_last: the layout of images in memory, when the model takes them.
         """
         super().__init__()
         pixels = require_int("max_image_pixels", max_image_pixels, minimum=1)
@@ -336,6 +353,7 @@ class StreamDataModule(LightningDataModule):
             references=references,
             weights=weights,
             resize=resize,
+            channels_last=channels_last,
         )
         warn_of_small_cache(pool, rows, self.order.window_shards)
         self.global_batch_size = global_batch_size
@@ -357,7 +375,7 @@ class StreamDataModule(LightningDataModule):
         # before the first step: what the sampler of a version checks, too
         share = rank_slice(self.global_batch_size, rank=0, world_size=trainer.world_size)
         count_micro_batches(share.stop, self.micro_batch_size)
-        pin_memory = trainer.strategy.root_device.type == "cuda"
+        device = trainer.strategy.root_device
 
         def open_loader(version: SelectionVersion, step: int) -> tuple[StreamLoader, OrderSampler]:
             order, stop = self._order_of(version), min(version.stop_step, self.total_steps)
@@ -376,13 +394,16 @@ class StreamDataModule(LightningDataModule):
                 weights=version.weights,
             )
             dataset = replace(self.dataset, substitutes=order.distinct, weights=version.weights)
-            return make_loader(dataset, sampler, self.loader, pin_memory=pin_memory), sampler
+            return make_loader(
+                dataset, sampler, self.loader, pin_memory=device.type == "cuda"
+            ), sampler
 
         return StepLoader(
             open_loader,
             self.find_version,
             start_step=trainer.global_step,
             total_steps=self.total_steps,
+            device=device,
         )
 
     def _order_of(self, version: SelectionVersion) -> SampleOrder:
@@ -401,7 +422,9 @@ class StreamDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: StepBatch, device: torch.device, dataloader_idx: int
     ) -> StepBatch:
-        """Copy from pinned memory while the device computes; Lightning does so for tensors only."""
+        """Move a batch that the loader has not moved; Lightning does so for tensors only."""
+        if batch.device == device:
+            return batch  # not a copy, which would keep what `StepBatch.keep` gives up
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def state_dict(self) -> dict[str, Any]:

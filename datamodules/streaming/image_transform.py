@@ -1,8 +1,9 @@
 """open_clip's image transforms, without what costs time and changes nothing.
 
 open_clip gives a torchvision pipeline from an RGB image to a normalised tensor. Here its last
-steps, from bytes to normalised floats, are done in place in the tensor of the batch, and a copy of
-RGB images to RGB is left out: the numbers are the same to the bit.
+steps, from pixels to normalised floats, are taken off, to be done where the model is, and a copy of
+RGB images to RGB is left out: the numbers are the same to the bit. Transforms with other last steps
+are left whole: what they give is handed over as floats.
 
 With `resize="torch"` torch's resizing of uint8 takes the place of Pillow's. It computes the same
 antialiased bicubic filter with other rounding: 0.4 % of the values differ, all by 1 of 255, and
@@ -11,6 +12,7 @@ loading a sample takes half the time (docs/results.md). The crops are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ import torch
 from open_clip.transform import MaybeConvertMode, MaybeToTensor, ResizeKeepRatio
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.transforms import (
     CenterCrop,
     Compose,
@@ -31,6 +34,7 @@ from torchvision.transforms.v2 import functional
 
 from siftclip.datamodules.models.load import Transform
 from siftclip.datamodules.pool.reader import BadSampleError, decode_image, decode_pixels
+from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.errors import ParameterError
 
 ResizeBackend = Literal["pillow", "torch"]
@@ -41,12 +45,19 @@ _LONGEST_ASPECT = 100  # of an image that is resized as a whole whatever the lim
 class ImageTransform:
     """From a decoded image into the batch. Picklable if the transform is."""
 
-    def __init__(self, transform: Transform, resize: ResizeBackend = "pillow") -> None:
+    def __init__(
+        self,
+        transform: Transform,
+        resize: ResizeBackend = "pillow",
+        *,
+        channels_last: bool = False,
+    ) -> None:
         """Take a transform apart.
 
         Args:
             transform: RGB image -> float32 [3, size, size].
             resize: `pillow` for open_clip's own pixels, `torch` for the faster ones.
+            channels_last: the layout of finished images in memory.
 
         Raises:
             InputError: `resize` is unknown, or `torch` does not know a step of this transform.
@@ -55,14 +66,15 @@ class ImageTransform:
             rule = f"must be one of {RESIZE_BACKENDS}"
             raise ParameterError(rule, parameter="resize", value=resize)
         self.transform = transform
-        self.normalize = _last_normalize(transform)
+        self.channels_last = channels_last
+        self.normalization = _last_normalization(transform, channels_last=channels_last)
         self.on_tensors = resize == "torch"
         steps: Sequence[Any] = ()
-        if self.normalize is not None and isinstance(transform, Compose):
+        if self.normalization is not None and isinstance(transform, Compose):
             steps = [t for t in transform.transforms[:-2] if not _changes_nothing(t)]
         self._shorter_side = _shorter_side(steps)
         if self.on_tensors:
-            if self.normalize is None:
+            if self.normalization is None:
                 raise ParameterError(
                     "needs a transform that ends with ToTensor and Normalize, as open_clip's do",
                     parameter="resize",
@@ -71,10 +83,6 @@ class ImageTransform:
                 )
             steps = [_on_tensors(step) for step in steps]
         self.steps = tuple(steps)
-        if self.normalize is not None:
-            shape = (3, 1, 1)
-            self.mean = torch.tensor(self.normalize.mean, dtype=torch.float32).view(shape)
-            self.std = torch.tensor(self.normalize.std, dtype=torch.float32).view(shape)
 
     def decode(self, data: bytes, max_image_pixels: int) -> np.ndarray | Image.Image:
         """Decode an image for `prepare`; see `siftclip.datamodules.pool.reader.decode_image`."""
@@ -121,26 +129,56 @@ class ImageTransform:
             for step in self.steps:
                 tensor = step(tensor)
             return tensor
-        if self.normalize is None:
+        if self.normalization is None:
             return self.transform(pixels)  # type: ignore[arg-type]  # an image, as said above
         image = pixels
         for step in self.steps:
             image = step(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def finish(self, prepared: Tensor, out: Tensor) -> None:
-        """Write what `prepare` gave into the batch, float32 [3, size, size], normalised."""
-        out.copy_(prepared)
-        if self.normalize is not None:
-            out.div_(255).sub_(self.mean).div_(self.std)  # in the order of ToTensor and Normalize
+    def empty_batch(self, count: int, prepared: Tensor, *, finished: bool) -> Tensor:
+        """Allocate a batch for `put`; in a loader process, in memory shared with the trainer.
+
+        Args:
+            count: of its images.
+            prepared: the first of them, as `prepare` gives it.
+            finished: whether they are to be floats, also where pixels would do.
+
+        Returns:
+            uint8 [count, 3, h, w], laid out as images are decoded, channels last, so that nothing
+            is rearranged; or float32 [count, *shape], laid out as asked for.
+        """
+        as_floats = self.normalization is None or finished
+        dtype = torch.float32 if as_floats else torch.uint8
+        if as_floats and not self.channels_last:
+            return _empty((count, *prepared.shape), dtype)
+        channels, height, width = prepared.shape
+        return _empty((count, height, width, channels), dtype).permute(0, 3, 1, 2)
+
+    def put(self, prepared: Tensor, out: Tensor) -> None:
+        """Write what `prepare` gave into a batch of `empty_batch`: pixels, or finished images."""
+        if self.normalization is None or out.dtype == torch.uint8:
+            out.copy_(prepared)
+        else:
+            self.normalization.write(prepared, out)
 
 
-def _last_normalize(transform: Transform) -> Normalize | None:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    # as torch's own collation does; `share_memory_` would copy what is not yet written
+    size = math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]  # torch ships it without types
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+
+def _last_normalization(transform: Transform, *, channels_last: bool) -> Normalization | None:
     if not isinstance(transform, Compose) or len(transform.transforms) < 2:
         return None
     to_tensor, normalize = transform.transforms[-2:]
     if type(to_tensor) in (ToTensor, MaybeToTensor) and type(normalize) is Normalize:
-        return normalize
+        mean, std = (tuple(map(float, values)) for values in (normalize.mean, normalize.std))
+        return Normalization(mean=mean, std=std, channels_last=channels_last)
     return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from siftclip.agreement import share_texts
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.pool.image_formats import describe_formats
+from siftclip.datamodules.streaming.device_copies import on_device
 from siftclip.eval.encoding.texts import (
     check_tokens,
     encode_tokens,
@@ -33,6 +33,7 @@ from siftclip.ranks import OneRank, Ranks, sum_arrays
 
 _ROWS_A_SUM = 65_536  # of features that ranks exchange at once
 _TEXTS_A_TOKENIZING = 16_384
+_NO_IMAGES = torch.empty(0)  # of batches that are encoded
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +86,6 @@ class Encoder:
         self.options = options
         self.ranks: Ranks = OneRank() if ranks is None else ranks
         self._transform = ImageTransform(clip.eval_transform)
-        self._finisher = copy(self._transform)  # the same, on the device
-        if self._finisher.normalize is not None:
-            self._finisher.mean = self._transform.mean.to(options.device)
-            self._finisher.std = self._transform.std.to(options.device)
 
     def image_sets(self, table: ImageTable, sets: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
         """Yield the features of sets of images, one set after the other, with one loader for all.
@@ -102,9 +99,8 @@ class Encoder:
         cut = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in sets]
         numbered = [(owner, batch) for owner, batches in enumerate(cut) for batch in batches]
         mine = numbered[ranks.rank :: ranks.size]
-        loader: Iterator[ImageBatch] = iter(
-            self._loader(table, [batch for _, batch in mine]) if mine else ()
-        )
+        loader = self._loader(table, [batch for _, batch in mine]) if mine else ()
+        arriving = on_device(loader, self.options.device)
         total = sum(map(len, sets))
         done = counted = images = 0
         formats = Counter[str]()
@@ -112,8 +108,9 @@ class Encoder:
             for owner, rows in enumerate(sets):
                 parts: list[tuple[ImageBatch, np.ndarray]] = []
                 while done < len(mine) and mine[done][0] == owner:
-                    batch = next(loader)
-                    parts.append((batch, self._encode_images(batch.images)))
+                    batch = next(arriving)
+                    features = self._encode_images(batch.images)
+                    parts.append((batch._replace(images=_NO_IMAGES), features))
                     counted, before = min(counted + len(batch.rows) * ranks.size, total), counted
                     bar.update(counted - before)
                     formats.update(batch.formats)
@@ -153,13 +150,13 @@ class Encoder:
         return torch.from_numpy(features).to(device)
 
     def _loader(self, table: ImageTable, batches: Sequence[np.ndarray]) -> DataLoader[ImageBatch]:
-        parallel = self.options.num_workers > 0
+        workers = min(self.options.num_workers, len(batches))
         return DataLoader(
             ImageDataset(table, self._transform, max_image_pixels=self.options.max_image_pixels),
             batch_sampler=_Batches(batches),
-            num_workers=self.options.num_workers,
+            num_workers=workers,
             collate_fn=only_item,  # type: ignore[arg-type]  # it gets no list
-            prefetch_factor=2 if parallel else None,
+            prefetch_factor=2 if workers else None,
             pin_memory=self.options.device.type == "cuda",
             generator=torch.Generator(),  # without one it takes a number from the global generator
         )
@@ -179,23 +176,12 @@ class Encoder:
         return torch.autocast(self.options.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _encode_images(self, images: Tensor) -> np.ndarray:
-        images = self._finish(images)
+        if self._transform.normalization is not None:
+            images = self._transform.normalization(images)
         with self._autocast():
             features = as_clip(self.clip.model).encode_image(images, normalize=True)
         array: np.ndarray = features.float().cpu().numpy()
         return array
-
-    def _finish(self, prepared: Tensor) -> Tensor:
-        """Finish prepared images: loaders send them so, at a quarter of the bytes of the result."""
-        device = self.options.device
-        prepared = prepared.to(device, non_blocking=True)
-        images = torch.empty(prepared.shape, dtype=torch.float32, device=device)
-        if device.type == "cpu":  # one by one they stay in the cache
-            for image, out in zip(prepared, images, strict=True):
-                self._finisher.finish(image, out)
-        else:
-            self._finisher.finish(prepared, images)
-        return images
 
     def _gather(
         self, table: ImageTable, rows: np.ndarray, parts: list[tuple[ImageBatch, np.ndarray]]

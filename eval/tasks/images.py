@@ -220,7 +220,7 @@ class ImageBatch(NamedTuple):
     """Images of a table, decoded."""
 
     rows: np.ndarray  # int64 [b], of the table
-    images: Tensor  # [b, 3, size, size] as `ImageTransform.prepare` gives them; black for faults
+    images: Tensor  # [b, 3, size, size] as `ImageTransform.put` writes them; black for faults
     ids: np.ndarray  # uint64 [b], see `content_id`
     faults: list[tuple[int, str]]  # (row, what is wrong with the image)
     formats: tuple[str, ...] = ()  # of the images that are none of JPEG, PNG and WEBP
@@ -228,6 +228,14 @@ class ImageBatch(NamedTuple):
     def pin_memory(self) -> ImageBatch:
         """Copy to page-locked memory, for the loader."""
         return self._replace(images=self.images.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> ImageBatch:
+        """Move the images to another device."""
+        return self._replace(images=self.images.to(device, non_blocking=non_blocking))
+
+    def tensors(self) -> tuple[Tensor]:
+        """Return what `to` moves."""
+        return (self.images,)
 
 
 class ImageDataset(Dataset[ImageBatch]):
@@ -253,7 +261,8 @@ class ImageDataset(Dataset[ImageBatch]):
 
     def __getitems__(self, rows: list[int]) -> ImageBatch:
         """Read a batch. A fault is returned, not raised: other tasks continue."""
-        prepared, ids, faults = [], np.empty(len(rows), dtype=np.uint64), []
+        images = self.transform.empty_batch(len(rows), self._blank, finished=False)
+        ids, faults = np.empty(len(rows), dtype=np.uint64), []
         formats: list[str] = []
         for place, row in enumerate(rows):
             number, offset, size = self.table.places[row].tolist()
@@ -269,8 +278,8 @@ class ImageDataset(Dataset[ImageBatch]):
             except BadSampleError as error:
                 faults.append((row, f"{shard}: {self.table.names[row]}: {_fault(error)}"))
             ids[place] = content_id(data)
-            prepared.append(image)
-        return ImageBatch(np.asarray(rows), torch.stack(prepared), ids, faults, tuple(formats))
+            self.transform.put(image, images[place])
+        return ImageBatch(np.asarray(rows), images, ids, faults, tuple(formats))
 
     def _prepare(self, data: bytes) -> Tensor:
         """Decode and resize, in bounded memory: a resize makes the shorter side that of the model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.streaming import image_transform
-from siftclip.datamodules.streaming.batches import SampleDataset
+from siftclip.datamodules.streaming.batches import Batch, SampleDataset
 from siftclip.datamodules.streaming.datamodule import LoaderOptions, OrderSampler, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
 from siftclip.errors import InputError
@@ -99,8 +100,11 @@ def test_a_slow_stage_is_the_one_that_is_blamed(
 
         return waiting
 
-    dataset.tokenizer = wait_and("tokenise", tokenizer)
-    dataset.transform = wait_and("transform", transform)
+    dataset = replace(
+        dataset,
+        tokenizer=wait_and("tokenise", tokenizer),
+        transform=wait_and("transform", transform),
+    )
     monkeypatch.setattr(SampleReader, "read", wait_and("read", read))
     monkeypatch.setattr(image_transform, "decode_image", wait_and("decode", decode))
     times = time_stages(
@@ -155,8 +159,7 @@ def test_waiting_is_what_passes_between_steps(monkeypatch: pytest.MonkeyPatch) -
     clock = StepClock(skipped_steps=2, steps=2)
     meter = SimpleNamespace(scoring_seconds=0.0, selection_seconds=0.0)
     module = SimpleNamespace(device=torch.device("cpu"), meter=meter)
-    part = SimpleNamespace(rows=torch.zeros(4))
-    batch = SimpleNamespace(micro_batches=[part, part])
+    batch = SimpleNamespace(samples=8)
     for step in range(5):  # the last is not counted
         clock.on_train_batch_start(None, module, batch, step)
         meter.scoring_seconds, meter.selection_seconds = 2.0 * step, 0.5 * step
@@ -345,9 +348,25 @@ def test_conclusion_is_about_the_passes_of_this_run() -> None:
     )
 
 
+def test_finishing_is_timed_where_something_is_left_to_finish(
+    pool: Pool, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(data_bench, "device_seconds", lambda device: next(clock))
+    batch = make_dataset(pool).__getitems__([(0, 3), (1, 5)])
+    finished = []
+    finish = Batch.finished
+    monkeypatch.setattr(Batch, "finished", lambda self: finished.append(1) or finish(self))
+    device = torch.device("cpu")
+    assert data_bench.time_finishing(batch, device, rounds=3) == 1.0  # 2 of 3, 1, 2 by 2 samples
+    assert len(finished) == 4
+
+
 def test_rates_follow_from_the_numbers() -> None:
     seconds = dict(zip(STAGES, [1.0, 2.0, 3.0, 0.5, 0.5], strict=True))
     stages = StageTimes(samples=10, read_bytes=1, seconds=seconds, total_seconds=8.0)
     assert stages.seconds_after_reading == 0.7
-    assert LoaderRate(samples=10, seconds=4.0).samples_per_second == 2.5
+    nothing = torch.empty(0)
+    batch = Batch(images=nothing, tokens=nothing, rows=nothing, valid=nothing)
+    assert LoaderRate(samples=10, seconds=4.0, batch=batch).samples_per_second == 2.5
     assert CopyCost(samples=4, size_bytes=9, seconds=2.0).sample_seconds == 0.5

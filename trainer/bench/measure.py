@@ -26,11 +26,11 @@ from siftclip.datamodules.pool.reader import (
     decode_caption,
 )
 from siftclip.datamodules.selection.compaction import write_shard
-from siftclip.datamodules.streaming.batches import Request, SampleDataset
-from siftclip.datamodules.streaming.image_transform import ImageTransform
+from siftclip.datamodules.streaming.batches import Batch, Request, SampleDataset
 from siftclip.datamodules.streaming.loader import StreamLoader
 from siftclip.datamodules.streaming.order import SampleOrder, derive_generator
 from siftclip.purposes import GeneratorPurpose
+from siftclip.trainer.runtime.step_clock import device_seconds
 
 KEEP_FRACTIONS = (1.0, 0.5, 0.3, 0.1)
 COPY_BYTES = 256 << 20  # written at most to find out what writing costs
@@ -65,6 +65,7 @@ class LoaderRate:
 
     samples: int
     seconds: float
+    batch: Batch  # the last one
 
     @property
     def samples_per_second(self) -> float:
@@ -125,7 +126,7 @@ def time_stages(
         InputError: more than `max_bad_fraction` of the samples are bad, or all of them.
     """
     reader, faults = dataset.reader, FaultLog()
-    images = ImageTransform(dataset.transform, dataset.resize)
+    images = dataset.image_transform
     seconds = dict.fromkeys(("read", "decode", "transform", "tokenise", "collate"), 0.0)
     samples = read_bytes = asked = 0
     clock = time.perf_counter
@@ -156,8 +157,8 @@ def time_stages(
                 prepared = images.prepare(image)
                 transformed = clock()
                 if batch is None:
-                    batch = torch.empty(len(rows), *prepared.shape)
-                images.finish(prepared, batch[len(captions)])
+                    batch = images.empty_batch(len(rows), prepared, finished=dataset.finished)
+                images.put(prepared, batch[len(captions)])
                 captions.append(caption)
                 mark = clock()
                 seconds["decode"] += decoded - now
@@ -181,6 +182,20 @@ def time_stages(
     return StageTimes(
         samples=samples, read_bytes=read_bytes, seconds=seconds, total_seconds=total_seconds
     )
+
+
+def time_finishing(batch: Batch, device: torch.device, *, rounds: int = ROUNDS) -> float:
+    """Time what a device does to images before a model takes them: seconds a sample, the median.
+
+    That is nothing where the loader hands over floats.
+    """
+    batch, seconds = batch.to(device), []
+    batch.finished()  # what is made once
+    for _ in range(rounds):
+        start = device_seconds(device)
+        batch.finished()
+        seconds.append(device_seconds(device) - start)
+    return statistics.median(seconds) / len(batch.rows)
 
 
 @contextmanager
@@ -210,7 +225,7 @@ def time_loader(
         else:
             samples += len(batch.rows)
         advance(len(batch.rows))
-    return LoaderRate(samples=samples, seconds=time.perf_counter() - start)
+    return LoaderRate(samples=samples, seconds=time.perf_counter() - start, batch=batch)
 
 
 def time_reading(reader: SampleReader, batches: Iterable[np.ndarray]) -> float:

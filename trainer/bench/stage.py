@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from siftclip.datamodules.streaming.datamodule import OrderSampler, StreamDataModule
 from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
@@ -23,6 +25,7 @@ from siftclip.trainer.bench.measure import (
     conclude,
     passes_until_copy_pays,
     time_copying,
+    time_finishing,
     time_loader,
     time_stages,
 )
@@ -34,7 +37,7 @@ from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.loop.progress import TrainingProgress
 from siftclip.trainer.runtime.cores import share_cores
-from siftclip.trainer.runtime.lightning_setup import loader_options, make_trainer
+from siftclip.trainer.runtime.lightning_setup import loader_options, local_ranks, make_trainer
 from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
 from siftclip.trainer.settings.budget import Budget, budget_from
 from siftclip.trainer.settings.commands import BenchCommand
@@ -60,6 +63,7 @@ class BenchOutcome:
     run_passes: float  # of a training run with this configuration
     stages: StageTimes
     loader: LoaderRate
+    finishing_seconds: float  # of a sample, on the device
     training: StepTimes
     reading: list[ReadCost]
     copying: CopyCost
@@ -87,10 +91,10 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
     samples, steps = settings.bench.samples, settings.bench.steps
     root, progress = settings.common.output_root, settings.common.progress
     budget = budget_from(settings.scale)
-    options = loader_options(settings.data)
+    options = loader_options(settings.data, settings.trainer)
     check_loss_options(settings.loss)
     selected = select_stage(settings)
-    share_cores(options.num_workers)
+    share_cores(options.num_workers, local_ranks(settings.trainer))
     batch = budget.global_batch_size
     measured = Budget(samples_seen=(WARM_UP_STEPS + steps) * batch, global_batch_size=batch)
     bound = settings.pool.max_bad_fraction
@@ -113,12 +117,13 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
     return BenchOutcome(
         selected=selected,
         model=settings.model.name,
-        device=device,
+        device=device.type,
         batch_samples=budget.global_batch_size,
         workers=options.num_workers,
         run_passes=budget.trained_samples / len(selected.rows),
         stages=stages,
         loader=loader,
+        finishing_seconds=time_finishing(loader.batch, device),
         training=training,
         reading=reading,
         copying=copying,
@@ -166,7 +171,7 @@ def _time_loading(
 
 def _time_training(
     parts: RunParts, module: ClipTraining, data: StreamDataModule, folder: Path
-) -> tuple[StepTimes, str]:
+) -> tuple[StepTimes, torch.device]:
     """Time the steps of a training run on one device, and name the device."""
     clock = StepClock(skipped_steps=WARM_UP_STEPS, steps=data.total_steps - WARM_UP_STEPS)
     trainer = make_trainer(
@@ -179,7 +184,7 @@ def _time_training(
         enable_checkpointing=False,
     )
     trainer.fit(module, datamodule=data)
-    return clock.times(), trainer.strategy.root_device.type
+    return clock.times(), trainer.strategy.root_device
 
 
 def describe_bench(outcome: BenchOutcome) -> str:
@@ -221,6 +226,7 @@ def describe_bench(outcome: BenchOutcome) -> str:
             f"process    {stages.samples_per_second:.0f} samples/s alone; reading "
             f"{stages.read_bytes / stages.seconds['read'] / 1e6:.0f} MB/s",
             f"loader     {outcome.loader.samples_per_second:.0f} samples/s with {workers}",
+            f"images     {_images(outcome)}",
             f"training   {training.samples_per_second:.0f} samples/s: {outcome.model} on "
             f"{outcome.device}, one device, batch {outcome.batch_samples}",
             f"waiting    {100 * training.wait_fraction:.1f} % of the training time: the "
@@ -249,6 +255,16 @@ def describe_bench(outcome: BenchOutcome) -> str:
             conclude(outcome.copy_pays_after, run_passes=outcome.run_passes),
         ]
     )
+
+
+def _images(outcome: BenchOutcome) -> str:
+    """Say what the loader hands over, and what is left to the device."""
+    images = outcome.loader.batch.images
+    size = f"{images.nbytes / len(images) / 1e3:.1f} kB per sample"
+    if outcome.loader.batch.normalization is None:
+        return f"{size}, floats: the transform does not end as open_clip's do"
+    microseconds = 1e6 * outcome.finishing_seconds
+    return f"{size}, pixels, which {outcome.device} finishes in {microseconds:.1f} us"
 
 
 def _rounds(median: float, rounds: Sequence[float]) -> str:

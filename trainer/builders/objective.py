@@ -185,6 +185,8 @@ def same_tokens(first: ClipModel, second: ClipModel) -> bool:
 class CachedTeacher:
     """Takes the teacher's features from the batch."""
 
+    reads_images = False
+
     def __init__(self, keys: tuple[str, ...]) -> None:
         self.image_key, self.text_key = keys
 

@@ -393,7 +393,7 @@ def _reselection(
         clip=parts.clip,
         model=learner,
         pool=parts.selected.pool,
-        loader=loader_options(parts.data),
+        loader=loader_options(parts.data, parts.trainer),
         batch_size=online.batch_size,
         max_image_pixels=parts.data.max_image_pixels,
         max_bad_fraction=parts.pool.max_bad_fraction,

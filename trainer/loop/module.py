@@ -212,7 +212,7 @@ class ClipTraining(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._global_batch_size is None:
-            parts = step_batch_of(batch).micro_batches
+            parts = self._step_batch(batch).micro_batches
             self._global_batch_size = self._world_size * sum(len(part.rows) for part in parts)
         if self.global_step == 0 and self.global_rank == 0:
             log.info(
@@ -227,7 +227,7 @@ class ClipTraining(LightningModule):
         self.meter.waited(scoring_seconds=scoring, selection_seconds=selection)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        batch, data = step_batch_of(batch), self._data
+        batch, data = self._step_batch(batch), self._data
         if data is not None:
             for micro_batch in batch.micro_batches:
                 data.account(micro_batch)
@@ -238,6 +238,7 @@ class ClipTraining(LightningModule):
             group["lr"] = group["base_lr"] * factor
         bare.zero_grad(set_to_none=True)
         chosen = self._choose(batch)
+        batch.keep(chosen.batches)
         self.agreement.note(self.global_step, read=batch.digest, trained=chosen.digest)
         before = [buffer.clone() for buffer in self._statistics]
         # Dropout of a step is a function of (seed, step, rank), also after a restart.
@@ -302,6 +303,11 @@ class ClipTraining(LightningModule):
             self.online.load_state_dict(checkpoint["online"])
 
     # ---- the step ------------------------------------------------------------------------------
+
+    def _step_batch(self, batch: Any) -> StepBatch:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it loosely
+        pairs = isinstance(data, SelectedPairs)
+        return step_batch_of(batch, data.normalization if pairs else None)
 
     def _choose(self, batch: StepBatch) -> Chosen:
         """Choose what this rank trains on, of what it has read."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from siftclip.datamodules.streaming.batches import Batch, StepBatch
+from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.errors import InputError
 
 _NAMES = ("images", "tokens", "rows", "weights")
@@ -18,13 +19,14 @@ _WANTED = (
 )
 
 
-def step_batch_of(batch: Any) -> StepBatch:
+def step_batch_of(batch: Any, normalization: Normalization | None = None) -> StepBatch:
     """Return the batch of one step on one rank.
 
     Args:
         batch: a `StepBatch`; or images, float [b, 3, h, w], and tokens, int64 [b, t], as a tuple or
             as a mapping, which may also have `rows`, int64 [b], by which copies of a sample are no
             negatives of each other, and `weights`, float32 [b], of the samples in the loss.
+        normalization: by which images that are uint8 are finished, where it is known.
 
     Raises:
         InputError: it is none of these.
@@ -36,6 +38,12 @@ def step_batch_of(batch: Any) -> StepBatch:
         kinds = {name: type(value).__name__ for name, value in values.items()}
         raise InputError(f"{_WANTED}, all tensors. Got {kinds}.")
     images, rows = values["images"], values.get("rows")
+    pixels = images.dtype == torch.uint8
+    if pixels and normalization is None:
+        raise InputError(
+            "The images of a batch must be floats, normalised. Got uint8, which only SelectedPairs "
+            "says how to finish. Let the loader end its transform with ToTensor and Normalize."
+        )
     unknown = images.new_full((len(images),), -1, dtype=torch.int64)
     part = Batch(
         images=images,
@@ -44,6 +52,7 @@ def step_batch_of(batch: Any) -> StepBatch:
         valid=torch.ones_like(unknown, dtype=torch.bool),
         weights=values.get("weights"),
         copies=rows is not None,
+        normalization=normalization if pixels else None,
     )
     return StepBatch([part])
 

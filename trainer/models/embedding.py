@@ -18,6 +18,7 @@ def embed_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     float16 is how DataComp stores features.
     """
+    batch = batch.finished()
     image = as_clip(model).encode_image(batch.images, normalize=True)
     text = as_clip(model).encode_text(batch.tokens, normalize=True)
     invalid = ~batch.valid[:, None]

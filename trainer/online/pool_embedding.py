@@ -18,6 +18,7 @@ from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.pool.image_formats import describe_formats
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.streaming.batches import Request
+from siftclip.datamodules.streaming.device_copies import on_device
 from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.errors import InputError
 from siftclip.eval.evaluation_mode import evaluation_mode
@@ -91,12 +92,12 @@ class PoolEmbedder:
             speaks=ranks.rank == 0,
         )
         with evaluation_mode(replace(self.clip, model=model), device) as ready, bar:
-            batches = iter(loader)
+            batches = on_device(loader, device)
             for part in parts:
                 embedded = []
                 for _ in range(-(-len(part) // self.batch_size)):
                     batch = next(batches)
-                    embedded.append(embed_batch(ready.model, batch.to(device, non_blocking=True)))
+                    embedded.append(embed_batch(ready.model, batch))
                     for cause, place in batch.faults:
                         faults.add(cause, place)
                     formats.update(batch.formats)

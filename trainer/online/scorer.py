@@ -109,7 +109,10 @@ class OnlineScorer:
         optimizer.zero_grad(set_to_none=True)
         statistics = running_statistics(model)
         before = [buffer.clone() for buffer in statistics]
-        resized = [replace(b, images=resized_images(b.images, self.image_size)) for b in batches]
+        resized = [
+            replace(batch, images=resized_images(batch.images, self.image_size))
+            for batch in map(Batch.finished, batches)  # one at a time
+        ]
         # Float16 would need a gradient scaler of its own.
         half = torch.get_autocast_dtype(resized[0].images.device.type) == torch.float16
         exact = torch.autocast(resized[0].images.device.type, enabled=False)

@@ -76,7 +76,7 @@ class ScoredModel:
         pairs = [
             scoring_features(
                 model,
-                resized_images(part.images, self.image_size),
+                resized_images(part.finished().images, self.image_size),
                 part.tokens,
                 self.config,
                 seed,

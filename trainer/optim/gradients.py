@@ -70,7 +70,8 @@ def compute_gradients(
     Args:
         model: an open_clip model that returns dictionaries.
         objective: the losses.
-        micro_batches: of equal size, on the model's device.
+        micro_batches: of equal size, on the model's device. Images that are still pixels are
+            finished one micro-batch at a time.
         context: of this process.
         features: image and text features of all micro-batches that the model gives now, [b, d]
             each, where they are known; several micro-batches then need one forward instead of two.
@@ -82,12 +83,13 @@ def compute_gradients(
     caption_share = _caption_share(objective, micro_batches, context, model)
     if len(micro_batches) == 1:
         (batch,) = micro_batches
+        batch = batch.finished()  # once: a teacher takes it, too
         _seed(context, 0, batch.images.device)
-        outputs = model(_cast(model, batch.images), batch.tokens)
+        outputs = model(_images(model, batch), batch.tokens)
         terms: dict[str, Tensor] = objective.loss(
             _loss_inputs(
                 [batch],
-                [objective.teacher(batch)],
+                [_taught(objective, batch)],
                 context,
                 image=outputs["image_features"],
                 text=outputs["text_features"],
@@ -116,9 +118,9 @@ def _cached_gradients(
     with torch.no_grad(), kept_statistics(model):
         for index, batch in enumerate(micro_batches if features is None else ()):
             _seed(context, index, batch.images.device)
-            images.append(clip.encode_image(_cast(model, batch.images), normalize=True))
+            images.append(clip.encode_image(_images(model, batch), normalize=True))
             texts.append(clip.encode_text(batch.tokens, normalize=True))
-        teachers = [objective.teacher(batch) for batch in micro_batches]
+        teachers = [_taught(objective, batch) for batch in micro_batches]
         scale, bias = clip.logit_scale.exp(), getattr(model, "logit_bias", None)
     leaves = {"image": torch.cat(images), "text": torch.cat(texts), "scale": scale}
     if bias is not None:
@@ -135,7 +137,7 @@ def _cached_gradients(
         mine = slice(index * samples, (index + 1) * samples)
         with nullcontext() if last else context.unsynced():
             _seed(context, index, batch.images.device)
-            outputs = model(_cast(model, batch.images), batch.tokens)
+            outputs = model(_images(model, batch), batch.tokens)
             # The gradient of this sum is the chain rule through the features.
             surrogate = _along(outputs["image_features"], gradients["image"][mine]) + _along(
                 outputs["text_features"], gradients["text"][mine]
@@ -151,6 +153,14 @@ def _cached_gradients(
             if surrogate.requires_grad:  # not with locked towers
                 context.backward(surrogate)
     return {**values, "loss": _total(values)}
+
+
+def _taught(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Ask the teacher, with images as models take them unless it says `reads_images = False`."""
+    teacher = objective.teacher
+    if teacher is no_teacher:
+        return None
+    return teacher(batch.finished() if getattr(teacher, "reads_images", True) else batch)
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:
@@ -243,8 +253,9 @@ def _pad_token(model: nn.Module) -> int:
     return pad_token
 
 
-def _cast(model: nn.Module, images: Tensor) -> Tensor:
-    """Cast images to the type of the model's weights: training in pure bf16 has no autocast."""
+def _images(model: nn.Module, batch: Batch) -> Tensor:
+    """Return finished images in the type of the weights: pure bf16 has no autocast."""
+    images = batch.finished().images
     return images if torch.is_autocast_enabled(images.device.type) else images.to(_dtype(model))
 
 

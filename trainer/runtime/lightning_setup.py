@@ -175,11 +175,17 @@ def _ranks(devices: Devices, num_nodes: int) -> int:
 
 def expected_world_size(settings: TrainerSettings) -> int:
     """Return the number of ranks that `make_trainer` will count."""
-    devices, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    _, num_nodes = resolve_devices(settings.devices, settings.num_nodes, os.environ)
+    return local_ranks(settings) * num_nodes
+
+
+def local_ranks(settings: TrainerSettings) -> int:
+    """Return how many of these ranks are on this machine."""
+    devices, _ = resolve_devices(settings.devices, settings.num_nodes, os.environ)
     count = device_count(devices)
     if count is None:
         count = 1 if _on_cpu(settings.accelerator) else max(1, torch.cuda.device_count())
-    return count * num_nodes
+    return count
 
 
 def _strategy(
@@ -214,12 +220,12 @@ def _waiting(settings: TrainerSettings) -> dict[str, Any]:
     return {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
 
 
-def loader_options(data: DataSettings) -> LoaderOptions:
-    """Return how the settings want batches to be loaded."""
+def loader_options(data: DataSettings, trainer: TrainerSettings) -> LoaderOptions:
+    """Return how the settings want batches to be loaded, on each rank."""
     names = ("num_workers", "start_method", "prefetch_batches", "timeout_seconds")
     with options_of(under("data", *names)):
         return LoaderOptions(
-            num_workers=worker_count(data.num_workers),
+            num_workers=worker_count(data.num_workers, local_ranks(trainer)),
             start_method=data.start_method,
             prefetch_batches=data.prefetch_batches,
             timeout_seconds=data.timeout_seconds,

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
+from siftclip.cores import memory_bytes
 from siftclip.errors import InputError
 
 _CHANNELS, _FLOAT_BYTES = 3, 4
-_CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container or a Slurm job
-
-
-def memory_bytes() -> int:
-    """Return the memory of this machine, or what a container may use of it."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP.read_text(encoding="ascii").strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdecimal() else physical
 
 
 def require_room_for_batch(

@@ -103,7 +103,7 @@ class StepClock(Callback):
         if self._steps == self._skipped_steps:
             self._start, self._chosen_before = self._step_end, self._chosen
         elif self._steps > self._skipped_steps:
-            self._samples += sum(len(part.rows) for part in batch.micro_batches)
+            self._samples += batch.samples
 
     def times(self) -> StepTimes:
         """Return the times of the steps so far."""

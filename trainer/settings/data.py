@@ -28,7 +28,7 @@ class DataSettings(Section):
     PLACE: ClassVar[str] = "data"
 
     num_workers: Annotated[int, Ge(0), AtMost(1024)] | Auto = "auto"
-    """Loader processes per rank; auto: cores - 1, at most 4; 0: none."""
+    """Loader processes per rank; auto: its cores - 1, as far as memory allows; 0: none."""
 
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """How loader processes start; null: the platform's default."""

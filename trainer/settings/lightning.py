@@ -53,6 +53,9 @@ class TrainerSettings(Section):
     compile: bool = False
     """Compile both towers with torch.compile."""
 
+    channels_last: bool = False
+    """Images in the layout that convolutions of a GPU prefer: for ResNets and ConvNeXt."""
+
     sync_batchnorm: bool = False
     """Batch norms over all devices."""
 

@@ -34,6 +34,7 @@ from siftclip.datamodules.models.record import fingerprint, model_record
 from siftclip.datamodules.pool.image_formats import describe_formats
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.streaming.batches import Request
+from siftclip.datamodules.streaming.device_copies import on_device
 from siftclip.datamodules.streaming.loader import make_loader
 from siftclip.errors import InputError
 from siftclip.files import has_content, read_json_object, write_json, write_npz
@@ -45,10 +46,14 @@ from siftclip.trainer.builders.selection import features_folder, pool_from
 from siftclip.trainer.models.embedding import embed_batch, embedding_dataset
 from siftclip.trainer.runtime.cores import share_cores
 from siftclip.trainer.runtime.hardware import check_hardware
-from siftclip.trainer.runtime.lightning_setup import loader_options, make_fabric, resolve_precision
+from siftclip.trainer.runtime.lightning_setup import (
+    loader_options,
+    local_ranks,
+    make_fabric,
+    resolve_precision,
+)
 from siftclip.trainer.runtime.selection_ranks import ranks_of
 from siftclip.trainer.settings.commands import EmbedCommand
-from siftclip.trainer.settings.data import DataSettings
 from siftclip.trainer.settings.fields.section import to_plain
 from siftclip.writing import delete_file
 
@@ -114,7 +119,8 @@ def embed_stage(settings: EmbedCommand, *, pool: Pool | None = None) -> Path:
     folder = features_folder(features, pool)
     if folder is None:
         raise RuntimeError("features with a model have a folder")
-    share_cores(loader_options(settings.data).num_workers)
+    workers = loader_options(settings.data, settings.trainer).num_workers
+    share_cores(workers, local_ranks(settings.trainer))
     fabric = make_fabric(settings.trainer)
     fabric.launch()
     ranks = ranks_of(fabric)
@@ -141,7 +147,7 @@ def _embed(
     mine = _shards_to_embed(folder, pool, share) if common.reuse else share
     faults, formats = FaultLog(), Counter[str]()
     sampler = ShardSampler(pool=pool, shards=mine, batch_size=features.batch_size)
-    loader = _loader(settings.data, clip, sampler, pin_memory=fabric.device.type == "cuda")
+    loader = _loader(settings, clip, sampler, pin_memory=fabric.device.type == "cuda")
     bar = show_progress(
         total=sum(len(pool.shard_rows(shard)) for shard in mine),
         label="embed",
@@ -152,9 +158,9 @@ def _embed(
     model = clip.model.to(fabric.device).eval()
     parts: list[tuple[Tensor, Tensor]] = []
     with bar:
-        for batch in loader if mine else ():
+        for batch in on_device(loader, fabric.device) if mine else ():
             with fabric.autocast():
-                parts.append(embed_batch(model, batch.to(fabric.device, non_blocking=True)))
+                parts.append(embed_batch(model, batch))
             for cause, place in batch.faults:
                 faults.add(cause, place)
             formats.update(batch.formats)
@@ -231,12 +237,12 @@ def _names(pool: Pool, shards: list[int]) -> str:
 
 
 def _loader(
-    data: DataSettings, clip: ClipModel, sampler: ShardSampler, *, pin_memory: bool
+    settings: EmbedCommand, clip: ClipModel, sampler: ShardSampler, *, pin_memory: bool
 ) -> DataLoader[Any]:
     return make_loader(
-        embedding_dataset(clip, sampler.pool, max_image_pixels=data.max_image_pixels),
+        embedding_dataset(clip, sampler.pool, max_image_pixels=settings.data.max_image_pixels),
         sampler,
-        loader_options(data),
+        loader_options(settings.data, settings.trainer),
         pin_memory=pin_memory,
     )
 

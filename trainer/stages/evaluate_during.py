@@ -22,6 +22,7 @@ from siftclip.ranks import OneRank, ProcessGroup, Ranks
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.models.sharding import whole_state
 from siftclip.trainer.options.faults import options_of, under
+from siftclip.trainer.runtime.lightning_setup import local_ranks
 from siftclip.trainer.runtime.step_clock import device_seconds
 from siftclip.trainer.settings.commands import EvalSections
 from siftclip.trainer.stages.evaluation import eval_options, tasks_from
@@ -121,7 +122,7 @@ def evaluate_during_from(settings: EvalSections, clip: ClipModel) -> EvaluateDur
     tasks = prepare_tasks(known.tasks, max_samples=during.max_samples)
     for failure in tasks.failures:
         raise InputError(f"eval.during: {failure.key}: {failure.message}")
-    options = replace(eval_options(settings), cache=None)
+    options = replace(eval_options(settings, ranks=local_ranks(settings.trainer)), cache=None)
     return EvaluateDuring(
         clip,
         tasks,

@@ -161,12 +161,17 @@ def _probe(task: Task, shots: int | None) -> Task:
     )
 
 
-def eval_options(settings: EvalSections) -> EvalOptions:
-    """Return how the settings want tasks to be evaluated."""
+def eval_options(settings: EvalSections, *, ranks: int) -> EvalOptions:
+    """Return how the settings want tasks to be evaluated.
+
+    Args:
+        settings: of the command.
+        ranks: that evaluate on this machine, where no launcher tells.
+    """
     evaluation, data, common = settings.eval, settings.data, settings.common
     return EvalOptions(
         batch_size=evaluation.batch_size,
-        num_workers=worker_count(data.num_workers),
+        num_workers=worker_count(data.num_workers, ranks),
         precision=evaluation.precision,
         max_image_pixels=data.max_image_pixels,
         resamples=evaluation.resamples,
@@ -227,9 +232,9 @@ def eval_stage(
     device = torch.device(evaluation_device(settings.trainer))
     share = share or EvalShare(ranks=OneRank(), device=device)
     found_tasks = tasks_from(settings.eval)
-    options = eval_options(settings)
+    options = eval_options(settings, ranks=share.ranks.size)
     clip = load_clip_model(str(model)) if isinstance(model, Path) else model
-    share_cores(options.num_workers)
+    share_cores(options.num_workers, share.ranks.size)
     details = None if results_path is None else details_folder(results_path)
     damaged = [TaskFailure(key=name, message=text) for name, text in found_tasks.damaged.items()]
     evaluation = evaluate_tasks(

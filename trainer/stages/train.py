@@ -58,6 +58,7 @@ from siftclip.trainer.runtime.launch import check_world_size
 from siftclip.trainer.runtime.lightning_setup import (
     expected_world_size,
     loader_options,
+    local_ranks,
     make_trainer,
     resolve_precision,
 )
@@ -130,8 +131,8 @@ def run_identity(
 
 def run_environment(trainer: TrainerSettings, data: DataSettings, pool: Pool) -> Environment:
     """Describe what this session computes with, and which tars it reads."""
-    options = loader_options(data)
-    share_cores(options.num_workers)
+    options = loader_options(data, trainer)
+    share_cores(options.num_workers, local_ranks(trainer))
     computed_with = environment(
         ranks=expected_world_size(trainer),
         loader_workers=options.num_workers,
@@ -338,7 +339,8 @@ def plan_stage(settings: TrainCommand, *, selected: PoolSelection | None = None)
     """
     check_training(settings)
     selected = select_stage(settings) if selected is None else selected
-    share_cores(loader_options(settings.data).num_workers)
+    workers = loader_options(settings.data, settings.trainer).num_workers
+    share_cores(workers, local_ranks(settings.trainer))
     loss_data = _loss_data(settings, selected)
     parts = run_parts(settings, selected, loss_data, settings.common.output_root)
     from siftclip.trainer.stages.planning import forecast
@@ -363,7 +365,7 @@ def check_training(settings: TrainCommand) -> None:
     check_extensions(settings.trainer)
     check_packages(settings.logger)
     check_online(settings.online, settings.selector, settings.loss, strategy)
-    loader_options(settings.data)
+    loader_options(settings.data, settings.trainer)
     if limit_from(settings.budget) is None:
         check_schedule(settings.optim, budget_from(settings.scale).total_steps)
     if settings.eval.root is not None:

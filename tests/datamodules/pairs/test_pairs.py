@@ -97,9 +97,27 @@ def test_batches_are_those_of_siftclips_own_training(
             global_step=0,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
         )
-        expected = [as_dict(part) for step in own.train_dataloader() for part in step.micro_batches]
+        expected = [
+            as_dict(part.finished())
+            for step in own.train_dataloader()
+            for part in step.micro_batches
+        ]
         pairs = make_pairs(batch_size=BATCH // world_size)
         assert_equal(epochs(pairs.loader(rank=rank, world_size=world_size), 3), expected)
+
+
+def test_images_are_floats_unless_a_loop_finishes_them(
+    make_pairs: Callable[..., SelectedPairs],
+) -> None:
+    floats = next(iter(make_pairs().loader()))["images"]
+    assert floats.dtype == torch.float32
+    pairs = make_pairs(finished=False)
+    pixels = next(iter(pairs.loader()))["images"]
+    assert pixels.dtype == torch.uint8
+    assert pairs.normalization is not None
+    assert torch.equal(pairs.normalization(pixels), floats)
+    with pytest.raises(ParameterError, match=r"SelectedPairs: finished needs a transform that"):
+        make_pairs(finished=False, transform=lambda image: torch.zeros(3, 4, 4))
 
 
 def test_an_epoch_holds_each_sample_and_later_ones_another_order(

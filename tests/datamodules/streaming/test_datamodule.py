@@ -25,7 +25,7 @@ from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
 from siftclip.datamodules.storage import local as storage
 from siftclip.datamodules.storage.local import LocalStorage, Storage
-from siftclip.datamodules.streaming.batches import Batch, SampleDataset
+from siftclip.datamodules.streaming.batches import Batch, SampleDataset, StepBatch
 from siftclip.datamodules.streaming.datamodule import (
     LoaderOptions,
     OrderSampler,
@@ -99,7 +99,8 @@ def test_batch_holds_what_the_tars_hold(
 ) -> None:
     (first, *_) = load(make_dataset(pool), rows)
     assert first.images.shape == (BATCH, 3, 16, 16)
-    assert first.images.dtype == torch.float32
+    assert first.images.dtype == torch.uint8
+    assert first.finished().images.dtype == torch.float32
     assert first.tokens.dtype == first.rows.dtype == torch.int64
     assert first.valid.tolist() == [True] * BATCH
     assert first.faults == ()
@@ -391,11 +392,13 @@ def test_batches_go_to_a_gpu_without_blocking(
         return batch
 
     module = make_module(pool, rows, transform, tokenizer)
-    (batch, *_) = load(module.dataset, rows)
+    (part, *_) = load(module.dataset, rows)
+    batch = StepBatch([part])
     monkeypatch.setattr(Batch, "to", note)
-    for device in ("cuda:1", "cpu", "mps"):
+    for device in ("cuda:1", "mps"):
         module.transfer_batch_to_device(batch, torch.device(device), 0)
-    assert asked == [("cuda:1", True), ("cpu", False), ("mps", False)]
+    assert asked == [("cuda:1", True), ("mps", False)]
+    assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
 
 
 class Cheapest:

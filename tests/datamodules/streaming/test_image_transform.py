@@ -59,8 +59,8 @@ def run(images: ImageTransform, pixels: np.ndarray, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     random.seed(seed)
     prepared = images.prepare(pixels if images.on_tensors else Image.fromarray(pixels))
-    out = torch.empty(prepared.shape)
-    images.finish(prepared, out)
+    (out,) = images.empty_batch(1, prepared, finished=True)
+    images.put(prepared, out)
     return out
 
 
@@ -84,7 +84,7 @@ def test_images_are_open_clips_to_the_bit(name: str) -> None:
 def test_torch_resizing_takes_the_same_crop_and_rounds_otherwise(name: str) -> None:
     transform = TRANSFORMS[name]()
     images = ImageTransform(transform, "torch")
-    level = 1 / 255 / float(images.std.min())
+    level = 1 / 255 / min(images.normalization.std)
     total = different = 0
     for seed, pixels in enumerate(crops()):
         ours, theirs = run(images, pixels, seed), open_clip_run(transform, pixels, seed)

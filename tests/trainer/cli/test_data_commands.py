@@ -177,6 +177,10 @@ def test_bench_from_the_command_line(base: list[str], cli: Cli, tmp_path: Path) 
         assert re.search(rf"\n{stage} +[\d.]+ +[\d.]+ %\n", result.stdout), stage
     assert re.search(r"\nloader     \d+ samples/s with 1 worker\n", result.stdout)
     assert re.search(
+        r"\nimages     [\d.]+ kB per sample, pixels, which cpu finishes in [\d.]+ us\n",
+        result.stdout,
+    )
+    assert re.search(
         r"\ntraining   \d+ samples/s: vit_tiny on cpu, one device, batch 16\n", result.stdout
     )
     assert re.search(

@@ -237,6 +237,21 @@ def test_what_is_no_batch_is_refused(batch: Any) -> None:
         step_batch_of(batch)
 
 
+def test_pixels_of_pairs_train_as_floats_do(fit: Callable[..., ClipTraining], pool: Pool) -> None:
+    transform = open_clip.image_transform(16, is_train=False)
+    options = {"batch_size": BATCH, "num_workers": 0, **STREAM, "transform": transform}
+    floats, pixels = (
+        SelectedPairs(pool, finished=finished, **options) for finished in (True, False)
+    )
+    assert_same_weights(fit(pixels, max_steps=2), fit(floats, max_steps=2))
+    batch = next(iter(pixels.loader()))
+    assert batch[0].dtype == torch.uint8
+    with pytest.raises(
+        InputError, match=r"images of a batch must be floats, normalised\. Got uint8"
+    ):
+        step_batch_of(batch)
+
+
 def test_rows_and_weights_are_taken_over() -> None:
     images, tokens = torch.rand(2, 3, 4, 4), torch.ones(2, 5, dtype=torch.int64)
     plain: dict[str, Tensor] = {"images": images, "tokens": tokens}

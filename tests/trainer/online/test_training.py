@@ -6,7 +6,8 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from siftclip.datamodules.models.load import load_clip_model
 from siftclip.datamodules.pool.reader import SampleReader
-from siftclip.datamodules.streaming.batches import SampleDataset, StepBatch
+from siftclip.datamodules.streaming.batches import Batch, SampleDataset, StepBatch
 from siftclip.datamodules.streaming.order import SampleOrder
 from siftclip.errors import InputError
 from siftclip.files import read_json, read_jsonl
 from siftclip.trainer.builders.selection import select_stage
 from siftclip.trainer.demo.pool import DemoData
+from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
 from siftclip.trainer.optim.optimizer import make_optimizer
@@ -81,6 +83,29 @@ def test_filter_ratio_0_is_plain_training_to_the_bit(
     assert {step: loss for step, loss in losses(warm).items() if step <= 4} == first
     assert np.array_equal(chosen(warm)[:4], chosen(off)[:4])
     assert not np.array_equal(chosen(warm)[4:], chosen(off)[4:])
+
+
+def test_only_the_chosen_are_kept_for_training(
+    base: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images: list[weakref.ref[torch.Tensor]] = []
+    ends = []
+    keep, end = StepBatch.keep, ClipTraining.on_train_batch_end
+
+    def note_read(self: StepBatch, chosen: Sequence[Batch]) -> None:
+        images[:] = [weakref.ref(part.images) for part in self.micro_batches]
+        keep(self, chosen)
+
+    def note_end(self: ClipTraining, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        trained = sum(len(part.images) for part in batch.micro_batches)
+        ends.append((batch.samples, trained, sum(image() is not None for image in images)))
+        end(self, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(StepBatch, "keep", note_read)
+    monkeypatch.setattr(ClipTraining, "on_train_batch_end", note_end)
+    train_stage(compose("train", [*base, *JEST]))
+    # 64 in four parts are read, 16 are trained on; the loader still has the part that came last
+    assert ends[-1] == (64, 16, 1)
 
 
 def test_uniform_choice_equals_training_on_that_subset(base: list[str], compose: Compose) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,9 @@ from simulated_cuda import GPU, MIX, WAIT, module_on_gpu, simulated_cuda
 from torch import nn
 from torch.nn.functional import normalize
 
+from siftclip.datamodules.streaming import pixels
 from siftclip.datamodules.streaming.batches import Batch
+from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.selectors.core.source import Logits
 from siftclip.selectors.methods.clip_score import ClipScore
@@ -34,6 +36,7 @@ from siftclip.trainer.optim.update import clip_gradients, gradient_norm, step_if
 from siftclip.trainer.settings.optim import OptimSettings
 
 SIZE, LENGTH, WORDS, WIDTH = 32, 16, 512, 48
+NORMALIZATION = Normalization(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 def tiny(bias: float | None = None) -> nn.Module:
@@ -44,12 +47,22 @@ def tiny(bias: float | None = None) -> nn.Module:
     return model.train()
 
 
+@pytest.fixture(autouse=True)
+def constants() -> Iterator[None]:
+    """What images are normalised with is copied to the device once, before the first step."""
+    with simulated_cuda():
+        batch(0).to("cuda").finished()
+    yield
+    pixels._constants.cache_clear()
+
+
 def batch(start: int, samples: int = 8) -> Batch:
     random = torch.Generator().manual_seed(start)
     tokens = torch.randint(1, WORDS - 2, (samples, LENGTH), generator=random)
     tokens[:, -1] = WORDS - 1
     return Batch(
-        images=torch.randn(samples, 3, SIZE, SIZE, generator=random),
+        images=torch.randint(256, (samples, 3, SIZE, SIZE), generator=random).to(torch.uint8),
+        normalization=NORMALIZATION,
         tokens=tokens,
         rows=torch.arange(start, start + samples),
         valid=torch.ones(samples, dtype=torch.bool),

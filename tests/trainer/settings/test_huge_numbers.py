@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 import pytest
 
+from siftclip.cores import memory_bytes
 from siftclip.errors import InputError, ParameterError, require_int
 from siftclip.selectors import ClipScore, NegCLIPLoss, NormSimD
 from siftclip.trainer.runtime.launch import resolve_devices
-from siftclip.trainer.runtime.memory import memory_bytes, require_room_for_batch
+from siftclip.trainer.runtime.memory import require_room_for_batch
 from siftclip.trainer.settings.commands import COMMANDS
 from siftclip.trainer.settings.common import CommonSettings
 from siftclip.trainer.settings.data import ScaleSettings

@@ -78,6 +78,7 @@ def test_steps_equal_a_plain_open_clip_loop(base: list[str], compose: Compose) -
         tokenizer=clip.tokenizer,
         seed=config.common.seed,
         substitutes=selected.rows,
+        finished=True,
     )
     order = SampleOrder(rows=selected.rows, seed=config.common.seed, global_batch=16)
     optim = config.optim

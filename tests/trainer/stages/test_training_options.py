@@ -25,6 +25,7 @@ from siftclip.trainer.demo.pool import DemoData
 from siftclip.trainer.loop import module as module_of_training
 from siftclip.trainer.loop.checkpointing import StepCheckpoint
 from siftclip.trainer.models.sharding import shard_model
+from siftclip.trainer.optim import gradients
 from siftclip.trainer.optim.gradients import compute_gradients
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.trainer.stages.train import train_stage
@@ -305,6 +306,35 @@ def test_gradient_checkpointing_changes_nothing(
     run = train_stage(compose("train", [*base, "trainer.grad_checkpointing=true"]))
     assert run.path != plain_run.path
     assert losses(run) == pytest.approx(losses(plain_run), rel=1e-6)
+
+
+@pytest.mark.parametrize("selecting", [False, True])
+def test_channels_last_is_a_layout_of_the_same_training(
+    base: list[str],
+    compose: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    selecting: bool,
+) -> None:
+    seen: list[bool] = []
+    images_of = gradients._images
+
+    def look(*arguments: Any) -> torch.Tensor:
+        images = images_of(*arguments)
+        seen.append(images.is_contiguous(memory_format=torch.channels_last))
+        return images
+
+    monkeypatch.setattr(gradients, "_images", look)
+    online = ["online=every_step", "online.selector.fraction=0.25"] if selecting else []
+    found = []
+    for channels_last in (False, True):
+        option = f"trainer.channels_last={channels_last}"
+        folder = f"run_dir={tmp_path / str(channels_last)}"
+        run = train_stage(compose("train", [*base, "model=rn_tiny", *online, option, folder]))
+        found.append(losses(run))
+        assert set(seen) == {channels_last}
+        seen.clear()
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_weights_of_the_samples(
