@@ -159,3 +159,53 @@ def test_joint_sampling_alone(run: Callable[..., str]) -> None:
     table = run("joint_sampling.py", "--super-batch", "640", "--rounds", "1")
     assert "sigmoid" in table
     assert "softmax" in table
+
+
+# ---- the model of cost --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def scaling() -> Iterator[ModuleType]:
+    with loaded("scaling") as module:
+        yield module
+
+
+def test_the_slowest_part_decides(scaling: ModuleType) -> None:
+    model, gpu = scaling.MODELS["ViT-B-32"], scaling.GPUS["H100"]
+    alike = {"batch": 1024, "mfu": 0.5, "decode_seconds": 0.004}
+    alone = scaling.limits(model, gpu, scaling.Run(cores=4, **alike), 1)
+    assert alone.computing == alone.device == pytest.approx(0.5 * 989e12 / (3 * 14.78e9))
+    assert (alone.loading, alone.limit, alone.rate) == (1000, "loading", 1000)
+    many = scaling.limits(model, gpu, scaling.Run(cores=400, **alike), 4096)
+    # 2 x 2 x 512 floats of each of the others come and go for each sample
+    exchange = 1 / many.device - 1 / many.computing
+    assert exchange == pytest.approx(4095 * 2048 * 4 / 40e9)
+    assert many.limit == "exchange"
+    drawn = scaling.limits(model, gpu, scaling.Run(cores=4, drawn=5, scoring=0.6, **alike), 1)
+    assert drawn.loading == 200
+    assert alone.computing / drawn.computing == pytest.approx(2)  # 3 forwards, and 5 of 0.6
+
+
+def test_gradients_hide_under_the_backward_pass(scaling: ModuleType) -> None:
+    model, gpu = scaling.MODELS["ViT-L-14"], scaling.GPUS["A100"]
+    alike = {"cores": 100, "mfu": 0.4, "decode_seconds": 0.001}
+    large, small = (
+        scaling.limits(model, gpu, scaling.Run(batch=batch, **alike), 64) for batch in (1024, 1)
+    )
+    gathered = 63 * 4 * 768 * 4 / 20e9
+    assert 1 / large.device == pytest.approx(1 / large.computing + gathered)
+    averaged = 2 * 63 / 64 * 427.6e6 * 4 / 20e9
+    hidden = 2 / 3 / small.computing
+    assert 1 / small.device == pytest.approx(1 / small.computing + gathered + averaged - hidden)
+
+
+def test_the_page_has_the_numbers_of_the_model(run: Callable[..., str]) -> None:
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    torch_resize = ["--decode-us", "1280"]
+    for options in ([], torch_resize, [*torch_resize, "--drawn", "5", "--scoring", "0.25"]):
+        ours, _, others = run("scaling.py", *options).partition("Against published")
+        rows = [line for line in ours.splitlines() if line.startswith(("| 1 ", "| 8 ", "| 64 "))]
+        assert len(rows) == 3
+        assert "\n".join(rows) in page
+    numbers = [line.split(" | ")[3:] for line in others.splitlines() if "A100" in line]
+    assert len(numbers) == 5
+    for cells in numbers:
+        assert " | ".join(cells).replace("%", " %") in page
