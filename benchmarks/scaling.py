@@ -16,6 +16,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from siftclip.trainer.bench.feeding import PEAK_FLOPS, REACHED
+
 BACKWARD = 2 / 3  # of the FLOPs of training, under which gradients are exchanged
 FLOAT32 = 4  # bytes
 
@@ -48,9 +50,9 @@ MODELS = {
     "ViT-g-14": Model(forward_flops=581.2e9, parameters=1366.7e6, width=1024),
 }
 GPUS = {
-    "A100": Gpu(peak_flops=312e12, host_bytes=25e9, near_bytes=240e9, far_bytes=20e9),
-    "H100": Gpu(peak_flops=989e12, host_bytes=50e9, near_bytes=360e9, far_bytes=40e9),
-    "H200": Gpu(peak_flops=989e12, host_bytes=50e9, near_bytes=360e9, far_bytes=40e9),
+    "A100": Gpu(peak_flops=PEAK_FLOPS["A100"], host_bytes=25e9, near_bytes=240e9, far_bytes=20e9),
+    "H100": Gpu(peak_flops=PEAK_FLOPS["H100"], host_bytes=50e9, near_bytes=360e9, far_bytes=40e9),
+    "H200": Gpu(peak_flops=PEAK_FLOPS["H200"], host_bytes=50e9, near_bytes=360e9, far_bytes=40e9),
 }
 
 
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024, help="trained samples of a GPU")
     parser.add_argument("--cores", type=int, default=14, help="that load, for each GPU")
     parser.add_argument("--decode-us", type=float, default=3030, help="of a core, for a sample")
-    parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak")
+    parser.add_argument("--mfu", type=float, default=REACHED, help="share of the peak")
     parser.add_argument("--drawn", type=float, default=1, help="read for each that is trained on")
     parser.add_argument("--scoring", type=float, default=1, help="as a share of a forward pass")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ from siftclip.datamodules.streaming.loader import LoaderOptions, make_loader
 from siftclip.datamodules.streaming.order import SampleOrder
 from siftclip.progress import show_progress
 from siftclip.tables import ruled_table
+from siftclip.trainer.bench.feeding import describe_feeding
 from siftclip.trainer.bench.measure import (
     ROUNDS,
     CopyCost,
@@ -36,6 +37,8 @@ from siftclip.trainer.builders.run_parts import RunParts
 from siftclip.trainer.builders.selection import PoolSelection, select_stage
 from siftclip.trainer.loop.module import ClipTraining
 from siftclip.trainer.loop.progress import TrainingProgress
+from siftclip.trainer.online.sample_flops import counted as counted_flops
+from siftclip.trainer.online.sample_flops import learner_flops
 from siftclip.trainer.runtime.cores import share_cores
 from siftclip.trainer.runtime.lightning_setup import loader_options, local_ranks, make_trainer
 from siftclip.trainer.runtime.step_clock import StepClock, StepTimes
@@ -65,6 +68,7 @@ class BenchOutcome:
     loader: LoaderRate
     finishing_seconds: float  # of a sample, on the device
     training: StepTimes
+    flops: int | None  # of training on a sample; None: they cannot be counted
     reading: list[ReadCost]
     copying: CopyCost
 
@@ -100,6 +104,7 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
     bound = settings.pool.max_bad_fraction
     loss_data = open_loss_data(settings.loss, selected, max_bad_fraction=bound)
     parts = run_parts(settings, selected, loss_data, root)
+    flops = _sample_flops(parts)
     data = data_module_from(parts, measured)
     stages, loader = _time_loading(data, options, samples, progress=progress)
     with temporary_folder(".bench-", root) as folder:
@@ -125,9 +130,16 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
         loader=loader,
         finishing_seconds=time_finishing(loader.batch, device),
         training=training,
+        flops=flops,
         reading=reading,
         copying=copying,
     )
+
+
+def _sample_flops(parts: RunParts) -> int | None:
+    micro_batches = parts.trainer.micro_batch_size is not None
+    found = counted_flops(lambda: learner_flops(parts.clip, micro_batches=micro_batches))
+    return None if found is None else found.training + found.repeated
 
 
 def _time_loading(
@@ -226,6 +238,14 @@ def describe_bench(outcome: BenchOutcome) -> str:
             f"process    {stages.samples_per_second:.0f} samples/s alone; reading "
             f"{stages.read_bytes / stages.seconds['read'] / 1e6:.0f} MB/s",
             f"loader     {outcome.loader.samples_per_second:.0f} samples/s with {workers}",
+            *(
+                []
+                if outcome.flops is None
+                else [
+                    "feeding    "
+                    + describe_feeding(outcome.loader.samples_per_second, outcome.flops)
+                ]
+            ),
             f"images     {_images(outcome)}",
             f"training   {training.samples_per_second:.0f} samples/s: {outcome.model} on "
             f"{outcome.device}, one device, batch {outcome.batch_samples}",

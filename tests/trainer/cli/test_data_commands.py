@@ -184,6 +184,10 @@ def test_bench_from_the_command_line(base: list[str], cli: Cli, tmp_path: Path) 
         r"\ntraining   \d+ samples/s: vit_tiny on cpu, one device, batch 16\n", result.stdout
     )
     assert re.search(
+        r"\nfeeding    [\d.e+-]+ A100 \([\d,]+ samples/s\), [\d.e+-]+ H100 .* of their peak,",
+        result.stdout,
+    )
+    assert re.search(
         r"\nwaiting    [\d.]+ % of the training time: the (loader|model)", result.stdout
     )
     rounds = r"[\d.]+ \([\d.]+ to [\d.]+\)"
