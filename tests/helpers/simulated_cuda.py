@@ -320,6 +320,7 @@ def _without_gpu_tensors(func: Any, name: str, args: Any, kwargs: dict[str, Any]
         return _MOVES[name](func, args, kwargs)
     if name == "pin_memory":
         return args[0]
+    kwargs.pop("pin_memory", None)
     if not _is_gpu(kwargs.get("device")) or name in ("device", "Generator"):
         return func(*args, **kwargs)
     if name in ("tensor", "as_tensor", "asarray"):
@@ -334,10 +335,6 @@ def _check_operands(func: Any, name: str, args: Any, tensors: list[Tensor]) -> N
     """Note operands of two devices, and indices that must be waited for."""
     if func in (Tensor.__getitem__, Tensor.__setitem__):
         _check_index(name, args)
-        return
-    if name == "copy_":
-        if isinstance(args[0], GpuTensor) != isinstance(args[1], GpuTensor):
-            _note(WAIT, "copy_ between devices")
         return
     others = [tensor for tensor in tensors if type(tensor) is Tensor]
     if any(tensor.dim() for tensor in others) or (others and name in ("cat", "stack")):
@@ -389,6 +386,14 @@ def _to(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return on_gpu(answer) if to_gpu else on_cpu(answer)
 
 
+def _copy(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    waits = not kwargs.get("non_blocking", False)
+    if isinstance(args[0], GpuTensor) != isinstance(args[1], GpuTensor) and waits:
+        _note(WAIT, "copy_ between devices")
+    func(on_cpu(args[0]), on_cpu(args[1]))
+    return args[0]
+
+
 def _cpu(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     _note(WAIT, "to the CPU")
     return on_cpu(args[0].clone())
@@ -412,5 +417,6 @@ _MOVES = {
     "numpy": _numpy,
     "__array__": _numpy,
     "pin_memory": lambda func, args, kwargs: args[0],
+    "copy_": _copy,
     "get_device": lambda func, args, kwargs: 0 if isinstance(args[0], GpuTensor) else -1,
 }

@@ -75,18 +75,25 @@ def whole(base_of: Any, composing: Any, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stop", "step"), [(signal.SIGKILL, 12), (signal.SIGKILL, 40), (signal.SIGINT, 25)]
+    ("stop", "step", "more"),
+    [
+        (signal.SIGKILL, 12, []),
+        (signal.SIGKILL, 40, ["trainer.background_checkpoints=true"]),
+        (signal.SIGINT, 25, []),
+        (signal.SIGINT, 26, ["trainer.background_checkpoints=true"]),
+    ],
 )
 def test_stopped_run_continues_to_the_bit(
     stop: signal.Signals,
     step: int,
+    more: list[str],
     whole: RunDir,
     base: list[str],
     compose: Callable[..., DictConfig],
     start_cli: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    options = [*base, *LONG_RUN]
+    options = [*base, *LONG_RUN, *more]
     process = start_cli("train", *options)
     wait_for_step(tmp_path / "outputs", step, process)
     process.send_signal(stop)

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from siftclip.errors import ParameterError, require_int
+from siftclip.trainer.loop.atomic_checkpoints import AtomicCheckpointIO
+from siftclip.trainer.loop.background_checkpoints import BackgroundCheckpointIO
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
 from siftclip.trainer.runtime.run_dir import checkpoints_in
-from siftclip.writing import atomic_path, delete_file
+from siftclip.writing import delete_file
 
 AGAIN_SECONDS = 10.0  # between two SIGTERMs, the second of which ends training at once
 _UNFINISHED = ".step-*.ckpt.*.tmp"
@@ -43,25 +44,6 @@ def kept_steps(steps: Iterable[int], *, keep_last: int, keep_every_n_steps: int 
     return kept
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Streams a checkpoint into a file beside its place, and renames it.
-
-    Lightning's own builds the whole file in memory twice, and then in the folder for temporary
-    files, which is often small, before it is copied to its place.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write `checkpoint` to `path`.
-
-        Raises:
-            InputError: there is no room, or no permission.
-        """
-        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-
-
 class StepCheckpoint(Checkpoint):
     """Writes `step-N.ckpt` every N steps, at the last step, and where training is told to stop."""
 
@@ -72,6 +54,7 @@ class StepCheckpoint(Checkpoint):
         every_n_steps: int,
         keep_last: int = 1,
         keep_every_n_steps: int | None = None,
+        background: bool = False,
     ) -> None:
         """Set where, when and how many.
 
@@ -81,6 +64,7 @@ class StepCheckpoint(Checkpoint):
             keep_last: how many stay.
             keep_every_n_steps: those at its multiples stay too, a multiple of `every_n_steps`;
                 None keeps no more.
+            background: whether training continues while one is written, from a copy in memory.
 
         Raises:
             InputError: a number is out of its range.
@@ -100,9 +84,10 @@ class StepCheckpoint(Checkpoint):
                     value=keep_every_n_steps,
                 )
         self._saved_step = 0
+        self._background = BackgroundCheckpointIO(self._delete_old) if background else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.strategy.checkpoint_io = self._background or AtomicCheckpointIO()
         if trainer.is_global_zero:
             for path in self.folder.glob(_UNFINISHED):
                 delete_file(path)
@@ -117,8 +102,19 @@ class StepCheckpoint(Checkpoint):
         if due and step != self._saved_step:
             self._saved_step = step
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self._background is None:
                 self._delete_old()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._background is not None:
+            self._background.wait()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self._background is not None:
+            with suppress(Exception):  # the exception that ends training says more
+                self._background.wait()
 
     def _delete_old(self) -> None:
         steps = checkpoints_in(self.folder)

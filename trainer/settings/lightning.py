@@ -74,6 +74,9 @@ class TrainerSettings(Section):
     keep_every_n_steps: Count | None = None
     """Also keep the checkpoints of every N steps for good."""
 
+    background_checkpoints: bool = False
+    """Train on while a checkpoint is written; takes memory of the CPU for one more."""
+
     callbacks: Annotated[
         tuple[_Node, ...] | None,
         Rare(),

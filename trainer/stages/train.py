@@ -521,6 +521,7 @@ def _callbacks(
         every_n_steps=options.checkpoint_every_n_steps,
         keep_last=options.keep_checkpoints,
         keep_every_n_steps=options.keep_every_n_steps,
+        background=options.background_checkpoints,
     )
     return [
         checkpoint,  # Lightning calls it last, when all others have seen the step

@@ -14,12 +14,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 
 from siftclip.errors import InputError
-from siftclip.trainer.loop.checkpointing import (
-    AtomicCheckpointIO,
-    StepCheckpoint,
-    StopOnSignal,
-    kept_steps,
-)
+from siftclip.trainer.loop.atomic_checkpoints import AtomicCheckpointIO
+from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal, kept_steps
 from siftclip.trainer.runtime.run_dir import RunDir
 from siftclip.writing import temporary_beside
 
