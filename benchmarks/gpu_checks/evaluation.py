@@ -50,6 +50,7 @@ def evaluation(setup: Setup, facts: Facts) -> None:
             **found,
             "accuracy": round(done.results[0].main_metric, 4),
         }
+    facts.note_peak(setup)
 
 
 def _write_task(folder: Path, images: int, classes: int) -> None:

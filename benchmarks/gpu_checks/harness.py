@@ -62,8 +62,8 @@ class Setup:
             torch.cuda.synchronize()
 
     def peak_gb(self) -> float | None:
-        """The peak of the device's memory since the last call, in 1e9 bytes; None on a CPU."""
-        if not self.on_gpu:
+        """The peak of the device's memory since the last call, in 1e9 bytes; None without one."""
+        if not self.on_gpu or not torch.cuda.is_initialized():
             return None
         peak = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.empty_cache()
@@ -79,6 +79,12 @@ class Facts:
 
     def __setitem__(self, name: str, value: object) -> None:
         self._send({name: value})
+
+    def note_peak(self, setup: Setup, name: str = "peak GB") -> None:
+        """Send the peak of the device's memory since the last one, if there is a device."""
+        peak = setup.peak_gb()
+        if peak is not None:
+            self[name] = peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,15 +187,12 @@ def _run(item: Item, setup: Setup, sender: Connection, log: Path) -> None:
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with log.open("w", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
+        send_output_to(file.fileno())
+    if setup.tiny:  # cores that others use as well make several threads wait for each other
+        torch.set_num_threads(1)
     end: dict[str, Any] = {"status": "passed", "error": "", "trace": ""}
     try:
         item.run(setup, Facts(lambda facts: sender.send({"facts": facts})))
-        peak = setup.peak_gb()
-        if peak is not None:
-            sender.send({"facts": {"last peak GB": peak}})
     except BaseException as error:
         end = {
             "status": "failed",
@@ -198,6 +201,13 @@ def _run(item: Item, setup: Setup, sender: Connection, log: Path) -> None:
         }
     sender.send(end)
     sender.close()
+
+
+def send_output_to(descriptor: int) -> None:
+    """Let what this process prints, and what it starts, go to an open file."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
 
 
 def _end(child: BaseProcess, *, patient: bool) -> None:

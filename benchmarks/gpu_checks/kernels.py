@@ -36,7 +36,8 @@ class Data:
     def part(self, samples: int, device: str) -> Data:
         """The first samples, elsewhere."""
         image, text = (values[:samples].to(device) for values in (self.image, self.text))
-        return Data(image=image, text=text, targets=self.targets.to(device), block=self.block)
+        block = min(samples, self.block)
+        return Data(image=image, text=text, targets=self.targets.to(device), block=block)
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -115,6 +116,7 @@ def kernels(setup: Setup, facts: Facts) -> None:
     for name, kernel in KERNELS.items():
         facts[name] = _compared(setup, kernel, data, peaks)
     facts["jest ms"] = _jest(setup)
+    facts.note_peak(setup)
 
 
 def _compared(
@@ -138,12 +140,13 @@ def _compared(
 
 
 def _cpu_seconds(setup: Setup, kernel: Kernel, data: Data) -> float:
-    """Seconds a sample of the plain side on one thread of the CPU."""
+    """Seconds a sample of the plain side on one thread of the CPU, by those of a part."""
     part = data.part(CPU_SAMPLES, "cpu")
+    more = kernel.flop(data) / kernel.flop(part)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return seconds_of(setup, lambda: kernel.plain(part), repeats=1) / len(part.image)
+        return seconds_of(setup, lambda: kernel.plain(part), repeats=1) * more / len(part.image)
     finally:
         torch.set_num_threads(before)
 

@@ -17,6 +17,7 @@ from siftclip.datamodules.streaming.batches import Batch
 from siftclip.trainer.online.flops import input_sizes
 
 # Dense bf16 products of the chips, in TFLOP/s, as the maker states them.
+NOISE = 256  # images of noise that are drawn; others are those in another contrast
 STATED_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0}
 
 
@@ -78,15 +79,17 @@ def model_folder(setup: Setup) -> Path:
 
 
 def noise_batch(setup: Setup, clip: ClipModel, samples: int, *, seed: int = 0) -> Batch:
-    """Noise and captions of full length in page-locked memory."""
+    """Noise and captions of full length in page-locked memory; drawn noise is used repeatedly."""
     generator = torch.Generator().manual_seed(seed)
     sizes = input_sizes(clip)
     side, length = sizes["image_size"], sizes["context_length"]
     height, width = (side, side) if isinstance(side, int) else side
     tokens = torch.randint(1, 49406, (samples, length), generator=generator)
     tokens[:, -1] = 49407
+    drawn = torch.randn(min(samples, NOISE), 3, height, width, generator=generator)
+    images = drawn.repeat(-(-samples // len(drawn)), 1, 1, 1)[:samples]
     batch = Batch(
-        images=torch.randn(samples, 3, height, width, generator=generator),
+        images=images.mul_(torch.linspace(0.5, 1.5, samples)[:, None, None, None]),
         tokens=tokens,
         rows=torch.arange(samples),
         valid=torch.ones(samples, dtype=torch.bool),

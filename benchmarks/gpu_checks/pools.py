@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu_checks.harness import Setup, require
+from gpu_checks.harness import Setup, require, send_output_to
 from siftclip.trainer.cli.main import main
 from siftclip.trainer.demo.pool import DemoData, write_demo_data
 
@@ -76,7 +76,6 @@ class Command:
 
 def _run(log: Path, words: tuple[str, ...]) -> None:
     with log.open("w", encoding="utf-8") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
+        send_output_to(file.fileno())
     sys.argv = ["siftclip", *words]
     main()

@@ -32,10 +32,13 @@ EVERY_STEP = ["online=every_step", "online.selector.fraction=0.2"]
 
 def selection(setup: Setup, facts: Facts) -> None:
     """Train on batches in memory, so that nothing waits for a loader."""
-    words = _options(setup)
-    plain = 0.0
+    words, plain = _options(setup), 0.0
+    selected = _select(words)
+    _write_features(selected, setup.work / "features")
+    super_batch = cut(_batch(setup, len(selected.rows)), _sub_batch(setup))
     for name, more in _kinds(setup).items():
-        found = _measured(setup, [*words, *more], every_step=bool(more))
+        batches = super_batch if more else super_batch[:1]
+        found = _measured(setup, [*words, *more], StepBatch(batches))
         seconds = found.pop("step seconds")
         plain = plain or seconds
         facts[name] = {
@@ -43,9 +46,7 @@ def selection(setup: Setup, facts: Facts) -> None:
             "plain steps": round(seconds / plain, 2),
             **{part: round(share / seconds, 3) for part, share in found.items()},
         }
-        peak = setup.peak_gb()
-        if peak is not None:
-            facts[f"{name}, peak GB"] = peak
+        facts.note_peak(setup, f"{name}, peak GB")
 
 
 def _kinds(setup: Setup) -> dict[str, list[str]]:
@@ -65,7 +66,7 @@ def _kinds(setup: Setup) -> dict[str, list[str]]:
 def _options(setup: Setup) -> list[str]:
     """Of all runs, with cached features of noise."""
     pool = photo_pool(setup)
-    words = [
+    return [
         f"pool.root={pool}",
         f"model={setup.size('vit_b_32', 'vit_tiny')}",
         f"scale.global_batch_size={_sub_batch(setup)}",
@@ -82,8 +83,6 @@ def _options(setup: Setup) -> list[str]:
         "features.name=noise",
         f"output_dir={setup.work / 'selection'}",
     ]
-    _write_features(select(words), setup.work / "features")
-    return words
 
 
 def _sub_batch(setup: Setup) -> int:
@@ -95,7 +94,7 @@ def _window(setup: Setup) -> int:
     return setup.size(6, 2)
 
 
-def select(words: list[str]) -> PoolSelection:
+def _select(words: list[str]) -> PoolSelection:
     """The samples of the pool."""
     with composing():
         return select_stage(compose(TrainCommand, "train", words))
@@ -109,7 +108,7 @@ def _write_features(selected: PoolSelection, folder: Path) -> None:
     write_npz(folder / "part.npz", uids=selected.pool.uids, noise_img=image, noise_txt=text)
 
 
-def _measured(setup: Setup, words: list[str], *, every_step: bool) -> dict[str, float]:
+def _measured(setup: Setup, words: list[str], batch: StepBatch) -> dict[str, float]:
     """Seconds of a step and of its parts, by the run's own clocks, of the second half of it."""
     with composing():
         settings = compose(TrainCommand, "train", words)
@@ -128,9 +127,7 @@ def _measured(setup: Setup, words: list[str], *, every_step: bool) -> dict[str, 
         max_epochs=-1,
         enable_checkpointing=False,
     )
-    batch = _batch(setup, len(selected.rows), TIMES if every_step else 1)
-    step_batch = StepBatch(cut(batch, _sub_batch(setup)))
-    trainer.fit(module, train_dataloaders=Repeated(step_batch, budget.total_steps))
+    trainer.fit(module, train_dataloaders=Repeated(batch, budget.total_steps))
     latest = module.latest
     require(np.isfinite(latest["train/contrastive_loss"]), "the loss is not finite")
     seconds = latest["train/batch_time"]
@@ -143,9 +140,9 @@ def _measured(setup: Setup, words: list[str], *, every_step: bool) -> dict[str, 
     }
 
 
-def _batch(setup: Setup, pool_samples: int, times: int) -> Batch:
+def _batch(setup: Setup, pool_samples: int) -> Batch:
     """Noise for samples of the pool, some of which may come twice, with cached features."""
-    samples = times * _sub_batch(setup)
+    samples = TIMES * _sub_batch(setup)
     batch = noise_batch(setup, clip_model(setup), samples)
     generator = torch.Generator().manual_seed(1)
     cached = {
