@@ -75,13 +75,13 @@ docs: $(STAMP)
 gpu-check: $(STAMP)
 	.venv/bin/python benchmarks/gpu_check.py $(ARGS)
 
-# Packages without a wheel of their own are built: they hold no compiled code.
+# The one package without a wheel of its own is built; it holds no compiled code.
 gpu-wheels: $(STAMP)
 	rm -rf $(GPU_WHEELS)
 	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip wheel --no-deps --wheel-dir $(GPU_WHEELS) \
 	    antlr4-python3-runtime
 	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip download --no-deps --dest $(GPU_WHEELS) \
-	    --find-links $(GPU_WHEELS) --only-binary=:all: --implementation cp \
+	    --only-binary=:all: --implementation cp \
 	    --python-version $(GPU_PYTHON) $(PLATFORMS) \
 	    --requirement benchmarks/gpu_checks/wheels.txt $(MORE)
 	@du -sm $(GPU_WHEELS) | { read -r mib folder; echo "$$folder: $$mib MiB"; test $$mib -le 64; } \
