@@ -4,6 +4,7 @@
 #   make test-all                  also the slow ones: launches of ranks, kills, whole recipes
 #   make coverage                  the same, with the branches that no test takes
 #   make nightly                   tests that repeat the same for hours: kills, full disks, a soak
+#   make gpu-check                 correctness, speed and memory on a GPU: docs/gpu.md
 
 # Without PYTHON, the first of these that is new enough makes .venv.
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
@@ -26,7 +27,15 @@ NUMERICAL = \
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
+# Of what is carried to a GPU machine without a network, and for which Python there.
+GPU_WHEELS = build/gpu-wheels
+GPU_PYTHON = 3.12
+MORE =
+# glibc 2.28 and older
+PLATFORMS = $(foreach version,_2_28 _2_27 _2_26 _2_24 _2_17 2014 _2_12 2010 _2_5 1,--platform manylinux$(version)_x86_64)
+
 .PHONY: demo docs test test-all nightly coverage test-avx2 record same-answers setup lint constraints clean moved
+.PHONY: gpu-check gpu-wheels
 
 demo: $(STAMP)
 	.venv/bin/siftclip demo
@@ -61,6 +70,22 @@ same-answers: $(STAMP)
 # docs/options.md, from the dataclasses in trainer/settings/.
 docs: $(STAMP)
 	.venv/bin/python -m siftclip.trainer.settings.describing.reference docs/options.md
+
+# Writes gpu_check/gpu_check.json; ARGS='--device cpu --tiny' runs the same code without a GPU.
+gpu-check: $(STAMP)
+	.venv/bin/python benchmarks/gpu_check.py $(ARGS)
+
+# The one package without a wheel of its own is built; it holds no compiled code.
+gpu-wheels: $(STAMP)
+	rm -rf $(GPU_WHEELS)
+	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip wheel --no-deps --wheel-dir $(GPU_WHEELS) \
+	    antlr4-python3-runtime
+	PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip download --no-deps --dest $(GPU_WHEELS) \
+	    --only-binary=:all: --implementation cp \
+	    --python-version $(GPU_PYTHON) $(PLATFORMS) \
+	    --requirement benchmarks/gpu_checks/wheels.txt $(MORE)
+	@du -sm $(GPU_WHEELS) | { read -r mib folder; echo "$$folder: $$mib MiB"; test $$mib -le 64; } \
+	    || { echo 'These are more than the 64 MiB that travel: take less with MORE=' >&2; exit 1; }
 
 setup: $(STAMP)
 
@@ -120,5 +145,5 @@ constraints:
 	    | cat - constraints.txt >constraints.new && mv constraints.new constraints.txt
 
 clean:
-	rm -rf .venv .coverage build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .coverage build dist gpu_check .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

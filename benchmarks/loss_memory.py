@@ -1,4 +1,4 @@
-"""Memory and time of a forward and backward of the softmax loss, ours and open_clip's.
+"""Memory and time of a forward and backward of a loss, ours and open_clip's.
 
 Each side runs in a process of its own, in turns, so that its peak is its own: the resident set at
 its highest minus that before the step, features and their gradients included. A side that would
@@ -6,7 +6,7 @@ take more than --limit-gib is not run; its size by arithmetic is printed instead
 
 python benchmarks/loss_memory.py --batch 8192
 python benchmarks/loss_memory.py --batch 32768 --rounds 1
-python benchmarks/loss_memory.py --batch 32768 --device cuda
+python benchmarks/loss_memory.py --batch 32768 --device cuda --loss siglip
 """
 
 import argparse
@@ -22,24 +22,34 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import describe_machine
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
+from siftclip.trainer import losses
 from siftclip.trainer.losses import LossInputs, SoftmaxLoss
 
 SIDES = ("siftclip", "open_clip")
+LOSSES = ("softmax", "siglip")
+BIAS = -10.0  # of the sigmoid loss's logits
 # Logits of both directions and their log-softmaxes; the backward frees one where it makes one.
 DENSE_MATRICES = 4
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def loss_of(side: str) -> Loss:
+def loss_of(side: str, name: str) -> Loss:
     """The loss of a side as a function of image features, text features and logit scale."""
+    is_sigmoid = name == "siglip"
     if side == "open_clip":
+        if is_sigmoid:
+            theirs = SigLipLoss()
+            return lambda image, text, scale: theirs(image, text, scale, BIAS)
         return ClipLoss(local_loss=True, gather_with_grad=True)
-    objective = SoftmaxLoss()
+    objective = losses.SigLipLoss() if is_sigmoid else SoftmaxLoss()
 
     def siftclip(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        inputs = LossInputs(image_features=image, text_features=text, logit_scale=scale)
+        bias = scale.new_tensor(BIAS) if is_sigmoid else None
+        inputs = LossInputs(
+            image_features=image, text_features=text, logit_scale=scale, logit_bias=bias
+        )
         return objective(inputs)["contrastive_loss"]
 
     return siftclip
@@ -66,7 +76,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, object]:
     """Peak memory and seconds of each repeat, after one that is not timed."""
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    loss = loss_of(side)
+    loss = loss_of(side, options.loss)
 
     def leaves(batch: int) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -116,7 +126,7 @@ def time_step(step: Callable[[], None], device: torch.device) -> float:
 def run_side(side: str, options: argparse.Namespace) -> dict[str, object] | None:
     """`measure` in a new process; None where the memory did not suffice."""
     command = [sys.executable, __file__, "--side", side]
-    for name in ("batch", "dim", "threads", "repeats", "device", "limit_gib"):
+    for name in ("batch", "dim", "threads", "repeats", "device", "limit_gib", "loss"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -130,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--loss", choices=LOSSES, default="softmax")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps of a process")
@@ -148,7 +159,7 @@ def main() -> None:
                 if found is not None:
                     results[side].append(found)
     print(f"{describe_machine()}; {options.device}, {options.threads} threads, ", end="")
-    print(f"batch {options.batch}, dim {options.dim}\n")
+    print(f"{options.loss}, batch {options.batch}, dim {options.dim}\n")
     print("| | peak MiB | seconds, median | seconds, best |\n|---|---|---|---|")
     for side, found in results.items():
         if found:

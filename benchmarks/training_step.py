@@ -84,19 +84,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(model, batch: Batch, steps: int, skipped: int, options, clip: float | None) -> float:  # type: ignore[no-untyped-def]
-    """Seconds a step."""
+def ours(  # type: ignore[no-untyped-def]
+    model, batches: list[Batch], steps: int, skipped: int, options, clip: float | None
+) -> float:
+    """Seconds a step of these micro-batches."""
     module = ClipTraining(
         copy.deepcopy(model),
         objective=Objective(loss=SoftmaxLoss()),
         optim=optim_config(steps, clip),
         total_steps=steps + skipped,
-        global_batch_size=len(batch.rows),
+        global_batch_size=sum(len(batch.rows) for batch in batches),
         seed=0,
         log_every_n_steps=50,
     )
     if options.compile:
-        compile_towers(module.model)
+        compile_towers(module.model, backend=options.backend)
     clock = Clock(skipped)
     trainer = lightning.Trainer(
         accelerator=options.device,
@@ -109,7 +111,7 @@ def ours(model, batch: Batch, steps: int, skipped: int, options, clip: float | N
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, train_dataloaders=Repeated(StepBatch([batch]), steps + skipped))
+    trainer.fit(module, train_dataloaders=Repeated(StepBatch(batches), steps + skipped))
     return clock.seconds / steps
 
 
@@ -128,7 +130,7 @@ def bare(  # type: ignore[no-untyped-def]
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
     optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, fused=fused or None)
     loss = ClipLoss(local_loss=True, gather_with_grad=True)
-    forward = torch.compile(model) if options.compile else model
+    forward = torch.compile(model, backend=options.backend) if options.compile else model
     autocast = AUTOCAST.get(options.precision)
     start = 0.0
     for step in range(steps + skipped):
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=15)
@@ -184,12 +187,13 @@ def main() -> None:
         valid=torch.ones(options.batch, dtype=torch.bool),
     )
     given = (clip.model, batch, options.steps, 5, options)
+    of_ours = (clip.model, [batch], options.steps, 5, options)
     sides = {
         "open_clip": lambda: bare(*given, fused=False, clip=None),
         "open_clip, fused AdamW": lambda: bare(*given, fused=True, clip=None),
         "open_clip, fused AdamW, clipped": lambda: bare(*given, fused=True, clip=1.0),
-        "ours": lambda: ours(*given, clip=None),
-        "ours, clipped": lambda: ours(*given, clip=1.0),
+        "ours": lambda: ours(*of_ours, clip=None),
+        "ours, clipped": lambda: ours(*of_ours, clip=1.0),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)

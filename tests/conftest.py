@@ -67,8 +67,14 @@ TINY_ARCHITECTURE = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option for tests that repeat for minutes."""
+    """Add the options for tests that repeat for minutes, and for those of a GPU."""
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly alone")
+    parser.addoption(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="of the tests marked gpu; cpu runs their code where there is no GPU",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -90,6 +96,18 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let go of what is frozen, which nanobind else takes for leaks when Python ends."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """What tests marked `gpu` compare with the CPU, in exact float32; skips where it is missing."""
+    device = torch.device(request.config.getoption("device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device; --device cpu runs the same code on the CPU")
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield device
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from siftclip.agreement import share_texts
+from siftclip.datamodules.models.autocast import autocast
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.pool.image_formats import describe_formats
@@ -172,8 +173,7 @@ class Encoder:
         )
 
     def _autocast(self) -> torch.autocast:
-        dtype = self.options.autocast
-        return torch.autocast(self.options.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.options.device, self.options.autocast)
 
     def _encode_images(self, images: Tensor) -> np.ndarray:
         if self._transform.normalization is not None:

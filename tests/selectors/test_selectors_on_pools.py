@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from built_in_selectors import built_in_selectors
 
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.pool.pool import Pool, open_pool
@@ -19,7 +19,7 @@ from siftclip.datamodules.selection.pool_source import PoolSource
 from siftclip.datamodules.storage.local import LocalStorage
 from siftclip.ranks import Ranks
 from siftclip.selectors.core.base import Requirements, ScoreSelector
-from siftclip.selectors.core.checks import SelectorFactory, synthetic_files
+from siftclip.selectors.core.checks import synthetic_files
 from siftclip.selectors.core.rules import Threshold, TopFraction
 from siftclip.selectors.core.source import FeatureFile
 
@@ -27,14 +27,7 @@ SAMPLES = 60
 KEYS = ("l14_img", "l14_txt", "b32_img", "b32_txt")
 
 
-def _built_in() -> dict[str, SelectorFactory]:
-    """The factories of the contract's test."""
-    path = Path(__file__).with_name("test_selector_contract.py")
-    found: dict[str, SelectorFactory] = runpy.run_path(str(path))["BUILT_IN"]
-    return found
-
-
-BUILT_IN = _built_in()
+BUILT_IN = built_in_selectors()
 
 
 @pytest.fixture(scope="module")

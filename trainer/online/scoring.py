@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from siftclip.datamodules.models.autocast import autocast, no_weight_cache
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.errors import InputError
 from siftclip.trainer.online.scoring_config import ScoringConfig
@@ -240,7 +241,7 @@ def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _precision(config: ScoringConfig, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if config.precision else nullcontext()
+    return autocast(device, torch.bfloat16) if config.precision else no_weight_cache()
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from siftclip.datamodules.models.autocast import no_weight_cache
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.streaming.batches import Batch
 from siftclip.trainer.losses import (
@@ -115,7 +116,7 @@ def _cached_gradients(
 ) -> dict[str, Tensor]:
     clip = as_clip(model)
     images, texts = ([], []) if features is None else ([features[0]], [features[1]])
-    with torch.no_grad(), kept_statistics(model):
+    with torch.no_grad(), no_weight_cache(), kept_statistics(model):
         for index, batch in enumerate(micro_batches if features is None else ()):
             _seed(context, index, batch.images.device)
             images.append(clip.encode_image(_images(model, batch), normalize=True))

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.datamodules.models.autocast import autocast
 from siftclip.errors import InputError, require_choice
 from siftclip.trainer.losses import ContrastiveLoss, LossInputs
 from siftclip.trainer.losses.base import TeacherKind
@@ -176,9 +177,9 @@ def check_precision(make: LossFactory) -> None:
     """Check that bfloat16 features and autocast lead to float32 terms of those very features."""
     inputs = _map_features(synthetic_inputs(make()), lambda values: values.to(torch.bfloat16))
     expected = make()(_map_features(inputs, lambda values: values.float()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = make()(inputs)
-    for where, terms in (("with", make()(inputs)), ("under autocast, with", autocast)):
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        inside = make()(inputs)
+    for where, terms in (("with", make()(inputs)), ("under autocast, with", inside)):
         for name, value in terms.items():
             assert value.dtype == torch.float32, f"{name} is {value.dtype} {where} bfloat16"
             message = f"{name} {where} bfloat16 features is not computed in float32"
