@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from built_in_selectors import built_in_selectors
+from built_in_selectors import built_in_selectors, score_tolerance
 
 from siftclip.selectors.core.base import Choice, Selector
 from siftclip.selectors.core.checks import synthetic_chunk, synthetic_files
@@ -39,4 +39,4 @@ def test_selector_keeps_the_same(name: str, device: torch.device) -> None:
     assert np.array_equal(found.multiplicities, expected.multiplicities)
     if expected.scores is not None:
         assert found.scores is not None
-        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.scores, expected.scores, **score_tolerance(name))

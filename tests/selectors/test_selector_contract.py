@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-from simulated_cuda import MIX, on_gpu, simulated_cuda
 
 import siftclip.selectors
 from siftclip.errors import InputError, ParameterError, name_of, parameters_of
@@ -201,24 +199,6 @@ def test_built_in_selector_passes(
     check: Callable[[SelectorFactory], None], name: str, factories: dict[str, SelectorFactory]
 ) -> None:
     check(factories[name])
-
-
-@pytest.mark.parametrize("name", [*BUILT_IN, *OF_FILES])
-def test_a_gpu_chooses_the_same(name: str, factories: dict[str, SelectorFactory]) -> None:
-    """A simulated one, which notes where values of two devices meet."""
-    own, other = (bind_features(factories[name](), GIVEN) for _ in range(2))
-    chunk, files = synthetic_chunk(own.requires), synthetic_files(own.requires)
-    parts = {"part_samples": 20, "chunk_samples": 16}
-    expected = own.select(MemorySource(chunk, files=files, **parts))
-    with simulated_cuda() as events:
-        there = replace(chunk, features=on_gpu(chunk.features))
-        chosen = other.select(MemorySource(there, files=on_gpu(files), **parts))
-        assert events.of(MIX) == {}
-    np.testing.assert_array_equal(chosen.multiplicities, expected.multiplicities)
-    if expected.scores is not None:
-        # on a CPU 8-bit products decide what needs no more, within this of the scores
-        screens = name.startswith("negcliploss") and "float32" not in name
-        np.testing.assert_allclose(chosen.scores, expected.scores, atol=5e-3 if screens else 1e-5)
 
 
 def of_two_models(requires: Requirements) -> Iterator[MemorySource]:
