@@ -93,7 +93,7 @@ class Online:
     ) -> None:
         """Take note of a step: the losses of its samples; a scorer learns from them."""
         if self.losses is not None or self.diagnostics is not None:
-            rows = gathered_rows(batches, rank=rank, world_size=world_size)
+            rows = self._rows_of_step(batches, rank=rank, world_size=world_size)
             self._trained_rows = rows
             if self.diagnostics is not None:
                 self.diagnostics.saw(rows)
@@ -115,6 +115,14 @@ class Online:
                 rank=rank,
                 world_size=world_size,
             )
+
+    def _rows_of_step(self, batches: Sequence[Batch], *, rank: int, world_size: int) -> np.ndarray:
+        """Return the rows that all ranks train on, int64 [n]: of a choice they are known."""
+        latest = None if self.in_loop is None else self.in_loop.latest
+        if latest is None:
+            return gathered_rows(batches, rank=rank, world_size=world_size)
+        _, kept, rows = latest
+        return rows[np.flatnonzero(kept)]
 
     def take_reselection_seconds(self) -> tuple[float, float]:
         """Take the seconds of embedding the pool and of choosing from it since the last call."""
