@@ -57,13 +57,16 @@ def forecast_arms(plan: Plan, notes: RunNotes, *, progress: bool) -> list[ArmFor
     by_arm = {arm: [run for run in plan.runs if run.arm == arm] for arm in plan.arms}
     known: dict[str, ArmForecast] = {}  # by the digest of the steps
     found: dict[str, ArmForecast] = {}
-    order = sorted(by_arm, key=lambda arm: _effort(by_arm[arm], notes))
+    finished = {
+        arm: [at for run in runs if (at := _finished(run, notes)) is not None]
+        for arm, runs in by_arm.items()
+    }
+    order = sorted(by_arm, key=lambda arm: 0 if finished[arm] else _effort(by_arm[arm][0]))
     for arm in track(order, total=len(order), label="plan", unit="arm", bar=progress):
         runs = by_arm[arm]
         steps = step_digest(runs[0].settings)
-        finished = [at for run in runs if (at := _finished(run, notes)) is not None]
-        if finished:
-            found[arm] = _from_runs(arm, runs, finished)
+        if finished[arm]:
+            found[arm] = _from_runs(arm, runs, finished[arm])
         elif steps in known:
             alike = known[steps]
             source = f"runs of {alike.arm}" if alike.finished else f"steps of {alike.arm}"
@@ -83,12 +86,10 @@ def step_digest(settings: TrainCommand) -> str:
     return identity_hash({name: each for name, each in values.items() if name not in dropped})
 
 
-def _effort(runs: Sequence[PlannedRun], notes: RunNotes) -> int:
-    """Order arms by what a forecast takes: finished runs, then no features, then the others."""
-    if any(_finished(run, notes) for run in runs):
-        return 0
-    with _of_arm(runs[0].arm):
-        selector = selector_from(runs[0].settings.selector).selector
+def _effort(run: PlannedRun) -> int:
+    """Order runs by what a forecast takes that measures: no features first, then the others."""
+    with _of_arm(run.arm):
+        selector = selector_from(run.settings.selector).selector
     return 2 if selector.requires.features else 1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,8 +18,18 @@ from siftclip.selectors.core.source import Logits
 from siftclip.selectors.kernels.blocks import require_same_width
 from siftclip.selectors.kernels.pair_log_sums import CPU_TILE, GPU_TILE, LOG2_E
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # Beyond it softplus(x) is x: exp(-40) is below the rounding of float64, and exp(40) fits float32.
 _LINEAR = 40.0
+
+
+class Which(TypedDict, total=False):
+    """Which of n others count, for each of m pairs: all, unless it says less."""
+
+    skip: int | None  # all but j = i + skip, the partner of pair i
+    present: Tensor | None  # bool [n], those that there are; the absent ones must be finite
 
 
 def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
@@ -30,12 +40,7 @@ def pair_logits(image: Tensor, text: Tensor, logits: Logits) -> Tensor:
 
 
 def row_log_sums(
-    left: Tensor,
-    right: Tensor,
-    scale: float | Tensor,
-    *,
-    skip: int | None = None,
-    present: Tensor | None = None,
+    left: Tensor, right: Tensor, scale: float | Tensor, **which: Unpack[Which]
 ) -> Tensor:
     """Compute log sum_j exp(scale * <l_i, r_j>) of each row i: float64 [m], -inf without any j.
 
@@ -47,11 +52,10 @@ def row_log_sums(
         left: float [m, d], finite.
         right: float [n, d], finite.
         scale: finite.
-        skip: leave out j = i + skip, the partner of row i.
-        present: bool [n], which j there are; None: all. What is absent must be finite.
+        **which: of the columns, for row i.
     """
     sums = left.new_full((len(left),), -torch.inf, dtype=torch.float64)
-    for rows, terms in _tiles(left, right, Logits(scale=scale * LOG2_E), skip, present):
+    for rows, terms in _tiles(left, right, Logits(scale=scale * LOG2_E), **which):
         # A row may be skipped as a whole, where the tile has a single column.
         top = terms.amax(1).clamp_min_(torch.finfo(terms.dtype).min)
         terms.sub_(top[:, None]).exp2_()
@@ -61,12 +65,7 @@ def row_log_sums(
 
 
 def row_softplus_sums(
-    left: Tensor,
-    right: Tensor,
-    logits: Logits,
-    *,
-    skip: int | None = None,
-    present: Tensor | None = None,
+    left: Tensor, right: Tensor, logits: Logits, **which: Unpack[Which]
 ) -> Tensor:
     """Compute sum_j log(1 + exp(scale * <l_i, r_j> + bias)) of each row i: float64 [m].
 
@@ -74,7 +73,7 @@ def row_softplus_sums(
     precision are those of `row_log_sums`.
     """
     sums = left.new_zeros((len(left),), dtype=torch.float64)
-    for rows, terms in _tiles(left, right, logits, skip, present):
+    for rows, terms in _tiles(left, right, logits, **which):
         sums[rows] += functional.softplus(terms, threshold=_LINEAR).sum(1)
     return sums
 
@@ -97,21 +96,13 @@ class PairLosses(ABC):
         self.own = pair_logits(self.image, self.text, logits)
 
     @abstractmethod
-    def add(
-        self,
-        image: Tensor,
-        text: Tensor,
-        *,
-        skip: int | None = None,
-        present: Tensor | None = None,
-    ) -> None:
+    def add(self, image: Tensor, text: Tensor, **which: Unpack[Which]) -> None:
         """Judge against n more pairs.
 
         Args:
             image: float [n, d], finite.
             text: float [n, d], finite.
-            skip: all but i + skip for pair i.
-            present: bool [n], which of them there are; None: all.
+            **which: of them.
         """
 
     @abstractmethod
@@ -137,18 +128,9 @@ class SigmoidLosses(PairLosses):
         super().__init__(image, text, logits)
         self.negatives = torch.zeros_like(self.own)  # sum_j of l_ij + l_ji
 
-    def add(
-        self,
-        image: Tensor,
-        text: Tensor,
-        *,
-        skip: int | None = None,
-        present: Tensor | None = None,
-    ) -> None:
+    def add(self, image: Tensor, text: Tensor, **which: Unpack[Which]) -> None:
         for own, others in ((self.image, text), (self.text, image)):
-            self.negatives += row_softplus_sums(
-                own, others, self.logits, skip=skip, present=present
-            )
+            self.negatives += row_softplus_sums(own, others, self.logits, **which)
 
     def alone(self) -> Tensor:
         """Return l_ii."""
@@ -180,18 +162,11 @@ class SoftmaxLosses(PairLosses):
         self.of_image = torch.full_like(self.own, -torch.inf)
         self.of_text = torch.full_like(self.own, -torch.inf)
 
-    def add(
-        self,
-        image: Tensor,
-        text: Tensor,
-        *,
-        skip: int | None = None,
-        present: Tensor | None = None,
-    ) -> None:
+    def add(self, image: Tensor, text: Tensor, **which: Unpack[Which]) -> None:
         scale = self.logits.scale
-        added = row_log_sums(self.image, text, scale, skip=skip, present=present)
+        added = row_log_sums(self.image, text, scale, **which)
         self.of_image = torch.logaddexp(self.of_image, added)
-        added = row_log_sums(self.text, image, scale, skip=skip, present=present)
+        added = row_log_sums(self.text, image, scale, **which)
         self.of_text = torch.logaddexp(self.of_text, added)
 
     def alone(self) -> Tensor:
@@ -232,7 +207,12 @@ def _wide(values: Tensor) -> torch.dtype:
 
 
 def _tiles(
-    left: Tensor, right: Tensor, logits: Logits, skip: int | None, present: Tensor | None
+    left: Tensor,
+    right: Tensor,
+    logits: Logits,
+    *,
+    skip: int | None = None,
+    present: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield tiles of logits of left @ right.T, with their rows; -inf where skipped or absent.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import BROWSER, REASON, Browser, opened_browser
+from browser import Browser
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,14 +193,6 @@ def test_selections_while_training_are_counted(pool: Pool, tmp_path: Path) -> No
         7: 1,
     }
     assert found.of == "in 2 selections while training"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if BROWSER is None:
-        pytest.skip(REASON)
-    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 SEEN = "[...document.querySelectorAll('.gallery > li')].filter(li => li.checkVisibility()).length"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from browser import BROWSER, REASON, Browser, opened_browser
+from browser import Browser
 
 from siftclip.eval.significance.arm_model import ArmValues, fit_arms
 from siftclip.eval.significance.arm_tests import compare_with_baseline
@@ -202,14 +201,6 @@ def test_curves_are_means_of_seeds_at_what_steps_have_cost(comparison: ArmCompar
     assert chosen.title == "share of junk"
     page = html(with_logs)
     assert page.count('class="curve') == 2 * 2 + 2 * 2 + 1
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if BROWSER is None:
-        pytest.skip(REASON)
-    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 @pytest.fixture
