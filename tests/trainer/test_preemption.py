@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from omegaconf import DictConfig
 
 from siftclip.trainer.cli.application import application
 from siftclip.trainer.compare import arms, running
+from siftclip.trainer.loop import checkpointing
 from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal
 from siftclip.trainer.runtime.launch import TrainingStopped
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -422,6 +424,31 @@ def torchrun(target: Callable[[], None]) -> Callable[[], None]:
         elastic_launch(config, target)()
 
     return run
+
+
+@pytest.mark.slow
+def test_the_clock_of_any_rank_makes_all_of_two_write_a_checkpoint(
+    fork: Any, tiny_training: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of rank 1 goes 20 seconds a step, and that of rank 0 stands."""
+    seconds = [0.0]
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+    def tick(step: int) -> None:
+        seconds[0] += 20 * int(os.environ["RANK"])
+
+    saver = StepCheckpoint(
+        tmp_path, every_n_steps=1000, every_minutes=1, keep_last=9, agree_every_n_steps=5
+    )
+    training = tiny_training(total_steps=12, after_batch=tick)
+
+    def rank() -> None:
+        training.fit(saver, devices=2, strategy="ddp")
+
+    assert fork(torchrun(rank), tmp_path / "stderr").status() == 0
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {
+        f"step-{step}.ckpt" for step in (5, 10, 12)
+    }
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from siftclip.errors import ParameterError, require_int
+from siftclip.errors import ParameterError, require_finite, require_int
 from siftclip.trainer.loop.atomic_checkpoints import AtomicCheckpointIO
 from siftclip.trainer.loop.background_checkpoints import BackgroundCheckpointIO
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
@@ -45,32 +45,45 @@ def kept_steps(steps: Iterable[int], *, keep_last: int, keep_every_n_steps: int 
 
 
 class StepCheckpoint(Checkpoint):
-    """Writes `step-N.ckpt` every N steps, at the last step, and where training is told to stop."""
+    """Writes `step-N.ckpt` every N steps, at the last step, and where training is told to stop.
+
+    By time as well, if asked for. Clocks of ranks differ: one that is late makes all of them write,
+    which they agree on every `agree_every_n_steps` steps, with an all-reduce of one number.
+    """
 
     def __init__(
         self,
         folder: Path,
         *,
         every_n_steps: int,
+        every_minutes: float | None = None,
         keep_last: int = 1,
         keep_every_n_steps: int | None = None,
         background: bool = False,
+        agree_every_n_steps: int = 10,
     ) -> None:
         """Set where, when and how many.
 
         Args:
             folder: of the checkpoints.
             every_n_steps: optimizer steps between two checkpoints.
+            every_minutes: at most so long between two, and the steps until the ranks agree.
             keep_last: how many stay.
             keep_every_n_steps: those at its multiples stay too, a multiple of `every_n_steps`;
                 None keeps no more.
             background: whether training continues while one is written, from a copy in memory.
+            agree_every_n_steps: of several ranks, where `every_minutes` is set.
 
         Raises:
             InputError: a number is out of its range.
         """
         self.folder = Path(folder)
         self.every_n_steps = require_int("every_n_steps", every_n_steps, minimum=1, owner=self)
+        if every_minutes is not None and require_finite("every_minutes", every_minutes) <= 0:
+            raise ParameterError(
+                "must be positive", owner=self, parameter="every_minutes", value=every_minutes
+            )
+        self.every_minutes = every_minutes
         self.keep_last = require_int("keep_last", keep_last, minimum=1, owner=self)
         self.keep_every_n_steps = keep_every_n_steps
         if keep_every_n_steps is not None:
@@ -83,7 +96,11 @@ class StepCheckpoint(Checkpoint):
                     parameter=name,
                     value=keep_every_n_steps,
                 )
-        self._saved_step = 0
+        self.agree_every_n_steps = require_int(
+            "agree_every_n_steps", agree_every_n_steps, minimum=1, owner=self
+        )
+        self._saved_step = self._timed_step = 0
+        self._saved_at = 0.0
         self._background = BackgroundCheckpointIO(self._delete_old) if background else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -93,14 +110,18 @@ class StepCheckpoint(Checkpoint):
                 delete_file(path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = trainer.global_step  # what training continues from is there already
+        # what training continues from is there already
+        self._saved_step = self._timed_step = trainer.global_step
+        self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop
+        due = due or self._is_late(trainer)
         # With several batches a step, the step is the same after all but one of them.
         if due and step != self._saved_step:
             self._saved_step = step
+            self._saved_at = time.monotonic()
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
             if trainer.is_global_zero and self._background is None:
                 self._delete_old()
@@ -115,6 +136,19 @@ class StepCheckpoint(Checkpoint):
         if self._background is not None:
             with suppress(Exception):  # the exception that ends training says more
                 self._background.wait()
+
+    def _is_late(self, trainer: Trainer) -> bool:
+        """Return whether the time is over, once for each step; all ranks get the same answer."""
+        step = trainer.global_step
+        if self.every_minutes is None or step == self._timed_step:
+            return False
+        self._timed_step = step
+        late = time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        if trainer.world_size == 1:
+            return late
+        if step % self.agree_every_n_steps:
+            return False
+        return bool(largest_over_ranks(int(late), trainer.strategy.root_device))
 
     def _delete_old(self) -> None:
         steps = checkpoints_in(self.folder)

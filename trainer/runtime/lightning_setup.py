@@ -145,9 +145,13 @@ def _on_cpu(accelerator: str) -> bool:
 
 def _defaults(settings: TrainerSettings) -> dict[str, Any]:
     """Return arguments that the settings may change."""
-    # of cudnn's convolutions, as open_clip trains; what it picks may differ from run to run
-    benchmark = not (settings.options or {}).get("deterministic")
-    return {"benchmark": benchmark, "enable_model_summary": False}
+    return {
+        # of cudnn's convolutions, as open_clip trains; what it picks may differ from run to run
+        "benchmark": not settings.deterministic,
+        # None leaves what the process has set
+        "deterministic": settings.deterministic or None,
+        "enable_model_summary": False,
+    }
 
 
 def _plugin_options(settings: TrainerSettings) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class TrainerSettings(Section):
     sync_batchnorm: bool = False
     """Batch norms over all devices."""
 
+    deterministic: bool = False
+    """Equal bits in every run on the same hardware; slower on a GPU, or an error of torch."""
+
     max_skipped_fraction: Share = 0.01
     """Stop if a larger share of the steps has infinite or NaN gradients, which are skipped."""
 
@@ -67,6 +70,9 @@ class TrainerSettings(Section):
 
     checkpoint_every_n_steps: Count = 100
     """Steps between two checkpoints: a killed run loses at most this many."""
+
+    checkpoint_every_minutes: Positive | None = None
+    """Write one also when this long has passed since the last; null: by steps alone."""
 
     keep_checkpoints: Count = 2
     """How many of the last checkpoints are kept: if one is damaged, the one before serves."""
@@ -111,7 +117,7 @@ class TrainerSettings(Section):
     """A profiler of Lightning."""
 
     options: Annotated[
-        Mapping[str, Any] | None, Rare(), Open(), Example("{deterministic:true}")
+        Mapping[str, Any] | None, Rare(), Open(), Example("{detect_anomaly:true}")
     ] = None
     """Other arguments of lightning.Trainer, but those that would break a promise of a run."""
 

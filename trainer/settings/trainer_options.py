@@ -17,7 +17,15 @@ _GRADIENTS = "Gradients are of whole batches, whose samples are each other's neg
 _NO_LOOP = "would have no effect: evaluation is no loop of Lightning. Use "
 
 _OF_THE_SAME_NAME = (
-    *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm"),
+    *(
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "precision",
+        "sync_batchnorm",
+        "deterministic",
+    ),
     *("callbacks", "plugins", "profiler", "log_every_n_steps"),
 )
 _OF_EVALUATION = (

@@ -519,6 +519,7 @@ def _callbacks(
     checkpoint = StepCheckpoint(
         run.checkpoints,
         every_n_steps=options.checkpoint_every_n_steps,
+        every_minutes=options.checkpoint_every_minutes,
         keep_last=options.keep_checkpoints,
         keep_every_n_steps=options.keep_every_n_steps,
         background=options.background_checkpoints,

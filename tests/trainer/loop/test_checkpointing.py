@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 
 from siftclip.errors import InputError
+from siftclip.trainer.loop import checkpointing
 from siftclip.trainer.loop.atomic_checkpoints import AtomicCheckpointIO
 from siftclip.trainer.loop.checkpointing import StepCheckpoint, StopOnSignal, kept_steps
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -56,6 +58,35 @@ def test_the_last_step_is_written_once_where_it_is_an_nth(
     tiny_training(total_steps=8).fit(StepCheckpoint(tmp_path, every_n_steps=4), written)
     assert written.steps == [4, 8]
     assert names(tmp_path) == {"step-8.ckpt"}
+
+
+@pytest.mark.parametrize("batches_a_step", [1, 3])
+@pytest.mark.parametrize(
+    ("every_n_steps", "expected"),
+    [
+        (1000, [3, 6, 9, 10]),
+        (4, [3, 4, 7, 8, 10]),  # the time is since the last one, whatever wrote it
+    ],
+)
+def test_by_minutes_since_the_last(
+    every_n_steps: int,
+    expected: list[int],
+    batches_a_step: int,
+    tiny_training: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock goes 20 seconds a step."""
+    seconds = [0.0]
+
+    def tick(step: int) -> None:
+        seconds[0] += 20 / batches_a_step
+
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    written = Written()
+    training = tiny_training(total_steps=10, batches_a_step=batches_a_step, after_batch=tick)
+    training.fit(StepCheckpoint(tmp_path, every_n_steps=every_n_steps, every_minutes=0.99), written)
+    assert written.steps == expected
 
 
 @pytest.mark.parametrize("batches_a_step", [1, 3])
@@ -169,6 +200,8 @@ def test_kept_steps(steps: set[int], keep_last: int, keep_every: int | None) -> 
     ("options", "message"),
     [
         ({"every_n_steps": 0}, r"StepCheckpoint: every_n_steps must be an integer.*Got 0"),
+        ({"every_n_steps": 1, "every_minutes": 0.0}, r"every_minutes must be positive\. Got 0\.0"),
+        ({"every_n_steps": 1, "agree_every_n_steps": 0}, r"agree_every_n_steps must be an integer"),
         ({"every_n_steps": 1, "keep_last": 0}, r"keep_last must be an integer"),
         (
             {"every_n_steps": 100, "keep_every_n_steps": 250},
@@ -176,6 +209,6 @@ def test_kept_steps(steps: set[int], keep_last: int, keep_every: int | None) -> 
         ),
     ],
 )
-def test_numbers_are_checked(options: dict[str, int], message: str, tmp_path: Path) -> None:
+def test_numbers_are_checked(options: dict[str, float], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         StepCheckpoint(tmp_path, **options)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from siftclip.trainer.stages.evaluation import eval_stage
 from siftclip.trainer.stages.export import export_stage
 from siftclip.trainer.stages.train import train_stage
 
-PASSING = {"benchmark", "deterministic", "detect_anomaly", "enable_model_summary"}
+PASSING = {"benchmark", "detect_anomaly", "enable_model_summary"}
 
 OWN_CALLBACK = '''
 import json
@@ -161,7 +161,7 @@ def test_state_of_a_callback_resumes_with_the_run(
             "trainer.options.accumulate_grad_batches=2",
             r"trainer\.options\.accumulate_grad_batches is refused\..*trainer\.micro_batch_size",
         ),
-        ("trainer.options.determinstic=true", r"Did you mean trainer\.options\.deterministic\?"),
+        ("trainer.options.detect_anomly=true", r"Did you mean trainer\.options\.detect_anomaly\?"),
     ],
 )
 def test_command_refuses_at_once(
@@ -222,8 +222,8 @@ def test_arguments_reach_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     try:
         plain = trainer_of(settings(), tmp_path)
         assert (plain._detect_anomaly, torch.backends.cudnn.benchmark) == (False, True)
-        options = {"deterministic": True, "detect_anomaly": True, "enable_model_summary": True}
-        changed = trainer_of(settings(options=options), tmp_path)
+        options = {"detect_anomaly": True, "enable_model_summary": True}
+        changed = trainer_of(settings(options=options, deterministic=True), tmp_path)
         assert changed._detect_anomaly
         assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (
             True,
