@@ -54,6 +54,14 @@ def test_benchmarks_of_training(run: Callable[..., str], model_folder: Path) -> 
     assert "scale" in run("large_batch.py", *alone, *options)
 
 
+def test_benchmark_of_the_memory_of_a_step(run: Callable[..., str], model_folder: Path) -> None:
+    options = ["--models", str(model_folder)]
+    fitting = run("step_memory.py", *options, "--batch", "16")
+    assert [line.split()[-4:] for line in fitting.splitlines()[-2:]] == [["16"] * 4] * 2
+    checked = run("step_memory.py", *options, "--check", "8").splitlines()[-1]
+    assert checked.split()[1] == "8"
+
+
 @pytest.mark.slow
 def test_benchmark_of_the_start(run: Callable[..., str]) -> None:
     first = "train, to its first line"

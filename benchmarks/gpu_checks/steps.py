@@ -20,10 +20,9 @@ from gpu_checks.measuring import (
 )
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.trainer.online.flops import training_flops
+from siftclip.trainer.online.step_memory import StepMemory, usable_bytes
 
 SKIPPED = 3  # steps before the clock starts
-# Of activations of ViT-B/32 in bf16, with a margin: 32.6 MB were counted.
-SAMPLE_BYTES = 36e6
 CHECKPOINTED = 16  # samples of the tiny check for which activations are computed again
 SLOWEST = 0.9  # of open_clip's samples a second, below which something is wrong
 
@@ -53,9 +52,12 @@ def _measure(
     """Let both sides take turns with one batch, and say what a sample costs."""
     clip = clip_model(setup)
     batch = noise_batch(setup, clip, samples)
-    checkpointing = _needs_checkpointing(setup, samples)
+    counted = _counted_bytes(setup, clip, samples)
+    checkpointing = counted > usable_bytes(setup.device)
+    checkpointing = checkpointing if setup.on_gpu else samples == CHECKPOINTED
     if checkpointing:
         clip.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        counted = _counted_bytes(setup, clip, samples)
     options = step_options(setup, compiled=compiled)
     sides = {
         "open_clip": lambda: bare(
@@ -65,6 +67,7 @@ def _measure(
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found: dict[str, object] = {"checkpointing": checkpointing} if checkpointing else {}
+    found["counted GB"] = round(counted / 1e9, 2)
     for turn in range(rounds):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
             seconds[name].append(sides[name]())
@@ -91,11 +94,11 @@ def _measure(
         require(ratio >= SLOWEST, f"{samples}: {ratio:.2f} of open_clip's samples a second")
 
 
-def _needs_checkpointing(setup: Setup, samples: int) -> bool:
-    if not setup.on_gpu:
-        return samples == CHECKPOINTED
-    free, _ = torch.cuda.mem_get_info()
-    return samples * SAMPLE_BYTES > free
+def _counted_bytes(setup: Setup, clip: ClipModel, samples: int) -> int:
+    """What trainer.micro_batch_size=auto would think that the step takes."""
+    precision = "bf16-mixed" if setup.on_gpu else "32-true"
+    memory = StepMemory(clip, device=setup.device, precision=precision, rank_batch=samples)
+    return memory.at(samples)
 
 
 def _utilisation(setup: Setup, clip: ClipModel, rate: float) -> dict[str, float]:

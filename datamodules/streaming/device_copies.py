@@ -1,8 +1,9 @@
-"""Copies batches to the device while it computes, one batch ahead."""
+"""What a device does beside computing: copies of the next batch, and work of the loader."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -36,6 +37,16 @@ def on_device(batches: Iterable[Sent], device: torch.device) -> Iterator[Sent]:
     else:
         for batch in batches:
             yield batch.to(device)
+
+
+@contextmanager
+def on_own_stream(device: torch.device) -> Iterator[None]:
+    """Compute on a stream of its own on CUDA: who asks for a result waits for this work alone."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        yield
 
 
 def _one_ahead(batches: Iterable[Sent], device: torch.device) -> Iterator[Sent]:

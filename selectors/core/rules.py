@@ -17,6 +17,7 @@ from siftclip.errors import (
     require_fraction,
     require_int,
 )
+from siftclip.hashing import uid_order
 
 # What a fraction is of: the samples of the whole pool, or those that earlier stages have left
 Of = Literal["pool", "left"]
@@ -60,7 +61,7 @@ def keep_top(scores: np.ndarray, uids: np.ndarray, count: int) -> np.ndarray:
     cut = np.partition(values, len(values) - count)[len(values) - count]
     kept[able[values > cut]] = 1
     ties = able[values == cut]
-    order = np.lexsort((uids[ties, 1], uids[ties, 0]))
+    order = uid_order(uids[ties])
     kept[ties[order[: count - int(kept.sum())]]] = 1
     return kept
 

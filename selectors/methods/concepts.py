@@ -17,6 +17,7 @@ from siftclip.errors import (
     require_fraction,
     require_suffix,
 )
+from siftclip.hashing import uid_order
 from siftclip.selectors.core.base import (
     Choice,
     ExternalColumn,
@@ -90,7 +91,7 @@ def choose_diverse(
     """
     samples = len(uids)
     slices = sub_batch.group_slices(samples)
-    order = np.lexsort((uids[:, 1], uids[:, 0]))
+    order = uid_order(uids)
     place = np.empty(samples, dtype=np.int64)
     place[order] = np.arange(samples)
     names, values = np.unique(concepts.values, return_inverse=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from siftclip.errors import InputError, require_int
+from siftclip.hashing import uid_order
 from siftclip.selectors.core.base import (
     Choice,
     Chunk,
@@ -57,7 +58,7 @@ def target_ranks(
         ranks int32 [n], from 0, m for samples in no list, -1 for those that are not usable; and
         int64 [n] that sort like the products by which they got these ranks.
     """
-    order = np.lexsort((source.uids[:, 1], source.uids[:, 0]))
+    order = uid_order(source.uids)
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     owner = NearestRank(key=key, target=target, neighbours=neighbours, fraction=1)

@@ -46,3 +46,16 @@ def uniform_score(uids: np.ndarray, seed: int) -> np.ndarray:
     """
     bits = uid_hashes(uids, seed_state(seed))
     return ((bits >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+
+
+def uid_order(uids: np.ndarray) -> np.ndarray:
+    """Return the places of uids, uint64 [n, 2], in ascending order: int64 [n]; equal ones by place.
+
+    Halves of uids are hardly ever equal, so that sorting the first ones is enough, which takes a
+    small part of the time of sorting by both.
+    """
+    order = np.argsort(uids[:, 0])
+    ascending = uids[order, 0]
+    if (ascending[1:] == ascending[:-1]).any():
+        return np.lexsort((uids[:, 1], uids[:, 0]))
+    return order

@@ -137,7 +137,7 @@ def bench_stage(settings: BenchCommand) -> BenchOutcome:
 
 
 def _sample_flops(parts: RunParts) -> int | None:
-    micro_batches = parts.trainer.micro_batch_size is not None
+    micro_batches = parts.micro_batch_size is not None
     found = counted_flops(lambda: learner_flops(parts.clip, micro_batches=micro_batches))
     return None if found is None else found.training + found.repeated
 

@@ -39,7 +39,7 @@ def training_module(
     """Build what a run of this budget trains: a model of `new_model`."""
     clip, trainer = parts.clip, parts.trainer
     if trainer.compile:
-        compile_towers(clip.model, micro_batches=trainer.micro_batch_size is not None)
+        compile_towers(clip.model, micro_batches=parts.micro_batch_size is not None)
     return ClipTraining(
         clip.model,
         objective=objective_from(parts.loss, clip, parts.loss_data, parts.selected.rows),
@@ -80,7 +80,7 @@ def data_module_from(
             first_stage=None if online is None else online.first_stage,
             references=references if online is None else [*references, *online.references],
             weights=loss_data.weights,
-            micro_batch_size=parts.trainer.micro_batch_size,
+            micro_batch_size=parts.micro_batch_size,
         )
     if online is not None and online.reselection is not None:
         data.find_version = online.reselection.find

@@ -168,6 +168,12 @@ def batch_norm_identity(settings: TrainCommand) -> dict[str, Any]:
     ranks = expected_world_size(trainer)
     micro_batch = trainer.micro_batch_size
     says: dict[str, Any] = {}
+    if micro_batch == "auto":
+        raise InputError(
+            "trainer.micro_batch_size=auto does not go with models that have batch norms, or may "
+            "have some: they normalise the samples of a part together, so that the run would be "
+            "another one on another device. Set a number."
+        )
     if micro_batch is not None and micro_batch < batch // ranks:
         says["micro_batch_size"] = micro_batch
     # A scorer's are never joined over ranks

@@ -114,7 +114,7 @@ def _learner_flops(parts: RunParts) -> SampleFlops:
 
 def _cuts_batches(parts: RunParts) -> bool:
     """Return whether a rank's batch is several micro-batches."""
-    micro_batch = parts.trainer.micro_batch_size
+    micro_batch = parts.micro_batch_size
     return micro_batch is not None and micro_batch < parts.global_batch_size // parts.world_size
 
 
@@ -280,7 +280,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
     reuses_forward = (
         needs.of_model(LEARNER) != ()
         and online.weights == "learner"
-        and parts.trainer.micro_batch_size is not None
+        and parts.micro_batch_size is not None
         and scoring_is_forward(model, scoring)
     )
 
@@ -296,7 +296,7 @@ def _every_step(parts: RunParts, online: EveryStepSettings, total_steps: int) ->
         carried=tuple(sorted(live.not_theirs(needs.features))),
         data=stages.pool_data(needs),
         reuses_forward=reuses_forward,
-        micro_batch=parts.trainer.micro_batch_size,
+        micro_batch=parts.micro_batch_size,
     )
     return Online(
         plan=plan,

@@ -39,6 +39,7 @@ class RunParts:
     folder: Path  # of the run
     global_batch_size: int
     world_size: int
+    micro_batch_size: int | None  # samples that a device takes at a time; None: all of its batch
 
     @property
     def source(self) -> PoolSource:

@@ -27,6 +27,7 @@ from siftclip.datamodules.selection.selection import MANIFEST_NAME, read_selecti
 from siftclip.datamodules.selection.subset_files import SubsetFile
 from siftclip.errors import InputError
 from siftclip.files import has_content, write_text
+from siftclip.hashing import uid_order
 from siftclip.purposes import GeneratorPurpose
 from siftclip.selectors.core.source import ExternalColumn
 from siftclip.trainer.builders.selection import pool_from
@@ -284,7 +285,7 @@ def _export(
 ) -> None:
     """Keep what passes as a subset."""
     uids, times = view.pool.uids[rows], view.kept[name][rows]
-    order = np.lexsort((uids[:, 1], uids[:, 0]))
+    order = uid_order(uids)
     with options_of({"name": "show.export"}):
         write_named(
             subsets_root(settings.common),

@@ -57,7 +57,7 @@ def require_forward(clip: ClipModel) -> None:
     """
     sizes = input_sizes(clip)
     try:
-        images, _ = _blank_samples(clip.model, **sizes)
+        images, _ = blank_samples(clip.model, **sizes)
         tokens = clip.tokenizer(["a caption"] * SAMPLES).to(images.device)
         with torch.no_grad(), model_mode(clip.model, training=False):
             clip.model(images, tokens)
@@ -91,7 +91,7 @@ def forward_flops(
             Hugging Face, which takes captions of any length, for that of open_clip's tokenizers.
     """
     config = scoring or ScoringConfig()
-    images, tokens = _blank_samples(model, image_size, context_length)
+    images, tokens = blank_samples(model, image_size, context_length)
     with _counting() as counter:
         scoring_features(model, images, tokens, config, 0)
     return int(counter.get_total_flops()) // SAMPLES
@@ -112,7 +112,7 @@ def training_flops(
         image_size: as of `forward_flops`.
         context_length: as of `forward_flops`.
     """
-    images, tokens = _blank_samples(model, image_size, context_length)
+    images, tokens = blank_samples(model, image_size, context_length)
     with (
         _kept_gradients(model),
         model_mode(model, training=True),
@@ -201,10 +201,14 @@ def _has_graph(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _blank_samples(
-    model: nn.Module, image_size: ImageSize | None, context_length: int | None
+def blank_samples(
+    model: nn.Module,
+    image_size: ImageSize | None,
+    context_length: int | None,
+    *,
+    samples: int = SAMPLES,
 ) -> tuple[Tensor, Tensor]:
-    """Return images [SAMPLES, 3, h, w] in the weights' type, and tokens; on the model's device."""
+    """Return images [samples, 3, h, w] in the weights' type, and tokens; on the model's device."""
     clip: Any = model
     tower = getattr(clip, "text", clip)
     limit = DEFAULT_CONTEXT_LENGTH if isinstance(tower, HFTextEncoder) else tower.context_length
@@ -218,6 +222,6 @@ def _blank_samples(
     ):
         require_int(option, value, minimum=1)
     weight = next(clip.visual.parameters())
-    images = torch.zeros(SAMPLES, 3, height, width, device=weight.device, dtype=weight.dtype)
-    tokens = torch.full((SAMPLES, length), 2, device=weight.device)  # neither padding nor the first
+    images = torch.zeros(samples, 3, height, width, device=weight.device, dtype=weight.dtype)
+    tokens = torch.full((samples, length), 2, device=weight.device)  # neither padding nor the first
     return images, tokens

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siftclip.datamodules.features.rows import RowFeatures
 from siftclip.datamodules.streaming.batches import Batch, pick
+from siftclip.datamodules.streaming.device_copies import on_own_stream
 from siftclip.datamodules.streaming.order import derive_seeds, rank_slice, rows_digest
 from siftclip.datamodules.streaming.step_plan import StepPlan, part_sizes
 from siftclip.purposes import GeneratorPurpose
@@ -168,6 +169,11 @@ class CachedFirstStage:
     logits: Mapping[str, Logits]
 
     def __call__(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
+        # The loader calls it while the device trains, whose work must not be waited for
+        with on_own_stream(self.data.source.device):
+            return self._choose(step, rows, wanted)
+
+    def _choose(self, step: int, rows: np.ndarray, wanted: int) -> np.ndarray:
         cached = {
             key: values.to(self.data.source.device)
             for features in self.features

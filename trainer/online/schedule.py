@@ -112,9 +112,11 @@ class Schedule:
 
     def largest_uniform_fraction(self) -> float:
         """Return the largest uniform share of a sub-batch at any time."""
-        if isinstance(self.uniform_fraction, (int, float)):
-            return float(self.uniform_fraction)
-        return max(value for _, value in self.uniform_fraction)
+        return _largest(self.uniform_fraction)
+
+    def largest_filter_ratio(self) -> float:
+        """Return the largest share of a super-batch that is not trained on, at any time."""
+        return _largest(self.filter_ratio)
 
     def check_length(self, total_steps: int) -> None:
         """Check that a run of `total_steps` steps selects at one of them.
@@ -149,6 +151,12 @@ def course_values(course: Course, shares: np.ndarray) -> np.ndarray:
     knots = np.asarray(course, dtype=np.float64)
     values: np.ndarray = np.interp(shares, knots[:, 0], knots[:, 1])
     return values
+
+
+def _largest(course: Course) -> float:
+    if isinstance(course, (int, float)):
+        return float(course)
+    return max(value for _, value in course)
 
 
 def _check_share(option: str, value: object) -> float:

@@ -43,6 +43,12 @@ def check_hardware(settings: TrainerSettings) -> None:
         raise InputError("trainer.sync_batchnorm=true needs GPUs; torch has it for no CPU.")
 
 
+def training_device(settings: TrainerSettings) -> torch.device:
+    """Return the kind of device that the settings train on."""
+    kind = _kind(settings.accelerator)
+    return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+
+
 def _check_accelerator(name: str) -> None:
     """Check that an accelerator is known, and there."""
     if name in ("auto", "cpu"):

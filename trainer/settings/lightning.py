@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from siftclip.errors import InputError
 from siftclip.trainer.settings.fields.marks import Example, Open, Rare, Words
-from siftclip.trainer.settings.fields.section import Count, Positive, Section, Share
+from siftclip.trainer.settings.fields.section import Auto, Count, Positive, Section, Share
 from siftclip.trainer.settings.trainer_options import option_faults
 
 Precision: TypeAlias = Literal[
@@ -44,8 +44,8 @@ class TrainerSettings(Section):
     precision: Precision = "auto"
     """auto: bf16-mixed where a GPU has it, else 32-true."""
 
-    micro_batch_size: Count | None = None
-    """Samples a device takes at a time, all negatives kept; null: all of its batch."""
+    micro_batch_size: Count | Auto | None = None
+    """Samples a device takes at a time, all negatives kept; null: all; auto: as many as fit."""
 
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""

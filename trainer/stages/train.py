@@ -395,6 +395,7 @@ def run_parts(
 ) -> RunParts:
     """Build what a run in a folder is made of, with a new model."""
     from siftclip.trainer.builders.assembly import new_model
+    from siftclip.trainer.builders.micro_batches import micro_batch_size_from
     from siftclip.trainer.builders.run_parts import RunParts
     from siftclip.trainer.online.flops import input_sizes
 
@@ -420,6 +421,7 @@ def run_parts(
         folder=folder,
         global_batch_size=batch,
         world_size=world_size,
+        micro_batch_size=micro_batch_size_from(settings, clip),
     )
 
 
@@ -544,7 +546,7 @@ def _check_ranks(world_size: int, parts: RunParts, budget: Budget) -> None:
         under("trainer", "micro_batch_size") | {"global_batch": "scale.global_batch_size"}
     ):
         share = rank_slice(budget.global_batch_size, rank=0, world_size=world_size)
-        count_micro_batches(share.stop, parts.trainer.micro_batch_size)
+        count_micro_batches(share.stop, parts.micro_batch_size)
 
 
 def _evaluate_run(settings: EvalSections, run: RunDir) -> Summary:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.hashing import uid_order
 from siftclip.ranks import SCALE
 from siftclip.selectors.core.source import Requirements, Source
 from siftclip.selectors.fitting.latent_classes import LatentClasses
@@ -31,7 +32,7 @@ class Members:
     @classmethod
     def of(cls, source: Source, classes: LatentClasses) -> Members:
         """Sort the samples of a source."""
-        by_uid = np.lexsort((source.uids[:, 1], source.uids[:, 0]))
+        by_uid = uid_order(source.uids)
         uid_ranks = np.empty(len(by_uid), dtype=np.int64)
         uid_ranks[by_uid] = np.arange(len(by_uid))
         index = by_uid[np.argsort(classes.of[by_uid], kind="stable")]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siftclip.hashing import uid_order
 from siftclip.ranks import OneRank, Ranks, sum_arrays
 from siftclip.selectors.core.noise import gumbel, noise_state
 from siftclip.selectors.core.rules import keep_top
@@ -152,7 +153,7 @@ class _Candidates:
         uids: np.ndarray,
         state: np.ndarray,
     ) -> _Candidates:
-        order = torch.from_numpy(np.lexsort((uids[:, 1], uids[:, 0])))
+        order = torch.from_numpy(uid_order(uids))
         return cls(
             at=at,
             terms=[

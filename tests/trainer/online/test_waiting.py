@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from siftclip.selectors.methods.jest.learnability import Learnability, ModelFeat
 from siftclip.selectors.methods.running_covariance import RunningVas
 from siftclip.trainer.loop.meter import WindowMeter
 from siftclip.trainer.losses import DistillLoss, ReferenceGuidedLoss, SigLipLoss, SoftmaxLoss
-from siftclip.trainer.online.in_loop import Chosen, InLoopSelection, StepDraw
+from siftclip.trainer.online.in_loop import CachedFirstStage, Chosen, InLoopSelection, StepDraw
 from siftclip.trainer.online.schedule import Schedule
 from siftclip.trainer.online.scoring_config import ScoringConfig
 from siftclip.trainer.online.scoring_models import CachedModel, ScoredModel
@@ -176,3 +177,50 @@ def test_selecting_waits_once(name: str) -> None:
     assert sum(waits.values()) <= MOST_WAITS.get(name, 1), waits
     for own, other in zip(chosen.batches, expected.batches, strict=True):
         assert own.rows.tolist() == other.rows.tolist()
+
+
+class Cached:
+    """Cached features of a pool of 64 samples."""
+
+    def gather(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        drawn = torch.Generator().manual_seed(7)
+        images, texts = (normalize(torch.randn(64, 8, generator=drawn)) for _ in range(2))
+        return {"b32_img": images[rows], "b32_txt": texts[rows]}
+
+
+def narrowed(device: torch.device) -> np.ndarray:
+    pool: Any = SimpleNamespace(uids=UIDS, device=device)
+    schedule = Schedule(filter_ratio=0.5)
+    stage = CachedFirstStage(
+        draw=StepDraw(
+            selector=ClipScore(features="b32", fraction=0.5),
+            schedule=schedule,
+            total_steps=10,
+            groups=1,
+            seed=0,
+        ),
+        data=PoolData(source=pool, files={}),
+        keys={"b32_img": "b32_img", "b32_txt": "b32_txt"},
+        features=[Cached()],  # type: ignore[list-item]
+        logits={},
+    )
+    return stage(3, np.arange(40), 20)
+
+
+def test_a_first_stage_waits_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = narrowed(torch.device("cpu"))
+    streams: list[Any] = []
+
+    @contextmanager
+    def entered(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        assert events.of(MIX) == {}
+        events.clear()  # what is left afterwards was outside
+
+    with simulated_cuda() as events:
+        monkeypatch.setattr(torch.cuda, "stream", entered)
+        chosen = narrowed(GPU)
+        assert len(streams) == 1
+        assert events.of(WAIT) == {}
+    assert chosen.tolist() == expected.tolist()
