@@ -67,9 +67,10 @@ record: $(STAMP)
 same-answers: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/recording/same_answers.py $(ARGS)
 
-# docs/options.md, from the dataclasses in trainer/settings/.
+# docs/options.md, from the dataclasses in trainer/settings/, and the tables of docs/open_clip.md.
 docs: $(STAMP)
 	.venv/bin/python -m siftclip.trainer.settings.describing.reference docs/options.md
+	.venv/bin/python -m siftclip.trainer.migration.open_clip_page docs/open_clip.md
 
 # Writes gpu_check/gpu_check.json; ARGS='--device cpu --tiny' runs the same code without a GPU.
 gpu-check: $(STAMP)

@@ -10,6 +10,7 @@ import difflib
 import gc
 import importlib
 import os
+import re
 import select
 import signal
 import sys
@@ -53,6 +54,7 @@ COMMANDS = {
 # Commands without a configuration
 PLAIN_COMMANDS = {
     "explain": "print meaning, default and allowed values of an option: explain optim.lr",
+    "from-open-clip": "print the command that does what a command line of open_clip does",
     "new": "write a package with a selector, a loss or a kind of task: new selector caption_length",
 }
 
@@ -168,7 +170,7 @@ def _run(arguments: list[str]) -> None:
         )
         raise SystemExit(2)
     module = importlib.import_module(
-        f"siftclip.trainer.cli.commands.{command.replace(' ', '_')}_command"
+        f"siftclip.trainer.cli.commands.{re.sub('[ -]', '_', command)}_command"
     )
     module.main()
 
