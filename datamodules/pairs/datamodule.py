@@ -33,10 +33,16 @@ from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.loader import LoaderOptions
 from siftclip.datamodules.streaming.order import SampleOrder, require_window
 from siftclip.datamodules.streaming.pixels import Normalization
-from siftclip.errors import InputError, ParameterError, require_fraction, require_int
+from siftclip.errors import (
+    InputError,
+    ParameterError,
+    require_choice,
+    require_fraction,
+    require_int,
+)
 
 if TYPE_CHECKING:
-    from siftclip.datamodules.streaming.image_transform import ResizeBackend
+    from siftclip.datamodules.streaming.image_transform import LoaderResize
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +71,7 @@ class SelectedPairs(LightningDataModule):
         window_shards: int | None = None,
         max_image_pixels: int = 25_000_000,
         max_bad_fraction: float = 0.01,
-        resize: ResizeBackend = "pillow",
+        resize: LoaderResize = "pillow",
         finished: bool = True,
         loader_options: LoaderOptions | None = None,
     ) -> None:
@@ -116,6 +122,7 @@ class SelectedPairs(LightningDataModule):
             )
         pixels = require_int("max_image_pixels", max_image_pixels, minimum=1, owner=self)
         self.options = loader_options or LoaderOptions(num_workers=workers)
+        require_choice("resize", resize, ("pillow", "torch"), owner=self)
         self.seed, self.form = require_int("seed", seed, minimum=0, owner=self), form
         self.window_shards = require_window(window_shards)
         if max_bad_fraction != 0:
