@@ -92,7 +92,7 @@ class SelectedPairs(LightningDataModule):
             window_shards: shuffle over so many tars at a time; None: over the whole selection.
             max_image_pixels: larger images are bad samples; checked before decoding.
             max_bad_fraction: how many of the samples may be bad. They are replaced by others.
-            resize: `torch` takes half the time, and some values differ by 1 of 255.
+            resize: `torch` takes half the time, and some values differ, most by 1 of 255.
             finished: whether images come as float32, for any loop. False: as uint8, a quarter of
                 the bytes for processes and copies to a device, where `normalization` finishes them;
                 `ClipTraining` does so by itself. For transforms that end as open_clip's do.

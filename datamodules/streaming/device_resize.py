@@ -2,9 +2,9 @@
 
 Pillow's antialiased bicubic filter, in its two passes, with its rounding: weights are multiples of
 2^-22, sums are exact, and after each pass values are rounded to uint8. A pass is a product of
-matrices. A weight is two integers there, its high and its low part, of at most 11 bits each, and
-pixels have 8: float16 holds both, and sums of their products stay below 2^24, which float32 holds.
-So the pixels do not depend on the device, on the order in which it adds, on TF32, or on what else
+matrices. A weight has two parts there, a high one and a low one of at most 11 bits each, and pixels
+have 8: float16 holds both, and sums of their products have at most 24 bits, which float32 holds. So
+the pixels do not depend on the device, on the order in which it adds, on TF32, or on what else
 is in the batch.
 
 Crops of similar sizes are resized together, padded to the largest of them, in bounded memory.
@@ -25,6 +25,8 @@ from siftclip.datamodules.streaming.crops import Crops, padded_length, taps_of
 GROUP_PIXELS = 1 << 22
 _BITS = 22  # of a weight behind the point
 _LOW_BITS = 12  # of these in its low part
+_HIGH_UNIT = 2.0 ** (_LOW_BITS - _BITS)  # of a high part
+_LOW_UNIT = 2.0**-_LOW_BITS  # of a low part, which is given in high units
 _TALL_VERTICALLY_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
 
@@ -43,7 +45,7 @@ class _Weights:
     """Weights of a pass over images of several lengths."""
 
     pixels: Tensor  # int64 [lengths, side, taps], which the weights are of
-    parts: Tensor  # [lengths, 2, side, taps], integers: high parts, low parts
+    parts: Tensor  # [lengths, 2, side, taps]: high parts, and low ones in high units
 
 
 def resize_crops(buffer: Tensor, crops: Crops) -> Tensor:
@@ -65,14 +67,14 @@ def resize_crops(buffer: Tensor, crops: Crops) -> Tensor:
     order = np.concatenate([group.samples for group in groups])
     columns = np.column_stack([order, crops.places[order], numbers.reshape(-1, 2)[order]])
     samples = torch.from_numpy(columns).to(device, non_blocking=True)
-    weights = _weights(
-        torch.from_numpy(lengths).to(device, non_blocking=True),
-        side=side,
-        taps=taps_of(int(lengths[-1]), side),
-        dtype=dtype,
-    )
     images = torch.empty(len(order), side, side, 3, dtype=torch.uint8, device=device)
     with torch.autocast(device.type, enabled=False):  # it would round the weights
+        weights = _weights(
+            torch.from_numpy(lengths).to(device, non_blocking=True),
+            side=side,
+            taps=taps_of(int(lengths[-1]), side),
+            dtype=dtype,
+        )
         of_groups = torch.split(samples, [len(group.samples) for group in groups])
         for group, of_group in zip(groups, of_groups, strict=True):
             index, starts, heights, widths, high, wide = of_group.unbind(1)
@@ -163,8 +165,9 @@ def _weights(lengths: Tensor, *, side: int, taps: int, dtype: torch.dtype) -> _W
     rounded = filtered.abs() * 2**_BITS + torch.div(total, 2, rounding_mode="floor")
     weight = torch.div(rounded, total, rounding_mode="floor") * filtered.sign()
     high = (weight + 2 ** (_LOW_BITS - 1)).bitwise_right_shift(_LOW_BITS)
-    parts = torch.stack([high, weight - high * 2**_LOW_BITS], dim=1)
-    return _Weights(pixels=pixels, parts=parts.to(dtype))
+    low = weight - high * 2**_LOW_BITS
+    parts = torch.stack([high.to(dtype) * _HIGH_UNIT, low.to(dtype) * _LOW_UNIT], dim=1)
+    return _Weights(pixels=pixels, parts=parts)
 
 
 def _matrices(weights: _Weights, numbers: Tensor, length: int) -> Tensor:
@@ -210,8 +213,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _rounded(sums: Tensor, dim: int) -> Tensor:
-    """Join the sums of high and of low parts along a dimension, and round to uint8, half up."""
+    """Join the sums of high and of low parts along a dimension, and round to uint8, half up.
+
+    What the low ones have below a high unit changes nothing: 1/2 is a multiple of it.
+    """
     high, low = sums.chunk(2, dim)
-    joined = high.to(torch.int32).mul_(2**_LOW_BITS).add_(low.to(torch.int32))
-    joined.add_(2 ** (_BITS - 1)).bitwise_right_shift_(_BITS)
-    return joined.clamp_(0, 255).to(torch.uint8)
+    joined = torch.add(high, low.floor_(), alpha=_HIGH_UNIT)
+    return joined.add_(0.5).clamp_(0, 255).to(torch.uint8)

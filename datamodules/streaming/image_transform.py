@@ -6,8 +6,9 @@ RGB images to RGB is left out: the numbers are the same to the bit. Transforms w
 are left whole: what they give is handed over as floats.
 
 With `resize="torch"` torch's resizing of uint8 takes the place of Pillow's. It computes the same
-antialiased bicubic filter with other rounding: 0.4 % of the values differ, all by 1 of 255, and
-loading a sample takes half the time (docs/results.md). The crops are the same.
+antialiased bicubic filter with other rounding: 0.4 % of the values differ by 1 of 255, more where
+Pillow resizes vertically first, and loading a sample takes half the time (docs/results.md). The
+crops are the same.
 
 With `resize="gpu"` images are only cropped here, and `siftclip.datamodules.streaming.device_resize`
 gives Pillow's pixels of them where the batch is.
@@ -38,6 +39,7 @@ from siftclip.datamodules.models.load import Transform
 from siftclip.datamodules.pool.reader import BadSampleError, decode_image, decode_pixels
 from siftclip.datamodules.streaming.crops import (
     MAX_SIDE,
+    CropRoom,
     FilledBatch,
     PackedCrops,
     bounded_crop,
@@ -81,6 +83,7 @@ class ImageTransform:
         self.normalization = _last_normalization(transform, channels_last=channels_last)
         self.on_tensors = resize != "pillow"
         self.crops_to: int | None = None  # the side of images that crops become on a device
+        self._room = CropRoom()
         steps: Sequence[Any] = ()
         if self.normalization is not None and isinstance(transform, Compose):
             steps = [t for t in transform.transforms[:-2] if not _changes_nothing(t)]
@@ -157,7 +160,7 @@ class ImageTransform:
     def filling(self, count: int, *, finished: bool) -> FilledBatch | PackedCrops:
         """Begin a batch of `count` samples; `finished` as in `empty_batch`."""
         if self.crops_to is not None:
-            return PackedCrops(count, self.crops_to)
+            return PackedCrops(count, self.crops_to, self._room)
         return FilledBatch(self, count, finished=finished)
 
     def empty_batch(self, count: int, prepared: Tensor, *, finished: bool) -> Tensor:

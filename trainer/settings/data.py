@@ -43,7 +43,7 @@ class DataSettings(Section):
     """Larger images are bad samples; the header is checked before decoding."""
 
     resize: Literal["pillow", "torch", "gpu"] = "pillow"
-    """pillow: open_clip's pixels; gpu: these, on CUDA; torch: faster, some differ by 1 of 255."""
+    """pillow: open_clip's pixels; gpu: these, on CUDA; torch: faster, some differ a little."""
 
     shuffle_window_shards: Count | None = None
     """null: shuffle over the whole selection; N: over N tars at a time."""

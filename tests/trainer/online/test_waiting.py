@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from siftclip.datamodules.streaming import pixels
 from siftclip.datamodules.streaming.batches import Batch, StepBatch
-from siftclip.datamodules.streaming.crops import PackedCrops
+from siftclip.datamodules.streaming.crops import CropRoom, PackedCrops
 from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.selectors.core.source import Logits
@@ -77,7 +77,7 @@ def batch(start: int, samples: int = 8) -> Batch:
 
 def cropped(start: int) -> Batch:
     """A batch of crops, which the device resizes."""
-    whole, packed = batch(start), PackedCrops(8, SIZE)
+    whole, packed = batch(start), PackedCrops(8, SIZE, CropRoom())
     for index, image in enumerate(whole.images):
         packed.put(index, image[:, index:, : SIZE - 2 * index])
     images, crops = packed.finish(whole.valid)
