@@ -37,6 +37,9 @@ def test_benchmark_pool_and_its_measurements(run: Callable[..., str], tmp_path: 
     assert len(list((tmp_path / "pool" / "shards").glob("*.tar"))) == 3
     assert "| siftclip, one process |" in run("indexing.py", pool, "--rounds", "1")
     assert "| all | 0.3" in run("shuffling.py", pool, "--fractions", "1.0")
+    ways = run("resizing.py", pool, "--samples", "256", "--crops", "4", "--rounds", "1")
+    assert ways.count("| `gpu` | 602,112 | 0.0000% | 0 |") == 3
+    assert "kB a sample: pillow 150.5, torch 150.5, gpu " in ways
 
 
 def test_benchmark_of_handing_over(run: Callable[..., str]) -> None:

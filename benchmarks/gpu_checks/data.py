@@ -15,7 +15,14 @@ from siftclip.datamodules.models.autocast import autocast
 from siftclip.trainer.models.embedding import embed_batch
 from siftclip.trainer.settings.data import DataSettings
 
-LINES = ("process", "loader", "training", "waiting", "copying")  # of what `data bench` prints
+LINES = (
+    "process",
+    "loader",
+    "images",
+    "training",
+    "waiting",
+    "copying",
+)  # of what `data bench` prints
 
 
 def loader(setup: Setup, facts: Facts) -> None:

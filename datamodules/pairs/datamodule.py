@@ -33,10 +33,16 @@ from siftclip.datamodules.streaming.load_counts import LoadCounts
 from siftclip.datamodules.streaming.loader import LoaderOptions
 from siftclip.datamodules.streaming.order import SampleOrder, require_window
 from siftclip.datamodules.streaming.pixels import Normalization
-from siftclip.errors import InputError, ParameterError, require_fraction, require_int
+from siftclip.errors import (
+    InputError,
+    ParameterError,
+    require_choice,
+    require_fraction,
+    require_int,
+)
 
 if TYPE_CHECKING:
-    from siftclip.datamodules.streaming.image_transform import ResizeBackend
+    from siftclip.datamodules.streaming.image_transform import LoaderResize
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +71,7 @@ class SelectedPairs(LightningDataModule):
         window_shards: int | None = None,
         max_image_pixels: int = 25_000_000,
         max_bad_fraction: float = 0.01,
-        resize: ResizeBackend = "pillow",
+        resize: LoaderResize = "pillow",
         finished: bool = True,
         loader_options: LoaderOptions | None = None,
     ) -> None:
@@ -86,7 +92,7 @@ class SelectedPairs(LightningDataModule):
             window_shards: shuffle over so many tars at a time; None: over the whole selection.
             max_image_pixels: larger images are bad samples; checked before decoding.
             max_bad_fraction: how many of the samples may be bad. They are replaced by others.
-            resize: `torch` takes half the time, and some values differ by 1 of 255.
+            resize: `torch` takes half the time, and some values differ, most by 1 of 255.
             finished: whether images come as float32, for any loop. False: as uint8, a quarter of
                 the bytes for processes and copies to a device, where `normalization` finishes them;
                 `ClipTraining` does so by itself. For transforms that end as open_clip's do.
@@ -116,6 +122,7 @@ class SelectedPairs(LightningDataModule):
             )
         pixels = require_int("max_image_pixels", max_image_pixels, minimum=1, owner=self)
         self.options = loader_options or LoaderOptions(num_workers=workers)
+        require_choice("resize", resize, ("pillow", "torch"), owner=self)
         self.seed, self.form = require_int("seed", seed, minimum=0, owner=self), form
         self.window_shards = require_window(window_shards)
         if max_bad_fraction != 0:

@@ -29,10 +29,11 @@ from siftclip.datamodules.pool.reader import (
 )
 from siftclip.datamodules.streaming.order import DrawnRequests, Substitutes, derive_seeds
 from siftclip.datamodules.streaming.pixels import Normalization
-from siftclip.errors import InputError
+from siftclip.errors import InputError, ParameterError
 from siftclip.purposes import GeneratorPurpose
 
 if TYPE_CHECKING:
+    from siftclip.datamodules.streaming.crops import Crops
     from siftclip.datamodules.streaming.image_transform import ImageTransform, ResizeBackend
 
 SUBSTITUTE_ATTEMPTS = 20
@@ -45,7 +46,8 @@ Fault = tuple[str, str]  # (cause, place)
 class Batch:
     """What a training or embedding step gets."""
 
-    images: Tensor  # float32 [b, 3, size, size]; or pixels, uint8, until `finished`
+    # float32 [b, 3, size, size]; or pixels, uint8, until `finished`; or crops, uint8 [bytes]
+    images: Tensor
     tokens: Tensor  # int64 [b, context_length]
     rows: Tensor  # int64 [b], the samples' ids: their rows in the pool
     valid: Tensor  # bool [b]; False where a bad sample was not replaced
@@ -58,12 +60,22 @@ class Batch:
     failure: str = ""  # why the run cannot continue; the rest means nothing then
     host_rows: Tensor | None = None  # `rows` of a batch that was moved to a device
     normalization: Normalization | None = None  # of images that are pixels
+    crops: Crops | None = None  # where crops are in `images`, until `resized`
+
+    def resized(self) -> Batch:
+        """Return the batch with images of one size, uint8, on the device it is on."""
+        if self.crops is None:
+            return self
+        from siftclip.datamodules.streaming.device_resize import resize_crops
+
+        return replace(self, images=resize_crops(self.images, self.crops), crops=None)
 
     def finished(self) -> Batch:
         """Return the batch with images that a model takes, float32, on the device it is on."""
         if self.normalization is None:
             return self
-        return replace(self, images=self.normalization(self.images), normalization=None)
+        images = self.normalization(self.resized().images)
+        return replace(self, images=images, normalization=None, crops=None)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move the batch to another device; its rows stay known on the CPU."""
@@ -119,6 +131,10 @@ class StepBatch:
         """Keep what is trained on; the memory of the rest is free when nobody else has it."""
         self.micro_batches = chosen
 
+    def resize(self) -> None:
+        """Make images of one size out of crops, which are then given up."""
+        self.micro_batches = [batch.resized() for batch in self.micro_batches]
+
     def tensors(self) -> Iterator[Tensor]:
         """Yield what `to` moves."""
         for batch in self.micro_batches:
@@ -165,6 +181,13 @@ class SampleDataset(Dataset[Batch]):
     def __post_init__(self) -> None:
         from siftclip.datamodules.streaming.image_transform import ImageTransform
 
+        if self.finished and self.resize == "gpu":
+            raise ParameterError(
+                "hands over crops, which are no finished images",
+                parameter="resize",
+                value=self.resize,
+                way_out="Use torch or pillow.",
+            )
         self.image_transform = ImageTransform(
             self.transform, self.resize, channels_last=self.channels_last
         )
@@ -191,7 +214,7 @@ class SampleDataset(Dataset[Batch]):
         positions, rows = np.asarray(requests, dtype=np.int64).T
         replacing: Substitutes | None = None  # of a bad sample, made when there is one
         seeds = derive_seeds(positions, self.seed, GeneratorPurpose.AUGMENT).tolist()
-        images: Tensor | None = None
+        filling = self.image_transform.filling(len(rows), finished=self.finished)
         valid = torch.zeros(len(rows), dtype=torch.bool)
         captions = [""] * len(rows)
         faults: list[list[Fault]] = [[] for _ in rows]
@@ -203,9 +226,7 @@ class SampleDataset(Dataset[Batch]):
                 for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
                     try:
                         prepared, captions[index], rare = self._decode(raw, seeds[index])
-                        if images is None:
-                            images = self._empty_batch(len(rows), prepared)
-                        self.image_transform.put(prepared, images[index])
+                        filling.put(index, prepared)
                         rows[index], valid[index] = row, True
                         if rare is not None:
                             formats.append(rare)
@@ -222,10 +243,7 @@ class SampleDataset(Dataset[Batch]):
                     place = int(positions[index]) - replacing.start
                     row = replacing.row(place, attempt)
                     ((_, raw),) = self.reader.read(np.asarray([row]))
-        if images is None:
-            prepared = self.image_transform.prepare(self.image_transform.blank())
-            images = self._empty_batch(len(rows), prepared)
-        images[~valid] = 0
+        images, crops = filling.finish(valid)
         return Batch(
             images=images,
             tokens=self.tokenizer(captions),
@@ -241,10 +259,8 @@ class SampleDataset(Dataset[Batch]):
             faults=tuple(fault for of_sample in faults for fault in of_sample),
             formats=tuple(formats),
             normalization=self.normalization if images.dtype == torch.uint8 else None,
+            crops=crops,
         )
-
-    def _empty_batch(self, count: int, prepared: Tensor) -> Tensor:
-        return self.image_transform.empty_batch(count, prepared, finished=self.finished)
 
     def _decode(self, raw: RawSample | BadSampleError, seed: int) -> tuple[Tensor, str, str | None]:
         """Return the image as `ImageTransform.prepare` does, the caption, and a rare format."""

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 ROOM_DRAWS = 4  # a selection has for three attempts at each bad sample, see `Substitutes`
 CPU = torch.device("cpu")
 COUNTED_SAMPLES = 1_000_000  # of an order, for the share of batches that hold copies
+RESIZING_DEVICES = ("cuda",)  # elsewhere loaders resize, in parallel, and give the same pixels
 
 
 @dataclass(slots=True, kw_only=True)
@@ -192,6 +193,7 @@ class StepLoader:
             loader, sampler = self.open_loader(self.find_version(step), step)
             batches = on_device(self._steps_of(loader, sampler, step), self.device)
             for batch in batches:
+                batch.resize()
                 yield batch
                 step += 1
             if step < sampler.total_steps:
@@ -209,6 +211,11 @@ class StepLoader:
                 return
             yield batch  # which alone has the parts, so that it can give them up
             step += 1
+
+
+def resize_for(device: torch.device, resize: ResizeBackend) -> ResizeBackend:
+    """Return how loaders resize for a device: `gpu` is for those that can, else its pixels are."""
+    return "pillow" if resize == "gpu" and device.type not in RESIZING_DEVICES else resize
 
 
 def warn_of_small_cache(pool: Pool, rows: np.ndarray, window_shards: int | None) -> None:
@@ -393,7 +400,12 @@ class StreamDataModule(LightningDataModule):
                 micro_batch=self.micro_batch_size,
                 weights=version.weights,
             )
-            dataset = replace(self.dataset, substitutes=order.distinct, weights=version.weights)
+            dataset = replace(
+                self.dataset,
+                substitutes=order.distinct,
+                weights=version.weights,
+                resize=resize_for(device, self.dataset.resize),
+            )
             return make_loader(
                 dataset, sampler, self.loader, pin_memory=device.type == "cuda"
             ), sampler

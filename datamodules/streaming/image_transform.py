@@ -6,13 +6,16 @@ RGB images to RGB is left out: the numbers are the same to the bit. Transforms w
 are left whole: what they give is handed over as floats.
 
 With `resize="torch"` torch's resizing of uint8 takes the place of Pillow's. It computes the same
-antialiased bicubic filter with other rounding: 0.4 % of the values differ, all by 1 of 255, and
-loading a sample takes half the time (docs/results.md). The crops are the same.
+antialiased bicubic filter with other rounding: 0.4 % of the values differ by 1 of 255, more where
+Pillow resizes vertically first, and loading a sample takes half the time (docs/results.md). The
+crops are the same.
+
+With `resize="gpu"` images are only cropped here, and `siftclip.datamodules.streaming.device_resize`
+gives Pillow's pixels of them where the batch is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,10 +24,10 @@ import torch
 from open_clip.transform import MaybeConvertMode, MaybeToTensor, ResizeKeepRatio
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from torchvision.transforms import (
     CenterCrop,
     Compose,
+    InterpolationMode,
     Normalize,
     RandomResizedCrop,
     Resize,
@@ -34,11 +37,20 @@ from torchvision.transforms.v2 import functional
 
 from siftclip.datamodules.models.load import Transform
 from siftclip.datamodules.pool.reader import BadSampleError, decode_image, decode_pixels
+from siftclip.datamodules.streaming.crops import (
+    MAX_SIDE,
+    CropRoom,
+    FilledBatch,
+    PackedCrops,
+    bounded_crop,
+)
 from siftclip.datamodules.streaming.pixels import Normalization
+from siftclip.datamodules.streaming.shared_memory import empty
 from siftclip.errors import ParameterError
 
-ResizeBackend = Literal["pillow", "torch"]
-RESIZE_BACKENDS = ("pillow", "torch")
+LoaderResize = Literal["pillow", "torch"]  # in the loader
+ResizeBackend = Literal["pillow", "torch", "gpu"]
+RESIZE_BACKENDS = ("pillow", "torch", "gpu")
 _LONGEST_ASPECT = 100  # of an image that is resized as a whole whatever the limit of pixels
 
 
@@ -56,11 +68,12 @@ class ImageTransform:
 
         Args:
             transform: RGB image -> float32 [3, size, size].
-            resize: `pillow` for open_clip's own pixels, `torch` for the faster ones.
+            resize: `pillow` for open_clip's own pixels, `torch` for the faster ones, `gpu` for
+                crops that become open_clip's own pixels on a device.
             channels_last: the layout of finished images in memory.
 
         Raises:
-            InputError: `resize` is unknown, or `torch` does not know a step of this transform.
+            InputError: `resize` is unknown, or does not know a step of this transform.
         """
         if resize not in RESIZE_BACKENDS:
             rule = f"must be one of {RESIZE_BACKENDS}"
@@ -68,7 +81,9 @@ class ImageTransform:
         self.transform = transform
         self.channels_last = channels_last
         self.normalization = _last_normalization(transform, channels_last=channels_last)
-        self.on_tensors = resize == "torch"
+        self.on_tensors = resize != "pillow"
+        self.crops_to: int | None = None  # the side of images that crops become on a device
+        self._room = CropRoom()
         steps: Sequence[Any] = ()
         if self.normalization is not None and isinstance(transform, Compose):
             steps = [t for t in transform.transforms[:-2] if not _changes_nothing(t)]
@@ -81,7 +96,11 @@ class ImageTransform:
                     value=resize,
                     way_out="Use pillow.",
                 )
-            steps = [_on_tensors(step) for step in steps]
+            if resize == "gpu":
+                self.crops_to = _cropped_side(steps)
+                steps = [_RandomCrop(steps[0], self.crops_to)]
+            else:
+                steps = [_on_tensors(step) for step in steps]
         self.steps = tuple(steps)
 
     def decode(self, data: bytes, max_image_pixels: int) -> np.ndarray | Image.Image:
@@ -121,8 +140,10 @@ class ImageTransform:
     def prepare(self, pixels: np.ndarray | Image.Image) -> Tensor:
         """Crop and resize: uint8 [3, size, size], or float32 if the transform is not taken apart.
 
+        With `resize="gpu"`, crop alone: uint8 [3, h, w].
+
         Args:
-            pixels: uint8 [h, w, 3] with `resize="torch"`, else an RGB image.
+            pixels: an RGB image, or uint8 [h, w, 3] unless `resize` is "pillow".
         """
         if self.on_tensors:
             tensor = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -135,6 +156,12 @@ class ImageTransform:
         for step in self.steps:
             image = step(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def filling(self, count: int, *, finished: bool) -> FilledBatch | PackedCrops:
+        """Begin a batch of `count` samples; `finished` as in `empty_batch`."""
+        if self.crops_to is not None:
+            return PackedCrops(count, self.crops_to, self._room)
+        return FilledBatch(self, count, finished=finished)
 
     def empty_batch(self, count: int, prepared: Tensor, *, finished: bool) -> Tensor:
         """Allocate a batch for `put`; in a loader process, in memory shared with the trainer.
@@ -151,9 +178,9 @@ class ImageTransform:
         as_floats = self.normalization is None or finished
         dtype = torch.float32 if as_floats else torch.uint8
         if as_floats and not self.channels_last:
-            return _empty((count, *prepared.shape), dtype)
+            return empty((count, *prepared.shape), dtype)
         channels, height, width = prepared.shape
-        return _empty((count, height, width, channels), dtype).permute(0, 3, 1, 2)
+        return empty((count, height, width, channels), dtype).permute(0, 3, 1, 2)
 
     def put(self, prepared: Tensor, out: Tensor) -> None:
         """Write what `prepare` gave into a batch of `empty_batch`: pixels, or finished images."""
@@ -161,15 +188,6 @@ class ImageTransform:
             out.copy_(prepared)
         else:
             self.normalization.write(prepared, out)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    # as torch's own collation does; `share_memory_` would copy what is not yet written
-    size = math.prod(shape) * dtype.itemsize
-    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]  # torch ships it without types
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _last_normalization(transform: Transform, *, channels_last: bool) -> Normalization | None:
@@ -216,6 +234,39 @@ def _on_tensors(step: Any) -> Callable[[Tensor], Tensor]:
         value="torch",
         way_out="Use pillow.",
     )
+
+
+def _cropped_side(steps: Sequence[Any]) -> int:
+    """Return the side of the images that a transform's random crops become.
+
+    Raises:
+        InputError: it does something else than crop at random and resize to a square.
+    """
+    step: Any = steps[0] if len(steps) == 1 else None
+    if type(step) is RandomResizedCrop and step.interpolation is InterpolationMode.BICUBIC:
+        height, width = step.size
+        if height == width <= MAX_SIDE:
+            return int(height)
+    names = ", ".join(type(each).__name__ for each in steps)
+    raise ParameterError(
+        "needs a transform that crops at random, resizes by bicubic to a square of at most "
+        f"{MAX_SIDE} pixels, and does nothing else; this model's has the steps {names}",
+        parameter="resize",
+        value="gpu",
+        way_out="Use torch or pillow.",
+    )
+
+
+class _RandomCrop:
+    """The crop of a `RandomResizedCrop`, which draws what that draws."""
+
+    def __init__(self, step: RandomResizedCrop, side: int) -> None:
+        self.step, self.side = step, side
+
+    def __call__(self, image: Tensor) -> Tensor:
+        step = self.step
+        top, left, height, width = step.get_params(image, list(step.scale), list(step.ratio))
+        return bounded_crop(image[:, top : top + height, left : left + width], self.side)
 
 
 class _RandomResizedCrop:

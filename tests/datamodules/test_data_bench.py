@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from siftclip.datamodules.pool.pool import Pool
 from siftclip.datamodules.pool.reader import SampleReader
@@ -83,6 +84,24 @@ def test_stages_add_up_to_the_total(pool: Pool, make_dataset: MakeDataset) -> No
     assert times.read_bytes == pool.image_sizes_bytes.sum() + pool.text_sizes_bytes.sum()
     assert times.samples_per_second == times.samples / times.total_seconds
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_crops_are_timed_as_they_are_handed_over(
+    pool: Pool, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform = image_transform_v2(PreprocessCfg(size=16), is_train=True)
+    dataset = replace(make_dataset(pool), transform=transform, resize="gpu")
+    times = time_stages(
+        dataset, sampler(pool, batches=2), max_bad_fraction=0, advance=lambda _: None
+    )
+    assert times.samples == 16
+    assert all(seconds > 0 for seconds in times.seconds.values())
+    resized = []
+    resize = Batch.resized
+    monkeypatch.setattr(Batch, "resized", lambda self: resized.append(1) or resize(self))
+    batch = dataset.__getitems__([(0, 3), (1, 5)])
+    assert data_bench.time_finishing(batch, torch.device("cpu"), rounds=2) > 0
+    assert len(resized) == 3
 
 
 def test_a_slow_stage_is_the_one_that_is_blamed(

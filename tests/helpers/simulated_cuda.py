@@ -94,6 +94,7 @@ def simulated_cuda() -> Iterator[Events]:
         module = mock.patch.object(torch, "get_device_module", return_value=torch.cuda)
         stack.enter_context(module)
         stack.enter_context(mock.patch.object(nn.Module, "to", _module_to(nn.Module.to)))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", return_value=None))
         stack.enter_context(_Everywhere())
         yield Events()
 
@@ -296,8 +297,8 @@ def _computed(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs["generator"] = generator.real
     elif generator is not None:
         _note(MIX, f"a generator of the CPU in {name}")
-    if name == "mm" and "out_dtype" in kwargs:
-        answer = torch.mm(on_cpu(args[0]).float(), on_cpu(args[1]).float())
+    if name in ("mm", "bmm") and "out_dtype" in kwargs:
+        answer = torch.matmul(on_cpu(args[0]).float(), on_cpu(args[1]).float())
         return on_gpu(answer.to(kwargs["out_dtype"]))
     answer = func(*args, **kwargs)
     return answer if name == "set_" else on_gpu(answer)

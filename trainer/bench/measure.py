@@ -135,7 +135,7 @@ def time_stages(
         for requests in batches:
             rows = np.asarray([row for _, row in requests], dtype=np.int64)
             captions: list[str] = []
-            batch: torch.Tensor | None = None
+            filling = images.filling(len(rows), finished=dataset.finished)
             mark = clock()
             for index, raw in reader.read(rows):
                 now = clock()
@@ -156,9 +156,7 @@ def time_stages(
                 decoded = clock()
                 prepared = images.prepare(image)
                 transformed = clock()
-                if batch is None:
-                    batch = images.empty_batch(len(rows), prepared, finished=dataset.finished)
-                images.put(prepared, batch[len(captions)])
+                filling.put(len(captions), prepared)
                 captions.append(caption)
                 mark = clock()
                 seconds["decode"] += decoded - now

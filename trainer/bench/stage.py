@@ -279,11 +279,15 @@ def describe_bench(outcome: BenchOutcome) -> str:
 
 def _images(outcome: BenchOutcome) -> str:
     """Say what the loader hands over, and what is left to the device."""
-    images = outcome.loader.batch.images
-    size = f"{images.nbytes / len(images) / 1e3:.1f} kB per sample"
-    if outcome.loader.batch.normalization is None:
+    batch = outcome.loader.batch
+    size = f"{batch.images.nbytes / len(batch.rows) / 1e3:.1f} kB per sample"
+    if batch.normalization is None:
         return f"{size}, floats: the transform does not end as open_clip's do"
     microseconds = 1e6 * outcome.finishing_seconds
+    if batch.crops is not None:
+        return (
+            f"{size}, crops, which {outcome.device} resizes and finishes in {microseconds:.1f} us"
+        )
     return f"{size}, pixels, which {outcome.device} finishes in {microseconds:.1f} us"
 
 

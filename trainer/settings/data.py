@@ -42,8 +42,8 @@ class DataSettings(Section):
     max_image_pixels: Count = 25000000
     """Larger images are bad samples; the header is checked before decoding."""
 
-    resize: Literal["pillow", "torch"] = "pillow"
-    """pillow: open_clip's pixels; torch: half the time, some values differ by 1 of 255."""
+    resize: Literal["pillow", "torch", "gpu"] = "pillow"
+    """pillow: open_clip's pixels; gpu: these, on CUDA; torch: faster, some differ a little."""
 
     shuffle_window_shards: Count | None = None
     """null: shuffle over the whole selection; N: over N tars at a time."""

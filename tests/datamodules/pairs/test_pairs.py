@@ -258,6 +258,14 @@ def test_weights_reach_the_loop_or_are_refused(
     assert make_pairs(replace(selection, weights=None)).rows.tolist() == [2, 5]
 
 
+def test_images_of_pairs_have_one_size(make_pairs: Callable[..., SelectedPairs]) -> None:
+    for finished in (True, False):
+        with pytest.raises(
+            ParameterError, match=r"resize must be one of pillow, torch\. Got 'gpu'"
+        ):
+            make_pairs(resize="gpu", finished=finished)
+
+
 def test_any_form_transform_and_tokenizer(make_pairs: Callable[..., SelectedPairs]) -> None:
     pipeline = v2.Compose(
         [v2.PILToTensor(), v2.RandomResizedCrop((8, 10)), v2.ToDtype(torch.float32, scale=True)]

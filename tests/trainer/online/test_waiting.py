@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from siftclip.datamodules.streaming import pixels
-from siftclip.datamodules.streaming.batches import Batch
+from siftclip.datamodules.streaming.batches import Batch, StepBatch
+from siftclip.datamodules.streaming.crops import CropRoom, PackedCrops
 from siftclip.datamodules.streaming.pixels import Normalization
 from siftclip.datamodules.streaming.step_plan import StepPlan
 from siftclip.selectors.core.source import Logits
@@ -74,8 +76,19 @@ def batch(start: int, samples: int = 8) -> Batch:
     )
 
 
-def batches(count: int) -> list[Batch]:
-    return [batch(8 * number).to("cuda", non_blocking=True) for number in range(count)]
+def cropped(start: int) -> Batch:
+    """A batch of crops, which the device resizes."""
+    whole, packed = batch(start), PackedCrops(8, SIZE, CropRoom())
+    for index, image in enumerate(whole.images):
+        packed.put(index, image[:, index:, : SIZE - 2 * index])
+    images, crops = packed.finish(whole.valid)
+    return replace(whole, images=images, crops=crops)
+
+
+def batches(count: int, make: Callable[[int], Batch] = batch) -> list[Batch]:
+    step = StepBatch([make(8 * number) for number in range(count)]).to("cuda", non_blocking=True)
+    step.resize()
+    return [*step.micro_batches]
 
 
 # ---- a step -------------------------------------------------------------------------------------
@@ -91,9 +104,12 @@ LOSSES: dict[str, tuple[Callable[[], Any], float | None]] = {
 }
 
 
+@pytest.mark.parametrize("of_loader", [batch, cropped])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_step_does_not_wait_for_the_device(name: str, parts: int) -> None:
+def test_a_step_does_not_wait_for_the_device(
+    name: str, parts: int, of_loader: Callable[[int], Batch]
+) -> None:
     make, bias = LOSSES[name]
     with simulated_cuda() as events:
         model = module_on_gpu(tiny(bias))
@@ -107,7 +123,7 @@ def test_a_step_does_not_wait_for_the_device(name: str, parts: int) -> None:
                 terms = compute_gradients(
                     model,
                     Objective(loss=loss, teacher=teacher),
-                    batches(parts),
+                    batches(parts, of_loader),
                     StepContext(seeds=[step] * parts),
                 )
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
