@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,6 +34,7 @@ from siftclip.trainer.online.record import ChosenRows
 from siftclip.writing import (
     WriteError,
     atomic_path,
+    delete,
     delete_empty_folders,
     delete_file,
     delete_folder,
@@ -41,6 +43,7 @@ from siftclip.writing import (
     make_folder,
     move,
     new_folder_whole,
+    place_folder,
     temporary_beside,
     temporary_folder,
     writing_to,
@@ -208,6 +211,50 @@ def test_deleting_says_what_is_in_the_way(tmp_path: Path, monkeypatch: pytest.Mo
         delete_file(tmp_path / "a")
     with pytest.raises(WriteError, match="no permission"):
         delete_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "folder", "link"])
+def test_a_folder_gets_its_name_in_place_of_what_was_there(before: str, tmp_path: Path) -> None:
+    place, other = tmp_path / "place", tmp_path / "other"
+    for folder in (other, *([place] if before == "folder" else [])):
+        folder.mkdir()
+        (folder / "old").write_text("")
+    if before == "file":
+        place.write_text("old")
+    elif before == "link":
+        place.symlink_to(other)
+    temporary = temporary_beside(place)
+    temporary.mkdir()
+    (temporary / "new").write_text("")
+    place_folder(temporary, place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "place"]
+    assert [path.name for path in place.iterdir()] == ["new"]
+    assert (other / "old").exists()
+    delete(place)
+    delete(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_folder_that_is_deleted_loses_its_name_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "step-2.ckpt"
+    place.mkdir()
+    (place / "part").write_text("")
+    rmtree = shutil.rmtree
+
+    def fail(path: Path) -> None:
+        if path.exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(WriteError, match="no permission"):
+        delete(place)
+    (left,) = tmp_path.iterdir()
+    assert left == temporary_beside(place)
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    delete(left)  # as the next start does
+    assert not [*tmp_path.iterdir()]
 
 
 def test_temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from siftclip.datamodules.models.architecture import check_architecture
 from siftclip.datamodules.models.foreign_code import without_foreign_code
 from siftclip.datamodules.models.options import check_options, check_supported, configured
+from siftclip.datamodules.models.sharded_checkpoint import is_weights_file
 from siftclip.datamodules.models.weight_needs import (
     CONFIG_NAME,
     QUICKGELU_SUFFIX,
@@ -179,7 +180,7 @@ def _tag_or_file(
         tag, file = pretrained, None
     else:
         tag, file = None, pretrained
-    if file is not None and not Path(file).is_file():
+    if file is not None and not is_weights_file(file):
         rule = "must be a tag of open_clip or an existing file"
         raise ParameterError(rule, parameter="pretrained", value=file)
     if weights != "auto" and file is None:
@@ -224,7 +225,7 @@ def _is_file(name: str) -> bool:
     """Return whether a model's name is that of a file, and not open_clip's."""
     import open_clip
 
-    return Path(name).is_file() and name not in open_clip.list_models()
+    return is_weights_file(name) and name not in open_clip.list_models()
 
 
 def _config_in(file: str) -> dict[str, Any]:
@@ -364,7 +365,7 @@ def resolve_name(name: str, pretrained: str | None) -> str:
             value=name,
             way_out=_similar(name, known),
         )
-    if pretrained is not None and not Path(pretrained).is_file():
+    if pretrained is not None and not is_weights_file(pretrained):
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not open_clip.is_pretrained_cfg(name, pretrained):  # it also takes Laion2B-S34B-B79K
             other = name.removesuffix(QUICKGELU_SUFFIX)

@@ -1,8 +1,8 @@
 """Weights in files: read without running code, told apart by their keys, loaded whole or a tower.
 
 What can be read: open_clip's checkpoints `{epoch, name, state_dict}`, bare state dicts,
-safetensors, big_vision's npz, and Lightning checkpoints of ours, whose model lies under `model.`
-and its moving average (EMA), where there is one, under `ema.averaged.`.
+safetensors, big_vision's npz, and Lightning checkpoints of ours, in one file or in parts, whose
+model lies under `model.` and its moving average (EMA), where there is one, under `ema.averaged.`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from siftclip.datamodules.models.sharded_checkpoint import (
+    ShardedCheckpoint,
+    is_sharded_checkpoint,
+    is_weights_file,
+)
 from siftclip.errors import InputError, ParameterError
 from siftclip.reading import readable, require_file
 
@@ -56,16 +61,18 @@ def read_weights(path: str | Path, *, weights: Weights = "auto") -> dict[str, Te
     """Read the state dict of a checkpoint, under open_clip's names.
 
     Args:
-        path: open_clip's `.pt`, a bare state dict, safetensors, or a Lightning `.ckpt` of ours.
+        path: open_clip's `.pt`, a bare state dict, safetensors, or a Lightning `.ckpt` of ours, a
+            file or a folder of parts.
         weights: of a checkpoint with a moving average: `auto` and `ema` take the average, `raw`
             what the optimizer trained. Other files hold raw weights only.
 
     Raises:
         InputError: the file is missing, damaged, would run code, or lacks the average asked for.
     """
-    if not Path(path).is_file():
+    if not is_weights_file(path):
         raise InputError(f"{path} is not a file.")
-    require_file(path)
+    if not is_sharded_checkpoint(path):
+        require_file(path)
     try:
         content = _read_tensors(Path(path))
         state = content.get("state_dict", content)
@@ -90,9 +97,11 @@ def read_config(path: Path) -> Any:
     Only the table of contents is read. A file that cannot be read says nothing here: loading its
     weights says what is wrong with it.
     """
-    if path.suffix == ".safetensors" or not path.is_file():
+    if path.suffix == ".safetensors" or not is_weights_file(path):
         return None
     try:
+        if is_sharded_checkpoint(path):
+            return ShardedCheckpoint(path).rest.get(CONFIG_KEY)
         content = _read_tensors(path) if zipfile.is_zipfile(path) else None
     except Exception:  # damaged files raise anything, see `read_weights`
         return None
@@ -183,6 +192,9 @@ def _read_tensors(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
+    if is_sharded_checkpoint(path):
+        parts = ShardedCheckpoint(path)
+        return {"state_dict": parts.whole(parts.rest["state_dict"], "state_dict")}
     # Mapped, so that the optimizer's state in a checkpoint takes no memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 

@@ -309,6 +309,46 @@ def _opened_inside(root: Path, parts: Sequence[str]) -> Iterator[int]:
         os.close(folder)
 
 
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there.
+
+    A folder loses its name first, so that none is left half deleted under it.
+
+    Raises:
+        WriteError: it cannot be deleted.
+    """
+    if not path.is_dir() or path.is_symlink():
+        delete_file(path)
+        return
+    doomed = path
+    if not _LEFT.fullmatch(path.name):
+        doomed = temporary_beside(path)
+        delete_folder(doomed)
+        move(path, doomed)
+    delete_folder(doomed)
+
+
+def place_folder(temporary: Path, path: Path) -> None:
+    """Give a folder that is complete its name, in place of what is there.
+
+    Its files and their names are on the disk before: a power cut leaves no name without data.
+
+    Args:
+        temporary: of `temporary_beside(path)`, with files whose content is on the disk.
+        path: the name.
+
+    Raises:
+        WriteError: it cannot be moved.
+    """
+    with writing_to(path):
+        _to_disk(temporary)
+    if os.path.lexists(path):
+        delete_file(path) if path.is_symlink() or not path.is_dir() else delete_folder(path)
+    move(temporary, path)
+    with writing_to(path):
+        _to_disk(path.parent)
+
+
 def move(source: Path, target: Path) -> None:
     """Give a file or a folder another name on the same disk.
 

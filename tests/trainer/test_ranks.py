@@ -23,8 +23,11 @@ from siftclip.trainer.stages.train import train_stage
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def compare_runs(one: RunDir, several: RunDir) -> None:
-    """Equal losses at every step, and equal weights, to the accuracy of fp32 sums."""
+def compare_runs(one: RunDir, several: RunDir, *, coarse: bool = False) -> None:
+    """Equal losses at every step, and equal weights, to the accuracy of fp32 sums.
+
+    `coarse`: of bf16, in which Adam's steps of single weights differ, as tiny gradients do.
+    """
     histories = [
         {
             r["step"]: r["train/loss"]
@@ -34,9 +37,15 @@ def compare_runs(one: RunDir, several: RunDir) -> None:
         for run in (one, several)
     ]
     assert sorted(histories[0]) == [1, 2, 3, 4, 5, 6]
-    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+    assert histories[1] == pytest.approx(histories[0], rel=1e-2 if coarse else 1e-4)
     expected = load_clip_model(str(one.path)).model.state_dict()
     found = load_clip_model(str(several.path)).model.state_dict()
+    if coarse:
+        ours, theirs = (
+            torch.cat([*map(torch.flatten, each.values())]) for each in (found, expected)
+        )
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+        return
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=2e-4, msg=name)
 
@@ -74,11 +83,17 @@ RUNS: dict[str, tuple[int, str]] = {
         2,
         "optim.grad_clip_norm=0.05 optim.ema_decay=0.9 | trainer.strategy=fsdp",
     ),
+    "fsdp, bf16": (2, "trainer.precision=bf16-mixed optim.ema_decay=0.9 | trainer.strategy=fsdp"),
     "siglip": (2, "loss=siglip | trainer.micro_batch_size=4"),
     "four ranks": (4, "|"),
     "four ranks, micro-batches, checkpointing": (
         4,
         "| trainer.micro_batch_size=2 trainer.grad_checkpointing=true",
+    ),
+    "four ranks, fsdp, bf16, micro-batches": (
+        4,
+        "trainer.precision=bf16-mixed | trainer.strategy=fsdp trainer.micro_batch_size=2 "
+        "trainer.fsdp_reduce_dtype=bf16",
     ),
     "four ranks, siglip": (4, "loss=siglip |"),
     "four ranks, drrho": (4, "loss=drrho loss.teacher.features.name=noise LOSS_ROOT |"),
@@ -113,7 +128,7 @@ def test_strategies_and_losses_do_not_depend_on_the_ranks(
         expected[name] = train_stage(compose("train", [*options, f"run_dir='{folder} alone'"]))
     train_on_ranks(launched, ranks)
     for name, run in expected.items():
-        compare_runs(run, RunDir(path=tmp_path / name))
+        compare_runs(run, RunDir(path=tmp_path / name), coarse="bf16" in RUNS[name][1])
 
 
 # Ends after step 5, goes on in a copy; the checkpoint of step 3 is the last one then.

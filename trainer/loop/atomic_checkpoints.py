@@ -1,4 +1,4 @@
-"""Writes checkpoints so that only whole ones bear the name of one."""
+"""Writes checkpoints so that only whole ones bear the name of one; reads those in parts too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from siftclip.datamodules.models.sharded_checkpoint import (
+    ShardedCheckpoint,
+    is_sharded_checkpoint,
+)
+from siftclip.reading import readable
 from siftclip.writing import atomic_path
 
 
@@ -28,3 +33,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint; one in parts, which sharded training has written, as if it were whole.
+
+        Raises:
+            InputError: a part cannot be read.
+        """
+        if not is_sharded_checkpoint(path):
+            return super().load_checkpoint(path, *args, **options)
+        with readable(path, "checkpoint in parts"):
+            parts = ShardedCheckpoint(Path(path))
+            return {key: parts.whole(value, key) for key, value in parts.rest.items()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from siftclip.datamodules.models.sharded_checkpoint import map_tensors
 from siftclip.trainer.loop.atomic_checkpoints import AtomicCheckpointIO
 
 
@@ -24,32 +24,18 @@ def snapshot(value: Any) -> Any:
         value: tensors and plain values, in mappings, lists and tuples.
     """
     devices: set[torch.device] = set()
-    copied = _copied(value, devices)
+    copied = map_tensors(value, lambda _, tensor: _copied(tensor, devices))
     for device in devices:
         torch.get_device_module(device).synchronize(device)
     return copied
 
 
-def _copied(value: Any, devices: set[torch.device]) -> Any:
-    if isinstance(value, Tensor):
-        if value.is_cpu:
-            return value.detach().clone()
-        devices.add(value.device)
-        there = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return there.copy_(value.detach(), non_blocking=True)
-    if isinstance(value, Mapping):
-        inside = {key: _copied(each, devices) for key, each in value.items()}
-        return inside if type(value) is dict else _as(value, inside)
-    if type(value) in (list, tuple):
-        return type(value)(_copied(each, devices) for each in value)
-    return copy.deepcopy(value)
-
-
-def _as(value: Mapping[Any, Any], inside: dict[Any, Any]) -> Any:
-    """Return a mapping of the type of another, such as OrderedDict, with these values."""
-    other = copy.copy(value)
-    other.update(inside)  # type: ignore[attr-defined]  # mappings of checkpoints can be written
-    return other
+def _copied(value: Tensor, devices: set[torch.device]) -> Tensor:
+    if value.is_cpu:
+        return value.detach().clone()
+    devices.add(value.device)
+    there = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return there.copy_(value.detach(), non_blocking=True)
 
 
 class BackgroundCheckpointIO(AtomicCheckpointIO):

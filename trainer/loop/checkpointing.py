@@ -4,6 +4,7 @@ A checkpoint has its name only once it is whole and on the disk:
 
     step-300.ckpt                 to continue from
     .step-400.ckpt.HOST-PID.tmp   being written; deleted at the next start if the writer was killed
+    step-500.ckpt/                the same in parts, see `trainer.sharded_checkpoints`
     step-200.ckpt.damaged         could not be read at a start, see `siftclip.trainer.loop.resuming`
 """
 
@@ -29,7 +30,7 @@ from siftclip.trainer.loop.atomic_checkpoints import AtomicCheckpointIO
 from siftclip.trainer.loop.background_checkpoints import BackgroundCheckpointIO
 from siftclip.trainer.runtime.launch import TrainingStopped, stop_signals
 from siftclip.trainer.runtime.run_dir import checkpoints_in
-from siftclip.writing import delete_file
+from siftclip.writing import delete
 
 AGAIN_SECONDS = 10.0  # between two SIGTERMs, the second of which ends training at once
 _UNFINISHED = ".step-*.ckpt.*.tmp"
@@ -107,7 +108,7 @@ class StepCheckpoint(Checkpoint):
         trainer.strategy.checkpoint_io = self._background or AtomicCheckpointIO()
         if trainer.is_global_zero:
             for path in self.folder.glob(_UNFINISHED):
-                delete_file(path)
+                delete(path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # what training continues from is there already
@@ -157,7 +158,7 @@ class StepCheckpoint(Checkpoint):
         )
         for step, path in steps.items():
             if step not in kept:
-                delete_file(path)
+                delete(path)
 
 
 class StopOnSignal(Callback):

@@ -29,9 +29,11 @@ from siftclip.trainer.loop.plain_batches import step_batch_of
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.models.sharding import (
     is_sharded,
+    mixed_precision,
     number_by_model,
     shard_model,
     unsynced_shards,
+    whole_gradients,
 )
 from siftclip.trainer.online.controller import Online
 from siftclip.trainer.online.in_loop import Chosen
@@ -45,11 +47,13 @@ from siftclip.trainer.optim.gradients import (
 from siftclip.trainer.optim.optimizer import clamp_logit_scale, make_optimizer
 from siftclip.trainer.optim.schedules import lr_factor
 from siftclip.trainer.optim.update import (
+    average_over_ranks,
     clip_gradients,
     gradient_norm,
     restore_unless,
     step_if_finite,
 )
+from siftclip.trainer.runtime.fsdp_strategy import FsdpStrategy
 from siftclip.trainer.runtime.loggers import log_histograms
 from siftclip.trainer.runtime.rank_agreement import RankAgreement
 from siftclip.trainer.runtime.tracking.continued import Histogram
@@ -191,9 +195,13 @@ class ClipTraining(LightningModule):
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            shard_model(self.model, strategy.device_mesh)
+            policy = mixed_precision(
+                str(self.trainer.precision),
+                strategy.reduce_dtype if isinstance(strategy, FsdpStrategy) else torch.float32,
+            )
+            shard_model(self.model, strategy.device_mesh, policy)
             if self.ema is not None:
-                shard_model(self.ema.averaged, strategy.device_mesh)
+                shard_model(self.ema.averaged, strategy.device_mesh, policy)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = make_optimizer(self.model, self.optim, fused=True)
@@ -258,6 +266,8 @@ class ClipTraining(LightningModule):
             ),
             features=chosen.learner_features,
         )
+        if is_sharded(self):
+            average_over_ranks(whole_gradients(self.model))
         if self.online is not None:
             self.online.trained(
                 chosen.batches,
@@ -287,7 +297,7 @@ class ClipTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = float(self.meter.skipped)
-        if "optimizer_states" in checkpoint and not is_sharded(self):  # not of weights alone
+        if "optimizer_states" in checkpoint and self._has_torchs_numbers:  # not of weights alone
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [
                 number_by_model(state, optimizer, self) for state, optimizer in states
@@ -345,7 +355,7 @@ class ClipTraining(LightningModule):
         if scaler is not None:
             optimizer.step()  # the scaler skips by itself
         else:
-            step_if_finite(bare, finite, optimizer.step, on_device=not is_sharded(self))
+            step_if_finite(bare, finite, optimizer.step)
         clamp_logit_scale(self.model)
         self.meter.add(terms, norm, finite)
         return finite
@@ -356,6 +366,13 @@ class ClipTraining(LightningModule):
         if isinstance(wrapped, DistributedDataParallel):
             return wrapped.no_sync()
         return unsynced_shards(self.model) if is_sharded(self) else nullcontext()
+
+    @property
+    def _has_torchs_numbers(self) -> bool:
+        """Whether parameters are numbered by the optimiser in what Lightning saves of it."""
+        strategy = self.trainer.strategy
+        in_parts = isinstance(strategy, FsdpStrategy) and strategy.sharded_checkpoints
+        return in_parts or not is_sharded(self)
 
     @property
     def _data(self) -> StreamDataModule | None:

@@ -19,6 +19,11 @@ import torch
 from torch import nn
 
 from siftclip.damaged import set_aside
+from siftclip.datamodules.models.sharded_checkpoint import (
+    REST_NAME,
+    ShardedCheckpoint,
+    is_sharded_checkpoint,
+)
 from siftclip.datamodules.models.weights import LIGHTNING_PREFIX, fault_of, require_same_keys
 from siftclip.errors import InputError
 from siftclip.ranks import Ranks
@@ -94,20 +99,14 @@ def checkpoint_fault(path: Path, shapes: Mapping[str, torch.Size]) -> str | None
     """Read all of a checkpoint, and say in a few words why nothing can continue from it, if so.
 
     Args:
-        path: of a `step-N.ckpt`.
+        path: of a `step-N.ckpt`, a file or a folder of parts.
         shapes: of the weights that it must hold, by name.
 
     Raises:
         InputError: it cannot be read now, which says nothing of its content.
     """
     try:
-        if not path.stat().st_size:
-            return "it is empty"
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not compare checksums
-        if damaged is not None:
-            return f"the checksum of {Path(damaged).name} in it is wrong"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = _sound_parts(path) if path.is_dir() else _sound_file(path)
         _require_checkpoint(content, step_of(path), shapes)
     except zipfile.BadZipFile:
         return "it is cut off, or no checkpoint"
@@ -121,6 +120,36 @@ def checkpoint_fault(path: Path, shapes: Mapping[str, torch.Size]) -> str | None
     except Exception as error:  # damaged files raise anything from KeyError to UnpicklingError
         return " ".join(fault_of(error).split())
     return None
+
+
+def _sound_file(path: Path) -> Any:
+    """Read all of a file of torch; ValueError says what is wrong with it, among others."""
+    if not path.stat().st_size:
+        raise ValueError("it is empty")
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch does not compare checksums
+    if damaged is not None:
+        raise ValueError(f"the checksum of {Path(damaged).name} in it is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _sound_parts(folder: Path) -> Any:
+    """Read all parts of a checkpoint, and return what it holds without sharded values."""
+    if not is_sharded_checkpoint(folder):
+        raise ValueError(f"it is a folder without {REST_NAME}")
+    _sound_file(folder / REST_NAME)
+    parts = ShardedCheckpoint(folder)
+    for path in parts.files[1:]:
+        try:
+            _sound_file(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path.name} is missing in it") from None
+        except zipfile.BadZipFile:
+            raise ValueError(f"{path.name} in it is cut off, or no part of one") from None
+        except ValueError as error:
+            raise ValueError(f"{path.name} in it: {error}") from None
+    parts.check()
+    return parts.rest
 
 
 def _require_checkpoint(content: Any, step: int, shapes: Mapping[str, torch.Size]) -> None:

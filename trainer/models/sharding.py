@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -25,16 +29,37 @@ def is_sharded(module: LightningModule) -> bool:
     return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
+def mixed_precision(precision: str, reduce_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Return in which types weights are gathered and gradients averaged over ranks.
+
+    With bf16-mixed weights travel as bf16, which autocast would make of nearly all of them in the
+    forward. Weights that the optimiser moves, and its moments, stay fp32. What is computed in
+    which type is left to autocast: a residual stream in fp32 stays one.
+
+    Args:
+        precision: Lightning's name, such as `32-true`.
+        reduce_dtype: of gradients while they are averaged; float32 leaves wider ones as they are.
+    """
+    is_bf16 = precision.startswith("bf16")
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
+        reduce_dtype=reduce_dtype if is_bf16 or reduce_dtype != torch.float32 else None,
+        cast_forward_inputs=False,
+    )
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Shard the weights of an open_clip model in place, and with them gradients and moments.
 
     Every block of the transformers is gathered on its own while it computes; what is left is one
-    more group. Logit scale and bias are scalars, which FSDP2 cannot shard: they stay whole, and
-    their gradients are averaged when they are there.
+    more group. Logit scale and bias stay whole, as FSDP2 cannot shard scalars; and where weights
+    are gathered in 16 bits, so do norms, which are small and which autocast computes with in fp32.
+    The gradients of these are not averaged, see `whole_gradients`. Buffers stay as they are.
 
     Args:
         model: the whole model, equal on every rank.
         mesh: with a dimension `data_parallel`, over whose ranks is sharded.
+        policy: of `mixed_precision`.
 
     Raises:
         InputError: the model has batch norms, whose statistics would differ between ranks.
@@ -45,16 +70,16 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
             "trainer.strategy=ddp."
         )
     ranks = mesh["data_parallel"]
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    whole = {parameter for parameter in model.parameters() if parameter.numel() == 1}
+    if policy.param_dtype is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                whole.update(module.parameters())
     for block in list(sharded_blocks(model)):
-        fully_shard(block, mesh=ranks)
-    fully_shard(model, mesh=ranks, ignored_params=scalars)
+        fully_shard(block, mesh=ranks, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=ranks, mp_policy=policy, ignored_params=whole)
     for name in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, name)
-    for parameter in scalars:
-        if parameter.requires_grad:
-            # torch ships it without types
-            parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
 
 
 def sharded_blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -66,10 +91,13 @@ def sharded_blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from sharded_blocks(part)
 
 
-def _average_gradient(parameter: Tensor) -> None:
-    assert parameter.grad is not None  # the hook runs after it was written
-    dist.all_reduce(parameter.grad)
-    parameter.grad /= dist.get_world_size()
+def whole_gradients(model: nn.Module) -> list[Tensor]:
+    """Return the gradients of what `shard_model` has left whole, which are those of this rank.
+
+    They are to be averaged over ranks once per step, after the last backward pass.
+    """
+    gradients = (parameter.grad for parameter in model.parameters())
+    return [each for each in gradients if each is not None and not isinstance(each, DTensor)]
 
 
 @contextmanager

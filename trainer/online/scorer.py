@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from siftclip.datamodules.streaming.batches import Batch
@@ -27,6 +26,7 @@ from siftclip.trainer.optim.gradients import (
 )
 from siftclip.trainer.optim.optimizer import clamp_logit_scale, make_optimizer
 from siftclip.trainer.optim.update import (
+    average_over_ranks,
     clip_gradients,
     gradient_norm,
     restore_unless,
@@ -121,18 +121,13 @@ class OnlineScorer:
             terms = compute_gradients(model, self._objective, resized, context)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if world_size > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= world_size
-            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, piece in zip(gradients, pieces, strict=True):
-                gradient.copy_(piece.view_as(gradient))
+            average_over_ranks(gradients)
         parameters = list(model.parameters())
         norm = gradient_norm(parameters)
         finite = torch.isfinite(norm)
         if self._optim.grad_clip_norm is not None:
             clip_gradients(parameters, norm, self._optim.grad_clip_norm)
-        step_if_finite(optimizer, finite, optimizer.step, on_device=True)
+        step_if_finite(optimizer, finite, optimizer.step)
         restore_unless(finite, statistics, before)
         clamp_logit_scale(model)
         return terms["loss"]

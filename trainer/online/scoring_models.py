@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.datamodules.streaming.batches import Batch
@@ -56,8 +55,6 @@ def model_logits(model: nn.Module) -> Logits:
 
 
 def _scalar(value: Tensor) -> float | Tensor:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
     return value.double() if value.is_cuda else float(value)
 
 

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from siftclip.errors import InputError
 from siftclip.trainer.optim.optimizer import clamp_logit_scale
+from siftclip.trainer.optim.update import local_parts
 
 
 def ema_decay_at(decay: float, step: int) -> float:
@@ -69,6 +70,6 @@ class ModelEma(nn.Module):
         if len(averaged) != len(current):
             raise ValueError(f"the model has {len(current)} parameters, not {len(averaged)}")
         average = get_ema_multi_avg_fn(ema_decay_at(self.decay, step))  # type: ignore[no-untyped-call]  # torch ships it without types
-        average(averaged, current, step)
+        average(local_parts(averaged), local_parts(current), step)
         for ours, theirs in zip(self.averaged.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)

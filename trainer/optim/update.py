@@ -9,8 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each sharded tensor, and whole ones as they are; no copies.
+
+    Operations on many tensors at once do not take both kinds together.
+    """
+    return [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+
+
+def average_over_ranks(gradients: Sequence[Tensor]) -> None:
+    """Average gradients over all ranks in place, in one exchange. All ranks must call it.
+
+    Args:
+        gradients: of one type, equal shapes on all ranks; none at all is nothing to do.
+    """
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
@@ -41,37 +66,24 @@ def clip_gradients(parameters: Sequence[Tensor], norm: Tensor, max_norm: float) 
     """
     coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    for group in (whole, [gradient.to_local() for gradient in sharded]):
-        if group:
-            torch._foreach_mul_(group, coefficient)
+    if gradients:
+        torch._foreach_mul_(local_parts(gradients), coefficient)
 
 
 def step_if_finite(
-    optimizer: torch.optim.Optimizer,
-    finite: Tensor,
-    step: Callable[[], object],
-    *,
-    on_device: bool,
+    optimizer: torch.optim.Optimizer, finite: Tensor, step: Callable[[], object]
 ) -> None:
     """Take the optimiser's step, or leave weights and moments as they are.
 
     Args:
-        optimizer: the bare one.
-        finite: bool scalar.
+        optimizer: the bare one, fused: its kernel looks at `found_inf`, as torch's gradient scaler
+            has it do. Its parameters may be sharded, with whole ones among them.
+        finite: bool scalar, equal on all ranks.
         step: takes the step of `optimizer`; it is called in any case, so that steps are counted.
-        on_device: the optimiser is fused and its kernel looks at `found_inf`, as torch's gradient
-            scaler has it do; else the host waits for `finite`.
     """
-    if on_device:
-        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
-        return
-    if not finite:
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def restore_unless(finite: Tensor, buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:

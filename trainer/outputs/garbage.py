@@ -175,11 +175,12 @@ def _needless_checkpoints(entry: Entry, references: References) -> list[str]:
     if any(text.endswith(f"/{folder}") for text in references.texts):
         return []
     return [
-        f"checkpoints/{path.name}"
+        file.path
         for step, path in checkpoints_in(run.checkpoints).items()
-        if (every is None or step % every)
-        and not references.names_path(f"{folder}/{path.name}")
-        and entry.has_file(f"checkpoints/{path.name}")
+        if (every is None or step % every) and not references.names_path(f"{folder}/{path.name}")
+        for file in entry.files
+        # itself, or its parts
+        if f"{file.path}/".startswith(f"checkpoints/{path.name}/") and file.is_ours
     ]
 
 

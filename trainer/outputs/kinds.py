@@ -33,6 +33,7 @@ _RUN = (
     *("versions.json", "sessions.jsonl", "metrics.jsonl", "metrics.csv", "chosen.npy", "wandb_id"),
     *("mlflow_id", "tensorboard/**"),
     *_SELECTION,
+    *("checkpoints/step-*.ckpt/rest.ckpt", "checkpoints/step-*.ckpt/rank-*.ckpt"),
     *("checkpoints/step-*.ckpt", "selections/v*/*.npy", "selections/v*/*.json"),
     *("selections/v*/features/*.npz", "wandb/**"),
     *(f"model/{name}" for name in _MODEL),

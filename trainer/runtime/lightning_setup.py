@@ -42,6 +42,8 @@ _QUIET = (
     ".*resuming from a checkpoint that ended before the epoch ended.*",
 )
 
+_REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def resolve_precision(precision: Precision) -> Precision:
     """Return Lightning's name of the precision, or tf32; `auto` is bf16 where a GPU has it."""
@@ -195,16 +197,16 @@ def local_ranks(settings: TrainerSettings) -> int:
 def _strategy(
     settings: TrainerSettings, devices: Devices, num_nodes: int
 ) -> str | LightningStrategy:
-    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from siftclip.trainer.runtime.fsdp_strategy import FsdpStrategy
 
     name = settings.strategy
     if name == "fsdp":
-        # Devices are told apart by their data alone; a checkpoint is one file that any number of
-        # ranks can read.
-        return ModelParallelStrategy(
-            data_parallel_size=_ranks(devices, num_nodes),
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
+        return FsdpStrategy(
+            ranks=_ranks(devices, num_nodes),
+            reduce_dtype=_REDUCE_DTYPES[settings.fsdp_reduce_dtype],
+            sharded_checkpoints=settings.sharded_checkpoints,
             **_waiting(settings),
         )
     # Not with a static graph, as DataComp has it: that is for checkpointing which enters backward

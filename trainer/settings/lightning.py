@@ -38,6 +38,9 @@ class TrainerSettings(Section):
     strategy: Strategy = "auto"
     """auto: one device unchanged, several with ddp; fsdp shards the weights."""
 
+    fsdp_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which type fsdp averages gradients over ranks; bf16 halves the traffic, and is coarser."""
+
     timeout_minutes: Positive | None = None
     """How long a rank waits for the others in an exchange; null: torch's, 10 with NCCL, else 30."""
 
@@ -82,6 +85,9 @@ class TrainerSettings(Section):
 
     background_checkpoints: bool = False
     """Train on while a checkpoint is written; takes memory of the CPU for one more."""
+
+    sharded_checkpoints: bool = False
+    """With fsdp every rank writes its part of a checkpoint, which is then a folder."""
 
     callbacks: Annotated[
         tuple[_Node, ...] | None,
@@ -134,6 +140,24 @@ class TrainerSettings(Section):
             raise InputError(
                 "trainer.precision=16-mixed does not go with trainer.strategy=fsdp: scaling of "
                 "sharded gradients is not supported. Use bf16-mixed, or trainer.strategy=ddp."
+            )
+
+        if self.fsdp_reduce_dtype != "fp32" and self.strategy != "fsdp":
+            raise InputError(
+                "trainer.fsdp_reduce_dtype is of sharded weights. Set trainer.strategy=fsdp, or "
+                f"leave it at fp32. Got {self.fsdp_reduce_dtype!r}."
+            )
+
+        if self.sharded_checkpoints and self.strategy != "fsdp":
+            raise InputError(
+                "trainer.sharded_checkpoints=true needs sharded weights. Set "
+                "trainer.strategy=fsdp, or leave it at false: checkpoints are then one file. A run "
+                "continues from either kind, with any strategy."
+            )
+        if self.sharded_checkpoints and self.background_checkpoints:
+            raise InputError(
+                "trainer.sharded_checkpoints and trainer.background_checkpoints exclude each "
+                "other: ranks write their parts together. Set one of them to false."
             )
 
     def _check_extensions(self) -> None:

@@ -184,7 +184,7 @@ class ExportSettings(Section):
     PLACE: ClassVar[str] = "export"
 
     source: Annotated[LocalPath, Needs("must be given, such as export.source=outputs/train/RUN.")]
-    """A run directory, a model folder, or a .ckpt file in a run directory."""
+    """A run directory, a model folder, or a .ckpt in a run directory."""
 
     format: Literal["open_clip", "local_dir", "datacomp"] = "open_clip"
     """The layout to write."""

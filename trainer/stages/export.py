@@ -25,6 +25,7 @@ from siftclip.datamodules.models.load import (
     load_clip_model,
     save_model_folder,
 )
+from siftclip.datamodules.models.sharded_checkpoint import is_weights_file
 from siftclip.datamodules.models.weight_needs import CONFIG_NAME
 from siftclip.datamodules.models.weights import (
     CONFIG_KEY,
@@ -137,7 +138,7 @@ def open_source(source: Path, weights: Weights) -> ExportSource:
     run = RunDir(path=source)
     if (source / "config.yaml").is_file():
         return _source_of_run(run, weights)
-    if source.suffix == ".ckpt" and source.is_file():
+    if source.suffix == ".ckpt" and is_weights_file(source):
         return _source_of_checkpoint(source, weights)
     if (source / CONFIG_NAME).is_file():
         if weights != "auto":

@@ -121,12 +121,19 @@ def run_identity(
             ),
             "data": {key: getattr(settings.data, key) for key in _DATA},
             "precision": resolve_precision(settings.trainer.precision),
+            **_exchange_identity(settings.trainer),
             "seed": settings.common.seed,
             **batch_norm_identity(settings),
             **extensions_identity(settings.trainer),
             **selected.pool.caption_identity,
         },
     )
+
+
+def _exchange_identity(trainer: TrainerSettings) -> dict[str, str]:
+    """Return the type of averaged gradients where it is coarser than what other strategies have."""
+    kind = trainer.fsdp_reduce_dtype
+    return {} if kind == "fp32" else {"fsdp_reduce_dtype": kind}
 
 
 def run_environment(trainer: TrainerSettings, data: DataSettings, pool: Pool) -> Environment:

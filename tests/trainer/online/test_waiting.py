@@ -130,7 +130,7 @@ def test_a_step_does_not_wait_for_the_device(
             norm = gradient_norm(weights)
             clip_gradients(weights, norm, 1.0)
             finite = torch.isfinite(norm)
-            step_if_finite(optimizer, finite, optimizer.step, on_device=True)
+            step_if_finite(optimizer, finite, optimizer.step)
             clamp_logit_scale(model)
             meter.add(terms, norm, finite)
         assert events.of(MIX) == {}

@@ -98,6 +98,6 @@ def test_a_step_that_is_not_finite_is_skipped(device: torch.device) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, poison)
         finite = torch.isfinite(gradient_norm(model.parameters()))
-        step_if_finite(optimizer, finite, optimizer.step, on_device=True)
+        step_if_finite(optimizer, finite, optimizer.step)
         same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert same is not moves

@@ -36,10 +36,9 @@ def test_norm_and_clipping_are_torchs(max_norm: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("on_device", [True, False])
-def test_a_step_that_is_not_finite_changes_nothing(bad: float, on_device: bool) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=on_device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     taken: list[int] = []
 
     def step() -> None:
@@ -48,7 +47,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float, on_device: bool) 
 
     def attempt() -> None:
         finite = torch.isfinite(gradient_norm(model.parameters()))
-        step_if_finite(optimizer, finite, step, on_device=on_device)
+        step_if_finite(optimizer, finite, step)
 
     gradients = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
     attempt()

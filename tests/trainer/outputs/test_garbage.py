@@ -65,6 +65,26 @@ def test_of_a_comparison_the_checkpoints_alone_can_go(outputs: Path) -> None:
     assert sum(item.size_bytes for item in found.items) == size
 
 
+def test_checkpoints_in_parts_go_with_all_their_parts(outputs: Path, random_run: Path) -> None:
+    last = random_run / "checkpoints" / "step-6.ckpt"
+    last.unlink()
+    last.mkdir()
+    names = ["rank-0.ckpt", "rank-1.ckpt", "rest.ckpt"]
+    for name in names:
+        (last / name).write_bytes(b"123")
+    (last / "mine.txt").write_text("")
+    found = places(garbage(outputs))["checkpoints"]
+    place = f"train/{random_run.name}/checkpoints"
+    assert [each for each in found if random_run.name in each] == [
+        f"{place}/step-4.ckpt",
+        *(f"{place}/step-6.ckpt/{name}" for name in names),
+    ]
+    (last / "mine.txt").unlink()
+    for _ in free(garbage(outputs).of("checkpoints")):
+        pass
+    assert not last.exists()
+
+
 def test_without_its_checkpoints_a_run_is_what_it_was(
     outputs: Path,
     random_run: Path,

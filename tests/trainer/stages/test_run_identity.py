@@ -35,6 +35,7 @@ OF_LOSSES = {
     "plugin": ["loss.plugin=some"],
 }
 NODES = ["+trainer.callbacks=[{_target_: a.B}]", "+trainer.plugins=[{_target_: a.B}]"]
+REDUCED = ["trainer.strategy=fsdp", "trainer.fsdp_reduce_dtype=bf16"]
 REFERENCE = ["online.reference.features.name=noise"]
 
 
@@ -58,13 +59,14 @@ def identity_of(base: list[str], compose: Compose, selected: PoolSelection) -> C
 
 def names_in(identity: Mapping[str, Any]) -> set[str]:
     """The options whose values an identity holds."""
-    of_trainer = {f"trainer.{name}" for name in ("precision", "callbacks", "plugins")}
+    kept = ("precision", "fsdp_reduce_dtype", "callbacks", "plugins")
+    of_trainer = {f"trainer.{name}" for name in kept}
     names = set(paths(identity))
     return names | {name for name in of_trainer if name.partition(".")[2] in names}
 
 
 def test_every_option_is_known_or_has_a_reason_why_not(identity_of: Callable[..., Any]) -> None:
-    known = names_in(identity_of(*NODES))
+    known = names_in(identity_of(*NODES, *REDUCED))
     for loss in LOSSES:
         known |= names_in(identity_of(f"loss={loss}", *OF_LOSSES.get(loss, [])))
     for cadence in CADENCES:

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from siftclip.datamodules.index.uids import format_uid
 from siftclip.datamodules.models.load import load_clip_model
@@ -410,6 +411,16 @@ def test_a_teacher_model_and_its_cached_features_teach_the_same(
         (["trainer.precision=fp8"], "trainer.precision must be one of"),
         (["trainer.strategy=deepspeed"], "trainer.strategy must be one of"),
         (["trainer.strategy=fsdp", "trainer.precision=16-mixed"], "does not go with .*fsdp"),
+        (["trainer.sharded_checkpoints=true"], r"Set trainer\.strategy=fsdp, or leave it at false"),
+        (
+            [
+                "trainer.strategy=fsdp",
+                "trainer.sharded_checkpoints=true",
+                "trainer.background_checkpoints=true",
+            ],
+            "exclude each other",
+        ),
+        (["trainer.fsdp_reduce_dtype=bf16"], r"Set trainer\.strategy=fsdp, or leave it at fp32"),
         (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm=true needs GPUs"),
         (["trainer.max_skipped_fraction=2"], r"must be in the range \[0, 1\]"),
         (
@@ -433,7 +444,7 @@ def test_wrong_options_say_what_to_do(
 def test_batch_norms_are_not_sharded() -> None:
     mesh: Any = None  # it is not asked for anything
     with pytest.raises(InputError, match=r"a model with batch norms needs trainer\.strategy=ddp"):
-        shard_model(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), mesh)
+        shard_model(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), mesh, MixedPrecisionPolicy())
 
 
 def test_the_teacher_must_see_what_the_model_sees(
