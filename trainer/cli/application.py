@@ -65,7 +65,7 @@ OPEN_MAPPINGS = (
     *("eval.classnames", "eval.templates", "eval.groups", "compare.arms", _NESTED_MAPPING),
     *(f"{place}.{PARAMETERS}" for place in PLUGIN_PLACES),
     *("trainer.callbacks", "trainer.loggers", "trainer.plugins"),
-    *("trainer.profiler", "trainer.options"),
+    *("trainer.profiler", "trainer.options", "optim.timm"),
 )
 # Files of selectors that are null unless they are named: the node of one is made where it is
 _NULL_FILE = re.compile(

@@ -239,15 +239,15 @@ def _model(given: Given, result: Translation) -> None:
         size = sizes[0] if len(sizes) == 1 else f"[{','.join(sizes)}]"
         result.words.append(f"model.options.force_image_size={size}")
     if given.get("--aug-cfg"):
-        pairs = [_augmentation(word) for word in given["--aug-cfg"]]
+        pairs = [_pair("--aug-cfg", word) for word in given["--aug-cfg"]]
         result.words.append(f"model.augmentation={{{', '.join(pairs)}}}")
 
 
-def _augmentation(word: str) -> str:
+def _pair(flag: str, word: str) -> str:
     """Write one of `--aug-cfg scale="(0.5, 1)" use_timm=True` as our command line has it."""
     key, equals, typed = word.partition("=")
     if not equals:
-        raise InputError(f"--aug-cfg must be KEY=VALUE. Got {word!r}.")
+        raise InputError(f"{flag} must be KEY=VALUE. Got {word!r}.")
     try:
         value = ast.literal_eval(typed)
     except (ValueError, SyntaxError):
@@ -287,8 +287,7 @@ def _loss(given: Given, result: Translation) -> None:
 
 
 def _optimiser(given: Given, result: Translation, samples: int | None) -> None:
-    if _last(given, "--opt", "adamw") != "adamw":
-        result.notes.append(f"--opt: {FLAGS['--opt'].note}")
+    _other_optimiser(given, result)
     is_vit = "vit" in _last(given, "--model", "RN50").lower()
     batch = int(_word(result, "scale.global_batch_size"))
     steps = None if samples is None else -(-samples // batch)
@@ -332,6 +331,24 @@ def _optimiser(given: Given, result: Translation, samples: int | None) -> None:
     ]
     if given.get("--wd-exclude"):
         result.words.append(f"optim.no_decay=[{','.join(given['--wd-exclude'])}]")
+
+
+def _other_optimiser(given: Given, result: Translation) -> None:
+    """Translate what takes AdamW's place."""
+    name = _last(given, "--opt", "adamw")
+    if name == "adamw":
+        for flag in ("--opt-kwargs", "--opt-fallback-list", "--momentum"):
+            if given.get(flag):
+                result.notes.append(f"{flag}: has no effect with adamw")
+        return
+    result.words.append(f"optim.timm.name={_value(name.removeprefix('timm/'))}")
+    if "--momentum" in given:
+        result.words.append(f"optim.timm.momentum={_number(given, '--momentum', ''):g}")
+    for word in given.get("--opt-kwargs", ()):
+        key, _, value = _pair("--opt-kwargs", word).partition(": ")
+        result.words.append(f"optim.timm.{key}={value}")
+    if given.get("--opt-fallback-list"):
+        result.words.append(f"optim.timm.fallback=[{','.join(given['--opt-fallback-list'])}]")
 
 
 def _word(result: Translation, option: str) -> str:

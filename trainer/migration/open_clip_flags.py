@@ -87,10 +87,10 @@ _BUDGET = (
     _computed("--epochs-cooldown", "optim.cooldown_steps", "in steps"),
 )
 _OPTIMISER = (
-    _computed("--opt", "", "adamw; others, of timm and nadamw, are missing"),
-    _missing("--opt-kwargs", "as --opt", MANY),
-    _missing("--opt-fallback-list", "as --opt", MANY),
-    _missing("--momentum", "of other optimisers than AdamW"),
+    _computed("--opt", "optim.timm.name=NAME", "adamw, or timm/NAME; nadamw is timm's nadamw"),
+    _computed("--opt-kwargs", "optim.timm.KEY=VALUE", values=MANY),
+    _computed("--opt-fallback-list", "optim.timm.fallback=[PATTERN]", "Muon family", MANY),
+    _computed("--momentum", "optim.timm.momentum"),
     _computed("--lr", "optim.lr"),
     _computed("--beta1", "optim.beta1"),
     _computed("--beta2", "optim.beta2", "0.98 for names with ViT, else 0.999, as there"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from siftclip.datamodules.models.typed import as_clip
 from siftclip.errors import InputError
 from siftclip.trainer.optim.layer_decay import layer_scales
+from siftclip.trainer.optim.timm_optimizers import make_timm_optimizer, with_fallback
 from siftclip.trainer.optim.update import local_parts
 from siftclip.trainer.settings.optim import OptimSettings
 
@@ -116,21 +117,31 @@ class _AdamW(torch.optim.AdamW):
         return has_complex
 
 
-def make_optimizer(model: nn.Module, config: OptimSettings, *, fused: bool) -> torch.optim.AdamW:
-    """Build AdamW over `parameter_groups`.
+def make_optimizer(
+    model: nn.Module, config: OptimSettings, *, fused: bool
+) -> torch.optim.Optimizer:
+    """Build AdamW over `parameter_groups`, or the optimizer of timm that is asked for.
 
     Args:
         model: the bare open_clip model.
         config: the settings.
         fused: one kernel for all of a step. On a CPU it takes 3 ms where torch's default takes
             22 (4 million parameters, 2 cores). Lightning cannot clip gradients under fp16 with it.
+            Those of timm have none.
+
+    Raises:
+        InputError: as `parameter_groups`, and `make_timm_optimizer`.
     """
-    return _AdamW(
-        parameter_groups(model, config),
+    groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
+    if config.timm is None:
+        return _AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    return make_timm_optimizer(
+        with_fallback(groups, model, config.timm),
+        config.timm,
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        betas=betas,
         eps=config.eps,
-        fused=fused,
     )
 
 

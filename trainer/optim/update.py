@@ -76,11 +76,17 @@ def step_if_finite(
     """Take the optimiser's step, or leave weights and moments as they are.
 
     Args:
-        optimizer: the bare one, fused: its kernel looks at `found_inf`, as torch's gradient scaler
-            has it do. Its parameters may be sharded, with whole ones among them.
+        optimizer: the bare one. If it is fused, its kernel looks at `found_inf`, as torch's
+            gradient scaler has it do; else the host waits for `finite`. Parameters of a fused one
+            may be sharded, with whole ones among them.
         finite: bool scalar, equal on all ranks.
         step: takes the step of `optimizer`; it is called in any case, so that steps are counted.
     """
+    if not optimizer.defaults.get("fused"):
+        if not finite:
+            optimizer.zero_grad(set_to_none=True)
+        step()
+        return
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     step()
     del optimizer.found_inf  # type: ignore[attr-defined]

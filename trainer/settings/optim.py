@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
 from siftclip.errors import InputError
-from siftclip.trainer.settings.fields.marks import Example, Words
+from siftclip.trainer.settings.fields.marks import Example, Open, Rare, Words
 from siftclip.trainer.settings.fields.section import (
     Count,
     Fraction,
@@ -82,11 +83,25 @@ class OptimSettings(Section):
     text_layer_decay: Fraction | None = None
     """The same for the text tower."""
 
+    timm: Annotated[
+        Mapping[str, Any] | None,
+        Rare(),
+        Open(),
+        Words("a mapping with name, and arguments of that optimizer"),
+        Example("{name:lion}"),
+    ] = None
+    """An optimizer of timm in AdamW's place, with lr, betas, eps and weight_decay from here."""
+
     ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
     """Also keep a moving average of the weights, such as 0.9999; it is what is evaluated."""
 
     def check(self) -> None:
         self._check_cooldown()
+        if self.timm is not None and not isinstance(self.timm.get("name"), str):
+            raise InputError(
+                "optim.timm needs a name, that of an optimizer of timm such as lion, beside its "
+                f"arguments. Got {dict(self.timm)!r}."
+            )
         if self.no_decay and self.weight_decay == 0:
             raise InputError(
                 f"optim.no_decay={list(self.no_decay)!r} has no effect with optim.weight_decay=0. "

@@ -45,6 +45,8 @@ LINES = {
     "distill": "--model ViT-B-32 --distill-model ViT-L-14 --distill-pretrained openai --skip-sch "
     "--resume latest --precision fp32 --use-bn-sync --wandb-notes \"it's a 'first' try\" "
     + shlex.join(TRAIN),
+    "muon": "--opt timm/nadamuon --opt-kwargs fallback_lr_scale=0.5 --opt-fallback-list 'text*' "
+    + shlex.join(TRAIN),
     "pretrained": "--model ViT-B-32 --pretrained openai --lock-image --lock-image-unlocked 2 "
     "--force-patch-dropout 0.5 --force-quick-gelu --visual-layer-decay 0.8 --logs out --device cpu "
     "--max-image-pixels 1000 --log-metric-every-n-steps 5 " + shlex.join(TRAIN),
@@ -58,6 +60,7 @@ def options(result: Translation) -> dict[str, str]:
 @pytest.mark.parametrize("name", LINES)
 def test_our_command_reads_it(name: str, compose: Callable[..., Any]) -> None:
     words = translated(shlex.split(LINES[name])).words
+    words = [f"+{word}" if word.startswith("optim.timm") else word for word in words]
     settings = compose("train", [word.replace("=N", "=123") for word in words])
     assert settings.scale.global_batch_size % 64 == 0
 
@@ -110,13 +113,26 @@ def test_schedules() -> None:
     assert any("longer than the run" in note for note in short.notes)
 
 
+def test_optimizers_of_timm() -> None:
+    words = ["--opt", "timm/nadamuon", "--opt-kwargs", "fallback_lr_scale=0.5", "nesterov=True"]
+    words += ["--opt-fallback-list", "text.*", "visual.proj", "--momentum", "0.9"]
+    found = options(translated([*TRAIN, *words]))
+    assert {key: value for key, value in found.items() if key.startswith("optim.timm")} == {
+        "optim.timm.name": "nadamuon",
+        "optim.timm.momentum": "0.9",
+        "optim.timm.fallback_lr_scale": "0.5",
+        "optim.timm.nesterov": "true",
+        "optim.timm.fallback": "[text.*,visual.proj]",
+    }
+
+
 def test_what_has_no_counterpart_is_said() -> None:
-    words = ["--opt", "timm/lion", "--remote-sync", "s3://x", "--precision", "pure_fp16"]
+    words = ["--opt-kwargs", "eps=1", "--remote-sync", "s3://x", "--precision", "pure_fp16"]
     words += ["--report-to", "trackio,tensorboard", "--csv-separator", ",", "--use-naflex"]
     result = translated([*TRAIN, *words, "--local-loss", "--fsdp-checkpoint", "sharded"])
     told = {note.split(":")[0].split()[0] for note in result.notes}
     assert told >= {
-        *("--opt", "--remote-sync", "--precision", "--report-to", "--csv-separator"),
+        *("--opt-kwargs", "--remote-sync", "--precision", "--report-to", "--csv-separator"),
         *("--use-naflex", "--fsdp-checkpoint"),
     }
     assert "--local-loss" not in told

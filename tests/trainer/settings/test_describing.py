@@ -59,7 +59,7 @@ def test_parts_of_names() -> None:
     assert [option.name for option in matching("lr")] == ["optim.lr"]
     assert {option.name for option in matching("seed")} == {"seed"}
     assert all(option.name.startswith("optim.") for option in matching("optim"))
-    assert len(matching("optim")) == 16
+    assert len(matching("optim")) == 17
     assert [option.name for option in matching("prefetch")] == ["data.prefetch_batches"]
     listed = explain("loss")
     assert listed is not None

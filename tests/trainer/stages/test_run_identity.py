@@ -35,6 +35,7 @@ OF_LOSSES = {
     "plugin": ["loss.plugin=some"],
 }
 NODES = ["+trainer.callbacks=[{_target_: a.B}]", "+trainer.plugins=[{_target_: a.B}]"]
+OTHER_OPTIMIZER = ["+optim.timm={name: lion}"]
 REDUCED = ["trainer.strategy=fsdp", "trainer.fsdp_reduce_dtype=bf16"]
 REFERENCE = ["online.reference.features.name=noise"]
 
@@ -66,7 +67,7 @@ def names_in(identity: Mapping[str, Any]) -> set[str]:
 
 
 def test_every_option_is_known_or_has_a_reason_why_not(identity_of: Callable[..., Any]) -> None:
-    known = names_in(identity_of(*NODES, *REDUCED))
+    known = names_in(identity_of(*NODES, *OTHER_OPTIMIZER, *REDUCED))
     for loss in LOSSES:
         known |= names_in(identity_of(f"loss={loss}", *OF_LOSSES.get(loss, [])))
     for cadence in CADENCES:
@@ -80,6 +81,7 @@ def test_every_option_is_known_or_has_a_reason_why_not(identity_of: Callable[...
             covered[entry].append(name)
         in_it = any(path in known for path in _parents(name))
         assert len(reasons) == (0 if in_it else 1), (name, reasons)
+    assert "timm" not in identity_of()["optim"]  # so that runs of before keep theirs
     assert not [entry for entry, names in covered.items() if not names], "no such option"
 
 
