@@ -25,7 +25,9 @@ NUMERICAL = \
     $(addprefix tests/selectors/methods/removal/test_,$(addsuffix .py,optimal_design vas_d)) \
     $(addprefix tests/trainer/losses/test_,$(addsuffix .py,paired reference values))
 
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
+# What is compiled is kept, whatever the environment says: processes that tests start read it.
+ONE_THREAD = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+PYTEST = $(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist worksteal
 
 # Of what is carried to a GPU machine without a network, and for which Python there.
 GPU_WHEELS = build/gpu-wheels
@@ -47,7 +49,7 @@ test-all: $(STAMP)
 	$(PYTEST) $(ARGS)
 
 nightly: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --nightly $(ARGS)
+	$(ONE_THREAD) .venv/bin/python -m pytest --nightly $(ARGS)
 
 # Of what runs in the processes of pytest itself: what tests start costs no more for it. The floor
 # is in pyproject.toml.
@@ -56,8 +58,7 @@ coverage: $(STAMP)
 
 # The numerical tests as on a CPU without AVX-512, VNNI, bf16 and AMX, and with other BLAS kernels.
 test-avx2: $(STAMP)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
-	    .venv/bin/python -m pytest -n 2 --dist worksteal $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE $(PYTEST) $(NUMERICAL)
 
 # What selectors, runs and evaluations answer, read again as a diff of tests/recording.
 record: $(STAMP)

@@ -122,6 +122,15 @@ def composed_once() -> Iterator[None]:
     """See made_once.py."""
     with pytest.MonkeyPatch.context() as patch:
         made_once.compositions_once(patch)
+        made_once.nothing_flushed(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def vocabulary_once() -> Iterator[None]:
+    """See made_once.py. For folders whose tests import open_clip anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        made_once.vocabulary_once(patch)
         yield
 
 
@@ -428,11 +437,21 @@ class PythonServer:
         texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
         return subprocess.CompletedProcess(words, status, **texts)
 
-    def start(self, *words: str, cwd: Path, folder: Path, env: dict[str, str]) -> StartedProcess:
-        """The same, and do not wait for its end."""
+    def start(
+        self,
+        *words: str,
+        cwd: Path,
+        folder: Path,
+        env: dict[str, str],
+        ranks: int | None = None,
+        terminal: Path | None = None,
+    ) -> StartedProcess:
+        """The same, and do not wait for its end; all streams are those of a terminal if given."""
         status = folder / "status"
-        files = {name: folder / name for name in ("stdout", "stderr")}
-        pid = self._ask(words, cwd, env, ranks=None, status=str(status), **_texts(files))
+        files = {name: terminal or folder / name for name in ("stdout", "stderr")}
+        if terminal is not None:
+            files["stdin"] = terminal
+        pid = self._ask(words, cwd, env, ranks=ranks, status=str(status), **_texts(files))
         return StartedProcess(pid, status)
 
     def _ask(self, words: Sequence[str], cwd: Path, env: dict[str, str], **more: Any) -> int:
@@ -503,12 +522,14 @@ def start_python(
     child_environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., StartedProcess]:
-    """`start_python(*words, cwd=..., folder=...)`: the same, to be stopped by signals.
+    """`start_python(*words, cwd=..., folder=..., terminal=None)`: the same, to be stopped.
 
-    What it prints goes to the files `stdout` and `stderr` in `folder`.
+    What it prints goes to the files `stdout` and `stderr` in `folder`, or to the terminal.
     """
 
-    def start(*words: str, cwd: Path, folder: Path) -> StartedProcess:
-        return python_server.start(*words, cwd=cwd, folder=folder, env=child_environment)
+    def start(*words: str, cwd: Path, folder: Path, terminal: Path | None = None) -> StartedProcess:
+        return python_server.start(
+            *words, cwd=cwd, folder=folder, env=child_environment, terminal=terminal
+        )
 
     return start

@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 OURS = "siftclip"
 # Packages whose versions move answers by rounding alone, or not at all
-_NO_ANSWERS = ("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "lazy_loader")
+_NO_ANSWERS = (
+    *("torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow"),
+    *("lazy_loader", "typing_extensions"),
+)
 _FLOORS = ("selectors", "datamodules", "eval", "trainer", "configs")
 _INSTALLED = ("site-packages", "dist-packages")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))

@@ -40,6 +40,11 @@ IMAGE_SORTS = [
 Members = list[tuple[str, bytes]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_vocabulary(vocabulary_once: None) -> None:
+    """Every model has the same one."""
+
+
 def encode_image(seed: int, image_format: str = "PNG", mode: str = "RGB") -> bytes:
     """A random picture, 36 x 33 pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (33, 36, 3), dtype=np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,12 @@ def vocabulary_once(patch: pytest.MonkeyPatch) -> None:
     build, built = SimpleTokenizer.__init__, dict[str, dict[str, Any]]()
 
     def build_once(self: Any, *arguments: Any, **options: Any) -> None:
+        length = {name: options.pop(name) for name in ("context_length",) if name in options}
         key = repr((arguments, options))
         if key not in built:
             build(self, *arguments, **options)
             built[key] = {**self.__dict__, "cache": dict(self.cache)}
-        self.__dict__.update(built[key], cache=dict(built[key]["cache"]))
+        self.__dict__.update(built[key], cache=dict(built[key]["cache"]), **length)
 
     patch.setattr(SimpleTokenizer, "__init__", build_once)
 
@@ -45,8 +47,8 @@ def compositions_once(patch: pytest.MonkeyPatch) -> None:
     def list_once(
         *, repo: Any, config_name: str, overrides_list: list[Any], **options: bool
     ) -> DefaultsList:
-        places = [(source.scheme(), source.path) for source in repo.get_sources()]
-        if any(scheme not in ("pkg", "structured") for scheme, _ in places):
+        places = _packaged(repo)
+        if places is None:
             return list_defaults(
                 repo=repo, config_name=config_name, overrides_list=overrides_list, **options
             )
@@ -75,8 +77,51 @@ def compositions_once(patch: pytest.MonkeyPatch) -> None:
         is_set = any("hydra.mode" in override for override in overrides)
         return get_mode(self, config_name, overrides) if is_set else None
 
+    _files_once(patch)
     patch.setattr(Hydra, "get_mode", mode_if_set)
     patch.setattr(config_loader_impl, "create_defaults_list", list_once)
     patch.setattr(
         config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once
     )
+
+
+def _files_once(patch: pytest.MonkeyPatch) -> None:
+    """Hydra reads each file of siftclip.configs once.
+
+    And a composition has a list of places to search of its own, as it may change that, but no copy
+    of all that is stored in them, which took half of what is left.
+    """
+    from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+
+    read: dict[Any, Any] = {}
+    read_file = ConfigRepository.load_config
+
+    def read_once(self: Any, config_path: str) -> Any:
+        places = _packaged(self)
+        key = (config_path, *(places or ()))
+        if key in read:
+            return copy.deepcopy(read[key])
+        found = read_file(self, config_path)
+        if places is not None and found is not None and found.path.startswith("pkg://"):
+            read[key] = copy.deepcopy(found)
+        return found
+
+    def share(self: Any, delegate: Any) -> None:
+        self.delegate, self.cache = copy.copy(delegate), {}
+
+    patch.setattr(ConfigRepository, "load_config", read_once)
+    patch.setattr(CachingConfigRepository, "__init__", share)
+
+
+def _packaged(repo: Any) -> list[tuple[str, str]] | None:
+    """The places that Hydra searches; None if a folder is among them, whose files may change."""
+    places = [(source.scheme(), source.path) for source in repo.get_sources()]
+    return places if all(scheme in ("pkg", "structured") for scheme, _ in places) else None
+
+
+def nothing_flushed(patch: pytest.MonkeyPatch) -> None:
+    """No file is flushed to the disk: a tenth of a run, and seen where a machine loses its power.
+
+    What a process has written is there for others, also where the process is killed.
+    """
+    patch.setattr(os, "fsync", lambda file: None)

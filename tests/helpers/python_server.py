@@ -16,13 +16,15 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import re
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_once import compositions_once, vocabulary_once
+from made_once import compositions_once, nothing_flushed, vocabulary_once
 
 FORK = multiprocessing.get_context("fork")
 PACKAGES = (
@@ -67,14 +69,43 @@ def warm_up() -> None:
             importlib.import_module(module.name)
     patch = pytest.MonkeyPatch()
     compositions_once(patch)
+    nothing_flushed(patch)
     vocabulary_once(patch)
     importlib.import_module("open_clip.tokenizer").SimpleTokenizer()
+    importlib.import_module("siftclip.datamodules.identity.code_identity").code_identity(
+        [importlib.import_module("siftclip.selectors").ClipScore]
+    )
     gc.freeze()
     gc.enable()
 
 
+COMPOSED: set[tuple[str, ...]] = set()
+
+
+def compose_first(words: list[str]) -> None:
+    """Put the configuration of a command together here, so that its process and later ones copy it.
+
+    Of what is wrong with it the process itself will speak.
+    """
+    store = importlib.import_module("siftclip.trainer.settings.store")
+    commands = importlib.import_module("siftclip.trainer.settings.commands").COMMANDS
+    names = (" ".join(words[2:end]) for end in (4, 3))  # such as "data compact" and "train"
+    command = next((name for name in names if name in commands), None)
+    if words[:2] != ["-m", "siftclip.trainer.cli"] or command is None:
+        return
+    parts = [re.match(r"\+?([\w/]+)(@[\w.]+)?=", word) for word in words]
+    chosen = [part.string for part in parts if part and part[1] in store.configuration_groups()]
+    if (command, *chosen) in COMPOSED:
+        return
+    COMPOSED.add((command, *chosen))
+    with suppress(Exception), store.composing():
+        importlib.import_module("hydra").compose(command.replace(" ", "_"), overrides=chosen)
+    gc.freeze()
+
+
 def run_python(words: list[str]) -> None:
     """Do what `python *words` does: a script's path or `-m module`, then its arguments."""
+    sys.path[1:1] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     if words[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = words[1:]
@@ -94,8 +125,19 @@ def run_rank(words: list[str]) -> None:
 
 
 def run_ranks(words: list[str], ranks: int) -> None:
-    """The same under torchrun's own launcher and agent, which fork the ranks here."""
+    """The same under torchrun's own launcher and agent, which fork the ranks here.
+
+    A rank that does not end when it is told to is killed after five seconds, not thirty.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    close = PContext.close
+
+    def close_soon(self: Any, death_sig: Any = None, timeout: int = 30) -> None:
+        close(self, death_sig, min(timeout, 5))
+
+    PContext.close = close_soon  # type: ignore[method-assign]
 
     config = LaunchConfig(
         min_nodes=1,
@@ -118,6 +160,11 @@ def run_request(request: dict[str, Any]) -> None:
     for number, name in enumerate(("stdout", "stderr"), start=1):
         with open(request[name], "wb") as file:
             os.dup2(file.fileno(), number)
+    if "stdin" in request:
+        with open(request["stdin"], "rb") as file:
+            os.dup2(file.fileno(), 0)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for good
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if request["ranks"] is None:
         run_python(request["words"])
     else:
@@ -152,6 +199,7 @@ def serve() -> None:
     answers = os.dup(1)  # whatever the children print goes to files
     for line in sys.stdin:
         request = json.loads(line)
+        compose_first(request["words"])
         # both end without Python's own clearing up, which takes two seconds for so many modules
         if "status" in request:
             FORK.Process(target=watch_request, args=(request, answers)).start()

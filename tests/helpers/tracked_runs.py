@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 Curves = dict[str, list[tuple[int, float]]]  # by key: steps and values, in the order of the file
+
+
+def wait_for_another_second() -> None:
+    """By the second are named wandb's folders and TensorBoard's files, and those read in order."""
+    time.sleep(1.02 - time.time() % 1)
 
 
 def tensorboard_events(folder: Path) -> Any:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -15,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import made_once
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from omegaconf import DictConfig
+from tiny_runs import NARROW_TEXT
 from torch.utils.data import DataLoader, Sampler
 
 from siftclip.datamodules.pool.pool import open_pool
@@ -41,6 +44,7 @@ POOL_SAMPLES = 240
 # Small and without batch norm, so that ranks and batches do not change what is computed.
 TINY_RUN = [
     "model=vit_tiny",
+    NARROW_TEXT,
     "scale.samples_seen=96",
     "scale.global_batch_size=16",
     "optim.warmup_steps=2",
@@ -53,11 +57,8 @@ TINY_RUN = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def vocabulary_once() -> Iterator[None]:
-    """See made_once.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        made_once.vocabulary_once(patch)
-        yield
+def one_vocabulary(vocabulary_once: None) -> None:
+    """Every model has the same one."""
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +247,38 @@ def start_cli(start_python: Callable[..., Any], tmp_path: Path) -> Callable[...,
         return start_python("-m", "siftclip.trainer.cli", *arguments, cwd=tmp_path, folder=folder)
 
     return start
+
+
+@pytest.fixture
+def at_terminal(
+    start_python: Callable[..., Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[int, str]]:
+    """`at_terminal(*words, answer="y")`: run `siftclip ...` at a terminal and answer its question.
+
+    Returns the exit status and what it prints. `before()` is called before it is answered.
+    """
+
+    def run(
+        *words: str, answer: str = "", before: Callable[[], object] = lambda: None
+    ) -> tuple[int, str]:
+        own, others = pty.openpty()
+        terminal, folder = Path(os.ttyname(others)), tmp_path_factory.mktemp("printed")
+        command = ("-m", "siftclip.trainer.cli", *words)
+        process = start_python(*command, cwd=tmp_path, folder=folder, terminal=terminal)
+        text, has_ended = "", False
+        while select.select([own], [], [], 0.2)[0] or not has_ended:
+            has_ended = process.poll() is not None
+            if select.select([own], [], [], 0)[0]:
+                text += os.read(own, 1 << 16).decode(errors="replace")
+            if answer and "? [y/N]" in text:
+                before()
+                os.write(own, f"{answer}\n".encode())
+                answer = ""
+        os.close(others)
+        os.close(own)
+        return process.wait(), text
+
+    return run
 
 
 class FromStep(Sampler[int]):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from siftclip.datamodules.identity.code_identity import _in_memory, code_identity
+from siftclip.datamodules.identity.code_identity import _in_memory, built_in_code, code_identity
 from siftclip.datamodules.identity.identities import (
     differences,
     kept_identity,
@@ -183,6 +183,17 @@ def test_our_methods_count_with_the_kernels_that_they_import() -> None:
     assert {"siftclip.selectors.clipcov", "siftclip.selectors.clipcov_greedy"} <= modules.keys()
     assert "siftclip.selectors.semdedup" not in modules
     assert not any(name.startswith("siftclip.datamodules") for name in modules)
+
+
+def test_our_methods_do_not_depend_on_what_only_type_checkers_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> None:
+        raise AssertionError("all installed distributions were read")
+
+    monkeypatch.setattr("siftclip.datamodules.identity.code_identity._distributions", refuse)
+    (digests,) = built_in_code(["siftclip.selectors.methods.clip_score"]).values()
+    assert all(name.startswith("siftclip.") for name in digests)
 
 
 def test_files_that_a_parameter_names_count_by_content(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -416,7 +417,9 @@ def test_names_of_the_command_line() -> None:
     from siftclip.trainer.api.training import _model, _online
 
     tiny = _model("vit_tiny", None, loss_name="clip", recipe=None)
-    assert tiny == given_group(ModelSettings, "model", VIT_TINY)
+    shipped = copy.deepcopy(VIT_TINY)
+    shipped["architecture"]["text_cfg"]["width"] = 64
+    assert tiny == given_group(ModelSettings, "model", shipped)
     assert _model("ViT-B-32", "openai", loss_name="clip", recipe=None).pretrained == "openai"
     online = _online("every_step", "b32")
     assert isinstance(online, EveryStepSettings)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import DictConfig
+from tiny_runs import without_model
 
 from siftclip.datamodules.selection.selection import read_selection, read_subset
 from siftclip.errors import InputError
@@ -107,7 +108,7 @@ def test_eval_of_a_run_a_checkpoint_and_a_folder_agree(
     base: list[str], compose: Compose, cli: Cli, demo_data: DemoData, tmp_path: Path
 ) -> None:
     run = train_stage(compose("train", [*base, "trainer.checkpoint_every_n_steps=3"]))
-    tasks = [*base[1:], f"eval.root={demo_data.tasks}", "eval.tasks=[digit,retrieval]"]
+    tasks = [*without_model(base), f"eval.root={demo_data.tasks}", "eval.tasks=[digit,retrieval]"]
     checkpoint = run.latest_checkpoint()
     results = []
     for number, model in enumerate(
@@ -128,7 +129,9 @@ def test_eval_of_a_run_a_checkpoint_and_a_folder_agree(
 
 @pytest.mark.slow
 def test_eval_refuses_random_weights(base: list[str], cli: Cli, demo_data: DemoData) -> None:
-    result = cli("eval", *base[1:], f"eval.root={demo_data.tasks}", "model.name=ViT-B-32")
+    result = cli(
+        "eval", *without_model(base), f"eval.root={demo_data.tasks}", "model.name=ViT-B-32"
+    )
     assert result.returncode == 2
     assert "No weights given: " in result.stderr
 

@@ -226,6 +226,11 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
 
 
 # ---- signals -------------------------------------------------------------------------------------
+def let_interrupts_come() -> None:
+    """In a child: where the tests run in the background of a shell, Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def signalled(number: int, seconds: float, *words: str) -> tuple[int, str]:
     """Start a command, send a signal after some seconds; returns its exit status and stderr."""
     command = [sys.executable, *MODULE, *words]
@@ -234,8 +239,7 @@ def signalled(number: int, seconds: float, *words: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # where the tests run in the background of a shell, Ctrl-C is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=let_interrupts_come,
     )
     time.sleep(seconds)
     process.send_signal(number)
@@ -362,7 +366,12 @@ def test_an_interrupt_that_python_would_forget_ends_the_command() -> None:
     )
     environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        preexec_fn=let_interrupts_come,
     )
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr.strip().endswith("interrupted")

@@ -66,10 +66,8 @@ def test_what_differs_is_said_before_and_after(run: Path, here: list[str], typed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, 2])
-def test_in_processes_of_their_own(
-    ranks: int | None, run: Path, here: list[str], new_cli: Cli
-) -> None:
-    result = new_cli("reproduce", str(run), *here, ranks=ranks)
+def test_in_processes_of_their_own(ranks: int | None, run: Path, here: list[str], cli: Cli) -> None:
+    result = cli("reproduce", str(run), *here, ranks=ranks)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("what the weights depend on") <= 1
     assert result.stdout.count("trains in") == 1

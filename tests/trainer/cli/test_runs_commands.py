@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,23 +128,11 @@ def test_nobody_is_asked_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("answer", ["y", "n"])
 def test_a_real_terminal_is_asked(
-    answer: str, run: Path, child_environment: dict[str, str], tmp_path: Path
+    answer: str, run: Path, at_terminal: Callable[..., tuple[int, str]]
 ) -> None:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "siftclip.trainer.cli", "runs", "rm", run.name],
-        cwd=tmp_path,
-        env=child_environment,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+    was_there: list[bool] = []
+    status, text = at_terminal(
+        *("runs", "rm", run.name), answer=answer, before=lambda: was_there.append(run.exists())
     )
-    os.close(theirs)
-    printed = b""
-    while b"[y/N] " not in printed:
-        printed += os.read(ours, 1000)
-    assert run.exists()
-    os.write(ours, f"{answer}\n".encode())
-    assert process.wait(60) == 0
-    os.close(ours)
+    assert (status, was_there) == (0, [True]), text
     assert run.exists() is (answer == "n")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_runs import without_model
 
 from siftclip.datamodules.selection.selection import read_selection
 from siftclip.errors import InputError
@@ -24,7 +25,7 @@ Compose = Callable[..., Any]
 @pytest.fixture
 def selected(base: list[str], composing: Callable[..., Any]) -> Path:
     """The folder of a kept selection of half of the pool."""
-    words = [word for word in base if not word.startswith(("model=", "scale.", "optim."))]
+    words = [w for w in without_model(base) if not w.startswith(("scale.", "optim."))]
     with composing() as compose:
         return select_stage(compose("select", [*words, "selector.fraction=0.5"])).folder
 

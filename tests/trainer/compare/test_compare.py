@@ -437,12 +437,12 @@ def test_numbers_that_cannot_be_are_not_compared(copied: Copied) -> None:
     text = path.read_text()
     first = json.loads(text.splitlines()[0])
     value = first["metrics"]["main_metric"]
-    path.write_text(text.replace(f'"main_metric": {value}', '"main_metric": NaN'))
+    path.write_text(text.replace(f'"main_metric": {value}', '"main_metric": NaN', 1))
     comparison = collect(copied.config, copied.runs)
     (missing,) = comparison.missing
     assert (missing.task, missing.reason) == (first["key"], "the main metric is NaN")
     assert cells_of(comparison, "random")[first["key"]] == "-"
-    path.write_text(text.replace(f'"main_metric": {value}', '"main_metric": 7.0'))
+    path.write_text(text.replace(f'"main_metric": {value}', '"main_metric": 7.0', 1))
     with pytest.raises(InputError, match=r"eval_results\.jsonl, line 1, must .* Got 7\.0"):
         collect(copied.config, copied.runs)
 

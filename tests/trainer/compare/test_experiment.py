@@ -6,18 +6,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pytest
 from compared import planned, run_compare
 
 from siftclip.errors import InputError
+from siftclip.trainer.compare import workers
 from siftclip.trainer.compare.plan import chosen_runs
 from siftclip.trainer.compare.run_notes import RunNotes, read_notes
 from siftclip.trainer.compare.workers import shares_of
@@ -215,11 +214,27 @@ def _failing_words(options: list[str], tmp_path: Path, times: int, *, kill: bool
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_processes_train_at_once_and_a_killed_one_is_tried_again(
-    options: list[str], tmp_path: Path, typed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    tmp_path: Path,
+    typed: Callable[..., Any],
+    start_python: Callable[..., Any],
+    child_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = _failing_words(options, tmp_path, 1, kill=True)
-    monkeypatch.setenv("PYTHONPATH", str(HELPERS))  # of the processes that train
-    done = typed(*words)
+    """With processes that are forked; the next test starts them as a comparison does."""
+    started: list[Any] = []
+    child_environment["PYTHONPATH"] = str(HELPERS)
+
+    def fork(command: Sequence[str], environment: Any, output: IO[bytes]) -> Any:
+        folder = tmp_path / f"printed{len(started)}"
+        folder.mkdir()
+        (folder / "stderr").symlink_to(output.name)
+        started.append(start_python(*command[1:], cwd=tmp_path, folder=folder))
+        return started[-1]
+
+    monkeypatch.setattr(workers, "_open", fork)
+    done = typed(*_failing_words(options, tmp_path, 1, kill=True))
+    assert len(started) == 3
     assert done.returncode == 0, done.stderr
     assert "failing/0 failed and is tried again" in done.stderr
     folder = tmp_path / "outputs" / "compare" / "small"
@@ -232,16 +247,11 @@ def test_processes_train_at_once_and_a_killed_one_is_tried_again(
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_a_stopped_comparison_stops_its_processes_and_goes_on(
-    options: list[str], tmp_path: Path
+    options: list[str], start_cli: Callable[..., Any], tmp_path: Path
 ) -> None:
     words = ["compare", *options, "compare.seeds=[0]", "compare.parallel=2",
              "scale.samples_seen=16000", "trainer.checkpoint_every_n_steps=5"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "siftclip.trainer.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_cli(*words)
     folder = tmp_path / "outputs" / "compare" / "small"
     runs = tmp_path / "outputs" / "train"
     deadline = time.monotonic() + 200
@@ -250,8 +260,9 @@ def test_a_stopped_comparison_stops_its_processes_and_goes_on(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    status = process.wait(120)
+    errors = (tmp_path.with_suffix(".printed") / "stderr").read_text()
+    assert status == 128 + signal.SIGTERM, errors
     assert "stopped by SIGTERM with all runs at a checkpoint" in errors
     assert not list(runs.glob("*/summary.json"))
     assert {note.state for note in read_notes(folder)} == {"running"}

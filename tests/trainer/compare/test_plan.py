@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import select
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,39 +126,21 @@ def test_an_arm_that_cannot_be_planned_is_named(compose: Compose, options: list[
                               "~compare.arms.random", "~compare.arms.clip_score"])  # fmt: skip
 
 
-def answered(words: list[str], answer: str, cwd: Path) -> tuple[int, str]:
-    """Run the command at a terminal and answer its question: exit status and what it prints."""
-    own, others = pty.openpty()
-    command = [sys.executable, "-m", "siftclip.trainer.cli", "compare", *words]
-    with subprocess.Popen(command, stdin=others, stdout=others, stderr=others, cwd=cwd) as process:
-        os.close(others)
-        text = ""
-        while process.poll() is None or select.select([own], [], [], 0.2)[0]:
-            if not select.select([own], [], [], 1)[0]:
-                continue
-            try:
-                text += os.read(own, 1 << 16).decode(errors="replace")
-            except OSError:  # Linux, once the other end is closed
-                break
-            if answer and "? [y/N]" in text:
-                os.write(own, f"{answer}\n".encode())
-                answer = ""
-    os.close(own)
-    return process.returncode, text
-
-
 @pytest.mark.slow
-def test_long_comparisons_are_asked_for_at_a_terminal(options: list[str], tmp_path: Path) -> None:
-    words = [*options, "compare.seeds=[0]", "compare.ask_above_hours=1e-9"]
-    status, text = answered(words, "n", tmp_path)
+def test_long_comparisons_are_asked_for_at_a_terminal(
+    options: list[str], at_terminal: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    words = ["compare", *options, "compare.seeds=[0]"]
+    long = [*words, "compare.ask_above_hours=1e-9"]
+    status, text = at_terminal(*long, answer="n")
     assert status == 0, text
     assert "2 runs are left to train" in text
     assert "Nothing was trained." in text
     assert not list((tmp_path / "outputs").glob("train/*"))
-    status, text = answered(words, "y", tmp_path)
+    status, text = at_terminal(*long, answer="y")
     assert status == 0, text
     assert "report.html" in text
-    status, text = answered([*words[:-1], "compare.ask_above_hours=1"], "", tmp_path)
+    status, text = at_terminal(*words, "compare.ask_above_hours=1")
     assert status == 0, text  # the plan is printed, and nothing is asked
     assert "0 runs are left to train" in text
     assert "[y/N]" not in text

@@ -253,13 +253,12 @@ def test_ranks_fall_back_to_the_same_checkpoint(
     runs: Any,
     run: RunDir,
     cli: Callable[..., subprocess.CompletedProcess[str]],
-    new_cli: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     whole, _, options = runs
     cut(run.checkpoints / "step-8.ckpt")
     words = ["train", *options, f"run_dir={run.path}"]
     if launcher == "torchrun":
-        result = new_cli(*words, ranks=2)
+        result = cli(*words, ranks=2)
     else:
         result = cli(*words, "trainer.devices=2")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import signal
-import subprocess
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -262,16 +261,6 @@ def test_scoring_forward_is_reused_by_micro_batches(
     assert losses(reusing) == pytest.approx(losses(twice), rel=1e-5)
 
 
-TRAIN_MANY = """
-import json, sys
-from omegaconf import OmegaConf
-from siftclip.trainer.settings.commands import TrainCommand
-from siftclip.trainer.settings.read_command import read_command
-from siftclip.trainer.stages.train import train_stage
-
-for config in json.loads(sys.argv[1]):
-    train_stage(read_command(TrainCommand, OmegaConf.create(config)))
-"""
 ON_RANKS = {
     "jest": JEST,
     "learnability": [
@@ -323,43 +312,78 @@ def options_on_ranks(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(
     base_of: Any, composing: Any, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, RunDir]:
-    """What one rank makes of each method."""
+) -> Callable[[str], RunDir]:
+    """`alone(name)`: what one rank makes of a method."""
     root = tmp_path_factory.mktemp("alone")
-    with composing() as compose:
-        return {
-            name: train_stage(compose("train", [*base_of(root / name), *options_on_ranks(name)]))
-            for name in ON_RANKS
-        }
+
+    @functools.cache
+    def train(name: str) -> RunDir:
+        with composing() as compose:
+            options = [*base_of(root / name), *options_on_ranks(name)]
+            return train_stage(compose("train", options))
+
+    return train
+
+
+# Every method on one number of ranks, and one that scores and one that selects anew on both; all on
+# all in a nightly run
+ON_SO_MANY = {
+    2: ("jest", "running covariance", "again", "infobatch"),
+    4: ("jest", "learnability", "uniform", "scorer", "again"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", ON_SO_MANY)
 def test_choices_do_not_depend_on_the_ranks(
-    ranks: int,
-    alone: dict[str, RunDir],
+    ranks: int, launch_methods: Callable[[Sequence[str], int], None]
+) -> None:
+    assert {*ON_SO_MANY[2], *ON_SO_MANY[4]} == {*ON_RANKS}
+    launch_methods(ON_SO_MANY[ranks], ranks)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", ON_SO_MANY)
+def test_no_choice_depends_on_the_ranks(
+    ranks: int, launch_methods: Callable[[Sequence[str], int], None]
+) -> None:
+    launch_methods([*ON_RANKS], ranks)
+
+
+@pytest.fixture
+def launch_methods(
+    alone: Callable[[str], RunDir],
     base: list[str],
     compose_tree: Callable[..., DictConfig],
-    launch: Callable[..., subprocess.CompletedProcess[str]],
+    train_on_ranks: Callable[[list[Any], int], None],
     tmp_path: Path,
-) -> None:
-    launched = [
-        OmegaConf.to_container(
-            compose_tree("train", [*base, *options_on_ranks(name), f"run_dir='{tmp_path / name}'"])
-        )
-        for name in ON_RANKS
-    ]
-    (tmp_path / "train_many.py").write_text(TRAIN_MANY)
-    result = launch("train_many.py", json.dumps(launched), ranks=ranks)
-    assert result.returncode == 0, result.stderr[-5000:]
-    for name, expected in alone.items():
-        run = RunDir(path=tmp_path / name)
-        assert losses(run) == pytest.approx(losses(expected), rel=1e-4), name
-        if (expected.path / "chosen.npy").is_file():
-            assert np.array_equal(np.sort(chosen(run)), np.sort(chosen(expected))), name
-        for manifest in expected.path.glob("selections/*/selection.json"):
-            same = run.path / manifest.relative_to(expected.path)
-            assert read_json(same)["digest"] == read_json(manifest)["digest"], name
+) -> Callable[[Sequence[str], int], None]:
+    """`launch_methods(names, ranks)`: methods on so many ranks, compared with one."""
+
+    def launched(names: Sequence[str], ranks: int) -> None:
+        configs = [
+            OmegaConf.to_container(
+                compose_tree(
+                    "train", [*base, *options_on_ranks(name), f"run_dir='{tmp_path / name}'"]
+                )
+            )
+            for name in names
+        ]
+        train_on_ranks(configs, ranks)
+        for name in names:
+            compare_choices(name, alone(name), RunDir(path=tmp_path / name))
+
+    return launched
+
+
+def compare_choices(name: str, expected: RunDir, run: RunDir) -> None:
+    """Require the same losses, the same samples of each step, and the same selections."""
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-4), name
+    if (expected.path / "chosen.npy").is_file():
+        assert np.array_equal(np.sort(chosen(run)), np.sort(chosen(expected))), name
+    for manifest in expected.path.glob("selections/*/selection.json"):
+        same = run.path / manifest.relative_to(expected.path)
+        assert read_json(same)["digest"] == read_json(manifest)["digest"], name
 
 
 def test_cached_selectors_choose_before_anything_is_read(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import without_model
 
 from siftclip.datamodules.selection.registry import find_subset, write_named
 from siftclip.errors import InputError
@@ -236,8 +237,8 @@ def test_compositions_refer_to_the_scores_of_their_members(
 ) -> None:
     from siftclip.trainer.builders.selection import select_stage
 
-    words = [word for word in base if word.partition(".")[0] not in ("model", "scale", "optim")]
-    words = [word for word in words if not word.startswith("model=")]
+    words = [word for word in base if word.partition(".")[0] not in ("scale", "optim")]
+    words = without_model(words)
     with composing() as compose:
         select_stage(compose("select", [*words, "selector=mix"]))
     found = entries(scan(tmp_path / "outputs"))

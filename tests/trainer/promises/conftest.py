@@ -70,13 +70,14 @@ class Folders:
             shutil.rmtree(folder)
         return self._whole[name]
 
-    def start(self, folder: Path, work: Work) -> Any:
+    def start(self, folder: Path, work: Work, *, ranks: int | None = None) -> Any:
         """Start a command; what it prints goes to a folder beside."""
         return self._server.start(
             *("-m", "siftclip.trainer.cli", *work.words),
             cwd=folder,
             folder=self._printed(folder),
             env=self._environment,
+            ranks=ranks,
         )
 
     def errors(self, folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
+from tracked_runs import wait_for_another_second
 from wandb_offline import read_part, read_parts, wait_until_written
 
 from siftclip.errors import InputError
@@ -102,7 +102,7 @@ def test_a_restart_continues_the_wandb_run(tmp_path: Path) -> None:
     """Offline folders with one id, in the order of their start, which `wandb sync` joins."""
     for steps, at in (([1, 2, 3], 0), ([3, 4], 2), ([4, 5], 3), ([6], 5)):
         log_steps(tmp_path, steps, continued_at=at)
-        time.sleep(1.1)  # wandb's folders are named by the second
+        wait_for_another_second()
     parts = rows_of(tmp_path)
     assert [steps_with("train/loss", part) for part in parts] == [[1, 2, 3], [4], [5], [6]]
     assert [steps_with("eval_during/digit", part) for part in parts] == [[2], [4], [], [6]]
@@ -127,7 +127,7 @@ def test_rows_that_a_part_has_lost_are_in_the_next_one(
         if len(read_part(path).rows) == kept_rows:
             break
     assert len(read_part(path).rows) == kept_rows
-    time.sleep(1.1)
+    wait_for_another_second()
     log_steps(tmp_path, [4], continued_at=3)
     rows = [row for part in rows_of(tmp_path) for row in part]
     assert steps_with("train/loss", rows) == [1, 2, 3, 4]

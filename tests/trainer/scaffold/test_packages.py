@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -73,13 +74,27 @@ def test_packages_pass_their_own_tests(scratch: Path, run: Callable[..., str]) -
     assert "4 passed" in printed
 
 
+@pytest.fixture
+def installed(scratch: Path, child_environment: dict[str, str]) -> None:
+    """The commands of this environment find the three packages, too."""
+    (site,) = scratch.parents[1].glob("lib/python*/site-packages")
+    places = [site, *(scratch.parents[2] / name for name in NAMES.values())]
+    child_environment["PYTHONPATH"] = os.pathsep.join(map(str, places))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("installed")
 def test_the_packages_work_in_the_commands(
-    base: list[str], scratch: Path, run: Callable[..., str], tmp_path: Path
+    base: list[str], scratch: Path, cli: Any, tmp_path: Path
 ) -> None:
+    def run(*words: str) -> str:
+        result = cli(*words)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return str(result.stdout)
+
     words = [option for option in base if not option.startswith("scale.samples")]
     mine = ("selector=plugin", "selector.plugin=repeated_words", "selector.parameters.penalty=0.1")
-    train = ("-m", "siftclip.trainer.cli", "train", *words, "scale.samples_seen=160")
+    train = ("train", *words, "scale.samples_seen=160")
     loss = ("loss=plugin", "loss.plugin=focal", "loss.parameters.gamma=2")
     run(*train, *mine, *loss, "trainer.micro_batch_size=8", "online=every_epoch")
     (path,) = (tmp_path / "outputs" / "train").iterdir()
@@ -97,7 +112,7 @@ def test_the_packages_work_in_the_commands(
     assert path.name.startswith("repeated_words+infobatch+focal-s0-")
     tasks = scratch.parents[2] / NAMES["task"] / EXAMPLE_TASKS
     printed = run(
-        *("-m", "siftclip.trainer.cli", "eval", str(path), f"eval.root={tasks}"),
+        *("eval", str(path), f"eval.root={tasks}"),
         *("trainer.accelerator=cpu", "data.num_workers=0", "progress=false"),
     )
     assert "counting" in printed

@@ -14,6 +14,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from tiny_runs import without_model
 
 import siftclip
 from siftclip.datamodules.features.files import _warn_of_unknown_activation, read_feature_file
@@ -161,7 +162,7 @@ def test_targets_are_features_of_the_same_model(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     target = ["target.tasks=[digit]", f"target.root={demo_data.tasks}", "target.split=test"]
-    config = compose("target", [*base[1:], *OPENAI, "features.name=b32", *target])
+    config = compose("target", [*without_model(base), *OPENAI, "features.name=b32", *target])
     _, (path,) = target_stage(config)
     arrays = read_npz_all(path)
     right = load_clip_model("ViT-B-32", pretrained="openai")
@@ -191,7 +192,12 @@ def test_targets_are_features_of_the_same_model(
 def test_training_keeps_the_activation(
     base: list[str], compose: Compose, weights: Path, demo_data: DemoData, tmp_path: Path
 ) -> None:
-    options = [*base, "model=vit_b_32", "model.pretrained=openai", "scale.samples_seen=32"]
+    options = [
+        *without_model(base),
+        "model=vit_b_32",
+        "model.pretrained=openai",
+        "scale.samples_seen=32",
+    ]
     run = train_stage(compose("train", options))
     assert read_json(run.path / "model.json")["activation"] == "QuickGELU"
     assert is_quick(load_clip_model(str(run.path)).model)
@@ -228,7 +234,7 @@ def test_runs_of_another_activation_are_not_continued(
     base: list[str], compose: Compose, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def digest(*options: str) -> str:
-        config = compose("train", [*base, "model=vit_b_32", *options])
+        config = compose("train", [*without_model(base), "model=vit_b_32", *options])
         selected = select_stage(config)
         data = open_loss_data(config.loss, selected, max_bad_fraction=0)
         return identity_hash(run_identity(config, selected, data))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from omegaconf import DictConfig
+from tiny_runs import NARROW_TEXT
 
 from siftclip.datamodules.models.load import load_clip_model
 from siftclip.errors import InputError
@@ -78,7 +79,7 @@ def test_each_checkpoint_is_evaluated_once(
         clip = load_clip_model(
             "twin",
             architecture=to_plain(
-                compose("train", ["model=vit_tiny", "pool.root=x"]).model.architecture
+                compose("train", ["model=vit_tiny", NARROW_TEXT, "pool.root=x"]).model.architecture
             ),
             pretrained=str(run.checkpoints / f"step-{step}.ckpt"),
         )

@@ -227,18 +227,20 @@ def test_micro_batches_train_what_the_whole_batch_does(
 def test_the_command_trains_with_it_also_on_ranks(
     site: Path,
     base: list[str],
-    new_cli: Cli,
+    compose: Compose,
+    cli: Cli,
     child_environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    child_environment["PYTHONPATH"] = f"{site}:{child_environment.get('PYTHONPATH', '')}"
-    options = [*base, *FOCAL, "loss.parameters.gamma=2", "optim.eps=1e-3"]
-    options += ["online=every_epoch", "selector=random", "selector.fraction=0.2"]
-    alone = new_cli("train", *options, "trainer.micro_batch_size=4", f"run_dir={tmp_path}/alone")
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    shared = new_cli("train", *options, f"run_dir={tmp_path}/shared", ranks=2)
+    child_environment["PYTHONPATH"] = str(site)
+    options = [*base, *FOCAL, "optim.eps=1e-3", "online=every_epoch", "selector=random"]
+    options += ["selector.fraction=0.2"]
+    words = [*options, "loss.parameters.gamma=2", f"run_dir={tmp_path}/shared"]
+    shared = cli("train", *words, ranks=2)
     assert shared.returncode == 0, shared.stderr[-3000:]
-    found = [losses(RunDir(path=tmp_path / name)) for name in ("alone", "shared")]
+    own = ["+loss.parameters.gamma=2", "trainer.micro_batch_size=4", f"run_dir={tmp_path}/alone"]
+    alone = train_stage(compose("train", [*options, *own]))
+    found = [losses(run) for run in (alone, RunDir(path=tmp_path / "shared"))]
     assert len(found[0]) == 6
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 

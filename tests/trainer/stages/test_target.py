@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
+from tiny_runs import without_model
 
 from siftclip.datamodules.features.files import read_feature_file
 from siftclip.datamodules.models.load import load_clip_model, save_model_folder
@@ -32,7 +33,7 @@ Compose = Callable[..., DictConfig]
 @pytest.fixture
 def options(base: list[str], demo_data: DemoData, model_folder: Path) -> list[str]:
     return [
-        *base[1:],
+        *without_model(base),
         "target.split=test",
         f"target.root={demo_data.tasks}",
         "features.name=mine",

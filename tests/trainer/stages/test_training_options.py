@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig
+from tiny_runs import WHOLE_TEXT
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from siftclip.datamodules.index.uids import format_uid
@@ -58,6 +59,12 @@ def plain_run(base: list[str], compose: Compose, demo_data: DemoData) -> RunDir:
     """A run without further options, the same for all tests."""
     options = [*base, f"run_dir={demo_data.root / 'plain_run'}"]
     return train_stage(compose("train", options))
+
+
+@pytest.fixture
+def base(base: list[str]) -> list[str]:
+    """With the whole width of the text tower; those of a narrow one overflow in fp16 at first."""
+    return [*base, WHOLE_TEXT]
 
 
 @pytest.fixture

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tracked_runs import Curves, mlflow_client, mlflow_curves, tensorboard_curves
+from tracked_runs import (
+    Curves,
+    mlflow_client,
+    mlflow_curves,
+    tensorboard_curves,
+    wait_for_another_second,
+)
 from wandb_offline import has_whole_records, read_parts, record_ends
 
 from siftclip.errors import InputError
@@ -125,7 +130,7 @@ def test_wandb_that_comes_later_gets_the_whole_log(tmp_path: Path) -> None:
 def test_wandb_says_that_a_stopped_run_is_not_finished(tmp_path: Path) -> None:
     settings = LoggerSettings(mode="offline", artifacts=("tables",))
     log_steps(tmp_path, settings, [1], status="stopped")
-    time.sleep(1.1)  # wandb's folders are named by the second
+    wait_for_another_second()
     log_steps(tmp_path, settings, [2], continued_at=1)
     parts = read_parts(tmp_path)
     assert [part.exit_code for part in parts] == [1, 0]
@@ -140,7 +145,7 @@ def test_parts_that_a_kill_has_cut_are_mended(tmp_path: Path, kept_bytes: int) -
     (first,) = read_parts(tmp_path)
     whole = first.path.read_bytes()
     first.path.write_bytes(whole[:kept_bytes])
-    time.sleep(1.1)
+    wait_for_another_second()
     log_steps(tmp_path, settings, [4], continued_at=3)
     parts = read_parts(tmp_path)
     rows = [row for part in parts for row in part.rows]
@@ -164,7 +169,7 @@ def test_what_wandb_still_writes_of_a_killed_process_is_not_there_twice(tmp_path
     with part.path.open("r+b") as of_wandb:
         of_wandb.truncate(written)
         of_wandb.seek(written)
-        time.sleep(1.1)
+        wait_for_another_second()
         log_steps(tmp_path, settings, [4], continued_at=3)
         of_wandb.write(whole[written:])
     rows = [row for part in read_parts(tmp_path) for row in part.rows]
@@ -180,7 +185,7 @@ def test_what_an_event_file_has_lost_is_in_the_next_one(tmp_path: Path, lost_byt
     log_steps(tmp_path, settings, [1, 2, 3])
     (path,) = (tmp_path / "tensorboard").iterdir()
     path.write_bytes(path.read_bytes()[:-lost_bytes])
-    time.sleep(1.1)  # event files are named and read by the second
+    wait_for_another_second()
     log_steps(tmp_path, settings, [4], continued_at=3)
     found = tensorboard_curves(tmp_path / "tensorboard")
     assert found["train/loss"] == [(step, 10.0 - step) for step in range(1, 5)]

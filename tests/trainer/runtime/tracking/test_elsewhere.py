@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from open_clip import CLIP
 from torch.utils.data import DataLoader
-from tracked_runs import tensorboard_events
+from tracked_runs import tensorboard_events, wait_for_another_second
 from wandb_offline import read_part, read_parts, wait_until_written
 
 from siftclip.files import read_jsonl, write_text
@@ -86,7 +85,7 @@ def test_a_report_that_is_written_again_is_a_new_version(
     for text in ("first", "first", "second"):
         write_report(folder, text)
         log_report(settings, folder, comparison="c1", runs=runs, results=RESULTS)
-        time.sleep(1.1)  # wandb's folders are named by the second
+        wait_for_another_second()
     parts = read_parts(folder)
     assert {(p.run.run_group, p.run.display_name) for p in parts} == {("all", "mine-report")}
     assert len({part.run.run_id for part in parts}) == 1
