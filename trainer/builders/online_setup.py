@@ -47,7 +47,11 @@ from siftclip.trainer.online.scoring_models import (
 )
 from siftclip.trainer.online.super_batch import PoolData, read_files
 from siftclip.trainer.options.faults import options_of
-from siftclip.trainer.runtime.lightning_setup import loader_options
+from siftclip.trainer.runtime.lightning_setup import (
+    autocast_dtype,
+    loader_options,
+    resolve_precision,
+)
 from siftclip.trainer.settings.online import (
     DiagnosticsSettings,
     EveryNStepsSettings,
@@ -398,6 +402,7 @@ def _reselection(
         max_image_pixels=parts.data.max_image_pixels,
         max_bad_fraction=parts.pool.max_bad_fraction,
         progress=progress,
+        autocast_to=autocast_dtype(resolve_precision(parts.trainer.precision)),
     )
     reselection = Reselection(
         selector=built.selector,

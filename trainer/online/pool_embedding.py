@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from siftclip.datamodules.index.faults import FaultLog
+from siftclip.datamodules.models.autocast import autocast
 from siftclip.datamodules.models.load import ClipModel
 from siftclip.datamodules.pool.image_formats import describe_formats
 from siftclip.datamodules.pool.pool import Pool
@@ -61,11 +62,13 @@ class PoolEmbedder:
     max_image_pixels: int
     max_bad_fraction: float
     progress: bool
+    autocast_to: torch.dtype | None = None  # as the learner is trained
 
     def __call__(self, rows: np.ndarray, folder: Path, ranks: Ranks, device: torch.device) -> None:
         """Write `<shard>.npz` for the samples `rows`, int64 ascending, into `folder`.
 
-        Every rank embeds every so-manieth shard, and returns when all files are there.
+        The ranks share the shards by how many of the samples each has, and return when all files
+        are there.
 
         Raises:
             InputError: too many samples are bad.
@@ -75,7 +78,7 @@ class PoolEmbedder:
             make_folder(folder)
         ranks.barrier()
         cuts = np.flatnonzero(np.diff(self.pool.shard_of_row[rows])) + 1
-        parts = np.split(rows, cuts)[ranks.rank :: ranks.size]
+        parts = share_of(np.split(rows, cuts), rank=ranks.rank, world_size=ranks.size)
         model = self.model()
         faults, formats = FaultLog(), Counter[str]()
         loader = make_loader(
@@ -97,7 +100,8 @@ class PoolEmbedder:
                 embedded = []
                 for _ in range(-(-len(part) // self.batch_size)):
                     batch = next(batches)
-                    embedded.append(embed_batch(ready.model, batch))
+                    with autocast(device, self.autocast_to):
+                        embedded.append(embed_batch(ready.model, batch))
                     for cause, place in batch.faults:
                         faults.add(cause, place)
                     formats.update(batch.formats)
@@ -119,6 +123,20 @@ class PoolEmbedder:
                 f"{faults.summary() if faults.samples else ''}"
             )
         ranks.barrier()
+
+
+def share_of(parts: Sequence[np.ndarray], *, rank: int, world_size: int) -> list[np.ndarray]:
+    """Return a rank's share of parts of different sizes, in their order.
+
+    The largest part that is left goes to the rank with the fewest samples so far, so that shares
+    differ by no more than the smallest part of the largest share.
+    """
+    samples = [0] * world_size
+    owner = [0] * len(parts)
+    for at in sorted(range(len(parts)), key=lambda at: (-len(parts[at]), at)):
+        owner[at] = min(range(world_size), key=lambda each: samples[each])
+        samples[owner[at]] += len(parts[at])
+    return [part for part, of in zip(parts, owner, strict=True) if of == rank]
 
 
 def require_whole_weights(strategy: str) -> None:

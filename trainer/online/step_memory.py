@@ -32,6 +32,7 @@ from siftclip.errors import InputError
 from siftclip.trainer.losses import SoftmaxLoss
 from siftclip.trainer.online.flops import blank_samples, input_sizes
 from siftclip.trainer.optim.gradients import Objective, StepContext, compute_gradients
+from siftclip.trainer.runtime.lightning_setup import autocast_dtype
 
 # What is left of a device's memory for all that is not counted
 USED_SHARE = 0.9
@@ -40,7 +41,6 @@ _CPU_SHARE = 0.5  # of a machine's memory; loader processes may take the other h
 _MOMENTS = 2  # of Adam
 _FEATURE_COPIES = 3  # of the features of all ranks: own, gathered, and their gradients
 _BATCHES_THERE = 2  # of pixels: the one of the step, and the next
-_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _WEIGHTS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
@@ -104,7 +104,7 @@ class StepMemory:
             InputError: what the model computes depends on values, so that it cannot be known.
         """
         self._sizes = input_sizes(clip)
-        self._autocast = _AUTOCAST.get(precision)
+        self._autocast = autocast_dtype(precision)
         self._mode = FakeTensorMode()
         with self._mode:
             self._model = _without_values(clip.model, device, _WEIGHTS.get(precision))

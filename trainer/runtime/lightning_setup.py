@@ -54,6 +54,11 @@ def resolve_precision(precision: Precision) -> Precision:
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the 16-bit type that Lightning's autocast computes in; None: there is none."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+
 def make_trainer(
     settings: TrainerSettings,
     *,
