@@ -67,7 +67,7 @@ def near(count: int, share: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [2, pytest.param(3, marks=pytest.mark.nightly), 5])
 def test_equal_arms_are_told_apart_at_the_nominal_rate(seeds: int) -> None:
     generator = np.random.default_rng(seeds)
     weights = generator.poisson(1.0, (RESAMPLES, 120)).astype(np.float64)
