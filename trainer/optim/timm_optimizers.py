@@ -47,18 +47,11 @@ def make_timm_optimizer(
         eps: where the optimizer takes one number.
 
     Raises:
-        InputError: there is no such optimizer here, or it does not take the arguments.
+        InputError: as `check_timm`, or the optimizer refuses a value.
     """
+    check_timm(options)
     name = str(options[NAME])
-    taken = _parameters(name)
-    own = {key: value for key, value in options.items() if key not in (NAME, FALLBACK)}
-    for key in own:
-        if key not in taken:
-            close = get_close_matches(key, taken, n=1)
-            hint = (
-                f"Did you mean optim.timm.{close[0]}?" if close else f"It has {', '.join(taken)}."
-            )
-            raise InputError(f"optim.timm.{key} is no argument of timm's {name}. {hint}")
+    taken, own = _parameters(name), _arguments(options)
     given: dict[str, Any] = {}
     if isinstance(taken.get("betas"), tuple) and len(taken["betas"]) == 2:
         given["betas"] = betas
@@ -76,6 +69,35 @@ def make_timm_optimizer(
         raise InputError(f"optim.timm: timm's {name} refuses: {in_one_line(error)}") from error
 
 
+def check_timm(options: Mapping[str, Any]) -> None:
+    """Check what can be known without a model.
+
+    Args:
+        options: as of `make_timm_optimizer`.
+
+    Raises:
+        InputError: there is no such optimizer here, or it does not take the arguments.
+    """
+    name = str(options[NAME])
+    taken = _parameters(name)
+    for key in _arguments(options):
+        if key not in taken:
+            close = get_close_matches(key, taken, n=1)
+            hint = (
+                f"Did you mean optim.timm.{close[0]}?" if close else f"It has {', '.join(taken)}."
+            )
+            raise InputError(f"optim.timm.{key} is no argument of timm's {name}. {hint}")
+    if options.get(FALLBACK) and "fallback_lr_scale" not in taken:
+        raise InputError(
+            f"optim.timm.fallback is of timm's Muon family, and optim.timm.name={name} is none of "
+            "it. Leave it out."
+        )
+
+
+def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in (NAME, FALLBACK)}
+
+
 def with_fallback(
     groups: Sequence[Group], model: nn.Module, options: Mapping[str, Any]
 ) -> list[Group]:
@@ -84,20 +106,14 @@ def with_fallback(
     Args:
         groups: of `parameter_groups`.
         model: whose parameters they have.
-        options: `fallback`, shell patterns of whole names; `name`, of the optimizer.
+        options: `fallback`, shell patterns of whole names.
 
     Raises:
-        InputError: the optimizer has no fallback, or a pattern matches no parameter.
+        InputError: a pattern matches no parameter.
     """
     patterns = options.get(FALLBACK) or ()
     if not patterns:
         return list(groups)
-    name = str(options[NAME])
-    if "fallback_lr_scale" not in _parameters(name):
-        raise InputError(
-            f"optim.timm.fallback is of timm's Muon family, and optim.timm.name={name} is none of "
-            "it. Leave it out."
-        )
     names = {id(each): of for of, each in model.named_parameters()}
     for pattern in patterns:
         if not any(fnmatchcase(of, pattern) for of in names.values()):

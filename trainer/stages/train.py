@@ -368,11 +368,15 @@ def check_training(settings: TrainCommand) -> None:
     with options_of({"global_batch": "scale.global_batch_size"}):
         world_size = expected_world_size(settings.trainer)
         rank_slice(settings.scale.global_batch_size, rank=0, world_size=world_size)
-    if settings.optim.timm is not None and strategy == "fsdp":
-        raise InputError(
-            "optim.timm does not go with trainer.strategy=fsdp, whose ranks have parts of the "
-            "weights. Leave it out, or use trainer.strategy=ddp."
-        )
+    if settings.optim.timm is not None:
+        from siftclip.trainer.optim.timm_optimizers import check_timm
+
+        check_timm(settings.optim.timm)
+        if strategy == "fsdp":
+            raise InputError(
+                "optim.timm does not go with trainer.strategy=fsdp, whose ranks have parts of the "
+                "weights. Leave it out, or use trainer.strategy=ddp."
+            )
     check_loss_options(settings.loss)
     check_extensions(settings.trainer)
     check_packages(settings.logger)

@@ -97,8 +97,8 @@ def test_a_pass_takes_what_tensors_with_values_take(
     assert counted.at(samples) == pytest.approx(expected, rel=5e-3)
 
 
-def test_vit_b_32_takes_what_was_measured_on_a_gpu() -> None:
-    """32.6 MB a sample in bf16."""
+def test_vit_b_32_takes_what_another_count_had_found() -> None:
+    """32.6 MB a sample in bf16, not measured on a GPU."""
     counted = memory(load_clip_model("ViT-B-32"), precision="bf16-mixed")
     assert (counted.at(1024) - counted.at(512)) / 512e6 == pytest.approx(32.6, rel=0.05)
 

@@ -132,5 +132,7 @@ def test_a_run_trains_with_it(base: list[str], compose: Callable[..., Any], tmp_
     assert losses.iloc[-1] < losses.iloc[0]
     plain = train_stage(compose("train", base))
     assert plain.path != run.path  # another run
+    with pytest.raises(InputError, match=r"Did you mean lion"):
+        train_stage(compose("train", [*base, "+optim.timm.name=lin", "pool.root=/none"]))
     with pytest.raises(InputError, match=r"optim\.timm does not go with trainer\.strategy=fsdp"):
         train_stage(compose("train", [*base, "+optim.timm.name=lion", "trainer.strategy=fsdp"]))
