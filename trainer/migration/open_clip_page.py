@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from siftclip.files import write_text
+from siftclip.reading import read_text
 from siftclip.trainer.migration.open_clip_flags import GROUPS, Flag
 
 _HEADING = "## All flags\n\n"
@@ -42,4 +44,4 @@ def _row(flag: Flag) -> str:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    place.write_text(with_tables(place.read_text(encoding="utf-8")), encoding="utf-8")
+    write_text(place, with_tables(read_text(place)))

@@ -31,7 +31,7 @@ _MODEL = (
 _RUN = (
     *("summary.json", "config.yaml", "identity.json", "identity", "budget.json", "model.json"),
     *("versions.json", "sessions.jsonl", "metrics.jsonl", "metrics.csv", "chosen.npy", "wandb_id"),
-    *("mlflow_id", "tensorboard/**"),
+    *("mlflow_id", "tensorboard/**", "profile/trace.json.gz", "profile/operators.txt"),
     *_SELECTION,
     *("checkpoints/step-*.ckpt/rest.ckpt", "checkpoints/step-*.ckpt/rank-*.ckpt"),
     *("checkpoints/step-*.ckpt", "selections/v*/*.npy", "selections/v*/*.json"),

@@ -89,6 +89,9 @@ class TrainerSettings(Section):
     sharded_checkpoints: bool = False
     """With fsdp every rank writes its part of a checkpoint, which is then a folder."""
 
+    profile: bool = False
+    """Write a trace of steps 11 to 20, by torch's profiler, into profile/ of the run's folder."""
+
     callbacks: Annotated[
         tuple[_Node, ...] | None,
         Rare(),

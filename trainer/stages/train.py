@@ -527,6 +527,7 @@ def _callbacks(
     from lightning.pytorch.callbacks import ProgressBar
 
     from siftclip.trainer.loop.checkpointing import StepCheckpoint
+    from siftclip.trainer.loop.profiling import ProfileSteps
     from siftclip.trainer.loop.progress import TrainingProgress
     from siftclip.trainer.stages.evaluate_during import evaluate_during_from
 
@@ -547,6 +548,7 @@ def _callbacks(
         stop,
         *([] if during is None else [during]),
         *([] if has_bar else [TrainingProgress(bar=settings.common.progress)]),
+        *([ProfileSteps(run.path / "profile")] if options.profile else []),
         *added,
     ]
 
