@@ -202,7 +202,8 @@ def test_what_stays_is_a_bad_sample(
     fault: str,
     cause: str,
 ) -> None:
-    monkeypatch.setattr(connections, "READ_TIMEOUT_SECONDS", 0.2)
+    if fault == "hangs":  # others answer, on a busy machine later than that
+        monkeypatch.setattr(connections, "READ_TIMEOUT_SECONDS", 0.2)
     setattr(file_server, fault, ALWAYS)
     started = time.monotonic()
     assert read(pool, np.array([3])) == [cause]
