@@ -73,6 +73,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values as a file of torch, atomically."""
+    import torch  # takes a second, which commands without tensors need not wait
+
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     """Write named bytes as a tar, atomically. Times and owners are fixed: same input, same file."""
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from siftclip.datamodules.models.load import ClipModel
@@ -46,8 +47,9 @@ def micro_batch_size_from(settings: TrainCommand, clip: ClipModel) -> int | None
             has_average=settings.optim.ema_decay is not None,
             sharded=trainer.strategy == "fsdp",
         )
-        size = largest_part(rank_batch, memory.at, usable)
-        needed = memory.at(size or 1)
+        bytes_at = functools.cache(memory.at)  # seconds each
+        size = largest_part(rank_batch, bytes_at, usable)
+        needed = bytes_at(size or 1)
     except InputError as error:
         raise InputError(f"trainer.micro_batch_size=auto: {error} Set a number.") from error
     if size is None:

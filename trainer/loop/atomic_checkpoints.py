@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from siftclip.datamodules.models.sharded_checkpoint import (
     ShardedCheckpoint,
     is_sharded_checkpoint,
 )
+from siftclip.files import write_torch
 from siftclip.reading import readable
-from siftclip.writing import atomic_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -31,8 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is no room, or no permission.
         """
-        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+        write_torch(Path(path), checkpoint)
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         """Read a checkpoint; one in parts, which sharded training has written, as if it were whole.

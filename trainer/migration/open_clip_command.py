@@ -72,11 +72,11 @@ def translated(words: Sequence[str]) -> Translation:
     launch, flags = _split(words)
     given = _read(flags)
     result = Translation(launch=launch)
-    samples = _budget(given, result)
+    steps = _budget(given, result)
     _data(given, result)
     _model(given, result)
     _loss(given, result)
-    _optimiser(given, result, samples)
+    _optimiser(given, result, steps)
     _devices(given, result)
     _run(given, result)
     for name, values in given.items():
@@ -154,6 +154,13 @@ def _number(given: Given, name: str, default: str, kind: Callable[[str], float] 
         raise InputError(f"{name} must be a number. Got {typed!r}.") from None
 
 
+def _count(given: Given, name: str, default: str = "") -> int:
+    count = int(_number(given, name, default, int))
+    if count < 1:
+        raise InputError(f"{name} must be at least 1. Got {count}.")
+    return count
+
+
 def _value(typed: str) -> str:
     """Write a value as Hydra reads it: text with other than plain characters in quotes."""
     if re.fullmatch(r"[\w./:@%+~,*?-]*", typed):
@@ -164,20 +171,20 @@ def _value(typed: str) -> str:
 
 # ---- translating --------------------------------------------------------------------------------
 def _budget(given: Given, result: Translation) -> int | None:
-    """Translate length and batch; return the samples of the run, if they are known."""
+    """Translate length and batch; return the steps of the run, if they are known."""
     launch = result.launch
     devices = launch.nodes * launch.gpus
-    batch = int(_number(given, "--batch-size", "64", int))
-    pieces = int(_number(given, "--accum-freq", "1", int))
+    batch, pieces = _count(given, "--batch-size", "64"), _count(given, "--accum-freq", "1")
+    global_batch = batch * pieces * devices
     if not launch.known:
         result.notes.append(
             "the number of GPUs is not said and taken to be 1: scale.global_batch_size is of all "
             "devices"
         )
-    epochs = int(_number(given, "--epochs", "32", int))
+    epochs = _count(given, "--epochs", "32")
     total: int | None = None
     if "--train-num-samples" in given:
-        total = epochs * int(_number(given, "--train-num-samples", "", int))
+        total = epochs * _count(given, "--train-num-samples")
     else:
         result.notes.append(
             f"--train-num-samples is not given: N in scale.samples_seen=N is {epochs} times the "
@@ -185,13 +192,13 @@ def _budget(given: Given, result: Translation) -> int | None:
         )
     result.words += [
         f"scale.samples_seen={'N' if total is None else total}",
-        f"scale.global_batch_size={batch * pieces * devices}",
+        f"scale.global_batch_size={global_batch}",
     ]
     if pieces > 1:
         result.words.append(f"trainer.micro_batch_size={batch}")
     if launch.gpus > 1 and launch.nodes == 1:
         result.words.append(f"trainer.devices={launch.gpus}")
-    return total
+    return None if total is None else -(-total // global_batch)
 
 
 def _data(given: Given, result: Translation) -> None:
@@ -286,11 +293,9 @@ def _loss(given: Given, result: Translation) -> None:
                 result.words.append(f"loss.{option}={_last(given, flag, '')}")
 
 
-def _optimiser(given: Given, result: Translation, samples: int | None) -> None:
+def _optimiser(given: Given, result: Translation, steps: int | None) -> None:
     _other_optimiser(given, result)
     is_vit = "vit" in _last(given, "--model", "RN50").lower()
-    batch = int(_word(result, "scale.global_batch_size"))
-    steps = None if samples is None else -(-samples // batch)
     warmup = int(_number(given, "--warmup", "10000", int))
     if steps is not None and warmup > steps:
         result.notes.append(f"--warmup {warmup} is longer than the run of {steps} steps")
@@ -317,7 +322,7 @@ def _optimiser(given: Given, result: Translation, samples: int | None) -> None:
             "cooldown_end_lr": _number(given, "--lr-cooldown-end", "0"),
             "cooldown_power": _number(given, "--lr-cooldown-power", "1"),
         }
-        epochs = _number(given, "--epochs", "32", int)
+        epochs = _count(given, "--epochs", "32")
         cooled = _number(given, "--epochs-cooldown", "0", int)
         result.words.append(
             "optim.cooldown_steps="
@@ -325,9 +330,7 @@ def _optimiser(given: Given, result: Translation, samples: int | None) -> None:
         )
     defaults = OptimSettings()
     result.words += [
-        f"optim.{name}={value:g}" if isinstance(value, float) else f"optim.{name}={value}"
-        for name, value in ours.items()
-        if getattr(defaults, name) != value
+        f"optim.{name}={value}" for name, value in ours.items() if getattr(defaults, name) != value
     ]
     if given.get("--wd-exclude"):
         result.words.append(f"optim.no_decay=[{','.join(given['--wd-exclude'])}]")
@@ -343,16 +346,12 @@ def _other_optimiser(given: Given, result: Translation) -> None:
         return
     result.words.append(f"optim.timm.name={_value(name.removeprefix('timm/'))}")
     if "--momentum" in given:
-        result.words.append(f"optim.timm.momentum={_number(given, '--momentum', ''):g}")
+        result.words.append(f"optim.timm.momentum={_number(given, '--momentum', '')}")
     for word in given.get("--opt-kwargs", ()):
         key, _, value = _pair("--opt-kwargs", word).partition(": ")
         result.words.append(f"optim.timm.{key}={value}")
     if given.get("--opt-fallback-list"):
         result.words.append(f"optim.timm.fallback=[{','.join(given['--opt-fallback-list'])}]")
-
-
-def _word(result: Translation, option: str) -> str:
-    return next(word.partition("=")[2] for word in result.words if word.startswith(f"{option}="))
 
 
 def _devices(given: Given, result: Translation) -> None:

@@ -27,10 +27,10 @@ from siftclip.datamodules.models.sharded_checkpoint import (
     rows_of_rank,
 )
 from siftclip.errors import InputError
+from siftclip.files import write_torch
 from siftclip.reading import readable
 from siftclip.writing import (
     WriteError,
-    atomic_path,
     delete_folder,
     make_folder,
     place_folder,
@@ -113,12 +113,12 @@ class FsdpStrategy(ModelParallelStrategy):
                         "nodes must see one folder: put the run on a disk that they share, or set "
                         "trainer.sharded_checkpoints=false."
                     )
-            _save({"ranks": self.world_size, "rest": rest}, folder / REST_NAME)
+            write_torch(folder / REST_NAME, {"ranks": self.world_size, "rest": rest})
             place_folder(folder, path)
 
         try:
             self._together(path, begin if first else None)
-            self._together(path, lambda: _save(part, folder / part_name(self.global_rank)))
+            self._together(path, lambda: write_torch(folder / part_name(self.global_rank), part))
             self._together(path, finish if first else None)
         except InputError:
             if first:
@@ -184,11 +184,6 @@ def _shape_of(place: str, value: Tensor, rows: dict[str, Tensor]) -> Tensor:
     # on a CPU a copy, as torch writes all of the memory that a view is of
     rows[place] = local.cpu() if not local.is_cpu else local.clone()
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
-
-
-def _save(content: Mapping[str, Any], path: Path) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
 
 
 def _read_like(current: Any, parts: ShardedCheckpoint, place: str, value: Tensor) -> Tensor:

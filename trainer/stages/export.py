@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from siftclip.datamodules.models.load import (
     WEIGHTS_NAME,
     ClipModel,
@@ -33,6 +31,7 @@ from siftclip.datamodules.models.weights import (
     portable_weights,
 )
 from siftclip.errors import InputError
+from siftclip.files import write_torch
 from siftclip.locks import lock_beside, locked
 from siftclip.trainer.builders.models import checkpoint_options
 from siftclip.trainer.runtime.run_dir import RunDir
@@ -251,8 +250,7 @@ def _write_checkpoint(source: ExportSource, path: Path) -> None:
         "state_dict": state,
         CONFIG_KEY: source.clip.config,  # open_clip passes over it; we read it
     }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    write_torch(path, content)
 
 
 def _write_open_clip(source: ExportSource, path: Path) -> Exported:

@@ -126,6 +126,11 @@ def test_optimizers_of_timm() -> None:
     }
 
 
+def test_numbers_are_written_with_all_their_digits() -> None:
+    found = options(translated([*TRAIN, "--lr", "0.000123456789"]))
+    assert found["optim.lr"] == "0.000123456789"
+
+
 def test_what_has_no_counterpart_is_said() -> None:
     words = ["--opt-kwargs", "eps=1", "--remote-sync", "s3://x", "--precision", "pure_fp16"]
     words += ["--report-to", "trackio,tensorboard", "--csv-separator", ",", "--use-naflex"]
@@ -148,6 +153,8 @@ def test_what_has_no_counterpart_is_said() -> None:
         (["--siglip=yes"], r"--siglip takes no value"),
         (["--lock", "x"], r"may be --lock-image.* or --lock-text"),
         (["--batch-size", "many"], r"--batch-size must be a number\. Got 'many'"),
+        (["--batch-size", "0"], r"--batch-size must be at least 1\. Got 0"),
+        (["--epochs", "0"], r"--epochs must be at least 1"),
         (["--lr-scheduler", "linear"], r"--lr-scheduler must be one of cosine"),
         (["--aug-cfg", "scale"], r"--aug-cfg must be KEY=VALUE"),
         (["model", "RN50"], r"'model' is no flag"),
